@@ -1,0 +1,1 @@
+"""Where the three libraries meet: commands, training runs, embedded data, reports."""

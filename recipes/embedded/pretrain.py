@@ -1,0 +1,243 @@
+"""Pretrain the tiny InternVL base model that ships as package data.
+
+A "+"/"-" judge does not grow out of random weights on a thousand noisy solutions, as little as a
+real process reward model does: both start from a backbone that can read pictures and follow simple
+statements. Three stages, all on the ``base`` split of the scans, which no other data set shows:
+
+1. the vision tower, with a linear head per visual token: which digit is in which cell;
+2. the language model on dense statements, each followed at once by its verdict
+   (``A1= 5 - 3 plus 4 = 7 +``);
+3. the same verdicts in chat turns, in the layout in which steps are scored later.
+
+Verdicts here say whether a *single statement* is true. What a process reward model must learn
+later, that a step counts as wrong once an earlier one was, is left to fine-tuning.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from recipes.embedded.questions import combine_step, draw_question, read_step, solve
+from recipes.embedded.sheets import CELLS, PICTURES, Scans, draw_sheet, load_scans
+from recipes.embedded.solver import CONFUSABLE, Careless, Difficulty
+from recipes.embedded.vocabulary import (
+    SYSTEM_PROMPT,
+    base_config,
+    build_image_processor,
+    build_tokenizer,
+)
+
+_PICTURE_SHARES = (0.7, 0.15, 0.15)
+_DENSE_STATEMENTS = 10
+STAGES = {"tower": (2500, 64, 2e-3), "statements": (4000, 32, 1.5e-3), "chat": (6000, 32, 1e-3)}
+"""Steps, batch size and peak learning rate of each stage."""
+
+Batch = dict[str, Tensor]
+
+
+def pretrain_base(directory: Path, *, seed: int = 0, scale: float = 1.0) -> dict[str, float]:
+    """Run the three stages and save model, tokenizer and image processor into ``directory``.
+
+    Args:
+        directory: where the base model is written (loads with plain transformers).
+        seed: fixes initial weights, pictures and statements.
+        scale: multiplies every stage's number of steps (small for tests).
+
+    Returns:
+        Accuracy of each stage on scans of the ``dev`` split: digits, statements, chat verdicts.
+    """
+    from transformers import InternVLForConditionalGeneration
+
+    torch.manual_seed(seed)
+    scans = load_scans()
+    tokenizer = build_tokenizer()
+    model = InternVLForConditionalGeneration(base_config())
+    makers = {
+        "tower": lambda part, rng, size: _tower_batch(scans[part], rng, size),
+        "statements": lambda part, rng, size: _dense_batch(tokenizer, scans[part], rng, size),
+        "chat": lambda part, rng, size: _chat_batch(tokenizer, scans[part], rng, size),
+    }
+    reader = nn.Linear(model.config.text_config.hidden_size, 10)
+    losses: dict[str, Callable[[Batch], tuple[Tensor, Tensor]]] = {
+        "tower": lambda batch: _tower_loss(model, reader, batch),
+        "statements": lambda batch: _verdict_loss(model, batch),
+        "chat": lambda batch: _verdict_loss(model, batch),
+    }
+    accuracies = {}
+    for stage, (steps, size, lr) in STAGES.items():
+        vision = [model.model.vision_tower, model.model.multi_modal_projector]
+        for parameter in model.parameters():
+            parameter.requires_grad_(stage != "tower")
+        for module in vision:
+            module.requires_grad_(stage == "tower")
+        parameters = [p for p in [*model.parameters(), *reader.parameters()] if p.requires_grad]
+        rng = np.random.default_rng([seed, list(STAGES).index(stage)])
+        _fit(
+            stage,
+            parameters,
+            losses[stage],
+            lambda make=makers[stage], size=size, rng=rng: make("base", rng, size),
+            max(1, round(steps * scale)),
+            lr,
+        )
+        with torch.no_grad():
+            held_out = makers[stage]("dev", np.random.default_rng(seed + 1), 512)
+            accuracies[stage] = float(losses[stage](held_out)[1])
+    model.requires_grad_(True)
+    model.save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+    build_image_processor().save_pretrained(directory)
+    return accuracies
+
+
+def _fit(
+    stage: str,
+    parameters: list[nn.Parameter],
+    loss_of: Callable[[Batch], tuple[Tensor, Tensor]],
+    next_batch: Callable[[], Batch],
+    steps: int,
+    lr: float,
+) -> None:
+    optimizer = torch.optim.AdamW(parameters, lr=lr, betas=(0.9, 0.98), weight_decay=0.01)
+    warmup = max(1, steps // 20)
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer,
+        lambda step: min((step + 1) / warmup, 0.5 * (1 + math.cos(math.pi * step / steps))),
+    )
+    smooth = 0.0
+    with tqdm(range(steps), desc=stage) as bar:
+        for step in bar:
+            loss, accuracy = loss_of(next_batch())
+            optimizer.zero_grad()
+            loss.backward()
+            nn.utils.clip_grad_norm_(parameters, 1.0)
+            optimizer.step()
+            schedule.step()
+            if step % 20 == 0:
+                smooth = 0.8 * smooth + 0.2 * float(accuracy) if step else float(accuracy)
+                bar.set_postfix(loss=f"{float(loss):.3f}", accuracy=f"{smooth:.3f}")
+
+
+def _sheets(scans: Scans, rng: np.random.Generator, size: int) -> tuple[Tensor, np.ndarray]:
+    """Pixel values [size, 3, 32, 32], scaled as the image processor does, and values [size, 4]."""
+    values = rng.integers(0, 10, (size, len(CELLS)))
+    pictures = rng.choice(PICTURES, size, p=_PICTURE_SHARES)
+    sheets = np.stack(
+        [
+            draw_sheet(dict(zip(CELLS, map(int, row), strict=True)), scans, rng, str(picture))
+            for row, picture in zip(values, pictures, strict=True)
+        ]
+    )
+    pixels = torch.from_numpy(sheets).float()[:, None].expand(-1, 3, -1, -1)
+    return (pixels / 255 - 0.5) / 0.5, values
+
+
+def _tower_batch(scans: Scans, rng: np.random.Generator, size: int) -> Batch:
+    pixels, values = _sheets(scans, rng, size)
+    return {"pixel_values": pixels, "values": torch.from_numpy(values)}
+
+
+def _tower_loss(model: Any, reader: nn.Linear, batch: Batch) -> tuple[Tensor, Tensor]:
+    tokens = model.model.get_image_features(batch["pixel_values"]).pooler_output
+    logits = reader(tokens.reshape(len(batch["values"]), len(CELLS), -1))
+    loss = nn.functional.cross_entropy(logits.flatten(0, 1), batch["values"].flatten())
+    return loss, (logits.argmax(-1) == batch["values"]).float().mean()
+
+
+def _wrong_reading(cell: str, values: dict[str, int], rng: np.random.Generator) -> int:
+    kind = rng.random()
+    if kind < 0.5:
+        return CONFUSABLE[values[cell]][int(rng.integers(2))]
+    if kind < 0.75:
+        return values[CELLS[int(rng.integers(4))]]
+    return int(rng.integers(10))
+
+
+def _wrong_result(operation: str, left: int, right: int, value: int, rng: Any) -> int:
+    if operation == "max" and rng.random() < 0.7:
+        return min(left, right)
+    return max(0, value + int(rng.choice([-10, -3, -2, -1, 1, 2, 3, 10])))
+
+
+def _statement(values: dict[str, int], rng: np.random.Generator) -> tuple[str, bool]:
+    """A random true or false statement about a sheet or about numbers."""
+    if rng.random() < 0.55:
+        cell = CELLS[int(rng.integers(4))]
+        read = values[cell] if rng.random() < 0.5 else _wrong_reading(cell, values, rng)
+        step = read_step(cell, read, values)
+    else:
+        operation = str(rng.choice(["plus", "gap", "max"]))
+        left, right = int(rng.integers(0, 19 if rng.random() < 0.5 else 10)), int(rng.integers(10))
+        truth = {"plus": left + right, "gap": abs(left - right), "max": max(left, right)}[operation]
+        stated = truth if rng.random() < 0.5 else _wrong_result(operation, left, right, truth, rng)
+        step = combine_step(operation, left, right, stated)
+    return step.text, step.true
+
+
+def _dense_batch(tokenizer: Any, scans: Scans, rng: np.random.Generator, size: int) -> Batch:
+    pixels, values = _sheets(scans, rng, size)
+    texts = []
+    for row in values:
+        sheet = dict(zip(CELLS, map(int, row), strict=True))
+        statements = [_statement(sheet, rng) for _ in range(_DENSE_STATEMENTS)]
+        texts.append(
+            "<img>" + "<IMG_CONTEXT>" * len(CELLS) + "</img> "
+            + " ".join(f"{text} {'+' if true else '-'}" for text, true in statements)
+        )  # fmt: skip
+    batch = tokenizer(texts, return_tensors="pt", padding=True)
+    ids = batch["input_ids"]
+    verdict = (ids == tokenizer.convert_tokens_to_ids("+")) | (
+        ids == tokenizer.convert_tokens_to_ids("-")
+    )
+    targets = torch.full_like(ids, -100)
+    targets[:, :-1] = torch.where(verdict, ids, -100)[:, 1:]
+    return {**batch, "pixel_values": pixels, "targets": targets}
+
+
+def _chat_batch(tokenizer: Any, scans: Scans, rng: np.random.Generator, size: int) -> Batch:
+    """Solutions with many mistakes, in the layout of ``prm.prompt``, judged step by step."""
+    pixels, values = _sheets(scans, rng, size)
+    plus, minus = (tokenizer.convert_tokens_to_ids(sign) for sign in "+-")
+    header = tokenizer.convert_tokens_to_ids("assistant")
+    texts, verdicts = [], []
+    for row in values:
+        question = draw_question(rng, values=dict(zip(CELLS, map(int, row), strict=True)))
+        misread = {cell: 0.4 for cell in CELLS}
+        taken_for = {cell: _wrong_reading(cell, dict(question.values), rng) for cell in CELLS}
+        careless = Careless(question, Difficulty(misread, taken_for, 0.4, 0.1), rng)
+        steps, _ = solve(question, careless)
+        verdicts.append([plus if step.true else minus for step in steps[:-1]] + [-100])
+        picture = "<img>" + "<IMG_CONTEXT>" * len(CELLS) + "</img>"
+        turns = [{"role": "system", "content": SYSTEM_PROMPT}]
+        for index, step in enumerate(steps):
+            text = (
+                f"{picture}\n### Question:\n{question.text}\n\n### Solution Process:\n{step.text}"
+                if index == 0
+                else step.text
+            )
+            turns += [{"role": "user", "content": text}, {"role": "assistant", "content": "+"}]
+        texts.append(tokenizer.apply_chat_template(turns, tokenize=False))
+    batch = tokenizer(texts, return_tensors="pt", padding=True)
+    targets = torch.full_like(batch["input_ids"], -100)
+    targets[batch["input_ids"] == header] = torch.tensor(verdicts).flatten()
+    return {**batch, "pixel_values": pixels, "targets": targets}
+
+
+def _verdict_loss(model: Any, batch: Batch) -> tuple[Tensor, Tensor]:
+    kept = batch["targets"] != -100
+    hidden = model.model(
+        input_ids=batch["input_ids"],
+        attention_mask=batch["attention_mask"],
+        pixel_values=batch["pixel_values"],
+    ).last_hidden_state[kept]
+    logits, targets = model.lm_head(hidden), batch["targets"][kept]
+    accuracy = (logits.argmax(-1) == targets).float().mean()
+    return nn.functional.cross_entropy(logits, targets), accuracy

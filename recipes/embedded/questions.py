@@ -1,0 +1,129 @@
+"""What is asked about a sheet, and how a solution to it goes.
+
+Three families, one domain each. All are solved in six steps, so that the length of a solution says
+nothing about its answer:
+
+- ``sum``: add three cells;
+- ``gap``: the distance between the sum of two cells and a third;
+- ``largest``: the largest of three cells.
+
+A solution is written by ``solve`` from four primitive operations, which a careless solver can
+replace by its own (``solver``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+
+from recipes.embedded.sheets import CELLS
+
+FAMILIES = ("sum", "gap", "largest")
+
+
+@dataclass(frozen=True)
+class Question:
+    """Three cells of a sheet and what to do with their values."""
+
+    family: str
+    cells: tuple[str, str, str]
+    values: Mapping[str, int]
+
+    @property
+    def text(self) -> str:
+        """The question as the model reads it."""
+        a, b, c = self.cells
+        return {
+            "sum": f"what is {a} plus {b} plus {c} ?",
+            "gap": f"what is the gap between {a} plus {b} and {c} ?",
+            "largest": f"what is the largest of {a} {b} {c} ?",
+        }[self.family]
+
+
+class Operations(Protocol):
+    """How a solver reads a cell and combines numbers; each returns the value it *states*."""
+
+    def read(self, cell: str) -> int:
+        """The value stated for a cell."""
+
+    def combine(self, operation: str, left: int, right: int) -> int:
+        """The value stated for ``left operation right``."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """One step of a solution: its text and whether it is true of the sheet and of arithmetic."""
+
+    text: str
+    true: bool
+
+
+def apply(operation: str, left: int, right: int) -> int:
+    """The right value of ``left operation right``."""
+    return {"plus": left + right, "gap": abs(left - right), "max": max(left, right)}[operation]
+
+
+def read_step(cell: str, value: int, values: Mapping[str, int]) -> Step:
+    """The statement that ``cell`` shows ``value``."""
+    return Step(f"{cell}= {value}", values[cell] == value)
+
+
+def combine_step(operation: str, left: int, right: int, value: int) -> Step:
+    """The statement that ``left operation right`` equals ``value``."""
+    return Step(f"{left} {operation} {right} = {value}", apply(operation, left, right) == value)
+
+
+def solve(question: Question, operations: Operations) -> tuple[tuple[Step, ...], int]:
+    """The steps a solver writes for ``question`` and the answer it ends with."""
+    first, second = {"sum": ("plus", "plus"), "gap": ("plus", "gap"), "largest": ("max", "max")}[
+        question.family
+    ]
+    a, b, c = question.cells
+    x, y = operations.read(a), operations.read(b)
+    left = operations.combine(first, x, y)
+    z = operations.read(c)
+    right = operations.combine(second, left, z)
+    steps = (
+        read_step(a, x, question.values),
+        read_step(b, y, question.values),
+        combine_step(first, x, y, left),
+        read_step(c, z, question.values),
+        combine_step(second, left, z, right),
+        Step(f"the answer is {right}", True),
+    )
+    return steps, right
+
+
+@dataclass(frozen=True)
+class Exact:
+    """Operations that make no mistake."""
+
+    values: Mapping[str, int]
+
+    def read(self, cell: str) -> int:
+        """The value that the sheet shows."""
+        return self.values[cell]
+
+    def combine(self, operation: str, left: int, right: int) -> int:
+        """The right value."""
+        return apply(operation, left, right)
+
+
+def answer(question: Question) -> int:
+    """The right answer."""
+    return solve(question, Exact(question.values))[1]
+
+
+def draw_question(
+    rng: np.random.Generator,
+    family: str | None = None,
+    values: Mapping[str, int] | None = None,
+) -> Question:
+    """A random question; cells are distinct, values (unless given) uniform in 0..9."""
+    shown = values if values is not None else {cell: int(rng.integers(10)) for cell in CELLS}
+    first, second, third = (CELLS[i] for i in rng.permutation(len(CELLS))[:3])
+    chosen = family if family is not None else FAMILIES[int(rng.integers(len(FAMILIES)))]
+    return Question(chosen, (first, second, third), shown)

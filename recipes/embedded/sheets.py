@@ -1,0 +1,110 @@
+"""Draw sheets: 32 x 32 pictures of 2 x 2 cells, from real handwritten digit scans.
+
+The scans are the 1,797 UCI digits that ship inside scikit-learn (no download). They are split by
+index, so that no scan that a test sheet shows was seen in pretraining, training, meta or dev data.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+CELLS = ("A1", "A2", "B1", "B2")
+"""Cell names in reading order: row letter, column number."""
+
+CELL_PIXELS = 16
+SHEET_PIXELS = 2 * CELL_PIXELS
+SPLITS = ("base", "train", "meta", "dev", "test")
+_SPLIT_SIZES = {"base": 847, "train": 350, "meta": 150, "dev": 150, "test": 300}
+PICTURES = ("digits", "inverted", "dots")
+
+
+@dataclass(frozen=True)
+class Scans:
+    """Scans of one split: ``images`` [n, 8, 8] in 0..255 and ``digits`` [n]."""
+
+    images: np.ndarray
+    digits: np.ndarray
+
+    def of(self, digit: int, rng: np.random.Generator) -> np.ndarray:
+        """One random scan of ``digit``, [8, 8]."""
+        return self.images[rng.choice(np.flatnonzero(self.digits == digit))]
+
+
+def load_scans() -> Mapping[str, Scans]:
+    """All splits, each stratified by digit; the split of a scan depends on its index alone.
+
+    Raises:
+        ModuleNotFoundError: scikit-learn, which carries the scans, is not installed.
+    """
+    try:
+        from sklearn.datasets import load_digits
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            "the embedded data set draws on the digit scans inside scikit-learn, which is not "
+            "installed; install it with: pip install 'bilevel-prm[demo]'"
+        ) from error
+    bunch: Any = load_digits()
+    images = np.round(bunch.images * (255 / 16)).astype(np.uint8)
+    order = np.random.default_rng(0).permutation(len(images))
+    # Deal the scans of each digit round-robin so that every split has its share of every digit.
+    order = order[np.argsort(bunch.target[order], kind="stable")]
+    total = sum(_SPLIT_SIZES.values())
+    # Systematic sampling: positions of each split are spread evenly over the digit-sorted order.
+    ranks = np.concatenate(
+        [(np.arange(size) + 0.5) / size * total for size in _SPLIT_SIZES.values()]
+    )
+    owner = np.concatenate([np.full(size, i) for i, size in enumerate(_SPLIT_SIZES.values())])
+    owner = owner[np.argsort(ranks, kind="stable")]
+    return {
+        split: Scans(images[order[owner == i]], bunch.target[order[owner == i]])
+        for i, split in enumerate(SPLITS)
+    }
+
+
+def draw_sheet(
+    values: Mapping[str, int], scans: Scans, rng: np.random.Generator, picture: str = "digits"
+) -> np.ndarray:
+    """A sheet [32, 32] uint8 that shows ``values[cell]`` in each of the four cells.
+
+    ``picture`` is "digits" (bright ink on dark), "inverted" (dark ink on bright) or "dots"
+    (as many dots as the value says).
+    """
+    sheet = np.zeros((SHEET_PIXELS, SHEET_PIXELS), np.float32)
+    for index, cell in enumerate(CELLS):
+        row, column = divmod(index, 2)
+        tile = (
+            _dots(values[cell], rng)
+            if picture == "dots"
+            else _digit(scans.of(values[cell], rng), rng)
+        )
+        sheet[
+            row * CELL_PIXELS : (row + 1) * CELL_PIXELS,
+            column * CELL_PIXELS : (column + 1) * CELL_PIXELS,
+        ] = tile
+    sheet = sheet * rng.uniform(0.75, 1.0) + rng.normal(0, 6, sheet.shape)
+    if picture == "inverted":
+        sheet = 255 - sheet
+    return np.clip(np.round(sheet), 0, 255).astype(np.uint8)
+
+
+def _digit(scan: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    size = 14
+    image = np.asarray(Image.fromarray(scan).resize((size, size), Image.Resampling.BICUBIC))
+    tile = np.zeros((CELL_PIXELS, CELL_PIXELS), np.float32)
+    y, x = rng.integers(0, CELL_PIXELS - size + 1, 2)
+    tile[y : y + size, x : x + size] = image
+    return tile
+
+
+def _dots(count: int, rng: np.random.Generator) -> np.ndarray:
+    """``count`` (0..9) dots of 3 x 3 pixels on a 3 x 3 grid inside the cell."""
+    tile = np.zeros((CELL_PIXELS, CELL_PIXELS), np.float32)
+    for place in rng.permutation(9)[:count]:
+        y, x = divmod(int(place), 3)
+        tile[2 + 5 * y : 5 + 5 * y - 1, 2 + 5 * x : 5 + 5 * x - 1] = 255
+    return tile

@@ -1,0 +1,75 @@
+"""A solver with realistic, correlated mistakes.
+
+Per *question* some cells are hard: every candidate misreads such a cell with the same high
+probability and mostly as the same confusable digit, so that a majority can be wrong together.
+Per *candidate* there are slips of arithmetic and readings of a neighbouring cell.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from recipes.embedded.questions import Question, apply
+from recipes.embedded.sheets import CELLS
+
+CONFUSABLE = {
+    0: (6, 8), 1: (7, 4), 2: (7, 3), 3: (8, 5), 4: (9, 1),
+    5: (6, 3), 6: (0, 8), 7: (1, 2), 8: (3, 0), 9: (4, 7),
+}  # fmt: skip
+"""For each digit, what a hasty reader takes it for, the likelier first."""
+
+
+@dataclass(frozen=True)
+class Difficulty:
+    """What is hard about one question: shared by all candidates."""
+
+    misread: Mapping[str, float]  # cell -> probability of misreading it
+    taken_for: Mapping[str, int]  # cell -> the digit that it is usually taken for
+    slip: float  # probability that one combination is off by one
+    wrong_cell: float  # probability that a neighbouring cell is read instead
+
+
+def draw_difficulty(question: Question, rng: np.random.Generator) -> Difficulty:
+    """Most questions have one hard cell; the rest is careless noise."""
+    misread = {cell: 0.02 for cell in CELLS}
+    if rng.random() < 0.75:
+        hard = question.cells[int(rng.integers(3))]
+        misread[hard] = rng.uniform(0.40, 0.80)
+    taken_for = {
+        cell: CONFUSABLE[value][0 if rng.random() < 0.75 else 1]
+        for cell, value in question.values.items()
+    }
+    return Difficulty(misread, taken_for, rng.uniform(0.02, 0.15), rng.uniform(0.01, 0.08))
+
+
+@dataclass(frozen=True)
+class Careless:
+    """Operations of one candidate: reads and combines with the question's difficulty."""
+
+    question: Question
+    difficulty: Difficulty
+    rng: np.random.Generator
+
+    def read(self, cell: str) -> int:
+        """The value stated for ``cell``: right, misread, or that of another cell."""
+        value = self.question.values[cell]
+        if self.rng.random() < self.difficulty.misread[cell]:
+            if self.rng.random() < 0.85:
+                return self.difficulty.taken_for[cell]
+            return CONFUSABLE[value][int(self.rng.integers(2))]
+        if self.rng.random() < self.difficulty.wrong_cell:
+            others = [other for other in CELLS if other != cell]
+            return self.question.values[others[int(self.rng.integers(3))]]
+        return value
+
+    def combine(self, operation: str, left: int, right: int) -> int:
+        """The value stated for the combination: right, or slipped."""
+        value = apply(operation, left, right)
+        if self.rng.random() < self.difficulty.slip:
+            if operation == "max":
+                return min(left, right)
+            return max(0, value + int(self.rng.choice([-2, -1, 1, 2])))
+        return value

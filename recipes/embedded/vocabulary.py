@@ -1,0 +1,124 @@
+"""The word-level tokenizer and the configuration of the tiny base model.
+
+A cell and its equals sign are one token (``A1=``): reading a cell is then a single attention hop
+from that token to the picture. The chat template is ChatML, as InternVL uses it.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from recipes.embedded.sheets import CELLS, SHEET_PIXELS
+
+SYSTEM_PROMPT = "judge each step of the solution"
+CHAT_TEMPLATE = (
+    "{% for message in messages %}"
+    "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+SPECIAL = (
+    "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<unk>",
+    "<img>", "</img>", "<IMG_CONTEXT>", "<video>",
+)  # fmt: skip
+_WORDS = (
+    "+ - system user assistant judge each step of the solution ### Question: Solution Process: "
+    "what is plus and ? gap between largest max = answer"
+)
+
+
+def vocabulary() -> list[str]:
+    """All tokens, in id order."""
+    words = [*SPECIAL, *_WORDS.split(), *CELLS, *(f"{cell}=" for cell in CELLS)]
+    words += [str(number) for number in range(60)]
+    return list(dict.fromkeys(words))
+
+
+def build_tokenizer() -> Any:
+    """A word-level tokenizer: text is split at white space, unknown words become ``<unk>``."""
+    from tokenizers import Tokenizer, decoders
+    from tokenizers.models import WordLevel
+    from tokenizers.pre_tokenizers import WhitespaceSplit
+    from transformers import PreTrainedTokenizerFast
+
+    words = vocabulary()
+    core = Tokenizer(
+        WordLevel({word: index for index, word in enumerate(words)}, unk_token="<unk>")
+    )
+    core.pre_tokenizer = WhitespaceSplit()
+    core.add_special_tokens(list(SPECIAL))
+    core.decoder = decoders.WordPiece()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=core,
+        pad_token="<|endoftext|>",
+        eos_token="<|im_end|>",
+        unk_token="<unk>",
+        extra_special_tokens={
+            "start_image_token": "<img>",
+            "end_image_token": "</img>",
+            "context_image_token": "<IMG_CONTEXT>",
+            "video_token": "<video>",
+        },
+        padding_side="right",
+    )
+    tokenizer.chat_template = CHAT_TEMPLATE
+    return tokenizer
+
+
+def base_config(tower: tuple[int, int] = (96, 3), language: tuple[int, int] = (128, 5)) -> Any:
+    """InternVL of 1.1 M parameters: tower and language model as (width, layers).
+
+    One picture patch of 8 x 8 pixels, pixel shuffle by 0.5: one visual token per cell.
+    """
+    from transformers import InternVLConfig
+
+    words = vocabulary()
+    width, layers = tower
+    hidden, depth = language
+    return InternVLConfig(
+        text_config={
+            "model_type": "qwen2",
+            "vocab_size": len(words),
+            "hidden_size": hidden,
+            "intermediate_size": 2 * hidden,
+            "num_hidden_layers": depth,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 4,
+            "max_position_embeddings": 1024,
+            "tie_word_embeddings": False,
+            "pad_token_id": words.index("<|endoftext|>"),
+            "bos_token_id": words.index("<|endoftext|>"),
+            "eos_token_id": words.index("<|im_end|>"),
+        },
+        vision_config={
+            "hidden_size": width,
+            "intermediate_size": 2 * width,
+            "num_hidden_layers": layers,
+            "num_attention_heads": 2,
+            "image_size": (SHEET_PIXELS, SHEET_PIXELS),
+            "patch_size": (8, 8),
+            "attention_bias": True,
+            "layer_scale_init_value": 1.0,
+            "use_mean_pooling": True,
+        },
+        image_token_id=words.index("<IMG_CONTEXT>"),
+        image_seq_length=len(CELLS),
+        downsample_ratio=0.5,
+        tie_word_embeddings=False,
+    )
+
+
+def build_image_processor() -> Any:
+    """The tiling image processor of InternVL, at the sheets' size."""
+    from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import (
+        GotOcr2ImageProcessorPil,
+    )
+
+    return GotOcr2ImageProcessorPil(
+        size={"height": SHEET_PIXELS, "width": SHEET_PIXELS},
+        crop_to_patches=True,
+        min_patches=1,
+        max_patches=12,
+        image_mean=[0.5, 0.5, 0.5],
+        image_std=[0.5, 0.5, 0.5],
+    )
