@@ -210,7 +210,7 @@ def _chat_batch(tokenizer: Any, scans: Scans, rng: np.random.Generator, size: in
     texts, verdicts = [], []
     for row in values:
         question = draw_question(rng, values=dict(zip(CELLS, map(int, row), strict=True)))
-        misread = {cell: 0.4 for cell in CELLS}
+        misread = dict.fromkeys(CELLS, 0.4)
         taken_for = {cell: _wrong_reading(cell, dict(question.values), rng) for cell in CELLS}
         careless = Careless(question, Difficulty(misread, taken_for, 0.4, 0.1), rng)
         steps, _ = solve(question, careless)

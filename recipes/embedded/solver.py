@@ -34,7 +34,7 @@ class Difficulty:
 
 def draw_difficulty(question: Question, rng: np.random.Generator) -> Difficulty:
     """Most questions have one hard cell; the rest is careless noise."""
-    misread = {cell: 0.02 for cell in CELLS}
+    misread = dict.fromkeys(CELLS, 0.02)
     if rng.random() < 0.75:
         hard = question.cells[int(rng.integers(3))]
         misread[hard] = rng.uniform(0.40, 0.80)

@@ -16,12 +16,12 @@ sources of real data do:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from recipes.embedded.questions import Question, Step
+from recipes.embedded.questions import Step
 
 SOURCES = ("verified", "rollout", "crowd", "imported")
 TRANSPOSED = {"A1": "A1", "A2": "B1", "B1": "A2", "B2": "B2"}

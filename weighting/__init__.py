@@ -1,0 +1,31 @@
+"""Instance weights: from ids, domains or features of examples to weights in a bounded range."""
+
+from weighting.bounds import Bound, Clip, LeakyReLU, Sigmoid, Softplus, Unbounded
+from weighting.features import FEATURES, step_features
+from weighting.instance_net import InstanceNet
+from weighting.normalise import batch_mean_one, mean_one_over
+from weighting.stats import effective_sample_size, fraction_at_bound
+from weighting.store import Weighting, load_weighting, row_index, save_weighting
+from weighting.tables import DomainTable, InstanceTable
+
+__all__ = [
+    "FEATURES",
+    "Bound",
+    "Clip",
+    "DomainTable",
+    "InstanceNet",
+    "InstanceTable",
+    "LeakyReLU",
+    "Sigmoid",
+    "Softplus",
+    "Unbounded",
+    "Weighting",
+    "batch_mean_one",
+    "effective_sample_size",
+    "fraction_at_bound",
+    "load_weighting",
+    "mean_one_over",
+    "row_index",
+    "save_weighting",
+    "step_features",
+]

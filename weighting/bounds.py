@@ -1,0 +1,190 @@
+"""Bounds: elementwise maps from raw weights (any real number) to weights in a stated range.
+
+Each bound documents its range and what the gradient does at the edge, because that decides whether
+an instance that was pushed to the edge can ever come back.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+
+class Bound(Protocol):
+    """A map from raw weights to weights."""
+
+    @property
+    def range(self) -> tuple[float, float]:
+        """Infimum and supremum of the weights."""
+
+    def __call__(self, raw_weights: Tensor) -> Tensor:
+        """Weights, of the shape of ``raw_weights``."""
+
+    def raw(self, weight: float) -> float:
+        """The raw weight whose weight is ``weight``; raises ValueError when there is none."""
+
+
+def _outside(bound: Bound, weight: float) -> ValueError:
+    lo, hi = bound.range
+    return ValueError(
+        f"{bound} gives weights between {lo:g} and {hi:g}; found the prior weight {weight:g}. "
+        "Choose a prior inside that range or another bound"
+    )
+
+
+class _RecoverableClamp(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, raw_weights: Tensor, lo: float, hi: float) -> Tensor:
+        ctx.save_for_backward(raw_weights)
+        ctx.edges = lo, hi
+        return raw_weights.clamp(lo, hi)
+
+    @staticmethod
+    def backward(ctx: Any, *grad: Tensor) -> tuple[Tensor, None, None]:
+        (raw_weights,) = ctx.saved_tensors
+        lo, hi = ctx.edges
+        # Descent moves against the gradient: past an edge, keep what leads back inside.
+        outward = ((raw_weights > hi) & (grad[0] < 0)) | ((raw_weights < lo) & (grad[0] > 0))
+        return grad[0].masked_fill(outward, 0.0), None, None
+
+
+@dataclass(frozen=True)
+class Clip:
+    """``clamp(raw, lo, hi)``; range [lo, hi].
+
+    Gradient 1 inside. Past an edge the exact derivative is 0, which would freeze an instance there
+    for good (so it is in DreamPRM-1.5, whose bound is ``Clip(-1, 3, recover=False)``). With
+    ``recover`` (default) the gradient component that leads back inside is let through, as in
+    projected gradient descent; then the derivative past an edge is one-sided.
+    """
+
+    lo: float = 0.0
+    hi: float = 2.0
+    recover: bool = True
+
+    def __post_init__(self) -> None:
+        """Refuse an empty interval."""
+        if not (math.isfinite(self.lo) and math.isfinite(self.hi) and self.lo < self.hi):
+            raise ValueError(f"Clip needs finite lo < hi; found lo={self.lo}, hi={self.hi}")
+
+    @property
+    def range(self) -> tuple[float, float]:
+        """``(lo, hi)``."""
+        return self.lo, self.hi
+
+    def __call__(self, raw_weights: Tensor) -> Tensor:
+        """Clamped raw weights."""
+        if not self.recover:
+            return raw_weights.clamp(self.lo, self.hi)
+        clamped: Tensor = _RecoverableClamp.apply(raw_weights, self.lo, self.hi)
+        return clamped
+
+    def raw(self, weight: float) -> float:
+        """``weight`` itself."""
+        if not self.lo <= weight <= self.hi:
+            raise _outside(self, weight)
+        return weight
+
+
+@dataclass(frozen=True)
+class Sigmoid:
+    """``scale * sigmoid(raw)``; range (0, scale).
+
+    The gradient ``scale * s (1 - s)`` vanishes at both edges but never reaches 0: instances slow
+    down there and can come back. With scale 2 a raw weight of 0 means weight 1.
+    """
+
+    scale: float = 2.0
+
+    def __post_init__(self) -> None:
+        """Refuse a scale that is not positive."""
+        if not (math.isfinite(self.scale) and self.scale > 0):
+            raise ValueError(f"Sigmoid needs a positive scale; found {self.scale}")
+
+    @property
+    def range(self) -> tuple[float, float]:
+        """``(0, scale)``, neither reached."""
+        return 0.0, self.scale
+
+    def __call__(self, raw_weights: Tensor) -> Tensor:
+        """Scaled logistic function of the raw weights."""
+        return self.scale * torch.sigmoid(raw_weights)
+
+    def raw(self, weight: float) -> float:
+        """Logit of ``weight / scale``."""
+        if not 0 < weight < self.scale:
+            raise _outside(self, weight)
+        return math.log(weight / (self.scale - weight))
+
+
+@dataclass(frozen=True)
+class Softplus:
+    """``log(1 + exp(raw))``; range (0, inf). Gradient ``sigmoid(raw)``, vanishing towards 0."""
+
+    @property
+    def range(self) -> tuple[float, float]:
+        """``(0, inf)``."""
+        return 0.0, math.inf
+
+    def __call__(self, raw_weights: Tensor) -> Tensor:
+        """Softplus of the raw weights."""
+        return torch.nn.functional.softplus(raw_weights)
+
+    def raw(self, weight: float) -> float:
+        """``log(exp(weight) - 1)``."""
+        if not 0 < weight < math.inf:
+            raise _outside(self, weight)
+        return weight + math.log(-math.expm1(-weight))
+
+
+@dataclass(frozen=True)
+class LeakyReLU:
+    """``max(raw, slope * raw)``; range (-inf, inf), or [0, inf) with slope 0 (ReLU).
+
+    DreamPRM-1.5's default activation. With slope 0 an instance below 0 has gradient 0 and stays
+    there; with a positive slope its weight turns (slightly) negative, which ascends its loss.
+    """
+
+    slope: float = 0.01
+
+    def __post_init__(self) -> None:
+        """Refuse a slope outside [0, 1)."""
+        if not 0 <= self.slope < 1:
+            raise ValueError(f"LeakyReLU needs a slope in [0, 1); found {self.slope}")
+
+    @property
+    def range(self) -> tuple[float, float]:
+        """``(-inf, inf)``; ``(0, inf)`` with slope 0."""
+        return (0.0 if self.slope == 0 else -math.inf), math.inf
+
+    def __call__(self, raw_weights: Tensor) -> Tensor:
+        """Leaky rectified raw weights."""
+        return torch.nn.functional.leaky_relu(raw_weights, self.slope)
+
+    def raw(self, weight: float) -> float:
+        """``weight`` itself, or ``weight / slope`` below 0."""
+        if weight < 0 and self.slope == 0:
+            raise _outside(self, weight)
+        return weight if weight >= 0 else weight / self.slope
+
+
+@dataclass(frozen=True)
+class Unbounded:
+    """``raw`` itself; range (-inf, inf), gradient 1. Weights can run away; for ablations."""
+
+    @property
+    def range(self) -> tuple[float, float]:
+        """``(-inf, inf)``."""
+        return -math.inf, math.inf
+
+    def __call__(self, raw_weights: Tensor) -> Tensor:
+        """The raw weights."""
+        return raw_weights
+
+    def raw(self, weight: float) -> float:
+        """``weight`` itself."""
+        return weight

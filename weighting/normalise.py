@@ -1,0 +1,51 @@
+"""Normalisation of weights to mean 1, so that they choose among instances and nothing else.
+
+The overall level of the weights acts as a second learning rate on the lower level: without
+normalisation the upper level mostly tunes that, and all weights run to one bound together.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+_SMALLEST_MEAN = 1e-3
+
+
+def batch_mean_one(weights: Tensor) -> Tensor:
+    """``weights / mean(weights)`` over the batch, [batch]; the mean is part of the derivative.
+
+    The hypergradient of a weight is then its own signal minus the batch's (weighted) mean signal:
+    a common part that every instance of the batch shares cancels.
+
+    Raises:
+        ValueError: for a batch of one (its weight would always be 1) or a mean near or below 0.
+    """
+    if weights.numel() < 2:
+        raise ValueError(
+            "normalising over the batch needs at least two examples per micro-batch (a single "
+            "example would always get weight 1); use a larger batch or normalise over the table"
+        )
+    mean = weights.mean()
+    if not float(mean.detach()) > _SMALLEST_MEAN:
+        raise ValueError(
+            f"cannot normalise weights whose batch mean is {float(mean.detach()):.3g}; expected "
+            f"more than {_SMALLEST_MEAN:g}. Choose a bound without negative weights, or no "
+            "normalisation"
+        )
+    return weights / mean
+
+
+def mean_one_over(weights: Tensor, all_weights: Tensor) -> Tensor:
+    """``weights / mean(all_weights)``, the mean held constant in the derivative.
+
+    For tables: ``all_weights`` are the weights of every row, so that any batch size works and only
+    the rows that were visited get a gradient.
+    """
+    mean = all_weights.detach().mean()
+    if not float(mean) > _SMALLEST_MEAN:
+        raise ValueError(
+            f"cannot normalise weights whose mean over the table is {float(mean):.3g}; expected "
+            f"more than {_SMALLEST_MEAN:g}. Choose a bound without negative weights, or no "
+            "normalisation"
+        )
+    return weights / mean
