@@ -1,0 +1,166 @@
+"""Arithmetic and naming on pytrees of tensors.
+
+A tree is any nesting of dicts, lists, tuples and NamedTuples (optree's registry) with tensors
+at the leaves; a bare tensor is a tree. A leaf may be ``None``, which stands for "nothing here"
+(a frozen parameter has no gradient). Every function is pure, keeps the structure, and follows
+autograd if the tensors do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, TypeAlias
+
+import optree
+import torch
+from torch import Tensor
+
+# Nested containers with tensors (or None) at the leaves; mypy has no recursive pytree type.
+Tree: TypeAlias = Any
+
+# The name of the only leaf of a tree that is a bare tensor.
+ROOT_NAME = "value"
+
+
+def leaves(tree: Tree) -> list[Tensor]:
+    """Return the tensors of `tree` in its fixed order (dict keys sorted), without the Nones."""
+    return [leaf for leaf in optree.tree_leaves(tree, none_is_leaf=True) if leaf is not None]
+
+
+def map(fn: Callable[..., Any], tree: Tree, *rest: Tree) -> Tree:
+    """Apply ``fn(leaf, *rest_leaves)``; where any of the leaves is None the result is None.
+
+    Raises:
+        ValueError: The structures differ (optree's message names both).
+    """
+
+    def apply(*tensors: Tensor | None) -> Any:
+        return None if any(tensor is None for tensor in tensors) else fn(*tensors)
+
+    return optree.tree_map(apply, tree, *rest, none_is_leaf=True)
+
+
+def zeros_like(tree: Tree, *, dtype: torch.dtype | None = None) -> Tree:
+    """Return zeros of the same shapes and devices, in `dtype` if given."""
+    return map(lambda leaf: torch.zeros_like(leaf, dtype=dtype, requires_grad=False), tree)
+
+
+def add(left: Tree, right: Tree) -> Tree:
+    """Return ``left + right``; a None on one side counts as zero."""
+    return axpy(1.0, left, right)
+
+
+def scale(factor: float | Tensor, tree: Tree) -> Tree:
+    """Return ``factor * tree``."""
+    return map(lambda leaf: leaf * factor, tree)
+
+
+def axpy(factor: float | Tensor, x: Tree, y: Tree) -> Tree:
+    """Return ``factor * x + y``; a None on one side counts as zero."""
+
+    def combine(x_leaf: Tensor | None, y_leaf: Tensor | None) -> Tensor | None:
+        if x_leaf is None:
+            return y_leaf
+        scaled = x_leaf * factor if isinstance(factor, Tensor) or factor != 1.0 else x_leaf
+        return scaled if y_leaf is None else y_leaf + scaled
+
+    return optree.tree_map(combine, x, y, none_is_leaf=True)
+
+
+def vdot(left: Tree, right: Tree) -> Tensor:
+    """Return ⟨left, right⟩ = Σ over all entries, a scalar; None leaves contribute nothing.
+
+    16-bit leaves are multiplied and summed in float32. The sum is torch's pairwise one, not a
+    BLAS dot, whose float32 error grows with the length.
+    """
+    products = leaves(map(lambda x, y: (_wide(x) * _wide(y)).sum(), left, right))
+    return _total(products, like=left)
+
+
+def norm(tree: Tree) -> Tensor:
+    """Return the Euclidean norm of all entries together, a scalar (at least float32).
+
+    For float32 and float64 leaves this is what `torch.nn.utils.clip_grad_norm_` computes.
+    """
+    tensors = leaves(tree)
+    if not tensors:
+        return torch.zeros(())
+    norms = [torch.linalg.vector_norm(leaf, dtype=_wide_dtype(leaf.dtype)) for leaf in tensors]
+    return torch.linalg.vector_norm(torch.stack([n.to(norms[0].device) for n in norms]))
+
+
+def allfinite(tree: Tree) -> Tensor:
+    """Return a scalar bool tensor: no entry is infinite or NaN."""
+    checks = [torch.isfinite(leaf).all() for leaf in leaves(tree)]
+    if not checks:
+        return torch.ones((), dtype=torch.bool)
+    return torch.stack([check.to(checks[0].device) for check in checks]).all()
+
+
+def names(tree: Tree, *, none_is_leaf: bool = False) -> list[str]:
+    """Return one '/'-joined path per leaf, in leaf order.
+
+    Dict keys, NamedTuple field names and sequence indices are the parts: ``first_moment/w``.
+
+    Raises:
+        ValueError: Two leaves have the same path (a dict key contains '/').
+    """
+    accessors = optree.tree_accessors(tree, none_is_leaf=none_is_leaf)
+    paths = ["/".join(_part(entry) for entry in accessor) or ROOT_NAME for accessor in accessors]
+    if len(set(paths)) != len(paths):
+        clash = next(path for index, path in enumerate(paths) if path in paths[:index])
+        raise ValueError(
+            f"expected one path per leaf, found {clash!r} twice: rename the dict key that "
+            "contains '/'"
+        )
+    return paths
+
+
+def flatten(tree: Tree) -> dict[str, Tensor]:
+    """Return ``{path: tensor}`` for a file of named tensors; None leaves are left out."""
+    return dict(zip(names(tree), optree.tree_leaves(tree), strict=True))
+
+
+def unflatten(named: Mapping[str, Tensor], example: Tree) -> Tree:
+    """Rebuild the tree that `flatten` took apart: the structure of `example`, its None leaves
+    included, with the tensors of `named`.
+
+    Raises:
+        ValueError: A path of `example` is missing from `named` or the other way round, or a
+            tensor differs from that of `example` in shape or dtype.
+    """
+    expected = flatten(example)
+    missing, unexpected = sorted(expected.keys() - named.keys()), sorted(named.keys() - expected)
+    if missing or unexpected:
+        raise ValueError(
+            f"expected the {len(expected)} paths of the example tree; missing {missing}, "
+            f"unexpected {unexpected}: was it saved with another model or optimizer?"
+        )
+    for path, tensor in expected.items():
+        found = named[path]
+        if found.shape != tensor.shape or found.dtype != tensor.dtype:
+            raise ValueError(
+                f"{path}: expected {tensor.dtype} {tuple(tensor.shape)}, found {found.dtype} "
+                f"{tuple(found.shape)}: was it saved with another model or precision?"
+            )
+    return optree.tree_unflatten(optree.tree_structure(example), [named[path] for path in expected])
+
+
+def _part(entry: Any) -> str:
+    """One step of a path: the field name for NamedTuples, else the key or index."""
+    return str(getattr(entry, "field", entry.entry))
+
+
+def _wide_dtype(dtype: torch.dtype) -> torch.dtype:
+    return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    return tensor.to(_wide_dtype(tensor.dtype))
+
+
+def _total(terms: list[Tensor], like: Tree) -> Tensor:
+    if not terms:
+        first = next(iter(leaves(like)), None)
+        return torch.zeros(()) if first is None else first.new_zeros(())
+    return torch.stack([term.to(terms[0].device) for term in terms]).sum()
