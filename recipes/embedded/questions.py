@@ -13,7 +13,7 @@ replace by its own (``solver``).
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -55,10 +55,14 @@ class Operations(Protocol):
 
 @dataclass(frozen=True)
 class Step:
-    """One step of a solution: its text and whether it is true of the sheet and of arithmetic."""
+    """One step of a solution: its text and whether it is true of the sheet and of arithmetic.
+
+    ``reading`` is the (cell, stated value) of a step that reads a cell, None for other steps.
+    """
 
     text: str
     true: bool
+    reading: tuple[str, int] | None = None
 
 
 def apply(operation: str, left: int, right: int) -> int:
@@ -68,7 +72,7 @@ def apply(operation: str, left: int, right: int) -> int:
 
 def read_step(cell: str, value: int, values: Mapping[str, int]) -> Step:
     """The statement that ``cell`` shows ``value``."""
-    return Step(f"{cell}= {value}", values[cell] == value)
+    return Step(f"{cell}= {value}", values[cell] == value, (cell, value))
 
 
 def combine_step(operation: str, left: int, right: int, value: int) -> Step:
@@ -110,6 +114,13 @@ class Exact:
     def combine(self, operation: str, left: int, right: int) -> int:
         """The right value."""
         return apply(operation, left, right)
+
+
+def judged_by(steps: Sequence[Step], values: Mapping[str, int]) -> tuple[Step, ...]:
+    """The same steps, their readings held against ``values``."""
+    return tuple(
+        step if step.reading is None else read_step(*step.reading, values) for step in steps
+    )
 
 
 def answer(question: Question) -> int:

@@ -74,7 +74,7 @@ def draw_sheet(
     ``picture`` is "digits" (bright ink on dark), "inverted" (dark ink on bright) or "dots"
     (as many dots as the value says).
     """
-    sheet = np.zeros((SHEET_PIXELS, SHEET_PIXELS), np.float32)
+    sheet: np.ndarray = np.zeros((SHEET_PIXELS, SHEET_PIXELS), np.float32)
     for index, cell in enumerate(CELLS):
         row, column = divmod(index, 2)
         tile = (
@@ -93,11 +93,13 @@ def draw_sheet(
 
 
 def _digit(scan: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    size = 14
-    image = np.asarray(Image.fromarray(scan).resize((size, size), Image.Resampling.BICUBIC))
-    tile = np.zeros((CELL_PIXELS, CELL_PIXELS), np.float32)
+    """A scan, slightly turned and resized, somewhere in its cell."""
+    size = int(rng.integers(12, CELL_PIXELS + 1))
+    image = Image.fromarray(scan).resize((size, size), Image.Resampling.BICUBIC)
+    turned = image.rotate(rng.uniform(-12, 12), Image.Resampling.BILINEAR)
+    tile: np.ndarray = np.zeros((CELL_PIXELS, CELL_PIXELS), np.float32)
     y, x = rng.integers(0, CELL_PIXELS - size + 1, 2)
-    tile[y : y + size, x : x + size] = image
+    tile[y : y + size, x : x + size] = np.asarray(turned)
     return tile
 
 

@@ -1,0 +1,75 @@
+# Thin: every target is one call of the command `bilevel-prm` (see its --help) or of a tool.
+# The only logic here is the virtual environment.
+
+PYTHON ?= python3
+VENV := .venv
+RUN := $(VENV)/bin/bilevel-prm
+DATA := data/embedded
+COLD := runs/cold-start
+
+.DEFAULT_GOAL := help
+.PHONY: help install train-net train-table train-domain baseline cold-start data results bench \
+	test lint format type clean-runs clean
+
+help: ## list the targets
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
+
+$(VENV)/installed: setup.cfg pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed, found " + sys.version)'
+	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[demo]'
+	touch $@
+
+$(VENV)/installed-dev: $(VENV)/installed
+	$(VENV)/bin/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[demo,test,dev]'
+	touch $@
+
+install: $(VENV)/installed ## create .venv and install the pinned versions
+
+$(DATA): | $(VENV)/installed
+	$(RUN) data embedded --out $@
+
+$(COLD): | $(DATA)
+	$(RUN) cold-start --config cold-start --output-dir $@
+
+data: $(DATA) ## write the embedded data set (once)
+cold-start: $(COLD) ## short supervised pass that the bilevel runs start from (once)
+
+train-net: $(COLD) ## the main job: Instance Net, bilevel training, evaluation
+	$(RUN) train --config train-net
+
+train-table: $(COLD) ## Instance Table
+	$(RUN) train --config train-table
+
+train-domain: $(COLD) ## Domain Table
+	$(RUN) train --config train-domain
+
+baseline: $(COLD) ## No Selection: the same training with all weights 1
+	$(RUN) train --config baseline
+
+results: $(DATA) ## every row of the README's table over several seeds (about two hours)
+	$(RUN) compare --config compare
+
+bench: $(VENV)/installed-dev ## cost of every hypergradient route, side by side
+	$(VENV)/bin/python -m recipes.bench
+
+test: $(VENV)/installed-dev ## run the tests
+	$(VENV)/bin/python -m pytest
+
+lint: $(VENV)/installed-dev ## check style and types
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+
+type: $(VENV)/installed-dev
+	$(VENV)/bin/mypy
+
+format: $(VENV)/installed-dev ## apply the style
+	$(VENV)/bin/ruff check --fix .
+	$(VENV)/bin/ruff format .
+
+clean-runs: ## forget data, cold start and runs
+	rm -rf runs data
+
+clean: clean-runs ## forget the environment too
+	rm -rf $(VENV)

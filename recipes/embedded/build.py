@@ -1,0 +1,208 @@
+"""Write the embedded data set: the JSONL and PNG files that a user would bring.
+
+``train.jsonl`` (step labels of mixed quality; the fields ``source``, who judged, and
+``wrong_labels``, how many judgements are wrong, are read by evaluation only), ``clean.jsonl`` (the
+same solutions without the bad sources), ``meta.jsonl`` (only whether the answer is right, as many
+right as wrong), ``dev.jsonl`` and ``test.jsonl`` (eight candidates per question, with the true step
+labels for step metrics), ``sheets/*.png``.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from recipes.embedded.questions import (
+    FAMILIES,
+    Question,
+    Step,
+    answer,
+    draw_question,
+    judged_by,
+    solve,
+)
+from recipes.embedded.sheets import SPLITS, Scans, draw_sheet, load_scans
+from recipes.embedded.solver import Careless, Difficulty, draw_difficulty
+from recipes.embedded.sources import SOURCES, TRANSPOSED, Mixture, judge, true_labels
+
+IMPORTED_DOMAIN = "dots"
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """How many questions each file asks, and how many solutions of each it holds."""
+
+    train_questions: int = 480
+    train_solutions: int = 3
+    meta_questions: int = 200
+    meta_solutions: int = 4
+    dev_questions: int = 200
+    test_questions: int = 500
+    candidates: int = 8
+
+
+def build(
+    directory: Path, *, seed: int = 0, sizes: Sizes = Sizes(), mixture: Mixture = Mixture()
+) -> dict[str, int]:
+    """Write all files into ``directory``; returns rows per file.
+
+    Everything depends on ``seed`` alone. The directory appears under its name only when complete.
+
+    Raises:
+        FileExistsError: ``directory`` exists already.
+    """
+    if directory.exists():
+        raise FileExistsError(f"{directory} exists; remove it or choose another --out")
+    unfinished = directory.with_name(directory.name + ".unfinished")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    (unfinished / "sheets").mkdir(parents=True)
+    scans = load_scans()
+    rows: dict[str, list[dict[str, Any]]] = {
+        "train": list(_train_rows(unfinished, scans["train"], sizes, mixture, seed)),
+        "meta": list(_meta_rows(unfinished, scans["meta"], sizes, seed)),
+    }
+    for split, questions in (("dev", sizes.dev_questions), ("test", sizes.test_questions)):
+        rows[split] = list(
+            _candidate_rows(unfinished, split, scans[split], questions, sizes.candidates, seed)
+        )
+    rows["clean"] = [row for row in rows["train"] if row["source"] == "verified"]
+    for name, content in rows.items():
+        with (unfinished / f"{name}.jsonl").open("w", encoding="utf-8") as file:
+            file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in content)
+    os.replace(unfinished, directory)
+    return {name: len(content) for name, content in rows.items()}
+
+
+def _rng(seed: int, split: str) -> np.random.Generator:
+    return np.random.default_rng([seed, SPLITS.index(split)])
+
+
+def _write_sheet(directory: Path, name: str, pixels: np.ndarray) -> str:
+    path = f"sheets/{name}.png"
+    Image.fromarray(pixels).save(directory / path)
+    return path
+
+
+def _row(
+    name: str,
+    question: Question,
+    image: str,
+    steps: Sequence[Step],
+    labels: Sequence[bool] | None,
+    **more: Any,
+) -> dict[str, Any]:
+    return {
+        "id": name,
+        "question": question.text,
+        "images": [image],
+        "steps": [
+            {"text": step.text, "label": None if labels is None else "+" if labels[i] else "-"}
+            for i, step in enumerate(steps)
+        ],
+        **more,
+    }
+
+
+def _train_rows(
+    directory: Path, scans: Scans, sizes: Sizes, mixture: Mixture, seed: int
+) -> Iterator[dict[str, Any]]:
+    rng = _rng(seed, "train")
+    shares = mixture.shares()
+    # Exact shares of the sources, in random order: fewer accidents between seeds.
+    ends = np.round(np.cumsum(shares) * sizes.train_questions).astype(int)
+    sources = np.repeat(SOURCES, np.diff(ends, prepend=0))
+    rng.shuffle(sources)
+    for number, source in enumerate(map(str, sources)):
+        drawn = draw_question(rng, FAMILIES[number % len(FAMILIES)])
+        image = _write_sheet(
+            directory,
+            f"train-{number:04d}",
+            draw_sheet(drawn.values, scans, rng, "dots" if source == "imported" else "digits"),
+        )
+        question = drawn
+        if source == "imported":
+            seen = {cell: drawn.values[TRANSPOSED[cell]] for cell in drawn.values}
+            question = Question(drawn.family, drawn.cells, seen)
+        difficulty = draw_difficulty(question, rng)
+        for solution in range(sizes.train_solutions):
+            steps, stated = solve(question, Careless(question, difficulty, rng))
+            labels = judge(source, steps, stated == answer(question), mixture, rng)
+            truth = true_labels(judged_by(steps, drawn.values))
+            yield _row(
+                f"train-{number:04d}-{solution}",
+                question,
+                image,
+                steps,
+                labels,
+                domain=IMPORTED_DOMAIN if source == "imported" else question.family,
+                group=f"train-{number:04d}",
+                source=source,
+                wrong_labels=sum(a != b for a, b in zip(labels, truth, strict=True)),
+            )
+
+
+def _solutions(
+    question: Question, difficulty: Difficulty, count: int, rng: np.random.Generator
+) -> list[tuple[tuple[Step, ...], int]]:
+    return [solve(question, Careless(question, difficulty, rng)) for _ in range(count)]
+
+
+def _meta_rows(directory: Path, scans: Scans, sizes: Sizes, seed: int) -> Iterator[dict[str, Any]]:
+    """As many right as wrong solutions; each question has both whenever its draw allows it."""
+    rng = _rng(seed, "meta")
+    wanted = sizes.meta_solutions // 2
+    for number in range(sizes.meta_questions):
+        while True:
+            question = draw_question(rng, FAMILIES[number % len(FAMILIES)])
+            solutions = _solutions(question, draw_difficulty(question, rng), 24, rng)
+            right = [s for s in solutions if s[1] == answer(question)][:wanted]
+            wrong = [s for s in solutions if s[1] != answer(question)][:wanted]
+            if len(right) == len(wrong) == wanted:
+                break
+        image = _write_sheet(
+            directory, f"meta-{number:04d}", draw_sheet(question.values, scans, rng)
+        )
+        for index, (steps, stated) in enumerate(right + wrong):
+            yield _row(
+                f"meta-{number:04d}-{index}",
+                question,
+                image,
+                steps,
+                None,
+                domain=question.family,
+                answer=str(stated),
+                correct=stated == answer(question),
+                group=f"meta-{number:04d}",
+            )
+
+
+def _candidate_rows(
+    directory: Path, split: str, scans: Scans, questions: int, candidates: int, seed: int
+) -> Iterator[dict[str, Any]]:
+    rng = _rng(seed, split)
+    for number in range(questions):
+        question = draw_question(rng, FAMILIES[number % len(FAMILIES)])
+        image = _write_sheet(
+            directory, f"{split}-{number:04d}", draw_sheet(question.values, scans, rng)
+        )
+        difficulty = draw_difficulty(question, rng)
+        for index, (steps, stated) in enumerate(_solutions(question, difficulty, candidates, rng)):
+            yield _row(
+                f"{split}-{number:04d}-{index}",
+                question,
+                image,
+                steps,
+                true_labels(steps),
+                domain=question.family,
+                answer=str(stated),
+                correct=stated == answer(question),
+                group=f"{split}-{number:04d}",
+            )

@@ -1,0 +1,87 @@
+"""Where the three packages meet: a process reward model and a weighting become a bilevel problem.
+
+Lower level: cross-entropy of the step labels per example, times the example's weight. Upper level:
+aggregate the step scores of a meta solution and compare with whether its answer was right.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bilevel import ReweightingProblem
+from prm.losses import outcome_loss, step_cross_entropy
+from prm.model import PRM, step_logits
+from prm.scoring import aggregate
+from weighting import DomainTable, InstanceNet, InstanceTable, Weighting, step_features
+
+Params = Mapping[str, Tensor]
+Batch = Mapping[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Objective:
+    """What is optimised, apart from how.
+
+    Attributes:
+        prm: the model; its trainable parameters are passed in, not read from it.
+        frozen: parameters of the model that are not trained.
+        aggregation: step scores to solution score, for the meta loss.
+        loss_target: "both" or "+" (``prm.losses.outcome_loss``).
+        weighting: how weights are made; None: all weights are 1.
+        features: names of Instance Net's features.
+        reference: Instance Net also gets the features under ``batch["reference_probs"]``.
+    """
+
+    prm: PRM
+    frozen: Params
+    aggregation: Any
+    loss_target: Any
+    weighting: Weighting | None
+    features: tuple[str, ...] = ()
+    reference: bool = False
+
+    def per_example_loss(self, lower: Params, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        """Mean cross-entropy over the labelled steps, [batch], and step probabilities."""
+        logits = step_logits(self.prm, {**self.frozen, **lower}, batch)
+        losses = step_cross_entropy(logits, batch["labels"], batch["step_mask"])
+        return losses, {"step_probs": torch.sigmoid(logits[..., 0] - logits[..., 1])}
+
+    def weights(self, upper: Params, batch: Batch, features: Mapping[str, Tensor]) -> Tensor:
+        """Weights [batch] of the examples of a batch."""
+        if isinstance(self.weighting, InstanceTable):
+            return self.weighting.weights(dict(upper), batch["index"])
+        if isinstance(self.weighting, DomainTable):
+            return self.weighting.weights(dict(upper), batch["domain"])
+        if isinstance(self.weighting, InstanceNet):
+            return self.weighting.weights(dict(upper), *self.net_inputs(batch, features))
+        return torch.ones(len(batch["index"]))
+
+    def net_inputs(self, batch: Batch, features: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """Instance Net's features [batch, steps, features] and mask [batch, steps]."""
+        labels, mask = batch["labels"], batch["step_mask"]
+        inputs, known = step_features(self.features, features["step_probs"], labels, mask)
+        if self.reference:
+            names = tuple(name for name in self.features if name != "label")
+            before, _ = step_features(names, batch["reference_probs"], labels, mask)
+            inputs = torch.cat([inputs, before], dim=-1)
+        return inputs, known
+
+    def upper_loss(self, lower: Params, upper: Params, batch: Batch) -> Tensor:
+        """Mean squared distance of aggregated scores from right answers, scalar."""
+        logits = step_logits(self.prm, {**self.frozen, **lower}, batch)
+        step_probs = torch.sigmoid(logits[..., 0] - logits[..., 1])
+        scores = aggregate(step_probs, batch["step_mask"], self.aggregation)
+        return outcome_loss(scores, batch["correct"], self.loss_target).mean()
+
+    def problem(self) -> ReweightingProblem:
+        """The bilevel problem over parameter dicts."""
+        return ReweightingProblem(
+            per_example_loss=self.per_example_loss,
+            weights=self.weights,
+            upper_loss=self.upper_loss,
+        )

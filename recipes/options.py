@@ -1,0 +1,302 @@
+"""Options of the commands: dataclasses, read from the command line and from YAML presets.
+
+A field is an option, a key of a preset and a line in ``args.yaml``, under one name. What is said on
+the command line wins over the preset, the preset over the default. Nothing here imports torch, so
+that ``--help`` answers at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import types
+from collections.abc import Mapping, Sequence
+from dataclasses import MISSING, dataclass, field, fields
+from pathlib import Path
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+
+import yaml
+
+Options = TypeVar("Options")
+PRESETS = Path(__file__).parent / "presets"
+
+
+class OptionError(ValueError):
+    """An option or preset that cannot be used; the message says what to change."""
+
+
+def option(default: Any, help: str) -> Any:
+    """A dataclass field with a help text; ``...`` as default makes the option required."""
+    if default is ...:
+        return field(metadata={"help": help})
+    return field(default=default, metadata={"help": help})
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrmOptions:
+    """What every command that runs a process reward model needs."""
+
+    model: str = option(
+        "embedded",
+        "directory or hub name of the model to start from; 'embedded' is the tiny InternVL that "
+        "ships with the package",
+    )
+    image_root: str | None = option(
+        None, "folder that image paths are relative to (default: the folder of the JSONL file)"
+    )
+    system_prompt: str | None = option(None, "system turn (default: the library's instruction)")
+    context: Literal["plus", "gold", "masked"] = option(
+        "plus", "what stands in the label slots of earlier steps, in training and in scoring"
+    )
+    max_patches: int = option(6, "at most this many tiles per image")
+    aggregation: Literal["mean", "min", "max", "last", "product", "log_mean", "logit_mean"] = (
+        option("mean", "how the step scores of a solution become its score")
+    )
+    eval_batch_size: int = option(64, "solutions per forward pass when scoring")
+    threads: int = option(0, "CPU threads of torch (0: all cores)")
+    seed: int = option(0, "fixes initial weights, order of data and everything else random")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LowerOptions(PrmOptions):
+    """Training of the process reward model itself: the lower level."""
+
+    train_file: str = option(..., "JSONL with step labels")
+    output_dir: str = option(..., "run directory; must not hold a run yet")
+    freeze: tuple[str, ...] = option(
+        (), "name prefixes of modules that are not trained, for example vision_tower"
+    )
+    steps: int = option(300, "lower-level optimizer steps")
+    batch_size: int = option(32, "examples per micro-batch")
+    accumulation: int = option(1, "micro-batches per lower step")
+    lower_lr: float = option(5e-4, "peak learning rate of AdamW")
+    lower_betas: tuple[float, float] = option((0.9, 0.98), "decay rates of Adam's moments")
+    lower_weight_decay: float = option(0.01, "decoupled weight decay")
+    lower_warmup: float = option(0.05, "share of the steps with linear warm-up")
+    lower_schedule: Literal["cosine", "constant"] = option("cosine", "after the warm-up")
+    lower_max_norm: float | None = option(1.0, "global-norm clip of the gradient; null: none")
+    log_every: int = option(10, "steps between lines of log.jsonl")
+    progress: bool = option(True, "show a progress bar")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ColdStartOptions(LowerOptions):
+    """A short supervised pass over a random draw of the training file; all weights 1."""
+
+    draw: int = option(300, "examples drawn from the training file; 0: all")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainOptions(LowerOptions):
+    """Bilevel training with instance weights, then evaluation."""
+
+    init_from: str | None = option(
+        None, "model directory of a cold start; default: start from --model"
+    )
+    # data of the upper level and of the evaluation
+    meta_file: str | None = option(None, "JSONL with `correct`: solutions that trusted the answer")
+    dev_file: str | None = option(None, "candidates that may be looked at while tuning")
+    test_file: str | None = option(None, "candidates that are scored once, at the end")
+    # weighting
+    weighting: Literal["net", "table", "domain", "none"] = option(
+        "net", "Instance Net, Instance Table, Domain Table, or none: all weights 1 (No Selection)"
+    )
+    bound: Literal["clip", "sigmoid", "softplus", "leaky-relu", "relu", "none"] = option(
+        "sigmoid", "map from raw weights to weights"
+    )
+    bound_low: float = option(0.0, "lower end of the range (clip)")
+    bound_high: float = option(2.0, "upper end of the range (clip, sigmoid)")
+    normalise: Literal["batch", "table", "none"] = option(
+        "batch", "mean 1 within the batch, over the whole table, or no normalisation"
+    )
+    prior: float = option(1.0, "weight of every instance at the start, and where decay pulls")
+    features: tuple[str, ...] = option(
+        ("label", "p_label", "p_plus"), "inputs of Instance Net, per step"
+    )
+    reference_features: bool = option(
+        True,
+        "give Instance Net the same features by the PRM as it was at the start, too: what the "
+        "model said of a label before it could memorise it",
+    )
+    hidden: int = option(10, "units per hidden layer of Instance Net")
+    layers: int = option(1, "hidden layers of Instance Net")
+    # upper level
+    upper_lr: str = option(
+        "auto",
+        "learning rate of the upper level; auto: solve for the one that lets a consistently bad "
+        "example reach the lower bound within the run",
+    )
+    upper_optimizer: Literal["adam", "lazy-adam", "sgd"] = option(
+        "adam", "lazy-adam moves only the rows of a table that were visited"
+    )
+    upper_betas: tuple[float, float] = option((0.9, 0.999), "decay rates of Adam's moments")
+    upper_weight_decay: float = option(0.0, "decoupled decay towards the prior")
+    upper_schedule: Literal["cosine", "constant"] = option("cosine", "of the upper learning rate")
+    meta_batch_size: int = option(64, "solutions per upper step")
+    unroll_steps: int = option(1, "lower steps between upper steps")
+    upper_start: int = option(20, "lower steps before the first upper step")
+    loss_target: Literal["both", "+"] = option("both", "how the meta loss is written")
+    # hypergradient
+    route: Literal[
+        "auto", "dot", "ghost", "per-example", "jvp", "reverse", "central-difference"
+    ] = option("auto", "how the mixed second-order product is computed")
+    order: Literal["upper-first", "lower-first"] = option(
+        "upper-first", "evaluate the meta gradient before or after the lower step"
+    )
+    direction_decay: float = option(0.9, "exponential average of the meta gradient; 0: none")
+    rollback: bool = option(False, "redo the lower step with the updated weights")
+
+
+def build_parser(
+    parser: argparse.ArgumentParser, options: type[Any], *, preset: bool = True
+) -> None:
+    """Give ``parser`` one option per field of ``options`` and ``--config`` for a preset."""
+    if preset:
+        parser.add_argument(
+            "--config", metavar="YAML", help="preset: a file, or the name of a shipped one"
+        )
+    hints = get_type_hints(options)
+    for f in fields(options):
+        required = f.default is MISSING
+        default = "required" if required else f"default: {_show(f.default)}"
+        # argparse formats help with %, so a literal one must be doubled.
+        text = f"{f.metadata['help']} ({default})".replace("%", "%%")
+        flags = list(dict.fromkeys([f"--{f.name.replace('_', '-')}", f"--{f.name}"]))
+        common: dict[str, Any] = {"dest": f.name, "default": argparse.SUPPRESS, "help": text}
+        kind, many = _element(hints[f.name])
+        if kind is bool:
+            parser.add_argument(*flags, action=argparse.BooleanOptionalAction, **common)
+        elif get_origin(kind) is Literal:
+            parser.add_argument(*flags, choices=get_args(kind), **common)
+        else:
+            parser.add_argument(
+                *flags, nargs="*" if many else None, metavar=f.name.upper().split("_")[-1], **common
+            )
+
+
+def resolve(options: type[Options], given: Mapping[str, Any]) -> Options:
+    """Merge what the command line gave, the preset that it names and the defaults.
+
+    Raises:
+        OptionError: unknown preset or key (with the nearest name), a value of the wrong type or
+            outside the choices, a required option that is missing.
+    """
+    given = dict(given)
+    preset = given.pop("config", None)
+    values: dict[str, Any] = {}
+    if preset is not None:
+        path = _preset_path(preset)
+        values = _convert_all(options, _read_yaml(path), str(path))
+    values.update(_convert_all(options, given, "command line"))
+    missing = [
+        f.name
+        for f in fields(options)  # type: ignore[arg-type]
+        if f.default is MISSING and f.name not in values
+    ]
+    if missing:
+        flags = ", ".join(f"--{name.replace('_', '-')}" for name in missing)
+        raise OptionError(f"missing {flags}; give it on the command line or in the preset")
+    return options(**values)
+
+
+def to_yaml(options: Any) -> str:
+    """All options of a run as YAML that ``--config`` reads back to the same options."""
+    content = {
+        f.name: list(value) if isinstance(value := getattr(options, f.name), tuple) else value
+        for f in fields(options)
+    }
+    return yaml.safe_dump(content, sort_keys=False, allow_unicode=True)
+
+
+def _show(value: Any) -> str:
+    if isinstance(value, tuple):
+        return " ".join(map(str, value)) or "none"
+    return "none" if value is None else str(value)
+
+
+def _preset_path(name: str) -> Path:
+    path = Path(name)
+    if path.is_file():
+        return path
+    shipped = {p.stem: p for p in sorted(PRESETS.glob("*.yaml"))}
+    if name in shipped:
+        return shipped[name]
+    nearest = difflib.get_close_matches(name, shipped, 1)
+    raise OptionError(
+        f"--config {name}: no such file, and no shipped preset of that name "
+        f"({', '.join(shipped) or 'none shipped'})" + _did_you_mean(nearest)
+    )
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise OptionError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from error
+    if content is None:
+        return {}
+    if not isinstance(content, dict):
+        raise OptionError(f"{path}: expected `option: value` lines, found {type(content).__name__}")
+    return {str(key).replace("-", "_"): value for key, value in content.items()}
+
+
+def _convert_all(options: type[Any], given: Mapping[str, Any], where: str) -> dict[str, Any]:
+    hints = get_type_hints(options)
+    names = [f.name for f in fields(options)]
+    for name in given:
+        if name not in names:
+            nearest = difflib.get_close_matches(name, names, 1)
+            raise OptionError(f"{where}: unknown option {name!r}{_did_you_mean(nearest)}")
+    return {name: _convert(value, hints[name], f"{where}: {name}") for name, value in given.items()}
+
+
+def _did_you_mean(nearest: Sequence[str]) -> str:
+    return f"; did you mean {nearest[0]!r}?" if nearest else ""
+
+
+def _element(hint: Any) -> tuple[Any, bool]:
+    """The type of a single value of an option, and whether the option takes several."""
+    if get_origin(hint) in (Union, types.UnionType):
+        (hint,) = (part for part in get_args(hint) if part is not types.NoneType)
+    if get_origin(hint) is tuple:
+        return get_args(hint)[0], True
+    return hint, False
+
+
+def _convert(value: Any, hint: Any, where: str) -> Any:
+    optional = get_origin(hint) in (Union, types.UnionType)
+    if optional and (value is None or value in ("none", "null")):
+        return None
+    kind, many = _element(hint)
+    if not many:
+        return _convert_one(value, kind, where)
+    if not isinstance(value, list | tuple):
+        raise OptionError(f"{where}: expected a list, found {value!r}")
+    arity = get_args(hint)
+    if arity[-1] is not Ellipsis and len(value) != len(arity):
+        raise OptionError(f"{where}: expected {len(arity)} values, found {len(value)}")
+    return tuple(_convert_one(part, kind, where) for part in value)
+
+
+def _convert_one(value: Any, kind: Any, where: str) -> Any:
+    if get_origin(kind) is Literal:
+        # YAML reads a bare `none` as text but `no` as False: compare what was written.
+        if value not in get_args(kind):
+            choices = ", ".join(map(str, get_args(kind)))
+            nearest = difflib.get_close_matches(str(value), get_args(kind), 1)
+            raise OptionError(
+                f"{where}: expected one of {choices}; found {value!r}{_did_you_mean(nearest)}"
+            )
+        return value
+    if kind is bool:
+        if not isinstance(value, bool):
+            raise OptionError(f"{where}: expected true or false, found {value!r}")
+        return value
+    if isinstance(value, bool) or value is None or isinstance(value, list | dict):
+        raise OptionError(f"{where}: expected {kind.__name__}, found {value!r}")
+    try:
+        if kind is int and isinstance(value, float):
+            raise ValueError
+        return kind(value)
+    except ValueError as error:
+        raise OptionError(f"{where}: expected {kind.__name__}, found {value!r}") from error

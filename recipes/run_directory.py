@@ -1,0 +1,76 @@
+"""The run directory: what a run was, what it logged, what it found (design: the run contract)."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import sys
+from collections.abc import Mapping
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from recipes.options import OptionError, to_yaml
+
+_PACKAGES = ("bilevel-prm", "torch", "transformers", "torchopt", "safetensors", "numpy", "pillow")
+
+
+def create_run_directory(path: Path, options: Any) -> None:
+    """Make ``path`` and write ``args.yaml`` and ``env.json`` into it.
+
+    Raises:
+        OptionError: ``path`` holds a run already, or anything else.
+    """
+    if path.exists() and not path.is_dir():
+        raise OptionError(f"--output-dir {path}: exists and is not a directory; choose another")
+    if path.is_dir() and any(path.iterdir()):
+        what = "already holds a run" if (path / "args.yaml").exists() else "is not empty"
+        raise OptionError(
+            f"--output-dir {path}: {what}; nothing was overwritten. Choose another directory or "
+            "remove this one"
+        )
+    path.mkdir(parents=True, exist_ok=True)
+    write_text(path / "args.yaml", to_yaml(options))
+    write_json(path / "env.json", environment())
+
+
+def environment() -> dict[str, Any]:
+    """Versions and machine, for bug reports and for comparing runs."""
+    import torch
+
+    versions = {}
+    for name in _PACKAGES:
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            versions[name] = "not installed as a package"
+    return {
+        "python": sys.version.split()[0],
+        "platform": platform.platform(),
+        "cpus": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "cuda": torch.version.cuda if torch.cuda.is_available() else None,
+        "packages": versions,
+    }
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file so that it is either the old one or complete: other name first, then rename."""
+    unfinished = path.with_name(path.name + ".tmp")
+    with unfinished.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(unfinished, path)
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """``write_text`` of indented JSON; NaN is refused, it is not JSON."""
+    write_text(path, json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def append_log(path: Path, entry: Mapping[str, Any]) -> None:
+    """Append one JSON object as one line."""
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(entry, ensure_ascii=False) + "\n")

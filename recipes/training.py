@@ -1,0 +1,123 @@
+"""The training loop: batches in order, solver steps, log lines, progress bar."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from bilevel import BilevelSolver, BilevelState, StepInfo
+from recipes.run_directory import append_log
+from weighting import effective_sample_size
+
+Batch = Mapping[str, Tensor]
+
+
+class NonFiniteError(RuntimeError):
+    """A loss or gradient that is not a number; the message says where and what to try."""
+
+
+def train(
+    solver: BilevelSolver,
+    state: BilevelState,
+    *,
+    steps: int,
+    lower_batches: Callable[[int], Sequence[Batch]],
+    upper_batch: Callable[[int], Batch] | None,
+    log: Path | None,
+    log_every: int,
+    title: str,
+    progress: bool,
+    learning_rates: Mapping[str, Callable[[int], float]],
+    on_step: Callable[[int, Sequence[Batch], StepInfo], None] | None = None,
+) -> BilevelState:
+    """Run ``steps`` lower steps, with the upper steps that the solver takes between them.
+
+    Args:
+        solver: the algorithm.
+        state: where to start.
+        steps: lower-level optimizer steps.
+        lower_batches: micro-batches of a step.
+        upper_batch: meta batch of a step; None: no upper level (plain training).
+        log: ``log.jsonl``, or None.
+        log_every: steps between log lines; every figure is the mean over them.
+        title: what the progress bar says.
+        progress: show the bar.
+        learning_rates: name -> schedule, logged.
+        on_step: called after every step with its micro-batches and what happened.
+
+    Raises:
+        NonFiniteError: the lower or upper loss of a step is not finite; the state before that step
+            is lost to the caller, what was logged remains.
+    """
+    window: dict[str, list[float]] = {}
+    with tqdm(range(steps), desc=title, disable=not progress, dynamic_ncols=True) as bar:
+        for step in bar:
+            batches = lower_batches(step)
+            wants_upper = upper_batch is not None and solver.wants_upper(state)
+            state, info = solver.step(
+                state, batches, upper_batch(step) if upper_batch and wants_upper else None
+            )
+            figures = _figures(info)
+            for name in ("lower_loss", "upper_loss"):
+                if not math.isfinite(figures.get(name, 0.0)):
+                    raise NonFiniteError(
+                        f"{title}, step {step}: {name} is {figures[name]}. Lower the learning rate "
+                        "(--lower-lr, --upper-lr), or check the data of this step with the log"
+                    )
+            for name, value in figures.items():
+                window.setdefault(name, []).append(value)
+            if on_step is not None:
+                on_step(step, batches, info)
+            if (step + 1) % log_every == 0 or step + 1 == steps:
+                means = {name: sum(values) / len(values) for name, values in window.items()}
+                window.clear()
+                rates = {name: float(rate(step)) for name, rate in learning_rates.items()}
+                if log is not None:
+                    append_log(log, {"phase": title, "step": step + 1, **means, **rates})
+                bar.set_postfix(_postfix(means))
+    return state
+
+
+def _figures(info: StepInfo) -> dict[str, float]:
+    weights = info.weights.detach()
+    figures = {
+        "lower_loss": float(info.lower_loss),
+        "lower_grad_norm": float(info.lower_grad_norm),
+        "weights/mean": float(weights.mean()),
+        "weights/min": float(weights.min()),
+        "weights/max": float(weights.max()),
+        "weights/ess": effective_sample_size(weights) / max(1, weights.numel()),
+    }
+    if info.upper_loss is not None:
+        figures["upper_loss"] = float(info.upper_loss)
+    if info.hypergradient_norm is not None:
+        figures["hypergradient_norm"] = float(info.hypergradient_norm)
+    return figures
+
+
+def _postfix(means: Mapping[str, float]) -> dict[str, Any]:
+    shown = {"lower": means["lower_loss"]}
+    if "upper_loss" in means:
+        shown |= {
+            "upper": means["upper_loss"],
+            "weight": means["weights/mean"],
+            "ess": means["weights/ess"],
+        }
+    return {name: f"{value:.3f}" for name, value in shown.items()}
+
+
+def mean_over_visits(rows: int) -> tuple[Tensor, Tensor, Callable[[Tensor, Tensor], None]]:
+    """Sum of weights and number of visits per instance, and the function that adds a batch."""
+    total, visits = torch.zeros(rows), torch.zeros(rows, dtype=torch.int64)
+
+    def add(index: Tensor, weights: Tensor) -> None:
+        total.index_add_(0, index, weights.detach())
+        visits.index_add_(0, index, torch.ones_like(index))
+
+    return total, visits, add
