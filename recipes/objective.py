@@ -6,7 +6,7 @@ aggregate the step scores of a meta solution and compare with whether its answer
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 

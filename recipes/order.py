@@ -13,7 +13,7 @@ _EPOCH_STRIDE = 1_000_003  # keeps the seeds of (seed, epoch) pairs apart
 def epoch_order(rows: int, seed: int) -> Callable[[int, int], list[int]]:
     """Rows of any stretch of an endless sequence of shuffled epochs.
 
-    The returned function maps ``(start, count)`` to the rows at places start, ..., start + count - 1
+    The returned function maps ``(start, count)`` to the rows at places start to start + count - 1
     of the concatenation of one permutation per epoch: every row is visited once per epoch, and a
     batch may cross into the next epoch.
 
