@@ -8,16 +8,23 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from bilevel import ReweightingProblem
-from prm.losses import outcome_loss, step_cross_entropy
+from prm.aggregations import Aggregation
+from prm.losses import LossTarget, outcome_loss, step_cross_entropy
 from prm.model import PRM, step_logits
-from prm.scoring import aggregate
-from weighting import DomainTable, InstanceNet, InstanceTable, Weighting, step_features
+from prm.scoring import solution_scores, step_scores
+from weighting import (
+    DomainTable,
+    InstanceNet,
+    InstanceTable,
+    Weighting,
+    batch_mean_one,
+    step_features,
+)
 
 Params = Mapping[str, Tensor]
 Batch = Mapping[str, Tensor]
@@ -28,28 +35,26 @@ class Objective:
     """What is optimised, apart from how.
 
     Attributes:
-        prm: the model; its trainable parameters are passed in, not read from it.
-        frozen: parameters of the model that are not trained.
+        prm: the model; parameters that are trained are passed in, the others are its own.
         aggregation: step scores to solution score, for the meta loss.
         loss_target: "both" or "+" (``prm.losses.outcome_loss``).
-        weighting: how weights are made; None: all weights are 1.
+        weighting: how weights are made; None: ``batch["weights"]``, or 1 where there is none.
         features: names of Instance Net's features.
         reference: Instance Net also gets the features under ``batch["reference_probs"]``.
     """
 
     prm: PRM
-    frozen: Params
-    aggregation: Any
-    loss_target: Any
+    aggregation: Aggregation
+    loss_target: LossTarget
     weighting: Weighting | None
     features: tuple[str, ...] = ()
     reference: bool = False
 
     def per_example_loss(self, lower: Params, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """Mean cross-entropy over the labelled steps, [batch], and step probabilities."""
-        logits = step_logits(self.prm, {**self.frozen, **lower}, batch)
+        logits = step_logits(self.prm, lower, batch)
         losses = step_cross_entropy(logits, batch["labels"], batch["step_mask"])
-        return losses, {"step_probs": torch.sigmoid(logits[..., 0] - logits[..., 1])}
+        return losses, {"step_probs": step_scores(logits)}
 
     def weights(self, upper: Params, batch: Batch, features: Mapping[str, Tensor]) -> Tensor:
         """Weights [batch] of the examples of a batch."""
@@ -59,7 +64,9 @@ class Objective:
             return self.weighting.weights(dict(upper), batch["domain"])
         if isinstance(self.weighting, InstanceNet):
             return self.weighting.weights(dict(upper), *self.net_inputs(batch, features))
-        return torch.ones(len(batch["index"]))
+        if "weights" in batch:
+            return batch_mean_one(batch["weights"])
+        return torch.ones(len(batch["labels"]))
 
     def net_inputs(self, batch: Batch, features: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
         """Instance Net's features [batch, steps, features] and mask [batch, steps]."""
@@ -73,9 +80,8 @@ class Objective:
 
     def upper_loss(self, lower: Params, upper: Params, batch: Batch) -> Tensor:
         """Mean squared distance of aggregated scores from right answers, scalar."""
-        logits = step_logits(self.prm, {**self.frozen, **lower}, batch)
-        step_probs = torch.sigmoid(logits[..., 0] - logits[..., 1])
-        scores = aggregate(step_probs, batch["step_mask"], self.aggregation)
+        logits = step_logits(self.prm, lower, batch)
+        scores = solution_scores(logits, batch["step_mask"], self.aggregation)
         return outcome_loss(scores, batch["correct"], self.loss_target).mean()
 
     def problem(self) -> ReweightingProblem:

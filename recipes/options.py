@@ -63,6 +63,9 @@ class LowerOptions(PrmOptions):
 
     train_file: str = option(..., "JSONL with step labels")
     output_dir: str = option(..., "run directory; must not hold a run yet")
+    on_existing: Literal["refuse", "number"] = option(
+        "refuse", "when it holds a run: refuse, or append the next free number to its name"
+    )
     freeze: tuple[str, ...] = option(
         (), "name prefixes of modules that are not trained, for example vision_tower"
     )
@@ -145,6 +148,44 @@ class TrainOptions(LowerOptions):
     )
     direction_decay: float = option(0.9, "exponential average of the meta gradient; 0: none")
     rollback: bool = option(False, "redo the lower step with the updated weights")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateOptions(PrmOptions):
+    """Score a file of candidates with a model and select the best of each question."""
+
+    file: str = option(..., "JSONL of candidates with `group`, `answer` and `correct`")
+    output: str | None = option(None, "write the figures to this JSON file")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompareOptions:
+    """Every method and control of the embedded task, over several seeds."""
+
+    output_dir: str = option("results", "where compare.json is written")
+    work_dir: str = option("runs/compare", "where data sets and runs of each seed are kept")
+    seeds: int = option(3, "seeds 0, 1, ...; each has its own data set, test set included")
+    methods: tuple[str, ...] = option((), "rows to compute; default: all")
+    threads: int = option(0, "CPU threads of torch (0: all cores)")
+    progress: bool = option(True, "show progress bars")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataOptions:
+    """The embedded data set."""
+
+    out: str = option("data/embedded", "directory to write; must not exist")
+    seed: int = option(0, "fixes questions, pictures, mistakes and labels")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PretrainOptions:
+    """The tiny base model."""
+
+    out: str = option(..., "directory to write the model, tokenizer and image processor to")
+    seed: int = option(0, "fixes initial weights and data")
+    scale: float = option(1.0, "multiplies the number of steps of every stage")
+    threads: int = option(0, "CPU threads of torch (0: all cores)")
 
 
 def build_parser(

@@ -35,6 +35,17 @@ def create_run_directory(path: Path, options: Any) -> None:
     write_json(path / "env.json", environment())
 
 
+def free_directory(path: Path, on_existing: str) -> Path:
+    """``path``, or with "number" the first of path, path-2, path-3, ... that holds nothing yet."""
+    if on_existing == "refuse":
+        return path
+    number, candidate = 1, path
+    while candidate.exists() and (not candidate.is_dir() or any(candidate.iterdir())):
+        number += 1
+        candidate = path.with_name(f"{path.name}-{number}")
+    return candidate
+
+
 def environment() -> dict[str, Any]:
     """Versions and machine, for bug reports and for comparing runs."""
     import torch

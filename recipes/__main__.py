@@ -1,0 +1,70 @@
+"""The command line: ``bilevel-prm`` and ``python -m recipes``.
+
+Arguments are parsed before anything heavy is imported, so that ``--help`` answers at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from recipes.options import (
+    ColdStartOptions,
+    CompareOptions,
+    DataOptions,
+    EvaluateOptions,
+    OptionError,
+    PretrainOptions,
+    TrainOptions,
+    build_parser,
+    resolve,
+)
+
+_DESCRIPTION = "Train process reward models with instance weights learned by bilevel optimization."
+_COMMANDS = {
+    "cold-start": (ColdStartOptions, "short supervised pass over the noisy training data"),
+    "train": (TrainOptions, "bilevel training with instance weights, then evaluation"),
+    "evaluate": (EvaluateOptions, "score candidates with a trained model"),
+    "compare": (CompareOptions, "every method and control over several seeds, one table"),
+}
+_DATA_COMMANDS = {
+    "embedded": (DataOptions, "write the embedded data set"),
+    "pretrain-base": (PretrainOptions, "pretrain the tiny base model that ships with the package"),
+}
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The parser of the whole command."""
+    parser = argparse.ArgumentParser(prog="bilevel-prm", description=_DESCRIPTION)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="command")
+    for name, (options, text) in _COMMANDS.items():
+        command = commands.add_parser(name, help=text, description=text)
+        build_parser(command, options)
+        command.set_defaults(options=options)
+    data = commands.add_parser("data", help="make data", description="make data")
+    kinds = data.add_subparsers(dest="kind", required=True, metavar="kind")
+    for name, (options, text) in _DATA_COMMANDS.items():
+        command = kinds.add_parser(name, help=text, description=text)
+        build_parser(command, options, preset=False)
+        command.set_defaults(options=options)
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; returns its exit status (0 done, 1 the data or run is at fault, 2 usage)."""
+    given = vars(make_parser().parse_args(arguments))
+    name = " ".join(filter(None, (given.pop("command"), given.pop("kind", None))))
+    kind = given.pop("options")
+    try:
+        options = resolve(kind, given)
+    except OptionError as error:
+        print(f"bilevel-prm {name}: {error}", file=sys.stderr)
+        return 2
+    from recipes import commands
+
+    return commands.run(name, options)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,133 @@
+"""What each command does once its options are known, and how it fails."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from prm.schema import DataError
+from recipes.options import (
+    DataOptions,
+    EvaluateOptions,
+    OptionError,
+    PretrainOptions,
+)
+from recipes.training import NonFiniteError
+
+_INTERRUPTED = 130
+
+
+def run(name: str, options: Any) -> int:
+    """Run a command; returns the exit status.
+
+    Mistakes of the user (options, data) end in one line that says what to change, without a
+    traceback; mistakes of ours keep theirs.
+    """
+    try:
+        _COMMANDS[name](options)
+    except (OptionError, DataError, NonFiniteError, FileExistsError) as error:
+        print(f"bilevel-prm {name}: {error}", file=sys.stderr)
+        return 2 if isinstance(error, OptionError) else 1
+    except ModuleNotFoundError as error:
+        if "bilevel-prm[" not in str(error):
+            raise
+        print(f"bilevel-prm {name}: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print(
+            f"\nbilevel-prm {name}: interrupted; what was logged and saved so far is kept",
+            file=sys.stderr,
+        )
+        return _INTERRUPTED
+    return 0
+
+
+def _quiet() -> None:
+    """Leave the terminal to our own progress bars."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+
+
+def _cold_start(options: Any) -> None:
+    from recipes.runs import run_cold_start
+
+    _quiet()
+    run_cold_start(options)
+
+
+def _train(options: Any) -> None:
+    from recipes.runs import run_training
+
+    _quiet()
+    run_training(options)
+
+
+def _evaluate(options: EvaluateOptions) -> None:
+    from recipes.evaluation import evaluate, read_candidates, summary
+    from recipes.report import results_table
+    from recipes.run_directory import write_json
+    from recipes.session import load_model, set_up
+
+    _quiet()
+    set_up(options)
+    prm, params = load_model(options)
+    candidates = read_candidates(prm, options, options.file)
+    found = evaluate(prm, params, candidates, options)
+    size = max(map(len, candidates.groups))
+    results = {
+        **summary(
+            {
+                "pass@1": candidates.pass_at_one,
+                "self_consistency": candidates.majority,
+                "prm": found.selected,
+                f"pass@{size}": candidates.pass_at_n,
+            }
+        ),
+        "n_questions": len(candidates.groups),
+        "step_auc": found.step_auc,
+        "step_macro_f1": found.step_macro_f1,
+    }
+    print(results_table(results))
+    if options.output is not None:
+        write_json(Path(options.output), results)
+    else:
+        print(json.dumps({k: v for k, v in results.items() if k not in ("rows", "ci95")}))
+
+
+def _compare(options: Any) -> None:
+    from recipes.compare import compare
+
+    _quiet()
+    compare(options)
+
+
+def _data_embedded(options: DataOptions) -> None:
+    from recipes.embedded.build import build
+
+    rows = build(Path(options.out), seed=options.seed)
+    print(f"{options.out}: " + ", ".join(f"{name} {count}" for name, count in rows.items()))
+
+
+def _data_pretrain_base(options: PretrainOptions) -> None:
+    from recipes.embedded.pretrain import pretrain_base
+    from recipes.session import set_up
+
+    _quiet()
+    set_up(options)
+    accuracies = pretrain_base(Path(options.out), seed=options.seed, scale=options.scale)
+    print(json.dumps(accuracies))
+
+
+_COMMANDS: Mapping[str, Callable[[Any], None]] = {
+    "cold-start": _cold_start,
+    "train": _train,
+    "evaluate": _evaluate,
+    "compare": _compare,
+    "data embedded": _data_embedded,
+    "data pretrain-base": _data_pretrain_base,
+}

@@ -1,0 +1,147 @@
+"""From options to the pieces of a run: bound, weighting, optimizers, solver."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from bilevel import SGD, AdamW, BilevelSolver, LazyRowAdam, OneStep, WarmupCosine
+from bilevel.schedule import Constant
+from recipes.objective import Objective
+from recipes.options import LowerOptions, OptionError, TrainOptions
+from recipes.time_scale import TimeScale, distance_to_lower_bound, match_time_scale
+from weighting import (
+    Bound,
+    Clip,
+    DomainTable,
+    InstanceNet,
+    InstanceTable,
+    LeakyReLU,
+    Sigmoid,
+    Softplus,
+    Unbounded,
+    Weighting,
+)
+
+
+def make_bound(options: TrainOptions) -> Bound:
+    """The bound that the options name."""
+    return {
+        "clip": lambda: Clip(options.bound_low, options.bound_high),
+        "sigmoid": lambda: Sigmoid(options.bound_high),
+        "softplus": Softplus,
+        "leaky-relu": LeakyReLU,
+        "relu": lambda: LeakyReLU(0.0),
+        "none": Unbounded,
+    }[options.bound]()
+
+
+def make_weighting(options: TrainOptions, instances: int, domains: int) -> Weighting | None:
+    """The weighting that the options name; None for "none".
+
+    Raises:
+        OptionError: options that do not go together.
+    """
+    try:
+        bound = make_bound(options)
+        if options.weighting == "table":
+            return InstanceTable(instances, options.prior, bound, options.normalise)
+        if options.weighting == "domain":
+            return DomainTable(domains, bound)
+        if options.weighting == "net":
+            if options.normalise == "table":
+                raise ValueError("normalise table goes with weighting table; use batch or none")
+            labelled = sum(name != "label" for name in options.features)
+            inputs = len(options.features) + (labelled if options.reference_features else 0)
+            return InstanceNet(
+                inputs,
+                options.hidden,
+                options.layers,
+                options.prior,
+                bound,
+                normalise=options.normalise == "batch",
+            )
+    except ValueError as error:
+        raise OptionError(str(error)) from error
+    return None
+
+
+def lower_schedule(options: LowerOptions) -> Callable[[Any], Any]:
+    """Learning rate of every lower step."""
+    if options.lower_schedule == "constant":
+        return Constant(options.lower_lr)
+    warmup = round(options.lower_warmup * options.steps)
+    return WarmupCosine(options.lower_lr, warmup, options.steps)
+
+
+def lower_optimizer(options: LowerOptions) -> AdamW:
+    """AdamW of the lower level."""
+    return AdamW(
+        lower_schedule(options),
+        betas=options.lower_betas,
+        weight_decay=options.lower_weight_decay,
+        max_norm=options.lower_max_norm,
+    )
+
+
+def upper_steps(options: TrainOptions) -> int:
+    """How many upper steps the run takes."""
+    return max(0, options.steps - options.upper_start) // options.unroll_steps
+
+
+def upper_schedule(options: TrainOptions, peak: float) -> Callable[[Any], Any]:
+    """Learning rate of every upper step."""
+    if options.upper_schedule == "constant":
+        return Constant(peak)
+    return WarmupCosine(peak, 0, max(1, upper_steps(options)))
+
+
+def time_scale(options: TrainOptions, weighting: Weighting) -> TimeScale:
+    """How far the weights can travel in this run.
+
+    Raises:
+        OptionError: ``upper_lr`` is neither "auto" nor a number.
+    """
+    if options.upper_lr == "auto":
+        given = None
+    else:
+        try:
+            given = float(options.upper_lr)
+        except ValueError as error:
+            raise OptionError(
+                f"--upper-lr: expected auto or a number, found {options.upper_lr!r}"
+            ) from error
+    is_table = isinstance(weighting, InstanceTable)
+    return match_time_scale(
+        upper_lr=given,
+        upper_steps=upper_steps(options),
+        rows=weighting.size if is_table else 1,
+        rows_per_step=options.batch_size * options.accumulation if is_table else 1,
+        to_bound=distance_to_lower_bound(weighting.bound.range, weighting.bound.raw),
+        schedule_of=lambda peak: upper_schedule(options, peak),
+        optimizer=options.upper_optimizer,
+        betas=options.upper_betas,
+    )
+
+
+def upper_optimizer(options: TrainOptions, peak: float) -> Any:
+    """Optimizer of the upper level."""
+    schedule = upper_schedule(options, peak)
+    if options.upper_optimizer == "sgd":
+        return SGD(schedule)
+    kind = LazyRowAdam if options.upper_optimizer == "lazy-adam" else AdamW
+    return kind(schedule, betas=options.upper_betas, weight_decay=options.upper_weight_decay)
+
+
+def make_solver(options: TrainOptions, objective: Objective, upper_peak: float) -> BilevelSolver:
+    """The bilevel solver of a run."""
+    return BilevelSolver(
+        objective.problem(),
+        lower_optimizer(options),
+        upper_optimizer(options, upper_peak),
+        OneStep(route=options.route, order=options.order, direction_decay=options.direction_decay),
+        unroll_steps=options.unroll_steps,
+        accumulation=options.accumulation,
+        rollback=options.rollback,
+        upper_start=options.upper_start,
+    )

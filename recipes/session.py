@@ -1,0 +1,113 @@
+"""What every run starts with: threads and seed, the model, examples read and tokenised."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from prm import aggregations
+from prm.aggregations import Aggregation, AggregationName
+from prm.collate import Batch, Collator, EncodedExample
+from prm.model import PRM, load_prm, split_parameters
+from prm.prompt import SYSTEM_PROMPT
+from prm.reader import read_jsonl
+from prm.schema import StepExample
+from recipes.options import OptionError, PrmOptions
+
+AGGREGATIONS: Mapping[AggregationName, Aggregation] = {
+    "mean": aggregations.mean,
+    "min": aggregations.minimum,
+    "max": aggregations.maximum,
+    "last": aggregations.last,
+    "product": aggregations.product,
+    "log_mean": aggregations.log_mean,
+    "logit_mean": aggregations.logit_mean,
+}
+EMBEDDED_BASE = Path(__file__).parent / "assets" / "base"
+
+
+@dataclass(frozen=True)
+class Examples:
+    """A file of examples, tokenised once, and the collator that batches them."""
+
+    path: Path
+    encoded: Sequence[EncodedExample]
+    collator: Collator
+
+    def __len__(self) -> int:
+        return len(self.encoded)
+
+    @property
+    def examples(self) -> list[StepExample]:
+        """The examples themselves."""
+        return [row.example for row in self.encoded]
+
+    def batch(self, rows: Sequence[int]) -> Batch:
+        """The batch of the given rows."""
+        return self.collator([self.encoded[row] for row in rows])
+
+
+def set_up(options: Any) -> None:
+    """Threads and every global random state, from the options."""
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    torch.manual_seed(options.seed)
+    np.random.seed(options.seed % 2**32)
+    random.seed(options.seed)
+
+
+def load_model(
+    options: PrmOptions, freeze: Sequence[str] = (), path: str | None = None
+) -> tuple[PRM, dict[str, Tensor]]:
+    """The model and its trainable parameters, by name.
+
+    Raises:
+        OptionError: no such model, or ``freeze`` names no part of it.
+    """
+    name = path if path is not None else options.model
+    try:
+        prm = load_prm(EMBEDDED_BASE if name == "embedded" else name)
+    except (FileNotFoundError, OSError) as error:
+        raise OptionError(f"model {name}: {' '.join(str(error).split())}") from error
+    try:
+        trainable, _ = split_parameters(prm.model, freeze)
+    except ValueError as error:
+        raise OptionError(f"--freeze: {error}") from error
+    return prm, {name: tensor.clone() for name, tensor in trainable.items()}
+
+
+def read_examples(
+    prm: PRM,
+    options: PrmOptions,
+    path: str,
+    *,
+    index: Mapping[str, int] | None = None,
+    domains: Mapping[str, int] | None = None,
+    examples: Sequence[StepExample] | None = None,
+) -> Examples:
+    """Read a JSONL file (every image decoded once) and tokenise it for ``prm``.
+
+    Raises:
+        OptionError: no such file.
+        DataError: a record that cannot be used.
+    """
+    file = Path(path)
+    if not file.is_file():
+        raise OptionError(f"{path}: no such file; check the path, or write the data first")
+    if examples is None:
+        examples = read_jsonl(file, options.image_root, check_images=True)
+    collator = prm.collator(
+        context=options.context,
+        system_prompt=SYSTEM_PROMPT if options.system_prompt is None else options.system_prompt,
+        max_patches=options.max_patches,
+        index=index,
+        domains=domains,
+    )
+    return Examples(file, [collator.encode(example) for example in examples], collator)
