@@ -1,9 +1,17 @@
 """Putting small tensors end to end, so that an elementwise rule costs a few calls, not hundreds.
 
-An elementwise rule commutes with concatenation. On one CPU core, a TorchOpt AdamW step over 100
-tensors of 1,000 float32 entries takes 4.1 ms leaf by leaf and 0.4 ms in buckets
-(`torch.optim.AdamW`: 1.9 ms); beyond BUCKET_ENTRIES copying costs more than the calls saved
-(and falls out of the cache), so a large tensor is its own bucket, without a copy.
+An elementwise rule commutes with concatenation. A large tensor is a bucket of its own, without a
+copy; so temporaries are never larger than one bucket or one parameter. Measured for one AdamW
+step in float32 on one CPU core, in milliseconds (median):
+
+=========================  ==================  ======================  =========  ===========
+parameters                 torch.optim.AdamW   TorchOpt, leaf by leaf  `update`   `grads_vjp`
+=========================  ==================  ======================  =========  ===========
+100 of 100 entries         1.8                 4.0                     1.4        1.0
+100 of 1,000               1.9                 4.1                     1.7        1.3
+100 of 10,000              3.1                 7.6                     5.4        5.2
+10 of 1,000,000            18–35               46–70                   35–64      35
+=========================  ==================  ======================  =========  ===========
 """
 
 from __future__ import annotations
@@ -36,7 +44,8 @@ def bucket_indices(leaves: Column, keys: Sequence[Hashable | None]) -> list[list
         if entries + leaf.numel() > BUCKET_ENTRIES:
             closed.append(indices)
             indices, entries = [], 0
-        open_buckets[key] = ([*indices, index], entries + leaf.numel())
+        indices.append(index)
+        open_buckets[key] = (indices, entries + leaf.numel())
     return [*closed, *(indices for indices, _ in open_buckets.values())]
 
 
@@ -80,7 +89,7 @@ def _join(tensors: list[Tensor | None]) -> Tensor | None:
         raise AssertionError("a column mixes tensors and None within a bucket")
     if len(present) == 1:
         return present[0]
-    return torch.cat([tensor.reshape(-1) for tensor in present])
+    return torch.cat([t if t.dim() == 1 else t.reshape(-1) for t in present])
 
 
 def _split(output: Tensor, leaves: Column, indices: list[int], result: list[Tensor | None]) -> None:
@@ -90,4 +99,4 @@ def _split(output: Tensor, leaves: Column, indices: list[int], result: list[Tens
     shapes = [leaf.shape for index in indices if (leaf := leaves[index]) is not None]
     pieces = output.split([shape.numel() for shape in shapes])
     for index, piece, shape in zip(indices, pieces, shapes, strict=True):
-        result[index] = piece.view(shape)
+        result[index] = piece if len(shape) == 1 else piece.view(shape)

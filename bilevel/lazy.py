@@ -1,9 +1,8 @@
 """Adam for tables of which a step touches a few rows: the others are left exactly alone.
 
-Dense Adam keeps moving a row long after its last gradient (its first moment decays over some
-1/(1 − β₁) steps) and corrects its bias by everybody's step count. For a table with one entry
-per training example, visited once in many steps, each visit then moves an entry by about
-28 × lr (with the defaults, once warm) instead of about lr.
+Dense Adam keeps moving a row for some 1/(1 − β₁) steps after its last gradient, and its second
+moment fades between rare visits: with the defaults, one visit moves an entry of a table with one
+row per training example by about 32 × lr in all. Here it moves by about lr, at the visit.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ from bilevel.checks import require
 from bilevel.rules import adam_direction, add_decay, descend
 from bilevel.schedule import Schedule
 from bilevel.tree import Tree
-from bilevel.update import check_shapes, clip_scale
+from bilevel.update_point import check_shapes, clip_scale
 
 
 class LazyRowState(NamedTuple):
@@ -98,7 +97,7 @@ class LazyRowAdam:
         """
         leaves, structure = optree.tree_flatten(params, none_is_leaf=True)
         columns = [structure.flatten_up_to(column) for column in (grads, *state[1:])]
-        check_shapes(params, leaves, columns[0])
+        check_shapes(params, leaves, columns[0], "gradient")
         steps = int(state.steps)
         lr = self.lr(steps) if callable(self.lr) else self.lr
         scale = None

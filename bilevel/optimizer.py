@@ -18,7 +18,8 @@ from bilevel import rules, tree
 from bilevel.checks import require
 from bilevel.rules import Adaptive, Direction
 from bilevel.tree import Tree
-from bilevel.update import ElementwiseOptimizer, OptimizerState, UpdateCotangents, clip_scale
+from bilevel.update import ElementwiseOptimizer
+from bilevel.update_point import OptimizerState, UpdateCotangents, clip_scale
 
 __all__ = [
     "SGD",
@@ -99,11 +100,11 @@ class SGD(ElementwiseOptimizer):
         s: Tensor | None,
         steps: int,
         bars: Direction,
-        moments_too: bool,
+        all_inputs: bool,
     ) -> Direction:
         if m is None:
             return Direction(bars.step)
-        return rules.momentum_vjp(bars.step, bars.first_moment, self.momentum, self.nesterov)
+        return rules.momentum_vjp(bars, self.momentum, self.nesterov, all_inputs=all_inputs)
 
     def _predicted_gain(self, s: Tensor | None, count: int) -> float:
         return 1.0 + self.momentum if self.nesterov else 1.0
@@ -123,13 +124,11 @@ class _AdaptiveOptimizer(ElementwiseOptimizer):
         s: Tensor | None,
         steps: int,
         bars: Direction,
-        moments_too: bool,
+        all_inputs: bool,
     ) -> Direction:
         assert s is not None
-        coefficients = self._coefficients(steps)
-        if not moments_too:
-            return Direction(rules.adaptive_grads_vjp(g, m, s, bars.step, coefficients))
-        return rules.adaptive_vjp(g, m, s, *bars, coefficients)
+        rule = self._coefficients(steps)
+        return rules.adaptive_vjp(g, m, s, bars, rule, all_inputs=all_inputs)
 
     def _predicted_gain(self, s: Tensor | None, count: int) -> Tensor:
         assert s is not None

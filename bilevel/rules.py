@@ -16,6 +16,7 @@ Everything is elementwise: tensors are a parameter or several put end to end (`b
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -119,67 +120,56 @@ def adagrad_direction(grads: Tensor, second: Tensor, eps: float) -> Direction:
 
 
 def momentum_vjp(
-    step_bar: Tensor, first_bar: Tensor | None, momentum: float, nesterov: bool
+    bars: Direction, momentum: float, nesterov: bool, *, all_inputs: bool
 ) -> Direction:
-    """Return the cotangents of `momentum_direction`'s gradient (as `step`) and buffer."""
-    buffer_bar = momentum * step_bar if nesterov else step_bar
-    if first_bar is not None:
-        buffer_bar = buffer_bar + first_bar
-    grads_bar = buffer_bar + step_bar if nesterov else buffer_bar
-    return Direction(grads_bar, first_moment=momentum * buffer_bar)
+    """Return the cotangents of gradient (as `step`) and, if asked for, of the old buffer::
 
-
-def adaptive_grads_vjp(
-    grads: Tensor, first: Tensor | None, second: Tensor, step_bar: Tensor, rule: Adaptive
-) -> Tensor:
-    """Return (∂u/∂g)ᵀ ū, the cotangent of the gradient through direction and moments::
-
-        (∂u/∂g)ᵀ ū = ū/D · ( (1 − β₁)/c₁ − u · γ g / √(c₂ s') ),     D = √(s'/c₂) + ε
-
-    g/√s' is bounded by 1/√γ and is taken as 0 where s' = 0 (then g = 0 too, where |g| has the
-    symmetric derivative 0): finite everywhere, and (1 − β₁)/(c₁ ε) at g = 0 from a cold state.
+    m̄ = m̄' + ū, or m̄' + μ ū with Nesterov        ḡ = m̄, or m̄ + ū
     """
-    return _adaptive(grads, first, second, step_bar, rule)[0]
+    buffer_bar = momentum * bars.step if nesterov else bars.step
+    if bars.first_moment is not None:
+        buffer_bar = buffer_bar + bars.first_moment
+    grads_bar = buffer_bar + bars.step if nesterov else buffer_bar
+    return Direction(grads_bar, momentum * buffer_bar if all_inputs else None)
 
 
 def adaptive_vjp(
     grads: Tensor,
     first: Tensor | None,
     second: Tensor,
-    step_bar: Tensor,
-    first_bar: Tensor | None,
-    second_bar: Tensor | None,
+    bars: Direction,
     rule: Adaptive,
+    *,
+    all_inputs: bool,
 ) -> Direction:
-    """Return the cotangents of gradient (as `step`) and moments, for cotangents ū, m̄', s̄'.
+    """Return the cotangents of gradient (as `step`) and, if asked for, of the old moments.
 
-    ``∂u/∂s' = −u / (2 D √(c₂ s'))`` does not exist at s' = 0 and is taken as 0 there; as then
-    g = 0 and, in any state reached from a cold one, m' = 0, chained steps stay exact.
+    For cotangents ū, m̄', s̄' of direction and new moments, with D = √(s'/c₂) + ε::
+
+        m̄ = m̄' + ū / (c₁ D)              s̄ = s̄' − ū u / (2 D √(c₂ s'))
+        ḡ = (1 − β₁) m̄ + 2 γ g s̄         and β₁ m̄, β₂ s̄ for the old moments
+
+    Where s' = 0 the fraction in s̄ is taken as 0. There g = 0, so ḡ loses nothing: from a cold
+    state it is (1 − β₁) ū / (c₁ ε), the derivative of g/(|g| + ε). As m' = 0 there too in any
+    state that steps can reach, chained steps stay exact.
     """
-    grads_bar, ratio, product, inverse_root = _adaptive(grads, first, second, step_bar, rule)
-    first_total = ratio / rule.correction1
-    second_total = -0.5 * product * inverse_root
-    if first_bar is not None:
-        grads_bar = grads_bar + (1.0 - rule.beta1) * first_bar
-        first_total = first_total + first_bar
-    if second_bar is not None:
-        grads_bar = grads_bar + (2.0 * rule.gain) * grads * second_bar
-        second_total = second_total + second_bar
-    return Direction(grads_bar, rule.beta1 * first_total, rule.beta2 * second_total)
-
-
-def _adaptive(
-    grads: Tensor, first: Tensor | None, second: Tensor, step_bar: Tensor, rule: Adaptive
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return (∂u/∂g)ᵀ ū, ū/D, u ū/D and 1/√(c₂ s') (0 where s' = 0)."""
-    new_first = grads if first is None else first * rule.beta1 + grads * (1.0 - rule.beta1)
-    new_second = (second * rule.beta2).addcmul_(grads, grads, value=rule.gain)
-    root = (new_second / rule.correction2).sqrt_()
-    inverse_root = (root * rule.correction2).reciprocal_()
-    inverse_root.masked_fill_(new_second == 0.0, 0.0)
-    denominator = root.add_(rule.eps)
-    ratio = step_bar / denominator
-    product = (new_first / denominator).div_(rule.correction1).mul_(ratio)
-    curvature = (grads * inverse_root).mul_(product)
-    grads_bar = (ratio * ((1.0 - rule.beta1) / rule.correction1)).sub_(curvature, alpha=rule.gain)
-    return grads_bar, ratio, product, inverse_root
+    new_first = grads if first is None else torch.lerp(first, grads, 1.0 - rule.beta1)
+    root = (second * rule.beta2).addcmul_(grads, grads, value=rule.gain).sqrt_()  # √s'
+    inverse_root = root.reciprocal().masked_fill_(root == 0.0, 0.0)
+    # D √c₂, in the place of the root; the factors √c₂ are collected in `gain`.
+    scaled_denominator = root.add_(rule.eps * math.sqrt(rule.correction2))
+    gain = math.sqrt(rule.correction2) / rule.correction1
+    ratio = bars.step / scaled_denominator
+    bend = (new_first * inverse_root).div_(scaled_denominator).mul_(ratio)
+    if not all_inputs:
+        grads_bar = ratio.mul_((1.0 - rule.beta1) * gain)
+        return Direction(grads_bar.addcmul_(grads, bend, value=-rule.gain * gain))
+    first_bar, second_bar = ratio.mul_(gain), bend.mul_(-0.5 * gain)
+    if bars.first_moment is not None:
+        first_bar = first_bar + bars.first_moment
+    if bars.second_moment is not None:
+        second_bar = second_bar + bars.second_moment
+    grads_bar = (first_bar * (1.0 - rule.beta1)).addcmul_(grads, second_bar, value=2.0 * rule.gain)
+    return Direction(
+        grads_bar, None if first is None else first_bar * rule.beta1, second_bar * rule.beta2
+    )

@@ -4,7 +4,7 @@ For every leaf θ with gradient g (of all leaves together for the clip scale c):
 
     g₁ = c g                   c = min(1, max_norm / (‖g‖ + 1e-6)), or 1 without max_norm
     g₂ = g₁ + λ θ              L2 weight decay, or
-    u, moments' = rule(g₂, moments)
+    u, moments' = rule(g₂, moments)    (without L2 decay g₂ = g₁)
     θ' = θ − lr (u + λ θ)      decoupled weight decay
 
 The optimizers in `optimizer` add the rule and its hyperparameters.
@@ -13,7 +13,7 @@ The optimizers in `optimizer` add the rule and its hyperparameters.
 from __future__ import annotations
 
 from dataclasses import KW_ONLY, dataclass
-from typing import Any, ClassVar, NamedTuple, TypeAlias
+from typing import ClassVar
 
 import optree
 import torch
@@ -25,34 +25,19 @@ from bilevel.checks import require
 from bilevel.rules import Direction, add_decay, descend
 from bilevel.schedule import Schedule
 from bilevel.tree import Tree
-
-CLIP_EPS = 1e-6  # added to the norm, as in torch.nn.utils.clip_grad_norm_
-
-Leaves: TypeAlias = list[Tensor | None]
-
-
-class OptimizerState(NamedTuple):
-    """Steps taken (int64 scalar, kept on the CPU) and moments like the parameters, or None.
-
-    They are common to all leaves: a step in which a leaf has no gradient counts for it too.
-    """
-
-    steps: Tensor
-    first_moment: Tree
-    second_moment: Tree
-
-
-class UpdateCotangents(NamedTuple):
-    """Cotangents of the inputs of an update; `state` has its structure, with 0 steps."""
-
-    grads: Tree
-    state: OptimizerState
-    params: Tree
-
-
-def clip_scale(norm: Tensor, max_norm: float) -> Tensor:
-    """Return min(1, max_norm / (norm + 1e-6)), the factor of `clip_grad_norm_`; scalar."""
-    return torch.clamp(max_norm / (norm + CLIP_EPS), max=1.0)
+from bilevel.update_point import (
+    LeafKey,
+    Leaves,
+    OptimizerState,
+    UpdateCotangents,
+    UpdatePoint,
+    add_scale_path,
+    check_shapes,
+    clip_scale,
+    column,
+    filled,
+    or_else,
+)
 
 
 @dataclass(frozen=True)
@@ -107,7 +92,7 @@ class ElementwiseOptimizer:
         at = self._point(grads, state, params)
 
         def rule(
-            key: _Key, p: Tensor, g: Tensor, m: Tensor | None, s: Tensor | None
+            key: LeafKey, p: Tensor, g: Tensor, m: Tensor | None, s: Tensor | None
         ) -> tuple[Tensor | None, ...]:
             p_wide, g_rule = self._rule_inputs(at, key, p, g)
             step, m_new, s_new = self._direction(g_rule, m, s, at.steps)
@@ -116,7 +101,7 @@ class ElementwiseOptimizer:
             return descend(p_wide, step, at.lr).to(p.dtype), m_new, s_new
 
         new = map_buckets(rule, at.params, at.keys, [at.params, at.grads, *at.moments], 3)
-        new_params, *moments = _or_else(new, [at.params, *at.moments])
+        new_params, *moments = or_else(new, [at.params, *at.moments])
         return at.structure.unflatten(new_params), self._state(at, state.steps + 1, moments)
 
     def vjp(
@@ -147,13 +132,14 @@ class ElementwiseOptimizer:
             at = self._point(grads, state, params)
             first_bar, second_bar = (None, None) if state_bar is None else state_bar[1:]
             bars = [
-                _filled(at.structure, bar, values)
+                filled(at.structure, bar, values)
                 for bar, values in zip(
                     (params_bar, first_bar, second_bar), (at.params, *at.moments), strict=True
                 )
             ]
-            grads_bar, *others = self._pull_back(at, bars, moments_too=True)
-            new_bars, *moment_bars = _or_else(others, bars)
+            check_shapes(params, at.params, bars[0], "cotangent")
+            grads_bar, *others = self._pull_back(at, bars, all_inputs=True)
+            new_bars, *moment_bars = or_else(others, bars)
         return UpdateCotangents(
             grads=at.structure.unflatten(grads_bar),
             state=self._state(at, torch.zeros_like(state.steps), moment_bars),
@@ -168,8 +154,9 @@ class ElementwiseOptimizer:
         with torch.no_grad():
             at = self._point(grads, state, params)
             nothing: Leaves = [None] * len(at.params)
-            bars = [_filled(at.structure, params_bar, at.params), nothing, nothing]
-            return at.structure.unflatten(self._pull_back(at, bars, moments_too=False)[0])
+            bars = [filled(at.structure, params_bar, at.params), nothing, nothing]
+            check_shapes(params, at.params, bars[0], "cotangent")
+            return at.structure.unflatten(self._pull_back(at, bars, all_inputs=False)[0])
 
     def predicted_grads_vjp(self, state: OptimizerState, params: Tree, params_bar: Tree) -> Tree:
         """Return `grads_vjp` as far as it is known before the gradient of the step is.
@@ -177,15 +164,16 @@ class ElementwiseOptimizer:
         Exact for SGD. The adaptive optimizers use the second moment as it stands in `state`
         (bias-corrected by the steps it has seen) and leave out the term in which the gradient
         changes its own second moment. Entries whose second moment is 0, thus all of them in a
-        cold state, get plain ``−lr · params_bar``: their true factor, (1/lr) times anything
-        from 0 to 1/eps, hangs on the gradient to come. The clip scale is taken as 1.
+        cold state, get plain ``−lr · params_bar``: their true factor may be anything from nearly
+        0 to lr / eps, depending on the gradient to come. The clip scale is taken as 1.
         None leaves of `params_bar` stay None.
         """
         with torch.no_grad():
             structure = optree.tree_structure(params, none_is_leaf=True)
-            p_bars = structure.flatten_up_to(params_bar)
             leaves = structure.flatten_up_to(params)
-            seconds = _column(structure, state.second_moment, len(leaves))
+            p_bars = structure.flatten_up_to(params_bar)
+            check_shapes(params, leaves, p_bars, "cotangent")
+            seconds = column(structure, state.second_moment, len(leaves))
             count = int(state.steps)
             lr = self._lr(count)
 
@@ -211,7 +199,7 @@ class ElementwiseOptimizer:
         s: Tensor | None,
         steps: int,
         bars: Direction,
-        moments_too: bool,
+        all_inputs: bool,
     ) -> Direction:
         raise NotImplementedError
 
@@ -226,23 +214,23 @@ class ElementwiseOptimizer:
     def _lr(self, count: int) -> float | Tensor:
         return self.lr(count) if callable(self.lr) else self.lr
 
-    def _point(self, grads: Tree, state: OptimizerState, params: Tree) -> _Point:
+    def _point(self, grads: Tree, state: OptimizerState, params: Tree) -> UpdatePoint:
         leaves, structure = optree.tree_flatten(params, none_is_leaf=True)
         gradients = structure.flatten_up_to(grads)
-        check_shapes(params, leaves, gradients)
+        check_shapes(params, leaves, gradients, "gradient")
         count = int(state.steps)
         norm = scale = None
         if self.max_norm is not None:
             norm = tree.norm(grads) if self.differentiate_clip else tree.norm(grads).detach()
             scale = clip_scale(norm, self.max_norm)
         decays = self._decays(params, len(leaves))
-        return _Point(
+        return UpdatePoint(
             structure=structure,
             params=leaves,
             grads=gradients,
-            moments=[_column(structure, moment, len(leaves)) for moment in state[1:]],
+            moments=[column(structure, moment, len(leaves)) for moment in state[1:]],
             keys=[
-                None if p is None or g is None else _Key(p.dtype, g.dtype, p.device, decay)
+                None if p is None or g is None else LeafKey(p.dtype, g.dtype, p.device, decay)
                 for p, g, decay in zip(leaves, gradients, decays, strict=True)
             ],
             steps=count + 1,
@@ -251,19 +239,21 @@ class ElementwiseOptimizer:
             scale=scale,
         )
 
-    def _rule_inputs(self, at: _Point, key: _Key, p: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
+    def _rule_inputs(
+        self, at: UpdatePoint, key: LeafKey, p: Tensor, g: Tensor
+    ) -> tuple[Tensor, Tensor]:
         """Return parameters and clipped, L2-decayed gradients in the dtype of the update."""
         dtype = self.state_dtype or p.dtype
         p, g = p.to(dtype), g.to(dtype)
         if at.scale is not None:
-            g = g * at.scale.to(dtype)
+            g = g * at.scale.to(g)
         return p, g if self._decoupled else add_decay(g, p, key.decay)
 
-    def _pull_back(self, at: _Point, bars: list[Leaves], *, moments_too: bool) -> list[Leaves]:
-        """Return the cotangents of gradients, parameters and both moments (None if not asked)."""
+    def _pull_back(self, at: UpdatePoint, bars: list[Leaves], *, all_inputs: bool) -> list[Leaves]:
+        """Return the cotangents of gradients and, with `all_inputs`, parameters and moments."""
 
         def rule(
-            key: _Key,
+            key: LeafKey,
             p: Tensor,
             g: Tensor,
             m: Tensor | None,
@@ -275,98 +265,24 @@ class ElementwiseOptimizer:
             p_wide, g_rule = self._rule_inputs(at, key, p, g)
             p_bar = p_bar.to(p_wide.dtype)
             given = Direction(p_bar * -at.lr, m_bar, s_bar)
-            g_bar, *moment_bars = self._direction_vjp(g_rule, m, s, at.steps, given, moments_too)
-            p_bar_old = None
-            if moments_too and key.decay:
-                p_bar_old = p_bar + key.decay * (given.step if self._decoupled else g_bar)
-            elif moments_too:
-                p_bar_old = p_bar
+            g_bar, *moment_bars = self._direction_vjp(g_rule, m, s, at.steps, given, all_inputs)
+            old_bar = None
+            if all_inputs:
+                decayed_bar = given.step if self._decoupled else g_bar
+                old_bar = add_decay(p_bar, decayed_bar, key.decay).to(p.dtype)
             if at.scale is not None:
-                g_bar = g_bar * at.scale.to(g_bar.dtype)
-            if p_bar_old is not None:
-                p_bar_old = p_bar_old.to(p.dtype)
-            return g_bar.to(g.dtype), p_bar_old, *moment_bars
+                g_bar = g_bar * at.scale.to(g_bar)
+            return g_bar.to(g.dtype), old_bar, *moment_bars
 
         columns = [at.params, at.grads, *at.moments, *bars]
         new = map_buckets(rule, at.params, at.keys, columns, 4)
         if self.differentiate_clip and at.norm is not None and self.max_norm is not None:
-            new[0] = _through_scale(at, new[0], self.max_norm)
+            new[0] = add_scale_path(at, new[0], self.max_norm)
         return new
 
-    def _state(self, at: _Point, count: Tensor, moments: list[Leaves]) -> OptimizerState:
+    def _state(self, at: UpdatePoint, count: Tensor, moments: list[Leaves]) -> OptimizerState:
         first, second = (
             at.structure.unflatten(moment) if present else None
             for moment, present in zip(moments, self._moments(), strict=True)
         )
         return OptimizerState(count, first, second)
-
-
-class _Key(NamedTuple):
-    """What leaves must have in common to be updated together."""
-
-    dtype: torch.dtype
-    grad_dtype: torch.dtype
-    device: torch.device
-    decay: float
-
-
-class _Point(NamedTuple):
-    """Where an update happens: leaves in the parameters' order, and the step's scalars."""
-
-    structure: Any
-    params: Leaves
-    grads: Leaves
-    moments: list[Leaves]
-    keys: list[_Key | None]
-    steps: int
-    lr: float | Tensor
-    norm: Tensor | None
-    scale: Tensor | None
-
-
-def _column(structure: Any, values: Tree, size: int) -> Leaves:
-    """Return one value per leaf, Nones if there is no such tree."""
-    return [None] * size if values is None else structure.flatten_up_to(values)
-
-
-def _filled(structure: Any, bars: Tree, values: Leaves) -> Leaves:
-    """Return one cotangent per leaf: zeros where it is None, None where there is no value."""
-    return [
-        torch.zeros_like(value) if bar is None and value is not None else bar
-        for bar, value in zip(_column(structure, bars, len(values)), values, strict=True)
-    ]
-
-
-def _or_else(columns: list[Leaves], defaults: list[Leaves]) -> list[Leaves]:
-    """Return `columns` with each None replaced by its default (leaves without a gradient)."""
-    return [
-        [old if new is None else new for old, new in zip(olds, news, strict=True)]
-        for olds, news in zip(defaults, columns, strict=True)
-    ]
-
-
-def _through_scale(at: _Point, grads_bar: Leaves, max_norm: float) -> Leaves:
-    """Add what reaches the gradients through the clip scale c(‖g‖), where the clip is active.
-
-    With h = c ḡ₁ the cotangent for constant c: ``− g ⟨g, h⟩ / (‖g‖ (‖g‖ + 1e-6))``.
-    """
-    assert at.norm is not None
-    assert at.scale is not None
-    tiny = torch.finfo(at.norm.dtype).tiny
-    pull = tree.vdot(at.grads, grads_bar) / (at.norm.clamp(min=tiny) * (at.norm + CLIP_EPS))
-    pull = torch.where(max_norm / (at.norm + CLIP_EPS) < 1.0, pull, 0.0)
-    return [
-        None if bar is None or g is None else bar - g * pull.to(g.dtype)
-        for bar, g in zip(grads_bar, at.grads, strict=True)
-    ]
-
-
-def check_shapes(params: Tree, leaves: Leaves, grads: Leaves) -> None:
-    """Raise ValueError, naming the leaf, if a gradient has not its parameter's shape."""
-    for index, (leaf, grad) in enumerate(zip(leaves, grads, strict=True)):
-        if leaf is not None and grad is not None and leaf.shape != grad.shape:
-            name = tree.names(params, none_is_leaf=True)[index]
-            raise ValueError(
-                f"gradient of {name!r}: expected shape {tuple(leaf.shape)}, "
-                f"found {tuple(grad.shape)}"
-            )

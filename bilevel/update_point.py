@@ -1,0 +1,110 @@
+"""Where an update is taken: the optimizer's state, and the leaves and scalars of one step."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple, TypeAlias
+
+import torch
+from torch import Tensor
+
+from bilevel import tree
+from bilevel.tree import Tree
+
+CLIP_EPS = 1e-6  # added to the norm, as in torch.nn.utils.clip_grad_norm_
+
+Leaves: TypeAlias = list[Tensor | None]
+
+
+class OptimizerState(NamedTuple):
+    """Steps taken (int64 scalar, kept on the CPU) and moments like the parameters, or None.
+
+    They are common to all leaves: a step in which a leaf has no gradient counts for it too.
+    """
+
+    steps: Tensor
+    first_moment: Tree
+    second_moment: Tree
+
+
+class UpdateCotangents(NamedTuple):
+    """Cotangents of the inputs of an update; `state` has its structure, with 0 steps."""
+
+    grads: Tree
+    state: OptimizerState
+    params: Tree
+
+
+def clip_scale(norm: Tensor, max_norm: float) -> Tensor:
+    """Return min(1, max_norm / (norm + 1e-6)), the factor of `clip_grad_norm_`; scalar."""
+    return torch.clamp(max_norm / (norm + CLIP_EPS), max=1.0)
+
+
+class LeafKey(NamedTuple):
+    """What leaves must have in common to be updated together."""
+
+    dtype: torch.dtype
+    grad_dtype: torch.dtype
+    device: torch.device
+    decay: float
+
+
+class UpdatePoint(NamedTuple):
+    """Where an update happens: leaves in the parameters' order, and the step's scalars."""
+
+    structure: Any
+    params: Leaves
+    grads: Leaves
+    moments: list[Leaves]
+    keys: list[LeafKey | None]
+    steps: int
+    lr: float | Tensor
+    norm: Tensor | None
+    scale: Tensor | None
+
+
+def column(structure: Any, values: Tree, size: int) -> Leaves:
+    """Return one value per leaf, Nones if there is no such tree."""
+    return [None] * size if values is None else structure.flatten_up_to(values)
+
+
+def filled(structure: Any, bars: Tree, values: Leaves) -> Leaves:
+    """Return one cotangent per leaf: zeros where it is None, None where there is no value."""
+    return [
+        torch.zeros_like(value) if bar is None and value is not None else bar
+        for bar, value in zip(column(structure, bars, len(values)), values, strict=True)
+    ]
+
+
+def or_else(columns: list[Leaves], defaults: list[Leaves]) -> list[Leaves]:
+    """Return `columns` with each None replaced by its default (leaves without a gradient)."""
+    return [
+        [old if new is None else new for old, new in zip(olds, news, strict=True)]
+        for olds, news in zip(defaults, columns, strict=True)
+    ]
+
+
+def add_scale_path(at: UpdatePoint, grads_bar: Leaves, max_norm: float) -> Leaves:
+    """Add what reaches the gradients through the clip scale c(‖g‖), where the clip is active.
+
+    With h = c ḡ₁ the cotangent for constant c: ``− g ⟨g, h⟩ / (‖g‖ (‖g‖ + 1e-6))``.
+    """
+    assert at.norm is not None
+    assert at.scale is not None
+    tiny = torch.finfo(at.norm.dtype).tiny
+    pull = tree.vdot(at.grads, grads_bar) / (at.norm.clamp(min=tiny) * (at.norm + CLIP_EPS))
+    pull = torch.where(max_norm / (at.norm + CLIP_EPS) < 1.0, pull, 0.0)
+    return [
+        None if bar is None or g is None else bar - g * pull.to(g.dtype)
+        for bar, g in zip(grads_bar, at.grads, strict=True)
+    ]
+
+
+def check_shapes(params: Tree, leaves: Leaves, values: Leaves, what: str) -> None:
+    """Raise ValueError, naming the leaf, if a value (a `what`) has not its parameter's shape."""
+    for index, (leaf, value) in enumerate(zip(leaves, values, strict=True)):
+        if leaf is not None and value is not None and leaf.shape != value.shape:
+            name = tree.names(params, none_is_leaf=True)[index]
+            raise ValueError(
+                f"{what} of {name!r}: expected shape {tuple(leaf.shape)}, "
+                f"found {tuple(value.shape)}"
+            )
