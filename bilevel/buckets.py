@@ -2,15 +2,15 @@
 
 An elementwise rule commutes with concatenation. A large tensor is a bucket of its own, without a
 copy; so temporaries are never larger than one bucket or one parameter. Measured for one AdamW
-step in float32 on one CPU core, in milliseconds (median):
+step in float32 on one core of a shared CPU, milliseconds (range of medians over runs):
 
 =========================  ==================  ======================  =========  ===========
 parameters                 torch.optim.AdamW   TorchOpt, leaf by leaf  `update`   `grads_vjp`
 =========================  ==================  ======================  =========  ===========
-100 of 100 entries         1.8                 4.0                     1.4        1.0
-100 of 1,000               1.9                 4.1                     1.7        1.3
-100 of 10,000              3.1                 7.6                     5.4        5.2
-10 of 1,000,000            18–35               46–70                   35–64      35
+100 of 100 entries         1.7–1.9             3.8–4.3                 1.4        1.0
+100 of 1,000               1.9                 4.1–4.6                 1.7–1.9    1.3–1.6
+100 of 10,000              2.8–3.7             7.1–9.2                 5.4–9.7    5.0–6.3
+10 of 1,000,000            18–35               46–70                   35–64      35–60
 =========================  ==================  ======================  =========  ===========
 """
 
