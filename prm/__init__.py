@@ -1,0 +1,49 @@
+# ruff: noqa: F401 - the imports below are the public names
+"""Process reward models: step-labelled examples in, step scores and selections out.
+
+Names are imported when first used, so ``import prm`` loads neither torch nor transformers.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:  # the same names, for type checkers
+    from prm.collate import Batch, Collator, EncodedExample
+    from prm.losses import LossTarget, outcome_loss, step_cross_entropy
+    from prm.model import (
+        PRM,
+        load_prm,
+        make_prm,
+        save_prm,
+        split_parameters,
+        step_logits,
+    )
+    from prm.prompt import SYSTEM_PROMPT, Context, PromptEncoder
+    from prm.reader import read_jsonl, write_jsonl
+    from prm.schema import DataError, Step, StepExample
+    from prm.scoring import aggregate, score_examples, solution_scores, step_probs, step_scores
+
+_PUBLIC = {
+    "collate": ("Batch", "Collator", "EncodedExample"),
+    "losses": ("LossTarget", "outcome_loss", "step_cross_entropy"),
+    "model": ("PRM", "load_prm", "make_prm", "save_prm", "split_parameters", "step_logits"),
+    "prompt": ("SYSTEM_PROMPT", "Context", "PromptEncoder"),
+    "reader": ("read_jsonl", "write_jsonl"),
+    "schema": ("DataError", "Step", "StepExample"),
+    "scoring": ("aggregate", "score_examples", "solution_scores", "step_probs", "step_scores"),
+}
+_HOME = {name: module for module, names in _PUBLIC.items() for name in names}
+
+__all__ = sorted(_HOME)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'prm' has no attribute {name!r}")
+    return getattr(import_module(f"prm.{_HOME[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -1,0 +1,69 @@
+"""Step scores to solution scores: [..., steps] and a mask to [...].
+
+Every function takes step scores in [0, 1] and a boolean mask of the steps that exist, ignores what
+the mask hides (NaN included, in value and gradient), and returns NaN for a solution without steps.
+The names are those of the literature: VisualPRM takes the mean, Math-Shepherd the minimum, DreamPRM
+1.0 the sigmoid of the mean logit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+Aggregation = Callable[[Tensor, Tensor], Tensor]
+AggregationName = Literal["mean", "min", "max", "last", "product", "log_mean", "logit_mean"]
+"""Names of the functions below for a command line to map: "min" is ``minimum``, "max"
+``maximum``, all others are as they are written."""
+
+
+def mean(step_scores: Tensor, mask: Tensor) -> Tensor:
+    """Σ s_t / T."""
+    return _fill(step_scores, mask, 0.0).sum(-1) / mask.sum(-1)
+
+
+def minimum(step_scores: Tensor, mask: Tensor) -> Tensor:
+    """min_t s_t; the gradient is shared evenly among tied steps."""
+    return _known(_fill(step_scores, mask, torch.inf).amin(-1), mask)
+
+
+def maximum(step_scores: Tensor, mask: Tensor) -> Tensor:
+    """max_t s_t; the gradient is shared evenly among tied steps."""
+    return _known(_fill(step_scores, mask, -torch.inf).amax(-1), mask)
+
+
+def last(step_scores: Tensor, mask: Tensor) -> Tensor:
+    """s_T, the score of the last step that exists."""
+    place = torch.arange(mask.shape[-1], device=mask.device).expand(mask.shape)
+    chosen = torch.where(mask, place, 0).amax(-1, keepdim=True)
+    return _known(_fill(step_scores, mask, 0.0).gather(-1, chosen).squeeze(-1), mask)
+
+
+def product(step_scores: Tensor, mask: Tensor) -> Tensor:
+    """Π s_t: the probability that all steps are right, were they independent."""
+    return _known(_fill(step_scores, mask, 1.0).prod(-1), mask)
+
+
+def log_mean(step_scores: Tensor, mask: Tensor) -> Tensor:
+    """exp(Σ log s_t / T), the geometric mean; 0 counts as the smallest normal number."""
+    tiny = torch.finfo(step_scores.dtype).tiny
+    logs = _fill(step_scores, mask, 1.0).clamp(min=tiny).log()
+    return (logs.sum(-1) / mask.sum(-1)).exp()
+
+
+def logit_mean(step_scores: Tensor, mask: Tensor) -> Tensor:
+    """σ(Σ log(s_t / (1 − s_t)) / T); scores are kept one rounding unit away from 0 and 1."""
+    eps = torch.finfo(step_scores.dtype).eps
+    logits = _fill(step_scores, mask, 0.5).clamp(eps, 1 - eps).logit()
+    return (logits.sum(-1) / mask.sum(-1)).sigmoid()
+
+
+def _fill(step_scores: Tensor, mask: Tensor, value: float) -> Tensor:
+    return torch.where(mask, step_scores, value)
+
+
+def _known(scores: Tensor, mask: Tensor) -> Tensor:
+    return torch.where(mask.any(-1), scores, torch.nan)

@@ -1,0 +1,166 @@
+"""Image files to tiles: decode, tile with the image processor of transformers, keep what fits."""
+
+from __future__ import annotations
+
+import struct
+import zlib
+from collections import OrderedDict
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+
+from prm.schema import DataError
+
+_ORIENTATION = 274  # EXIF tag; 5 to 8 exchange width and height
+_DECODE_ERRORS = (
+    OSError,
+    SyntaxError,
+    ValueError,
+    EOFError,
+    IndexError,
+    struct.error,
+    zlib.error,
+    Image.DecompressionBombError,
+)
+_MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr", "HSV", "LAB", "La")
+
+
+def read_image(path: Path) -> Image.Image:
+    """Decode ``path`` completely, upright (EXIF orientation applied), as RGB.
+
+    Raises:
+        DataError: missing, truncated, not an image, or of more than 8 bits per channel (which
+            a conversion to RGB would clip without a word).
+    """
+    _check_exists(path)
+    try:
+        with Image.open(path) as image:
+            if image.mode not in _MODES:
+                raise DataError(
+                    expected="an image of 8 bits per channel",
+                    found=f"Pillow mode {image.mode!r}",
+                    file=path,
+                    remedy="convert it to 8-bit RGB or grey values first",
+                )
+            upright = ImageOps.exif_transpose(image)
+            if upright.mode == "P" and "transparency" in upright.info:
+                upright = upright.convert("RGBA")
+            return upright.convert("RGB")
+    except DataError:
+        raise
+    except _DECODE_ERRORS as error:
+        raise _unreadable(path, error) from error
+
+
+def image_size(path: Path) -> tuple[int, int]:
+    """(height, width) of the upright image, from the file's header.
+
+    Raises:
+        DataError: missing or not an image.
+    """
+    _check_exists(path)
+    try:
+        with Image.open(path) as image:
+            width, height = image.size
+            turned = image.getexif().get(_ORIENTATION, 1) in (5, 6, 7, 8)
+    except _DECODE_ERRORS as error:
+        raise _unreadable(path, error) from error
+    return (width, height) if turned else (height, width)
+
+
+class Tiler:
+    """Cuts images into tiles with a PIL image processor of the GotOcr2/InternVL kind.
+
+    The tiles of recently used files are kept, least recently used dropped first, up to
+    ``cache_bytes`` (float32: an image of 7 tiles of 448 x 448 pixels takes 17 MB). Data loader
+    workers each hold a cache of their own. A file that changes while the tiler lives is not reread.
+
+    Args:
+        image_processor: has ``get_number_of_image_patches`` and ``crop_to_patches``.
+        max_patches: most tiles per image, thumbnail apart; None: the processor's own number.
+        cache_bytes: limit of the tile cache; 0 keeps nothing.
+    """
+
+    def __init__(
+        self,
+        image_processor: Any,
+        *,
+        max_patches: int | None = None,
+        cache_bytes: int = 256 * 2**20,
+    ) -> None:
+        if not hasattr(image_processor, "get_number_of_image_patches"):
+            raise ValueError(
+                "expected an image processor that tiles (crop_to_patches), such as the one of "
+                f"InternVL checkpoints; found {type(image_processor).__name__}"
+            )
+        if max_patches is not None and max_patches < 1:
+            raise ValueError(f"expected max_patches >= 1, found {max_patches}")
+        self.image_processor = image_processor
+        most = image_processor.max_patches if max_patches is None else max_patches
+        # Checkpoints store crop_to_patches=False and leave it to InternVLProcessor to switch it on.
+        self._options = {
+            "crop_to_patches": True,
+            "min_patches": min(image_processor.min_patches, most),
+            "max_patches": most,
+        }
+        self._cache_bytes = cache_bytes
+        self._held_bytes = 0
+        self._cache: OrderedDict[Path, Tensor] = OrderedDict()
+        self._counts: dict[Path, int] = {}
+
+    def count(self, path: Path) -> int:
+        """Number of tiles of ``path``, thumbnail included, from the file's header."""
+        if path not in self._counts:
+            self._counts[path] = self.image_processor.get_number_of_image_patches(
+                *image_size(path), self._options
+            )
+        return self._counts[path]
+
+    def tiles(self, path: Path) -> Tensor:
+        """Pixel values [tiles, channels, height, width] of ``path``; do not write into them.
+
+        Raises:
+            DataError: the file cannot be decoded, or changed since it was counted.
+        """
+        if path in self._cache:
+            self._cache.move_to_end(path)
+            return self._cache[path]
+        processed = self.image_processor([read_image(path)], return_tensors="pt", **self._options)
+        tiles = torch.as_tensor(processed["pixel_values"])
+        if len(tiles) != self.count(path):
+            raise DataError(
+                expected=f"{self.count(path)} tiles, as counted when the example was encoded",
+                found=f"{len(tiles)}",
+                file=path,
+                remedy="do not change image files during a run",
+            )
+        size = tiles.nbytes
+        if size <= self._cache_bytes:
+            self._cache[path] = tiles
+            self._held_bytes += size
+            while self._held_bytes > self._cache_bytes:
+                self._held_bytes -= self._cache.popitem(last=False)[1].nbytes
+        return tiles
+
+
+def _check_exists(path: Path) -> None:
+    if not path.is_file():
+        raise DataError(
+            expected="an image file",
+            found="a folder" if path.is_dir() else "no such file",
+            file=path,
+            remedy="check the path and image_root",
+        )
+
+
+def _unreadable(path: Path, error: BaseException) -> DataError:
+    reason = " ".join(str(error).split()) or type(error).__name__
+    return DataError(
+        expected="a complete, readable image",
+        found=reason,
+        file=path,
+        remedy="replace or re-download the file",
+    )

@@ -1,0 +1,74 @@
+"""Per-example losses of both levels; where they are reduced is the caller's choice."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.nn.functional import logsigmoid
+
+LossTarget = Literal["both", "+"]
+
+
+def step_cross_entropy(step_logits: Tensor, labels: Tensor, mask: Tensor) -> Tensor:
+    """Lower-level loss: cross-entropy per step, averaged over the labelled steps.
+
+        ℓ_i = −1/|T_i| Σ_{t ∈ T_i} [ y_t log p₊ + (1 − y_t) log p₋ ]
+
+    Args:
+        step_logits: [batch, steps, 2], columns "+" and "-". Two-way: log p₊ = log σ(z₊ − z₋).
+        labels: [batch, steps] in [0, 1], soft labels included; NaN where there is none.
+        mask: [batch, steps], True where there is a step.
+
+    Returns:
+        [batch]. An example without a labelled step has loss 0 and gradient 0.
+    """
+    known = mask & ~labels.isnan()
+    labels = torch.where(known, labels, 0.5).to(step_logits.dtype)
+    difference = step_logits[..., 0] - step_logits[..., 1]
+    losses = -(labels * logsigmoid(difference) + (1 - labels) * logsigmoid(-difference))
+    return torch.where(known, losses, 0.0).sum(-1) / known.sum(-1).clamp(min=1)
+
+
+def outcome_loss(scores: Tensor, correct: Tensor, loss_target: LossTarget = "+") -> Tensor:
+    """Upper-level loss: squared distance of the aggregated score from what it should be.
+
+    With S₊ = A(p₊), S₋ = A(p₋) and c = 1 for a right answer, 0 for a wrong one:
+
+        "+":     (S₊ − c)²
+        "both":  (S₊ − 1)² where c = 1, (S₋ − 1)² where c = 0
+
+    as in DreamPRM-1.5 (arXiv 2509.05542). With two-way probabilities and the mean they are the same
+    function, since S₋ = 1 − S₊; with other aggregations or the full vocabulary they are not.
+
+    Args:
+        scores: [batch, 2], columns S₊ and S₋ (``prm.scoring.solution_scores``); [batch], S₊ alone,
+            will do for "+".
+        correct: [batch], 1 or 0; NaN (unknown) gives NaN.
+        loss_target: "+" or "both".
+
+    Returns:
+        [batch].
+
+    Raises:
+        ValueError: shapes or ``loss_target`` are none of these.
+    """
+    if loss_target not in ("both", "+"):
+        raise ValueError(f'expected loss_target "both" or "+", found {loss_target!r}')
+    if scores.shape not in ((*correct.shape, 2), correct.shape):
+        raise ValueError(
+            f"expected scores [batch, 2] or [batch] with correct [batch], found "
+            f"{tuple(scores.shape)} and {tuple(correct.shape)}"
+        )
+    correct = correct.to(scores.dtype)
+    alone = scores.shape == correct.shape
+    if loss_target == "+":
+        return ((scores if alone else scores[..., 0]) - correct) ** 2
+    if alone:
+        raise ValueError(
+            'expected scores [batch, 2] for loss_target "both", found [batch]; use '
+            "prm.scoring.solution_scores"
+        )
+    right = torch.where(correct == 1, scores[..., 0], scores[..., 1])
+    return torch.where(correct.isnan(), torch.nan, (right - 1) ** 2)

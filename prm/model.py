@@ -1,0 +1,243 @@
+"""The judge: a transformers model, its tokenizer and image processor, and its step logits."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from prm.collate import Collator
+from prm.tokens import ImageTokens, image_tokens, label_tokens
+
+Params = dict[str, Tensor]
+
+
+@dataclass(frozen=True, eq=False)
+class PRM:
+    """A process reward model. Parameters are passed to functions beside it, as a dict by name.
+
+    Attributes:
+        model: ``AutoModelForImageTextToText`` or ``AutoModelForCausalLM``; its own parameters do
+            not require gradients and stay as loaded.
+        tokenizer: fast tokenizer with a chat template.
+        image_processor: PIL image processor; None for a text-only model.
+        image_tokens: how images stand in the text; None for a text-only model.
+        plus_id: token id of "+".
+        minus_id: token id of "-".
+    """
+
+    model: Any
+    tokenizer: Any
+    image_processor: Any
+    image_tokens: ImageTokens | None
+    plus_id: int
+    minus_id: int
+
+    def collator(self, **options: Any) -> Collator:
+        """A ``Collator`` for this model; ``options`` are those of ``Collator``."""
+        text_config = self.model.config.get_text_config()
+        longest = getattr(text_config, "max_position_embeddings", None)
+        options.setdefault("max_length", longest)
+        return Collator(self.tokenizer, self.image_processor, self.image_tokens, **options)
+
+
+def load_prm(
+    path_or_name: str | Path,
+    *,
+    dtype: torch.dtype = torch.float32,
+    attn_implementation: str | None = None,
+) -> PRM:
+    """Load a checkpoint folder or a hub name; remote code is never run.
+
+    Args:
+        path_or_name: what ``from_pretrained`` takes; needs model, tokenizer and, for a model that
+            sees images, image processor.
+        dtype: of the parameters. float32 keeps small updates that bfloat16 would round away.
+        attn_implementation: "eager", "sdpa", ...; None: transformers' choice.
+
+    Raises:
+        FileNotFoundError: ``path_or_name`` looks like a local path and does not exist.
+        ValueError: the checkpoint cannot serve as a process reward model; says why.
+    """
+    from transformers import (
+        AutoConfig,
+        AutoImageProcessor,
+        AutoModelForCausalLM,
+        AutoModelForImageTextToText,
+        AutoTokenizer,
+    )
+    from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+
+    name = str(path_or_name)
+    local = Path(path_or_name)
+    if not local.exists() and (isinstance(path_or_name, Path) or name.startswith((".", "/", "~"))):
+        raise FileNotFoundError(f"expected a checkpoint folder at {name}, found nothing there")
+    config = AutoConfig.from_pretrained(name)
+    sees = type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+    model_class = AutoModelForImageTextToText if sees else AutoModelForCausalLM
+    model = model_class.from_pretrained(name, dtype=dtype, attn_implementation=attn_implementation)
+    tokenizer = AutoTokenizer.from_pretrained(name)
+    image_processor = AutoImageProcessor.from_pretrained(name, backend="pil") if sees else None
+    return make_prm(model, tokenizer, image_processor)
+
+
+def make_prm(model: Any, tokenizer: Any, image_processor: Any = None) -> PRM:
+    """A ``PRM`` of parts that exist already.
+
+    Sets the model to evaluation mode (no dropout) and its parameters to not require gradients:
+    gradients flow to the parameters that are passed to ``step_logits``.
+
+    Raises:
+        ValueError: "+" or "-" is not one token, the image tokens are not known, or the model does
+            more than apply its head to the last hidden state.
+    """
+    labels = label_tokens(tokenizer)
+    model.eval().requires_grad_(False)
+    _check_head(model)
+    return PRM(
+        model=model,
+        tokenizer=tokenizer,
+        image_processor=image_processor,
+        image_tokens=None if image_processor is None else image_tokens(tokenizer, model.config),
+        plus_id=labels.plus_id,
+        minus_id=labels.minus_id,
+    )
+
+
+def save_prm(prm: PRM, params: Mapping[str, Tensor], directory: str | Path) -> None:
+    """Write a folder that plain transformers ``from_pretrained`` loads.
+
+    Args:
+        prm: model, tokenizer and image processor.
+        params: values by parameter name; parameters that are not named keep the model's values.
+            Written in the dtype of ``prm.model``, which is not changed.
+        directory: must not exist or be empty; appears only when complete.
+
+    Raises:
+        FileExistsError: ``directory`` holds something.
+        ValueError: a name that is no parameter of the model.
+    """
+    directory = Path(directory)
+    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
+        raise FileExistsError(f"{directory} exists and is not empty; remove it or choose another")
+    unfinished = directory.with_name(f".{directory.name}.{os.getpid()}.unfinished")
+    state = prm.model.state_dict()
+    for name, aliases in _named_tensors(prm.model, params).items():
+        for alias in aliases:
+            state[alias] = params[name].detach().to(state[alias].dtype)
+    try:
+        prm.model.save_pretrained(unfinished, state_dict=state)
+        prm.tokenizer.save_pretrained(unfinished)
+        if prm.image_processor is not None:
+            prm.image_processor.save_pretrained(unfinished)
+        os.replace(unfinished, directory)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def split_parameters(model: nn.Module, freeze: Sequence[str] = ()) -> tuple[Params, Params]:
+    """(trainable, frozen) parameters of ``model`` by name, detached, each tensor once.
+
+    Args:
+        model: the model, such as ``prm.model``.
+        freeze: parts to freeze by dotted name, from any level: "vision_tower" freezes
+            ``model.vision_tower.*``, "language_model.layers.0" one layer. A tensor with several
+            names (tied head) goes by its first name and is frozen if any of its names is.
+
+    Raises:
+        ValueError: an entry of ``freeze`` names nothing in the model.
+    """
+    trainable: Params = {}
+    frozen: Params = {}
+    used: set[str] = set()
+    for names, parameter in _aliases(model):
+        hits = {part for part in freeze for name in names if f".{part}." in f".{name}."}
+        used |= hits
+        (frozen if hits else trainable)[names[0]] = parameter.detach()
+    unused = [part for part in freeze if part not in used]
+    if unused:
+        parts = sorted({name.rpartition(".")[0] for names, _ in _aliases(model) for name in names})
+        raise ValueError(
+            f"expected names of parts of the model, found {', '.join(map(repr, unused))}; "
+            f"its parts are {', '.join(parts[:12])}{', ...' if len(parts) > 12 else ''}"
+        )
+    return trainable, frozen
+
+
+def step_logits(
+    prm: PRM, params: Mapping[str, Tensor], batch: Mapping[str, Tensor], *, full_vocab: bool = False
+) -> Tensor:
+    """Logits of "+" and "-" at every step: one forward pass, the head only where it is read.
+
+    Args:
+        prm: the model.
+        params: values by parameter name; parameters that are not named keep the model's values.
+        batch: of ``Collator``.
+        full_vocab: normalise over the whole vocabulary (log-probabilities of the two labels), as
+            DreamPRM-1.5 does, instead of leaving the two logits as they are.
+
+    Returns:
+        [batch, steps, 2], columns "+" and "-", float32 or the model's dtype if wider. Padded
+        steps hold finite values without meaning; ``batch["step_mask"]`` tells them apart.
+    """
+    logits = functional_call(
+        _StepHead(prm.model), {f"model.{name}": value for name, value in params.items()}, (batch,)
+    )
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    if full_vocab:
+        logits = logits.log_softmax(-1)
+    return logits[..., [prm.plus_id, prm.minus_id]]
+
+
+class _StepHead(nn.Module):
+    """Base model, then the head at the label positions, as one module for ``functional_call``."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, batch: Mapping[str, Tensor]) -> Tensor:
+        inputs = ("input_ids", "attention_mask", "position_ids", "pixel_values")
+        hidden = self.model.base_model(
+            **{name: batch[name] for name in inputs if name in batch}, use_cache=False
+        ).last_hidden_state  # [batch, seq, hidden]
+        read = torch.take_along_dim(hidden, batch["label_positions"][..., None], dim=1)
+        return self.model.get_output_embeddings()(read)  # [batch, steps, vocab]
+
+
+def _check_head(model: Any) -> None:
+    """Refuse models that do more to a hidden state than the head (logit scaling, soft caps)."""
+    ids = torch.zeros(1, 2, dtype=torch.long, device=model.device)
+    with torch.no_grad():
+        whole = model(input_ids=ids, use_cache=False).logits
+        head = model.get_output_embeddings()
+        direct = head(model.base_model(input_ids=ids, use_cache=False).last_hidden_state)
+    if not torch.equal(whole, direct):
+        raise ValueError(
+            f"expected a model whose logits are its head applied to its last hidden state; "
+            f"{type(model).__name__} changes them further; such models are not supported"
+        )
+
+
+def _aliases(model: nn.Module) -> list[tuple[list[str], Tensor]]:
+    """Every parameter with all its names, in the model's order."""
+    by_identity: dict[int, tuple[list[str], Tensor]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        by_identity.setdefault(id(parameter), ([], parameter))[0].append(name)
+    return list(by_identity.values())
+
+
+def _named_tensors(model: nn.Module, params: Mapping[str, Tensor]) -> dict[str, list[str]]:
+    """For every name in ``params``, all names of that tensor."""
+    aliases = {name: names for names, _ in _aliases(model) for name in names}
+    unknown = [name for name in params if name not in aliases]
+    if unknown:
+        raise ValueError(f"expected names of parameters of the model, found {unknown[0]!r}")
+    return {name: aliases[name] for name in params}

@@ -1,0 +1,275 @@
+"""The multi-turn layout in which a solution is judged, and where each judgement is read off.
+
+    system:     what to do
+    user:       <images> ### Question: ... ### Solution Process: <first step>
+    assistant:  + or -
+    user:       <second step>
+    assistant:  + or -          ...
+
+This is the layout of VisualPRM (arXiv 2503.10291). The turns are rendered by the tokenizer's own
+chat template. The label of step k is predicted at the token *before* the k-th assistant slot, so
+the sequence stops there for the last step: nothing behind it can change a score.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import torch
+from jinja2 import TemplateError
+from torch import Tensor
+
+from prm.schema import DataError, Step, StepExample
+from prm.tokens import ImageTokens, label_tokens
+
+SYSTEM_PROMPT = (
+    "You are a strict and careful judge of solutions to problems with pictures. The first turn "
+    "gives the question and the first step of a solution; every further turn gives the next step. "
+    "Look at the picture, follow the reasoning, and judge the newest step in the light of "
+    "everything before it: is what it reads off the picture true, is its calculation or inference "
+    "valid, and does it still lead to the right answer? Reply to every turn with one symbol and "
+    'nothing else: "+" if the step is right, "-" if it is wrong.'
+)
+"""System instruction used when no other is given."""
+
+Context = Literal["plus", "gold", "masked"]
+"""What stands in the assistant slots of earlier steps: "+" always (as when nothing is known),
+the step's gold label ("-" below 0.5; "+" where there is none), or the tokenizer's padding token,
+which says nothing."""
+
+_SLOT = "\ue000"  # private-use character that marks an assistant slot in the rendered template
+
+
+class PromptEncoder:
+    """Examples to token ids and label positions.
+
+    Args:
+        tokenizer: a fast tokenizer with a chat template.
+        image_tokens: None for a model that takes no images.
+        context: what stands in earlier assistant slots; use the same to train and to score.
+        system_prompt: text of the system turn; None: no system turn.
+        max_length: longest sequence that is accepted; None: any.
+
+    Raises:
+        ValueError: the tokenizer or its template cannot carry this layout.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Any,
+        *,
+        image_tokens: ImageTokens | None = None,
+        context: Context = "plus",
+        system_prompt: str | None = SYSTEM_PROMPT,
+        max_length: int | None = None,
+    ) -> None:
+        if not getattr(tokenizer, "is_fast", False):
+            raise ValueError(
+                f"expected a fast tokenizer (label tokens are located by their place in the text), "
+                f"found {type(tokenizer).__name__}"
+            )
+        if not tokenizer.chat_template:
+            raise ValueError(
+                "expected a tokenizer with a chat template, found none; set "
+                "tokenizer.chat_template to the one the model was trained with"
+            )
+        if context not in ("plus", "gold", "masked"):
+            raise ValueError(f"expected context 'plus', 'gold' or 'masked', found {context!r}")
+        if context == "masked" and tokenizer.pad_token is None:
+            raise ValueError(
+                "expected a tokenizer with a padding token for context='masked', found none; set "
+                "tokenizer.pad_token or choose another context"
+            )
+        self.tokenizer = tokenizer
+        self.labels = label_tokens(tokenizer)
+        self.image_tokens = image_tokens
+        self.context = context
+        self.system_prompt = system_prompt
+        self.max_length = max_length
+        self._structure = self._check_template()
+
+    def messages(self, example: StepExample) -> list[dict[str, str]]:
+        """The conversation of an example, with what ``context`` puts into the assistant slots."""
+        return self._turns(example, [self._slot(step.label) for step in example.steps])
+
+    def text(self, example: StepExample) -> str:
+        """The rendered conversation up to the last scored position; images unexpanded."""
+        pieces = self._pieces(example)
+        slots = [self._slot(step.label) for step in example.steps[:-1]]
+        return "".join(a + b for a, b in zip(pieces, [*slots, ""], strict=True))
+
+    def encode(
+        self, example: StepExample, tile_counts: Sequence[int] = ()
+    ) -> tuple[Tensor, Tensor]:
+        """Token ids and label positions.
+
+        Args:
+            example: the example.
+            tile_counts: number of tiles of each of its images.
+
+        Returns:
+            ``input_ids`` [seq] (int32; images expanded) and ``label_positions`` [steps] (long):
+            the logits at position ``label_positions[k]`` predict the label of step k.
+
+        Raises:
+            DataError: the example cannot be laid out: text that imitates the template, images for
+                a model without, too long.
+        """
+        if len(tile_counts) != len(example.images):
+            raise ValueError(
+                f"expected one tile count per image of example {example.id!r} "
+                f"({len(example.images)}), found {len(tile_counts)}"
+            )
+        pieces = self._pieces(example)
+        slots = [self._slot(step.label) for step in example.steps]
+        encoding = self.tokenizer(
+            "".join(piece + slot for piece, slot in zip(pieces, slots, strict=True)),
+            add_special_tokens=False,
+        )
+        ids = encoding["input_ids"]
+        positions = []
+        start = 0
+        for place, (piece, slot) in enumerate(zip(pieces, slots, strict=True)):
+            start += len(piece)
+            token = encoding.char_to_token(start)
+            if not token or ids[token] != self._slot_id(slot):
+                raise DataError(
+                    expected=f"the label {slot!r} to be a token of its own, after another token",
+                    found=f"{self.tokenizer.convert_ids_to_tokens(ids[token or 0])!r}",
+                    example=example.id,
+                    field=f"steps[{place}]",
+                    remedy="use a tokenizer and chat template that keep label and turn apart",
+                )
+            positions.append(token - 1)
+            start += len(slot)
+        return self._expand(example, ids[: positions[-1] + 1], positions, tile_counts)
+
+    def _expand(
+        self, example: StepExample, ids: list[int], positions: list[int], tile_counts: Sequence[int]
+    ) -> tuple[Tensor, Tensor]:
+        """Replace each image placeholder by start, context x tiles, end; move positions along."""
+        if self.image_tokens is not None and tile_counts:
+            image = self.image_tokens
+            places = [place for place, token in enumerate(ids) if token == image.context_id]
+            if len(places) != len(tile_counts):
+                raise DataError(
+                    expected=f"{len(tile_counts)} image placeholders after tokenisation",
+                    found=f"{len(places)}",
+                    example=example.id,
+                    remedy=f"check that the tokenizer holds {image.context!r} as a special token",
+                )
+            # Placeholders stand in the first turn, so every label position is behind all of them.
+            for place, tiles in zip(reversed(places), reversed(tile_counts), strict=True):
+                span = [image.start_id, *[image.context_id] * image.per_tile * tiles, image.end_id]
+                ids[place : place + 1] = span
+                positions = [position + len(span) - 1 for position in positions]
+        if self.max_length is not None and len(ids) > self.max_length:
+            raise DataError(
+                expected=f"at most {self.max_length} tokens",
+                found=f"{len(ids)}",
+                example=example.id,
+                remedy="lower max_patches, shorten the solution, or raise max_length",
+            )
+        return torch.tensor(ids, dtype=torch.int32), torch.tensor(positions)
+
+    def _turns(self, example: StepExample, slots: Sequence[str]) -> list[dict[str, str]]:
+        images = ""
+        if example.images:
+            if self.image_tokens is None:
+                raise DataError(
+                    expected="an example without images (the model takes none)",
+                    found=f"{len(example.images)}",
+                    example=example.id,
+                    field="images",
+                    remedy="use an image-text-to-text model",
+                )
+            images = f"{self.image_tokens.context}\n" * len(example.images)
+        opening = f"{images}### Question:\n{example.question}\n\n### Solution Process:\n"
+        turns = []
+        if self.system_prompt is not None:
+            turns.append({"role": "system", "content": self.system_prompt})
+        for place, (step, slot) in enumerate(zip(example.steps, slots, strict=True)):
+            text = step.text if place else opening + step.text
+            turns.append({"role": "user", "content": text})
+            turns.append({"role": "assistant", "content": slot})
+        return turns
+
+    def _pieces(self, example: StepExample) -> list[str]:
+        """The rendered text before each assistant slot, since the slot before."""
+        for field, text in _texts(example):
+            for token in self._structure:
+                if token in text:
+                    raise DataError(
+                        expected="text without the tokens that the chat template is made of",
+                        found=repr(token),
+                        example=example.id,
+                        field=field,
+                        remedy="remove it or write it differently",
+                    )
+        pieces = self._render(self._turns(example, [_SLOT] * len(example.steps))).split(_SLOT)
+        if len(pieces) != len(example.steps) + 1:
+            raise DataError(
+                expected=f"{len(example.steps)} scored positions, one per step",
+                found=f"{len(pieces) - 1}",
+                example=example.id,
+                remedy="use a chat template that renders every assistant turn once",
+            )
+        return pieces[:-1]
+
+    def _slot(self, label: float | None) -> str:
+        if self.context == "masked":
+            return self.tokenizer.pad_token
+        if self.context == "gold" and label is not None:
+            return "+" if label >= 0.5 else "-"
+        return "+"
+
+    def _slot_id(self, slot: str) -> int:
+        if self.context == "masked":
+            return self.tokenizer.pad_token_id
+        return self.labels.plus_id if slot == "+" else self.labels.minus_id
+
+    def _render(self, turns: list[dict[str, str]], *, generate: bool = False) -> str:
+        return self.tokenizer.apply_chat_template(
+            turns, tokenize=False, add_generation_prompt=generate
+        )
+
+    def _check_template(self) -> tuple[str, ...]:
+        """Check that turns do not change when turns are added; returns the structure's tokens.
+
+        Then the text before a slot is what a chat would show just before the model answers.
+        """
+        probe = StepExample("probe", "q", (), (Step("first"), Step("second"), Step("third")))
+        turns = self._turns(probe, [_SLOT] * 3)
+        try:
+            whole = self._render(turns)
+            pieces = whole.split(_SLOT)
+            before = [
+                self._render(turns[:-place], generate=True)
+                for place in (5, 3, 1)  # up to the first, second, third user turn
+            ]
+        except TemplateError as error:
+            raise ValueError(
+                f"expected a chat template for system, user and assistant turns; it refused: "
+                f"{error}; try system_prompt=None, or another tokenizer.chat_template"
+            ) from error
+        for steps, prompt in enumerate(before, start=1):
+            if len(pieces) != 4 or _SLOT.join(pieces[:steps]) != prompt:
+                raise ValueError(
+                    "expected a chat template that leaves earlier turns as they are when turns "
+                    f"are added and ends with the assistant's header; before step {steps} it "
+                    f"renders {prompt[-80:]!r} when it generates, but "
+                    f"{_SLOT.join(pieces[:steps])[-80:]!r} in the whole conversation; set "
+                    "tokenizer.chat_template to one without such rules"
+                )
+        added = self.tokenizer.added_tokens_decoder.values()
+        special = {token.content for token in added if token.special and token.content in whole}
+        if self.image_tokens is not None:
+            image = self.image_tokens
+            special |= {image.start, image.end, image.context}
+        return (_SLOT, *sorted(special))
+
+
+def _texts(example: StepExample) -> list[tuple[str, str]]:
+    steps = [(f"steps[{place}].text", step.text) for place, step in enumerate(example.steps)]
+    return [("question", example.question), *steps]

@@ -1,0 +1,102 @@
+"""What an example is: a question, its images, and the steps of one solution with their labels."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Step:
+    """One step of a solution.
+
+    Attributes:
+        text: what the step says.
+        label: probability in [0, 1] that the step is right: 1.0 for "+", 0.0 for "-", in between
+            for soft (Monte Carlo) labels; None where nobody judged it.
+    """
+
+    text: str
+    label: float | None = None
+
+
+@dataclass(frozen=True)
+class StepExample:
+    """One solution of one question.
+
+    Attributes:
+        id: unique within a file; instance weights are stored under it.
+        question: text of the question.
+        images: image files, in the order in which the model sees them.
+        steps: the solution, at least one step.
+        domain: name of the domain, for domain weights and reports.
+        answer: the answer that the solution ends with, for votes.
+        correct: whether that answer is right; set on outcome (meta, dev, test) rows.
+        group: ties the candidate solutions of one question together.
+        extra: every other key of the record, unchanged.
+    """
+
+    id: str
+    question: str
+    images: tuple[Path, ...]
+    steps: tuple[Step, ...]
+    domain: str | None = None
+    answer: str | None = None
+    correct: bool | None = None
+    group: str | None = None
+    extra: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "images", tuple(Path(image) for image in self.images))
+        object.__setattr__(self, "steps", tuple(self.steps))
+
+
+class DataError(ValueError):
+    """A record, or a file that it names, is not what it has to be.
+
+    Attributes:
+        expected: what should have been there.
+        found: what was there.
+        file: the file at fault, if there is one.
+        line: line in ``file``, counted from 1.
+        field: path of the field inside the record, such as ``steps[2].label``.
+        example: id of the example, where no file is known.
+        remedy: what to change.
+    """
+
+    def __init__(
+        self,
+        *,
+        expected: str,
+        found: str,
+        file: Path | str | None = None,
+        line: int | None = None,
+        field: str | None = None,
+        example: str | None = None,
+        remedy: str | None = None,
+    ) -> None:
+        self.expected = expected
+        self.found = found
+        self.file = None if file is None else Path(file)
+        self.line = line
+        self.field = field
+        self.example = example
+        self.remedy = remedy
+        place = "" if file is None else f"{file}:{line}" if line is not None else f"{file}"
+        parts = [
+            place,
+            "" if example is None else f"example {example!r}",
+            "" if field is None else f"field {field}",
+            f"expected {expected}, found {found}" + (f"; {remedy}" if remedy else ""),
+        ]
+        super().__init__(": ".join(part for part in parts if part))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        fields = ("expected", "found", "file", "line", "field", "example", "remedy")
+        return _rebuild_error, ({name: getattr(self, name) for name in fields},)
+
+
+def _rebuild_error(fields: Mapping[str, Any]) -> DataError:
+    return DataError(**fields)

@@ -1,0 +1,96 @@
+"""Step logits to step scores to solution scores, and scoring of many examples."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from prm.aggregations import Aggregation
+from prm.collate import Collator, EncodedExample
+from prm.model import PRM, step_logits
+
+
+def step_scores(step_logits: Tensor, *, full_vocab: bool = False) -> Tensor:
+    """p("+") of every step, [batch, steps], from step logits [batch, steps, 2].
+
+    Two-way by default: softmax over {+, −} = σ(z₊ − z₋). With ``full_vocab`` the columns are
+    log-probabilities over the vocabulary (``step_logits(..., full_vocab=True)``): exp(log p₊).
+    """
+    return step_probs(step_logits, full_vocab=full_vocab)[..., 0]
+
+
+def step_probs(step_logits: Tensor, *, full_vocab: bool = False) -> Tensor:
+    """p("+") and p("-") of every step, [batch, steps, 2]; see ``step_scores``."""
+    if full_vocab:
+        return step_logits.exp()
+    difference = step_logits[..., 0] - step_logits[..., 1]
+    return torch.stack([difference.sigmoid(), (-difference).sigmoid()], dim=-1)
+
+
+def aggregate(step_scores: Tensor, mask: Tensor, how: Aggregation) -> Tensor:
+    """Solution scores [batch] of step scores [batch, steps]; ``how`` is of ``prm.aggregations``.
+
+    Raises:
+        ValueError: shapes of scores and mask differ.
+    """
+    if step_scores.shape != mask.shape:
+        raise ValueError(
+            f"expected step_scores and mask of one shape [..., steps], found "
+            f"{tuple(step_scores.shape)} and {tuple(mask.shape)}"
+        )
+    return how(step_scores, mask)
+
+
+def solution_scores(
+    step_logits: Tensor, mask: Tensor, how: Aggregation, *, full_vocab: bool = False
+) -> Tensor:
+    """Aggregated p("+") and aggregated p("-") of every solution, [batch, 2].
+
+    The first column is the solution's score; ``prm.losses.outcome_loss`` reads both.
+    """
+    probs = step_probs(step_logits, full_vocab=full_vocab)
+    return torch.stack([aggregate(probs[..., label], mask, how) for label in (0, 1)], dim=-1)
+
+
+@torch.no_grad()
+def score_examples(
+    prm: PRM,
+    params: Mapping[str, Tensor],
+    encoded: Sequence[EncodedExample],
+    collator: Collator,
+    batch_size: int,
+    *,
+    full_vocab: bool = False,
+) -> list[Tensor]:
+    """Step scores p("+") of every example, one [steps] tensor each on the CPU, in order.
+
+    Batches are made of examples of similar length, so that little is spent on padding.
+
+    Args:
+        prm: the model.
+        params: values by parameter name; others keep the model's values.
+        encoded: of ``collator.encode``.
+        collator: pads batches.
+        batch_size: examples per forward pass.
+        full_vocab: probabilities over the whole vocabulary instead of the two labels.
+    """
+    if batch_size < 1:
+        raise ValueError(f"expected batch_size >= 1, found {batch_size}")
+    device = next(iter(params.values()), next(prm.model.parameters())).device
+    order = sorted(range(len(encoded)), key=lambda place: -len(encoded[place].input_ids))
+    scores: dict[int, Tensor] = {}
+    for start in range(0, len(order), batch_size):
+        places = order[start : start + batch_size]
+        batch = collator([encoded[place] for place in places])
+        logits = step_logits(
+            prm,
+            params,
+            {name: value.to(device) for name, value in batch.items()},
+            full_vocab=full_vocab,
+        )
+        rows = step_scores(logits, full_vocab=full_vocab).cpu()
+        for place, row in zip(places, rows, strict=True):
+            scores[place] = row[: len(encoded[place].label_positions)].clone()
+    return [scores[place] for place in range(len(encoded))]
