@@ -12,6 +12,15 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:  # the same names, for type checkers
     from prm.collate import Batch, Collator, EncodedExample
     from prm.losses import LossTarget, outcome_loss, step_cross_entropy
+    from prm.metrics import (
+        bootstrap_interval,
+        expected_best_of_k,
+        f1,
+        macro_f1,
+        paired_interval,
+        pass_at_k,
+        roc_auc,
+    )
     from prm.model import (
         PRM,
         load_prm,
@@ -24,15 +33,26 @@ if TYPE_CHECKING:  # the same names, for type checkers
     from prm.reader import read_jsonl, write_jsonl
     from prm.schema import DataError, Step, StepExample
     from prm.scoring import aggregate, score_examples, solution_scores, step_probs, step_scores
+    from prm.select import TieRule, best_of_n, self_consistency, weighted_vote
 
 _PUBLIC = {
     "collate": ("Batch", "Collator", "EncodedExample"),
     "losses": ("LossTarget", "outcome_loss", "step_cross_entropy"),
+    "metrics": (
+        "bootstrap_interval",
+        "expected_best_of_k",
+        "f1",
+        "macro_f1",
+        "paired_interval",
+        "pass_at_k",
+        "roc_auc",
+    ),
     "model": ("PRM", "load_prm", "make_prm", "save_prm", "split_parameters", "step_logits"),
     "prompt": ("SYSTEM_PROMPT", "Context", "PromptEncoder"),
     "reader": ("read_jsonl", "write_jsonl"),
     "schema": ("DataError", "Step", "StepExample"),
     "scoring": ("aggregate", "score_examples", "solution_scores", "step_probs", "step_scores"),
+    "select": ("TieRule", "best_of_n", "self_consistency", "weighted_vote"),
 }
 _HOME = {name: module for module, names in _PUBLIC.items() for name in names}
 
