@@ -1,0 +1,62 @@
+"""Bilevel optimization with exact, cheap hypergradients.
+
+A problem is a pair of pure functions of (lower parameters, upper parameters, batch), an algorithm
+a frozen dataclass of its hyperparameters, a state a pytree of tensors. Start with `BilevelProblem`
+or `ReweightingProblem`, and `BilevelSolver`; audit with `check_hypergradient`.
+"""
+
+from __future__ import annotations
+
+from bilevel.ghost.tracker import Refusal
+from bilevel.lazy import LazyRowAdam, LazyRowState
+from bilevel.one_step import OneStep, OneStepResult
+from bilevel.optimizer import (
+    SGD,
+    Adagrad,
+    Adam,
+    AdamW,
+    DifferentiableOptimizer,
+    Optimizer,
+    OptimizerState,
+    RMSProp,
+    UpdateCotangents,
+)
+from bilevel.problem import BilevelProblem, ReweightingProblem
+from bilevel.routes import Auto, CentralDifference, Dot, Ghost, Jvp, PerExample, Reverse, Route
+from bilevel.schedule import Constant, Schedule, WarmupCosine, constant, warmup_cosine
+from bilevel.solver import BilevelSolver, BilevelState, StepInfo
+
+__all__ = [
+    "SGD",
+    "Adagrad",
+    "Adam",
+    "AdamW",
+    "Auto",
+    "BilevelProblem",
+    "BilevelSolver",
+    "BilevelState",
+    "CentralDifference",
+    "Constant",
+    "DifferentiableOptimizer",
+    "Dot",
+    "Ghost",
+    "Jvp",
+    "LazyRowAdam",
+    "LazyRowState",
+    "OneStep",
+    "OneStepResult",
+    "Optimizer",
+    "OptimizerState",
+    "PerExample",
+    "RMSProp",
+    "Refusal",
+    "Reverse",
+    "ReweightingProblem",
+    "Route",
+    "Schedule",
+    "StepInfo",
+    "UpdateCotangents",
+    "WarmupCosine",
+    "constant",
+    "warmup_cosine",
+]

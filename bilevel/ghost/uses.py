@@ -1,0 +1,300 @@
+"""Uses of parameters by operations: gradients, per-row gradients and their products with μ.
+
+Axes: rows (the leading dimension of b), tokens (all dimensions between rows and channels).
+`gradients` runs the very kernels of autograd's own backward formulas, so that an ordinary
+training step is reproduced bit for bit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from bilevel.ghost.context import RowGradients
+
+# From this many tokens per row on, forming a row's gradient by a matrix product (whose cost the
+# weighted gradient then need not pay again) beats contracting with μ. Measured on a CPU.
+FORM_FROM_TOKENS = 8
+
+
+@dataclass(frozen=True)
+class Linear:
+    """``y = x Wᵀ + bias`` or, transposed, ``y = x W + bias``; saved: x [rows, ..., in].
+
+    Either parameter may be missing (frozen). Per row, W's gradient is Σ_tokens b aᵀ, its product
+    with μ Σ_tokens b·(μ a).
+    """
+
+    weight: bool
+    bias: bool
+    transposed: bool = False
+
+    def gradients(self, b: Tensor, saved: Sequence[Tensor]) -> list[Tensor]:
+        """As autograd: one matrix product over all rows and tokens."""
+        b_flat = b.reshape(-1, b.shape[-1])
+        result = []
+        if self.weight:
+            result.append(self._weight_gradient(b_flat, saved[0]))
+        if self.bias:
+            result.append(b_flat.sum(0))
+        return result
+
+    def row_gradients(
+        self, b: Tensor, saved: Sequence[Tensor], entries_limit: int
+    ) -> list[RowGradients]:
+        """Formed by a batched matrix product, or contracted, whichever is cheaper."""
+        result = []
+        rows, tokens = len(b), b[0, ..., 0].numel()
+        b_rows = b.reshape(rows, tokens, b.shape[-1])
+        if self.weight:
+            x_rows = saved[0].to(b.dtype).reshape(rows, tokens, -1)
+            entries = rows * b.shape[-1] * x_rows.shape[-1]
+            if tokens >= FORM_FROM_TOKENS and entries <= entries_limit:
+                left, right = (x_rows, b_rows) if self.transposed else (b_rows, x_rows)
+                result.append(formed(torch.bmm(left.transpose(1, 2), right)))
+            else:
+                result.append(self._contracted(b_rows, x_rows))
+        if self.bias:
+            result.append(formed(b_rows.sum(1)))
+        return result
+
+    def _weight_gradient(self, b_flat: Tensor, x: Tensor) -> Tensor:
+        x_flat = x.to(b_flat.dtype).reshape(-1, x.shape[-1])
+        return x_flat.t().mm(b_flat) if self.transposed else b_flat.t().mm(x_flat)
+
+    def _contracted(self, b_rows: Tensor, x_rows: Tensor) -> RowGradients:
+        def weighted(weights: Tensor) -> Tensor:
+            b_flat = (b_rows * weights[:, None, None]).flatten(0, 1)
+            return self._weight_gradient(b_flat, x_rows)
+
+        def dots(direction: Tensor) -> Tensor:
+            direction = direction.to(x_rows.dtype)
+            along = x_rows.matmul(direction if self.transposed else direction.t())
+            return row_dots(b_rows, along)
+
+        return RowGradients(weighted, dots)
+
+
+@dataclass(frozen=True)
+class Embedding:
+    """``y = W[index]``; saved: index [rows, ...]."""
+
+    count: int
+    padding_index: int
+    scale_by_frequency: bool
+
+    def gradients(self, b: Tensor, saved: Sequence[Tensor]) -> list[Tensor]:
+        """As autograd: rows of b added up by index."""
+        return [
+            torch.ops.aten.embedding_dense_backward(
+                b, saved[0], self.count, self.padding_index, self.scale_by_frequency
+            )
+        ]
+
+    def row_gradients(
+        self, b: Tensor, saved: Sequence[Tensor], entries_limit: int
+    ) -> list[RowGradients]:
+        """Contracted with the rows of μ that were looked up."""
+        (index,) = saved
+
+        def dots(direction: Tensor) -> Tensor:
+            along = direction.to(b.dtype)[index]
+            if self.padding_index >= 0:
+                along = along.masked_fill((index == self.padding_index)[..., None], 0.0)
+            return row_dots(b, along)
+
+        return [RowGradients(lambda weights: self.gradients(_scaled(b, weights), saved)[0], dots)]
+
+
+@dataclass(frozen=True)
+class Normalised:
+    """``y = weight · x̂ + bias``, x̂ the normalised x, which `normalise` recomputes; saved: x.
+
+    Args:
+        weight: Whether the weight is tracked.
+        bias: Whether the bias is tracked.
+        shape: Of both parameters; they broadcast over the leading dimensions of x̂ (layer norm,
+            RMS norm), or
+        channels: stand along dimension 1 (group norm).
+        normalise: x -> x̂.
+        kernel: (b, x) -> autograd's gradients of both; None: products and sums.
+    """
+
+    weight: bool
+    bias: bool
+    shape: torch.Size
+    normalise: Callable[[Tensor], Tensor]
+    kernel: Callable[[Tensor, Tensor], tuple[Tensor | None, Tensor | None]] | None = None
+    channels: bool = False
+
+    def gradients(self, b: Tensor, saved: Sequence[Tensor]) -> list[Tensor]:
+        """As autograd, by its kernel."""
+        (x,) = saved
+        if self.kernel is not None:
+            return [gradient for gradient in self.kernel(b, x) if gradient is not None]
+        result = [(b * self.normalise(x).to(b.dtype)).sum_to_size(self.shape)] * self.weight
+        return result + [b.sum_to_size(self.shape)] * self.bias
+
+    def row_gradients(
+        self, b: Tensor, saved: Sequence[Tensor], entries_limit: int
+    ) -> list[RowGradients]:
+        """Formed: small."""
+        (x,) = saved
+        result = []
+        if self.weight:
+            result.append(formed(self._reduce(b * self.normalise(x).to(b.dtype))))
+        if self.bias:
+            result.append(formed(self._reduce(b)))
+        return result
+
+    def _reduce(self, rows: Tensor) -> Tensor:
+        if self.channels:
+            return rows.flatten(2).sum(2) if rows.dim() > 2 else rows
+        return sum_tokens(rows, self.shape)
+
+
+@dataclass(frozen=True)
+class Broadcast:
+    """``y = factor · p`` (saved: factor) or ``y = x ± p`` (nothing saved), p broadcast to y."""
+
+    shape: torch.Size
+    sign: float = 1.0
+
+    def gradients(self, b: Tensor, saved: Sequence[Tensor]) -> list[Tensor]:
+        """As autograd: multiply, then sum to the parameter's shape."""
+        return [self._times(b, saved).sum_to_size(self.shape)]
+
+    def row_gradients(
+        self, b: Tensor, saved: Sequence[Tensor], entries_limit: int
+    ) -> list[RowGradients]:
+        """Formed, unless the parameter has rows itself; then row r only matters to row r."""
+        entries = self._times(b, saved)
+        own_rows = len(self.shape) == b.dim() and self.shape[0] == len(b) and len(b) > 1
+        if not own_rows:
+            inner = self.shape[1:] if len(self.shape) == b.dim() else self.shape
+            return [formed(sum_tokens(entries, inner), self.shape)]
+
+        def weighted(weights: Tensor) -> Tensor:
+            return _scaled(entries, weights).sum_to_size(self.shape)
+
+        return [RowGradients(weighted, lambda mu: row_dots(entries, mu.to(entries.dtype)))]
+
+    def _times(self, b: Tensor, saved: Sequence[Tensor]) -> Tensor:
+        if saved:
+            return b * saved[0].to(b.dtype)
+        return b if self.sign == 1.0 else -b
+
+
+@dataclass(frozen=True)
+class Concatenated:
+    """``y = cat([..., p, ...], dim)``, dim > 0: p is the slice of y from `start` on."""
+
+    dim: int
+    start: int
+    shape: torch.Size
+
+    def gradients(self, b: Tensor, saved: Sequence[Tensor]) -> list[Tensor]:
+        """As autograd: the slice of b."""
+        return [b.narrow(self.dim, self.start, self.shape[self.dim])]
+
+    def row_gradients(
+        self, b: Tensor, saved: Sequence[Tensor], entries_limit: int
+    ) -> list[RowGradients]:
+        """Row r of p only matters to row r."""
+        (entries,) = self.gradients(b, saved)
+        return [
+            RowGradients(
+                lambda weights: _scaled(entries, weights),
+                lambda mu: row_dots(entries, mu.to(entries.dtype)),
+            )
+        ]
+
+
+@dataclass(frozen=True)
+class Convolution:
+    """1-, 2- or 3-dimensional convolution; saved: x [rows, in, ...], weight.
+
+    Contracted: the product is Σ b·conv(x, μ), one more convolution.
+    """
+
+    weight: bool
+    bias: bool
+    stride: tuple[int, ...]
+    padding: tuple[int, ...]
+    dilation: tuple[int, ...]
+    groups: int
+
+    def gradients(self, b: Tensor, saved: Sequence[Tensor]) -> list[Tensor]:
+        """As autograd, by its kernel."""
+        x, weight = saved
+        size = len(self.stride)
+        _, weight_gradient, bias_gradient = torch.ops.aten.convolution_backward(
+            b,
+            x.to(b.dtype),
+            weight.to(b.dtype),
+            [b.shape[1]],
+            self.stride,
+            self.padding,
+            self.dilation,
+            False,
+            [0] * size,
+            self.groups,
+            [False, self.weight, self.bias],
+        )
+        return [g for g in (weight_gradient, bias_gradient) if g is not None]
+
+    def row_gradients(
+        self, b: Tensor, saved: Sequence[Tensor], entries_limit: int
+    ) -> list[RowGradients]:
+        """Contracted for the weight, formed for the bias."""
+        x = saved[0]
+        result = []
+        if self.weight:
+            only_weight = Convolution(
+                True, False, self.stride, self.padding, self.dilation, self.groups
+            )
+
+            def dots(direction: Tensor) -> Tensor:
+                return row_dots(b, self._convolve(x.to(b.dtype), direction.to(b.dtype)))
+
+            result.append(
+                RowGradients(lambda w: only_weight.gradients(_scaled(b, w), saved)[0], dots)
+            )
+        if self.bias:
+            result.append(formed(b.flatten(2).sum(2)))
+        return result
+
+    def _convolve(self, x: Tensor, weight: Tensor) -> Tensor:
+        convolve = (functional.conv1d, functional.conv2d, functional.conv3d)[len(self.stride) - 1]
+        return convolve(x, weight, None, self.stride, self.padding, self.dilation, self.groups)
+
+
+def formed(gradients: Tensor, shape: torch.Size | None = None) -> RowGradients:
+    """Wrap gradients that exist, [rows, *parameter shape]."""
+    flat = gradients.flatten(1) if gradients.dim() > 1 else gradients[:, None]
+    shape = gradients.shape[1:] if shape is None else shape
+    return RowGradients(
+        weighted=lambda weights: weights.matmul(flat).reshape(shape),
+        dots=lambda direction: flat.mv(direction.to(flat.dtype).reshape(-1)),
+    )
+
+
+def row_dots(b: Tensor, along: Tensor) -> Tensor:
+    """Return Σ b · along over all but the rows, accumulated in at least float32; [rows]."""
+    wide = torch.float32 if b.dtype in (torch.float16, torch.bfloat16) else b.dtype
+    return (b * along).flatten(1).sum(1, dtype=wide)
+
+
+def sum_tokens(rows: Tensor, inner: torch.Size) -> Tensor:
+    """Sum [rows, ..., *inner] over what broadcasting to `inner` (without rows) had repeated."""
+    return rows.sum_to_size(len(rows), *[1] * (rows.dim() - 1 - len(inner)), *inner).reshape(
+        len(rows), *inner
+    )
+
+
+def _scaled(b: Tensor, weights: Tensor) -> Tensor:
+    return b * weights.reshape(-1, *[1] * (b.dim() - 1))

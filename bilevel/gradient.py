@@ -1,0 +1,49 @@
+"""Gradients of scalars with respect to trees."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import optree
+import torch
+from torch import Tensor
+
+from bilevel import tree
+from bilevel.tree import Tree
+
+
+def as_leaves(params: Tree) -> Tree:
+    """Return the same values as new autograd leaves that require grad."""
+    return tree.map(lambda leaf: leaf.detach().requires_grad_(), params)
+
+
+def gradients(
+    outputs: Sequence[Tensor],
+    params: Tree,
+    cotangents: Sequence[Tensor] | None = None,
+    *,
+    create_graph: bool = False,
+) -> Tree:
+    """Return Σ_k ⟨cotangent_k, ∂output_k/∂params⟩, None at leaves that no output depends on.
+
+    Args:
+        outputs: Scalars, or tensors of the cotangents' shapes. Those without a graph are left out.
+        params: Leaves that require grad, or None.
+        cotangents: As many as outputs; None: ones.
+        create_graph: Whether the result is to be differentiated in turn.
+    """
+    leaves, structure = optree.tree_flatten(params, none_is_leaf=True)
+    wanted = [index for index, leaf in enumerate(leaves) if leaf is not None]
+    used = [index for index, output in enumerate(outputs) if output.requires_grad]
+    result: list[Tensor | None] = [None] * len(leaves)
+    if wanted and used:
+        found = torch.autograd.grad(
+            [outputs[index] for index in used],
+            [leaves[index] for index in wanted],
+            None if cotangents is None else [cotangents[index] for index in used],
+            allow_unused=True,
+            create_graph=create_graph,
+        )
+        for index, gradient in zip(wanted, found, strict=True):
+            result[index] = gradient
+    return structure.unflatten(result)

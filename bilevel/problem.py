@@ -1,0 +1,109 @@
+"""What is optimised: pure functions of (lower parameters, upper parameters, batch)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+from torch import Tensor
+
+from bilevel import tree
+from bilevel.tree import Tree
+
+Params: TypeAlias = Any  # a pytree of floating-point tensors, usually dict[str, Tensor]
+Batch: TypeAlias = Any  # any pytree; tensors in it carry the examples in their leading dimension
+
+
+@dataclass(frozen=True)
+class BilevelProblem:
+    """``min_φ upper_loss(θ*(φ), φ)`` with θ*(φ) reached by steps on ``lower_loss(θ, φ)``.
+
+    Args:
+        lower_loss: (lower_params, upper_params, batch) -> scalar, the mean over the examples.
+        upper_loss: (lower_params, upper_params, batch) -> scalar.
+        batch_size: Number of examples in a lower batch, by which micro-batches are weighted when
+            a step is accumulated over several. None: they all count the same.
+
+    The functions must be pure: no in-place change of parameters, no state but torch's random
+    state, which the solver replays for every pass of a step.
+    """
+
+    lower_loss: Callable[[Params, Params, Batch], Tensor]
+    upper_loss: Callable[[Params, Params, Batch], Tensor]
+    batch_size: Callable[[Batch], int] | None = None
+
+
+@dataclass(frozen=True)
+class ReweightingProblem:
+    """A bilevel problem whose upper parameters weight the examples of the lower loss::
+
+        lower_loss(θ, φ, batch) = (1/batch) Σ_i w_i(φ, features) ℓ_i(θ)
+
+    Args:
+        per_example_loss: (lower_params, batch) -> (losses [batch], features), the features being
+            any pytree of tensors (or None) that `weights` may look at.
+        weights: (upper_params, batch, features) -> weights [batch].
+        upper_loss: (lower_params, upper_params, batch) -> scalar.
+        detach_features: Whether weights are a function of φ alone, the features being data
+            (Meta-Weight-Net's choice). If not, θ also gets a gradient through the features, and
+            only the routes `Jvp`, `Reverse` and `CentralDifference` apply.
+        rows: batch -> {leading size: owner [leading size]}, for operations inside the model whose
+            leading dimension is not the batch: image tiles, flattened tokens, scored positions.
+            ``owner[r]`` is the index in the batch of the example that row r belongs to. Only the
+            routes `Ghost` and `PerExample` need it.
+
+    Examples of a micro-batch must not influence each other's losses (no batch normalisation in
+    training mode, no contrastive terms); `check_hypergradient` finds out.
+    """
+
+    per_example_loss: Callable[[Params, Batch], tuple[Tensor, Any]]
+    weights: Callable[[Params, Batch, Any], Tensor]
+    upper_loss: Callable[[Params, Params, Batch], Tensor]
+    detach_features: bool = True
+    rows: Callable[[Batch], Mapping[int, Tensor]] | None = None
+
+    def lower_loss(self, lower_params: Params, upper_params: Params, batch: Batch) -> Tensor:
+        """Return the weighted mean loss, a scalar; the one place where it is reduced."""
+        losses, features = self.losses(lower_params, batch)
+        return (self.weights_of(upper_params, batch, features, losses) * losses).mean()
+
+    def losses(self, lower_params: Params, batch: Batch) -> tuple[Tensor, Tree]:
+        """Return checked per-example losses [batch] and features, detached if so declared.
+
+        Raises:
+            ValueError: The losses are not a vector.
+        """
+        losses, features = self.per_example_loss(lower_params, batch)
+        if not isinstance(losses, Tensor) or losses.dim() != 1:
+            found = tuple(losses.shape) if isinstance(losses, Tensor) else type(losses).__name__
+            raise ValueError(
+                f"per_example_loss: expected (losses [batch], features), found losses {found}; "
+                "reduce over everything but the examples"
+            )
+        if self.detach_features:
+            features = tree.map(_detach, features)
+        return losses, features
+
+    def weights_of(
+        self, upper_params: Params, batch: Batch, features: Tree, losses: Tensor
+    ) -> Tensor:
+        """Return the weights [batch] that go with these losses.
+
+        Raises:
+            ValueError: The shapes differ.
+        """
+        weights = self.weights(upper_params, batch, features)
+        if weights.shape != losses.shape:
+            raise ValueError(
+                f"weights: expected one per loss, shape {tuple(losses.shape)}, found "
+                f"{tuple(weights.shape)}"
+            )
+        return weights
+
+
+Problem: TypeAlias = BilevelProblem | ReweightingProblem
+
+
+def _detach(feature: Any) -> Any:
+    return feature.detach() if isinstance(feature, Tensor) else feature

@@ -1,0 +1,114 @@
+"""The ways to compute the mixed product ∂/∂φ ⟨∇_θ L(θ, φ), μ⟩, as objects to choose from.
+
+All give the same numbers (`CentralDifference` up to its own error); they differ in what they ask
+of the problem and in cost. F is a forward pass of the lower model on the batch.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TypeAlias
+
+from bilevel.checks import require
+
+
+@dataclass(frozen=True)
+class Auto:
+    """The cheapest exact route that applies, decided micro-batch by micro-batch.
+
+    For a `ReweightingProblem` with detached features: `Dot` for single examples, else `Ghost`
+    (order upper-first) or `PerExample` (lower-first), else, if the model uses a parameter in a
+    way these have no rule for, `Jvp`, and `StepInfo.notes` says why. For everything else `Jvp`.
+    """
+
+
+@dataclass(frozen=True)
+class Dot:
+    """⟨μ, ∇ℓ⟩ with the gradient that the lower backward pass computes anyway.
+
+    For micro-batches of one example and detached features. The backward pass runs on the plain
+    loss and its gradient is then scaled by the weight, so a weight of 0 is no special case.
+    Cost: one dot product. Memory: none for one micro-batch or order upper-first; a copy of the
+    gradients per micro-batch for lower-first.
+    """
+
+
+@dataclass(frozen=True)
+class Ghost:
+    """⟨μ, ∇ℓ_i⟩ of all examples from the activations and output gradients of one backward pass.
+
+    For a linear layer with input a and output gradient b, ``⟨μ_W, ∇_W ℓ_i⟩ = Σ_tokens b·(μ_W a)``,
+    and similarly for biases, scales, embeddings and convolutions: see `bilevel.ghost`. Needs μ
+    before the lower backward pass, hence order upper-first, and detached features.
+    Cost: between 0 and 1F. Memory: μ, and one layer's per-example gradients at a time.
+    Source: the ghost norm of Li et al. 2021 (arXiv 2110.05679), ghost dot product of Wang et al.
+    2024 (arXiv 2406.11011), here with the direction kept as a matrix.
+
+    Args:
+        entries_limit: A linear layer's per-example gradients are formed for a moment if that is
+            cheaper than contracting with μ and they have at most this many entries.
+    """
+
+    entries_limit: int = 1 << 26
+
+    def __post_init__(self) -> None:
+        require(self, "entries_limit", self.entries_limit)
+
+
+@dataclass(frozen=True)
+class PerExample:
+    """As `Ghost`, for μ that is known only after the lower step (order lower-first).
+
+    What the products need is kept until then: per-example gradients, or activations and output
+    gradients where these are smaller. Memory: up to batch × θ, for every micro-batch of the step.
+
+    Args:
+        entries_limit: As for `Ghost`; above it, activations are kept instead.
+    """
+
+    entries_limit: int = 1 << 26
+
+    def __post_init__(self) -> None:
+        require(self, "entries_limit", self.entries_limit)
+
+
+@dataclass(frozen=True)
+class Jvp:
+    """Forward-mode derivative of the lower loss along μ, in an extra pass over the batch.
+
+    With detached features ⟨μ, ∇ℓ_i⟩ is the directional derivative of the losses [batch];
+    otherwise forward over reverse: the tangent of ∇_φ L. Works for every problem and both orders,
+    with any number of examples. Cost: 3F. Memory: one tangent copy of θ, no activations stored
+    (except those that a gradient with respect to φ needs).
+
+    Attention runs with its MATH kernel; torch's fused kernels have no forward-mode derivative.
+    """
+
+
+@dataclass(frozen=True)
+class Reverse:
+    """Double backward: ∇_θ L with a graph, then its vector-Jacobian product. The reference.
+
+    Cost: 5F and more. Memory: 3 to 4 times the activations. Attention runs with its MATH kernel.
+    """
+
+
+@dataclass(frozen=True)
+class CentralDifference:
+    """Two plain passes at θ ± ε μ, for models without a forward-mode derivative.
+
+    θ is not touched: the shifted parameters are new tensors. Cost: 2F with detached features.
+
+    Args:
+        relative_step: ``ε ‖μ‖ / ‖θ‖``; None: the cube root of the machine epsilon of the least
+            precise parameter, which balances rounding against truncation.
+    """
+
+    relative_step: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.relative_step is not None:
+            require(self, "relative_step", self.relative_step, low_open=True)
+
+
+Route: TypeAlias = Auto | Dot | Ghost | PerExample | Jvp | Reverse | CentralDifference
