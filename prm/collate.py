@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -49,7 +49,6 @@ class Collator:
     ==================  ========================  ================================================
     ``input_ids``       [batch, seq] long
     ``attention_mask``  [batch, seq] long
-    ``position_ids``    [batch, seq] long         only with left padding
     ``pixel_values``    [tiles, C, H, W] float32  tiles of all rows in order; absent without images
     ``num_patches``     [batch] long              tiles of each row (0: text only)
     ``label_positions`` [batch, steps] long       position whose logits predict the label; 0 padded
@@ -68,7 +67,6 @@ class Collator:
         system_prompt: text of the system turn; None: no system turn.
         max_patches: most tiles per image, thumbnail apart; None: the image processor's number.
         max_length: longest sequence that is accepted; None: any.
-        padding_side: "right" (default) or "left".
         index: row of every example id in the table of instance weights; an id that it does not
             hold is an error.
         domains: number of every domain; a domain that it does not hold is an error.
@@ -85,15 +83,12 @@ class Collator:
         system_prompt: str | None = SYSTEM_PROMPT,
         max_patches: int | None = None,
         max_length: int | None = None,
-        padding_side: Literal["right", "left"] = "right",
         index: Mapping[str, int] | None = None,
         domains: Mapping[str, int] | None = None,
         cache_bytes: int = 256 * 2**20,
     ) -> None:
         if (image_processor is None) != (image_tokens is None):
             raise ValueError("give both image_processor and image_tokens, or none of them")
-        if padding_side not in ("right", "left"):
-            raise ValueError(f"expected padding_side 'right' or 'left', found {padding_side!r}")
         if tokenizer.pad_token_id is None:
             raise ValueError(
                 "expected a tokenizer with a padding token, found none; set tokenizer.pad_token"
@@ -110,7 +105,6 @@ class Collator:
             if image_processor is None
             else Tiler(image_processor, max_patches=max_patches, cache_bytes=cache_bytes)
         )
-        self.padding_side = padding_side
         self.index = index
         self.domains = domains
 
@@ -148,28 +142,23 @@ class Collator:
         return batch
 
     def _tokens(self, encoded: Sequence[EncodedExample]) -> Batch:
+        # Padding goes to the right: rows of only padding before a sequence make eager attention
+        # return NaN in float64, and a causal model reads nothing behind a sequence anyway.
         lengths = torch.tensor([len(row.input_ids) for row in encoded])
         seq = int(lengths.max())
         steps = max(len(row.label_positions) for row in encoded)
         input_ids = torch.full((len(encoded), seq), self.prompt.tokenizer.pad_token_id)
         label_positions = torch.zeros(len(encoded), steps, dtype=torch.long)
-        step_mask = torch.zeros(len(encoded), steps, dtype=torch.bool)
-        starts = seq - lengths if self.padding_side == "left" else torch.zeros_like(lengths)
-        for place, (row, start) in enumerate(zip(encoded, starts.tolist(), strict=True)):
-            input_ids[place, start : start + len(row.input_ids)] = row.input_ids
-            label_positions[place, : len(row.label_positions)] = row.label_positions + start
-            step_mask[place, : len(row.label_positions)] = True
-        columns = torch.arange(seq) - starts[:, None]
-        held = (columns >= 0) & (columns < lengths[:, None])
-        batch = {
+        for place, row in enumerate(encoded):
+            input_ids[place, : len(row.input_ids)] = row.input_ids
+            label_positions[place, : len(row.label_positions)] = row.label_positions
+        counts = torch.tensor([len(row.label_positions) for row in encoded])
+        return {
             "input_ids": input_ids,
-            "attention_mask": held.long(),
+            "attention_mask": (torch.arange(seq) < lengths[:, None]).long(),
             "label_positions": label_positions,
-            "step_mask": step_mask,
+            "step_mask": torch.arange(steps) < counts[:, None],
         }
-        if self.padding_side == "left":
-            batch["position_ids"] = columns.clamp(min=0)
-        return batch
 
     def _tiles(self, encoded: Sequence[EncodedExample]) -> Tensor | None:
         if self.tiler is None:

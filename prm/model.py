@@ -100,7 +100,7 @@ def make_prm(model: Any, tokenizer: Any, image_processor: Any = None) -> PRM:
     """
     labels = label_tokens(tokenizer)
     model.eval().requires_grad_(False)
-    _check_head(model)
+    _check_head(model, labels.plus_id)
     return PRM(
         model=model,
         tokenizer=tokenizer,
@@ -122,7 +122,8 @@ def save_prm(prm: PRM, params: Mapping[str, Tensor], directory: str | Path) -> N
 
     Raises:
         FileExistsError: ``directory`` holds something.
-        ValueError: a name that is no parameter of the model.
+        ValueError: a name that is no parameter of the model; or a tokenizer that transformers
+            would not load back as it is.
     """
     directory = Path(directory)
     if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
@@ -137,6 +138,7 @@ def save_prm(prm: PRM, params: Mapping[str, Tensor], directory: str | Path) -> N
         prm.tokenizer.save_pretrained(unfinished)
         if prm.image_processor is not None:
             prm.image_processor.save_pretrained(unfinished)
+        _check_saved_tokenizer(prm.tokenizer, unfinished)
         os.replace(unfinished, directory)
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
@@ -204,7 +206,7 @@ class _StepHead(nn.Module):
         self.model = model
 
     def forward(self, batch: Mapping[str, Tensor]) -> Tensor:
-        inputs = ("input_ids", "attention_mask", "position_ids", "pixel_values")
+        inputs = ("input_ids", "attention_mask", "pixel_values")
         hidden = self.model.base_model(
             **{name: batch[name] for name in inputs if name in batch}, use_cache=False
         ).last_hidden_state  # [batch, seq, hidden]
@@ -212,9 +214,9 @@ class _StepHead(nn.Module):
         return self.model.get_output_embeddings()(read)  # [batch, steps, vocab]
 
 
-def _check_head(model: Any) -> None:
+def _check_head(model: Any, token_id: int) -> None:
     """Refuse models that do more to a hidden state than the head (logit scaling, soft caps)."""
-    ids = torch.zeros(1, 2, dtype=torch.long, device=model.device)
+    ids = torch.tensor([[token_id, token_id]], device=model.device)
     with torch.no_grad():
         whole = model(input_ids=ids, use_cache=False).logits
         head = model.get_output_embeddings()
@@ -223,6 +225,24 @@ def _check_head(model: Any) -> None:
         raise ValueError(
             f"expected a model whose logits are its head applied to its last hidden state; "
             f"{type(model).__name__} changes them further; such models are not supported"
+        )
+
+
+def _check_saved_tokenizer(tokenizer: Any, directory: Path) -> None:
+    """For some model types transformers loads a class of its own choice, whatever was saved."""
+    from transformers import AutoTokenizer
+
+    probe = [{"role": "user", "content": "### Question:\nWhat is 3 + 4?\n\nIt is 7."}]
+    text = tokenizer.apply_chat_template(probe, tokenize=False, add_generation_prompt=True)
+    loaded = AutoTokenizer.from_pretrained(directory)
+    before, after = (
+        each(text, add_special_tokens=False)["input_ids"] for each in (tokenizer, loaded)
+    )
+    if before != after:
+        raise ValueError(
+            f"expected a tokenizer that loads back as it is, but from_pretrained makes a "
+            f"{type(loaded).__name__} of it for this type of model and tokenizes differently; use "
+            "the tokenizer class that belongs to the model type"
         )
 
 

@@ -177,9 +177,9 @@ _EXAMPLES = st.builds(
     id=_TEXT,
     question=_TEXT,
     images=st.just(()),
-    steps=st.lists(
-        st.builds(Step, _TEXT, st.none() | st.floats(0, 1)), min_size=1, max_size=4
-    ).map(tuple),
+    steps=st.lists(st.builds(Step, _TEXT, st.none() | st.floats(0, 1)), min_size=1, max_size=4).map(
+        tuple
+    ),
     domain=st.none() | _TEXT,
     answer=st.none() | st.text(st.characters(exclude_categories=("Cs",))),
     correct=st.none() | st.booleans(),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ from transformers import (
     PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen2ForCausalLM,
+    Qwen2Tokenizer,
 )
 from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2ImageProcessorPil
 
@@ -44,15 +46,17 @@ _NAMED = {
 }
 
 
-def word_tokenizer(template: str = CHAT_TEMPLATE) -> PreTrainedTokenizerFast:
+def word_tokenizer(
+    template: str | None = CHAT_TEMPLATE, words: Sequence[str] = WORDS
+) -> PreTrainedTokenizerFast:
     """One token per word; white space vanishes."""
-    vocabulary = {word: place for place, word in enumerate([*SPECIAL, *WORDS])}
+    vocabulary = {word: place for place, word in enumerate([*SPECIAL, *words])}
     core = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     return _finish(core, template)
 
 
-def byte_tokenizer(template: str = CHAT_TEMPLATE) -> PreTrainedTokenizerFast:
+def byte_tokenizer(template: str | None = CHAT_TEMPLATE) -> PreTrainedTokenizerFast:
     """One token per byte, white space included: other positions, no unknown words."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {word: place for place, word in enumerate([*SPECIAL, *alphabet])}
@@ -61,7 +65,17 @@ def byte_tokenizer(template: str = CHAT_TEMPLATE) -> PreTrainedTokenizerFast:
     return _finish(core, template)
 
 
-def _finish(core: Tokenizer, template: str) -> PreTrainedTokenizerFast:
+def qwen2_tokenizer() -> Qwen2Tokenizer:
+    """Qwen2's own class, one token per byte: what transformers loads for a qwen2 model."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {word: place for place, word in enumerate([*SPECIAL, *alphabet])}
+    tokenizer = Qwen2Tokenizer(vocab=vocabulary, merges=[], pad_token="<|endoftext|>")
+    tokenizer.add_special_tokens({"extra_special_tokens": SPECIAL})
+    tokenizer.chat_template = CHAT_TEMPLATE
+    return tokenizer
+
+
+def _finish(core: Tokenizer, template: str | None) -> PreTrainedTokenizerFast:
     core.add_special_tokens(SPECIAL)
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=core,
