@@ -7,6 +7,7 @@ or `ReweightingProblem`, and `BilevelSolver`; audit with `check_hypergradient`.
 
 from __future__ import annotations
 
+from bilevel.audit import HypergradientCheck, check_hypergradient
 from bilevel.ghost.tracker import Refusal
 from bilevel.lazy import LazyRowAdam, LazyRowState
 from bilevel.one_step import OneStep, OneStepResult
@@ -40,6 +41,7 @@ __all__ = [
     "DifferentiableOptimizer",
     "Dot",
     "Ghost",
+    "HypergradientCheck",
     "Jvp",
     "LazyRowAdam",
     "LazyRowState",
@@ -57,6 +59,7 @@ __all__ = [
     "StepInfo",
     "UpdateCotangents",
     "WarmupCosine",
+    "check_hypergradient",
     "constant",
     "warmup_cosine",
 ]

@@ -186,8 +186,8 @@ def _run_tapped(run: _Run, batch: Batch, random: RandomState) -> tuple[Tree, Mic
     """Several examples: gradient weighted per example and products from one backward pass."""
     problem, auto = run.problem, isinstance(run.route, Auto)
     assert isinstance(problem, ReweightingProblem)
-    limit = run.route.entries_limit if isinstance(run.route, Ghost | PerExample) else None
-    context = Context(PerExample().entries_limit if limit is None else limit)
+    keeping = run.route if isinstance(run.route, PerExample) else PerExample()
+    context = Context(keeping.entries_limit)
     tracker = Tracker(OPERATIONS, run.lower_params, batch, context)
     with tracker:
         losses, features = problem.losses(tracker.visible, batch)

@@ -40,19 +40,10 @@ class Ghost:
     For a linear layer with input a and output gradient b, ``⟨μ_W, ∇_W ℓ_i⟩ = Σ_tokens b·(μ_W a)``,
     and similarly for biases, scales, embeddings and convolutions: see `bilevel.ghost`. Needs μ
     before the lower backward pass, hence order upper-first, and detached features.
-    Cost: between 0 and 1F. Memory: μ, and one layer's per-example gradients at a time.
+    Cost: between 0 and 1F. Memory: μ, and a few examples' gradients of one layer at a time.
     Source: the ghost norm of Li et al. 2021 (arXiv 2110.05679), ghost dot product of Wang et al.
     2024 (arXiv 2406.11011), here with the direction kept as a matrix.
-
-    Args:
-        entries_limit: A linear layer's per-example gradients are formed for a moment if that is
-            cheaper than contracting with μ and they have at most this many entries.
     """
-
-    entries_limit: int = 1 << 26
-
-    def __post_init__(self) -> None:
-        require(self, "entries_limit", self.entries_limit)
 
 
 @dataclass(frozen=True)
@@ -63,7 +54,8 @@ class PerExample:
     gradients where these are smaller. Memory: up to batch × θ, for every micro-batch of the step.
 
     Args:
-        entries_limit: As for `Ghost`; above it, activations are kept instead.
+        entries_limit: Per-example gradients of a linear layer with more entries than this (batch
+            times weight) are not kept; its activations and output gradients are.
     """
 
     entries_limit: int = 1 << 26

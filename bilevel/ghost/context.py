@@ -9,18 +9,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-
-@dataclass(frozen=True)
-class RowGradients:
-    """Gradients of one parameter, one per row of the leading dimension, formed or not.
-
-    Attributes:
-        weighted: row weights [rows] -> Σ_r weight_r · gradient_r, shaped like the parameter.
-        dots: direction, shaped like the parameter -> ⟨direction, gradient_r⟩, [rows].
-    """
-
-    weighted: Callable[[Tensor], Tensor]
-    dots: Callable[[Tensor], Tensor]
+from bilevel.ghost.rows import RowGradients
 
 
 class Use(Protocol):
@@ -30,9 +19,16 @@ class Use(Protocol):
         """Return the parameters' gradients exactly as autograd computes them."""
 
     def row_gradients(
-        self, b: Tensor, saved: Sequence[Tensor], entries_limit: int
+        self, b: Tensor, saved: Sequence[Tensor], keep: int | None
     ) -> list[RowGradients]:
-        """Return the parameters' gradients per row."""
+        """Return the parameters' gradients per row.
+
+        Args:
+            b: Gradient of the output, [rows, ...].
+            saved: What was saved in the forward pass.
+            keep: None if they are used at once and dropped; else they are kept, formed only up to
+                this many entries.
+        """
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,16 +56,16 @@ Pending = tuple[str, Callable[[Tensor], Tensor]]
 class Context:
     """Weights, owners and direction of one micro-batch; gathers the per-example products.
 
-    Set up by the pass between forward and backward: `weights` stays None for an ordinary backward
-    pass (the loss itself being weighted); `direction` maps parameter paths to μ if it is known.
+    Set up by the pass between forward and backward: without a call of `weight` it is an
+    ordinary backward pass (the loss itself being weighted). `entries_limit`: see `PerExample`.
     """
 
     def __init__(self, entries_limit: int) -> None:
-        self.entries_limit = entries_limit
         self.weights: Tensor | None = None
-        self.direction: Mapping[str, Tensor] | None = None
         self.dots: Tensor | None = None
-        self._keep = False
+        self._direction: Mapping[str, Tensor] | None = None
+        self._keep: int | None = None
+        self._entries_limit = entries_limit
         self._all_one = False
         self._owners: Mapping[int, Tensor] = {}
         self._pending: list[Pending] = []
@@ -83,9 +79,10 @@ class Context:
     ) -> None:
         """Ask for gradients weighted per example, and products with `direction` or, kept, later.
 
-        Weights that are all exactly 1 ask for nothing but autograd's own kernels.
+        If the weights are all exactly 1, the gradients come from autograd's own kernels.
         """
-        self.weights, self.direction, self._keep = weights, direction, keep
+        self.weights, self._direction = weights, direction
+        self._keep = self._entries_limit if keep else None
         self._owners = owners
         self._all_one = bool((weights == 1.0).all())
         self.dots = weights.new_zeros(weights.shape, dtype=_wide(weights.dtype))
@@ -95,7 +92,7 @@ class Context:
         assert self.dots is not None
         for name, dots in self._pending:
             if name in direction:
-                self._add(dots(direction[name]))
+                self.dots += dots(direction[name])
         self._pending = []
         return self.dots
 
@@ -103,39 +100,50 @@ class Context:
         self, use: Use, b: Tensor, saved: Sequence[Tensor], entries: Sequence[Tracked]
     ) -> list[Tensor]:
         """Return the gradients of a use's parameters, in their dtype; note the products."""
-        if self.weights is None or (self._all_one and not self._wants_dots):
+        if self.weights is None:
             return _cast(use.gradients(b, saved), entries)
+        plain = use.gradients(b, saved) if self._all_one else None
+        if plain is not None and self._keep is None and self._direction is None:
+            return _cast(plain, entries)
         owner = self._owners.get(len(b))
-        rows = use.row_gradients(b, saved, self.entries_limit)
+        weights = None
+        if plain is None:
+            weights = (self.weights if owner is None else self.weights[owner]).to(b.dtype)
+        result = []
+        rows = use.row_gradients(b, saved, self._keep)
         for row, entry in zip(rows, entries, strict=True):
-            self._note(row, entry, owner)
-        if self._all_one:
-            return _cast(use.gradients(b, saved), entries)
-        weights = (self.weights if owner is None else self.weights[owner]).to(b.dtype)
-        return _cast([row.weighted(weights) for row in rows], entries)
+            weighted, dots = row.sums(weights, self._along(entry))
+            if dots is not None:
+                self._add(dots, owner)
+            if self._keep is not None:
+                self._pending.append((entry.name, self._later(row, entry, owner)))
+            if weighted is not None:
+                result.append(weighted)
+        return _cast(result if plain is None else plain, entries)
 
-    @property
-    def _wants_dots(self) -> bool:
-        return self._keep or self.direction is not None
+    def _along(self, entry: Tracked) -> Tensor | None:
+        direction = None if self._direction is None else self._direction.get(entry.name)
+        return None if direction is None else entry.tangent(direction)
 
-    def _note(self, row: RowGradients, entry: Tracked, owner: Tensor | None) -> None:
+    def _later(
+        self, row: RowGradients, entry: Tracked, owner: Tensor | None
+    ) -> Callable[[Tensor], Tensor]:
         def dots(direction: Tensor) -> Tensor:
-            return self._per_example(row.dots(entry.tangent(direction)), owner)
+            found = row.sums(None, entry.tangent(direction))[1]
+            assert found is not None
+            return self._per_example(found, owner)
 
-        if self._keep:
-            self._pending.append((entry.name, dots))
-        elif self.direction is not None and entry.name in self.direction:
-            self._add(dots(self.direction[entry.name]))
+        return dots
+
+    def _add(self, dots: Tensor, owner: Tensor | None) -> None:
+        assert self.dots is not None
+        self.dots += self._per_example(dots, owner)
 
     def _per_example(self, dots: Tensor, owner: Tensor | None) -> Tensor:
         if owner is None:
             return dots
         assert self.weights is not None
         return dots.new_zeros(len(self.weights)).index_add_(0, owner, dots)
-
-    def _add(self, dots: Tensor) -> None:
-        assert self.dots is not None
-        self.dots += dots
 
 
 class Tap(torch.autograd.Function):

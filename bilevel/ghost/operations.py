@@ -11,378 +11,97 @@ views, casts and scalar multiples.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from bilevel.ghost.context import Tracked
-from bilevel.ghost.tracker import Tracker
-from bilevel.ghost.uses import (
-    Broadcast,
-    Concatenated,
-    Convolution,
-    Embedding,
-    Linear,
-    Normalised,
-)
+from bilevel.ghost import arithmetic, layers
 
-Handler = Callable[..., Any]
+Handler: TypeAlias = Callable[..., Any]
 
 
-def linear(t: Tracker, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Any:
-    """``input @ weight.T + bias``."""
-    if t.find(input) or input.dim() < 2 or weight.dim() != 2:
-        return NotImplemented
-    w, b = t.find(weight), t.find(bias)
-    output = functional.linear(input, t.value(weight), t.value(bias))
-    saved = (input,) if w else ()
-    return t.tap(output, Linear(w is not None, b is not None), (w, b), saved)
-
-
-def matmul(t: Tracker, input: Tensor, other: Tensor) -> Any:
-    """``input @ other``, the parameter being `other`."""
-    w = t.find(other)
-    if w is None or t.find(input) or input.dim() < 2 or other.dim() != 2:
-        return NotImplemented
-    output = torch.matmul(input, w.value)
-    return t.tap(output, Linear(True, False, transposed=True), (w,), (input,))
-
-
-def addmm(
-    t: Tracker, input: Tensor, mat1: Tensor, mat2: Tensor, *, beta: float = 1, alpha: float = 1
-) -> Any:
-    """``input + mat1 @ mat2``, with a bias vector as input."""
-    if t.find(mat1) or beta != 1 or alpha != 1 or input.dim() != 1:
-        return NotImplemented
-    b, w = t.find(input), t.find(mat2)
-    output = torch.addmm(t.value(input), mat1, t.value(mat2))
-    use = Linear(w is not None, b is not None, transposed=True)
-    return t.tap(output, use, (w, b), (mat1,) if w else ())
-
-
-def embedding(
-    t: Tracker,
-    input: Tensor,
-    weight: Tensor,
-    padding_idx: int | None = None,
-    max_norm: float | None = None,
-    norm_type: float = 2.0,
-    scale_grad_by_freq: bool = False,
-    sparse: bool = False,
-) -> Any:
-    """``weight[input]``."""
-    w = t.find(weight)
-    if w is None or max_norm is not None or scale_grad_by_freq or sparse:
-        return NotImplemented
-    if input.dim() == 0 and t.indexes_examples(input):
-        return NotImplemented
-    lookup = partial(functional.embedding, input, padding_idx=padding_idx)
-    if not t.indexes_examples(input):
-        # μ's padding row counts for nothing either: through it no gradient flows.
-        def tangent(direction: Tensor) -> Tensor:
-            along = functional.embedding(input, direction)
-            if padding_idx is None:
-                return along
-            at_padding = input == padding_idx % len(direction)
-            return along.masked_fill(at_padding[..., None], 0.0)
-
-        return t.derive(w, lookup, tangent)
-    padding = -1 if padding_idx is None else padding_idx % len(weight)
-    return t.tap(lookup(w.value), Embedding(len(weight), padding, False), (w,), (input,))
-
-
-def index(t: Tracker, tensor: Tensor, key: Any) -> Any:
-    """``tensor[key]``: a look-up of rows, or a view."""
-    w = t.find(tensor)
-    if w is None:
-        return NotImplemented
-    if isinstance(key, Tensor) and key.dtype == torch.int64:
-        return embedding(t, key, tensor) if tensor.dim() == 2 else NotImplemented
-    keys = key if isinstance(key, tuple) else (key,)
-    if all(item is None or item is Ellipsis or isinstance(item, int | slice) for item in keys):
-        return t.derive(w, lambda parameter: parameter[key])
-    return NotImplemented
-
-
-def layer_norm(
-    t: Tracker,
-    input: Tensor,
-    normalized_shape: Sequence[int],
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
-    eps: float = 1e-5,
-    *_: Any,
-) -> Any:
-    """``weight · x̂ + bias`` over the last dimensions."""
-    if t.find(input) or input.dim() <= len(normalized_shape):
-        return NotImplemented
-    w, b = t.find(weight), t.find(bias)
-    shape = torch.Size(normalized_shape)
-    output = functional.layer_norm(input, shape, t.value(weight), t.value(bias), eps)
-
-    def kernel(gradient: Tensor, x: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        x = x.to(gradient.dtype)
-        _, mean, deviation = torch.native_layer_norm(x, shape, None, None, eps)
-        ones = x.new_ones(shape)  # not read for the parameters' gradients, but must be there
-        wanted = [False, w is not None, b is not None]
-        _, weight_gradient, bias_gradient = torch.ops.aten.native_layer_norm_backward(
-            gradient, x, shape, mean, deviation, ones, ones, wanted
-        )
-        return weight_gradient, bias_gradient
-
-    normalise = partial(_layer_normalised, shape=shape, eps=eps)
-    use = Normalised(w is not None, b is not None, shape, normalise, kernel)
-    return t.tap(output, use, (w, b), (input,))
-
-
-def rms_norm(
-    t: Tracker,
-    input: Tensor,
-    normalized_shape: Sequence[int],
-    weight: Tensor | None = None,
-    eps: float | None = None,
-) -> Any:
-    """``weight · x / rms(x)`` over the last dimensions."""
-    w = t.find(weight)
-    if w is None or t.find(input) or input.dim() <= len(normalized_shape):
-        return NotImplemented
-    shape = torch.Size(normalized_shape)
-    output = functional.rms_norm(input, shape, w.value, eps)
-
-    def normalise(x: Tensor) -> Tensor:
-        return functional.rms_norm(x, shape, None, eps)
-
-    return t.tap(output, Normalised(True, False, shape, normalise), (w,), (input,))
-
-
-def group_norm(
-    t: Tracker,
-    input: Tensor,
-    num_groups: int,
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
-    eps: float = 1e-5,
-    *_: Any,
-) -> Any:
-    """``weight · x̂ + bias``, with a weight and a bias per channel (dimension 1)."""
-    if t.find(input) or input.dim() < 2:
-        return NotImplemented
-    w, b = t.find(weight), t.find(bias)
-    output = functional.group_norm(input, num_groups, t.value(weight), t.value(bias), eps)
-    rows, channels, positions = len(input), input.shape[1], input[0, 0].numel()
-
-    def kernel(gradient: Tensor, x: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        x = x.to(gradient.dtype).contiguous()
-        sizes = (rows, channels, positions, num_groups)
-        _, mean, deviation = torch.native_group_norm(x, None, None, *sizes, eps)
-        wanted = [False, w is not None, b is not None]
-        ones = x.new_ones(channels)
-        _, weight_gradient, bias_gradient = torch.ops.aten.native_group_norm_backward(
-            gradient.contiguous(), x, mean, deviation, ones, *sizes, wanted
-        )
-        return weight_gradient, bias_gradient
-
-    use = Normalised(
-        w is not None,
-        b is not None,
-        torch.Size([channels]),
-        lambda x: functional.group_norm(x, num_groups, None, None, eps),
-        kernel,
-        channels=True,
-    )
-    return t.tap(output, use, (w, b), (input,))
-
-
-def convolution(
-    t: Tracker,
-    input: Tensor,
-    weight: Tensor,
-    bias: Tensor | None = None,
-    stride: int | Sequence[int] = 1,
-    padding: int | str | Sequence[int] = 0,
-    dilation: int | Sequence[int] = 1,
-    groups: int = 1,
-    *,
-    convolve: Callable[..., Tensor],
-) -> Any:
-    """Convolution of inputs [rows, channels, ...]."""
-    size = weight.dim() - 2
-    strides, dilations = _per_axis(stride, size), _per_axis(dilation, size)
-    paddings = _paddings(padding, weight.shape[2:], dilations)
-    if t.find(input) or input.dim() != weight.dim() or paddings is None:
-        return NotImplemented
-    w, b = t.find(weight), t.find(bias)
-    output = convolve(input, t.value(weight), t.value(bias), stride, padding, dilation, groups)
-    use = Convolution(w is not None, b is not None, strides, paddings, dilations, groups)
-    return t.tap(output, use, (w, b), (input, t.value(weight)))
-
-
-def multiply(t: Tracker, input: Any, other: Any) -> Any:
-    """``input · other``, one of them the parameter."""
-    entry, factor, _ = _one_tracked(t, input, other)
-    if entry is None:
-        return NotImplemented
-    if _is_number(factor):
-        return t.derive(entry, lambda parameter: parameter * factor)
-    if not _rows_of(factor, entry):
-        return NotImplemented
-    output = torch.mul(t.value(input), t.value(other))
-    return t.tap(output, Broadcast(entry.value.shape), (entry,), (factor,))
-
-
-def divide(t: Tracker, input: Any, other: Any) -> Any:
-    """``input / other``, the parameter over a number."""
-    entry = t.find(input)
-    if entry is None or not _is_number(other):
-        return NotImplemented
-    return t.derive(entry, lambda parameter: parameter / other)
-
-
-def add(t: Tracker, input: Any, other: Any, *, alpha: float = 1) -> Any:
-    """``input + other``, one of them the parameter."""
-    return _shift(t, torch.add, input, other, alpha, sign_of_other=1.0)
-
-
-def subtract(t: Tracker, input: Any, other: Any, *, alpha: float = 1) -> Any:
-    """``input − other``, one of them the parameter."""
-    return _shift(t, torch.sub, input, other, alpha, sign_of_other=-1.0)
-
-
-def subtract_reversed(t: Tracker, input: Any, other: Any) -> Any:
-    """``other − input``, for Python's reflected operator."""
-    return subtract(t, other, input)
-
-
-def concatenate(t: Tracker, tensors: Sequence[Tensor], dim: int = 0, **named: Any) -> Any:
-    """``cat`` of rows of the parameter with rows of the examples, not along the rows."""
-    dim = named.get("axis", dim)
-    dim = dim % tensors[0].dim()
-    if dim == 0 or all(t.find(tensor) for tensor in tensors):
-        return NotImplemented
-    output = torch.cat([t.value(tensor) for tensor in tensors], dim)
-    start = 0
-    for tensor in tensors:
-        entry = t.find(tensor)
-        if entry is not None:
-            output = t.tap(output, Concatenated(dim, start, tensor.shape), (entry,))
-        start += tensor.shape[dim]
-    return output
-
-
-def view(t: Tracker, input: Any, *args: Any, function: Handler, **kwargs: Any) -> Any:
-    """A view, cast or other linear map of the parameter alone."""
-    entry = t.find(input)
-    if entry is None or any(t.find(value) for value in (*args, *kwargs.values())):
-        return NotImplemented
-    return t.derive(entry, lambda parameter: function(parameter, *args, **kwargs))
-
-
-def _shift(
-    t: Tracker, function: Handler, input: Any, other: Any, alpha: float, sign_of_other: float
-) -> Any:
-    entry, term, is_other = _one_tracked(t, input, other)
-    sign = sign_of_other if is_other else 1.0
-    if entry is None or alpha != 1:
-        return NotImplemented
-    if _is_number(term):
-
-        def shifted(parameter: Tensor) -> Any:
-            if is_other:  # number ± parameter
-                return parameter + term if sign > 0 else torch.rsub(parameter, term)
-            return function(parameter, term)
-
-        return t.derive(entry, shifted, lambda direction: sign * direction)
-    if not _rows_of(term, entry):
-        return NotImplemented
-    output = function(t.value(input), t.value(other))
-    return t.tap(output, Broadcast(entry.value.shape, sign), (entry,))
-
-
-def _one_tracked(t: Tracker, input: Any, other: Any) -> tuple[Tracked | None, Any, bool]:
-    """Return the tracked operand, the other one, and whether it is `other` that is tracked."""
-    left, right = t.find(input), t.find(other)
-    if left is not None and right is not None:
-        return None, None, False
-    return (right, input, True) if left is None else (left, other, False)
-
-
-def _rows_of(operand: Any, entry: Tracked) -> bool:
-    """Whether the leading dimension of the result is that of this other operand."""
-    if not isinstance(operand, Tensor) or operand.dim() == 0:
-        return False
-    shape = entry.value.shape
-    if operand.dim() != len(shape):
-        return operand.dim() > len(shape)
-    return shape[0] in (1, len(operand))
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float)
-
-
-def _per_axis(value: int | Sequence[int], size: int) -> tuple[int, ...]:
-    values = (value,) if isinstance(value, int) else tuple(value)
-    return values * size if len(values) == 1 else values
-
-
-def _paddings(
-    padding: int | str | Sequence[int], kernel: Sequence[int], dilation: Sequence[int]
-) -> tuple[int, ...] | None:
-    """Return the padding per axis; None if it is not the same on both sides."""
-    if padding == "valid":
-        return (0,) * len(kernel)
-    if padding == "same":
-        total = [step * (size - 1) for step, size in zip(dilation, kernel, strict=True)]
-        return None if any(pad % 2 for pad in total) else tuple(pad // 2 for pad in total)
-    if isinstance(padding, str):
-        return None
-    return _per_axis(padding, len(kernel))
-
-
-def _layer_normalised(x: Tensor, shape: torch.Size, eps: float) -> Tensor:
-    return functional.layer_norm(x, shape, None, None, eps)
+VIEWS = [
+    "t",
+    "transpose",
+    "permute",
+    "movedim",
+    "swapaxes",
+    "swapdims",
+    "reshape",
+    "flatten",
+    "unflatten",
+    "unsqueeze",
+    "squeeze",
+    "narrow",
+    "select",
+    "chunk",
+    "split",
+    "unbind",
+    "tensor_split",
+    "ravel",
+    "clone",
+    "neg",
+    "view",
+    "view_as",
+    "expand",
+    "expand_as",
+    "contiguous",
+    "to",
+    "type",
+    "type_as",
+    "float",
+    "double",
+    "half",
+    "bfloat16",
+]
 
 
 def _table() -> dict[Any, Handler]:
+    """Return torch function -> handler; most functions exist in `torch` and as methods."""
     table: dict[Any, Handler] = {
-        functional.linear: linear,
-        torch.addmm: addmm,
-        torch.Tensor.addmm: addmm,
-        functional.embedding: embedding,
-        torch.Tensor.__getitem__: index,
-        functional.layer_norm: layer_norm,
-        torch.layer_norm: layer_norm,
-        functional.rms_norm: rms_norm,
-        torch.rms_norm: rms_norm,
-        functional.group_norm: group_norm,
-        torch.Tensor.__rsub__: subtract_reversed,
-        torch.cat: concatenate,
-        torch.concat: concatenate,
+        functional.linear: layers.linear,
+        functional.embedding: layers.embedding,
+        functional.layer_norm: layers.layer_norm,
+        functional.rms_norm: layers.rms_norm,
+        functional.group_norm: layers.group_norm,
+        Tensor.__getitem__: layers.index,
+        Tensor.__matmul__: layers.matmul,
+        Tensor.__rsub__: arithmetic.subtract_reversed,
     }
+    named: dict[str, Handler] = {
+        "addmm": layers.addmm,
+        "matmul": layers.matmul,
+        "mm": layers.matmul,
+        "layer_norm": layers.layer_norm,
+        "rms_norm": layers.rms_norm,
+        "mul": arithmetic.multiply,
+        "multiply": arithmetic.multiply,
+        "div": arithmetic.divide,
+        "true_divide": arithmetic.divide,
+        "add": arithmetic.add,
+        "sub": arithmetic.subtract,
+        "cat": arithmetic.concatenate,
+        "concat": arithmetic.concatenate,
+    }
+    for name, handler in named.items():
+        table |= dict.fromkeys(_functions(name), handler)
     for name in ("conv1d", "conv2d", "conv3d"):
-        convolve = getattr(torch, name)
-        table[convolve] = partial(convolution, convolve=convolve)
-    pairs = {"matmul": matmul, "mm": matmul, "mul": multiply, "multiply": multiply}
-    pairs |= {"div": divide, "true_divide": divide, "add": add, "sub": subtract}
-    views = "t transpose permute movedim swapaxes swapdims reshape flatten unflatten unsqueeze"
-    views += " squeeze narrow select chunk split unbind clone neg ravel tensor_split"
-    methods = "view view_as expand expand_as contiguous to type type_as float double half bfloat16"
-    for name, handler in pairs.items():
-        table[getattr(torch, name)] = table[getattr(Tensor, name)] = handler
-    for name in (*views.split(), *methods.split()):
-        for owner in (torch, Tensor):
-            if callable(function := getattr(owner, name, None)):
-                table[function] = partial(view, function=function)
-    for name in ("T", "mT"):
-        getter = getattr(Tensor, name).__get__
-        table[getter] = partial(view, function=getter)
-    table[Tensor.__matmul__] = matmul
-    table[Tensor.__neg__] = partial(view, function=Tensor.neg)
+        for function in _functions(name):
+            table[function] = partial(layers.convolution, convolve=function)
+    getters = [getattr(Tensor, name).__get__ for name in ("T", "mT")]
+    for function in (*getters, *(found for name in VIEWS for found in _functions(name))):
+        table[function] = partial(arithmetic.view, function=function)
     return table
+
+
+def _functions(name: str) -> list[Any]:
+    """Return the function of that name in torch and the method; `torch.float` is a dtype."""
+    found = [getattr(owner, name, None) for owner in (torch, Tensor)]
+    return [function for function in found if callable(function)]
 
 
 OPERATIONS = _table()

@@ -14,11 +14,24 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from bilevel.ghost.context import RowGradients
+from bilevel.ghost.rows import (
+    RowGradients,
+    contracted,
+    formed,
+    products,
+    row_dots,
+    scale_rows,
+    sum_tokens,
+)
 
-# From this many tokens per row on, forming a row's gradient by a matrix product (whose cost the
-# weighted gradient then need not pay again) beats contracting with μ. Measured on a CPU.
-FORM_FROM_TOKENS = 8
+# From this many tokens per row on, forming a row's gradient by a matrix product (which the weighted
+# gradient then need not pay again) is cheaper than contracting with μ. Measured on a CPU, for
+# weights of up to SMALL_WEIGHT entries and for larger ones; elsewhere by arithmetic, memory traffic
+# being dearer there.
+FORM_SMALL_FROM = 12
+FORM_FROM = 40
+FORM_OFF_CPU_FROM = 512
+SMALL_WEIGHT = 1 << 16
 
 
 @dataclass(frozen=True)
@@ -44,20 +57,24 @@ class Linear:
         return result
 
     def row_gradients(
-        self, b: Tensor, saved: Sequence[Tensor], entries_limit: int
+        self, b: Tensor, saved: Sequence[Tensor], keep: int | None
     ) -> list[RowGradients]:
-        """Formed by a batched matrix product, or contracted, whichever is cheaper."""
+        """Formed by batched matrix products, or contracted, whichever is cheaper."""
         result = []
         rows, tokens = len(b), b[0, ..., 0].numel()
         b_rows = b.reshape(rows, tokens, b.shape[-1])
         if self.weight:
             x_rows = saved[0].to(b.dtype).reshape(rows, tokens, -1)
-            entries = rows * b.shape[-1] * x_rows.shape[-1]
-            if tokens >= FORM_FROM_TOKENS and entries <= entries_limit:
-                left, right = (x_rows, b_rows) if self.transposed else (b_rows, x_rows)
-                result.append(formed(torch.bmm(left.transpose(1, 2), right)))
-            else:
+            left, right = (x_rows, b_rows) if self.transposed else (b_rows, x_rows)
+            entries = left.shape[-1] * right.shape[-1]
+            if not _cheaper_formed(entries, tokens, b) or (
+                keep is not None and rows * entries > keep
+            ):
                 result.append(self._contracted(b_rows, x_rows))
+            elif keep is None:
+                result.append(products(left, right))
+            else:
+                result.append(formed(torch.bmm(left.transpose(1, 2), right)))
         if self.bias:
             result.append(formed(b_rows.sum(1)))
         return result
@@ -76,7 +93,7 @@ class Linear:
             along = x_rows.matmul(direction if self.transposed else direction.t())
             return row_dots(b_rows, along)
 
-        return RowGradients(weighted, dots)
+        return contracted(weighted, dots)
 
 
 @dataclass(frozen=True)
@@ -96,7 +113,7 @@ class Embedding:
         ]
 
     def row_gradients(
-        self, b: Tensor, saved: Sequence[Tensor], entries_limit: int
+        self, b: Tensor, saved: Sequence[Tensor], keep: int | None
     ) -> list[RowGradients]:
         """Contracted with the rows of μ that were looked up."""
         (index,) = saved
@@ -107,7 +124,7 @@ class Embedding:
                 along = along.masked_fill((index == self.padding_index)[..., None], 0.0)
             return row_dots(b, along)
 
-        return [RowGradients(lambda weights: self.gradients(_scaled(b, weights), saved)[0], dots)]
+        return [contracted(lambda w: self.gradients(scale_rows(b, w), saved)[0], dots)]
 
 
 @dataclass(frozen=True)
@@ -140,7 +157,7 @@ class Normalised:
         return result + [b.sum_to_size(self.shape)] * self.bias
 
     def row_gradients(
-        self, b: Tensor, saved: Sequence[Tensor], entries_limit: int
+        self, b: Tensor, saved: Sequence[Tensor], keep: int | None
     ) -> list[RowGradients]:
         """Formed: small."""
         (x,) = saved
@@ -169,7 +186,7 @@ class Broadcast:
         return [self._times(b, saved).sum_to_size(self.shape)]
 
     def row_gradients(
-        self, b: Tensor, saved: Sequence[Tensor], entries_limit: int
+        self, b: Tensor, saved: Sequence[Tensor], keep: int | None
     ) -> list[RowGradients]:
         """Formed, unless the parameter has rows itself; then row r only matters to row r."""
         entries = self._times(b, saved)
@@ -179,9 +196,9 @@ class Broadcast:
             return [formed(sum_tokens(entries, inner), self.shape)]
 
         def weighted(weights: Tensor) -> Tensor:
-            return _scaled(entries, weights).sum_to_size(self.shape)
+            return scale_rows(entries, weights).sum_to_size(self.shape)
 
-        return [RowGradients(weighted, lambda mu: row_dots(entries, mu.to(entries.dtype)))]
+        return [contracted(weighted, lambda mu: row_dots(entries, mu.to(entries.dtype)))]
 
     def _times(self, b: Tensor, saved: Sequence[Tensor]) -> Tensor:
         if saved:
@@ -202,13 +219,13 @@ class Concatenated:
         return [b.narrow(self.dim, self.start, self.shape[self.dim])]
 
     def row_gradients(
-        self, b: Tensor, saved: Sequence[Tensor], entries_limit: int
+        self, b: Tensor, saved: Sequence[Tensor], keep: int | None
     ) -> list[RowGradients]:
         """Row r of p only matters to row r."""
         (entries,) = self.gradients(b, saved)
         return [
-            RowGradients(
-                lambda weights: _scaled(entries, weights),
+            contracted(
+                lambda weights: scale_rows(entries, weights),
                 lambda mu: row_dots(entries, mu.to(entries.dtype)),
             )
         ]
@@ -248,7 +265,7 @@ class Convolution:
         return [g for g in (weight_gradient, bias_gradient) if g is not None]
 
     def row_gradients(
-        self, b: Tensor, saved: Sequence[Tensor], entries_limit: int
+        self, b: Tensor, saved: Sequence[Tensor], keep: int | None
     ) -> list[RowGradients]:
         """Contracted for the weight, formed for the bias."""
         x = saved[0]
@@ -262,7 +279,7 @@ class Convolution:
                 return row_dots(b, self._convolve(x.to(b.dtype), direction.to(b.dtype)))
 
             result.append(
-                RowGradients(lambda w: only_weight.gradients(_scaled(b, w), saved)[0], dots)
+                contracted(lambda w: only_weight.gradients(scale_rows(b, w), saved)[0], dots)
             )
         if self.bias:
             result.append(formed(b.flatten(2).sum(2)))
@@ -273,28 +290,8 @@ class Convolution:
         return convolve(x, weight, None, self.stride, self.padding, self.dilation, self.groups)
 
 
-def formed(gradients: Tensor, shape: torch.Size | None = None) -> RowGradients:
-    """Wrap gradients that exist, [rows, *parameter shape]."""
-    flat = gradients.flatten(1) if gradients.dim() > 1 else gradients[:, None]
-    shape = gradients.shape[1:] if shape is None else shape
-    return RowGradients(
-        weighted=lambda weights: weights.matmul(flat).reshape(shape),
-        dots=lambda direction: flat.mv(direction.to(flat.dtype).reshape(-1)),
-    )
-
-
-def row_dots(b: Tensor, along: Tensor) -> Tensor:
-    """Return Σ b · along over all but the rows, accumulated in at least float32; [rows]."""
-    wide = torch.float32 if b.dtype in (torch.float16, torch.bfloat16) else b.dtype
-    return (b * along).flatten(1).sum(1, dtype=wide)
-
-
-def sum_tokens(rows: Tensor, inner: torch.Size) -> Tensor:
-    """Sum [rows, ..., *inner] over what broadcasting to `inner` (without rows) had repeated."""
-    return rows.sum_to_size(len(rows), *[1] * (rows.dim() - 1 - len(inner)), *inner).reshape(
-        len(rows), *inner
-    )
-
-
-def _scaled(b: Tensor, weights: Tensor) -> Tensor:
-    return b * weights.reshape(-1, *[1] * (b.dim() - 1))
+def _cheaper_formed(entries: int, tokens: int, b: Tensor) -> bool:
+    """Whether to form the gradient of each row, of so many entries."""
+    if b.device.type != "cpu":
+        return tokens >= FORM_OFF_CPU_FROM
+    return tokens >= (FORM_SMALL_FROM if entries <= SMALL_WEIGHT else FORM_FROM)

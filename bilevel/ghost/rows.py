@@ -1,0 +1,108 @@
+"""Gradients of a parameter row by row: their weighted sum and their products with a direction."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+
+# Σ_r weight_r · gradient_r shaped like the parameter, and ⟨direction, gradient_r⟩ [rows];
+# None where not asked for.
+Sums: TypeAlias = tuple[Tensor | None, Tensor | None]
+
+# Entries of the gradients of a few rows formed at a time: small enough to stay in a cache and in
+# memory that the allocator already has. Measured on a CPU: 2^18 to 2^22 do equally well.
+CHUNK_ENTRIES = 1 << 20
+
+
+@dataclass(frozen=True, eq=False)
+class RowGradients:
+    """Gradients of one parameter, one per row of the leading dimension, formed or not.
+
+    Attributes:
+        sums: (row weights [rows] or None, direction shaped like the parameter or None) -> `Sums`.
+    """
+
+    sums: Callable[[Tensor | None, Tensor | None], Sums]
+
+
+def formed(gradients: Tensor, shape: torch.Size | None = None) -> RowGradients:
+    """Gradients that exist, [rows, *shape]; `shape` is the parameter's if it has another one."""
+    flat = gradients.flatten(1) if gradients.dim() > 1 else gradients[:, None]
+    shape = gradients.shape[1:] if shape is None else shape
+
+    def sums(weights: Tensor | None, direction: Tensor | None) -> Sums:
+        weighted = None if weights is None else weights.matmul(flat).reshape(shape)
+        return weighted, None if direction is None else flat.mv(_vector(direction, flat))
+
+    return RowGradients(sums)
+
+
+def products(left: Tensor, right: Tensor) -> RowGradients:
+    """Gradients Σ_tokens left ⊗ right, [rows, m, n], formed for a few rows at a time.
+
+    Args:
+        left: [rows, tokens, m].
+        right: [rows, tokens, n].
+    """
+    shape = torch.Size([left.shape[2], right.shape[2]])
+    step = max(1, CHUNK_ENTRIES // shape.numel())
+
+    def sums(weights: Tensor | None, direction: Tensor | None) -> Sums:
+        weighted, dots = None, []
+        along = None if direction is None else _vector(direction, left)
+        for start in range(0, len(left), step):
+            chunk = slice(start, start + step)
+            flat = torch.bmm(left[chunk].transpose(1, 2), right[chunk]).flatten(1)
+            if weights is not None:
+                term = weights[chunk].matmul(flat)
+                weighted = term if weighted is None else weighted.add_(term)
+            if along is not None:
+                dots.append(flat.mv(along))
+        weighted = None if weighted is None else weighted.reshape(shape)
+        return weighted, torch.cat(dots) if dots else None
+
+    return RowGradients(sums)
+
+
+def contracted(
+    weighted: Callable[[Tensor], Tensor], dots: Callable[[Tensor], Tensor]
+) -> RowGradients:
+    """Gradients that are never formed.
+
+    Args:
+        weighted: row weights -> weighted sum.
+        dots: direction -> products with it.
+    """
+
+    def sums(weights: Tensor | None, direction: Tensor | None) -> Sums:
+        return (
+            None if weights is None else weighted(weights),
+            None if direction is None else dots(direction),
+        )
+
+    return RowGradients(sums)
+
+
+def row_dots(b: Tensor, along: Tensor) -> Tensor:
+    """Return Σ b · along over all but the rows, accumulated in at least float32; [rows]."""
+    wide = torch.float32 if b.dtype in (torch.float16, torch.bfloat16) else b.dtype
+    return (b * along).flatten(1).sum(1, dtype=wide)
+
+
+def scale_rows(b: Tensor, weights: Tensor) -> Tensor:
+    """Return b with row r times weight r."""
+    return b * weights.reshape(-1, *[1] * (b.dim() - 1))
+
+
+def sum_tokens(rows: Tensor, inner: torch.Size) -> Tensor:
+    """Sum [rows, ..., *inner] over what broadcasting `inner` (without rows) had repeated."""
+    kept = rows.sum_to_size(len(rows), *[1] * (rows.dim() - 1 - len(inner)), *inner)
+    return kept.reshape(len(rows), *inner)
+
+
+def _vector(direction: Tensor, like: Tensor) -> Tensor:
+    return direction.to(like.dtype).reshape(-1)
