@@ -26,7 +26,7 @@ def step_cross_entropy(step_logits: Tensor, labels: Tensor, mask: Tensor) -> Ten
     """
     known = mask & ~labels.isnan()
     labels = torch.where(known, labels, 0.5).to(step_logits.dtype)
-    difference = step_logits[..., 0] - step_logits[..., 1]
+    difference = torch.where(known, step_logits[..., 0] - step_logits[..., 1], 0.0)
     losses = -(labels * logsigmoid(difference) + (1 - labels) * logsigmoid(-difference))
     return torch.where(known, losses, 0.0).sum(-1) / known.sum(-1).clamp(min=1)
 

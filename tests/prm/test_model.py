@@ -9,6 +9,7 @@ from prm.model import load_prm, make_prm, save_prm, split_parameters, step_logit
 from prm.schema import StepExample
 from prm.scoring import step_scores
 from tests.prm.tiny import (
+    FORWARD_MODE,
     SYSTEM,
     byte_tokenizer,
     example,
@@ -336,12 +337,11 @@ def test_models_that_do_more_than_their_head_are_refused():
         make_prm(prm.model, prm.tokenizer)
 
 
-# torch itself scripts its decompositions when forward mode is first used.
-@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning")
-def test_functional_call_inside_transforms():
+@FORWARD_MODE
+def test_functional_call_inside_transforms(mixed):
     """The jvp route of hypergradients differentiates through the whole call."""
     prm = internvl(attention="eager")
-    batch = prm.collator(system_prompt=SYSTEM)([example(steps=2)])
+    batch = prm.collator(system_prompt=SYSTEM)([mixed[0], mixed[1]])
     params = {name: value.detach() for name, value in prm.model.named_parameters()}
     generator = torch.Generator().manual_seed(2)
     tangents = {

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -22,6 +23,10 @@ from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2Im
 from prm.model import PRM, make_prm
 from prm.schema import Step, StepExample
 
+# torch itself scripts its decompositions when forward mode is first used.
+FORWARD_MODE = pytest.mark.filterwarnings(
+    "ignore:.torch.jit.script. is deprecated:DeprecationWarning"
+)
 SPECIAL = [
     "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<unk>",
     "<img>", "</img>", "<IMG_CONTEXT>", "<video>",
