@@ -192,10 +192,10 @@ def step_logits(
     logits = functional_call(
         _StepHead(prm.model), {f"model.{name}": value for name, value in params.items()}, (batch,)
     )
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    wide = torch.promote_types(logits.dtype, torch.float32)
     if full_vocab:
-        logits = logits.log_softmax(-1)
-    return logits[..., [prm.plus_id, prm.minus_id]]
+        logits = logits.log_softmax(-1, dtype=wide)
+    return torch.stack([logits[..., prm.plus_id], logits[..., prm.minus_id]], dim=-1).to(wide)
 
 
 class _StepHead(nn.Module):
@@ -221,7 +221,7 @@ def _check_head(model: Any, token_id: int) -> None:
         whole = model(input_ids=ids, use_cache=False).logits
         head = model.get_output_embeddings()
         direct = head(model.base_model(input_ids=ids, use_cache=False).last_hidden_state)
-    if not torch.equal(whole, direct):
+    if not torch.equal(whole.to(direct.dtype), direct):
         raise ValueError(
             f"expected a model whose logits are its head applied to its last hidden state; "
             f"{type(model).__name__} changes them further; such models are not supported"
