@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TypeAlias
@@ -56,7 +57,7 @@ def mixed_product(
             weights.append(micro.weights)
             cotangents.append((dots(direction) * share).to(micro.weights.dtype))
             continue
-        with math_attention():
+        with differentiable_kernels():
             if isinstance(route, Reverse):
                 term = _twice_reversed(problem, micro, lower_params, upper_params, direction)
             else:
@@ -68,14 +69,16 @@ def mixed_product(
 
 
 @contextmanager
-def math_attention() -> Iterator[None]:
-    """Run scaled dot product attention with the only kernel that can be differentiated twice.
+def differentiable_kernels() -> Iterator[None]:
+    """Run attention with its only kernel that has forward-mode and second derivatives.
 
     Raises:
-        RuntimeError: Some other operation cannot, with torch's message and what to do.
+        RuntimeError: Some other operation lacks them, with torch's message and what to do.
     """
     try:
-        with sdpa_kernel(SDPBackend.MATH):
+        with warnings.catch_warnings(), sdpa_kernel(SDPBackend.MATH):
+            # torch itself compiles some of its forward-mode formulas with its deprecated compiler.
+            warnings.filterwarnings("ignore", message=r".*torch\.jit", category=DeprecationWarning)
             yield
     except (NotImplementedError, RuntimeError) as error:
         text = str(error)
@@ -99,7 +102,7 @@ def _losses_derivative(
             with random_state.replay(micro.random, lower_params):
                 return (problem.losses(params, micro.batch)[0],)
 
-        with torch.no_grad(), math_attention():
+        with torch.no_grad(), differentiable_kernels():
             return derivative(losses, lower_params, direction)[0] / micro.size
 
     return dots

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from bilevel.ghost.tracker import Tracker
-from bilevel.ghost.uses import Convolution, Embedding, Linear, Normalised
+from bilevel.ghost.uses import Convolution, Embedding, Linear, Normalised, Vector
 
 
 def linear(t: Tracker, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Any:
@@ -25,12 +25,13 @@ def linear(t: Tracker, input: Tensor, weight: Tensor, bias: Tensor | None = None
 
 
 def matmul(t: Tracker, input: Tensor, other: Tensor) -> Any:
-    """``input @ other``, the parameter being `other`."""
+    """``input @ other``, the parameter being `other`, a matrix or a vector."""
     w = t.find(other)
-    if w is None or t.find(input) or input.dim() < 2 or other.dim() != 2:
+    if w is None or t.find(input) or input.dim() < 2 or other.dim() > 2:
         return NotImplemented
     output = torch.matmul(input, w.value)
-    return t.tap(output, Linear(True, False, transposed=True), (w,), (input,))
+    use = Vector() if other.dim() == 1 else Linear(True, False, transposed=True)
+    return t.tap(output, use, (w,), (input,))
 
 
 def addmm(

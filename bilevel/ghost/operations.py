@@ -4,7 +4,7 @@ A handler has the signature of its torch function after the tracker. It computes
 the parameter's value and taps it; or tracks the output, if that is a view, a cast or another
 linear map of the parameter alone; or returns `NotImplemented`, which refuses.
 
-Rules exist for `linear`, `matmul`/`mm`/`addmm` with the parameter on the right, `embedding`,
+Rules exist for `linear`, `matmul`/`mm`/`mv`/`addmm` with the parameter on the right, `embedding`,
 `layer_norm`, `rms_norm`, `group_norm`, `conv1d/2d/3d`, broadcast `mul`, `add`, `sub`, `cat`,
 views, casts and scalar multiples.
 """
@@ -24,40 +24,14 @@ from bilevel.ghost import arithmetic, layers
 Handler: TypeAlias = Callable[..., Any]
 
 
+# fmt: off
 VIEWS = [
-    "t",
-    "transpose",
-    "permute",
-    "movedim",
-    "swapaxes",
-    "swapdims",
-    "reshape",
-    "flatten",
-    "unflatten",
-    "unsqueeze",
-    "squeeze",
-    "narrow",
-    "select",
-    "chunk",
-    "split",
-    "unbind",
-    "tensor_split",
-    "ravel",
-    "clone",
-    "neg",
-    "view",
-    "view_as",
-    "expand",
-    "expand_as",
-    "contiguous",
-    "to",
-    "type",
-    "type_as",
-    "float",
-    "double",
-    "half",
-    "bfloat16",
+    "t", "transpose", "permute", "movedim", "swapaxes", "swapdims", "reshape", "flatten",
+    "unflatten", "unsqueeze", "squeeze", "narrow", "select", "chunk", "split", "unbind",
+    "tensor_split", "ravel", "clone", "neg", "view", "view_as", "expand", "expand_as",
+    "contiguous", "to", "type", "type_as", "float", "double", "half", "bfloat16",
 ]
+# fmt: on
 
 
 def _table() -> dict[Any, Handler]:
@@ -76,6 +50,7 @@ def _table() -> dict[Any, Handler]:
         "addmm": layers.addmm,
         "matmul": layers.matmul,
         "mm": layers.matmul,
+        "mv": layers.matmul,
         "layer_norm": layers.layer_norm,
         "rms_norm": layers.rms_norm,
         "mul": arithmetic.multiply,

@@ -97,6 +97,23 @@ class Linear:
 
 
 @dataclass(frozen=True)
+class Vector:
+    """``y = x w`` with a vector w; saved: x [rows, ..., in]."""
+
+    def gradients(self, b: Tensor, saved: Sequence[Tensor]) -> list[Tensor]:
+        """As autograd: one matrix-vector product over all rows and tokens."""
+        x = saved[0].to(b.dtype)
+        return [x.reshape(-1, x.shape[-1]).t().mv(b.reshape(-1))]
+
+    def row_gradients(
+        self, b: Tensor, saved: Sequence[Tensor], keep: int | None
+    ) -> list[RowGradients]:
+        """Formed: small."""
+        x_rows = saved[0].to(b.dtype).reshape(len(b), -1, saved[0].shape[-1])
+        return [formed(b.reshape(len(b), 1, -1).bmm(x_rows).squeeze(1))]
+
+
+@dataclass(frozen=True)
 class Embedding:
     """``y = W[index]``; saved: index [rows, ...]."""
 

@@ -1,0 +1,98 @@
+"""Independent answers: finite differences, per-example loops, closed forms, golden numbers."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from bilevel import tree
+
+
+def slope(function, params, direction, step=2e-3) -> float:
+    """Directional derivative by central differences, extrapolated to fourth order."""
+
+    def central(size):
+        ahead = function(tree.axpy(size, direction, params))
+        behind = function(tree.axpy(-size, direction, params))
+        return float(ahead - behind) / (2 * size)
+
+    return (4 * central(step / 2) - central(step)) / 3
+
+
+def random_like(params, seed: int):
+    generator = torch.Generator().manual_seed(seed)
+    return tree.map(
+        lambda leaf: torch.randn(leaf.shape, dtype=leaf.dtype, generator=generator), params
+    )
+
+
+def lower_gradient(problem, params, upper_params, batch, random=None):
+    """∇_θ of the lower loss on one batch, by the plainest autograd; None where unused."""
+    leaves = tree.map(lambda leaf: leaf.detach().requires_grad_(), params)
+    if random is not None:
+        torch.set_rng_state(random)
+    loss = problem.lower_loss(leaves, upper_params, batch)
+    names = tree.names(leaves)
+    found = torch.autograd.grad(loss, tree.leaves(leaves), allow_unused=True)
+    assert isinstance(leaves, dict)
+    assert sorted(names) == sorted(leaves)
+    return dict(zip(names, found, strict=True))
+
+
+def upper_after_step(problem, optimizer, params, state, batch, upper_batch, random, at):
+    """φ -> L_upper(θ'(φ), φ), the clip scale held at that of φ = `at` unless differentiated."""
+    if optimizer.max_norm is not None and not optimizer.differentiate_clip:
+        norm = tree.norm(lower_gradient(problem, params, at, batch, random))
+        scale = min(1.0, optimizer.max_norm / (float(norm) + 1e-6))
+        optimizer = replace(optimizer, max_norm=None)
+    else:
+        scale = 1.0
+
+    def function(upper_params) -> Tensor:
+        grads = tree.scale(scale, lower_gradient(problem, params, upper_params, batch, random))
+        new_params, _ = optimizer.update(grads, state, params)
+        torch.set_rng_state(random)
+        with torch.no_grad():
+            return problem.upper_loss(new_params, upper_params, upper_batch)
+
+    return function
+
+
+def per_example_gradients(problem, params, batch, random=None) -> list[dict[str, Tensor]]:
+    """One backward pass per example of the batch; zeros where a parameter is not used."""
+    leaves = {name: leaf.detach().requires_grad_() for name, leaf in params.items()}
+    if random is not None:
+        torch.set_rng_state(random)
+    losses, _ = problem.per_example_loss(leaves, batch)
+    result = []
+    for loss in losses:
+        found = torch.autograd.grad(
+            loss, list(leaves.values()), allow_unused=True, retain_graph=True
+        )
+        result.append(
+            {
+                name: torch.zeros_like(leaf) if gradient is None else gradient
+                for (name, leaf), gradient in zip(leaves.items(), found, strict=True)
+            }
+        )
+    return result
+
+
+# The regression of the golden numbers below: lower loss ½ Σ s_i (x_i·w − y_i)², upper loss
+# ½ ‖X_v w − y_v‖², both sums; s is the upper parameter.
+REGRESSION = {
+    "x": torch.tensor([[1.0, 0.0], [1.0, 1.0], [1.0, 2.0], [1.0, 3.0]], dtype=torch.float64),
+    "y": torch.tensor([0.0, 1.0, 1.0, 3.0], dtype=torch.float64),
+}
+VALIDATION = {
+    "x": torch.tensor([[1.0, 1.5], [1.0, 2.5]], dtype=torch.float64),
+    "y": torch.tensor([1.0, 2.0], dtype=torch.float64),
+}
+WEIGHTS = torch.tensor([1.0, 0.5, 2.0, 1.0], dtype=torch.float64)
+
+
+def half_squares(params, batch) -> Tensor:
+    """½ (x_i·w − y_i)², [batch]."""
+    return 0.5 * (batch["x"] @ params["w"] - batch["y"]).square()
