@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -17,7 +18,7 @@ from bilevel.tree import Tree
 # Largest relative error that passes, by the least precise parameter.
 TOLERANCES = {torch.float64: 1e-5, torch.float32: 2e-2}
 
-STEPS = (1e-1, 1e-2, 1e-3, 1e-4, 1e-5, 1e-6)
+STEPS = (1e-1, 1e-2, 1e-3, 1e-4, 1e-5, 1e-6, 1e-7)
 
 
 @dataclass(frozen=True)
@@ -25,7 +26,8 @@ class HypergradientCheck:
     """Verdict of `check_hypergradient`; true if the hypergradient agrees. Print it.
 
     Attributes:
-        outcome: "agrees", "disagrees", or "inconclusive": rounding hides the answer.
+        outcome: "agrees", "disagrees", or "inconclusive": rounding hides the answer, or the
+            error still falls at the smallest step.
         relative_error: Of the directional derivatives, at the best step.
         errors: Finite-difference step (relative to φ) -> relative error.
         best_step: The step with the smallest error.
@@ -106,8 +108,9 @@ def check_hypergradient(
         tolerance = max(TOLERANCES.get(dtype, 0.2) for dtype in precisions)
     outcome: Literal["agrees", "disagrees", "inconclusive"] = "agrees"
     if not max(errors[best], audit.lower_gradient_error) <= tolerance:
-        hidden = errors[best] <= 10.0 * floors[best] and audit.lower_gradient_error <= tolerance
-        outcome = "inconclusive" if hidden else "disagrees"
+        hidden = errors[best] <= 10.0 * floors[best] or _still_falling(errors)
+        unclear = hidden and audit.lower_gradient_error <= tolerance
+        outcome = "inconclusive" if unclear else "disagrees"
     return HypergradientCheck(
         outcome=outcome,
         relative_error=errors[best],
@@ -140,6 +143,15 @@ def _random_like(params: Tree, generator: torch.Generator | None) -> Tree:
     )
 
 
+def _still_falling(errors: dict[float, float]) -> bool:
+    """Whether the error fell with the step to the last: a wrong slope's error would level off."""
+    smallest = sorted(errors)[:3]
+    if len(smallest) < 3:
+        return False
+    fine, middle, coarse = (errors[step] for step in smallest)
+    return fine < middle / math.sqrt(smallest[1] / smallest[0]) and middle < coarse
+
+
 def _message(
     outcome: str,
     errors: dict[float, float],
@@ -160,7 +172,13 @@ def _message(
             f"  order upper-first is {approximation:.1e} away from the true derivative of the "
             "upper loss after the step (order lower-first is exact)"
         )
-    if outcome == "inconclusive":
+    if outcome == "inconclusive" and _still_falling(errors):
+        lines.append(
+            "  the error still falls with the step: the slope changes within the smallest step, as "
+            "with an adaptive optimizer of tiny eps where a gradient or weight is 0; pass smaller "
+            "steps, or audit with a larger eps"
+        )
+    elif outcome == "inconclusive":
         lines.append(
             "  the slopes drown in rounding: use float64 parameters and batches, or a state with "
             "a larger hypergradient (not a cold Adam, not the end of training)"

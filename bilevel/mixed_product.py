@@ -24,6 +24,9 @@ Derivative: TypeAlias = Callable[
     [Callable[[Params], tuple[Tensor, ...]], Params, Tree], tuple[Tensor, ...]
 ]
 
+# What torch's messages about missing derivatives have in common.
+UNSUPPORTED = ("forward AD", "forward-mode", "functorch", "jvp", "double backward")
+
 
 def mixed_product(
     problem: Problem,
@@ -62,7 +65,7 @@ def mixed_product(
                 term = _twice_reversed(problem, micro, lower_params, upper_params, direction)
             else:
                 term = _gradient_derivative(
-                    problem, derivative, micro, lower_params, upper_params, direction
+                    problem, route, micro, lower_params, upper_params, direction
                 )
         product = tree.axpy(share, term, product)
     return tree.add(product, gradients(weights, upper_params, cotangents))
@@ -82,7 +85,7 @@ def differentiable_kernels() -> Iterator[None]:
             yield
     except (NotImplementedError, RuntimeError) as error:
         text = str(error)
-        if not any(part in text for part in ("forward AD", "forward-mode", "double backward")):
+        if not any(part in text for part in UNSUPPORTED):
             raise
         raise RuntimeError(
             f"a torch operation lacks the derivative that this route needs: {text}. Use "
@@ -110,7 +113,7 @@ def _losses_derivative(
 
 def _gradient_derivative(
     problem: Problem,
-    derivative: Derivative,
+    route: Route,
     micro: MicroBatch,
     lower_params: Params,
     upper_params: Params,
@@ -122,16 +125,27 @@ def _gradient_derivative(
     """
     present, structure = optree.tree_flatten(tree.map(Tensor.detach, upper_params))
 
-    def gradient(params: Params) -> tuple[Tensor, ...]:
-        def loss(*leaves: Tensor) -> Tensor:
-            upper = structure.unflatten(leaves)
-            with random_state.replay(micro.random, lower_params):
-                return problem.lower_loss(params, upper, micro.batch)
+    def loss(params: Params, *leaves: Tensor) -> Tensor:
+        with random_state.replay(micro.random, lower_params):
+            return problem.lower_loss(params, structure.unflatten(leaves), micro.batch)
 
-        found: tuple[Tensor, ...] = torch.func.grad(loss, tuple(range(len(present))))(*present)
+    def transformed(params: Params) -> tuple[Tensor, ...]:
+        every = tuple(range(1, len(present) + 1))
+        found: tuple[Tensor, ...] = torch.func.grad(loss, every)(params, *present)
         return found
 
-    return structure.unflatten(derivative(gradient, lower_params, direction))
+    def recorded(params: Params) -> tuple[Tensor, ...]:
+        leaves = as_leaves(present)
+        with torch.enable_grad():
+            found = gradients([loss(params, *leaves)], leaves)
+        return tuple(
+            torch.zeros_like(leaf) if gradient is None else gradient
+            for leaf, gradient in zip(leaves, found, strict=True)
+        )
+
+    if isinstance(route, CentralDifference):
+        return structure.unflatten(_difference(route)(recorded, lower_params, direction))
+    return structure.unflatten(_tangent(transformed, lower_params, direction))
 
 
 def _twice_reversed(
