@@ -9,11 +9,12 @@ that are all exactly 1 it does so by autograd's own kernels, which is plain trai
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import optree
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import CheckpointError
 
 from bilevel import random_state, tree
 from bilevel.ghost.context import Context
@@ -207,17 +208,21 @@ def _run_tapped(run: _Run, batch: Batch, random: RandomState) -> tuple[Tree, Mic
     known = None if run.direction is None else _by_name(run.lower_params, run.direction)
     keep = run.differentiate and known is None
     context.weight(weights.detach(), owners, known, keep)
-    escaped, grads = gradients([losses.mean()], (tracker.visible, tracker.collectors))
-    if tree.leaves(escaped):
-        note = (
-            f"parameters {list(tree.flatten(escaped))} got a gradient past every torch operation "
-            "(a custom autograd.Function or a compiled module?); choose the route Jvp()"
-        )
-        if not auto:
-            raise Refusal(f"route {type(run.route).__name__}(): {note}")
+    try:
+        escaped, grads = gradients([losses.mean()], (tracker.visible, tracker.collectors))
+        if tree.leaves(escaped):
+            note = (
+                f"parameters {list(tree.flatten(escaped))} got a gradient past every torch "
+                "operation (a custom autograd.Function or a compiled module?)"
+            )
+    except CheckpointError:
+        note = "activation checkpointing runs parts of the model again, without their taps"
+    if note is not None and not auto:
+        raise Refusal(f"route {type(run.route).__name__}(): {note}; choose the route Jvp()")
+    if note is not None:
         with random_state.replay(random, run.lower_params):
             grads, micro = _run_detached(run, batch, random)
-        return grads, MicroBatch(**{**vars(micro), "note": note})
+        return grads, replace(micro, note=note)
 
     def dots(direction: Tree) -> Tensor:
         if keep:

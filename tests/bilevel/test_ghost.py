@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from torch.func import functional_call
 from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
 
 from bilevel import SGD, Auto, Ghost, Jvp, OneStep, PerExample, Refusal, ReweightingProblem, tree
 from bilevel.ghost import uses
@@ -328,6 +329,20 @@ def test_gradients_past_the_taps_are_noticed():
     with pytest.raises(Refusal, match=r"\['w'\] got a gradient past every torch operation"):
         lower_pass(problem, Ghost(), params, WEIGHTS, [batch])
     assert_falls_back(problem, params, batch, "past every torch operation")
+
+
+def test_activation_checkpointing_is_left_to_jvp():
+    params, batch = {"w": draw(SIZE, SIZE), "g": draw(SIZE)}, batch_of()
+
+    def output(p, b):
+        def part(x):
+            return torch.tanh(functional.linear(x, p["w"])) * p["g"]
+
+        return checkpoint(part, b["x"] @ p["w"], use_reentrant=False)
+
+    with pytest.raises(Refusal, match=r"activation checkpointing.*Jvp\(\)"):
+        lower_pass(problem_of(output), Ghost(), params, WEIGHTS, [batch])
+    assert_falls_back(problem_of(output), params, batch, "activation checkpointing")
 
 
 def test_rows_that_are_not_the_batch_must_be_declared():
