@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from bilevel.ghost.context import Tracked
+from bilevel.ghost.elementwise_uses import Broadcast, Concatenated
 from bilevel.ghost.tracker import Tracker
-from bilevel.ghost.uses import Broadcast, Concatenated
 
 
 def multiply(t: Tracker, input: Any, other: Any) -> Any:

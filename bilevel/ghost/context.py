@@ -36,21 +36,21 @@ class Tracked:
     """A parameter, or what a view, a cast or another linear map has made of one.
 
     Attributes:
-        name: The parameter's path.
+        leaf: Index of the parameter among all of them.
         visible: The tensor that the loss sees.
         value: The same without a graph.
         shadow: The same, with a graph that ends in the leaf that collects gradients.
         tangent: Applies the linear map to a direction in parameter space.
     """
 
-    name: str
+    leaf: int
     visible: Tensor
     value: Tensor
     shadow: Tensor
     tangent: Callable[[Tensor], Tensor]
 
 
-Pending = tuple[str, Callable[[Tensor], Tensor]]
+Pending = tuple[int, Callable[[Tensor], Tensor]]
 
 
 class Context:
@@ -63,7 +63,7 @@ class Context:
     def __init__(self, entries_limit: int) -> None:
         self.weights: Tensor | None = None
         self.dots: Tensor | None = None
-        self._direction: Mapping[str, Tensor] | None = None
+        self._direction: Sequence[Tensor | None] | None = None
         self._keep: int | None = None
         self._entries_limit = entries_limit
         self._all_one = False
@@ -74,7 +74,7 @@ class Context:
         self,
         weights: Tensor,
         owners: Mapping[int, Tensor],
-        direction: Mapping[str, Tensor] | None,
+        direction: Sequence[Tensor | None] | None,
         keep: bool,
     ) -> None:
         """Ask for gradients weighted per example, and products with `direction` or, kept, later.
@@ -87,12 +87,13 @@ class Context:
         self._all_one = bool((weights == 1.0).all())
         self.dots = weights.new_zeros(weights.shape, dtype=_wide(weights.dtype))
 
-    def later_dots(self, direction: Mapping[str, Tensor]) -> Tensor:
+    def later_dots(self, direction: Sequence[Tensor | None]) -> Tensor:
         """Return the products [batch] from what was kept, and forget it."""
         assert self.dots is not None
-        for name, dots in self._pending:
-            if name in direction:
-                self.dots += dots(direction[name])
+        for leaf, dots in self._pending:
+            along = direction[leaf]
+            if along is not None:
+                self.dots += dots(along)
         self._pending = []
         return self.dots
 
@@ -116,13 +117,13 @@ class Context:
             if dots is not None:
                 self._add(dots, owner)
             if self._keep is not None:
-                self._pending.append((entry.name, self._later(row, entry, owner)))
+                self._pending.append((entry.leaf, self._later(row, entry, owner)))
             if weighted is not None:
                 result.append(weighted)
         return _cast(result if plain is None else plain, entries)
 
     def _along(self, entry: Tracked) -> Tensor | None:
-        direction = None if self._direction is None else self._direction.get(entry.name)
+        direction = None if self._direction is None else self._direction[entry.leaf]
         return None if direction is None else entry.tangent(direction)
 
     def _later(

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from bilevel.ghost.elementwise_uses import Normalised
 from bilevel.ghost.tracker import Tracker
-from bilevel.ghost.uses import Convolution, Embedding, Linear, Normalised, Vector
+from bilevel.ghost.uses import Convolution, Embedding, Linear, Vector
 
 
 def linear(t: Tracker, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Any:

@@ -46,6 +46,7 @@ class Tracker(TorchFunctionMode):
         super().__init__()
         self.visible: Tree = tree.map(lambda leaf: leaf.detach().requires_grad_(), params)
         self.collectors: Tree = tree.map(lambda leaf: leaf.detach().requires_grad_(), params)
+        self._params = params
         self._operations = operations
         self._context = context
         self._reasons: list[str] = []
@@ -55,11 +56,10 @@ class Tracker(TorchFunctionMode):
         ]
         # Keyed by identity; whoever is in here is kept alive by `Tracked` or `_indices`.
         self._known: dict[int, Tracked | None] = dict.fromkeys(map(id, self._indices))
-        for name, visible, collector in zip(
-            tree.names(params), tree.leaves(self.visible), tree.leaves(self.collectors), strict=True
-        ):
+        leaves = zip(tree.leaves(self.visible), tree.leaves(self.collectors), strict=True)
+        for leaf, (visible, collector) in enumerate(leaves):
             self._known[id(visible)] = Tracked(
-                name, visible, visible.detach(), collector, lambda direction: direction
+                leaf, visible, visible.detach(), collector, lambda direction: direction
             )
 
     def __torch_function__(
@@ -109,10 +109,13 @@ class Tracker(TorchFunctionMode):
     ) -> Tensor:
         """Return `output` as seen by the rest of the loss, gradients of the entries behind it."""
         present = [entry for entry in entries if entry is not None]
-        shape, names = tuple(output.shape), [entry.name for entry in present]
-        self._rows.append(
-            (len(output), lambda: f"{names} give an output {shape} in {type(use).__name__}")
-        )
+        shape = tuple(output.shape)
+
+        def describe() -> str:
+            names = [self._name(entry) for entry in present]
+            return f"{names} give an output {shape} in {type(use).__name__}"
+
+        self._rows.append((len(output), describe))
         tapped: Tensor = Tap.apply(
             output,
             use,
@@ -174,21 +177,25 @@ class Tracker(TorchFunctionMode):
         self, entry: Tracked, visible: Tensor, shadow: Tensor, linear: Callable[[Tensor], Any]
     ) -> None:
         self._known[id(visible)] = Tracked(
-            entry.name,
+            entry.leaf,
             visible,
             visible.detach(),
             shadow,
             lambda direction: linear(entry.tangent(direction)),
         )
 
+    def _name(self, entry: Tracked) -> str:
+        return tree.names(self._params)[entry.leaf]
+
     def _handle(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         handler = self._operations.get(func)
-        if handler is not None:
+        transformed = _transformed()
+        if handler is not None and not transformed:
             result = handler(self, *args, **kwargs)
             if result is not NotImplemented:
                 return result
         result = func(*args, **kwargs)
-        if any(
+        if transformed or any(
             isinstance(item, Tensor) and item.requires_grad
             for item in (result if isinstance(result, tuple | list) else (result,))
         ):
@@ -199,10 +206,8 @@ class Tracker(TorchFunctionMode):
         values: list[Any] = []
         for value in (*args, *kwargs.values()):
             values.extend(value if isinstance(value, list | tuple) else [value])
-        entries = [self._known.get(id(value)) for value in values]
-        used = ", ".join(
-            f"{entry.name!r} {tuple(entry.value.shape)}" for entry in entries if entry is not None
-        )
+        entries = [entry for value in values if (entry := self._known.get(id(value))) is not None]
+        used = ", ".join(f"{self._name(entry)!r} {tuple(entry.value.shape)}" for entry in entries)
         shapes = [tuple(value.shape) for value in values if isinstance(value, Tensor)]
         name = getattr(func, "__qualname__", None) or getattr(func, "__name__", repr(func))
         return (
@@ -210,6 +215,11 @@ class Tracker(TorchFunctionMode):
             f"of shapes {shapes}; write it with the operations listed in bilevel.ghost.operations, "
             "leave the parameter out of the lower parameters (frozen), or choose the route Jvp()"
         )
+
+
+def _transformed() -> bool:
+    """Whether a torch.func transform (vmap, say) is under way, which taps cannot go through."""
+    return torch._C._functorch.peek_interpreter_stack() is not None
 
 
 def _real(tensor: Tensor) -> bool:

@@ -268,6 +268,7 @@ REFUSED = {
     "exp": lambda p, b: b["x"] @ p["w"].exp(),
     "penalty": lambda p, b: b["x"] @ p["w"] + p["w"].square().sum(),
     "in place": lambda p, b: b["x"].clone().add_(p["w"][0]),
+    "vmap": lambda p, b: torch.vmap(lambda x: functional.linear(x, p["w"]))(b["x"]),
     "divisor": lambda p, b: b["x"] / p["w"][0],
 }
 
