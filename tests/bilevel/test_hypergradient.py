@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -203,33 +205,45 @@ def test_a_weight_of_zero_still_has_its_derivative():
     assert_matches_differences(case, optimizer, result.hypergradient)
 
 
-def test_direction_decay_averages_v_with_bias_correction():
-    case, optimizer = build("mlp"), SGD(0.3)
-    rho = 0.9
-    averaged = OneStep(Jvp(), direction_decay=rho)
-    params, state, direction = case.params, optimizer.init(case.params), None
-    plain, vs = OneStep(Jvp()), []
+@pytest.mark.parametrize("order", ["lower-first", "upper-first"])
+def test_direction_decay_averages_v_with_bias_correction(order):
+    """The third hypergradient is that of a linear upper loss with the averaged slope."""
+    case, optimizer, rho = build("mlp"), SGD(0.3), 0.9
+    averaged, plain = OneStep(Jvp(), order, direction_decay=rho), OneStep(Jvp(), order)
+    params, state, vs = case.params, optimizer.init(case.params), []
     direction = averaged.init(params)
-    for _ in range(3):
-        arguments = (
-            case.problem,
+
+    def step(one_step, problem, direction=None):
+        return one_step.step(
+            problem,
             optimizer,
             params,
             case.upper_params,
             state,
             [case.batch],
             case.upper_batch,
+            direction,
         )
-        result = averaged.step(*arguments, direction=direction)
-        vs.append(plain.step(*arguments).upper.lower)
+
+    for _ in range(3):
+        result = step(averaged, case.problem, direction)
+        vs.append(result.upper.lower)
+        before = params, state
         params, state, direction = result.lower_params, result.optimizer_state, result.direction
+    params, state = before
     weights = [rho**2, rho, 1.0]
-    expected = tree.zeros_like(vs[0])
+    average = tree.zeros_like(params)
     for weight, v in zip(weights, vs, strict=True):
-        expected = tree.axpy(weight / sum(weights), v, expected)
+        average = tree.axpy(weight / sum(weights), v, average)
+
+    def linear(lower, upper, batch):
+        return tree.vdot(average, lower) + 0.01 * upper["table"].square().sum()
+
+    expected = step(plain, replace(case.problem, upper_loss=linear))
+    assert relative(result.hypergradient, expected.hypergradient) <= 1e-12
     assert int(direction.updates) == 3
     corrected = tree.scale(1.0 / (1.0 - rho**3), direction.average)
-    assert relative(corrected, expected) <= 1e-12
+    assert relative(corrected, average) <= 1e-12
 
 
 def pick(batch, rows):
