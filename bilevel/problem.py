@@ -50,8 +50,9 @@ class ReweightingProblem:
             only the routes `Jvp`, `Reverse` and `CentralDifference` apply.
         rows: batch -> {leading size: owner [leading size]}, for operations inside the model whose
             leading dimension is not the batch: image tiles, flattened tokens, scored positions.
-            ``owner[r]`` is the index in the batch of the example that row r belongs to. Only the
-            routes `Ghost` and `PerExample` need it.
+            ``owner[r]`` is the index in the batch of the example that row r belongs to. Needed by
+            the routes `Ghost` and `PerExample`; declare every such dimension that may come to
+            have the size of the batch, for undeclared it would then be taken for the batch.
 
     Examples of a micro-batch must not influence each other's losses (no batch normalisation in
     training mode, no contrastive terms); `check_hypergradient` finds out.
