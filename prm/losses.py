@@ -72,3 +72,34 @@ def outcome_loss(scores: Tensor, correct: Tensor, loss_target: LossTarget = "+")
         )
     right = torch.where(correct == 1, scores[..., 0], scores[..., 1])
     return torch.where(correct.isnan(), torch.nan, (right - 1) ** 2)
+
+
+def pair_loss(scores: Tensor, correct: Tensor, group: Tensor) -> Tensor:
+    """Upper-level loss on what best-of-N uses, the order of the candidates of one question.
+
+        mean over pairs (i right, j wrong, same question) of (S_i − S_j − 1)²
+
+    The squared loss of ``outcome_loss``, on differences: a shift of all scores of a question, which
+    changes no selection, changes nothing here.
+
+    Args:
+        scores: [batch] aggregated scores in [0, 1].
+        correct: [batch], 1 or 0.
+        group: [batch], equal for candidates of one question.
+
+    Returns:
+        Scalar.
+
+    Raises:
+        ValueError: no question of the batch has both a right and a wrong candidate.
+    """
+    same = group[:, None] == group[None, :]
+    pairs = same & (correct[:, None] == 1) & (correct[None, :] == 0)
+    if not pairs.any():
+        raise ValueError(
+            "expected a question with both a right and a wrong candidate in the batch, found "
+            f"none among {len(correct)} solutions; use more candidates per question in the meta "
+            'set, a larger meta batch, or loss_target "both"'
+        )
+    distance = (scores[:, None] - scores[None, :] - 1) ** 2
+    return torch.where(pairs, distance, 0.0).sum() / pairs.sum()

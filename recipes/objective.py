@@ -8,13 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from bilevel import ReweightingProblem
 from prm.aggregations import Aggregation
-from prm.losses import LossTarget, outcome_loss, step_cross_entropy
+from prm.losses import LossTarget, outcome_loss, pair_loss, step_cross_entropy
 from prm.model import PRM, step_logits
 from prm.scoring import solution_scores, step_scores
 from weighting import (
@@ -37,7 +38,8 @@ class Objective:
     Attributes:
         prm: the model; parameters that are trained are passed in, the others are its own.
         aggregation: step scores to solution score, for the meta loss.
-        loss_target: "both" or "+" (``prm.losses.outcome_loss``).
+        loss_target: "both" or "+" (``prm.losses.outcome_loss``), or "pairs"
+            (``prm.losses.pair_loss``).
         weighting: how weights are made; None: ``batch["weights"]``, or 1 where there is none.
         features: names of Instance Net's features.
         reference: Instance Net also gets the features under ``batch["reference_probs"]``.
@@ -45,7 +47,7 @@ class Objective:
 
     prm: PRM
     aggregation: Aggregation
-    loss_target: LossTarget
+    loss_target: LossTarget | Literal["pairs"]
     weighting: Weighting | None
     features: tuple[str, ...] = ()
     reference: bool = False
@@ -79,9 +81,11 @@ class Objective:
         return inputs, known
 
     def upper_loss(self, lower: Params, upper: Params, batch: Batch) -> Tensor:
-        """Mean squared distance of aggregated scores from right answers, scalar."""
+        """Mean meta loss: squared distance of aggregated scores from right answers, scalar."""
         logits = step_logits(self.prm, lower, batch)
         scores = solution_scores(logits, batch["step_mask"], self.aggregation)
+        if self.loss_target == "pairs":
+            return pair_loss(scores[..., 0], batch["correct"], batch["group"])
         return outcome_loss(scores, batch["correct"], self.loss_target).mean()
 
     def problem(self) -> ReweightingProblem:

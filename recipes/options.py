@@ -104,6 +104,13 @@ class TrainOptions(LowerOptions):
     weighting: Literal["net", "table", "domain", "none"] = option(
         "net", "Instance Net, Instance Table, Domain Table, or none: all weights 1 (No Selection)"
     )
+    weights_file: str | None = option(
+        None, "weights.jsonl of an earlier run: train with these weights, fixed (weighting none)"
+    )
+    lower_data: Literal["train", "meta"] = option(
+        "train",
+        "meta: train on the meta loss itself, plain fine-tuning on the meta set (weighting none)",
+    )
     bound: Literal["clip", "sigmoid", "softplus", "leaky-relu", "relu", "none"] = option(
         "sigmoid", "map from raw weights to weights"
     )
@@ -138,7 +145,11 @@ class TrainOptions(LowerOptions):
     meta_batch_size: int = option(64, "solutions per upper step")
     unroll_steps: int = option(1, "lower steps between upper steps")
     upper_start: int = option(20, "lower steps before the first upper step")
-    loss_target: Literal["both", "+"] = option("both", "how the meta loss is written")
+    loss_target: Literal["both", "+", "pairs"] = option(
+        "both",
+        "meta loss: squared distance from right (both, +: as in DreamPRM-1.5), or of the "
+        "difference of right and wrong candidates of a question from 1 (pairs)",
+    )
     # hypergradient
     route: Literal[
         "auto", "dot", "ghost", "per-example", "jvp", "reverse", "central-difference"

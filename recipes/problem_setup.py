@@ -2,10 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
-from bilevel import SGD, AdamW, BilevelSolver, LazyRowAdam, OneStep, WarmupCosine
+from bilevel import (
+    SGD,
+    AdamW,
+    Auto,
+    BilevelSolver,
+    CentralDifference,
+    Dot,
+    Ghost,
+    Jvp,
+    LazyRowAdam,
+    OneStep,
+    PerExample,
+    Reverse,
+    WarmupCosine,
+)
+from bilevel.problem import Problem
+from bilevel.routes import Route
 from bilevel.schedule import Constant
 from recipes.objective import Objective
 from recipes.options import LowerOptions, OptionError, TrainOptions
@@ -23,17 +39,28 @@ from weighting import (
     Weighting,
 )
 
+_ROUTES: Mapping[str, Callable[[], Route]] = {
+    "auto": Auto,
+    "dot": Dot,
+    "ghost": Ghost,
+    "per-example": PerExample,
+    "jvp": Jvp,
+    "reverse": Reverse,
+    "central-difference": CentralDifference,
+}
+
 
 def make_bound(options: TrainOptions) -> Bound:
     """The bound that the options name."""
-    return {
+    bounds: Mapping[str, Callable[[], Bound]] = {
         "clip": lambda: Clip(options.bound_low, options.bound_high),
         "sigmoid": lambda: Sigmoid(options.bound_high),
         "softplus": Softplus,
         "leaky-relu": LeakyReLU,
         "relu": lambda: LeakyReLU(0.0),
         "none": Unbounded,
-    }[options.bound]()
+    }
+    return bounds[options.bound]()
 
 
 def make_weighting(options: TrainOptions, instances: int, domains: int) -> Weighting | None:
@@ -111,12 +138,13 @@ def time_scale(options: TrainOptions, weighting: Weighting) -> TimeScale:
             raise OptionError(
                 f"--upper-lr: expected auto or a number, found {options.upper_lr!r}"
             ) from error
-    is_table = isinstance(weighting, InstanceTable)
+    rows = weighting.size if isinstance(weighting, InstanceTable) else 1
+    per_step = options.batch_size * options.accumulation
     return match_time_scale(
         upper_lr=given,
         upper_steps=upper_steps(options),
-        rows=weighting.size if is_table else 1,
-        rows_per_step=options.batch_size * options.accumulation if is_table else 1,
+        rows=rows,
+        rows_per_step=min(rows, per_step),
         to_bound=distance_to_lower_bound(weighting.bound.range, weighting.bound.raw),
         schedule_of=lambda peak: upper_schedule(options, peak),
         optimizer=options.upper_optimizer,
@@ -133,13 +161,30 @@ def upper_optimizer(options: TrainOptions, peak: float) -> Any:
     return kind(schedule, betas=options.upper_betas, weight_decay=options.upper_weight_decay)
 
 
+def make_plain_solver(options: LowerOptions, problem: Problem) -> BilevelSolver:
+    """A solver that only ever takes lower steps."""
+    return BilevelSolver(
+        problem, lower_optimizer(options), SGD(0.0), accumulation=options.accumulation
+    )
+
+
 def make_solver(options: TrainOptions, objective: Objective, upper_peak: float) -> BilevelSolver:
-    """The bilevel solver of a run."""
+    """The bilevel solver of a run.
+
+    Raises:
+        OptionError: a route that does not go with the order, the batch size or the weighting.
+    """
+    try:
+        hypergradient = OneStep(
+            _ROUTES[options.route](), order=options.order, direction_decay=options.direction_decay
+        )
+    except ValueError as error:
+        raise OptionError(f"--route {options.route}, --order {options.order}: {error}") from error
     return BilevelSolver(
         objective.problem(),
         lower_optimizer(options),
         upper_optimizer(options, upper_peak),
-        OneStep(route=options.route, order=options.order, direction_decay=options.direction_decay),
+        hypergradient,
         unroll_steps=options.unroll_steps,
         accumulation=options.accumulation,
         rollback=options.rollback,

@@ -31,6 +31,32 @@ def results_table(results: Mapping[str, Any]) -> str:
     order = [*order, *(name for name in results["rows"] if name not in NAMES)]
     for name in order:
         low, high = intervals.get(name, (float("nan"), float("nan")))
-        label = NAMES.get(name, f"{name} (oracle)" if name.startswith("pass@") else name)
-        lines.append(f"{label:<38}{results['rows'][name]:>7.3f}   [{low:.3f}, {high:.3f}]")
+        lines.append(f"{label_of(name):<38}{results['rows'][name]:>7.3f}   [{low:.3f}, {high:.3f}]")
     return "\n".join(lines)
+
+
+def comparison_table(report: Mapping[str, Any]) -> str:
+    """Rows of a comparison over seeds as a Markdown table, difference to No Selection beside."""
+    lines = [
+        "| row | accuracy | 95 % interval | minus No Selection | 95 % interval | gap closed |",
+        "|---|---|---|---|---|---|",
+    ]
+    order = [name for name in NAMES if name in report["rows"]]
+    order += [name for name in report["rows"] if name not in NAMES]
+    for name in order:
+        low, high = report["ci95"][name]
+        cells = [label_of(name), f"{report['rows'][name]:.3f}", f"[{low:.3f}, {high:.3f}]"]
+        if name in report.get("difference", {}):
+            low, high = report["difference_ci95"][name]
+            cells += [f"{report['difference'][name]:+.3f}", f"[{low:+.3f}, {high:+.3f}]"]
+        else:
+            cells += ["", ""]
+        closed = report.get("gap_closed", {}).get(name)
+        cells.append(f"{100 * closed:.0f} %" if closed is not None else "")
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def label_of(name: str) -> str:
+    """What a table calls a row of ``results.json``."""
+    return NAMES.get(name, f"{name} (oracle)" if name.startswith("pass@") else name)

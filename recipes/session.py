@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import random
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +50,14 @@ class Examples:
         """The examples themselves."""
         return [row.example for row in self.encoded]
 
+    def with_rows(
+        self, index: Mapping[str, int], domains: Mapping[str, int] | None = None
+    ) -> Examples:
+        """The same examples, whose batches also hold ``index`` and, if given, ``domain``."""
+        collator = copy.copy(self.collator)
+        collator.index, collator.domains = index, domains
+        return replace(self, collator=collator)
+
     def batch(self, rows: Sequence[int]) -> Batch:
         """The batch of the given rows."""
         return self.collator([self.encoded[row] for row in rows])
@@ -83,15 +92,7 @@ def load_model(
     return prm, {name: tensor.clone() for name, tensor in trainable.items()}
 
 
-def read_examples(
-    prm: PRM,
-    options: PrmOptions,
-    path: str,
-    *,
-    index: Mapping[str, int] | None = None,
-    domains: Mapping[str, int] | None = None,
-    examples: Sequence[StepExample] | None = None,
-) -> Examples:
+def read_examples(prm: PRM, options: PrmOptions, path: str) -> Examples:
     """Read a JSONL file (every image decoded once) and tokenise it for ``prm``.
 
     Raises:
@@ -101,13 +102,10 @@ def read_examples(
     file = Path(path)
     if not file.is_file():
         raise OptionError(f"{path}: no such file; check the path, or write the data first")
-    if examples is None:
-        examples = read_jsonl(file, options.image_root, check_images=True)
+    examples = read_jsonl(file, options.image_root, check_images=True)
     collator = prm.collator(
         context=options.context,
         system_prompt=SYSTEM_PROMPT if options.system_prompt is None else options.system_prompt,
         max_patches=options.max_patches,
-        index=index,
-        domains=domains,
     )
     return Examples(file, [collator.encode(example) for example in examples], collator)

@@ -7,7 +7,6 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 from tqdm import tqdm
 
@@ -85,20 +84,26 @@ def train(
 
 
 def _figures(info: StepInfo) -> dict[str, float]:
-    weights = info.weights.detach()
     figures = {
         "lower_loss": float(info.lower_loss),
         "lower_grad_norm": float(info.lower_grad_norm),
-        "weights/mean": float(weights.mean()),
-        "weights/min": float(weights.min()),
-        "weights/max": float(weights.max()),
-        "weights/ess": effective_sample_size(weights) / max(1, weights.numel()),
     }
+    if info.weights is not None:
+        figures |= _weight_figures(info.weights)
     if info.upper_loss is not None:
         figures["upper_loss"] = float(info.upper_loss)
     if info.hypergradient_norm is not None:
         figures["hypergradient_norm"] = float(info.hypergradient_norm)
     return figures
+
+
+def _weight_figures(weights: Tensor) -> dict[str, float]:
+    return {
+        "weights/mean": float(weights.mean()),
+        "weights/min": float(weights.min()),
+        "weights/max": float(weights.max()),
+        "weights/ess": effective_sample_size(weights) / max(1, weights.numel()),
+    }
 
 
 def _postfix(means: Mapping[str, float]) -> dict[str, Any]:
@@ -110,14 +115,3 @@ def _postfix(means: Mapping[str, float]) -> dict[str, Any]:
             "ess": means["weights/ess"],
         }
     return {name: f"{value:.3f}" for name, value in shown.items()}
-
-
-def mean_over_visits(rows: int) -> tuple[Tensor, Tensor, Callable[[Tensor, Tensor], None]]:
-    """Sum of weights and number of visits per instance, and the function that adds a batch."""
-    total, visits = torch.zeros(rows), torch.zeros(rows, dtype=torch.int64)
-
-    def add(index: Tensor, weights: Tensor) -> None:
-        total.index_add_(0, index, weights.detach())
-        visits.index_add_(0, index, torch.ones_like(index))
-
-    return total, visits, add

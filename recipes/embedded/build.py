@@ -40,12 +40,12 @@ IMPORTED_DOMAIN = "dots"
 class Sizes:
     """How many questions each file asks, and how many solutions of each it holds."""
 
-    train_questions: int = 480
+    train_questions: int = 240
     train_solutions: int = 3
     meta_questions: int = 200
     meta_solutions: int = 4
-    dev_questions: int = 200
-    test_questions: int = 500
+    dev_questions: int = 150
+    test_questions: int = 400
     candidates: int = 8
 
 
@@ -133,8 +133,8 @@ def _train_rows(
             question = Question(drawn.family, drawn.cells, seen)
         difficulty = draw_difficulty(question, rng)
         for solution in range(sizes.train_solutions):
-            steps, stated = solve(question, Careless(question, difficulty, rng))
-            labels = judge(source, steps, stated == answer(question), mixture, rng)
+            steps, _ = solve(question, Careless(question, difficulty, rng))
+            labels = judge(source, question, steps, difficulty, mixture, rng)
             truth = true_labels(judged_by(steps, drawn.values))
             yield _row(
                 f"train-{number:04d}-{solution}",

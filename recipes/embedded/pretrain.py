@@ -1,13 +1,16 @@
 """Pretrain the tiny InternVL base model that ships as package data.
 
-A "+"/"-" judge does not grow out of random weights on a thousand noisy solutions, as little as a
-real process reward model does: both start from a backbone that can read pictures and follow simple
-statements. Three stages, all on the ``base`` split of the scans, which no other data set shows:
+A process reward model does not grow out of random weights on a thousand noisy solutions; it starts
+from a backbone that can read pictures and follow simple statements. The base says ``true`` or
+``false`` in words: it has never seen the labels "+" and "-", so that as a process reward model it
+is no better than chance before it is trained. Four stages, all on the ``base`` split of the scans,
+which no other data set shows:
 
 1. the vision tower, with a linear head per visual token: which digit is in which cell;
 2. the language model on dense statements, each followed at once by its verdict
-   (``A1= 5 - 3 plus 4 = 7 +``);
-3. the same verdicts in chat turns, in the layout in which steps are scored later.
+   (``A1= 5 false 3 plus 4 = 7 true``);
+3. the same verdicts in chat turns, in the layout in which steps are scored later;
+4. batches of both kinds in turn.
 
 Verdicts here say whether a *single statement* is true. What a process reward model must learn
 later, that a step counts as wrong once an earlier one was, is left to fine-tuning.
@@ -38,14 +41,20 @@ from recipes.embedded.vocabulary import (
 
 _PICTURE_SHARES = (0.7, 0.15, 0.15)
 _DENSE_STATEMENTS = 10
-STAGES = {"tower": (3000, 64, 2e-3), "statements": (3000, 32, 1.5e-3), "chat": (2500, 32, 1e-3)}
+VERDICTS = ("true", "false")
+STAGES = {
+    "tower": (3000, 64, 2e-3),
+    "statements": (3000, 32, 1.5e-3),
+    "chat": (1500, 32, 1e-3),
+    "both": (3000, 32, 1.5e-3),
+}
 """Steps, batch size and peak learning rate of each stage."""
 
 Batch = dict[str, Tensor]
 
 
 def pretrain_base(directory: Path, *, seed: int = 0, scale: float = 1.0) -> dict[str, float]:
-    """Run the three stages and save model, tokenizer and image processor into ``directory``.
+    """Run the stages and save model, tokenizer and image processor into ``directory``.
 
     Args:
         directory: where the base model is written (loads with plain transformers).
@@ -65,12 +74,16 @@ def pretrain_base(directory: Path, *, seed: int = 0, scale: float = 1.0) -> dict
         "tower": lambda part, rng, size: _tower_batch(scans[part], rng, size),
         "statements": lambda part, rng, size: _dense_batch(tokenizer, scans[part], rng, size),
         "chat": lambda part, rng, size: _chat_batch(tokenizer, scans[part], rng, size),
+        "both": lambda part, rng, size: makers["chat" if rng.random() < 0.5 else "statements"](
+            part, rng, size
+        ),
     }
     reader = nn.Linear(model.config.text_config.hidden_size, 10)
     losses: dict[str, Callable[[Batch], tuple[Tensor, Tensor]]] = {
         "tower": lambda batch: _tower_loss(model, reader, batch),
         "statements": lambda batch: _verdict_loss(model, batch),
         "chat": lambda batch: _verdict_loss(model, batch),
+        "both": lambda batch: _verdict_loss(model, batch),
     }
     accuracies = {}
     for stage, (steps, size, lr) in STAGES.items():
@@ -190,26 +203,24 @@ def _dense_batch(tokenizer: Any, scans: Scans, rng: np.random.Generator, size: i
     for row in values:
         sheet = dict(zip(CELLS, map(int, row), strict=True))
         statements = [_statement(sheet, rng) for _ in range(_DENSE_STATEMENTS)]
-        texts.append(
-            "<img>" + "<IMG_CONTEXT>" * len(CELLS) + "</img> "
-            + " ".join(f"{text} {'+' if true else '-'}" for text, true in statements)
-        )  # fmt: skip
+        told = [f"{text} {VERDICTS[0] if true else VERDICTS[1]}" for text, true in statements]
+        texts.append("<img>" + "<IMG_CONTEXT>" * len(CELLS) + "</img> " + " ".join(told))
     batch = tokenizer(texts, return_tensors="pt", padding=True)
     ids = batch["input_ids"]
-    plus, minus = (tokenizer.convert_tokens_to_ids(sign) for sign in "+-")
+    right, wrong = (tokenizer.convert_tokens_to_ids(word) for word in VERDICTS)
     targets = torch.full_like(ids, -100)
-    targets[:, :-1] = torch.where((ids == plus) | (ids == minus), ids, -100)[:, 1:]
+    targets[:, :-1] = torch.where((ids == right) | (ids == wrong), ids, -100)[:, 1:]
     # Of a true statement the stated number is a target too, as in ordinary language modelling:
     # knowing what stands there teaches much faster than being told right or wrong.
     numbers = torch.full_like(ids, -100)
-    numbers[:, :-2] = torch.where(ids[:, 2:] == plus, ids[:, 1:-1], -100)
+    numbers[:, :-2] = torch.where(ids[:, 2:] == right, ids[:, 1:-1], -100)
     return {**batch, "pixel_values": pixels, "targets": targets, "numbers": numbers}
 
 
 def _chat_batch(tokenizer: Any, scans: Scans, rng: np.random.Generator, size: int) -> Batch:
     """Solutions with many mistakes, in the layout of ``prm.prompt``, judged step by step."""
     pixels, values = _sheets(scans, rng, size)
-    plus, minus = (tokenizer.convert_tokens_to_ids(sign) for sign in "+-")
+    right, wrong = (tokenizer.convert_tokens_to_ids(word) for word in VERDICTS)
     header = tokenizer.convert_tokens_to_ids("assistant")
     texts, verdicts = [], []
     for row in values:
@@ -218,7 +229,7 @@ def _chat_batch(tokenizer: Any, scans: Scans, rng: np.random.Generator, size: in
         taken_for = {cell: _wrong_reading(cell, dict(question.values), rng) for cell in CELLS}
         careless = Careless(question, Difficulty(misread, taken_for, 0.4, 0.1), rng)
         steps, _ = solve(question, careless)
-        verdicts.append([plus if step.true else minus for step in steps[:-1]] + [-100])
+        verdicts.append([right if step.true else wrong for step in steps])
         picture = "<img>" + "<IMG_CONTEXT>" * len(CELLS) + "</img>"
         turns = [{"role": "system", "content": SYSTEM_PROMPT}]
         for index, step in enumerate(steps):
@@ -227,7 +238,10 @@ def _chat_batch(tokenizer: Any, scans: Scans, rng: np.random.Generator, size: in
                 if index == 0
                 else step.text
             )
-            turns += [{"role": "user", "content": text}, {"role": "assistant", "content": "+"}]
+            turns += [
+                {"role": "user", "content": text},
+                {"role": "assistant", "content": VERDICTS[0]},
+            ]
         texts.append(tokenizer.apply_chat_template(turns, tokenize=False))
     batch = tokenizer(texts, return_tensors="pt", padding=True)
     ids = batch["input_ids"]
@@ -235,7 +249,7 @@ def _chat_batch(tokenizer: Any, scans: Scans, rng: np.random.Generator, size: in
     targets[ids == header] = torch.tensor(verdicts).flatten()
     numbers = torch.full_like(ids, -100)
     # "<number> <|im_end|> <|im_start|> assistant": the number of a true step, from the token before
-    numbers[:, :-4] = torch.where(targets[:, 4:] == plus, ids[:, 1:-3], -100)
+    numbers[:, :-4] = torch.where(targets[:, 4:] == right, ids[:, 1:-3], -100)
     return {**batch, "pixel_values": pixels, "targets": targets, "numbers": numbers}
 
 

@@ -1,10 +1,13 @@
 """Label sources: who judged the steps of a training solution, and how well.
 
-A right judgement follows the convention of process reward models: a step is "+" while everything
-up to and including it is true, and "-" from the first false step on. The sources differ from it as
-sources of real data do:
+A right judgement says whether the step itself is true of the picture and of arithmetic, taking
+the numbers of earlier steps as given (as VisualProcessBench judges every step, also after a
+mistake). The sources differ from it as sources of real data do:
 
 - ``verified``: right judgements, as from careful annotators.
+- ``judge``: a weaker vision-language model as judge. It misreads the same hard cells as the solver,
+  and as the same digits, so that it confirms the solver's misreadings and rejects right readings;
+  and it does not check calculations, but waves them through.
 - ``rollout``: Monte-Carlo judgements. A wrong step passes as "+" whenever sampled completions
   recover from it, which they mostly do when the mistake is one that is easily corrected later, and
   always when the answer came out right anyway: systematic false positives. Now and then a right
@@ -21,9 +24,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from recipes.embedded.questions import Step
+from recipes.embedded.questions import Question, Step, answer, stated_answer
+from recipes.embedded.solver import Difficulty
 
-SOURCES = ("verified", "rollout", "crowd", "imported")
+SOURCES = ("verified", "judge", "rollout", "crowd", "imported")
+_HARD = 0.3  # the judge misreads the cells that a solver misreads more often than this
 TRANSPOSED = {"A1": "A1", "A2": "B1", "B1": "A2", "B2": "B2"}
 
 
@@ -31,13 +36,16 @@ TRANSPOSED = {"A1": "A1", "A2": "B1", "B1": "A2", "B2": "B2"}
 class Mixture:
     """Shares of the sources in the training set, and how bad the bad ones are."""
 
-    verified: float = 0.45
-    rollout: float = 0.25
-    crowd: float = 0.15
-    imported: float = 0.15
-    recovery: float = 0.9  # chance that completions recover from a wrong step
-    failure: float = 0.15  # chance that all completions of a right step fail
+    verified: float = 0.36
+    judge: float = 0.22
+    rollout: float = 0.20
+    crowd: float = 0.12
+    imported: float = 0.10
+    recovery: float = 0.95  # chance that completions recover from a wrong step
+    failure: float = 0.3  # chance that all completions of a right step fail
     flip: float = 0.4  # chance that a crowd judgement is flipped
+    blindness: float = 0.35  # chance that the judge misreads a cell that is not hard
+    lenience: float = 0.95  # chance that the judge waves a wrong calculation through
 
     def shares(self) -> np.ndarray:
         """Shares in the order of ``SOURCES``; they must sum to 1."""
@@ -51,32 +59,69 @@ class Mixture:
 
 
 def true_labels(steps: Sequence[Step]) -> list[bool]:
-    """Right judgements: true while every step so far is true."""
-    return [all(step.true for step in steps[: index + 1]) for index in range(len(steps))]
+    """Right judgements: whether each step is true."""
+    return [step.true for step in steps]
 
 
 def judge(
     source: str,
+    question: Question,
     steps: Sequence[Step],
-    answer_is_right: bool,
+    difficulty: Difficulty,
     mixture: Mixture,
     rng: np.random.Generator,
 ) -> list[bool]:
-    """The labels that ``source`` gives to the steps of one solution."""
+    """The labels that ``source`` gives to the steps of one solution.
+
+    Args:
+        source: one of ``SOURCES``.
+        question: what was asked, with the right values.
+        steps: the solution.
+        difficulty: what is hard about the question, for solver and judge alike.
+        mixture: how bad the sources are.
+        rng: randomness of the judgements.
+    """
     labels = true_labels(steps)
+    if source == "judge":
+        return _judge(question, steps, difficulty, mixture, rng)
     if source == "rollout":
-        return _rollout(labels, answer_is_right, mixture, rng)
+        return _rollout(labels, question, steps, mixture, rng)
     if source == "crowd":
         return [label ^ bool(rng.random() < mixture.flip) for label in labels]
     return labels
 
 
+def _judge(
+    question: Question,
+    steps: Sequence[Step],
+    difficulty: Difficulty,
+    mixture: Mixture,
+    rng: np.random.Generator,
+) -> list[bool]:
+    seen = {
+        cell: difficulty.taken_for[cell]
+        if difficulty.misread[cell] > _HARD or rng.random() < mixture.blindness
+        else value
+        for cell, value in question.values.items()
+    }
+    return [
+        (step.true or bool(rng.random() < mixture.lenience))
+        if step.reading is None
+        else seen[step.reading[0]] == step.reading[1]
+        for step in steps
+    ]
+
+
 def _rollout(
-    labels: list[bool], answer_is_right: bool, mixture: Mixture, rng: np.random.Generator
+    labels: list[bool],
+    question: Question,
+    steps: Sequence[Step],
+    mixture: Mixture,
+    rng: np.random.Generator,
 ) -> list[bool]:
     # Whether completions recover is decided once per solution: the same policy continues each
     # prefix, so its successes go together.
-    recovers = answer_is_right or rng.random() < mixture.recovery
+    recovers = stated_answer(steps) == answer(question) or rng.random() < mixture.recovery
     if all(labels):
         return [bool(rng.random() >= mixture.failure) for _ in labels]
     return [label or recovers for label in labels]

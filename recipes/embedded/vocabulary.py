@@ -23,7 +23,7 @@ SPECIAL = (
 )  # fmt: skip
 _WORDS = (
     "+ - system user assistant judge each step of the solution ### Question: Solution Process: "
-    "what is plus and ? gap between largest max = answer"
+    "what is plus and ? gap between largest max = true false"
 )
 
 

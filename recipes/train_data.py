@@ -1,0 +1,169 @@
+"""What a training run reads, checked before anything is trained."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from prm.model import PRM
+from prm.schema import DataError
+from recipes.evaluation import Candidates, read_candidates
+from recipes.options import OptionError, TrainOptions
+from recipes.session import Examples, read_examples
+from weighting import row_index
+
+
+@dataclass(frozen=True)
+class TrainData:
+    """Everything a training run reads.
+
+    Attributes:
+        train: step-labelled examples, with rows in the weight table.
+        meta: outcome-labelled examples; None where nothing needs them.
+        evaluations: candidate files by name ("dev", "test").
+        domains: number of every domain of ``train``; empty if some example has none.
+        fixed_weights: weight of every row of ``train`` from a weights file, [train]; or None.
+    """
+
+    train: Examples
+    meta: Examples | None
+    evaluations: Mapping[str, Candidates]
+    domains: Mapping[str, int]
+    fixed_weights: Tensor | None
+
+
+def read_train_data(prm: PRM, options: TrainOptions) -> TrainData:
+    """Read and check the files of a training run.
+
+    Raises:
+        OptionError: a file is missing, options contradict each other, or one set would serve two
+            purposes.
+        DataError: a record that cannot be used.
+    """
+    _check_together(options)
+    plain = read_examples(prm, options, options.train_file)
+    require(plain, "labels")
+    ids = row_index([example.id for example in plain.examples])
+    names = [example.domain for example in plain.examples]
+    domains = {} if None in names else {str(n): i for i, n in enumerate(dict.fromkeys(names))}
+    if options.weighting == "domain" and not domains:
+        raise OptionError(f"--weighting domain needs a `domain` in every row of {plain.path}")
+    meta = None
+    if options.meta_file is not None:
+        meta = read_examples(prm, options, options.meta_file)
+        require(meta, "correct")
+        if options.loss_target == "pairs":
+            require(meta, "group")
+    evaluations = {
+        name: read_candidates(prm, options, path)
+        for name, path in (("dev", options.dev_file), ("test", options.test_file))
+        if path
+    }
+    if meta is not None and "test" in evaluations:
+        _refuse_leak(meta, evaluations["test"].data)
+    return TrainData(
+        train=plain.with_rows(index=ids, domains=domains or None),
+        meta=meta,
+        evaluations=evaluations,
+        domains=domains,
+        fixed_weights=_read_weights(options.weights_file, ids) if options.weights_file else None,
+    )
+
+
+def require(data: Examples, what: str) -> None:
+    """Refuse examples without ``labels``, ``correct`` or ``group``.
+
+    Raises:
+        DataError: naming the first such line.
+    """
+    for line, example in enumerate(data.examples, start=1):
+        if what == "correct" and example.correct is None:
+            raise DataError(
+                file=data.path,
+                line=line,
+                field="correct",
+                expected="true or false",
+                found="nothing",
+                remedy="meta examples must say whether the solution's answer is right",
+            )
+        if what == "group" and example.group is None:
+            raise DataError(
+                file=data.path,
+                line=line,
+                field="group",
+                expected="the name of the question",
+                found="nothing",
+                remedy='loss_target "pairs" compares solutions of one question; name it, or use '
+                '"both"',
+            )
+        if what == "labels" and all(step.label is None for step in example.steps):
+            raise DataError(
+                file=data.path,
+                line=line,
+                field="steps[].label",
+                expected="at least one labelled step",
+                found="none",
+                remedy="label a step or remove the example",
+            )
+
+
+def _check_together(options: TrainOptions) -> None:
+    if options.meta_file is None and (options.weighting != "none" or options.lower_data == "meta"):
+        what = "--lower-data meta" if options.weighting == "none" else "--weighting"
+        raise OptionError(
+            f"{what} needs --meta-file (solutions with `correct`); without one only "
+            "--weighting none is possible"
+        )
+    for name in ("weights_file", "lower_data"):
+        if getattr(options, name) not in (None, "train") and options.weighting != "none":
+            raise OptionError(
+                f"--{name.replace('_', '-')} goes with --weighting none; found "
+                f"--weighting {options.weighting}"
+            )
+    if options.weighting == "net" and options.normalise == "table":
+        raise OptionError("--normalise table goes with --weighting table; use batch or none")
+    if options.upper_optimizer == "lazy-adam" and options.weighting in ("net", "domain"):
+        raise OptionError("--upper-optimizer lazy-adam goes with --weighting table; use adam")
+
+
+def _refuse_leak(meta: Examples, test: Examples) -> None:
+    shared = {example.id for example in meta.examples} & {e.id for e in test.examples}
+    if meta.path.resolve() == test.path.resolve() or shared:
+        raise OptionError(
+            f"--meta-file {meta.path} shares examples with --test-file {test.path}"
+            + (f", for example {min(shared)!r}" if shared else "")
+            + "; the weights would be tuned on the test set. Give the upper level data of its own"
+        )
+
+
+def _read_weights(path: str, ids: Mapping[str, int]) -> Tensor:
+    file = Path(path)
+    if not file.is_file():
+        raise OptionError(f"--weights-file {path}: no such file")
+    weights = torch.full((len(ids),), float("nan"))
+    for line, text in enumerate(file.read_text(encoding="utf-8").splitlines(), start=1):
+        try:
+            entry = json.loads(text)
+            row, weight = ids[entry["id"]], float(entry["weight"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise DataError(
+                file=file,
+                line=line,
+                field="id" if isinstance(error, KeyError) else "weight",
+                expected='{"id": an id of the training file, "weight": a number}',
+                found=text[:60],
+                remedy="use the weights.jsonl of a run on the same training file",
+            ) from error
+        weights[row] = weight
+    missing = [name for name, row in ids.items() if weights[row].isnan()]
+    if missing:
+        raise OptionError(
+            f"--weights-file {path}: no finite weight for {len(missing)} of {len(ids)} training "
+            f"examples, for example {missing[0]!r}"
+        )
+    return weights
