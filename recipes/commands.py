@@ -15,7 +15,7 @@ from recipes.options import (
     OptionError,
     PretrainOptions,
 )
-from recipes.training import NonFiniteError
+from recipes.training import StepError
 
 _INTERRUPTED = 130
 
@@ -28,7 +28,7 @@ def run(name: str, options: Any) -> int:
     """
     try:
         _COMMANDS[name](options)
-    except (OptionError, DataError, NonFiniteError, FileExistsError) as error:
+    except (OptionError, DataError, StepError, FileExistsError) as error:
         print(f"bilevel-prm {name}: {error}", file=sys.stderr)
         return 2 if isinstance(error, OptionError) else 1
     except ModuleNotFoundError as error:
@@ -75,6 +75,9 @@ def _evaluate(options: EvaluateOptions) -> None:
 
     _quiet()
     set_up(options)
+    output = None if options.output is None else Path(options.output)
+    if output is not None and output.is_dir():
+        raise OptionError(f"--output {output}: is a directory; name a file")
     prm, params = load_model(options)
     candidates = read_candidates(prm, options, options.file)
     found = evaluate(prm, params, candidates, options)
@@ -93,8 +96,9 @@ def _evaluate(options: EvaluateOptions) -> None:
         "step_macro_f1": found.step_macro_f1,
     }
     print(results_table(results))
-    if options.output is not None:
-        write_json(Path(options.output), results)
+    if output is not None:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        write_json(output, results)
     else:
         print(json.dumps({k: v for k, v in results.items() if k not in ("rows", "ci95")}))
 

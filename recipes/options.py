@@ -19,6 +19,24 @@ import yaml
 
 Options = TypeVar("Options")
 PRESETS = Path(__file__).parent / "presets"
+_LEAST = {
+    "accumulation": 1,
+    "batch_size": 1,
+    "draw": 0,
+    "eval_batch_size": 1,
+    "log_every": 1,
+    "lower_weight_decay": 0,
+    "max_patches": 1,
+    "meta_batch_size": 1,
+    "seed": 0,
+    "seeds": 1,
+    "steps": 0,
+    "threads": 0,
+    "unroll_steps": 1,
+    "upper_start": 0,
+    "upper_weight_decay": 0,
+}
+"""Smallest value of the options that have one and that no constructor checks by name."""
 
 
 class OptionError(ValueError):
@@ -230,8 +248,8 @@ def resolve(options: type[Options], given: Mapping[str, Any]) -> Options:
     """Merge what the command line gave, the preset that it names and the defaults.
 
     Raises:
-        OptionError: unknown preset or key (with the nearest name), a value of the wrong type or
-            outside the choices, a required option that is missing.
+        OptionError: unknown preset or key (with the nearest name), a value of the wrong type,
+            outside the choices or too small, a required option that is missing.
     """
     given = dict(given)
     preset = given.pop("config", None)
@@ -248,6 +266,10 @@ def resolve(options: type[Options], given: Mapping[str, Any]) -> Options:
     if missing:
         flags = ", ".join(f"--{name.replace('_', '-')}" for name in missing)
         raise OptionError(f"missing {flags}; give it on the command line or in the preset")
+    for name, value in values.items():
+        if name in _LEAST and not value >= _LEAST[name]:
+            flag = name.replace("_", "-")
+            raise OptionError(f"--{flag}: expected {_LEAST[name]} or more, found {value}")
     return options(**values)
 
 

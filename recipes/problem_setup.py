@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
+
+import torch
 
 from bilevel import (
     SGD,
@@ -27,6 +30,7 @@ from recipes.objective import Objective
 from recipes.options import LowerOptions, OptionError, TrainOptions
 from recipes.time_scale import TimeScale, distance_to_lower_bound, match_time_scale
 from weighting import (
+    FEATURES,
     Bound,
     Clip,
     DomainTable,
@@ -50,6 +54,17 @@ _ROUTES: Mapping[str, Callable[[], Route]] = {
 }
 
 
+@contextmanager
+def _said_by(options: str) -> Iterator[None]:
+    """Turn what a constructor refuses into an ``OptionError`` that names the options behind it."""
+    try:
+        yield
+    except OptionError:
+        raise
+    except ValueError as error:
+        raise OptionError(f"{options}: {error}") from error
+
+
 def make_bound(options: TrainOptions) -> Bound:
     """The bound that the options name."""
     bounds: Mapping[str, Callable[[], Bound]] = {
@@ -69,15 +84,20 @@ def make_weighting(options: TrainOptions, instances: int, domains: int) -> Weigh
     Raises:
         OptionError: options that do not go together.
     """
-    try:
+    with _said_by(f"--weighting {options.weighting}"):
         bound = make_bound(options)
         if options.weighting == "table":
+            _check_batches(options)
             return InstanceTable(instances, options.prior, bound, options.normalise)
         if options.weighting == "domain":
+            if not float(bound(torch.zeros(()))) > 0:
+                raise ValueError(
+                    f"domain weights start at bound(0), which is 0 for --bound {options.bound}; "
+                    "use softplus or sigmoid"
+                )
             return DomainTable(domains, bound)
         if options.weighting == "net":
-            if options.normalise == "table":
-                raise ValueError("normalise table goes with weighting table; use batch or none")
+            _check_batches(options)
             labelled = sum(name != "label" for name in options.features)
             inputs = len(options.features) + (labelled if options.reference_features else 0)
             return InstanceNet(
@@ -88,27 +108,42 @@ def make_weighting(options: TrainOptions, instances: int, domains: int) -> Weigh
                 bound,
                 normalise=options.normalise == "batch",
             )
-    except ValueError as error:
-        raise OptionError(str(error)) from error
     return None
+
+
+def _check_batches(options: TrainOptions) -> None:
+    net = options.weighting == "net"
+    for name in options.features if net else ():
+        if name not in FEATURES:
+            raise ValueError(f"--features: expected among {', '.join(FEATURES)}; found {name!r}")
+    if net and options.normalise == "table":
+        raise ValueError("--normalise table goes with --weighting table; use batch or none")
+    if options.batch_size == 1 and (net or options.normalise == "batch"):
+        remedy = "use 2 or more" + ("" if net else ", or --normalise table")
+        raise ValueError(
+            "weights are compared within a micro-batch, and the only example of --batch-size 1 "
+            f"always gets the same weight; {remedy}"
+        )
 
 
 def lower_schedule(options: LowerOptions) -> Callable[[Any], Any]:
     """Learning rate of every lower step."""
-    if options.lower_schedule == "constant":
-        return Constant(options.lower_lr)
-    warmup = round(options.lower_warmup * options.steps)
-    return WarmupCosine(options.lower_lr, warmup, options.steps)
+    with _said_by("--lower-lr, --lower-warmup"):
+        if options.lower_schedule == "constant":
+            return Constant(options.lower_lr)
+        warmup = round(options.lower_warmup * options.steps)
+        return WarmupCosine(options.lower_lr, warmup, max(1, options.steps))
 
 
 def lower_optimizer(options: LowerOptions) -> AdamW:
     """AdamW of the lower level."""
-    return AdamW(
-        lower_schedule(options),
-        betas=options.lower_betas,
-        weight_decay=options.lower_weight_decay,
-        max_norm=options.lower_max_norm,
-    )
+    with _said_by("--lower-betas, --lower-max-norm"):
+        return AdamW(
+            lower_schedule(options),
+            betas=options.lower_betas,
+            weight_decay=options.lower_weight_decay,
+            max_norm=options.lower_max_norm,
+        )
 
 
 def upper_steps(options: TrainOptions) -> int:
@@ -118,16 +153,18 @@ def upper_steps(options: TrainOptions) -> int:
 
 def upper_schedule(options: TrainOptions, peak: float) -> Callable[[Any], Any]:
     """Learning rate of every upper step."""
-    if options.upper_schedule == "constant":
-        return Constant(peak)
-    return WarmupCosine(peak, 0, max(1, upper_steps(options)))
+    with _said_by("--upper-lr"):
+        if options.upper_schedule == "constant":
+            return Constant(peak)
+        return WarmupCosine(peak, 0, max(1, upper_steps(options)))
 
 
 def time_scale(options: TrainOptions, weighting: Weighting) -> TimeScale:
     """How far the weights can travel in this run.
 
     Raises:
-        OptionError: ``upper_lr`` is neither "auto" nor a number.
+        OptionError: ``upper_lr`` is neither "auto" nor a number, or weight 1, where a domain's
+            weight counts as starting, is outside the bound.
     """
     if options.upper_lr == "auto":
         given = None
@@ -140,12 +177,15 @@ def time_scale(options: TrainOptions, weighting: Weighting) -> TimeScale:
             ) from error
     rows = weighting.size if isinstance(weighting, InstanceTable) else 1
     per_step = options.batch_size * options.accumulation
+    start = 1.0 if isinstance(weighting, DomainTable) else options.prior
+    with _said_by(f"--bound {options.bound}"):
+        to_bound = distance_to_lower_bound(weighting.bound.range, weighting.bound.raw, start)
     return match_time_scale(
         upper_lr=given,
         upper_steps=upper_steps(options),
         rows=rows,
         rows_per_step=min(rows, per_step),
-        to_bound=distance_to_lower_bound(weighting.bound.range, weighting.bound.raw),
+        to_bound=to_bound,
         schedule_of=lambda peak: upper_schedule(options, peak),
         optimizer=options.upper_optimizer,
         betas=options.upper_betas,
@@ -158,7 +198,8 @@ def upper_optimizer(options: TrainOptions, peak: float) -> Any:
     if options.upper_optimizer == "sgd":
         return SGD(schedule)
     kind = LazyRowAdam if options.upper_optimizer == "lazy-adam" else AdamW
-    return kind(schedule, betas=options.upper_betas, weight_decay=options.upper_weight_decay)
+    with _said_by("--upper-betas"):
+        return kind(schedule, betas=options.upper_betas, weight_decay=options.upper_weight_decay)
 
 
 def make_plain_solver(options: LowerOptions, problem: Problem) -> BilevelSolver:
@@ -174,12 +215,15 @@ def make_solver(options: TrainOptions, objective: Objective, upper_peak: float) 
     Raises:
         OptionError: a route that does not go with the order, the batch size or the weighting.
     """
-    try:
+    with _said_by(f"--route {options.route}, --order {options.order}"):
+        if options.route == "dot" and options.batch_size != 1:
+            raise ValueError(
+                f"dot takes one example per micro-batch, found --batch-size {options.batch_size}; "
+                "use auto, or --batch-size 1 with a higher --accumulation"
+            )
         hypergradient = OneStep(
             _ROUTES[options.route](), order=options.order, direction_decay=options.direction_decay
         )
-    except ValueError as error:
-        raise OptionError(f"--route {options.route}, --order {options.order}: {error}") from error
     return BilevelSolver(
         objective.problem(),
         lower_optimizer(options),

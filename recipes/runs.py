@@ -36,12 +36,6 @@ from recipes.weight_report import final_weights, weight_report, write_weights
 from weighting import DomainTable, InstanceNet, Weighting, save_weighting
 
 _LOWER_ORDER, _UPPER_ORDER, _DRAW = 1, 2, 3  # which random stream of the run's seed
-_ROW_NAMES = {
-    "net": "instance_net",
-    "table": "instance_table",
-    "domain": "domain_table",
-    "none": "no_selection",
-}
 
 
 def run_cold_start(options: ColdStartOptions) -> Path:
@@ -58,9 +52,9 @@ def run_cold_start(options: ColdStartOptions) -> Path:
     require(data, "labels")
     rows = len(data) if options.draw == 0 else min(options.draw, len(data))
     drawn = epoch_order(len(data), _stream(options, _DRAW))(0, rows)
-    create_run_directory(directory, options)
     objective = Objective(prm, AGGREGATIONS[options.aggregation], "both", None)
     solver = make_plain_solver(options, objective.problem())
+    create_run_directory(directory, options)
     state = train(
         solver,
         solver.init(lower, {}),
@@ -97,11 +91,11 @@ def run_training(options: TrainOptions) -> Path:
         options.features,
         options.reference_features,
     )
+    solver, upper, rates = _solver(options, objective, data)
     create_run_directory(directory, options)
     reference, _ = step_scores_of(prm, lower, data.train, options)
     initial_loss = _losses(prm, lower, data.train, options)
     clock.lap("set_up")
-    solver, upper, rates = _solver(options, objective, data)
     visits = torch.zeros(len(data.train), dtype=torch.int64)
 
     def count_visits(step: int, batches: Sequence[Mapping[str, Tensor]], info: StepInfo) -> None:

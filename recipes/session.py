@@ -78,13 +78,14 @@ def load_model(
     """The model and its trainable parameters, by name.
 
     Raises:
-        OptionError: no such model, or ``freeze`` names no part of it.
+        OptionError: no such model, one that cannot judge steps, or ``freeze`` names no part of it.
     """
     name = path if path is not None else options.model
     try:
         prm = load_prm(EMBEDDED_BASE if name == "embedded" else name)
-    except (FileNotFoundError, OSError) as error:
-        raise OptionError(f"model {name}: {' '.join(str(error).split())}") from error
+    except (OSError, ValueError) as error:
+        flag = "--model" if path is None else "--init-from"
+        raise OptionError(f"{flag} {name}: {' '.join(str(error).split())}") from error
     try:
         trainable, _ = split_parameters(prm.model, freeze)
     except ValueError as error:

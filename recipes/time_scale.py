@@ -157,14 +157,17 @@ def match_time_scale(
 
 
 def distance_to_lower_bound(
-    bound_range: tuple[float, float], raw: Callable[[float], float]
+    bound_range: tuple[float, float], raw: Callable[[float], float], prior: float = 1.0
 ) -> float:
-    """Raw distance from weight 1 to the lower end of a bound (5 % of the way to it if open)."""
+    """Raw distance from the prior weight to the lower end of a bound.
+
+    An end that no raw weight reaches counts as reached 5 % of the width before it.
+    """
     lo, hi = bound_range
     if math.isinf(lo):
         return math.inf
     try:
-        return raw(1.0) - raw(lo)
+        return raw(prior) - raw(lo)
     except ValueError:
         width = hi - lo if math.isfinite(hi) else 2.0
-        return raw(1.0) - raw(lo + _SIGMOID_EDGE * width)
+        return raw(prior) - raw(lo + _SIGMOID_EDGE * width)

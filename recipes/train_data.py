@@ -125,8 +125,11 @@ def _check_together(options: TrainOptions) -> None:
                 f"--{name.replace('_', '-')} goes with --weighting none; found "
                 f"--weighting {options.weighting}"
             )
-    if options.weighting == "net" and options.normalise == "table":
-        raise OptionError("--normalise table goes with --weighting table; use batch or none")
+    if options.weights_file is not None and options.lower_data == "meta":
+        raise OptionError(
+            "--weights-file weights the training examples, which --lower-data meta does not train "
+            "on; give one of them"
+        )
     if options.upper_optimizer == "lazy-adam" and options.weighting in ("net", "domain"):
         raise OptionError("--upper-optimizer lazy-adam goes with --weighting table; use adam")
 

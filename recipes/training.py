@@ -17,8 +17,12 @@ from weighting import effective_sample_size
 Batch = Mapping[str, Tensor]
 
 
-class NonFiniteError(RuntimeError):
-    """A loss or gradient that is not a number; the message says where and what to try."""
+class StepError(RuntimeError):
+    """A step that cannot be taken; the message says which, why and what to try."""
+
+
+class NonFiniteError(StepError):
+    """A loss that is not a number."""
 
 
 def train(
@@ -53,15 +57,19 @@ def train(
     Raises:
         NonFiniteError: the lower or upper loss of a step is not finite; the state before that step
             is lost to the caller, what was logged remains.
+        StepError: the problem or the route refuses a batch (weights that cannot be normalised, no
+            pair of candidates, a model without per-example rules), likewise.
     """
     window: dict[str, list[float]] = {}
     with tqdm(range(steps), desc=title, disable=not progress, dynamic_ncols=True) as bar:
         for step in bar:
             batches = lower_batches(step)
             wants_upper = upper_batch is not None and solver.wants_upper(state)
-            state, info = solver.step(
-                state, batches, upper_batch(step) if upper_batch and wants_upper else None
-            )
+            meta = upper_batch(step) if upper_batch and wants_upper else None
+            try:
+                state, info = solver.step(state, batches, meta)
+            except ValueError as error:
+                raise StepError(f"{title}, step {step}: {error}") from error
             figures = _figures(info)
             for name in ("lower_loss", "upper_loss"):
                 if not math.isfinite(figures.get(name, 0.0)):
