@@ -67,4 +67,6 @@ def step_features(
     known = mask & ~labels.isnan()
     filled = torch.where(known, labels, 0.0).to(step_probs.dtype)
     probs = torch.where(known, step_probs, 0.5)
+    if not names:
+        return probs.new_zeros(*probs.shape, 0), known
     return torch.stack([FEATURES[name](probs, filled) for name in names], dim=-1), known

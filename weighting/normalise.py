@@ -2,6 +2,8 @@
 
 The overall level of the weights acts as a second learning rate on the lower level: without
 normalisation the upper level mostly tunes that, and all weights run to one bound together.
+
+NaN weights stay NaN: they come from a model that diverged, and its loss says so.
 """
 
 from __future__ import annotations
@@ -26,7 +28,7 @@ def batch_mean_one(weights: Tensor) -> Tensor:
             "example would always get weight 1); use a larger batch or normalise over the table"
         )
     mean = weights.mean()
-    if not float(mean.detach()) > _SMALLEST_MEAN:
+    if float(mean.detach()) <= _SMALLEST_MEAN:
         raise ValueError(
             f"cannot normalise weights whose batch mean is {float(mean.detach()):.3g}; expected "
             f"more than {_SMALLEST_MEAN:g}. Choose a bound without negative weights, or no "
@@ -42,7 +44,7 @@ def mean_one_over(weights: Tensor, all_weights: Tensor) -> Tensor:
     the rows that were visited get a gradient.
     """
     mean = all_weights.detach().mean()
-    if not float(mean) > _SMALLEST_MEAN:
+    if float(mean) <= _SMALLEST_MEAN:
         raise ValueError(
             f"cannot normalise weights whose mean over the table is {float(mean):.3g}; expected "
             f"more than {_SMALLEST_MEAN:g}. Choose a bound without negative weights, or no "
