@@ -94,4 +94,17 @@ class Objective:
             per_example_loss=self.per_example_loss,
             weights=self.weights,
             upper_loss=self.upper_loss,
+            rows=tile_owners,
         )
+
+
+def tile_owners(batch: Batch) -> dict[int, Tensor]:
+    """Which example each image tile belongs to: inside the vision tower tiles lead, not examples.
+
+    Returns:
+        ``{tiles: owner [tiles]}``; empty for a batch without images.
+    """
+    if "pixel_values" not in batch:
+        return {}
+    owners = torch.arange(len(batch["num_patches"])).repeat_interleave(batch["num_patches"])
+    return {len(owners): owners}

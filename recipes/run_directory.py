@@ -68,6 +68,7 @@ def environment() -> dict[str, Any]:
 
 def write_text(path: Path, text: str) -> None:
     """Write a file so that it is either the old one or complete: other name first, then rename."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(path.name + ".tmp")
     with unfinished.open("w", encoding="utf-8") as file:
         file.write(text)

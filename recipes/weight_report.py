@@ -86,7 +86,7 @@ def weight_report(data: Examples, weights: Tensor) -> dict[str, Any]:
     for source in dict.fromkeys(sources.tolist()):
         kept = clean | (sources == source)
         entry = {"mean_weight": round(float(values[sources == source].mean()), 4)}
-        if not clean[sources == source].all():
+        if clean[kept].any() and not clean[kept].all():
             entry["auc"] = round(float(roc_auc(clean[kept], values[kept])), 4)
         by_source[source] = entry
     report: dict[str, Any] = {"sources": by_source}

@@ -36,8 +36,8 @@ TRANSPOSED = {"A1": "A1", "A2": "B1", "B1": "A2", "B2": "B2"}
 class Mixture:
     """Shares of the sources in the training set, and how bad the bad ones are."""
 
-    verified: float = 0.36
-    judge: float = 0.22
+    verified: float = 0.32
+    judge: float = 0.26
     rollout: float = 0.20
     crowd: float = 0.12
     imported: float = 0.10
