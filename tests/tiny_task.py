@@ -1,0 +1,115 @@
+"""A small embedded data set and a random model of a few thousand parameters: runs of a second."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import InternVLForConditionalGeneration
+
+from recipes.embedded.build import Sizes, build
+from recipes.embedded.vocabulary import (
+    SYSTEM_PROMPT,
+    base_config,
+    build_image_processor,
+    build_tokenizer,
+)
+from recipes.options import ColdStartOptions, TrainOptions
+
+SIZES = Sizes(
+    train_questions=9,
+    train_solutions=2,
+    meta_questions=6,
+    meta_solutions=2,
+    dev_questions=2,
+    test_questions=5,
+    candidates=4,
+)
+# torch itself scripts its decompositions when forward mode is first used.
+FORWARD_MODE = pytest.mark.filterwarnings(
+    "ignore:.torch.jit.script. is deprecated:DeprecationWarning"
+)
+
+
+@dataclass(frozen=True)
+class Task:
+    """Where data and model are, and the options of short runs on them."""
+
+    data: Path
+    model: Path
+
+    def cold_start(self, output: Path, **more: Any) -> ColdStartOptions:
+        return ColdStartOptions(
+            **{**self._common(output), "steps": 3, "batch_size": 6, "draw": 10, **more}
+        )
+
+    def train(self, output: Path, **more: Any) -> TrainOptions:
+        """Four steps of six examples, upper level from the second step."""
+        files = {name: str(self.data / f"{name[:-5]}.jsonl") for name in ("meta_file", "test_file")}
+        short: dict[str, Any] = {
+            "steps": 4,
+            "batch_size": 6,
+            "meta_batch_size": 6,
+            "upper_start": 1,
+            "lower_warmup": 0.0,
+        }
+        return TrainOptions(**{**self._common(output), **files, **short, **more})
+
+    def _common(self, output: Path) -> dict[str, Any]:
+        return {
+            "model": str(self.model),
+            "system_prompt": SYSTEM_PROMPT,
+            "train_file": str(self.data / "train.jsonl"),
+            "output_dir": str(output),
+            "freeze": ("vision_tower",),
+            "lower_lr": 2e-3,
+            "log_every": 1,
+            "progress": False,
+        }
+
+
+def make_task(directory: Path) -> Task:
+    """Write data and model below ``directory``, unless they are there."""
+    task = Task(directory / "data", directory / "model")
+    if not task.data.exists():
+        build(task.data, seed=1, sizes=SIZES)
+    if not task.model.exists():
+        torch.manual_seed(0)
+        config = base_config(tower=(16, 1), language=(32, 1))
+        InternVLForConditionalGeneration(config).save_pretrained(task.model)
+        build_tokenizer().save_pretrained(task.model)
+        build_image_processor().save_pretrained(task.model)
+    return task
+
+
+@pytest.fixture(scope="session")
+def task(tmp_path_factory) -> Task:
+    """Made once, whichever tests ask for it first."""
+    return make_task(tmp_path_factory.getbasetemp() / "tiny-task")
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The objects of a JSONL file."""
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def altered(
+    source: Path, target: Path, change: Callable[[int, dict[str, Any]], dict[str, Any]]
+) -> Path:
+    """A copy of a JSONL file with every row changed; images stay where they are."""
+    rows = []
+    for place, row in enumerate(read_lines(source)):
+        row["images"] = [str(source.parent / image) for image in row["images"]]
+        rows.append(change(place, row))
+    target.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return target
+
+
+def model_bits(run: Path) -> bytes:
+    """The saved parameters of a run."""
+    return (run / "model" / "model.safetensors").read_bytes()
