@@ -97,7 +97,6 @@ def _evaluate(options: EvaluateOptions) -> None:
     }
     print(results_table(results))
     if output is not None:
-        output.parent.mkdir(parents=True, exist_ok=True)
         write_json(output, results)
     else:
         print(json.dumps({k: v for k, v in results.items() if k not in ("rows", "ci95")}))

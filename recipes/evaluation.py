@@ -15,7 +15,7 @@ from prm.model import PRM
 from prm.schema import DataError
 from prm.scoring import aggregate, score_examples
 from prm.select import best_of_n, self_consistency
-from recipes.options import PrmOptions
+from recipes.options import PrmOptions, ScoringOptions
 from recipes.session import AGGREGATIONS, Examples, read_examples
 
 
@@ -102,7 +102,7 @@ def read_candidates(prm: PRM, options: PrmOptions, path: str) -> Candidates:
 
 
 def evaluate(
-    prm: PRM, params: Mapping[str, Tensor], candidates: Candidates, options: PrmOptions
+    prm: PRM, params: Mapping[str, Tensor], candidates: Candidates, options: ScoringOptions
 ) -> Evaluation:
     """Score every candidate and select the best of each question."""
     step_scores, mask = step_scores_of(prm, params, candidates.data, options)
@@ -123,7 +123,7 @@ def evaluate(
 
 
 def step_scores_of(
-    prm: PRM, params: Mapping[str, Tensor], data: Examples, options: PrmOptions
+    prm: PRM, params: Mapping[str, Tensor], data: Examples, options: ScoringOptions
 ) -> tuple[Tensor, Tensor]:
     """Step scores [examples, steps] (0 where there is no step) and mask [examples, steps]."""
     scored = score_examples(prm, params, data.encoded, data.collator, options.eval_batch_size)

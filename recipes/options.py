@@ -67,12 +67,18 @@ class PrmOptions:
         "plus", "what stands in the label slots of earlier steps, in training and in scoring"
     )
     max_patches: int = option(6, "at most this many tiles per image")
+    threads: int = option(0, "CPU threads of torch (0: all cores)")
+    seed: int = option(0, "fixes initial weights, order of data and everything else random")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScoringOptions(PrmOptions):
+    """What every command that scores whole solutions needs."""
+
     aggregation: Literal["mean", "min", "max", "last", "product", "log_mean", "logit_mean"] = (
         option("mean", "how the step scores of a solution become its score")
     )
     eval_batch_size: int = option(64, "solutions per forward pass when scoring")
-    threads: int = option(0, "CPU threads of torch (0: all cores)")
-    seed: int = option(0, "fixes initial weights, order of data and everything else random")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,7 +114,7 @@ class ColdStartOptions(LowerOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainOptions(LowerOptions):
+class TrainOptions(LowerOptions, ScoringOptions):
     """Bilevel training with instance weights, then evaluation."""
 
     init_from: str | None = option(
@@ -180,7 +186,7 @@ class TrainOptions(LowerOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvaluateOptions(PrmOptions):
+class EvaluateOptions(ScoringOptions):
     """Score a file of candidates with a model and select the best of each question."""
 
     file: str = option(..., "JSONL of candidates with `group`, `answer` and `correct`")

@@ -14,6 +14,7 @@ NAMES = {
     "instance_table": "PRM: Instance Table",
     "instance_net": "PRM: Instance Net",
     "domain_table": "PRM: Domain Table",
+    "fixed_weights": "PRM: given weights",
     "clean_oracle": "PRM: clean labels only (ceiling)",
     "shuffled_table": "control: Table's weights shuffled",
     "shuffled_net": "control: Net's weights shuffled",

@@ -52,7 +52,7 @@ def run_cold_start(options: ColdStartOptions) -> Path:
     require(data, "labels")
     rows = len(data) if options.draw == 0 else min(options.draw, len(data))
     drawn = epoch_order(len(data), _stream(options, _DRAW))(0, rows)
-    objective = Objective(prm, AGGREGATIONS[options.aggregation], "both", None)
+    objective = Objective(prm, AGGREGATIONS["mean"], "both", None)  # the upper level is not used
     solver = make_plain_solver(options, objective.problem())
     create_run_directory(directory, options)
     state = train(
