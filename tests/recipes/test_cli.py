@@ -1,0 +1,340 @@
+"""The command line: quick help, and every mistake in one line that says what to change."""
+
+from __future__ import annotations
+
+import json
+import resource
+import subprocess
+import sys
+
+import pytest
+
+import recipes.runs
+import recipes.training
+from recipes.__main__ import main
+from recipes.run_directory import append_log
+from tests.tiny_task import altered, model_bits, read_lines
+
+COMMANDS = [
+    [],
+    ["cold-start"],
+    ["train"],
+    ["evaluate"],
+    ["compare"],
+    ["data"],
+    ["data", "embedded"],
+    ["data", "pretrain-base"],
+]
+SHORT = "--steps 2 --batch-size 4 --meta-batch-size 4 --upper-start 0 --log-every 1 --no-progress"
+
+
+@pytest.fixture
+def train(task, tmp_path):
+    """Run ``train`` on the tiny task; options given later win."""
+
+    def run(*words: str) -> int:
+        files = [
+            *("--model", str(task.model), "--system-prompt", "judge each step of the solution"),
+            *("--train-file", str(task.data / "train.jsonl")),
+            *("--meta-file", str(task.data / "meta.jsonl")),
+            *("--output-dir", str(tmp_path / "run")),
+        ]
+        return main(["train", *files, *SHORT.split(), *words])
+
+    return run
+
+
+@pytest.fixture
+def said(capsys):
+    """What the command said on standard error: progress bars apart, one line without traceback."""
+
+    def line() -> str:
+        lines = [text for text in capsys.readouterr().err.splitlines() if "it/s]" not in text]
+        assert len(lines) == 1
+        return lines[0]
+
+    return line
+
+
+def usage_error(words, capsys) -> str:
+    with pytest.raises(SystemExit) as stop:
+        main(words)
+    assert stop.value.code == 2
+    return capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=lambda words: " ".join(words) or "none")
+def test_help_answers_at_once(command):
+    before = resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime
+    done = subprocess.run(
+        [sys.executable, "-m", "recipes", *command, "--help"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert resource.getrusage(resource.RUSAGE_CHILDREN).ru_utime - before < 1.0
+    assert done.stdout.startswith(" ".join(["usage: bilevel-prm", *command]))
+    assert done.stderr == ""
+
+
+def test_help_says_default_and_choices(capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["train", "--help"])
+    assert stop.value.code == 0
+    text = " ".join(capsys.readouterr().out.split())
+    assert "--weighting {net,table,domain,none}" in text
+    assert "lower-level optimizer steps (default: 300)" in text
+    assert "JSONL with step labels (required)" in text
+
+
+def test_unknown_command_and_option(capsys):
+    assert "invalid choice: 'trian'" in usage_error(["trian"], capsys)
+    assert "--batch-sise" in usage_error(["train", "--batch-sise", "3"], capsys)
+    assert "invalid choice: 'nett'" in usage_error(["train", "--weighting", "nett"], capsys)
+
+
+@pytest.mark.parametrize(
+    ("preset", "message"),
+    [
+        ("batch_sise: 3\n", "unknown option 'batch_sise'; did you mean 'batch_size'?"),
+        ("bound: sigmod\n", "found 'sigmod'; did you mean 'sigmoid'?"),
+        ("steps: -1\n", "--steps: expected 0 or more, found -1"),
+    ],
+)
+def test_mistakes_in_a_preset_end_in_2(train, said, tmp_path, preset, message):
+    (tmp_path / "mine.yaml").write_text(preset)
+    # What the command line says wins, so the preset speaks alone here.
+    words = ["train", "--config", str(tmp_path / "mine.yaml")]
+    assert main([*words, "--train-file", "t", "--output-dir", "o"]) == 2
+    line = said()
+    assert line.startswith("bilevel-prm train: ")
+    assert line.endswith(message)
+
+
+def test_required_options_are_named(said):
+    assert main(["train"]) == 2
+    assert said() == (
+        "bilevel-prm train: missing --train-file, --output-dir; "
+        "give it on the command line or in the preset"
+    )
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("--train-file ./none.jsonl", "./none.jsonl: no such file; check the path"),
+        ("--meta-file ./none.jsonl", "./none.jsonl: no such file; check the path"),
+        ("--test-file ./none.jsonl", "./none.jsonl: no such file; check the path"),
+        ("--model ./none", "--model ./none: expected a checkpoint folder"),
+        ("--init-from ./none", "--init-from ./none: expected a checkpoint folder"),
+        ("--weighting none --weights-file ./none.jsonl", "--weights-file ./none.jsonl: no such"),
+        ("--freeze visual_tower", "--freeze: expected names of parts of the model, found 'visual"),
+        ("--features surprise", "--features: expected among p_plus, p_minus, label, p_label, loss"),
+        ("--batch-size 1", "the only example of --batch-size 1 always gets the same weight"),
+        ("--prior 2.5", "Choose a prior inside that range or another bound"),
+        ("--weighting domain --bound clip", "use softplus or sigmoid"),
+        ("--normalise table", "--normalise table goes with --weighting table"),
+        ("--upper-optimizer lazy-adam", "lazy-adam goes with --weighting table; use adam"),
+        ("--upper-lr fast", "--upper-lr: expected auto or a number, found 'fast'"),
+        ("--upper-lr -1", "--upper-lr: WarmupCosine: peak must lie in [0, inf), got -1.0"),
+        ("--lower-lr nan", "--lower-lr, --lower-warmup: WarmupCosine: peak must lie in [0, inf)"),
+        ("--lower-betas 0.9 1.5", "betas[1] must lie in [0, 1), got 1.5"),
+        ("--direction-decay 1", "direction_decay must lie in [0, 1), got 1.0"),
+        ("--route dot", "dot takes one example per micro-batch, found --batch-size 4"),
+        ("--route ghost --order lower-first", "choose order='upper-first'"),
+        ("--lower-data meta", "--lower-data goes with --weighting none; found --weighting net"),
+        ("--meta-file none", "--weighting needs --meta-file"),
+        (
+            "--weighting none --lower-data meta --weights-file w",
+            "--lower-data meta does not train on",
+        ),
+        *(
+            (f"--{name} 0", f"--{name}: expected 1 or more, found 0")
+            for name in (
+                "batch-size",
+                "accumulation",
+                "meta-batch-size",
+                "unroll-steps",
+                "log-every",
+                "eval-batch-size",
+                "max-patches",
+            )
+        ),
+        ("--seed -1", "--seed: expected 0 or more, found -1"),
+        ("--threads -1", "--threads: expected 0 or more, found -1"),
+    ],
+)
+def test_options_that_cannot_be_used_end_in_2(train, said, tmp_path, words, message):
+    assert train(*words.split()) == 2
+    assert message in said()
+    assert not (tmp_path / "run").exists()
+
+
+def breaking(field, value):
+    def change(place, row):
+        return row | {field: value} if place == 2 else row
+
+    return change
+
+
+def unknown_label(place, row):
+    if place == 2:
+        row["steps"][1]["label"] = "good"
+    return row
+
+
+@pytest.mark.parametrize(
+    ("change", "field", "message"),
+    [
+        (breaking("steps", []), "steps", "expected at least one step, found an empty list"),
+        (breaking("id", "train-0000-0"), "id", "give every example its own id"),
+        (breaking("images", ["gone.png"]), "images[0]", "check the path; image paths are relative"),
+        (breaking("question", 7), "question", "expected a"),
+        (unknown_label, "steps[1].label", "found the string 'good'"),
+        (breaking("steps", [{"text": "A1= 3", "label": None}]), "steps[].label", "label a step"),
+    ],
+    ids=["no steps", "id twice", "no image", "question", "label", "no label"],
+)
+def test_records_that_cannot_be_used_end_in_1(task, train, said, tmp_path, change, field, message):
+    broken = altered(task.data / "train.jsonl", tmp_path / "broken.jsonl", change)
+    assert train("--train-file", str(broken)) == 1
+    line = said()
+    assert line.startswith(f"bilevel-prm train: {broken}:3: field {field}: expected ")
+    assert message in line
+    assert not (tmp_path / "run").exists()
+
+
+def test_malformed_json_is_named(task, train, said, tmp_path):
+    broken = altered(task.data / "train.jsonl", tmp_path / "broken.jsonl", lambda _, row: row)
+    lines = broken.read_text().splitlines()
+    broken.write_text("\n".join([*lines[:4], lines[4][:-1], *lines[5:]]) + "\n")
+    assert train("--train-file", str(broken)) == 1
+    line = said()
+    assert line.startswith(f"bilevel-prm train: {broken}:5: expected JSON, found ")
+    assert line.endswith("; write one complete JSON object per line")
+
+
+def test_truncated_image_is_found_before_training(task, train, said, tmp_path):
+    whole = task.data / read_lines(task.data / "train.jsonl")[0]["images"][0]
+    cut = tmp_path / "cut.png"
+    cut.write_bytes(whole.read_bytes()[:-200])
+    broken = altered(
+        task.data / "meta.jsonl", tmp_path / "broken.jsonl", breaking("images", [str(cut)])
+    )
+    assert train("--meta-file", str(broken)) == 1
+    line = said()
+    assert line.startswith(
+        f"bilevel-prm train: {broken}:3: field images[0]: expected a readable image file, found "
+    )
+    assert str(cut) in line
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "field"),
+    [("--meta-file {train}", "correct"), ("--test-file {train}", "answer")],
+)
+def test_files_in_the_wrong_place_are_named(task, train, said, words, field):
+    file = task.data / "train.jsonl"
+    assert train(*words.format(train=file).split()) == 1
+    line = said()
+    assert line.startswith(f"bilevel-prm train: {file}:1: field {field}: expected ")
+    assert "found nothing; " in line
+
+
+def test_weights_file_of_other_data_is_named(train, said, tmp_path):
+    weights = tmp_path / "weights.jsonl"
+    weights.write_text('{"id": "elsewhere-1", "weight": 1.0}\n')
+    assert train("--weighting", "none", "--weights-file", str(weights)) == 1
+    assert said().startswith(f"bilevel-prm train: {weights}:1: field id: expected ")
+    weights.write_text('{"id": "train-0000-0", "weight": 1.0}\n')
+    assert train("--weighting", "none", "--weights-file", str(weights)) == 2
+    assert "no finite weight for 17 of 18 training examples" in said()
+
+
+def test_a_run_is_never_overwritten(train, said, tmp_path):
+    def files():
+        return {
+            path: (path.read_bytes(), path.stat().st_mtime_ns)
+            for path in (tmp_path / "run").rglob("*")
+            if path.is_file()
+        }
+
+    assert train() == 0
+    before = files()
+    assert train("--seed", "5") == 2
+    assert "already holds a run; nothing was overwritten. Choose another" in said()
+    assert train("--seed", "5", "--on-existing", "number") == 0
+    assert train("--seed", "5", "--on-existing", "number") == 0
+    assert files() == before
+    first, second, third = (model_bits(tmp_path / name) for name in ("run", "run-2", "run-3"))
+    assert second == third != first
+
+
+def test_other_files_are_not_overwritten_either(train, said, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "precious.txt").write_text("mine")
+    assert train() == 2
+    assert "is not empty; nothing was overwritten" in said()
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["precious.txt"]
+
+
+@pytest.mark.parametrize("weighting", ["net", "table", "none"])
+def test_divergence_is_named(train, said, tmp_path, weighting):
+    words = ["--weighting", weighting, "--lower-lr", "1e30", "--lower-warmup", "0"]
+    assert train(*words) == 1
+    line = said()
+    assert "step 1: lower_loss is nan. Lower the learning rate" in line
+    assert len(read_lines(tmp_path / "run" / "log.jsonl")) == 1
+    assert not (tmp_path / "run" / "results.json").exists()
+
+
+def test_a_meta_batch_without_pairs_is_named(task, train, said, tmp_path):
+    alone = altered(
+        task.data / "meta.jsonl",
+        tmp_path / "alone.jsonl",
+        lambda place, row: row | {"group": str(place)},
+    )
+    assert train("--meta-file", str(alone), "--loss-target", "pairs") == 1
+    assert "instance_net, step 0: expected a question with both a right and a wrong" in said()
+
+
+def test_interruption_keeps_what_was_logged(train, capsys, monkeypatch, tmp_path):
+    def second_line_interrupts(path, entry):
+        if path.exists():
+            raise KeyboardInterrupt
+        append_log(path, entry)
+
+    monkeypatch.setattr(recipes.training, "append_log", second_line_interrupts)
+    assert train() == 130
+    assert "interrupted; what was logged and saved so far is kept" in capsys.readouterr().err
+    assert [entry["step"] for entry in read_lines(tmp_path / "run" / "log.jsonl")] == [1]
+
+
+def test_mistakes_of_ours_keep_their_traceback(train, monkeypatch):
+    def ours(*args):
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(recipes.runs, "read_train_data", ours)
+    with pytest.raises(ZeroDivisionError):
+        train()
+
+
+def test_evaluate_writes_where_it_is_told(task, said, tmp_path):
+    words = ["evaluate", "--model", str(task.model), "--file", str(task.data / "test.jsonl")]
+    words += ["--system-prompt", "judge each step of the solution"]
+    assert main([*words, "--output", str(tmp_path / "new" / "figures.json")]) == 0
+    assert json.loads((tmp_path / "new" / "figures.json").read_text())["n_questions"] == 5
+    assert main([*words, "--output", str(tmp_path)]) == 2
+
+
+def test_embedded_data_is_not_overwritten(task, said):
+    assert main(["data", "embedded", "--out", str(task.data)]) == 1
+    assert said().endswith("exists; remove it or choose another --out")
+
+
+def test_compare_names_unknown_methods(said, tmp_path):
+    words = ["compare", "--methods", "instance_net", "magic", "--work-dir", str(tmp_path / "work")]
+    assert main(words) == 2
+    assert "--methods: unknown 'magic'; expected among cold_start, no_selection" in said()
+    assert not (tmp_path / "work").exists()

@@ -1,0 +1,367 @@
+"""No option that does nothing, no choice that its consumer does not take."""
+
+from __future__ import annotations
+
+import ast
+import math
+from collections.abc import Iterator
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Literal, get_args, get_origin, get_type_hints
+
+import pytest
+import torch
+
+import recipes.run_directory
+from bilevel import SGD, AdamW, LazyRowAdam, OneStep, WarmupCosine
+from bilevel.routes import Route
+from bilevel.schedule import Constant
+from prm.model import load_prm
+from recipes import commands
+from recipes.embedded.vocabulary import SYSTEM_PROMPT
+from recipes.objective import Objective
+from recipes.options import (
+    ColdStartOptions,
+    CompareOptions,
+    DataOptions,
+    EvaluateOptions,
+    OptionError,
+    PretrainOptions,
+    TrainOptions,
+)
+from recipes.problem_setup import (
+    lower_schedule,
+    make_bound,
+    make_solver,
+    make_weighting,
+    time_scale,
+    upper_optimizer,
+    upper_schedule,
+)
+from recipes.report import NAMES
+from recipes.run_directory import free_directory
+from recipes.runs import _row_name, run_cold_start, run_training
+from recipes.session import AGGREGATIONS, read_examples
+from weighting import FEATURES, DomainTable, InstanceNet, InstanceTable
+
+PACKAGE = Path(recipes.__file__).parent
+OPTIONS = [
+    ColdStartOptions,
+    CompareOptions,
+    DataOptions,
+    EvaluateOptions,
+    PretrainOptions,
+    TrainOptions,
+]
+BASE = TrainOptions(train_file="t", output_dir="o", batch_size=4, steps=20, upper_start=0)
+
+
+def choices(name: str) -> tuple[str, ...]:
+    hint = get_type_hints(TrainOptions)[name]
+    assert get_origin(hint) is Literal
+    return get_args(hint)
+
+
+def read_attributes() -> Iterator[str]:
+    for path in PACKAGE.rglob("*.py"):
+        if path.name in ("options.py", "bench.py"):
+            continue
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load):
+                owner = node.value
+                if isinstance(owner, ast.Name) and owner.id == "options":
+                    yield node.attr
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+def test_every_option_is_read(options):
+    assert {f.name for f in fields(options)} <= set(read_attributes())
+
+
+@pytest.fixture
+def recording(monkeypatch):
+    """Options of a class, and the set of those that have been read since."""
+    monkeypatch.setattr(recipes.run_directory, "to_yaml", lambda options: "")
+
+    def make(kind, given):
+        seen = set()
+
+        class Recording(kind):
+            def __getattribute__(self, name):
+                seen.add(name)
+                return super().__getattribute__(name)
+
+        made = Recording(**{f.name: getattr(given, f.name) for f in fields(kind)})
+        seen.clear()
+        return made, seen
+
+    return make
+
+
+def unread(kind, *seen):
+    return {f.name for f in fields(kind)} - set().union(*seen)
+
+
+def test_cold_start_reads_each_of_its_options(task, tmp_path, recording):
+    options, seen = recording(ColdStartOptions, task.cold_start(tmp_path / "run"))
+    run_cold_start(options)
+    assert unread(ColdStartOptions, seen) == set()
+
+
+def test_training_reads_each_of_its_options(task, tmp_path, recording):
+    read = []
+    for name in ("net", "table"):
+        given = task.train(tmp_path / name, weighting=name, bound="clip")
+        options, seen = recording(TrainOptions, given)
+        run_training(options)
+        read.append(seen)
+    assert unread(TrainOptions, *read) == set()
+    # What only one of them has to do with.
+    assert "hidden" in read[0] - read[1]
+
+
+def test_evaluation_reads_each_of_its_options(task, tmp_path, recording):
+    given = EvaluateOptions(
+        model=str(task.model),
+        file=str(task.data / "test.jsonl"),
+        output=str(tmp_path / "out.json"),
+        system_prompt=SYSTEM_PROMPT,
+    )
+    options, seen = recording(EvaluateOptions, given)
+    assert commands.run("evaluate", options) == 0
+    assert unread(EvaluateOptions, seen) == set()
+
+
+def test_every_choice_is_tested_below():
+    hints = get_type_hints(TrainOptions)
+    found = {name for name, hint in hints.items() if get_origin(hint) is Literal}
+    assert found == {
+        "aggregation",
+        "bound",
+        "context",
+        "loss_target",
+        "lower_data",
+        "lower_schedule",
+        "normalise",
+        "on_existing",
+        "order",
+        "route",
+        "upper_optimizer",
+        "upper_schedule",
+        "weighting",
+    }
+
+
+@pytest.mark.parametrize("name", choices("bound"))
+def test_bounds(name):
+    bound = make_bound(replace(BASE, bound=name, bound_low=-1.0, bound_high=3.0))
+    expected = {
+        "clip": (-1.0, 3.0),
+        "sigmoid": (0.0, 3.0),
+        "softplus": (0.0, math.inf),
+        "leaky-relu": (-math.inf, math.inf),
+        "relu": (0.0, math.inf),
+        "none": (-math.inf, math.inf),
+    }
+    assert bound.range == expected[name]
+    assert float(bound(torch.tensor(bound.raw(1.0)))) == pytest.approx(1.0)
+    assert float(bound(torch.tensor(-0.5))) == pytest.approx(
+        {
+            "clip": -0.5,
+            "sigmoid": 3 / (1 + math.exp(0.5)),
+            "softplus": math.log1p(math.exp(-0.5)),
+            "leaky-relu": -0.005,
+            "relu": 0.0,
+            "none": -0.5,
+        }[name],
+        abs=1e-6,
+    )
+
+
+@pytest.mark.parametrize("name", choices("weighting"))
+@pytest.mark.parametrize("bound", choices("bound"))
+@pytest.mark.parametrize("normalise", choices("normalise"))
+def test_weightings(name, bound, normalise):
+    options = replace(BASE, weighting=name, bound=bound, normalise=normalise)
+    refused = (name == "domain" and bound not in ("softplus", "sigmoid")) or (
+        name == "net" and normalise == "table"
+    )
+    if refused:
+        with pytest.raises(OptionError):
+            make_weighting(options, 8, 3)
+        return
+    weighting = make_weighting(options, 8, 3)
+    if name == "none":
+        assert weighting is None
+        return
+    kind = {"net": InstanceNet, "table": InstanceTable, "domain": DomainTable}[name]
+    assert type(weighting) is kind
+    assert weighting.bound == make_bound(options)
+    assert time_scale(options, weighting).upper_lr > 0
+    if name == "table":
+        assert (weighting.size, weighting.prior, weighting.normalise) == (8, 1.0, normalise)
+    elif name == "domain":
+        assert weighting.size == 3
+    else:
+        assert weighting.normalise == (normalise == "batch")
+        assert (weighting.features, weighting.hidden, weighting.layers) == (5, 10, 1)
+
+
+@pytest.mark.parametrize(
+    ("features", "reference", "inputs"),
+    [
+        (("label",), True, 1),
+        (("label", "loss"), True, 3),
+        (("p_plus", "p_minus"), False, 2),
+        (tuple(FEATURES), True, 9),
+    ],
+)
+def test_features_are_counted_as_they_are_made(features, reference, inputs):
+    options = replace(BASE, features=features, reference_features=reference)
+    weighting = make_weighting(options, 8, 0)
+    assert weighting.features == inputs
+    objective = Objective(None, AGGREGATIONS["mean"], "both", weighting, features, reference)
+    batch = {
+        "labels": torch.tensor([[1.0, 0.0], [1.0, float("nan")]]),
+        "step_mask": torch.ones(2, 2, dtype=torch.bool),
+        "reference_probs": torch.full((2, 2), 0.25),
+    }
+    found, known = objective.net_inputs(batch, {"step_probs": torch.full((2, 2), 0.5)})
+    assert found.shape == (2, 2, inputs)
+    assert known.tolist() == [[True, True], [True, False]]
+
+
+@pytest.mark.parametrize("route", choices("route"))
+@pytest.mark.parametrize("order", choices("order"))
+@pytest.mark.parametrize("rollback", [False, True])
+def test_routes_and_orders(route, order, rollback):
+    more = {"weighting": "table", "normalise": "table", "bound": "clip", "batch_size": 1}
+    options = replace(BASE, route=route, order=order, rollback=rollback, **more)
+    objective = Objective(None, AGGREGATIONS["mean"], "both", make_weighting(options, 8, 0))
+    if route == "ghost" and order == "lower-first":
+        with pytest.raises(OptionError, match="--route ghost, --order lower-first"):
+            make_solver(options, objective, 0.1)
+        return
+    solver = make_solver(options, objective, 0.1)
+    assert isinstance(solver.hypergradient, OneStep)
+    assert isinstance(solver.hypergradient.route, Route)
+    assert type(solver.hypergradient.route).__name__.lower() == route.replace("-", "")
+    assert (solver.hypergradient.order, solver.rollback) == (order, rollback)
+
+
+def test_every_number_of_the_levels_arrives():
+    options = replace(
+        BASE,
+        weighting="table",
+        lower_betas=(0.7, 0.8),
+        lower_weight_decay=0.3,
+        lower_max_norm=None,
+        upper_betas=(0.6, 0.9),
+        upper_weight_decay=0.2,
+        unroll_steps=3,
+        upper_start=5,
+        accumulation=4,
+        direction_decay=0.5,
+    )
+    objective = Objective(None, AGGREGATIONS["mean"], "both", make_weighting(options, 8, 0))
+    solver = make_solver(options, objective, 0.125)
+    lower = AdamW(WarmupCosine(5e-4, 1, 20), betas=(0.7, 0.8), weight_decay=0.3, max_norm=None)
+    upper = AdamW(WarmupCosine(0.125, 0, 5), betas=(0.6, 0.9), weight_decay=0.2)
+    assert (solver.lower_optimizer, solver.upper_optimizer) == (lower, upper)
+    counts = (solver.unroll_steps, solver.upper_start, solver.accumulation)
+    assert counts == (3, 5, 4)
+    assert solver.hypergradient.direction_decay == 0.5
+
+
+@pytest.mark.parametrize("name", choices("upper_optimizer"))
+def test_upper_optimizers(name):
+    options = replace(BASE, upper_optimizer=name, upper_schedule="constant")
+    made = upper_optimizer(options, 0.25)
+    expected = {
+        "adam": AdamW(Constant(0.25), betas=(0.9, 0.999), weight_decay=0.0),
+        "lazy-adam": LazyRowAdam(Constant(0.25), betas=(0.9, 0.999), weight_decay=0.0),
+        "sgd": SGD(Constant(0.25)),
+    }
+    assert made == expected[name]
+    table = make_weighting(replace(options, weighting="table", bound="clip"), 8, 0)
+    # One row of eight, seen every other of 20 steps: auto lets it travel the width of 1.
+    scale = time_scale(replace(options, weighting="table"), table)
+    assert (scale.visits, scale.reachable) == (10.0, pytest.approx(1.0))
+
+
+@pytest.mark.parametrize("name", choices("lower_schedule"))
+def test_lower_schedules(name):
+    expected = {"cosine": WarmupCosine(5e-4, 1, 20), "constant": Constant(5e-4)}
+    assert lower_schedule(replace(BASE, lower_schedule=name)) == expected[name]
+
+
+@pytest.mark.parametrize("name", choices("upper_schedule"))
+def test_upper_schedules(name):
+    options = replace(BASE, upper_schedule=name, upper_start=4, unroll_steps=2)
+    expected = {"cosine": WarmupCosine(0.5, 0, 8), "constant": Constant(0.5)}
+    assert upper_schedule(options, 0.5) == expected[name]
+
+
+def test_aggregations():
+    assert set(choices("aggregation")) == set(AGGREGATIONS)
+    scores, mask = torch.tensor([[0.5, 0.8, 0.9]]), torch.tensor([[True, True, False]])
+    found = {name: float(how(scores, mask)) for name, how in AGGREGATIONS.items()}
+    assert found == pytest.approx(
+        {
+            "mean": 0.65,
+            "min": 0.5,
+            "max": 0.8,
+            "last": 0.8,
+            "product": 0.4,
+            "log_mean": math.sqrt(0.4),
+            "logit_mean": 1 / (1 + math.exp(-math.log(4) / 2)),
+        }
+    )
+
+
+@pytest.mark.parametrize("name", choices("loss_target"))
+@pytest.mark.parametrize("aggregation", choices("aggregation"))
+def test_loss_targets(task, tmp_path, name, aggregation):
+    options = task.train(tmp_path)
+    prm = load_prm(task.model)
+    batch = read_examples(prm, options, options.meta_file).batch(range(4))
+    batch["group"] = torch.tensor([0, 0, 1, 1])
+    objective = Objective(prm, AGGREGATIONS[aggregation], name, None)
+    with torch.no_grad():
+        assert 0 < float(objective.upper_loss({}, {}, batch)) < 4
+
+
+@pytest.mark.parametrize("name", choices("context"))
+def test_contexts(task, tmp_path, name):
+    options = replace(task.train(tmp_path), context=name)
+    prm = load_prm(task.model)
+    data = read_examples(prm, options, options.train_file)
+    tokens = data.batch(range(6))["input_ids"]
+    signs = [int((tokens == at).sum()) for at in (prm.plus_id, prm.minus_id)]
+    labels = [step.label for example in data.examples[:6] for step in example.steps[:-1]]
+    expected = {
+        "plus": [len(labels), 0],
+        "gold": [labels.count(1.0), labels.count(0.0)],
+        "masked": [0, 0],
+    }
+    assert signs == expected[name]
+
+
+@pytest.mark.parametrize("name", choices("on_existing"))
+def test_on_existing(tmp_path, name):
+    full = tmp_path / "run"
+    full.mkdir()
+    (full / "args.yaml").write_text("")
+    (tmp_path / "run-2").write_text("")
+    expected = {"refuse": full, "number": tmp_path / "run-3"}
+    assert free_directory(full, name) == expected[name]
+    assert free_directory(tmp_path / "new", name) == tmp_path / "new"
+
+
+def test_every_kind_of_run_has_a_row_of_its_own_name():
+    rows = [_row_name(replace(BASE, weighting=name)) for name in choices("weighting")]
+    rows += [_row_name(replace(BASE, weighting="none", lower_data="meta"))]
+    rows += [_row_name(replace(BASE, weighting="none", weights_file="w"))]
+    assert len(set(rows)) == len(rows) == 6
+    assert set(rows) <= set(NAMES)
+    assert choices("lower_data") == ("train", "meta")
