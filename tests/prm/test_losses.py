@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from prm.aggregations import mean, minimum
-from prm.losses import outcome_loss, step_cross_entropy
+from prm.losses import outcome_loss, pair_loss, step_cross_entropy
 from prm.scoring import solution_scores, step_probs
 from tests.prm.tiny import FORWARD_MODE
 
@@ -121,3 +121,30 @@ def test_shapes_and_targets_are_checked():
         outcome_loss(torch.zeros(2), torch.zeros(2), "both")
     with pytest.raises(ValueError, match="found '-'"):
         outcome_loss(torch.zeros(2), torch.zeros(2), "-")
+
+
+def test_pair_loss_equals_a_loop_over_pairs():
+    generator = torch.Generator().manual_seed(3)
+    scores = torch.rand(9, generator=generator, dtype=torch.float64, requires_grad=True)
+    correct = torch.tensor([1.0, 0, 0, 1, 1, 0, 1, 1, 0])
+    group = torch.tensor([0, 0, 0, 1, 1, 1, 2, 2, 3])  # group 2 has no wrong, 3 no right one
+    pairs = [(0, 1), (0, 2), (3, 5), (4, 5)]
+    expected = sum((scores[i] - scores[j] - 1) ** 2 for i, j in pairs) / len(pairs)
+    torch.testing.assert_close(pair_loss(scores, correct, group), expected)
+    assert torch.autograd.gradcheck(lambda s: pair_loss(s, correct, group), (scores,))
+
+
+def test_pair_loss_ignores_a_shift_of_a_question():
+    scores = torch.tensor([0.9, 0.2, 0.5, 0.4], dtype=torch.float64)
+    correct, group = torch.tensor([1.0, 0, 1, 0]), torch.tensor([0, 0, 1, 1])
+    shifted = scores + torch.tensor([0.05, 0.05, -0.3, -0.3], dtype=torch.float64)
+    torch.testing.assert_close(
+        pair_loss(scores, correct, group), pair_loss(shifted, correct, group)
+    )
+    perfect = torch.tensor([1.0, 0.0, 1.0, 0.0])
+    assert float(pair_loss(perfect, correct, group)) == 0.0
+
+
+def test_pair_loss_without_a_pair_is_refused():
+    with pytest.raises(ValueError, match="both a right and a wrong candidate"):
+        pair_loss(torch.rand(4), torch.tensor([1.0, 1, 0, 0]), torch.tensor([0, 0, 1, 1]))
