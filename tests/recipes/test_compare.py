@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+import json
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
+import yaml
 
-from recipes.compare import statistics
+import recipes.compare
+import recipes.options
+from recipes.compare import compare, statistics
+from recipes.embedded.build import build
+from recipes.options import PRESETS, CompareOptions
+from recipes.report import NAMES
+from tests.tiny_task import SIZES, model_bits, read_lines
 
 Z = 1.959964
 
@@ -73,6 +82,17 @@ def test_differences_are_paired():
     assert high - low > 0.1
 
 
+@pytest.mark.xfail(raises=ZeroDivisionError, strict=True, reason="gap_closed divides by the gap")
+def test_no_gap_to_close():
+    """A ceiling that is no higher than No Selection must not lose the report."""
+    alike = np.array([1.0, 0.0, 1.0])
+    report = statistics(
+        [{"no_selection": alike, "instance_net": np.ones(3), "clean_oracle": alike}]
+    )
+    assert report["difference"]["clean_oracle"] == 0.0
+    json.dumps(report, allow_nan=False)
+
+
 def test_constant_rows_have_no_interval_and_the_same_call_gives_the_same_report():
     per_seed = [
         {"no_selection": np.array([0.0, 1.0, 1.0]), "pass@8": np.ones(3)},
@@ -81,3 +101,63 @@ def test_constant_rows_have_no_interval_and_the_same_call_gives_the_same_report(
     report = statistics(per_seed)
     assert report["ci95"]["pass@8"] == [1.0, 1.0]
     assert report == statistics(per_seed)
+
+
+@pytest.fixture
+def tiny(task, tmp_path, monkeypatch):
+    """The comparison as shipped, on the tiny model and a few steps of few examples."""
+    shrunk = {"steps": 4, "batch_size": 6, "meta_batch_size": 6, "upper_start": 1}
+    (tmp_path / "presets").mkdir()
+    for path in PRESETS.glob("*.yaml"):
+        content = yaml.safe_load(path.read_text()) | {"model": str(task.model)}
+        kept = shrunk if path.stem.startswith("train") else {"steps": 4, "batch_size": 6}
+        text = yaml.safe_dump(content | kept)
+        (tmp_path / "presets" / path.name).write_text(text)
+    monkeypatch.setattr(recipes.options, "PRESETS", tmp_path / "presets")
+    monkeypatch.setattr(
+        recipes.compare, "build", lambda at, *, seed: build(at, seed=seed, sizes=SIZES)
+    )
+    monkeypatch.setattr(recipes.compare, "_RESAMPLES", 200)
+    return CompareOptions(
+        output_dir=str(tmp_path / "results"),
+        work_dir=str(tmp_path / "work"),
+        seeds=2,
+        # Without a ceiling: whether it is above No Selection here is chance.
+        methods=tuple(name for name in recipes.compare._METHODS if name != "clean_oracle"),
+        threads=1,
+        progress=False,
+    )
+
+
+def test_every_method_on_every_seed(tiny, tmp_path, monkeypatch, capsys):
+    report = compare(tiny)
+    methods = set(report["runs"])
+    assert methods == set(tiny.methods) >= {"cold_start", "instance_net", "instance_table"}
+    assert set(report["rows"]) == methods | {"pass@1", "self_consistency", "pass@4"}
+    assert methods <= set(NAMES)
+    assert report == json.loads((tmp_path / "results" / "compare.json").read_text())
+    assert "| PRM: No Selection |" in capsys.readouterr().out
+    for method, runs in report["runs"].items():
+        assert [run["seed"] for run in runs] == [0, 1]
+        mean = sum(run["accuracy"] for run in runs) / 2
+        assert report["rows"][method] == pytest.approx(mean, abs=1e-4)
+    seeds = [tmp_path / "work" / f"seed-{seed}" for seed in (0, 1)]
+    assert len({(seed / "data" / "test.jsonl").read_bytes() for seed in seeds}) == 2
+    for seed in seeds:
+        started = model_bits(seed / "cold-start")
+        assert model_bits(seed / "cold-start-evaluated") == started
+        assert model_bits(seed / "no-selection") != started
+    # A second call finds everything done.
+    monkeypatch.setattr(recipes.compare, "run_training", None)
+    monkeypatch.setattr(recipes.compare, "run_cold_start", None)
+    assert compare(tiny) == report
+
+
+def test_shuffled_weights_are_the_learned_ones_on_other_examples(tiny, tmp_path):
+    compare(replace(tiny, seeds=1, methods=("no_selection", "shuffled_table")))
+    seed = tmp_path / "work" / "seed-0"
+    learned = {row["id"]: row["weight"] for row in read_lines(seed / "table" / "weights.jsonl")}
+    dealt = {row["id"]: row["weight"] for row in read_lines(seed / "shuffled-table-weights.jsonl")}
+    assert sorted(dealt.values()) == sorted(learned.values())
+    assert dealt != learned
+    assert list(dealt) == list(learned)

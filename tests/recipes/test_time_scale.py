@@ -67,3 +67,8 @@ def test_distance_to_the_lower_bound():
         (LeakyReLU(0.01), math.inf),
     ]:
         assert distance_to_lower_bound(bound.range, bound.raw) == pytest.approx(expected)
+
+
+def test_distance_is_from_the_prior():
+    clip = Clip(1.2, 2.0)  # a bound that weight 1 is outside of
+    assert distance_to_lower_bound(clip.range, clip.raw, 1.5) == pytest.approx(0.3)
