@@ -75,8 +75,9 @@ def statistics(per_seed: list[Values]) -> dict[str, Any]:
     Returns:
         ``rows``, ``ci95``; ``difference`` and ``difference_ci95`` to ``no_selection`` on the same
         questions; ``gap_closed`` = (row - no_selection) / (clean_oracle - no_selection) and its
-        interval, where both rows are there. Intervals: percentile bootstrap that draws seeds with
-        replacement and, within each drawn seed, questions with replacement.
+        interval over the resamples with a gap, where both rows are there and there is a gap.
+        Intervals: percentile bootstrap that draws seeds with replacement and, within each drawn
+        seed, questions with replacement.
     """
     names = list(per_seed[0])
     rng = np.random.default_rng(0)
@@ -108,12 +109,14 @@ def statistics(per_seed: list[Values]) -> dict[str, Any]:
     others = [name for name in names if name != "no_selection"]
     report["difference"] = {name: round(mean[name] - base, 4) for name in others}
     report["difference_ci95"] = {name: _interval(sample[name] - base_sample) for name in others}
-    if "clean_oracle" in names:
+    if "clean_oracle" in names and mean["clean_oracle"] > base:
         gap = mean["clean_oracle"] - base
         gap_sample = sample["clean_oracle"] - base_sample
+        open_gap = gap_sample > 0  # a share of no gap is no number
         report["gap_closed"] = {name: round((mean[name] - base) / gap, 3) for name in others}
         report["gap_closed_ci95"] = {
-            name: _interval((sample[name] - base_sample) / gap_sample) for name in others
+            name: _interval((sample[name] - base_sample)[open_gap] / gap_sample[open_gap])
+            for name in others
         }
     return report
 

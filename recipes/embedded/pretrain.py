@@ -138,7 +138,7 @@ def _fit(
             schedule.step()
             if step % 20 == 0:
                 smooth = 0.8 * smooth + 0.2 * float(accuracy) if step else float(accuracy)
-                bar.set_postfix(loss=f"{float(loss):.3f}", accuracy=f"{smooth:.3f}")
+                bar.set_postfix(loss=f"{float(loss.detach()):.3f}", accuracy=f"{smooth:.3f}")
 
 
 def _sheets(scans: Scans, rng: np.random.Generator, size: int) -> tuple[Tensor, np.ndarray]:

@@ -4,14 +4,10 @@ from __future__ import annotations
 
 import json
 
-import pytest
-
 from prm.model import load_prm
 from recipes.__main__ import main
 
 
-# The progress bar shows a loss that still has its graph.
-@pytest.mark.filterwarnings("ignore:Converting a tensor with requires_grad:UserWarning")
 def test_base_model_loads_as_a_judge(tmp_path, capsys):
     out = tmp_path / "base"
     assert main(["data", "pretrain-base", "--out", str(out), "--scale", "0.0001"]) == 0
