@@ -10,9 +10,10 @@ of peak memory over the loaded model, measured in a process of its own per route
 from __future__ import annotations
 
 import argparse
+import gc
 import json
+import os
 import platform
-import resource
 import statistics
 import subprocess
 import sys
@@ -152,11 +153,22 @@ def parts(setup: Setup) -> dict[str, Callable[[], Any]]:
 
 
 def peak_memory(name: str, batch_size: int, meta_batch_size: int) -> float:
-    """Peak resident memory in MB that ``name`` adds to the loaded model, in a fresh process."""
+    """Peak resident memory in MB that ``name`` adds to what is there between steps (Linux).
+
+    Measured in a fresh process whose allocator gives freed memory back at once.
+    """
     command = [sys.executable, "-m", "recipes.bench", "--one", name]
     command += ["--batch-size", str(batch_size), "--meta-batch-size", str(meta_batch_size)]
-    finished = subprocess.run(command, capture_output=True, text=True, check=True)
+    frugal = {"MALLOC_TRIM_THRESHOLD_": "0", "MALLOC_MMAP_THRESHOLD_": "65536"}
+    finished = subprocess.run(
+        command, capture_output=True, text=True, check=True, env={**os.environ, **frugal}
+    )
     return float(finished.stdout.split()[-1])
+
+
+def _status_kb(field: str) -> int:
+    status = Path("/proc/self/status").read_text()
+    return next(int(line.split()[1]) for line in status.splitlines() if line.startswith(field))
 
 
 def main() -> None:
@@ -178,9 +190,11 @@ def main() -> None:
     setup = make_setup(*sizes)
     timed = parts(setup)
     if arguments.one:
-        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        gc.collect()
+        Path("/proc/self/clear_refs").write_text("5")  # resets the peak below
+        before = _status_kb("VmRSS")
         timed[arguments.one]()
-        print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)
+        print((_status_kb("VmHWM") - before) / 1024)
         return
     seconds: dict[str, list[float]] = {name: [] for name in timed}
     for round_number in range(arguments.rounds + 2):
