@@ -68,7 +68,7 @@ def _train(options: Any) -> None:
 
 
 def _evaluate(options: EvaluateOptions) -> None:
-    from recipes.evaluation import evaluate, read_candidates, summary
+    from recipes.evaluation import evaluate, read_candidates, report_of, values_of
     from recipes.report import results_table
     from recipes.run_directory import write_json
     from recipes.session import load_model, set_up
@@ -81,20 +81,7 @@ def _evaluate(options: EvaluateOptions) -> None:
     prm, params = load_model(options)
     candidates = read_candidates(prm, options, options.file)
     found = evaluate(prm, params, candidates, options)
-    size = max(map(len, candidates.groups))
-    results = {
-        **summary(
-            {
-                "pass@1": candidates.pass_at_one,
-                "self_consistency": candidates.majority,
-                "prm": found.selected,
-                f"pass@{size}": candidates.pass_at_n,
-            }
-        ),
-        "n_questions": len(candidates.groups),
-        "step_auc": found.step_auc,
-        "step_macro_f1": found.step_macro_f1,
-    }
+    results = report_of(candidates, found, values_of(candidates, found, "prm"))
     print(results_table(results))
     if output is not None:
         write_json(output, results)

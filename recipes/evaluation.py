@@ -150,3 +150,26 @@ def summary(values: Mapping[str, np.ndarray]) -> dict[str, Any]:
             name: [round(end, 4) for end in interval(value)] for name, value in values.items()
         },
     }
+
+
+def values_of(candidates: Candidates, found: Evaluation, row: str) -> dict[str, np.ndarray]:
+    """Per-question values of every row of a results table, the model's own row named ``row``."""
+    size = max(map(len, candidates.groups))
+    return {
+        "pass@1": candidates.pass_at_one,
+        "self_consistency": candidates.majority,
+        row: found.selected,
+        f"pass@{size}": candidates.pass_at_n,
+    }
+
+
+def report_of(
+    candidates: Candidates, found: Evaluation, values: Mapping[str, np.ndarray]
+) -> dict[str, Any]:
+    """What ``results.json`` says of one file of candidates."""
+    return {
+        **summary(values),
+        "n_questions": len(candidates.groups),
+        "step_auc": found.step_auc,
+        "step_macro_f1": found.step_macro_f1,
+    }

@@ -15,7 +15,7 @@ from bilevel import BilevelProblem, BilevelSolver, StepInfo
 from prm.collate import Batch
 from prm.losses import step_cross_entropy
 from prm.model import PRM, save_prm, step_logits
-from recipes.evaluation import evaluate, step_scores_of, summary
+from recipes.evaluation import evaluate, report_of, step_scores_of, values_of
 from recipes.objective import Objective
 from recipes.options import ColdStartOptions, LowerOptions, TrainOptions
 from recipes.order import epoch_order
@@ -281,19 +281,8 @@ def _evaluate_all(
     results: dict[str, Any] = {}
     for name, candidates in data.evaluations.items():
         found = evaluate(prm, lower, candidates, options)
-        size = max(map(len, candidates.groups))
-        values = {
-            "pass@1": candidates.pass_at_one,
-            "self_consistency": candidates.majority,
-            row: found.selected,
-            f"pass@{size}": candidates.pass_at_n,
-        }
-        report = {
-            **summary(values),
-            "n_questions": len(candidates.groups),
-            "step_auc": found.step_auc,
-            "step_macro_f1": found.step_macro_f1,
-        }
+        values = values_of(candidates, found, row)
+        report = report_of(candidates, found, values)
         results |= report if name == "test" else {name: report}
         lines = [
             json.dumps(
