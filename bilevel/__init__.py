@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from bilevel.audit import HypergradientCheck, check_hypergradient
 from bilevel.ghost.tracker import Refusal
+from bilevel.hypergradient import Hypergradient, HypergradientResult
 from bilevel.lazy import LazyRowAdam, LazyRowState
 from bilevel.one_step import OneStep, OneStepResult
 from bilevel.optimizer import (
@@ -41,7 +42,9 @@ __all__ = [
     "DifferentiableOptimizer",
     "Dot",
     "Ghost",
+    "Hypergradient",
     "HypergradientCheck",
+    "HypergradientResult",
     "Jvp",
     "LazyRowAdam",
     "LazyRowState",

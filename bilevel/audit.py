@@ -11,6 +11,7 @@ import torch
 
 from bilevel import tree
 from bilevel.audited_step import AuditedStep, slope_errors
+from bilevel.one_step import OneStep
 from bilevel.problem import Batch
 from bilevel.solver import BilevelSolver, BilevelState
 from bilevel.tree import Tree
@@ -90,6 +91,7 @@ def check_hypergradient(
             0.2 below.
         generator: Of the directions.
     """
+    assert isinstance(solver.hypergradient, OneStep)
     audit = AuditedStep(solver, state, lower_batches, upper_batch)
     along = [_random_like(state.upper_params, generator) for _ in range(directions)]
     result = audit.result

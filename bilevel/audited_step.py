@@ -13,9 +13,9 @@ from torch import Tensor
 
 from bilevel import random_state, tree
 from bilevel.lower_pass import lower_pass
-from bilevel.one_step import OneStepResult, upper_gradient
+from bilevel.one_step import OneStep, OneStepResult, upper_gradient
 from bilevel.optimizer import clip_scale
-from bilevel.problem import Batch, Params
+from bilevel.problem import Batch, Params, upper_value
 from bilevel.routes import Jvp
 from bilevel.solver import BilevelSolver, BilevelState
 from bilevel.tree import Tree
@@ -34,6 +34,7 @@ class AuditedStep:
         self._solver, self._state = solver, state
         self._lower_batches, self._upper_batch = lower_batches, upper_batch
         self._random = random_state.capture(state.lower_params)
+        assert isinstance(solver.hypergradient, OneStep)
         one_step = dataclasses.replace(solver.hypergradient, direction_decay=0.0)
         with self._replay():
             self.result: OneStepResult = one_step.step(
@@ -64,7 +65,8 @@ class AuditedStep:
                 grads = tree.scale(self._scale, grads)
             state = self._state
             params, _ = self._optimizer.update(grads, state.lower_optimizer, state.lower_params)
-            return self._solver.problem.upper_loss(params, upper_params, self._upper_batch)
+            problem = self._solver.problem
+            return upper_value(problem, params, upper_params, self._upper_batch)[0]
 
     def claimed_upper_first(self) -> Callable[[Params], Tensor]:
         """Return φ -> ⟨μ, ∇_θ L_lower(θ, φ)⟩ + L_upper(θ, φ), μ as that order forms it."""
@@ -80,7 +82,9 @@ class AuditedStep:
         def claimed(upper_params: Params) -> Tensor:
             product = tree.vdot(self._grads(upper_params), mu)
             with torch.no_grad(), self._replay():
-                direct = problem.upper_loss(state.lower_params, upper_params, self._upper_batch)
+                direct, _ = upper_value(
+                    problem, state.lower_params, upper_params, self._upper_batch
+                )
             return product + direct
 
         return claimed

@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from bilevel import random_state, tree
 from bilevel.micro_batch import (
@@ -35,6 +36,18 @@ class LowerPass:
 
     grads: Tree
     micro_batches: list[MicroBatch]
+    norm: Tensor | None = None
+
+    @property
+    def grad_norm(self) -> Tensor:
+        """Norm of the gradient, scalar; also of a summary, which has no gradient any more."""
+        return tree.norm(self.grads) if self.norm is None else self.norm
+
+    def summary(self) -> LowerPass:
+        """Return the figures alone: no gradients, no batches, no graphs; a few numbers."""
+        return LowerPass(
+            None, [micro.summary() for micro in self.micro_batches], self.grad_norm.detach()
+        )
 
     @property
     def shares(self) -> list[float]:

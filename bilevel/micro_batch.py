@@ -8,14 +8,22 @@ how the gradient is weighted and in what they can say about ⟨μ, ∇ℓ_i⟩.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from bilevel import tree
 from bilevel.gradient import as_leaves, gradients
-from bilevel.problem import Batch, Params, Problem, ReweightingProblem
+from bilevel.problem import (
+    Batch,
+    Params,
+    Problem,
+    ReweightingProblem,
+    detached,
+    lower_value,
+)
 from bilevel.random_state import RandomState
 from bilevel.routes import Route
 from bilevel.tree import Tree
@@ -34,6 +42,7 @@ class MicroBatch:
         weights: [size]; with a graph to φ if features are detached and φ requires grad.
         dots: μ -> ⟨μ, ∇ℓ_i⟩ / size, [size]; None: the product needs another pass.
         note: Why the route in use did not apply; None if it did.
+        aux: What the lower loss returned beside its value, detached.
     """
 
     batch: Batch
@@ -44,6 +53,12 @@ class MicroBatch:
     weights: Tensor | None = None
     dots: Callable[[Tree], Tensor] | None = None
     note: str | None = None
+    aux: Any = None
+
+    def summary(self) -> MicroBatch:
+        """Return the figures alone, for the record of a step: no batch, no graph, no closure."""
+        weights = None if self.weights is None else self.weights.detach()
+        return replace(self, batch=None, weights=weights, dots=None)
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,10 +76,12 @@ class Run:
 def run_scalar(run: Run, batch: Batch, random: RandomState) -> tuple[Tree, MicroBatch]:
     """A `BilevelProblem`: one scalar loss."""
     params = as_leaves(run.lower_params)
-    loss = run.problem.lower_loss(params, tree.map(Tensor.detach, run.upper_params), batch)
+    upper_params = tree.map(Tensor.detach, run.upper_params)
+    loss, aux = lower_value(run.problem, params, upper_params, batch)
     batch_size = getattr(run.problem, "batch_size", None)
     size = 1 if batch_size is None else batch_size(batch)
-    return gradients([loss], params), MicroBatch(batch, random, size, loss.detach())
+    micro = MicroBatch(batch, random, size, loss.detach(), aux=detached(aux))
+    return gradients([loss], params), micro
 
 
 def run_attached(run: Run, batch: Batch, random: RandomState) -> tuple[Tree, MicroBatch]:

@@ -15,7 +15,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from bilevel import random_state, tree
 from bilevel.gradient import as_leaves, gradients
 from bilevel.lower_pass import LowerPass, MicroBatch
-from bilevel.problem import Params, Problem, ReweightingProblem
+from bilevel.problem import Params, Problem, ReweightingProblem, lower_value
 from bilevel.routes import CentralDifference, Reverse, Route
 from bilevel.tree import Tree
 
@@ -127,7 +127,7 @@ def _gradient_derivative(
 
     def loss(params: Params, *leaves: Tensor) -> Tensor:
         with random_state.replay(micro.random, lower_params):
-            return problem.lower_loss(params, structure.unflatten(leaves), micro.batch)
+            return lower_value(problem, params, structure.unflatten(leaves), micro.batch)[0]
 
     def transformed(params: Params) -> tuple[Tensor, ...]:
         every = tuple(range(1, len(present) + 1))
@@ -158,7 +158,7 @@ def _twice_reversed(
     """Return the gradient with respect to φ of ⟨∇_θ L, μ⟩, by a graph of the gradient."""
     with torch.enable_grad(), random_state.replay(micro.random, lower_params):
         params, upper = as_leaves(lower_params), as_leaves(upper_params)
-        loss = problem.lower_loss(params, upper, micro.batch)
+        loss, _ = lower_value(problem, params, upper, micro.batch)
         grads = gradients([loss], params, create_graph=True)
         pairs = tree.map(lambda gradient, along: (gradient, along), grads, direction)
         flat = tree.leaves(pairs)

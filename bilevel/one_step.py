@@ -4,17 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from bilevel import random_state, tree
 from bilevel.gradient import as_leaves, gradients
+from bilevel.hypergradient import HypergradientResult
 from bilevel.lower_pass import LowerPass, lower_pass
 from bilevel.mixed_product import mixed_product
 from bilevel.optimizer import DifferentiableOptimizer, OptimizerState
-from bilevel.problem import Batch, Params, Problem, ReweightingProblem
+from bilevel.problem import (
+    Batch,
+    Params,
+    Problem,
+    ReweightingProblem,
+    detached,
+    upper_value,
+)
 from bilevel.routes import Auto, Dot, Ghost, PerExample, Route
 from bilevel.tree import Tree
 
@@ -29,11 +37,12 @@ class Direction(NamedTuple):
 
 
 class UpperGradient(NamedTuple):
-    """Upper loss and its gradients: v with respect to θ, and the direct one, to φ."""
+    """Upper loss and its gradients: v with respect to θ, and the direct one, to φ; its aux."""
 
     loss: Tensor
     lower: Tree
     direct: Tree
+    aux: Any = None
 
 
 class OneStepResult(NamedTuple):
@@ -92,6 +101,8 @@ class OneStep:
     order: Order = "lower-first"
     direction_decay: float = 0.0
 
+    last_step_only: ClassVar[bool] = True
+
     def __post_init__(self) -> None:
         if not 0.0 <= self.direction_decay < 1.0:
             raise ValueError(
@@ -107,7 +118,9 @@ class OneStep:
                 "order='upper-first', or PerExample() for lower-first"
             )
 
-    def check(self, problem: Problem) -> None:
+    def check(
+        self, problem: Problem, optimizer: DifferentiableOptimizer, unroll_steps: int
+    ) -> None:
         """Raise ValueError if the route does not apply to this kind of problem."""
         if not isinstance(self.route, Dot | Ghost | PerExample):
             return
@@ -123,11 +136,54 @@ class OneStep:
                 "choose Jvp()"
             )
 
-    def init(self, lower_params: Params) -> Direction | None:
+    def init(
+        self, optimizer: DifferentiableOptimizer, lower_params: Params, upper_params: Params
+    ) -> Direction | None:
         """Return the average of v before the first upper gradient, None if there is none."""
         if self.direction_decay == 0.0:
             return None
         return Direction(tree.zeros_like(lower_params), torch.zeros((), dtype=torch.int64))
+
+    def window(
+        self,
+        problem: Problem,
+        optimizer: DifferentiableOptimizer,
+        lower_params: Params,
+        upper_params: Params,
+        optimizer_state: Any,
+        batches: Sequence[Sequence[Batch]],
+        upper_batch: Batch | None = None,
+        memory: Direction | None = None,
+    ) -> HypergradientResult:
+        """Take the steps of a window and, given an upper batch, differentiate through the last."""
+        passes: list[LowerPass] = []
+        for plain in batches[:-1]:
+            taken = self.step(
+                problem, optimizer, lower_params, upper_params, optimizer_state, plain
+            )
+            lower_params, optimizer_state = taken.lower_params, taken.optimizer_state
+            passes.append(taken.passed.summary())
+        last = self.step(
+            problem,
+            optimizer,
+            lower_params,
+            upper_params,
+            optimizer_state,
+            batches[-1],
+            upper_batch,
+            memory,
+        )
+        return HypergradientResult(
+            lower_params=last.lower_params,
+            optimizer_state=last.optimizer_state,
+            passes=(*passes, last.passed),
+            upper_loss=None if last.upper is None else last.upper.loss,
+            hypergradient=last.hypergradient,
+            memory=last.direction,
+            figures={},
+            notes=() if last.upper is None else self.notes(last.passed, optimizer_state),
+            upper_aux=None if last.upper is None else last.upper.aux,
+        )
 
     def step(
         self,
@@ -217,9 +273,6 @@ def upper_gradient(
     """
     with torch.enable_grad():
         lower, upper = as_leaves(lower_params), as_leaves(upper_params)
-        loss = problem.upper_loss(lower, upper, batch)
-        if not isinstance(loss, Tensor) or loss.dim() != 0:
-            found = tuple(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
-            raise ValueError(f"upper_loss: expected a scalar tensor, found {found}")
+        loss, aux = upper_value(problem, lower, upper, batch)
         found_lower, direct = gradients([loss], (lower, upper))
-    return UpperGradient(loss.detach(), found_lower, direct)
+    return UpperGradient(loss.detach(), found_lower, direct, detached(aux))

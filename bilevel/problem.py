@@ -13,6 +13,7 @@ from bilevel.tree import Tree
 
 Params: TypeAlias = Any  # a pytree of floating-point tensors, usually dict[str, Tensor]
 Batch: TypeAlias = Any  # any pytree; tensors in it carry the examples in their leading dimension
+Loss: TypeAlias = Tensor | tuple[Tensor, Any]  # a scalar, or a scalar and auxiliary outputs
 
 
 @dataclass(frozen=True)
@@ -20,8 +21,9 @@ class BilevelProblem:
     """``min_φ upper_loss(θ*(φ), φ)`` with θ*(φ) reached by steps on ``lower_loss(θ, φ)``.
 
     Args:
-        lower_loss: (lower_params, upper_params, batch) -> scalar, the mean over the examples.
-        upper_loss: (lower_params, upper_params, batch) -> scalar.
+        lower_loss: (lower_params, upper_params, batch) -> scalar, the mean over the examples, or
+            (scalar, aux): any pytree, which reaches `StepInfo.lower_aux` detached.
+        upper_loss: (lower_params, upper_params, batch) -> scalar or (scalar, aux), likewise.
         batch_size: Number of examples in a lower batch, by which micro-batches are weighted when
             a step is accumulated over several. None: they all count the same.
 
@@ -29,8 +31,8 @@ class BilevelProblem:
     state, which the solver replays for every pass of a step.
     """
 
-    lower_loss: Callable[[Params, Params, Batch], Tensor]
-    upper_loss: Callable[[Params, Params, Batch], Tensor]
+    lower_loss: Callable[[Params, Params, Batch], Loss]
+    upper_loss: Callable[[Params, Params, Batch], Loss]
     batch_size: Callable[[Batch], int] | None = None
 
 
@@ -44,7 +46,7 @@ class ReweightingProblem:
         per_example_loss: (lower_params, batch) -> (losses [batch], features), the features being
             any pytree of tensors (or None) that `weights` may look at.
         weights: (upper_params, batch, features) -> weights [batch].
-        upper_loss: (lower_params, upper_params, batch) -> scalar.
+        upper_loss: (lower_params, upper_params, batch) -> scalar or (scalar, aux).
         detach_features: Whether weights are a function of φ alone, the features being data
             (Meta-Weight-Net's choice). If not, θ also gets a gradient through the features, and
             only the routes `Jvp`, `Reverse` and `CentralDifference` apply.
@@ -60,7 +62,7 @@ class ReweightingProblem:
 
     per_example_loss: Callable[[Params, Batch], tuple[Tensor, Any]]
     weights: Callable[[Params, Batch, Any], Tensor]
-    upper_loss: Callable[[Params, Params, Batch], Tensor]
+    upper_loss: Callable[[Params, Params, Batch], Loss]
     detach_features: bool = True
     rows: Callable[[Batch], Mapping[int, Tensor]] | None = None
 
@@ -104,6 +106,43 @@ class ReweightingProblem:
 
 
 Problem: TypeAlias = BilevelProblem | ReweightingProblem
+
+
+def lower_value(
+    problem: Problem, lower_params: Params, upper_params: Params, batch: Batch
+) -> tuple[Tensor, Any]:
+    """Return the lower loss, a scalar, and what the user's function returned beside it (or None).
+
+    Raises:
+        ValueError: The loss is neither a scalar tensor nor (scalar tensor, aux).
+    """
+    return _value_and_aux(problem.lower_loss(lower_params, upper_params, batch), "lower_loss")
+
+
+def upper_value(
+    problem: Problem, lower_params: Params, upper_params: Params, batch: Batch
+) -> tuple[Tensor, Any]:
+    """Return the upper loss, a scalar, and what the user's function returned beside it (or None).
+
+    Raises:
+        ValueError: The loss is neither a scalar tensor nor (scalar tensor, aux).
+    """
+    return _value_and_aux(problem.upper_loss(lower_params, upper_params, batch), "upper_loss")
+
+
+def detached(aux: Any) -> Any:
+    """Return a pytree with its tensors detached; other leaves as they are."""
+    return tree.map(_detach, aux)
+
+
+def _value_and_aux(found: Any, name: str) -> tuple[Tensor, Any]:
+    loss, aux = found if isinstance(found, tuple) and len(found) == 2 else (found, None)
+    if not isinstance(loss, Tensor) or loss.dim() != 0:
+        shape = tuple(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
+        raise ValueError(
+            f"{name}: expected a scalar tensor, found {shape}; return the mean, or (mean, aux)"
+        )
+    return loss, aux
 
 
 def _detach(feature: Any) -> Any:

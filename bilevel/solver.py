@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -10,7 +10,9 @@ import torch
 from torch import Tensor
 
 from bilevel import random_state, tree
-from bilevel.one_step import Direction, OneStep, OneStepResult
+from bilevel.hypergradient import Hypergradient, HypergradientResult
+from bilevel.lower_pass import LowerPass
+from bilevel.one_step import OneStep
 from bilevel.optimizer import DifferentiableOptimizer, Optimizer, clip_scale
 from bilevel.problem import Batch, Params, Problem
 
@@ -26,22 +28,26 @@ class BilevelState(NamedTuple):
         upper_params: φ.
         lower_optimizer: State of the lower optimizer.
         upper_optimizer: State of the upper optimizer.
-        direction: Average of v, or None.
+        memory: What the hypergradient keeps from window to window (an average of v, a warm start,
+            a second copy of θ), or None.
         lower_steps: Lower steps taken, int64 scalar.
         upper_steps: Upper steps taken, int64 scalar.
+        upper_skipped: Upper steps not taken because their hypergradient was not finite, int64.
     """
 
     lower_params: Params
     upper_params: Params
     lower_optimizer: Any
     upper_optimizer: Any
-    direction: Direction | None
+    memory: Any
     lower_steps: Tensor
     upper_steps: Tensor
+    upper_skipped: Tensor
 
 
 class StepInfo(NamedTuple):
-    """What happened in a step. Without an upper step the fields of the upper level are None.
+    """What happened in a lower step. Without an upper step after it, the fields of the upper level
+    are None.
 
     Attributes:
         lower_loss: Weighted mean loss over all micro-batches, at the parameters before the step.
@@ -50,10 +56,13 @@ class StepInfo(NamedTuple):
         losses: Unweighted losses [batch], micro-batches put end to end; None for a
             `BilevelProblem`.
         weights: The weights [batch] with which the step was taken, likewise.
-        upper_loss: Upper loss, where `order` evaluates it.
+        upper_loss: Upper loss, where the hypergradient evaluates it.
         hypergradient_norm: Norm of dL_upper/dφ, before clipping.
         upper_clipped: Whether the upper optimizer clipped it (bool scalar).
-        notes: Route that stepped in and why, near-zero derivatives and the like.
+        notes: Route that stepped in and why, near-zero derivatives, skipped updates and the like.
+        lower_aux: What the lower loss returned beside its value, one per micro-batch.
+        upper_aux: What the upper loss returned beside its value.
+        figures: Further scalars of the hypergradient (residual, iterations, ...); mostly empty.
     """
 
     lower_loss: Tensor
@@ -65,35 +74,45 @@ class StepInfo(NamedTuple):
     hypergradient_norm: Tensor | None
     upper_clipped: Tensor | None
     notes: tuple[str, ...]
+    lower_aux: tuple[Any, ...] = ()
+    upper_aux: Any = None
+    figures: Mapping[str, Tensor] = {}  # never written to
 
 
 @dataclass(frozen=True)
 class BilevelSolver:
     """Lower steps on θ and, between them, upper steps on φ along the hypergradient.
 
+    `window` takes ``unroll_steps`` lower steps and then an upper step; `step` takes one lower step
+    at a time and the upper step after the last of a window, for hypergradients that only look at
+    that one.
+
     Args:
         problem: The losses.
         lower_optimizer: Takes the lower steps; differentiated through.
         upper_optimizer: Takes the upper steps.
         hypergradient: How dL_upper/dφ is computed.
-        unroll_steps: Lower steps per upper step; the hypergradient goes through the last one.
+        unroll_steps: Lower steps per upper step, a window. How many of them the hypergradient goes
+            through is its own choice; `OneStep` goes through the last one.
         accumulation: Micro-batches per lower step.
-        rollback: Look ahead: after an upper step, redo the lower step that it went through from
-            the old θ, with the same random numbers and the new φ.
-        upper_start: Lower steps before the first upper step is due, at which the first window of
-            `unroll_steps` starts.
+        rollback: Look ahead: after an upper step, redo the lower steps of the window (`step`: the
+            last one) from the old θ, with the same random numbers and the new φ.
+        upper_start: Lower steps before the first window of which an upper step is part.
 
     With no upper batches, or with the upper learning rate 0, the lower trajectory is bit for bit
-    the same; with weights 1 it is that of plain training.
+    the same; with weights 1 it is that of plain training. A hypergradient with an entry that is
+    infinite or NaN is not used: φ, the upper optimizer and `memory` stay as they are, and
+    `BilevelState.upper_skipped` counts it.
 
     Raises:
-        ValueError: A count below its minimum, or a route that does not apply to the problem.
+        ValueError: A count below its minimum, or a hypergradient that does not apply to the
+            problem, the optimizer or the window.
     """
 
     problem: Problem
     lower_optimizer: DifferentiableOptimizer
     upper_optimizer: Optimizer
-    hypergradient: OneStep = OneStep()
+    hypergradient: Hypergradient = OneStep()
     unroll_steps: int = 1
     accumulation: int = 1
     rollback: bool = False
@@ -105,7 +124,7 @@ class BilevelSolver:
                 raise ValueError(
                     f"BilevelSolver: {name} must be at least {low}, got {getattr(self, name)}"
                 )
-        self.hypergradient.check(self.problem)
+        self.hypergradient.check(self.problem, self.lower_optimizer, self.unroll_steps)
 
     def init(self, lower_params: Params, upper_params: Params) -> BilevelState:
         """Return the state before the first step; the tensors given are never changed.
@@ -127,15 +146,21 @@ class BilevelSolver:
             upper_params=upper_params,
             lower_optimizer=self.lower_optimizer.init(lower_params),
             upper_optimizer=self.upper_optimizer.init(upper_params),
-            direction=self.hypergradient.init(lower_params),
+            memory=self.hypergradient.init(self.lower_optimizer, lower_params, upper_params),
             lower_steps=torch.zeros((), dtype=torch.int64),
             upper_steps=torch.zeros((), dtype=torch.int64),
+            upper_skipped=torch.zeros((), dtype=torch.int64),
         )
 
     def wants_upper(self, state: BilevelState) -> bool:
         """Return whether the next step is one after which an upper step is due."""
         since = int(state.lower_steps) - self.upper_start
         return since >= 0 and since % self.unroll_steps == self.unroll_steps - 1
+
+    def starts_window(self, state: BilevelState) -> bool:
+        """Return whether the next `unroll_steps` steps are a window with an upper step."""
+        since = int(state.lower_steps) - self.upper_start
+        return since >= 0 and since % self.unroll_steps == 0
 
     def step(
         self,
@@ -151,20 +176,75 @@ class BilevelSolver:
             upper_batch: None: no upper step. Not looked at unless `wants_upper`.
 
         Raises:
-            ValueError: Another number of micro-batches, or losses or weights of a wrong shape.
+            ValueError: Another number of micro-batches, losses or weights of a wrong shape, or an
+                upper batch for a hypergradient that goes through several steps.
             bilevel.Refusal: `Ghost` or `PerExample` has no rule for something the model does.
         """
-        upper_batch = upper_batch if self.wants_upper(state) else None
-        if len(lower_batches) != self.accumulation:
+        if (
+            upper_batch is not None
+            and self.unroll_steps > 1
+            and not getattr(self.hypergradient, "last_step_only", False)
+        ):
             raise ValueError(
-                f"lower_batches: expected accumulation={self.accumulation} micro-batches, found "
-                f"{len(lower_batches)}"
+                f"BilevelSolver.step: {type(self.hypergradient).__name__} goes through all "
+                f"unroll_steps={self.unroll_steps} lower steps of a window; call "
+                "window(state, batches, upper_batch) with the batches of all of them"
             )
+        due = upper_batch if self.wants_upper(state) else None
+        state, infos = self._advance(state, [lower_batches], due)
+        return state, infos[0]
+
+    def window(
+        self,
+        state: BilevelState,
+        batches: Sequence[Sequence[Batch]],
+        upper_batch: Batch | None = None,
+    ) -> tuple[BilevelState, tuple[StepInfo, ...]]:
+        """Take the lower steps of a window and, given a batch for it, an upper step.
+
+        Args:
+            state: From `init`, `step` or the previous window; not changed.
+            batches: Per lower step its micro-batches, `accumulation` of them. `unroll_steps` steps
+                if there is an upper batch, else any number.
+            upper_batch: None: no upper step. Not looked at before `upper_start` lower steps.
+
+        Returns:
+            The state, and a `StepInfo` per lower step; the last has the fields of the upper level.
+
+        Raises:
+            ValueError: Another number of steps or micro-batches, or losses or weights of a wrong
+                shape.
+            bilevel.Refusal: `Ghost` or `PerExample` has no rule for something the model does.
+        """
+        if int(state.lower_steps) < self.upper_start:
+            upper_batch = None
+        if len(batches) != self.unroll_steps and (upper_batch is not None or not batches):
+            raise ValueError(
+                f"batches: expected the micro-batches of unroll_steps={self.unroll_steps} lower "
+                f"steps, found {len(batches)}"
+            )
+        return self._advance(state, batches, upper_batch)
+
+    def _advance(
+        self,
+        state: BilevelState,
+        batches: Sequence[Sequence[Batch]],
+        upper_batch: Batch | None,
+    ) -> tuple[BilevelState, tuple[StepInfo, ...]]:
+        for lower_batches in batches:
+            if len(lower_batches) != self.accumulation:
+                raise ValueError(
+                    f"lower_batches: expected accumulation={self.accumulation} micro-batches, "
+                    f"found {len(lower_batches)}"
+                )
         random = random_state.capture(state.lower_params)
-        ahead = taken = self._lower_step(state, state.upper_params, lower_batches, upper_batch)
+        ahead = taken = self._lower_steps(state, state.upper_params, batches, upper_batch)
         upper_params, upper_optimizer = state.upper_params, state.upper_optimizer
-        upper_steps = state.upper_steps
-        if ahead.hypergradient is not None:
+        upper_steps, upper_skipped = state.upper_steps, state.upper_skipped
+        skipped = ahead.hypergradient is not None and not tree.allfinite(ahead.hypergradient)
+        if skipped:
+            upper_skipped = upper_skipped + 1
+        elif ahead.hypergradient is not None:
             with torch.no_grad():
                 upper_params, upper_optimizer = self.upper_optimizer.update(
                     ahead.hypergradient, upper_optimizer, upper_params
@@ -172,59 +252,74 @@ class BilevelSolver:
             upper_steps = upper_steps + 1
             if self.rollback:
                 random_state.restore(random)
-                taken = self._lower_step(state, upper_params, lower_batches, None)
+                taken = self._lower_steps(state, upper_params, batches, None)
         new_state = BilevelState(
             lower_params=taken.lower_params,
             upper_params=upper_params,
             lower_optimizer=taken.optimizer_state,
             upper_optimizer=upper_optimizer,
-            direction=ahead.direction,
-            lower_steps=state.lower_steps + 1,
+            memory=state.memory if skipped else ahead.memory,
+            lower_steps=state.lower_steps + len(batches),
             upper_steps=upper_steps,
+            upper_skipped=upper_skipped,
         )
-        return new_state, self._info(state, taken, ahead)
+        lower_infos = [self._lower_info(passed) for passed in taken.passes]
+        lower_infos[-1] = self._with_upper(lower_infos[-1], ahead, skipped)
+        return new_state, tuple(lower_infos)
 
-    def _lower_step(
+    def _lower_steps(
         self,
         state: BilevelState,
         upper_params: Params,
-        lower_batches: Sequence[Batch],
+        batches: Sequence[Sequence[Batch]],
         upper_batch: Batch | None,
-    ) -> OneStepResult:
-        return self.hypergradient.step(
+    ) -> HypergradientResult:
+        return self.hypergradient.window(
             self.problem,
             self.lower_optimizer,
             state.lower_params,
             upper_params,
             state.lower_optimizer,
-            lower_batches,
+            batches,
             upper_batch,
-            state.direction,
+            state.memory,
         )
 
     @torch.no_grad()
-    def _info(self, state: BilevelState, taken: OneStepResult, ahead: OneStepResult) -> StepInfo:
-        micro_batches, shares = taken.passed.micro_batches, taken.passed.shares
+    def _lower_info(self, passed: LowerPass) -> StepInfo:
+        micro_batches, shares = passed.micro_batches, passed.shares
         terms = [micro.loss * share for micro, share in zip(micro_batches, shares, strict=True)]
-        grad_norm = tree.norm(taken.passed.grads)
-        hyper_norm = None if ahead.hypergradient is None else tree.norm(ahead.hypergradient)
-        notes = (
-            ()
-            if ahead.upper is None
-            else self.hypergradient.notes(ahead.passed, state.lower_optimizer)
-        )
+        grad_norm = passed.grad_norm
         return StepInfo(
             lower_loss=torch.stack(terms).sum(),
             lower_grad_norm=grad_norm,
             lower_clipped=_clipped(self.lower_optimizer, grad_norm),
             losses=_joined([micro.losses for micro in micro_batches]),
             weights=_joined([micro.weights for micro in micro_batches]),
-            upper_loss=None if ahead.upper is None else ahead.upper.loss,
-            hypergradient_norm=hyper_norm,
-            upper_clipped=(
-                None if hyper_norm is None else _clipped(self.upper_optimizer, hyper_norm)
-            ),
+            upper_loss=None,
+            hypergradient_norm=None,
+            upper_clipped=None,
+            notes=(),
+            lower_aux=tuple(micro.aux for micro in micro_batches),
+        )
+
+    @torch.no_grad()
+    def _with_upper(self, info: StepInfo, ahead: HypergradientResult, skipped: bool) -> StepInfo:
+        if ahead.hypergradient is None:
+            return info
+        norm = tree.norm(ahead.hypergradient)
+        notes = ahead.notes
+        if skipped:
+            notes += (
+                "the hypergradient was not finite: φ and its optimizer were left as they are",
+            )
+        return info._replace(
+            upper_loss=ahead.upper_loss,
+            hypergradient_norm=norm,
+            upper_clipped=_clipped(self.upper_optimizer, norm),
             notes=notes,
+            upper_aux=ahead.upper_aux,
+            figures=ahead.figures,
         )
 
 

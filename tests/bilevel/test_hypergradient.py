@@ -211,7 +211,7 @@ def test_direction_decay_averages_v_with_bias_correction(order):
     case, optimizer, rho = build("mlp"), SGD(0.3), 0.9
     averaged, plain = OneStep(Jvp(), order, direction_decay=rho), OneStep(Jvp(), order)
     params, state, vs = case.params, optimizer.init(case.params), []
-    direction = averaged.init(params)
+    direction = averaged.init(optimizer, params, case.upper_params)
 
     def step(one_step, problem, direction=None):
         return one_step.step(
