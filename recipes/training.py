@@ -37,7 +37,6 @@ def train(
     title: str,
     progress: bool,
     learning_rates: Mapping[str, Callable[[int], float]],
-    on_step: Callable[[int, Sequence[Batch], StepInfo], None] | None = None,
 ) -> BilevelState:
     """Run ``steps`` lower steps, with the upper steps that the solver takes between them.
 
@@ -52,7 +51,6 @@ def train(
         title: what the progress bar says.
         progress: show the bar.
         learning_rates: name -> schedule, logged.
-        on_step: called after every step with its micro-batches and what happened.
 
     Raises:
         NonFiniteError: the lower or upper loss of a step is not finite; the state before that step
@@ -79,8 +77,6 @@ def train(
                     )
             for name, value in figures.items():
                 window.setdefault(name, []).append(value)
-            if on_step is not None:
-                on_step(step, batches, info)
             if (step + 1) % log_every == 0 or step + 1 == steps:
                 means = {name: sum(values) / len(values) for name, values in window.items()}
                 window.clear()

@@ -1,4 +1,4 @@
-"""The weights at the end of a run: every example's, and what they say about the label sources."""
+"""The weights of a run: every example's at the end, and what they say about the label sources."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from prm.losses import step_cross_entropy
 from prm.metrics import roc_auc
 from recipes.evaluation import step_scores_of
 from recipes.objective import Objective
@@ -18,7 +19,28 @@ from recipes.options import TrainOptions
 from recipes.run_directory import write_text
 from recipes.session import Examples
 from recipes.train_data import TrainData
-from weighting import DomainTable, InstanceNet, InstanceTable
+from weighting import DomainTable, InstanceNet, InstanceTable, Weighting, save_weighting
+
+_SMALLEST_DISTANCE = 2.0**-25
+
+
+def initial_losses(scores: Tensor, mask: Tensor, data: Examples) -> Tensor:
+    """Loss of every example, [examples] float64, from the step scores of the initial model.
+
+    The lower-level loss without another forward pass. Where a float32 score is 1 its distance to 1
+    is lost: scores count as within [2⁻²⁵, 1 − 2⁻²⁵], so that a step loses at most 17.3.
+
+    Args:
+        scores: p("+") of every step, [examples, steps].
+        mask: which steps exist, [examples, steps].
+        data: the examples, with their labels.
+    """
+    labels = torch.full(scores.shape, float("nan"), dtype=torch.float64)
+    for row, example in enumerate(data.examples):
+        known = [float("nan") if step.label is None else step.label for step in example.steps]
+        labels[row, : len(known)] = torch.tensor(known, dtype=torch.float64)
+    logits = torch.logit(scores.double(), eps=_SMALLEST_DISTANCE)
+    return step_cross_entropy(torch.stack([logits, torch.zeros_like(logits)], -1), labels, mask)
 
 
 def final_weights(
@@ -57,9 +79,12 @@ def final_weights(
     return (weights / weights.mean() if weighting.normalise else weights), raw
 
 
-def write_weights(path: Path, data: Examples, columns: Mapping[str, Tensor]) -> None:
-    """``weights.jsonl``: id and one value per column, an example a line."""
-    values = {name: column.tolist() for name, column in columns.items()}
+def write_weights(path: Path, data: Examples, columns: Mapping[str, Tensor | None]) -> None:
+    """``weights.jsonl``: id and one value per column, an example a line; a column of None: null."""
+    values = {
+        name: [None] * len(data) if column is None else column.tolist()
+        for name, column in columns.items()
+    }
     lines = [
         json.dumps(
             {"id": example.id} | {name: column[row] for name, column in values.items()},
@@ -68,6 +93,23 @@ def write_weights(path: Path, data: Examples, columns: Mapping[str, Tensor]) -> 
         for row, example in enumerate(data.examples)
     ]
     write_text(path, "\n".join(lines) + "\n")
+
+
+def write_weighting(
+    directory: Path,
+    options: TrainOptions,
+    weighting: Weighting,
+    params: Mapping[str, Tensor],
+    data: TrainData,
+) -> None:
+    """``weighting/``: what is needed to weigh examples again, the names of a table's rows too."""
+    names: list[str] = []
+    if isinstance(weighting, DomainTable):
+        names = list(data.domains)
+    elif not isinstance(weighting, InstanceNet):
+        names = [example.id for example in data.train.examples]
+    extra = {"features": list(options.features), "reference": options.reference_features}
+    save_weighting(directory, weighting, params, names, extra)
 
 
 def weight_report(data: Examples, weights: Tensor) -> dict[str, Any]:

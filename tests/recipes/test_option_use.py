@@ -40,7 +40,8 @@ from recipes.problem_setup import (
 )
 from recipes.report import NAMES
 from recipes.run_directory import free_directory
-from recipes.runs import _row_name, run_cold_start, run_training
+from recipes.run_results import row_name
+from recipes.runs import run_cold_start, run_training
 from recipes.session import AGGREGATIONS, read_examples
 from weighting import FEATURES, DomainTable, InstanceNet, InstanceTable
 
@@ -359,9 +360,9 @@ def test_on_existing(tmp_path, name):
 
 
 def test_every_kind_of_run_has_a_row_of_its_own_name():
-    rows = [_row_name(replace(BASE, weighting=name)) for name in choices("weighting")]
-    rows += [_row_name(replace(BASE, weighting="none", lower_data="meta"))]
-    rows += [_row_name(replace(BASE, weighting="none", weights_file="w"))]
+    rows = [row_name(replace(BASE, weighting=name)) for name in choices("weighting")]
+    rows += [row_name(replace(BASE, weighting="none", lower_data="meta"))]
+    rows += [row_name(replace(BASE, weighting="none", weights_file="w"))]
     assert len(set(rows)) == len(rows) == 6
     assert set(rows) <= set(NAMES)
     assert choices("lower_data") == ("train", "meta")

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+import math
 from collections import Counter
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from importlib import metadata
+from types import SimpleNamespace
 
 import pytest
 import torch
 from transformers import AutoImageProcessor, AutoModelForImageTextToText, AutoTokenizer
 
+import recipes.runs
 from prm.model import load_prm
 from prm.scoring import score_examples, step_scores
 from recipes.__main__ import main
@@ -18,6 +21,7 @@ from recipes.evaluation import step_scores_of
 from recipes.options import ColdStartOptions, TrainOptions, resolve
 from recipes.runs import run_cold_start, run_training
 from recipes.session import load_model, read_examples
+from recipes.weight_report import initial_losses
 from tests.tiny_task import SIZES, model_bits, read_lines
 from weighting import Clip, DomainTable, InstanceNet, InstanceTable, Sigmoid, load_weighting
 
@@ -32,6 +36,17 @@ KINDS = {
     "given": ({"weighting": "none"}, "fixed_weights"),
 }
 TRAINED = 18  # examples
+
+
+@dataclass(frozen=True)
+class Labelled:
+    label: float | None
+
+
+@dataclass(frozen=True)
+class Named:
+    id: str
+    steps: list[Labelled]
 
 
 @pytest.fixture(scope="module")
@@ -280,6 +295,40 @@ def test_given_weights_are_used(runs):
     assert all(entry["weights/ess"] < 1 for entry in log)
 
 
+def test_training_set_is_scored_once_before_the_run_and_only_where_that_is_read(
+    task, tmp_path, monkeypatch
+):
+    scored = []
+
+    def counting(prm, params, data, options):
+        scored.append(data.path.name)
+        return step_scores_of(prm, params, data, options)
+
+    monkeypatch.setattr(recipes.runs, "step_scores_of", counting)
+    for name in ("none", "table", "domain", "net"):
+        scored.clear()
+        run_training(task.train(tmp_path / name, steps=1, test_file=None, **KINDS[name][0]))
+        assert scored == ([] if name == "none" else ["train.jsonl"])
+
+
+def test_initial_losses_are_those_of_the_scores():
+    """Soft labels, steps without one, and scores at which float32 has run out."""
+    steps = ([1.0, 0.25], [None, 0.0, 1.0], [0.0], [1.0])
+    examples = [Named("", [Labelled(label) for label in labels]) for labels in steps]
+    scores = torch.tensor(
+        [[0.5, 0.75, 0.0], [0.125, 0.25, 0.875], [1.0, 0.0, 0.0], [0.0, 0.0, 0.0]]
+    )
+    mask = torch.tensor([[1, 1, 0], [1, 1, 1], [1, 0, 0], [1, 0, 0]], dtype=torch.bool)
+    found = initial_losses(scores, mask, SimpleNamespace(examples=examples))
+    expected = [
+        -(math.log(0.5) + 0.25 * math.log(0.75) + 0.75 * math.log(0.25)) / 2,
+        -(math.log(0.75) + math.log(0.875)) / 2,
+        25 * math.log(2),
+        25 * math.log(2),
+    ]
+    assert found.tolist() == pytest.approx(expected, rel=1e-9)
+
+
 def test_meta_run_minimises_the_meta_loss(task, runs, tmp_path):
     more = {"weighting": "none", "lower_data": "meta", "batch_size": 12, "steps": 12}
     run = run_training(task.train(tmp_path / "run", lower_lr=5e-3, **more))
@@ -292,6 +341,26 @@ def test_meta_run_minimises_the_meta_loss(task, runs, tmp_path):
     mean = (scores * mask).sum(1) / mask.sum(1)
     right = torch.tensor([float(bool(example.correct)) for example in data.examples])
     assert log[0]["lower_loss"] == pytest.approx(float(((mean - right) ** 2).mean()), rel=1e-5)
+
+
+def test_meta_run_on_whole_questions(task, tmp_path):
+    """The pair loss of the first batch, before anything moved, by its formula."""
+    more = {"weighting": "none", "lower_data": "meta", "loss_target": "pairs", "batch_size": 12}
+    run = run_training(task.train(tmp_path / "run", steps=1, **more))
+    options = options_of(run)
+    prm, params = load_model(options)
+    data = read_examples(prm, options, options.meta_file)
+    scores, mask = step_scores_of(prm, params, data, options)
+    mean = ((scores * mask).sum(1) / mask.sum(1)).tolist()
+    pairs = [
+        (mean[i] - mean[j] - 1) ** 2
+        for i, one in enumerate(data.examples)
+        for j, other in enumerate(data.examples)
+        if one.group == other.group and one.correct and not other.correct
+    ]
+    assert read_lines(run / "log.jsonl")[0]["lower_loss"] == pytest.approx(
+        sum(pairs) / len(pairs), rel=1e-5
+    )
 
 
 def test_no_steps_at_all_evaluates_the_start(task, cold, tmp_path):
