@@ -25,6 +25,7 @@ from bilevel.problem import (
 )
 from bilevel.routes import Auto, Dot, Ghost, PerExample, Route
 from bilevel.tree import Tree
+from bilevel.update_derivative import Exact, Sama, UpdateDerivative
 
 Order = Literal["lower-first", "upper-first"]
 
@@ -87,11 +88,12 @@ class OneStep:
             step old, an error of the order of the learning rate.
         direction_decay: ρ of v̄ ← ρ v̄ + (1 − ρ) v, whose bias-corrected value takes the place of
             v: less noise from small upper batches, and v from slightly older θ. 0: off.
+        update_derivative: What μ is made of: `Exact`, or a convention of the literature.
 
     Cost per iteration, F being a forward pass: 3F lower, 3F upper, and what the route adds.
     Source: Ren et al. 2018 (arXiv 1803.09050) and Shu et al. 2019 (arXiv 1902.07379) for SGD; the
     factor ∂θ'/∂g is what Betty's darts (arXiv 2207.02849) replaces by the identity and its sama
-    (arXiv 2310.05674) by a diagonal without bias correction.
+    (arXiv 2310.05674) by a diagonal without bias correction: see `bilevel.update_derivative`.
 
     Raises:
         ValueError: direction_decay outside [0, 1), or `Ghost` with lower-first.
@@ -100,6 +102,7 @@ class OneStep:
     route: Route = Auto()
     order: Order = "lower-first"
     direction_decay: float = 0.0
+    update_derivative: UpdateDerivative = Exact()
 
     last_step_only: ClassVar[bool] = True
 
@@ -117,11 +120,17 @@ class OneStep:
                 "OneStep: Ghost() needs the upper gradient before the lower backward pass; choose "
                 "order='upper-first', or PerExample() for lower-first"
             )
+        if isinstance(self.update_derivative, Sama) and self.order == "upper-first":
+            raise ValueError(
+                "OneStep: Sama() looks at the gradient of the lower step, which order "
+                "'upper-first' does not know yet; choose order='lower-first', or Exact()"
+            )
 
     def check(
         self, problem: Problem, optimizer: DifferentiableOptimizer, unroll_steps: int
     ) -> None:
-        """Raise ValueError if the route does not apply to this kind of problem."""
+        """Raise ValueError if the route does not apply to the problem, or μ to the optimizer."""
+        self.update_derivative.check(optimizer)
         if not isinstance(self.route, Dot | Ghost | PerExample):
             return
         name = type(self.route).__name__
@@ -209,7 +218,9 @@ class OneStep:
             with random_state.replay(start, lower_params):
                 upper = upper_gradient(problem, lower_params, upper_params, upper_batch)
             along, direction = self._average(upper.lower, direction)
-            along = optimizer.predicted_grads_vjp(optimizer_state, lower_params, along)
+            along = self.update_derivative.pull_back(
+                optimizer, None, optimizer_state, lower_params, along
+            )
         leaves = as_leaves(upper_params) if differentiate else tree.map(Tensor.detach, upper_params)
         passed = lower_pass(
             problem,
@@ -228,7 +239,9 @@ class OneStep:
             with random_state.replay(start, lower_params):
                 upper = upper_gradient(problem, new_params, upper_params, upper_batch)
             along, direction = self._average(upper.lower, direction)
-            along = optimizer.grads_vjp(passed.grads, optimizer_state, lower_params, along)
+            along = self.update_derivative.pull_back(
+                optimizer, passed.grads, optimizer_state, lower_params, along
+            )
         product = mixed_product(problem, self.route, passed, lower_params, leaves, along)
         with torch.no_grad():
             hypergradient = tree.add(product, upper.direct)

@@ -89,18 +89,43 @@ class Reverse:
 class CentralDifference:
     """Two plain passes at θ ± ε μ, for models without a forward-mode derivative.
 
-    θ is not touched: the shifted parameters are new tensors. Cost: 2F with detached features.
+    Attention keeps its fused kernels. θ is not touched, not even in its last bit: the shifted
+    parameters are new tensors. Both passes see the same random numbers. A μ that is not finite
+    makes the product NaN without an evaluation, and the solver then skips the upper update.
+
+    Cost: 2F with detached features. Memory: one copy of θ, in float32.
 
     Args:
         relative_step: ``ε ‖μ‖ / ‖θ‖``; None: the cube root of the machine epsilon of the least
-            precise parameter, which balances rounding against truncation.
+            precise number involved, which balances rounding against truncation.
+        radius: ``ε ‖μ‖`` itself, in place of `relative_step`. Betty's rule (``darts_alpha``,
+            ``sama_adam_alpha``): 0.01, whatever the size of θ and its precision.
+        widen: Shift float32 copies of 16-bit parameters, and hand the loss these and its batch in
+            float32, outside of an autocast that is on around the solver's step. The error is then
+            that of float32. Needs a loss that computes in the precision of what it is given; one
+            that has 16-bit weights of its own says so by an error. False: shift in the parameters'
+            own precision (of an autocast, if one is on), by as much more as it is coarser. Rounding
+            the shifted copies bends the direction by up to η / (2 relative_step), 2 % in bfloat16
+            (η = 2⁻⁷), and the loss rounds as well. An autocast inside the loss function cannot be
+            seen from here: pass its relative_step, for bfloat16 0.2.
+
+    Raises:
+        ValueError: A step that is not positive, or both of them.
     """
 
     relative_step: float | None = None
+    radius: float | None = None
+    widen: bool = True
 
     def __post_init__(self) -> None:
-        if self.relative_step is not None:
-            require(self, "relative_step", self.relative_step, low_open=True)
+        for name in ("relative_step", "radius"):
+            if getattr(self, name) is not None:
+                require(self, name, getattr(self, name), low_open=True)
+        if self.relative_step is not None and self.radius is not None:
+            raise ValueError(
+                f"CentralDifference: relative_step={self.relative_step} and radius={self.radius} "
+                "both set the step; give one of them"
+            )
 
 
 Route: TypeAlias = Auto | Dot | Ghost | PerExample | Jvp | Reverse | CentralDifference

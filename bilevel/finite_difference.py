@@ -1,0 +1,160 @@
+"""Central differences along a direction, as precise as the numbers at hand allow.
+
+The parameters are never written: the loss function is handed shifted copies. Peers that shift the
+weights in place and back (Betty's darts) do not get the same bits back in 16-bit precision, and
+leave NaN in them if the direction is not finite.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import optree
+import torch
+from torch import Tensor
+
+from bilevel import tree
+from bilevel.problem import Params
+from bilevel.routes import CentralDifference
+from bilevel.tree import Tree
+
+HALF = (torch.float16, torch.bfloat16)
+
+# What torch's messages about operands of different precision have in common.
+MISMATCH = ("dtype", "scalar type", "should be the same")
+
+
+def central_difference(
+    route: CentralDifference,
+    function: Callable[[Params, Any], tuple[Tensor, ...]],
+    params: Params,
+    direction: Tree,
+    inputs: Any,
+    like: Sequence[Tensor],
+) -> tuple[Tensor, ...]:
+    """Return ``(f(θ + ε d) − f(θ − ε d)) / 2ε``, the derivative of f along d up to O(ε²).
+
+    With η the machine epsilon of the least precise number involved, ``ε ‖d‖`` is ``η^(1/3) ‖θ‖``
+    (norms over the parameters that move), which balances the truncation error O(ε²) against the
+    rounding error O(η / ε); or what the route says.
+
+    Args:
+        route: Step size, and whether 16-bit numbers are widened.
+        function: (θ, inputs) -> tensors. Called twice, never at θ itself.
+        params: θ.
+        direction: d like θ; None leaves are zero.
+        inputs: Any pytree that the function needs in the precision of θ (a batch, φ).
+        like: Tensors of the shapes and dtypes of the function's values.
+
+    Returns:
+        Like the values, wider if they were. Zeros for d = 0, NaNs for a d that is not finite; the
+        function is not called then.
+
+    Raises:
+        RuntimeError: The function cannot be evaluated on the widened copies.
+    """
+    rebuild, primals, tangents = moving(params, direction)
+    length = float(tree.norm(tangents))
+    if length == 0.0:
+        return tuple(torch.zeros_like(value) for value in like)
+    if not math.isfinite(length):
+        return tuple(torch.full_like(value, math.nan) for value in like)
+    widen = route.widen and any(leaf.dtype in HALF for leaf in primals)
+    if widen:
+        inputs = tree.map(_widened, inputs)
+        rebuild = _then_widened(rebuild)
+    step = _step(route, primals, like, length)
+
+    def at(sign: float) -> tuple[Tensor, ...]:
+        shifted = []
+        for primal, tangent in zip(primals, tangents, strict=True):
+            wide = torch.promote_types(primal.dtype, torch.float32)
+            moved = torch.add(primal.to(wide), tangent.to(wide), alpha=sign * step)
+            shifted.append(moved if widen else moved.to(primal.dtype))
+        with _precision(route, primals), _advice(widen):
+            return function(rebuild(shifted), inputs)
+
+    pairs = zip(at(1.0), at(-1.0), strict=True)
+    return tuple((ahead - behind) / (2.0 * step) for ahead, behind in pairs)
+
+
+def moving(
+    params: Params, direction: Tree
+) -> tuple[Callable[[Sequence[Tensor]], Params], tuple[Tensor, ...], tuple[Tensor, ...]]:
+    """Return how to put parameters back, the parameters that have a direction, and directions."""
+    leaves, structure = optree.tree_flatten(params, none_is_leaf=True)
+    directions = structure.flatten_up_to(direction)
+    indices = [index for index, along in enumerate(directions) if along is not None]
+
+    def rebuild(values: Sequence[Tensor]) -> Params:
+        filled = [leaf if leaf is None else leaf.detach() for leaf in leaves]
+        for index, value in zip(indices, values, strict=True):
+            filled[index] = value
+        return structure.unflatten(filled)
+
+    return (
+        rebuild,
+        tuple(leaves[index].detach() for index in indices),
+        tuple(directions[index] for index in indices),
+    )
+
+
+def _step(
+    route: CentralDifference, primals: Sequence[Tensor], like: Sequence[Tensor], length: float
+) -> float:
+    """Return ε."""
+    if route.radius is not None:
+        return route.radius / length
+    relative = route.relative_step
+    if relative is None:
+        dtypes = {leaf.dtype for leaf in (*primals, *like)}
+        if route.widen:
+            dtypes = {torch.promote_types(dtype, torch.float32) for dtype in dtypes}
+        else:
+            kinds = {leaf.device.type for leaf in primals}
+            dtypes |= {torch.get_autocast_dtype(kind) for kind in kinds if _autocasting(kind)}
+        relative = max(torch.finfo(dtype).eps for dtype in dtypes) ** (1 / 3)
+    reach = float(tree.norm(primals))
+    return relative * (reach if reach > 0.0 else 1.0) / length
+
+
+@contextmanager
+def _precision(route: CentralDifference, primals: Sequence[Tensor]) -> Iterator[None]:
+    """Switch an autocast off that the caller has switched on; one inside the loss stays."""
+    with ExitStack() as stack:
+        for kind in {leaf.device.type for leaf in primals}:
+            if route.widen and _autocasting(kind):
+                stack.enter_context(torch.autocast(kind, enabled=False))
+        yield
+
+
+@contextmanager
+def _advice(widened: bool) -> Iterator[None]:
+    try:
+        yield
+    except (RuntimeError, TypeError) as error:
+        if not widened or not any(part in str(error) for part in MISMATCH):
+            raise
+        raise RuntimeError(
+            f"route CentralDifference(): the loss cannot take float32 copies of its 16-bit "
+            f"parameters ({error}); it mixes them with 16-bit tensors of its own (frozen weights, "
+            "buffers): choose CentralDifference(widen=False), which shifts them in their own "
+            "precision and is less precise, or a route that does not shift them"
+        ) from error
+
+
+def _autocasting(kind: str) -> bool:
+    return torch.is_autocast_enabled(kind)
+
+
+def _widened(leaf: Any) -> Any:
+    return leaf.float() if isinstance(leaf, Tensor) and leaf.dtype in HALF else leaf
+
+
+def _then_widened(
+    rebuild: Callable[[Sequence[Tensor]], Params],
+) -> Callable[[Sequence[Tensor]], Params]:
+    return lambda values: tree.map(_widened, rebuild(values))
