@@ -7,7 +7,6 @@ an autograd graph, finite and right where a gradient is 0. See `update` for the 
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Protocol
 
@@ -114,6 +113,21 @@ class SGD(ElementwiseOptimizer):
 class _AdaptiveOptimizer(ElementwiseOptimizer):
     """What Adam, RMSProp and Adagrad share: one derivative with different coefficients."""
 
+    def init(self, params: Tree) -> OptimizerState:
+        """Return the state before the first step.
+
+        Raises:
+            ValueError: `eps` underflows in the precision of the moments.
+        """
+        eps = self._coefficients(1).eps
+        for dtype in {self.state_dtype or leaf.dtype for leaf in tree.leaves(params)}:
+            if torch.tensor(eps, dtype=dtype) == 0.0:
+                raise ValueError(
+                    f"{type(self).__name__}: eps={eps:g} is 0 in {dtype}, the precision of the "
+                    "moments, so a gradient of 0 would become NaN; pass state_dtype=torch.float32"
+                )
+        return super().init(params)
+
     def _coefficients(self, steps: int) -> Adaptive:
         raise NotImplementedError
 
@@ -178,25 +192,13 @@ class AdamW(Adam):
 
     ``θ' = θ − lr (u + weight_decay θ)``, with u as in `Adam`.
 
-    Args:
-        decay_mask: Whether to decay the leaf of that path ('/'-joined, see `tree.names`; the
-            parameter's name for a flat dict). None: decay all. E.g.
-            ``lambda name: not name.endswith("bias")``.
-
     Raises:
         ValueError: As `Adam`.
     """
 
     weight_decay: float = field(default=0.01, kw_only=True)
-    decay_mask: Callable[[str], bool] | None = field(default=None, kw_only=True)
 
     _decoupled: ClassVar[bool] = True
-
-    def _decays(self, params: Tree, size: int) -> list[float]:
-        if self.decay_mask is None:
-            return super()._decays(params, size)
-        names = tree.names(params, none_is_leaf=True)
-        return [self.weight_decay if self.decay_mask(name) else 0.0 for name in names]
 
 
 @dataclass(frozen=True)

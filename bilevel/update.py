@@ -12,6 +12,7 @@ The optimizers in `optimizer` add the rule and its hyperparameters.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import KW_ONLY, dataclass
 from typing import ClassVar
 
@@ -42,11 +43,25 @@ from bilevel.update_point import (
 
 @dataclass(frozen=True)
 class ElementwiseOptimizer:
-    """What the optimizers share: clipping, weight decay, learning rate, bookkeeping."""
+    """What the optimizers share: clipping, weight decay, learning rate, bookkeeping.
+
+    Args:
+        lr: The learning rate, or a function of the steps taken before this one.
+        weight_decay: λ of the equations above.
+        decay_mask: Whether to decay the leaf of that path ('/'-joined, see `tree.names`; the
+            parameter's name for a flat dict). None: decay all. E.g.
+            ``lambda name: not name.endswith("bias")``. In place of torch's parameter groups.
+        max_norm: Largest norm of all gradients together; None: no clipping.
+        differentiate_clip: Whether derivatives go through the clip scale c.
+        state_dtype: Of the moments and of the arithmetic; None: as the parameters. float32 next
+            to parameters of 16 bits keeps the moments precise; the new parameters are rounded all
+            the same, so a step below half an ulp of a parameter is lost.
+    """
 
     lr: float | Schedule
     _: KW_ONLY
     weight_decay: float = 0.0
+    decay_mask: Callable[[str], bool] | None = None
     max_norm: float | None = None
     differentiate_clip: bool = False
     state_dtype: torch.dtype | None = None
@@ -209,7 +224,10 @@ class ElementwiseOptimizer:
     # Bookkeeping.
 
     def _decays(self, params: Tree, size: int) -> list[float]:
-        return [self.weight_decay] * size
+        if self.decay_mask is None:
+            return [self.weight_decay] * size
+        names = tree.names(params, none_is_leaf=True)
+        return [self.weight_decay if self.decay_mask(name) else 0.0 for name in names]
 
     def _lr(self, count: int) -> float | Tensor:
         return self.lr(count) if callable(self.lr) else self.lr

@@ -79,8 +79,9 @@ PAIRS = {
         torch.optim.RMSprop,
         {"alpha": 0.9, "weight_decay": 0.1},
     ),
-    "adagrad": (Adagrad(0.05), torch.optim.Adagrad, {}),
+    "adagrad": (Adagrad(0.05, weight_decay=0.1), torch.optim.Adagrad, {"weight_decay": 0.1}),
 }
+ADAPTIVE = ("adam", "adamw", "rmsprop", "adagrad")
 
 
 def assert_same(found, expected) -> None:
@@ -106,17 +107,24 @@ def test_a_hundred_steps_are_those_of_torch(name, scheduled, max_norm) -> None:
     assert state.steps.dtype == torch.int64
 
 
-def test_decay_mask_is_torch_parameter_groups() -> None:
-    optimizer = AdamW(0.05, weight_decay=0.3, decay_mask=lambda name: name.endswith("weight"))
+@pytest.mark.parametrize("name", PAIRS)
+def test_decay_mask_is_torch_parameter_groups(name) -> None:
+    optimizer, torch_class, arguments = PAIRS[name]
+    optimizer = replace(
+        optimizer,
+        weight_decay=0.3,
+        max_norm=0.5,
+        decay_mask=lambda leaf: leaf.endswith("weight"),
+    )
     found, _ = trajectory(optimizer, make_params())
 
     def make(leaves):
-        decayed = [p for name, p in leaves.items() if name.endswith("weight")]
-        others = [p for name, p in leaves.items() if not name.endswith("weight")]
+        decayed = [p for leaf, p in leaves.items() if leaf.endswith("weight")]
+        others = [p for leaf, p in leaves.items() if not leaf.endswith("weight")]
         groups = [{"params": decayed, "weight_decay": 0.3}, {"params": others, "weight_decay": 0.0}]
-        return torch.optim.AdamW(groups, lr=0.05)
+        return torch_class(groups, lr=0.05, **{**arguments, "weight_decay": 0.0})
 
-    assert_same(found, torch_trajectory(make, make_params()))
+    assert_same(found, torch_trajectory(make, make_params(), max_norm=0.5))
 
 
 @pytest.mark.parametrize("name", PAIRS)
@@ -187,28 +195,54 @@ def test_bucket_sizes() -> None:
     assert sorted(bucket_indices(leaves, ["a", "a", "b", None, "a", None])) == [[0, 4], [1], [2]]
 
 
-def test_state_dtype() -> None:
+@pytest.mark.parametrize("name", PAIRS)
+def test_state_dtype(name) -> None:
     """bfloat16 parameters, float32 moments: the update is the float32 one, rounded once."""
     params = make_params(torch.bfloat16)
     grads = tree.map(torch.cos, params)
-    optimizer = AdamW(0.05, state_dtype=torch.float32)
+    optimizer = replace(PAIRS[name][0], state_dtype=torch.float32)
     state = optimizer.init(params)
     wide_params = tree.map(torch.Tensor.float, params)
+    wide_grads = tree.map(torch.Tensor.float, grads)
     wide_state = optimizer.init(wide_params)
-    new, state = optimizer.update(grads, state, params)
-    wide, wide_state = optimizer.update(
-        tree.map(torch.Tensor.float, grads), wide_state, wide_params
-    )
-    for name in params:
-        assert new[name].dtype == torch.bfloat16
-        assert torch.equal(new[name], wide[name].bfloat16())
-        assert state.second_moment[name].dtype == torch.float32
-        assert torch.equal(state.second_moment[name], wide_state.second_moment[name])
-    plain = AdamW(0.05)
-    assert plain.init(params).first_moment["scale"].dtype == torch.bfloat16
-    bars = optimizer.vjp(grads, state, params, params, state)
-    assert bars.grads["head"].dtype == bars.params["head"].dtype == torch.bfloat16
-    assert bars.state.first_moment["head"].dtype == torch.float32
+    for _ in range(3):
+        new, new_state = optimizer.update(grads, state, params)
+        wide, wide_new_state = optimizer.update(wide_grads, wide_state, wide_params)
+        for leaf in params:
+            assert new[leaf].dtype == torch.bfloat16
+            assert torch.equal(new[leaf], wide[leaf].bfloat16())
+        for moments, wide_moments in zip(new_state[1:], wide_new_state[1:], strict=True):
+            assert (moments is None) == (wide_moments is None)
+            for leaf in params if moments else ():
+                assert moments[leaf].dtype == torch.float32
+                assert torch.equal(moments[leaf], wide_moments[leaf])
+        bars = optimizer.vjp(grads, state, params, params, state)
+        wide_bars = optimizer.vjp(wide_grads, wide_state, wide_params, wide_params, wide_state)
+        for leaf in params:
+            assert torch.equal(bars.grads[leaf], wide_bars.grads[leaf].bfloat16())
+            assert torch.equal(bars.params[leaf], wide_bars.params[leaf].bfloat16())
+        for moments, wide_moments in zip(bars.state[1:], wide_bars.state[1:], strict=True):
+            for leaf in params if moments else ():
+                assert torch.equal(moments[leaf], wide_moments[leaf])
+        state, params = new_state, new
+        wide_state, wide_params = wide_new_state, tree.map(torch.Tensor.float, new)
+
+
+@pytest.mark.parametrize("name", ADAPTIVE)
+def test_moments_of_16_bits(name) -> None:
+    """bfloat16 by default follows the parameters; float16, in which eps is 0, is refused."""
+    params = make_params(torch.bfloat16)
+    optimizer = replace(PAIRS[name][0], eps=1e-8)
+    assert optimizer.init(params).second_moment["scale"].dtype == torch.bfloat16
+    halves = tree.map(torch.Tensor.half, params)
+    with pytest.raises(ValueError, match=r"eps=1e-08 is 0 in torch.float16.*state_dtype"):
+        optimizer.init(halves)
+    fitting = replace(optimizer, state_dtype=torch.float32)
+    zeros = tree.zeros_like(halves)
+    new, _ = fitting.update(zeros, fitting.init(halves), halves)
+    assert bool(tree.allfinite(new))
+    bars = fitting.vjp(zeros, fitting.init(halves), halves, tree.scale(1e-6, halves))
+    assert bool(tree.allfinite(bars.params))
 
 
 def test_clip_scale() -> None:

@@ -11,13 +11,13 @@ from bilevel import tree
 from bilevel.optimizer import SGD, Adagrad, Adam, AdamW, OptimizerState, RMSProp
 
 OPTIMIZERS = {
-    "sgd": SGD(0.1, weight_decay=0.3),
+    "sgd": SGD(0.1, weight_decay=0.3, decay_mask=lambda name: name != "a"),
     "momentum": SGD(0.1, 0.9),
     "nesterov": SGD(0.1, 0.8, nesterov=True, weight_decay=0.2),
     "adam": Adam(0.1, (0.8, 0.95), 1e-2, weight_decay=0.3),
     "adamw": AdamW(0.1, (0.8, 0.95), 1e-2, weight_decay=0.4, decay_mask=lambda name: name != "b"),
     "rmsprop": RMSProp(0.1, beta=0.9, eps=1e-2, weight_decay=0.2),
-    "adagrad": Adagrad(0.1, eps=1e-2),
+    "adagrad": Adagrad(0.1, eps=1e-2, weight_decay=0.3, decay_mask=lambda name: name == "b"),
 }
 CLIPS = {
     "unclipped": {},
@@ -61,9 +61,9 @@ def reference(optimizer, grads, first, second, params, steps, scale):
     for name, p in params.items():
         g, decay = grads[name] * scale, optimizer.weight_decay
         m, s = first.get(name), second.get(name)
-        if isinstance(optimizer, AdamW):
+        if optimizer.decay_mask is not None:
             decay = decay if optimizer.decay_mask(name) else 0.0
-        else:
+        if not isinstance(optimizer, AdamW):
             g = g + decay * p
         if isinstance(optimizer, SGD):
             u = g
