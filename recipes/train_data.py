@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from prm.model import PRM
-from prm.schema import DataError
+from prm.schema import DataError, StepExample
 from recipes.evaluation import Candidates, read_candidates
 from recipes.options import OptionError, TrainOptions
 from recipes.session import Examples, read_examples
@@ -48,11 +49,11 @@ def read_train_data(prm: PRM, options: TrainOptions) -> TrainData:
     _check_together(options)
     plain = read_examples(prm, options, options.train_file)
     require(plain, "labels")
+    if options.weighting == "domain":
+        require(plain, "domain")
     ids = row_index([example.id for example in plain.examples])
     names = [example.domain for example in plain.examples]
     domains = {} if None in names else {str(n): i for i, n in enumerate(dict.fromkeys(names))}
-    if options.weighting == "domain" and not domains:
-        raise OptionError(f"--weighting domain needs a `domain` in every row of {plain.path}")
     meta = None
     if options.meta_file is not None:
         meta = read_examples(prm, options, options.meta_file)
@@ -75,40 +76,65 @@ def read_train_data(prm: PRM, options: TrainOptions) -> TrainData:
     )
 
 
-def require(data: Examples, what: str) -> None:
-    """Refuse examples without ``labels``, ``correct`` or ``group``.
+@dataclass(frozen=True)
+class _Need:
+    """A field that a use of the data cannot do without, and the words for its absence."""
+
+    has: Callable[[StepExample], bool]
+    field: str
+    expected: str
+    found: str
+    remedy: str
+
+
+_NEEDS: Mapping[str, _Need] = {
+    "labels": _Need(
+        has=lambda example: any(step.label is not None for step in example.steps),
+        field="steps[].label",
+        expected="at least one labelled step",
+        found="none",
+        remedy="label a step or remove the example",
+    ),
+    "correct": _Need(
+        has=lambda example: example.correct is not None,
+        field="correct",
+        expected="true or false",
+        found="nothing",
+        remedy="meta examples must say whether the solution's answer is right",
+    ),
+    "group": _Need(
+        has=lambda example: example.group is not None,
+        field="group",
+        expected="the name of the question",
+        found="nothing",
+        remedy='loss_target "pairs" compares solutions of one question; name it, or use "both"',
+    ),
+    "domain": _Need(
+        has=lambda example: example.domain is not None,
+        field="domain",
+        expected="a name",
+        found="nothing",
+        remedy="--weighting domain weighs domains: name the example's, or choose net or table",
+    ),
+}
+
+
+def require(data: Examples, what: Literal["labels", "correct", "group", "domain"]) -> None:
+    """Refuse examples without ``labels``, ``correct``, ``group`` or ``domain``.
 
     Raises:
         DataError: naming the first such line.
     """
+    need = _NEEDS[what]
     for line, example in enumerate(data.examples, start=1):
-        if what == "correct" and example.correct is None:
+        if not need.has(example):
             raise DataError(
                 file=data.path,
                 line=line,
-                field="correct",
-                expected="true or false",
-                found="nothing",
-                remedy="meta examples must say whether the solution's answer is right",
-            )
-        if what == "group" and example.group is None:
-            raise DataError(
-                file=data.path,
-                line=line,
-                field="group",
-                expected="the name of the question",
-                found="nothing",
-                remedy='loss_target "pairs" compares solutions of one question; name it, or use '
-                '"both"',
-            )
-        if what == "labels" and all(step.label is None for step in example.steps):
-            raise DataError(
-                file=data.path,
-                line=line,
-                field="steps[].label",
-                expected="at least one labelled step",
-                found="none",
-                remedy="label a step or remove the example",
+                field=need.field,
+                expected=need.expected,
+                found=need.found,
+                remedy=need.remedy,
             )
 
 
