@@ -38,7 +38,7 @@ from recipes.problem_setup import (
 from recipes.run_directory import create_run_directory, free_directory, write_json
 from recipes.run_results import evaluate_all, print_summary, row_name
 from recipes.session import AGGREGATIONS, load_model, read_examples, set_up
-from recipes.train_data import TrainData, read_train_data, require
+from recipes.train_data import TrainData, lower_examples, read_train_data, require
 from recipes.training import train
 from recipes.weight_report import (
     final_weights,
@@ -126,19 +126,23 @@ def run_training(options: TrainOptions) -> Path:
     clock.lap("train")
     save_prm(prm, state.lower_params, directory / "model")
     results: dict[str, Any] = {"rows": {}, "seed": options.seed}
-    if weighting is not None and initial is not None:
-        weights, raw = final_weights(
-            options, objective, state.lower_params, state.upper_params, data, initial.scores
-        )
-        columns = {
-            "weight": weights,
-            "raw_weight": raw,
-            "visits": count_visits(draw, options.steps * options.accumulation, len(data.train)),
-            "initial_loss": initial.losses,
-        }
-        write_weights(directory / "weights.jsonl", data.train, columns)
+    trained = lower_examples(options, data)
+    weights, raw = final_weights(
+        options,
+        objective,
+        state.lower_params,
+        state.upper_params,
+        data,
+        None if initial is None else initial.scores,
+    )
+    visits = count_visits(draw, options.steps * options.accumulation, len(trained))
+    columns = {"weight": weights, "raw_weight": raw, "visits": visits}
+    if initial is not None:
+        columns["initial_loss"] = initial.losses
+    write_weights(directory / "weights.jsonl", trained, columns)
+    if weighting is not None:
         write_weighting(directory / "weighting", options, weighting, state.upper_params, data)
-        results |= weight_report(data.train, weights)
+        results |= weight_report(trained, weights)
     results |= evaluate_all(prm, state.lower_params, data, options, directory)
     clock.lap("evaluate")
     results["seconds"] = clock.laps
@@ -178,17 +182,17 @@ def _lower_level(
     options: TrainOptions, data: TrainData, weighting: Weighting | None, initial: _Initial | None
 ) -> tuple[Draw, Callable[[int], Batch]]:
     """Which rows the lower level draws, and its numbered micro-batches."""
+    examples = lower_examples(options, data)
     if options.lower_data == "meta":
-        assert data.meta is not None
-        draw = lower_meta_draw(options, data.meta)
-        return draw, meta_batch(draw, data.meta)
+        draw = lower_meta_draw(options, examples)
+        return draw, meta_batch(draw, examples)
     columns = {}
     if initial is not None and isinstance(weighting, InstanceNet) and options.reference_features:
         columns["reference_probs"] = initial.scores
     if data.fixed_weights is not None:
         columns["weights"] = data.fixed_weights
-    draw = lower_draw(options, range(len(data.train)))
-    return draw, train_batch(draw, data.train, columns)
+    draw = lower_draw(options, range(len(examples)))
+    return draw, train_batch(draw, examples, columns)
 
 
 def _solver(

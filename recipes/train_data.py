@@ -76,6 +76,14 @@ def read_train_data(prm: PRM, options: TrainOptions) -> TrainData:
     )
 
 
+def lower_examples(options: TrainOptions, data: TrainData) -> Examples:
+    """What the lower level trains on: the training set, or with ``lower_data`` "meta" that."""
+    if options.lower_data == "meta":
+        assert data.meta is not None
+        return data.meta
+    return data.train
+
+
 @dataclass(frozen=True)
 class _Need:
     """A field that a use of the data cannot do without, and the words for its absence."""

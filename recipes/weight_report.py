@@ -18,7 +18,7 @@ from recipes.objective import Objective
 from recipes.options import TrainOptions
 from recipes.run_directory import write_text
 from recipes.session import Examples
-from recipes.train_data import TrainData
+from recipes.train_data import TrainData, lower_examples
 from weighting import DomainTable, InstanceNet, InstanceTable, Weighting, save_weighting
 
 _SMALLEST_DISTANCE = 2.0**-25
@@ -49,14 +49,26 @@ def final_weights(
     lower: Mapping[str, Tensor],
     upper: Mapping[str, Tensor],
     data: TrainData,
-    reference: Tensor,
-) -> tuple[Tensor, Tensor]:
-    """Weight and raw weight of every training example at the end, mean 1 over the examples.
+    reference: Tensor | None,
+) -> tuple[Tensor, Tensor | None]:
+    """Weight and raw weight of every lower-level example at the end, mean 1 over the examples.
 
     Instance Net is asked once for each example under the trained model and centred over all of
-    them instead of over a batch.
+    them instead of over a batch. Without a weighting the weights are the given ones, as given, or
+    1, and there are no raw weights.
+
+    Args:
+        options: of the run.
+        objective: with the weighting.
+        lower: trained parameters of the model.
+        upper: those of the weighting.
+        data: the examples.
+        reference: step scores of the initial model, [examples, steps]; Instance Net only.
     """
     weighting, examples = objective.weighting, data.train
+    if weighting is None:
+        ones = torch.ones(len(lower_examples(options, data)))
+        return (ones if data.fixed_weights is None else data.fixed_weights), None
     params = {name: tensor.detach() for name, tensor in upper.items()}
     if isinstance(weighting, InstanceTable):
         return weighting.all_weights(params), weighting.raw_weights(params)
@@ -65,6 +77,7 @@ def final_weights(
         weights = weighting.all_weights(params)[rows]
         return weights / weights.mean(), weighting.raw_weights(params)[rows]
     assert isinstance(weighting, InstanceNet)
+    assert reference is not None
     scores, _ = step_scores_of(objective.prm, lower, examples, options)
     raws = []
     for rows in torch.arange(len(examples)).split(options.eval_batch_size):

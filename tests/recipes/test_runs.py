@@ -25,8 +25,8 @@ from recipes.weight_report import initial_losses
 from tests.tiny_task import SIZES, model_bits, read_lines
 from weighting import Clip, DomainTable, InstanceNet, InstanceTable, Sigmoid, load_weighting
 
-ALWAYS = {"args.yaml", "env.json", "log.jsonl", "model", "results.json", "test_questions.jsonl"}
-WEIGHTED = {"weighting", "weights.jsonl"}
+COLD = {"args.yaml", "env.json", "log.jsonl", "model", "results.json"}
+ALWAYS = COLD | {"test_questions.jsonl", "dev_questions.jsonl", "weights.jsonl"}
 KINDS = {
     "net": ({"weighting": "net"}, "instance_net"),
     "table": ({"weighting": "table", "bound": "clip"}, "instance_table"),
@@ -76,7 +76,7 @@ def options_of(run):
 
 
 def test_cold_start_directory(task, cold):
-    assert {path.name for path in cold.iterdir()} == ALWAYS - {"test_questions.jsonl"}
+    assert {path.name for path in cold.iterdir()} == COLD
     results = json.loads((cold / "results.json").read_text())
     assert results["examples"] == 10
     assert results["rows"] == {}
@@ -98,7 +98,7 @@ def test_run_directory_holds_what_the_contract_says(runs, kind):
     run = runs(kind)
     weighted = kind in ("net", "table", "domain")
     files = {path.name for path in run.iterdir()}
-    assert files == ALWAYS | {"dev_questions.jsonl"} | (WEIGHTED if weighted else set())
+    assert files == ALWAYS | ({"weighting"} if weighted else set())
     assert not list(run.rglob("*.tmp"))
     environment = json.loads((run / "env.json").read_text())
     assert environment["packages"]["torch"] == metadata.version("torch")
@@ -293,6 +293,21 @@ def test_given_weights_are_used(runs):
     log = read_lines(runs("given") / "log.jsonl")
     assert all(entry["weights/mean"] == pytest.approx(1) for entry in log)
     assert all(entry["weights/ess"] < 1 for entry in log)
+
+
+@pytest.mark.parametrize("kind", ["none", "given", "meta"])
+def test_weights_file_of_a_run_without_weighting(task, runs, kind):
+    """The examples that the lower level saw, the weight that each of them had, and how often."""
+    rows = read_lines(runs(kind) / "weights.jsonl")
+    data = read_lines(task.data / ("meta.jsonl" if kind == "meta" else "train.jsonl"))
+    assert [row["id"] for row in rows] == [row["id"] for row in data]
+    assert {tuple(row) for row in rows} == {("id", "weight", "raw_weight", "visits")}
+    assert {row["raw_weight"] for row in rows} == {None}
+    given = [row["weight"] for row in read_lines(runs("table") / "weights.jsonl")]
+    assert [row["weight"] for row in rows] == (given if kind == "given" else [1.0] * len(data))
+    visits = [row["visits"] for row in rows]
+    assert sum(visits) == 4 * 6
+    assert max(visits) - min(visits) == (0 if kind == "meta" else 1)  # two epochs of 12; 1⅓ of 18
 
 
 def test_training_set_is_scored_once_before_the_run_and_only_where_that_is_read(
