@@ -27,6 +27,7 @@ from bilevel.problem import BilevelProblem, ReweightingProblem
 from bilevel.routes import Auto, CentralDifference, Dot, Ghost, Jvp, PerExample, Reverse, Route
 from bilevel.schedule import Constant, Schedule, WarmupCosine, constant, warmup_cosine
 from bilevel.solver import BilevelSolver, BilevelState, StepInfo
+from bilevel.unrolled import Unrolled
 
 __all__ = [
     "SGD",
@@ -60,6 +61,7 @@ __all__ = [
     "Route",
     "Schedule",
     "StepInfo",
+    "Unrolled",
     "UpdateCotangents",
     "WarmupCosine",
     "check_hypergradient",

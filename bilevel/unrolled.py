@@ -1,0 +1,248 @@
+"""The hypergradient through several lower steps."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from bilevel import random_state, tree
+from bilevel.checks import require
+from bilevel.gradient import as_leaves
+from bilevel.hypergradient import HypergradientResult
+from bilevel.lower_pass import LowerPass, lower_pass
+from bilevel.mixed_product import mixed_product
+from bilevel.one_step import upper_gradient
+from bilevel.optimizer import DifferentiableOptimizer
+from bilevel.problem import Batch, Params, Problem
+from bilevel.random_state import RandomState
+from bilevel.routes import CentralDifference, Jvp, Reverse
+from bilevel.second_derivatives import second_derivatives
+from bilevel.trajectory import Kept, Point, Store, advance, backwards, keep
+from bilevel.tree import Tree
+
+
+class _Step(NamedTuple):
+    """What the sweep must know of a step besides its gradient and point."""
+
+    random: RandomState
+    passed: LowerPass  # without gradients
+
+
+class _Bars(NamedTuple):
+    """θ̄, s̄ and h: derivatives of the upper loss to a step's point, and to φ so far."""
+
+    lower: Tree
+    state: Any
+    upper: Tree
+
+
+@dataclass(frozen=True)
+class Unrolled:
+    """Exact derivative of the upper loss through the last `steps` lower steps of a window.
+
+    With the step (θ_{k+1}, s_{k+1}) = U(g_k, s_k, θ_k), g_k = ∇_θ L_k(θ_k, φ), the sweep starts at
+    θ̄ = ∇_θ L_upper(θ_K, φ), s̄ = 0, h = ∂L_upper/∂φ and goes through the steps, last one first::
+
+        (ḡ, s̄, θ̄) ← (∂U/∂(g, s, θ))ᵀ (θ̄, s̄)           `optimizer.vjp`, no graph
+        θ̄ ← θ̄ + ∂²L_k/∂θ² ḡ,   h ← h + ∂²L_k/∂φ∂θ ḡ    one pass, see `second_derivatives`
+
+    At the first step only h is needed (`mixed_product`). There is never a graph across steps. It
+    holds for every optimizer of `bilevel.optimizer`, with weight decay, schedule, clipping (the
+    scale a constant, unless the optimizer says `differentiate_clip`), micro-batches, and random
+    numbers, which are replayed. With ``steps=1`` it is `OneStep` in order lower-first.
+
+    Args:
+        steps: T, how many of the window's last lower steps; the point before them counts as a
+            constant. None: all. Fewer leave out (1 − lr·curvature)^T of the answer where the lower
+            level has settled, and more where it has not (Shaban et al. 2019, arXiv 1810.10667).
+        replay: What is remembered of the steps, P being the size of θ and S that of θ and the
+            optimizer's state (3P for Adam). All choices give the same numbers bit for bit (on
+            devices whose kernels do).
+
+            - None: the gradients, T·P + (1 + log₂ T)·S; points are replayed from them by the
+              elementwise update, (T/2) log₂ T updates in all, no pass through the model.
+            - k: the point before every k-th step, (T/k + log₂ k)·S + k·P, and all gradients but
+              those of the last k steps are computed twice: (T − k)·3F more.
+            - "sqrt": k = ⌈√T⌉.
+        store: "host": what is remembered lies in CPU memory, and the device holds what one step
+            needs, whatever T.
+        product: `Jvp`, `Reverse` or `CentralDifference`: how second derivatives are computed.
+
+    Cost with `Jvp`: 3F for each lower step and 3F for the upper gradient, as in every method, then
+    about 9F for each of T − 1 steps and 3F for the first. F is a forward pass. Memory besides what
+    is remembered: twice the activations of a micro-batch.
+
+    Source: reverse sweep of Maclaurin et al. 2015 (arXiv 1502.03492) and Franceschi et al. 2017
+    (arXiv 1703.01785), with forward over reverse in each step as in MixFlow-MG (arXiv 2505.00793).
+    TorchOpt's MetaOptimizer and higher keep the graph of all steps and give NaN through Adam where
+    a gradient is 0; Betty truncates at one step.
+
+    Raises:
+        ValueError: steps or replay below 1, or an unknown replay, store or product.
+    """
+
+    steps: int | None = None
+    replay: int | Literal["sqrt"] | None = None
+    store: Store = "device"
+    product: Jvp | Reverse | CentralDifference = Jvp()
+
+    def __post_init__(self) -> None:
+        if self.steps is not None:
+            require(self, "steps", self.steps, low=1)
+        if isinstance(self.replay, int):
+            require(self, "replay", self.replay, low=1)
+        elif self.replay not in (None, "sqrt"):
+            raise ValueError(
+                f"Unrolled: replay must be None, an int or 'sqrt', got {self.replay!r}"
+            )
+        if self.store not in ("device", "host"):
+            raise ValueError(f"Unrolled: store must be 'device' or 'host', got {self.store!r}")
+        if not isinstance(self.product, Jvp | Reverse | CentralDifference):
+            raise ValueError(
+                "Unrolled: product must be Jvp(), Reverse() or CentralDifference(), got "
+                f"{self.product!r}"
+            )
+
+    def check(
+        self, problem: Problem, optimizer: DifferentiableOptimizer, unroll_steps: int
+    ) -> None:
+        """Raise ValueError if the window is shorter than `steps` or the optimizer has no `vjp`."""
+        if self.steps is not None and self.steps > unroll_steps:
+            raise ValueError(
+                f"Unrolled: steps={self.steps} do not fit a window of unroll_steps={unroll_steps}; "
+                f"set unroll_steps={self.steps}, or steps=None for all of the window"
+            )
+        if not hasattr(optimizer, "vjp"):
+            raise ValueError(
+                f"Unrolled: {type(optimizer).__name__} has no vjp, the derivative of its update; "
+                "choose a lower optimizer of bilevel.optimizer"
+            )
+
+    def exact_steps(self, unroll_steps: int) -> int:
+        """Return through how many of the last lower steps the derivative is exact."""
+        return unroll_steps if self.steps is None else min(self.steps, unroll_steps)
+
+    def init(
+        self, optimizer: DifferentiableOptimizer, lower_params: Params, upper_params: Params
+    ) -> None:
+        """Return no memory."""
+        return None
+
+    def window(
+        self,
+        problem: Problem,
+        optimizer: DifferentiableOptimizer,
+        lower_params: Params,
+        upper_params: Params,
+        optimizer_state: Any,
+        batches: Sequence[Sequence[Batch]],
+        upper_batch: Batch | None = None,
+        memory: None = None,
+    ) -> HypergradientResult:
+        """Take the steps of a window and, given an upper batch, differentiate through the last."""
+        point = Point(lower_params, optimizer_state)
+        upper_params = tree.map(Tensor.detach, upper_params)
+        unrolled = 0 if upper_batch is None else self.exact_steps(len(batches))
+        length = self._segment(unrolled)
+        passes: list[LowerPass] = []
+        steps: list[_Step] = []
+        starts: list[Kept] = []
+        grads: list[Kept] = []
+        leaves = as_leaves(upper_params)
+        for index, micro_batches in enumerate(batches):
+            taken = index - (len(batches) - unrolled)
+            if taken >= 0 and taken % length == 0:
+                starts.append(keep(point, self.store))
+                grads = []
+            random = random_state.capture(lower_params)
+            passed = lower_pass(
+                problem,
+                self.product,
+                point.lower_params,
+                leaves if taken == 0 else upper_params,
+                micro_batches,
+            )
+            if taken >= 0:
+                grads.append(keep(passed.grads, self.store))
+                steps.append(_Step(random, replace(passed, grads=None)))
+            point = advance(optimizer, point, passed.grads)
+            passes.append(passed if index == len(batches) - 1 else passed.summary())
+        result = HypergradientResult(*point, tuple(passes), None, None, memory, {}, ())
+        if upper_batch is None:
+            return result
+        with random_state.replay(steps[-1].random, lower_params):
+            upper = upper_gradient(problem, point.lower_params, upper_params, upper_batch)
+        result = result._replace(upper_loss=upper.loss, upper_aux=upper.aux)
+        bars = _Bars(upper.lower, None, upper.direct)
+        del point, upper
+        while starts:
+            start = starts.pop()
+            first = len(starts) * length
+            if first + length < unrolled:
+                again = steps[first : first + length]
+                grads = self._again(problem, optimizer, start.fetch(), upper_params, again)
+            for g, before in backwards(optimizer, start, grads, self.store):
+                passed = steps.pop().passed
+                bars = self._back(problem, optimizer, passed, g, before, leaves, bars, not steps)
+        return result._replace(hypergradient=bars.upper)
+
+    def _back(
+        self,
+        problem: Problem,
+        optimizer: DifferentiableOptimizer,
+        passed: LowerPass,
+        grads: Tree,
+        before: Point,
+        leaves: Params,
+        bars: _Bars,
+        first: bool,
+    ) -> _Bars:
+        """Go back through one step; at the first one only to φ."""
+        params, state = before
+        if first and bars.state is None:
+            along = optimizer.grads_vjp(grads, state, params, bars.lower)
+        else:
+            pulled = optimizer.vjp(grads, state, params, bars.lower, bars.state)
+            along = pulled.grads
+        if first:
+            product = mixed_product(problem, self.product, passed, params, leaves, along)
+            with torch.no_grad():
+                return _Bars(None, None, tree.add(product, bars.upper))
+        second = second_derivatives(problem, self.product, passed, params, leaves, along)
+        with torch.no_grad():
+            lower = tree.add(pulled.params, second.lower)
+            return _Bars(lower, pulled.state, tree.add(bars.upper, second.upper))
+
+    def _segment(self, unrolled: int) -> int:
+        """Return the number of steps between kept points."""
+        if self.replay is None:
+            return max(unrolled, 1)
+        return math.ceil(math.sqrt(max(unrolled, 1))) if self.replay == "sqrt" else self.replay
+
+    def _again(
+        self,
+        problem: Problem,
+        optimizer: DifferentiableOptimizer,
+        point: Point,
+        upper_params: Params,
+        steps: Sequence[_Step],
+    ) -> list[Kept]:
+        """Return the gradients of steps that were taken before."""
+        grads = []
+        for step in steps:
+            with random_state.replay(step.random, point.lower_params):
+                passed = lower_pass(
+                    problem,
+                    self.product,
+                    point.lower_params,
+                    upper_params,
+                    [micro.batch for micro in step.passed.micro_batches],
+                )
+            grads.append(keep(passed.grads, self.store))
+            point = advance(optimizer, point, passed.grads)
+        return grads
