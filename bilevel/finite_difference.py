@@ -37,9 +37,11 @@ def central_difference(
 ) -> tuple[Tensor, ...]:
     """Return ``(f(θ + ε d) − f(θ − ε d)) / 2ε``, the derivative of f along d up to O(ε²).
 
-    With η the machine epsilon of the least precise number involved, ``ε ‖d‖`` is ``η^(1/3) ‖θ‖``
-    (norms over the parameters that move), which balances the truncation error O(ε²) against the
-    rounding error O(η / ε); or what the route says.
+    With η the machine epsilon of the least precise number involved, ``ε ‖d‖ = η^(1/3) ‖θ‖ / 10``
+    (norms over the parameters that move), or what the route says. The power balances truncation,
+    C ε², against rounding, O(η / ε); the tenth stands for C: on the multilayer perceptron,
+    transformer and convolution of the tests the error is smallest between 0.1 and 0.2 of η^(1/3),
+    in bfloat16, float16 and float32 alike.
 
     Args:
         route: Step size, and whether 16-bit numbers are widened.
@@ -116,7 +118,7 @@ def _step(
         else:
             kinds = {leaf.device.type for leaf in primals}
             dtypes |= {torch.get_autocast_dtype(kind) for kind in kinds if _autocasting(kind)}
-        relative = max(torch.finfo(dtype).eps for dtype in dtypes) ** (1 / 3)
+        relative = 0.1 * max(torch.finfo(dtype).eps for dtype in dtypes) ** (1 / 3)
     reach = float(tree.norm(primals))
     return relative * (reach if reach > 0.0 else 1.0) / length
 
