@@ -28,6 +28,7 @@ from bilevel.routes import Auto, CentralDifference, Dot, Ghost, Jvp, PerExample,
 from bilevel.schedule import Constant, Schedule, WarmupCosine, constant, warmup_cosine
 from bilevel.solver import BilevelSolver, BilevelState, StepInfo
 from bilevel.unrolled import Unrolled
+from bilevel.update_derivative import Exact, Identity, Sama, UpdateDerivative
 
 __all__ = [
     "SGD",
@@ -42,10 +43,12 @@ __all__ = [
     "Constant",
     "DifferentiableOptimizer",
     "Dot",
+    "Exact",
     "Ghost",
     "Hypergradient",
     "HypergradientCheck",
     "HypergradientResult",
+    "Identity",
     "Jvp",
     "LazyRowAdam",
     "LazyRowState",
@@ -59,10 +62,12 @@ __all__ = [
     "Reverse",
     "ReweightingProblem",
     "Route",
+    "Sama",
     "Schedule",
     "StepInfo",
     "Unrolled",
     "UpdateCotangents",
+    "UpdateDerivative",
     "WarmupCosine",
     "check_hypergradient",
     "constant",
