@@ -8,14 +8,15 @@ that ``--help`` answers at once.
 from __future__ import annotations
 
 import argparse
-import difflib
-import types
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
-from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 import yaml
+
+from recipes.option_values import OptionError as OptionError
+from recipes.option_values import convert, did_you_mean, element
 
 Options = TypeVar("Options")
 PRESETS = Path(__file__).parent / "presets"
@@ -37,10 +38,6 @@ _LEAST = {
     "upper_weight_decay": 0,
 }
 """Smallest value of the options that have one and that no constructor checks by name."""
-
-
-class OptionError(ValueError):
-    """An option or preset that cannot be used; the message says what to change."""
 
 
 def option(default: Any, help: str) -> Any:
@@ -99,8 +96,10 @@ class LowerOptions(PrmOptions):
     lower_lr: float = option(5e-4, "peak learning rate of AdamW")
     lower_betas: tuple[float, float] = option((0.9, 0.98), "decay rates of Adam's moments")
     lower_weight_decay: float = option(0.01, "decoupled weight decay")
-    lower_warmup: float = option(0.05, "share of the steps with linear warm-up")
-    lower_schedule: Literal["cosine", "constant"] = option("cosine", "after the warm-up")
+    lower_warmup: float = option(0.05, "share of the steps with linear warm-up (cosine)")
+    lower_schedule: Literal["cosine", "constant"] = option(
+        "cosine", "cosine: warm-up, then down to 0; constant: the peak at every step"
+    )
     lower_max_norm: float | None = option(1.0, "global-norm clip of the gradient; null: none")
     log_every: int = option(10, "steps between lines of log.jsonl")
     progress: bool = option(True, "show a progress bar")
@@ -141,9 +140,11 @@ class TrainOptions(LowerOptions, ScoringOptions):
     bound_low: float = option(0.0, "lower end of the range (clip)")
     bound_high: float = option(2.0, "upper end of the range (clip, sigmoid)")
     normalise: Literal["batch", "table", "none"] = option(
-        "batch", "mean 1 within the batch, over the whole table, or no normalisation"
+        "batch", "mean 1 within the batch, over the whole table, or no normalisation (net, table)"
     )
-    prior: float = option(1.0, "weight of every instance at the start, and where decay pulls")
+    prior: float = option(
+        1.0, "weight of every instance at the start, and where decay pulls (net, table)"
+    )
     features: tuple[str, ...] = option(
         ("label", "p_label", "p_plus"), "inputs of Instance Net, per step"
     )
@@ -164,7 +165,7 @@ class TrainOptions(LowerOptions, ScoringOptions):
         "adam", "lazy-adam moves only the rows of a table that were visited"
     )
     upper_betas: tuple[float, float] = option((0.9, 0.999), "decay rates of Adam's moments")
-    upper_weight_decay: float = option(0.0, "decoupled decay towards the prior")
+    upper_weight_decay: float = option(0.0, "decoupled decay towards the prior (Adam)")
     upper_schedule: Literal["cosine", "constant"] = option("cosine", "of the upper learning rate")
     meta_batch_size: int = option(64, "solutions per upper step")
     unroll_steps: int = option(1, "lower steps between upper steps")
@@ -239,7 +240,7 @@ def build_parser(
         text = f"{f.metadata['help']} ({default})".replace("%", "%%")
         flags = list(dict.fromkeys([f"--{f.name.replace('_', '-')}", f"--{f.name}"]))
         common: dict[str, Any] = {"dest": f.name, "default": argparse.SUPPRESS, "help": text}
-        kind, many = _element(hints[f.name])
+        kind, many = element(hints[f.name])
         if kind is bool:
             parser.add_argument(*flags, action=argparse.BooleanOptionalAction, **common)
         elif get_origin(kind) is Literal:
@@ -301,10 +302,9 @@ def _preset_path(name: str) -> Path:
     shipped = {p.stem: p for p in sorted(PRESETS.glob("*.yaml"))}
     if name in shipped:
         return shipped[name]
-    nearest = difflib.get_close_matches(name, shipped, 1)
     raise OptionError(
         f"--config {name}: no such file, and no shipped preset of that name "
-        f"({', '.join(shipped) or 'none shipped'})" + _did_you_mean(nearest)
+        f"({', '.join(shipped) or 'none shipped'})" + did_you_mean(name, shipped)
     )
 
 
@@ -325,58 +325,5 @@ def _convert_all(options: type[Any], given: Mapping[str, Any], where: str) -> di
     names = [f.name for f in fields(options)]
     for name in given:
         if name not in names:
-            nearest = difflib.get_close_matches(name, names, 1)
-            raise OptionError(f"{where}: unknown option {name!r}{_did_you_mean(nearest)}")
-    return {name: _convert(value, hints[name], f"{where}: {name}") for name, value in given.items()}
-
-
-def _did_you_mean(nearest: Sequence[str]) -> str:
-    return f"; did you mean {nearest[0]!r}?" if nearest else ""
-
-
-def _element(hint: Any) -> tuple[Any, bool]:
-    """The type of a single value of an option, and whether the option takes several."""
-    if get_origin(hint) in (Union, types.UnionType):
-        (hint,) = (part for part in get_args(hint) if part is not types.NoneType)
-    if get_origin(hint) is tuple:
-        return get_args(hint)[0], True
-    return hint, False
-
-
-def _convert(value: Any, hint: Any, where: str) -> Any:
-    optional = get_origin(hint) in (Union, types.UnionType)
-    if optional and (value is None or value in ("none", "null")):
-        return None
-    kind, many = _element(hint)
-    if not many:
-        return _convert_one(value, kind, where)
-    if not isinstance(value, list | tuple):
-        raise OptionError(f"{where}: expected a list, found {value!r}")
-    arity = get_args(hint)
-    if arity[-1] is not Ellipsis and len(value) != len(arity):
-        raise OptionError(f"{where}: expected {len(arity)} values, found {len(value)}")
-    return tuple(_convert_one(part, kind, where) for part in value)
-
-
-def _convert_one(value: Any, kind: Any, where: str) -> Any:
-    if get_origin(kind) is Literal:
-        # YAML reads a bare `none` as text but `no` as False: compare what was written.
-        if value not in get_args(kind):
-            choices = ", ".join(map(str, get_args(kind)))
-            nearest = difflib.get_close_matches(str(value), get_args(kind), 1)
-            raise OptionError(
-                f"{where}: expected one of {choices}; found {value!r}{_did_you_mean(nearest)}"
-            )
-        return value
-    if kind is bool:
-        if not isinstance(value, bool):
-            raise OptionError(f"{where}: expected true or false, found {value!r}")
-        return value
-    if isinstance(value, bool) or value is None or isinstance(value, list | dict):
-        raise OptionError(f"{where}: expected {kind.__name__}, found {value!r}")
-    try:
-        if kind is int and isinstance(value, float):
-            raise ValueError
-        return kind(value)
-    except ValueError as error:
-        raise OptionError(f"{where}: expected {kind.__name__}, found {value!r}") from error
+            raise OptionError(f"{where}: unknown option {name!r}{did_you_mean(name, names)}")
+    return {name: convert(value, hints[name], f"{where}: {name}") for name, value in given.items()}

@@ -116,8 +116,6 @@ def _check_batches(options: TrainOptions) -> None:
     for name in options.features if net else ():
         if name not in FEATURES:
             raise ValueError(f"--features: expected among {', '.join(FEATURES)}; found {name!r}")
-    if net and options.normalise == "table":
-        raise ValueError("--normalise table goes with --weighting table; use batch or none")
     if options.batch_size == 1 and (net or options.normalise == "batch"):
         remedy = "use 2 or more" + ("" if net else ", or --normalise table")
         raise ValueError(
@@ -213,14 +211,9 @@ def make_solver(options: TrainOptions, objective: Objective, upper_peak: float) 
     """The bilevel solver of a run.
 
     Raises:
-        OptionError: a route that does not go with the order, the batch size or the weighting.
+        OptionError: a route that does not go with the order or the weighting.
     """
     with _said_by(f"--route {options.route}, --order {options.order}"):
-        if options.route == "dot" and options.batch_size != 1:
-            raise ValueError(
-                f"dot takes one example per micro-batch, found --batch-size {options.batch_size}; "
-                "use auto, or --batch-size 1 with a higher --accumulation"
-            )
         hypergradient = OneStep(
             _ROUTES[options.route](), order=options.order, direction_decay=options.direction_decay
         )

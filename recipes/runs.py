@@ -26,6 +26,7 @@ from recipes.batches import (
 )
 from recipes.evaluation import step_scores_of
 from recipes.objective import Objective
+from recipes.option_rules import check_together
 from recipes.options import ColdStartOptions, TrainOptions
 from recipes.problem_setup import (
     lower_schedule,
@@ -57,6 +58,7 @@ def run_cold_start(options: ColdStartOptions) -> Path:
     directory.
     """
     started = time.perf_counter()
+    check_together(options)
     set_up(options)
     directory = free_directory(Path(options.output_dir), options.on_existing)
     prm, lower = load_model(options, options.freeze)
@@ -90,6 +92,7 @@ def run_cold_start(options: ColdStartOptions) -> Path:
 def run_training(options: TrainOptions) -> Path:
     """Train with instance weights, evaluate, and write the whole run directory; returns it."""
     clock = _Clock()
+    check_together(options)
     set_up(options)
     directory = free_directory(Path(options.output_dir), options.on_existing)
     prm, lower = load_model(options, options.freeze, options.init_from)

@@ -42,11 +42,9 @@ def read_train_data(prm: PRM, options: TrainOptions) -> TrainData:
     """Read and check the files of a training run.
 
     Raises:
-        OptionError: a file is missing, options contradict each other, or one set would serve two
-            purposes.
+        OptionError: a file is missing, or one set would serve two purposes.
         DataError: a record that cannot be used.
     """
-    _check_together(options)
     plain = read_examples(prm, options, options.train_file)
     require(plain, "labels")
     if options.weighting == "domain":
@@ -144,28 +142,6 @@ def require(data: Examples, what: Literal["labels", "correct", "group", "domain"
                 found=need.found,
                 remedy=need.remedy,
             )
-
-
-def _check_together(options: TrainOptions) -> None:
-    if options.meta_file is None and (options.weighting != "none" or options.lower_data == "meta"):
-        what = "--lower-data meta" if options.weighting == "none" else "--weighting"
-        raise OptionError(
-            f"{what} needs --meta-file (solutions with `correct`); without one only "
-            "--weighting none is possible"
-        )
-    for name in ("weights_file", "lower_data"):
-        if getattr(options, name) not in (None, "train") and options.weighting != "none":
-            raise OptionError(
-                f"--{name.replace('_', '-')} goes with --weighting none; found "
-                f"--weighting {options.weighting}"
-            )
-    if options.weights_file is not None and options.lower_data == "meta":
-        raise OptionError(
-            "--weights-file weights the training examples, which --lower-data meta does not train "
-            "on; give one of them"
-        )
-    if options.upper_optimizer == "lazy-adam" and options.weighting in ("net", "domain"):
-        raise OptionError("--upper-optimizer lazy-adam goes with --weighting table; use adam")
 
 
 def _refuse_leak(meta: Examples, test: Examples) -> None:

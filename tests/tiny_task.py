@@ -49,16 +49,25 @@ class Task:
         )
 
     def train(self, output: Path, **more: Any) -> TrainOptions:
-        """Four steps of six examples, upper level from the second step."""
-        files = {name: str(self.data / f"{name[:-5]}.jsonl") for name in ("meta_file", "test_file")}
+        """Four steps of six examples; with a weighting, upper level from the second step.
+
+        Options that would do nothing beside those of ``more`` are left out.
+        """
         short: dict[str, Any] = {
+            "test_file": str(self.data / "test.jsonl"),
             "steps": 4,
             "batch_size": 6,
-            "meta_batch_size": 6,
-            "upper_start": 1,
             "lower_warmup": 0.0,
         }
-        return TrainOptions(**{**self._common(output), **files, **short, **more})
+        weighted = more.get("weighting") != "none"
+        if weighted or more.get("lower_data") == "meta":
+            short["meta_file"] = str(self.data / "meta.jsonl")
+        if weighted:
+            short |= {"meta_batch_size": 6, "upper_start": 1}
+        made = {**self._common(output), **short, **more}
+        if "init_from" in made:
+            del made["model"]
+        return TrainOptions(**made)
 
     def _common(self, output: Path) -> dict[str, Any]:
         return {

@@ -25,21 +25,23 @@ COMMANDS = [
     ["data", "embedded"],
     ["data", "pretrain-base"],
 ]
-SHORT = "--steps 2 --batch-size 4 --meta-batch-size 4 --upper-start 0 --log-every 1 --no-progress"
+SHORT = "--steps 2 --batch-size 4 --log-every 1 --no-progress"
+UPPER = "--meta-batch-size 4 --upper-start 0"
 
 
 @pytest.fixture
 def train(task, tmp_path):
-    """Run ``train`` on the tiny task; options given later win."""
+    """Run ``train`` on the tiny task, with an upper level if weighted; what comes later wins."""
 
     def run(*words: str) -> int:
         files = [
             *("--model", str(task.model), "--system-prompt", "judge each step of the solution"),
             *("--train-file", str(task.data / "train.jsonl")),
-            *("--meta-file", str(task.data / "meta.jsonl")),
             *("--output-dir", str(tmp_path / "run")),
         ]
-        return main(["train", *files, *SHORT.split(), *words])
+        meta = ["--meta-file", str(task.data / "meta.jsonl"), *UPPER.split()]
+        upper = [] if "--weighting none" in " ".join(words) else meta
+        return main(["train", *files, *SHORT.split(), *upper, *words])
 
     return run
 
@@ -126,27 +128,27 @@ def test_required_options_are_named(said):
         ("--meta-file ./none.jsonl", "./none.jsonl: no such file; check the path"),
         ("--test-file ./none.jsonl", "./none.jsonl: no such file; check the path"),
         ("--model ./none", "--model ./none: expected a checkpoint folder"),
-        ("--init-from ./none", "--init-from ./none: expected a checkpoint folder"),
+        ("--model embedded --init-from ./none", "--init-from ./none: expected a checkpoint folder"),
         ("--weighting none --weights-file ./none.jsonl", "--weights-file ./none.jsonl: no such"),
         ("--freeze visual_tower", "--freeze: expected names of parts of the model, found 'visual"),
         ("--features surprise", "--features: expected among p_plus, p_minus, label, p_label, loss"),
         ("--batch-size 1", "the only example of --batch-size 1 always gets the same weight"),
         ("--prior 2.5", "Choose a prior inside that range or another bound"),
         ("--weighting domain --bound clip", "use softplus or sigmoid"),
-        ("--normalise table", "--normalise table goes with --weighting table"),
-        ("--upper-optimizer lazy-adam", "lazy-adam goes with --weighting table; use adam"),
+        ("--normalise table", "--normalise table --weighting net: a net has no table"),
+        ("--upper-optimizer lazy-adam", "use adam, or --weighting table"),
         ("--upper-lr fast", "--upper-lr: expected auto or a number, found 'fast'"),
         ("--upper-lr -1", "--upper-lr: WarmupCosine: peak must lie in [0, inf), got -1.0"),
         ("--lower-lr nan", "--lower-lr, --lower-warmup: WarmupCosine: peak must lie in [0, inf)"),
         ("--lower-betas 0.9 1.5", "betas[1] must lie in [0, 1), got 1.5"),
         ("--direction-decay 1", "direction_decay must lie in [0, 1), got 1.0"),
-        ("--route dot", "dot takes one example per micro-batch, found --batch-size 4"),
-        ("--route ghost --order lower-first", "choose order='upper-first'"),
-        ("--lower-data meta", "--lower-data goes with --weighting none; found --weighting net"),
-        ("--meta-file none", "--weighting needs --meta-file"),
+        ("--route dot", "--route dot --batch-size 4: dot takes one example per"),
+        ("--route ghost --order lower-first", "use --order upper-first, or --route per-example"),
+        ("--lower-data meta", "--lower-data meta has no effect with --weighting net"),
+        ("--meta-file none", "the meta loss needs --meta-file"),
         (
-            "--weighting none --lower-data meta --weights-file w",
-            "--lower-data meta does not train on",
+            "--weighting none --meta-file {meta} --lower-data meta --weights-file w",
+            "--weights-file w has no effect with --lower-data meta",
         ),
         *(
             (f"--{name} 0", f"--{name}: expected 1 or more, found 0")
@@ -164,8 +166,8 @@ def test_required_options_are_named(said):
         ("--threads -1", "--threads: expected 0 or more, found -1"),
     ],
 )
-def test_options_that_cannot_be_used_end_in_2(train, said, tmp_path, words, message):
-    assert train(*words.split()) == 2
+def test_options_that_cannot_be_used_end_in_2(task, train, said, tmp_path, words, message):
+    assert train(*words.format(meta=task.data / "meta.jsonl").split()) == 2
     assert message in said()
     assert not (tmp_path / "run").exists()
 

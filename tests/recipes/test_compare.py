@@ -108,7 +108,9 @@ def tiny(task, tmp_path, monkeypatch):
     shrunk = {"steps": 4, "batch_size": 6, "meta_batch_size": 6, "upper_start": 1}
     (tmp_path / "presets").mkdir()
     for path in PRESETS.glob("*.yaml"):
-        content = yaml.safe_load(path.read_text()) | {"model": str(task.model)}
+        content = yaml.safe_load(path.read_text())
+        if "init_from" not in content:
+            content["model"] = str(task.model)
         kept = shrunk if path.stem.startswith("train") else {"steps": 4, "batch_size": 6}
         text = yaml.safe_dump(content | kept)
         (tmp_path / "presets" / path.name).write_text(text)

@@ -1,0 +1,72 @@
+"""One value of an option: from the command line or YAML to the type of its field."""
+
+from __future__ import annotations
+
+import difflib
+import types
+from collections.abc import Iterable
+from typing import Any, Literal, Union, get_args, get_origin
+
+
+class OptionError(ValueError):
+    """An option or preset that cannot be used; the message says what to change."""
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """The end of a message: the nearest known word, if one is near."""
+    nearest = difflib.get_close_matches(word, known, 1)
+    return f"; did you mean {nearest[0]!r}?" if nearest else ""
+
+
+def element(hint: Any) -> tuple[Any, bool]:
+    """The type of a single value of an option, and whether the option takes several."""
+    if get_origin(hint) in (Union, types.UnionType):
+        (hint,) = (part for part in get_args(hint) if part is not types.NoneType)
+    if get_origin(hint) is tuple:
+        return get_args(hint)[0], True
+    return hint, False
+
+
+def convert(value: Any, hint: Any, where: str) -> Any:
+    """``value``, a word of the command line or what YAML read, as the type ``hint`` of a field.
+
+    Raises:
+        OptionError: of another type, outside the choices, or not as many as expected; ``where``
+            says whose value it is.
+    """
+    optional = get_origin(hint) in (Union, types.UnionType)
+    if optional and (value is None or value in ("none", "null")):
+        return None
+    kind, many = element(hint)
+    if not many:
+        return _convert_one(value, kind, where)
+    if not isinstance(value, list | tuple):
+        raise OptionError(f"{where}: expected a list, found {value!r}")
+    arity = get_args(hint)
+    if arity[-1] is not Ellipsis and len(value) != len(arity):
+        raise OptionError(f"{where}: expected {len(arity)} values, found {len(value)}")
+    return tuple(_convert_one(part, kind, where) for part in value)
+
+
+def _convert_one(value: Any, kind: Any, where: str) -> Any:
+    if get_origin(kind) is Literal:
+        # YAML reads a bare `none` as text but `no` as False: compare what was written.
+        if value not in get_args(kind):
+            choices = get_args(kind)
+            raise OptionError(
+                f"{where}: expected one of {', '.join(map(str, choices))}; found {value!r}"
+                + did_you_mean(str(value), choices)
+            )
+        return value
+    if kind is bool:
+        if not isinstance(value, bool):
+            raise OptionError(f"{where}: expected true or false, found {value!r}")
+        return value
+    if isinstance(value, bool) or value is None or isinstance(value, list | dict):
+        raise OptionError(f"{where}: expected {kind.__name__}, found {value!r}")
+    try:
+        if kind is int and isinstance(value, float):
+            raise ValueError
+        return kind(value)
+    except ValueError as error:
+        raise OptionError(f"{where}: expected {kind.__name__}, found {value!r}") from error
