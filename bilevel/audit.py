@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
+from torch import Tensor
 
 from bilevel import tree
-from bilevel.audited_step import AuditedStep, slope_errors
+from bilevel.audited_step import AuditedSteps, slope_errors
+from bilevel.hypergradient import Hypergradient, spans_window
 from bilevel.one_step import OneStep
-from bilevel.problem import Batch
+from bilevel.problem import Batch, Params
 from bilevel.solver import BilevelSolver, BilevelState
 from bilevel.tree import Tree
 
 # Largest relative error that passes, by the least precise parameter.
 TOLERANCES = {torch.float64: 1e-5, torch.float32: 2e-2}
+
+Outcome = Literal["agrees", "disagrees", "inconclusive", "approximates"]
 
 STEPS = (1e-1, 1e-2, 1e-3, 1e-4, 1e-5, 1e-6, 1e-7)
 
@@ -27,19 +31,20 @@ class HypergradientCheck:
     """Verdict of `check_hypergradient`; true if the hypergradient agrees. Print it.
 
     Attributes:
-        outcome: "agrees", "disagrees", or "inconclusive": rounding hides the answer, or the
-            error still falls at the smallest step.
+        outcome: "agrees", "disagrees", "inconclusive": rounding hides the answer, or the error
+            still falls at the smallest step; or "approximates": the method is by design not the
+            derivative through the steps, and `relative_error` is how far from it it is here.
         relative_error: Of the directional derivatives, at the best step.
         errors: Finite-difference step (relative to φ) -> relative error.
         best_step: The step with the smallest error.
         tolerance: Largest relative error that agrees.
         lower_gradient_error: Relative error of the route's θ gradient against plain autograd.
-        approximation_error: For order upper-first: how far its hypergradient is from the true
-            derivative of the upper loss after the step; None for lower-first, which is exact.
+        approximation_error: For methods that are not exact by design: how far the hypergradient is
+            from the true derivative of the upper loss after the steps. None for exact ones.
         message: All this in words.
     """
 
-    outcome: Literal["agrees", "disagrees", "inconclusive"]
+    outcome: Outcome
     relative_error: float
     errors: dict[float, float]
     best_step: float
@@ -58,7 +63,7 @@ class HypergradientCheck:
 def check_hypergradient(
     solver: BilevelSolver,
     state: BilevelState,
-    lower_batches: Sequence[Batch],
+    lower_batches: Sequence[Any],
     upper_batch: Batch,
     *,
     directions: int = 4,
@@ -66,16 +71,22 @@ def check_hypergradient(
     tolerance: float | None = None,
     generator: torch.Generator | None = None,
 ) -> HypergradientCheck:
-    """Compare the hypergradient with central differences through the whole step.
+    """Compare the hypergradient with central differences through the whole of its lower steps.
 
     For random directions d in φ, the slope ⟨dL_upper/dφ, d⟩ is compared with::
 
-        (f(φ + ε d) − f(φ − ε d)) / 2ε,     f(φ) = L_upper(θ'(φ), φ)
+        (f(φ + ε d) − f(φ − ε d)) / 2ε,     f(φ) = L_upper(θ(φ), φ)
 
-    where θ'(φ) is the lower step, taken by plain autograd with the same random numbers (and the
-    clip scale of the step held constant unless it is differentiated). In order upper-first, which
-    stands for another derivative by design, f(φ) = ⟨μ, ∇_θ L_lower(θ, φ)⟩ + L_upper(θ, φ) with its
-    own μ, and the distance from the true derivative is reported as `approximation_error`.
+    where θ(φ) is reached by the lower steps that the hypergradient says it goes through (one for
+    `OneStep`; for a truncated `Unrolled` the point before its steps is held constant), taken by
+    plain autograd with the same random numbers and the clip scales of the steps held constant
+    unless they are differentiated.
+
+    `OneStep` in order upper-first, or with another `update_derivative` than `Exact`, stands for
+    another derivative by design: f(φ) = ⟨μ, ∇_θ L_lower(θ, φ)⟩ + L_upper(·, φ) with its own μ. The
+    distance from the true derivative is reported as `approximation_error`. Methods that do not go
+    through the steps (`Implicit`, `Penalty`) are compared with the derivative through the whole
+    window and called "approximates", with that distance, unless they agree.
 
     Nothing is changed. An average of v (`direction_decay`) is left out of the audit. Use float64
     parameters and batches where possible: differences of float32 losses drown small slopes.
@@ -83,36 +94,44 @@ def check_hypergradient(
     Args:
         solver: The solver to audit.
         state: Where; best after a few steps, not from a cold optimizer.
-        lower_batches: As for `solver.step`.
-        upper_batch: As for `solver.step`.
+        lower_batches: As for `solver.step`, the micro-batches of one step; or as for
+            `solver.window`, the micro-batches of each step, where `solver.step` would refuse.
+        upper_batch: As for both.
         directions: How many random directions.
         steps: Values of ε to try, relative to the size of φ's entries.
         tolerance: Largest relative error that agrees; None: 1e-5 for float64, 2e-2 for float32,
             0.2 below.
         generator: Of the directions.
     """
-    assert isinstance(solver.hypergradient, OneStep)
-    audit = AuditedStep(solver, state, lower_batches, upper_batch)
+    window = spans_window(solver.hypergradient, solver.unroll_steps)
+    audit = AuditedSteps(solver, state, lower_batches if window else [lower_batches], upper_batch)
     along = [_random_like(state.upper_params, generator) for _ in range(directions)]
     result = audit.result
     assert result.hypergradient is not None
     slopes = [float(tree.vdot(result.hypergradient, direction)) for direction in along]
-    truth = audit.upper_after_step
-    claimed = truth if solver.hypergradient.order == "lower-first" else audit.claimed_upper_first()
+    truth: Callable[[Params], Tensor] = audit.upper_after
+    claimed = truth
+    stands_for_itself = not audit.exact and isinstance(solver.hypergradient, OneStep)
+    if stands_for_itself:
+        claimed = audit.claimed_by_one_step()
     errors, floors = slope_errors(claimed, state.upper_params, along, steps, slopes)
     best = min(errors, key=lambda step: errors[step])
     approximation = None
-    if solver.hypergradient.order == "upper-first":
-        true_errors, _ = slope_errors(truth, state.upper_params, along, steps, slopes)
+    if not audit.exact:
+        true_errors = errors
+        if stands_for_itself:
+            true_errors, _ = slope_errors(truth, state.upper_params, along, steps, slopes)
         approximation = min(true_errors.values())
     if tolerance is None:
         precisions = {leaf.dtype for leaf in tree.leaves((state.lower_params, state.upper_params))}
         tolerance = max(TOLERANCES.get(dtype, 0.2) for dtype in precisions)
-    outcome: Literal["agrees", "disagrees", "inconclusive"] = "agrees"
+    outcome: Outcome = "agrees"
     if not max(errors[best], audit.lower_gradient_error) <= tolerance:
+        right_gradient = audit.lower_gradient_error <= tolerance
         hidden = errors[best] <= 10.0 * floors[best] or _still_falling(errors)
-        unclear = hidden and audit.lower_gradient_error <= tolerance
-        outcome = "inconclusive" if unclear else "disagrees"
+        outcome = "inconclusive" if hidden and right_gradient else "disagrees"
+        if outcome == "disagrees" and right_gradient and not (audit.exact or stands_for_itself):
+            outcome = "approximates"
     return HypergradientCheck(
         outcome=outcome,
         relative_error=errors[best],
@@ -128,7 +147,8 @@ def check_hypergradient(
             tolerance,
             audit.lower_gradient_error,
             approximation,
-            solver.hypergradient.notes(result.passed, state.lower_optimizer),
+            solver.hypergradient,
+            result.notes,
         ),
     )
 
@@ -161,6 +181,7 @@ def _message(
     tolerance: float,
     lower_gradient_error: float,
     approximation: float | None,
+    method: Hypergradient,
     notes: Sequence[str],
 ) -> str:
     lines = [
@@ -170,9 +191,12 @@ def _message(
         f"  lower gradient against plain autograd: relative error {lower_gradient_error:.1e}",
     ]
     if approximation is not None:
+        name = type(method).__name__
+        if isinstance(method, OneStep):
+            name = f"order {method.order} with {method.update_derivative!r}"
         lines.append(
-            f"  order upper-first is {approximation:.1e} away from the true derivative of the "
-            "upper loss after the step (order lower-first is exact)"
+            f"  {name} is {approximation:.1e} away from the true derivative of the upper loss "
+            "after the steps, by design (OneStep in order lower-first and Unrolled are exact)"
         )
     if outcome == "inconclusive" and _still_falling(errors):
         lines.append(

@@ -1,107 +1,153 @@
-"""The step that is audited, and functions of φ that its hypergradient should be the slope of."""
+"""The steps that are audited, and functions of φ whose slope the hypergradient should be."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from bilevel import random_state, tree
+from bilevel.hypergradient import Hypergradient, HypergradientResult, exact_steps
 from bilevel.lower_pass import lower_pass
-from bilevel.one_step import OneStep, OneStepResult, upper_gradient
+from bilevel.one_step import OneStep, upper_gradient
 from bilevel.optimizer import clip_scale
 from bilevel.problem import Batch, Params, upper_value
+from bilevel.random_state import RandomState
 from bilevel.routes import Jvp
 from bilevel.solver import BilevelSolver, BilevelState
+from bilevel.trajectory import Point, advance
 from bilevel.tree import Tree
 
 
-class AuditedStep:
-    """A step with its hypergradient, and the same step by plain autograd as a function of φ."""
+class _Start(NamedTuple):
+    """From where a step is taken."""
+
+    point: Point
+    random: RandomState
+
+
+class AuditedSteps:
+    """A window with its hypergradient, and the same steps by plain autograd as functions of φ.
+
+    Attributes:
+        result: Of the hypergradient, without an average of v (`direction_decay`).
+        exact: Whether it claims to be the slope of `upper_after`.
+        lower_gradient_error: Relative error of its last gradient against plain autograd's.
+    """
 
     def __init__(
         self,
         solver: BilevelSolver,
         state: BilevelState,
-        lower_batches: Sequence[Batch],
+        batches: Sequence[Sequence[Batch]],
         upper_batch: Batch,
     ) -> None:
-        self._solver, self._state = solver, state
-        self._lower_batches, self._upper_batch = lower_batches, upper_batch
-        self._random = random_state.capture(state.lower_params)
-        assert isinstance(solver.hypergradient, OneStep)
-        one_step = dataclasses.replace(solver.hypergradient, direction_decay=0.0)
-        with self._replay():
-            self.result: OneStepResult = one_step.step(
+        self._problem, self._optimizer = solver.problem, solver.lower_optimizer
+        self._upper_params, self._upper_batch = state.upper_params, upper_batch
+        self._hypergradient: Hypergradient = solver.hypergradient
+        memory = state.memory
+        if isinstance(self._hypergradient, OneStep):
+            self._hypergradient = dataclasses.replace(self._hypergradient, direction_decay=0.0)
+            memory = None
+        random = random_state.capture(state.lower_params)
+        with random_state.replay(random, state.lower_params):
+            self.result: HypergradientResult = self._hypergradient.window(
                 solver.problem,
                 solver.lower_optimizer,
                 state.lower_params,
                 state.upper_params,
                 state.lower_optimizer,
-                lower_batches,
+                batches,
                 upper_batch,
+                memory,
             )
-        grads = self._grads(state.upper_params)
-        difference = tree.axpy(-1.0, self.result.passed.grads, grads)
-        self.lower_gradient_error = ratio(float(tree.norm(difference)), float(tree.norm(grads)))
-        optimizer: Any = solver.lower_optimizer
-        self._optimizer = optimizer
-        self._scale: Tensor | None = None
-        max_norm = getattr(optimizer, "max_norm", None)
-        if max_norm is not None and not getattr(optimizer, "differentiate_clip", False):
-            self._scale = clip_scale(tree.norm(grads), max_norm)
-            self._optimizer = dataclasses.replace(optimizer, max_norm=None)
+        claimed = exact_steps(self._hypergradient, len(batches))
+        self.exact = claimed is not None
+        constant = len(batches) - (len(batches) if claimed is None else claimed)
+        starts = [_Start(Point(state.lower_params, state.lower_optimizer), random)]
+        gradients = []
+        for micro_batches in batches:
+            grads, after = self._grads(starts[-1], state.upper_params, micro_batches)
+            starts.append(_Start(advance(self._optimizer, starts[-1].point, grads), after))
+            gradients.append(grads)
+        self._batches, self._first = batches[constant:], starts[constant]
+        self._last, self._end = starts[-2:]
+        self._scales = [self._held_scale(grads) for grads in gradients[constant:]]
+        found = self.result.passes[-1]
+        if found.grads is None:
+            difference: Tree = found.grad_norm - tree.norm(gradients[-1])
+        else:
+            difference = tree.axpy(-1.0, found.grads, gradients[-1])
+        error = float(tree.norm(difference))
+        self.lower_gradient_error = ratio(error, float(tree.norm(gradients[-1])))
 
-    def upper_after_step(self, upper_params: Params) -> Tensor:
-        """Return L_upper(θ'(φ), φ)."""
-        grads = self._grads(upper_params)
-        with torch.no_grad(), self._replay():
-            if self._scale is not None:
-                grads = tree.scale(self._scale, grads)
-            state = self._state
-            params, _ = self._optimizer.update(grads, state.lower_optimizer, state.lower_params)
-            problem = self._solver.problem
-            return upper_value(problem, params, upper_params, self._upper_batch)[0]
+    def upper_after(self, upper_params: Params) -> Tensor:
+        """Return L_upper(θ(φ), φ), θ(φ) being reached by the steps that are differentiated.
 
-    def claimed_upper_first(self) -> Callable[[Params], Tensor]:
-        """Return φ -> ⟨μ, ∇_θ L_lower(θ, φ)⟩ + L_upper(θ, φ), μ as that order forms it."""
-        state, problem = self._state, self._solver.problem
-        with self._replay():
+        The clip scales are those of the steps that were taken, unless they are differentiated.
+        """
+        start = before = self._first
+        for micro_batches, scale in zip(self._batches, self._scales, strict=True):
+            before = start
+            grads, after = self._grads(start, upper_params, micro_batches)
+            optimizer: Any = self._optimizer
+            if scale is not None:
+                grads = tree.scale(scale, grads)
+                optimizer = dataclasses.replace(optimizer, max_norm=None)
+            start = _Start(advance(optimizer, start.point, grads), after)
+        return self._upper(_Start(start.point, before.random), upper_params)
+
+    def claimed_by_one_step(self) -> Callable[[Params], Tensor]:
+        """Return φ -> ⟨μ, ∇_θ L_lower(θ, φ)⟩ + L_upper(·, φ), with μ as `OneStep` forms it.
+
+        What it stands for by design where it is not exact: order upper-first, whose v and direct
+        term are those at θ, and other conventions for the derivative of the update.
+        """
+        one_step = self._hypergradient
+        assert isinstance(one_step, OneStep)
+        params, state = self._last.point
+        grads, at = None, self._last.point
+        if one_step.order == "lower-first":
+            grads, _ = self._grads(self._last, self._upper_params, self._batches[-1])
+            at = self._end.point
+        with random_state.replay(self._last.random, params):
             v = upper_gradient(
-                problem, state.lower_params, state.upper_params, self._upper_batch
+                self._problem, at.lower_params, self._upper_params, self._upper_batch
             ).lower
-        mu = self._solver.lower_optimizer.predicted_grads_vjp(
-            state.lower_optimizer, state.lower_params, v
-        )
+        mu = one_step.update_derivative.pull_back(self._optimizer, grads, state, params, v)
 
         def claimed(upper_params: Params) -> Tensor:
-            product = tree.vdot(self._grads(upper_params), mu)
-            with torch.no_grad(), self._replay():
-                direct, _ = upper_value(
-                    problem, state.lower_params, upper_params, self._upper_batch
-                )
-            return product + direct
+            found, _ = self._grads(self._last, upper_params, self._batches[-1])
+            return tree.vdot(found, mu) + self._upper(_Start(at, self._last.random), upper_params)
 
         return claimed
 
-    def _grads(self, upper_params: Params) -> Tree:
-        """The lower gradient, by plain autograd whatever the route."""
-        with self._replay():
-            return lower_pass(
-                self._solver.problem,
-                Jvp(),
-                self._state.lower_params,
-                tree.map(Tensor.detach, upper_params),
-                self._lower_batches,
-            ).grads
+    def _held_scale(self, grads: Tree) -> Tensor | None:
+        """Return the clip scale of a step, None if there is none or it counts as a function."""
+        max_norm = getattr(self._optimizer, "max_norm", None)
+        if max_norm is None or getattr(self._optimizer, "differentiate_clip", False):
+            return None
+        return clip_scale(tree.norm(grads), max_norm)
 
-    def _replay(self) -> AbstractContextManager[None]:
-        return random_state.replay(self._random, self._state.lower_params)
+    def _grads(
+        self, start: _Start, upper_params: Params, batches: Sequence[Batch]
+    ) -> tuple[Tree, RandomState]:
+        """The lower gradient by plain autograd whatever the route, and where it left the random
+        numbers."""
+        params = start.point.lower_params
+        with random_state.replay(start.random, params):
+            upper_params = tree.map(Tensor.detach, upper_params)
+            grads = lower_pass(self._problem, Jvp(), params, upper_params, batches).grads
+            return grads, random_state.capture(params)
+
+    def _upper(self, start: _Start, upper_params: Params) -> Tensor:
+        params = start.point.lower_params
+        with torch.no_grad(), random_state.replay(start.random, params):
+            return upper_value(self._problem, params, upper_params, self._upper_batch)[0]
 
 
 def slope_errors(

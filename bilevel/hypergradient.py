@@ -6,7 +6,7 @@ that does.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor
@@ -46,8 +46,13 @@ class HypergradientResult(NamedTuple):
 class Hypergradient(Protocol):
     """A way to compute dL_upper/dφ: a frozen dataclass of its hyperparameters, pure methods.
 
-    A class that only ever looks at the last lower step of a window may say so by an attribute
-    ``last_step_only = True``; `BilevelSolver.step` can then take the window apart.
+    Two things a class may add:
+
+    - an attribute ``last_step_only = True``, if it only ever looks at the last lower step of a
+      window: `BilevelSolver.step` can then take the window apart;
+    - a method ``exact_steps(unroll_steps) -> int | None``: through how many of the window's last
+      lower steps its derivative is exact, for `check_hypergradient` to hold it to that. Without
+      it, or with None, it is taken for an approximation by design.
     """
 
     def check(
@@ -77,3 +82,14 @@ class Hypergradient(Protocol):
         it was. With one the same lower steps are taken, with the same random numbers, and the
         torch generators are left where these steps leave them.
         """
+
+
+def spans_window(hypergradient: Hypergradient, unroll_steps: int) -> bool:
+    """Return whether an upper step needs the batches of several lower steps at once."""
+    return unroll_steps > 1 and not getattr(hypergradient, "last_step_only", False)
+
+
+def exact_steps(hypergradient: Hypergradient, unroll_steps: int) -> int | None:
+    """Return through how many of the last lower steps the derivative is exact, if it is."""
+    declared: Callable[[int], int | None] = getattr(hypergradient, "exact_steps", lambda _: None)
+    return declared(unroll_steps)

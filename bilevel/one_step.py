@@ -145,6 +145,11 @@ class OneStep:
                 "choose Jvp()"
             )
 
+    def exact_steps(self, unroll_steps: int) -> int | None:
+        """Return 1 if this is the exact derivative through the last lower step, else None."""
+        exact = self.order == "lower-first" and isinstance(self.update_derivative, Exact)
+        return 1 if exact else None
+
     def init(
         self, optimizer: DifferentiableOptimizer, lower_params: Params, upper_params: Params
     ) -> Direction | None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from bilevel import random_state, tree
-from bilevel.hypergradient import Hypergradient, HypergradientResult
+from bilevel.hypergradient import Hypergradient, HypergradientResult, spans_window
 from bilevel.lower_pass import LowerPass
 from bilevel.one_step import OneStep
 from bilevel.optimizer import DifferentiableOptimizer, Optimizer, clip_scale
@@ -180,11 +180,7 @@ class BilevelSolver:
                 upper batch for a hypergradient that goes through several steps.
             bilevel.Refusal: `Ghost` or `PerExample` has no rule for something the model does.
         """
-        if (
-            upper_batch is not None
-            and self.unroll_steps > 1
-            and not getattr(self.hypergradient, "last_step_only", False)
-        ):
+        if upper_batch is not None and spans_window(self.hypergradient, self.unroll_steps):
             raise ValueError(
                 f"BilevelSolver.step: {type(self.hypergradient).__name__} goes through all "
                 f"unroll_steps={self.unroll_steps} lower steps of a window; call "
