@@ -23,6 +23,7 @@ from bilevel.optimizer import (
     RMSProp,
     UpdateCotangents,
 )
+from bilevel.penalty import Penalty, PenaltyMemory
 from bilevel.problem import BilevelProblem, ReweightingProblem
 from bilevel.routes import Auto, CentralDifference, Dot, Ghost, Jvp, PerExample, Reverse, Route
 from bilevel.schedule import Constant, Schedule, WarmupCosine, constant, warmup_cosine
@@ -56,6 +57,8 @@ __all__ = [
     "OneStepResult",
     "Optimizer",
     "OptimizerState",
+    "Penalty",
+    "PenaltyMemory",
     "PerExample",
     "RMSProp",
     "Refusal",
