@@ -183,13 +183,11 @@ def by_hand(case, lower_optimizer, upper_optimizer, method, windows, batches, we
         }
 
     theta, phi = case.params, case.upper_params
-    copy, updates = {name: leaf.clone() for name, leaf in theta.items()}, 0
-    state, copy_state = (
-        lower_optimizer.init(theta),
-        (method.optimizer or lower_optimizer).init(copy),
-    )
+    copy = {name: leaf.clone() for name, leaf in theta.items()}
+    mover = method.optimizer or lower_optimizer
+    state, copy_state = lower_optimizer.init(theta), mover.init(copy)
     upper_state = upper_optimizer.init(phi)
-    for _ in range(windows):
+    for updates in range(windows):
         lam = method.strength(updates) if callable(method.strength) else method.strength
         before = []
         for micros in batches:
