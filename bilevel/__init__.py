@@ -8,6 +8,15 @@ or `ReweightingProblem`, and `BilevelSolver`; audit with `check_hypergradient`.
 from __future__ import annotations
 
 from bilevel.audit import HypergradientCheck, check_hypergradient
+from bilevel.diagnostics import (
+    Agreement,
+    HypergradientComparison,
+    Movement,
+    Stationarity,
+    compare_hypergradients,
+    movement,
+    stationarity,
+)
 from bilevel.ghost.tracker import Refusal
 from bilevel.hypergradient import Hypergradient, HypergradientResult
 from bilevel.lazy import LazyRowAdam, LazyRowState
@@ -36,6 +45,7 @@ __all__ = [
     "Adagrad",
     "Adam",
     "AdamW",
+    "Agreement",
     "Auto",
     "BilevelProblem",
     "BilevelSolver",
@@ -48,11 +58,13 @@ __all__ = [
     "Ghost",
     "Hypergradient",
     "HypergradientCheck",
+    "HypergradientComparison",
     "HypergradientResult",
     "Identity",
     "Jvp",
     "LazyRowAdam",
     "LazyRowState",
+    "Movement",
     "OneStep",
     "OneStepResult",
     "Optimizer",
@@ -67,12 +79,16 @@ __all__ = [
     "Route",
     "Sama",
     "Schedule",
+    "Stationarity",
     "StepInfo",
     "Unrolled",
     "UpdateCotangents",
     "UpdateDerivative",
     "WarmupCosine",
     "check_hypergradient",
+    "compare_hypergradients",
     "constant",
+    "movement",
+    "stationarity",
     "warmup_cosine",
 ]
