@@ -1,0 +1,112 @@
+"""The digit scans inside scikit-learn, split, with labels corrupted or classes thinned out."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+CLASSES, PIXELS = 10, 64
+META_PER_CLASS = 10
+DEV, TEST = 200, 397
+
+
+@dataclass(frozen=True)
+class Scans:
+    """Some scans.
+
+    Attributes:
+        x: pixels in [0, 1], [rows, 64].
+        y: the digit that the label says, int64 [rows].
+        true: the digit that it is, int64 [rows].
+        source: row of scikit-learn's data set, int64 [rows].
+    """
+
+    x: Tensor
+    y: Tensor
+    true: Tensor
+    source: Tensor
+
+    def __len__(self) -> int:
+        return len(self.y)
+
+    def __getitem__(self, rows: Tensor) -> Scans:
+        return Scans(self.x[rows], self.y[rows], self.true[rows], self.source[rows])
+
+    @property
+    def clean(self) -> Tensor:
+        """Which labels are right, bool [rows]."""
+        return self.y == self.true
+
+
+class Splits(NamedTuple):
+    """Disjoint sets of scans, as they come: all labels right, all classes about as frequent."""
+
+    train: Scans
+    meta: Scans
+    dev: Scans
+    test: Scans
+
+
+def read_splits(generator: torch.Generator) -> Splits:
+    """A random split: 10 scans of each digit for meta, 200 dev, 397 test, the rest for training.
+
+    Raises:
+        ModuleNotFoundError: scikit-learn, which carries the scans, is not installed.
+    """
+    try:
+        from sklearn.datasets import load_digits
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            "the digit scans are inside scikit-learn, which is not installed; install it with: "
+            "pip install 'bilevel-prm[demo]'"
+        ) from error
+    bunch: Any = load_digits()
+    labels = torch.as_tensor(bunch.target, dtype=torch.int64)
+    pixels = torch.as_tensor(bunch.data, dtype=torch.float32) / 16
+    scans = Scans(pixels, labels, labels, torch.arange(len(labels)))
+    order = torch.randperm(len(labels), generator=generator)
+    rank = _rank_in_class(labels[order])
+    meta, rest = order[rank < META_PER_CLASS], order[rank >= META_PER_CLASS]
+    dev, test, train = rest.split([DEV, TEST, len(rest) - DEV - TEST])
+    return Splits(scans[train], scans[meta], scans[dev], scans[test])
+
+
+def with_wrong_labels(scans: Scans, share: float, generator: torch.Generator) -> Scans:
+    """Give ``round(share * rows)`` random rows one of the nine other labels, all alike likely."""
+    spoilt = torch.randperm(len(scans), generator=generator)[: round(share * len(scans))]
+    shift = torch.randint(1, CLASSES, (len(spoilt),), generator=generator)
+    labels = scans.y.clone()
+    labels[spoilt] = (labels[spoilt] + shift) % CLASSES
+    return replace(scans, y=labels)
+
+
+def long_tail(scans: Scans, imbalance: float, generator: torch.Generator) -> tuple[Scans, Tensor]:
+    """Thin out the classes: the one at rank k of ten keeps ``n · imbalance^(−k/9)`` rows.
+
+    n is the size of the smallest class before, which class gets which rank is random.
+
+    Returns:
+        The rows that are kept, and the classes [10] from the fullest to the rarest.
+    """
+    ranked = torch.randperm(CLASSES, generator=generator)
+    full = int(torch.bincount(scans.y, minlength=CLASSES).min())
+    ranks = torch.empty_like(ranked).scatter_(0, ranked, torch.arange(CLASSES)).double()
+    kept = (full * imbalance ** (-ranks / (CLASSES - 1))).round().long()
+    order = torch.randperm(len(scans), generator=generator)
+    scans = scans[order]
+    return scans[_rank_in_class(scans.y) < kept[scans.y]], ranked
+
+
+def joined(first: Scans, second: Scans) -> Scans:
+    """The rows of both."""
+    pairs = zip(vars(first).values(), vars(second).values(), strict=True)
+    return Scans(*(torch.cat(pair) for pair in pairs))
+
+
+def _rank_in_class(labels: Tensor) -> Tensor:
+    """How many earlier rows have the same label, [rows]."""
+    same = torch.nn.functional.one_hot(labels, CLASSES).cumsum(0)
+    return same.gather(1, labels[:, None]).squeeze(1) - 1

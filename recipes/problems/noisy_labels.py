@@ -1,0 +1,344 @@
+"""Training rows with wrong labels, or of rare classes: ``make noisy-labels``.
+
+Compares weights that are learned on ten clean scans of each digit with rules that need no upper
+level. The core is used in `recipes.problems.digit_reweighting`; here are the runs and the table.
+"""
+
+from __future__ import annotations
+
+import statistics
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from bilevel import BilevelSolver, BilevelState, ReweightingProblem, WarmupCosine
+from prm.metrics import roc_auc
+from recipes.options import OptionError, option
+from recipes.problems.digit_reweighting import (
+    Batch,
+    Params,
+    Weighting,
+    init_network,
+    instance_table,
+    inverse_frequency,
+    logits,
+    make_solver,
+    meta_weight_net,
+    small_loss,
+    uniform,
+)
+from recipes.problems.digit_scans import (
+    CLASSES,
+    Scans,
+    Splits,
+    joined,
+    long_tail,
+    read_splits,
+    with_wrong_labels,
+)
+from recipes.problems.report import mean_interval, percent, run_recipe, text_table
+
+TITLES = {
+    "uniform": "uniform weights",
+    "meta_only": "clean meta rows only",
+    "with_meta": "uniform, meta rows added",
+    "small_loss": "small-loss filter",
+    "inverse_frequency": "inverse class frequency",
+    "meta_weight_net": "Meta-Weight-Net",
+    "instance_table": "Instance Table",
+    "ceiling": "ceiling: undamaged rows",
+}
+_ONLY = {"small_loss": False, "inverse_frequency": True}  # method -> in the long tail or not
+_ENDS = 3  # that many classes are the head, and that many the tail
+
+
+@dataclass(frozen=True, kw_only=True)
+class NoisyLabelOptions:
+    """Options of the command; rates, steps and warm-up were chosen on dev rows of other seeds."""
+
+    long_tail: bool = option(False, "rare classes with right labels, instead of wrong labels")
+    wrong_share: float = option(0.4, "share of the training labels that are wrong")
+    imbalance: float = option(20.0, "long tail: rows of the fullest class per row of the rarest")
+    seed: int = option(0, "the first seed")
+    seeds: int = option(5, "how many; each has its own split, damage, network and order of rows")
+    steps: int = option(1000, "lower steps of every method")
+    batch_size: int = option(50, "rows per lower step")
+    hidden: int = option(256, "units in the hidden layer of the classifier")
+    lower_lr: float = option(1e-3, "learning rate of AdamW")
+    table_lr: float = option(0.05, "Instance Table: how far one visit can move a weight")
+    net_lr: float = option(1e-3, "Meta-Weight-Net: learning rate of Adam")
+    warm_up: int = option(30, "lower steps before learned weights may move")
+    filter_after: int = option(100, "lower steps before the small-loss filter sets in")
+    eval_every: int = option(20, "lower steps between looks at the dev rows (not timed)")
+    target: float = option(0.95, "share of the ceiling's dev score, the time to which is taken")
+    methods: tuple[str, ...] = option((), "rows of the table; default: all")
+    threads: int = option(1, "CPU threads of torch (0: all cores)")
+    output: str | None = option(None, "write every figure to this JSON file")
+
+    def __post_init__(self) -> None:
+        for name, holds, expected in (
+            ("wrong_share", 0 < self.wrong_share < 1, "a share between 0 and 1"),
+            ("imbalance", self.imbalance >= 1, "1 or more"),
+            ("batch_size", self.batch_size >= 2, "2 or more: weights are compared in a batch"),
+            ("hidden", self.hidden >= 1, "1 or more"),
+            ("filter_after", self.filter_after >= 0, "0 or more"),
+            ("warm_up", 0 <= self.warm_up < self.steps, "0 or more, less than --steps"),
+            ("eval_every", 1 <= self.eval_every <= self.steps, "1 or more, --steps at most"),
+        ):
+            if not holds:
+                flag = name.replace("_", "-")
+                raise OptionError(f"--{flag}: expected {expected}; found {getattr(self, name)}")
+        for method in self.methods:
+            if method not in self.known_methods():
+                raise OptionError(
+                    f"--methods: expected among {', '.join(self.known_methods())}; found {method!r}"
+                )
+
+    def known_methods(self) -> list[str]:
+        """Every method that goes with this damage."""
+        return [name for name in TITLES if _ONLY.get(name, self.long_tail) == self.long_tail]
+
+
+class Task(NamedTuple):
+    """The data of one seed: the splits, and their training rows after the damage."""
+
+    splits: Splits
+    damaged: Scans
+    ranked: Tensor | None  # long tail: the classes from the fullest to the rarest
+
+
+def make_task(options: NoisyLabelOptions, seed: int) -> Task:
+    """Split the scans and damage the training rows."""
+    generator = _generator(seed, 0)
+    splits = read_splits(generator)
+    if options.long_tail:
+        return Task(splits, *long_tail(splits.train, options.imbalance, generator))
+    return Task(splits, with_wrong_labels(splits.train, options.wrong_share, generator), None)
+
+
+def rows_of(method: str, task: Task) -> Scans:
+    """What a method trains on."""
+    if method == "meta_only":
+        return task.splits.meta
+    if method == "with_meta":
+        return joined(task.damaged, task.splits.meta)
+    if method == "ceiling":
+        return task.damaged[task.damaged.clean] if task.ranked is None else task.splits.train
+    return task.damaged
+
+
+def weighting_of(method: str, scans: Scans, options: NoisyLabelOptions, seed: int) -> Weighting:
+    """How a method weights its rows; learned weights slow down along a cosine."""
+    upper_steps = options.steps - options.warm_up
+    if method == "instance_table":
+        return instance_table(len(scans), WarmupCosine(options.table_lr, 0, upper_steps))
+    if method == "meta_weight_net":
+        return meta_weight_net(WarmupCosine(options.net_lr, 0, upper_steps), _generator(seed, 1))
+    if method == "small_loss":
+        return small_loss(1 - options.wrong_share, options.filter_after)
+    return inverse_frequency(scans.y) if method == "inverse_frequency" else uniform()
+
+
+def run_method(method: str, task: Task, options: NoisyLabelOptions, seed: int) -> dict[str, Any]:
+    """Train once; returns the figures of that run. Only the solver's steps are timed.
+
+    Time is that of the processor (all threads), which other processes do not change: with one
+    thread it is what the clock on the wall shows on a free machine.
+    """
+    scans, meta = rows_of(method, task), task.splits.meta
+    weighting = weighting_of(method, scans, options, seed)
+    solver = make_solver(weighting, options.lower_lr, options.warm_up)
+    state = solver.init(init_network(options.hidden, _generator(seed, 2)), weighting.phi)
+    upper = {"x": meta.x, "y": meta.y} if weighting.optimizer else None
+    seconds, trace = 0.0, []
+    best, at_best = -1.0, 0.0
+    for batch in batches(scans, options, _generator(seed, 3)):
+        started = time.process_time()
+        state, _ = solver.step(state, [batch], upper)
+        seconds += time.process_time() - started
+        if int(state.lower_steps) % options.eval_every and int(state.lower_steps) < options.steps:
+            continue
+        dev = _score(state.lower_params, task.splits.dev, task)
+        trace.append([round(seconds, 4), round(dev, 4)])
+        if dev > best:
+            best, at_best = dev, _score(state.lower_params, task.splits.test, task)
+    figures = {
+        "seed": seed,
+        "test": _score(state.lower_params, task.splits.test, task),
+        "dev": trace[-1][1],
+        "test_at_best_dev": at_best,
+        "seconds": seconds,
+        "trace": trace,
+    }
+    return figures | _weight_figures(solver, state, scans, task)
+
+
+def batches(
+    scans: Scans, options: NoisyLabelOptions, generator: torch.Generator
+) -> Iterator[Batch]:
+    """A batch per lower step, from one shuffled pass over the rows after another."""
+    size = min(options.batch_size, len(scans))
+    queue = torch.empty(0, dtype=torch.int64)
+    for step in range(options.steps):
+        if len(queue) < size:
+            queue = torch.cat([queue, torch.randperm(len(scans), generator=generator)])
+        row, queue = queue[:size], queue[size:]
+        yield {"x": scans.x[row], "y": scans.y[row], "row": row, "step": step}
+
+
+@torch.no_grad()
+def _score(theta: Params, scans: Scans, task: Task) -> float:
+    """Accuracy; in the long tail balanced accuracy, the mean of the classes' own."""
+    right = logits(theta, scans.x).argmax(1) == scans.true
+    if task.ranked is None:
+        return float(right.double().mean())
+    return float(_by_class(right, scans.true).mean())
+
+
+def _by_class(values: Tensor, labels: Tensor) -> Tensor:
+    """Mean over the rows of every class, [10]."""
+    return torch.stack([values[labels == digit].double().mean() for digit in range(CLASSES)])
+
+
+@torch.no_grad()
+def _weight_figures(
+    solver: BilevelSolver, state: BilevelState, scans: Scans, task: Task
+) -> dict[str, float]:
+    """What the final weights of all rows say of the damage, and recall at both ends of the tail."""
+    figures: dict[str, float] = {}
+    problem = solver.problem
+    assert isinstance(problem, ReweightingProblem)
+    everything = {"x": scans.x, "y": scans.y, "row": torch.arange(len(scans)), "step": 1 << 30}
+    losses, features = problem.losses(state.lower_params, everything)
+    weights = problem.weights_of(state.upper_params, everything, features, losses)
+    varied = bool((weights != weights[0]).any())
+    if task.ranked is None:
+        if varied:
+            figures["weight_auc"] = float(roc_auc(scans.clean.numpy(), weights.numpy()))
+        return figures
+    test = task.splits.test
+    right = (logits(state.lower_params, test.x).argmax(1) == test.true).double()
+    for name, values, labels in (("recall", right, test.true), ("weight", weights, scans.y)):
+        means = _by_class(values, labels)[task.ranked]
+        figures[f"head_{name}"] = float(means[:_ENDS].mean())
+        figures[f"tail_{name}"] = float(means[-_ENDS:].mean())
+    return figures
+
+
+def seconds_to(trace: Sequence[Sequence[float]], target: float) -> float | None:
+    """Training time until the dev score first reached ``target``; None: never."""
+    return next((seconds for seconds, score in trace if score >= target), None)
+
+
+def compare(options: NoisyLabelOptions) -> tuple[str, dict[str, Any]]:
+    """Learn with wrong labels, or with rare classes, on digit scans; a few clean scans say how."""
+    seeds = range(options.seed, options.seed + options.seeds)
+    methods = [
+        name for name in options.known_methods() if name in options.methods or not options.methods
+    ]
+    runs: dict[str, list[dict[str, Any]]] = {name: [] for name in methods}
+    for seed in seeds:
+        task = make_task(options, seed)
+        for name in methods:
+            runs[name].append(run_method(name, task, options, seed))
+            print(f"seed {seed}: {name} {runs[name][-1]['seconds']:.1f} s", file=sys.stderr)
+    _take_times(runs, options.target)
+    return _table(runs, options), {"seeds": list(seeds), "rows": _summary(runs), "runs": runs}
+
+
+def _take_times(runs: Mapping[str, list[dict[str, Any]]], share: float) -> None:
+    """Turn the traces into times to ``share`` of the ceiling's last dev score in the same seed."""
+    for found in runs.values():
+        for place, run in enumerate(found):
+            trace = run.pop("trace")
+            if "ceiling" in runs:
+                run["target"] = target = share * runs["ceiling"][place]["dev"]
+                run["seconds_to_target"] = seconds_to(trace, target)
+                run["at_target_at_the_end"] = run["dev"] >= target
+
+
+def _summary(runs: Mapping[str, list[dict[str, Any]]]) -> dict[str, Any]:
+    """Means over seeds with 95 % intervals, and of the difference to uniform weights."""
+    rows: dict[str, Any] = {}
+    for name, found in runs.items():
+        keys = [
+            key
+            for key, value in found[0].items()
+            if isinstance(value, float) and key not in ("target", "seconds_to_target")
+        ]
+        rows[name] = {key: mean_interval([run[key] for run in found]) for key in keys}
+        if "uniform" in runs and name != "uniform":
+            rows[name]["minus_uniform"] = mean_interval(
+                [
+                    run["test"] - base["test"]
+                    for run, base in zip(found, runs["uniform"], strict=True)
+                ]
+            )
+    return rows
+
+
+def _table(runs: Mapping[str, list[dict[str, Any]]], options: NoisyLabelOptions) -> str:
+    rows = _summary(runs)
+    score = "balanced test accuracy" if options.long_tail else "test accuracy"
+    header = [
+        "method",
+        f"{score}, % (95 %)",
+        "minus uniform (95 %)",
+        "at best dev, %",
+        *(["tail recall, %", "weight tail / head"] if options.long_tail else ["weights' AUC"]),
+        "CPU seconds",
+        f"CPU seconds to {100 * options.target:g} % of ceiling",
+        "still there at the end",
+    ]
+    lines = [header]
+    for name, row in rows.items():
+        lines.append(
+            [
+                TITLES[name],
+                percent(row["test"]),
+                percent(row["minus_uniform"], sign=True) if "minus_uniform" in row else "",
+                f"{100 * row['test_at_best_dev'].mean:.1f}",
+                *_damage_cells(row, options),
+                f"{row['seconds'].mean:.1f}",
+                *_time_cells(runs[name]),
+            ]
+        )
+    return text_table(lines)
+
+
+def _damage_cells(row: Mapping[str, Any], options: NoisyLabelOptions) -> list[str]:
+    if not options.long_tail:
+        return [f"{row['weight_auc'].mean:.3f}" if "weight_auc" in row else ""]
+    weights = f"{row['tail_weight'].mean:.2f} / {row['head_weight'].mean:.2f}"
+    return [f"{100 * row['tail_recall'].mean:.1f}", weights]
+
+
+def _time_cells(runs: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Median time of the seeds that got to the target, how many did, how many were there last."""
+    if "target" not in runs[0]:
+        return ["", ""]
+    times = [run["seconds_to_target"] for run in runs if run["seconds_to_target"] is not None]
+    stayed = sum(run["at_target_at_the_end"] for run in runs)
+    if not times:
+        return ["—", f"0 of {len(runs)}"]
+    some = "" if len(times) == len(runs) else f" ({len(times)} of {len(runs)} seeds)"
+    return [f"{statistics.median(times):.2f}{some}", f"{stayed} of {len(runs)}"]
+
+
+def _generator(seed: int, purpose: int) -> torch.Generator:
+    """One stream per purpose, so that all methods share split, network and order of rows."""
+    return torch.Generator().manual_seed(10 * seed + purpose)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command; returns its exit status."""
+    return run_recipe("recipes.problems.noisy_labels", NoisyLabelOptions, compare, arguments)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,126 @@
+"""What the recipes share: intervals over seeds, tables on the terminal, a JSON file, a command."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+
+from recipes.options import OptionError, build_parser, resolve
+from recipes.run_directory import environment, write_json
+
+Options = TypeVar("Options")
+
+# 97.5 % quantiles of Student's t distribution with 1, 2, ... degrees of freedom.
+_STUDENT = (
+    *(12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228),
+    *(2.201, 2.179, 2.160, 2.145, 2.131, 2.120, 2.110, 2.101, 2.093, 2.086),
+)
+
+
+class Interval(NamedTuple):
+    """A mean and its 95 % interval; the ends are None for a single value."""
+
+    mean: float
+    low: float | None
+    high: float | None
+
+
+def mean_interval(values: Sequence[float]) -> Interval:
+    """Mean over seeds ± t s/√n, t Student's 97.5 % quantile with n − 1 degrees of freedom.
+
+    With more than 21 values the t of 20 degrees is kept: at most 6 % too wide.
+    """
+    count = len(values)
+    mean = math.fsum(values) / count
+    if count == 1:
+        return Interval(mean, None, None)
+    spread = math.sqrt(math.fsum((value - mean) ** 2 for value in values) / (count - 1))
+    half = _STUDENT[min(count - 1, len(_STUDENT)) - 1] * spread / math.sqrt(count)
+    return Interval(mean, mean - half, mean + half)
+
+
+def percent(interval: Interval, *, sign: bool = False) -> str:
+    """``mean [low, high]`` in percent with one digit."""
+    form = "+.1f" if sign else ".1f"
+    text = f"{100 * interval.mean:{form}}"
+    if interval.low is None or interval.high is None:
+        return text
+    return f"{text} [{100 * interval.low:{form}}, {100 * interval.high:{form}}]"
+
+
+def text_table(rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table, columns aligned; the first row is the header."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = [
+        "| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |"
+        for row in rows
+    ]
+    rule = "|" + "|".join("-" * (width + 2) for width in widths) + "|"
+    return "\n".join([lines[0], rule, *lines[1:]])
+
+
+def run_recipe(
+    module: str,
+    kind: type[Options],
+    run: Callable[[Options], tuple[str, Mapping[str, Any]]],
+    arguments: Sequence[str] | None,
+) -> int:
+    """Read the options, run, print the table, write ``--output``; returns the exit status.
+
+    Args:
+        module: name of the recipe's module, run by ``python -m``.
+        kind: dataclass of its options, with ``threads`` and ``output`` among them.
+        run: options -> (text to print, content of the JSON file).
+        arguments: of the command line; None: those of this process.
+    """
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    assert run.__doc__ is not None
+    parser = argparse.ArgumentParser(prog=f"python -m {module}", description=run.__doc__)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    build_parser(parser, kind, preset=False)
+    values = vars(parser.parse_args(given))
+    threads = torch.get_num_threads()
+    try:
+        options: Any = resolve(kind, values)
+        torch.set_num_threads(options.threads or threads)
+        started = time.perf_counter()
+        text, content = run(options)
+        print(text)
+        if options.output is not None:
+            report = {
+                "command": " ".join(["python -m", module, *given]),
+                "options": asdict(options),
+                "environment": environment(),
+                "wall_seconds": time.perf_counter() - started,
+                **content,
+            }
+            write_json(Path(options.output), _rounded(report))
+    except (OptionError, ModuleNotFoundError) as error:
+        if isinstance(error, ModuleNotFoundError) and "bilevel-prm[" not in str(error):
+            raise
+        print(f"{module}: {error}", file=sys.stderr)
+        return 2 if isinstance(error, OptionError) else 1
+    finally:
+        torch.set_num_threads(threads)
+    return 0
+
+
+def _rounded(content: Any) -> Any:
+    """The same with six significant digits, intervals as dicts."""
+    if isinstance(content, Interval):
+        content = content._asdict()
+    if isinstance(content, float):
+        return float(f"{content:.6g}")
+    if isinstance(content, Mapping):
+        return {key: _rounded(value) for key, value in content.items()}
+    if isinstance(content, list | tuple):
+        return [_rounded(value) for value in content]
+    return content
