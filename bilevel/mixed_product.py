@@ -81,6 +81,13 @@ def differentiable_kernels() -> Iterator[None]:
         text = str(error)
         if not any(part in text for part in UNSUPPORTED):
             raise
+        if "captured Tensor" in text:
+            raise RuntimeError(
+                f"the loss writes into a tensor that is not its argument: {text}. If it is a "
+                "module's buffer (batch normalisation in training mode), pass a copy: "
+                "functional_call(module, {**params, **{k: b.clone() for k, b in "
+                "module.named_buffers()}}, ...)"
+            ) from error
         raise RuntimeError(
             f"a torch operation lacks the derivative that this route needs: {text}. Use "
             "attn_implementation='eager' (or torch's MATH attention kernel) and plain torch "
