@@ -19,7 +19,11 @@ from bilevel.diagnostics import (
 )
 from bilevel.ghost.tracker import Refusal
 from bilevel.hypergradient import Hypergradient, HypergradientResult
+from bilevel.implicit import Implicit, ImplicitMemory, StationarityWarning
 from bilevel.lazy import LazyRowAdam, LazyRowState
+from bilevel.linear_solvers import ConjugateGradient, Neumann
+from bilevel.linear_system import LinearSolution, LinearSolver
+from bilevel.nystrom import Dense, Nystrom
 from bilevel.one_step import OneStep, OneStepResult
 from bilevel.optimizer import (
     SGD,
@@ -51,7 +55,9 @@ __all__ = [
     "BilevelSolver",
     "BilevelState",
     "CentralDifference",
+    "ConjugateGradient",
     "Constant",
+    "Dense",
     "DifferentiableOptimizer",
     "Dot",
     "Exact",
@@ -61,10 +67,16 @@ __all__ = [
     "HypergradientComparison",
     "HypergradientResult",
     "Identity",
+    "Implicit",
+    "ImplicitMemory",
     "Jvp",
     "LazyRowAdam",
     "LazyRowState",
+    "LinearSolution",
+    "LinearSolver",
     "Movement",
+    "Neumann",
+    "Nystrom",
     "OneStep",
     "OneStepResult",
     "Optimizer",
@@ -80,6 +92,7 @@ __all__ = [
     "Sama",
     "Schedule",
     "Stationarity",
+    "StationarityWarning",
     "StepInfo",
     "Unrolled",
     "UpdateCotangents",
