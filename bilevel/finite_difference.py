@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import optree
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from bilevel import tree
 from bilevel.problem import Params
@@ -76,7 +77,7 @@ def central_difference(
             wide = torch.promote_types(primal.dtype, torch.float32)
             moved = torch.add(primal.to(wide), tangent.to(wide), alpha=sign * step)
             shifted.append(moved if widen else moved.to(primal.dtype))
-        with _precision(route, primals), _advice(widen):
+        with _WithoutAutocast() if route.widen else nullcontext(), _advice(route.widen):
             return function(rebuild(shifted), inputs)
 
     pairs = zip(at(1.0), at(-1.0), strict=True)
@@ -116,21 +117,33 @@ def _step(
         if route.widen:
             dtypes = {torch.promote_types(dtype, torch.float32) for dtype in dtypes}
         else:
-            kinds = {leaf.device.type for leaf in primals}
-            dtypes |= {torch.get_autocast_dtype(kind) for kind in kinds if _autocasting(kind)}
+            kinds = [kind for kind in _kinds() if torch.is_autocast_enabled(kind)]
+            dtypes |= {torch.get_autocast_dtype(kind) for kind in kinds}
         relative = 0.1 * max(torch.finfo(dtype).eps for dtype in dtypes) ** (1 / 3)
     reach = float(tree.norm(primals))
     return relative * (reach if reach > 0.0 else 1.0) / length
 
 
+class _WithoutAutocast(TorchFunctionMode):
+    """Switches autocast off for every operation, also where the loss itself switches it on."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        with _autocast_off():
+            return func(*args, **(kwargs or {}))
+
+
 @contextmanager
-def _precision(route: CentralDifference, primals: Sequence[Tensor]) -> Iterator[None]:
-    """Switch an autocast off that the caller has switched on; one inside the loss stays."""
+def _autocast_off() -> Iterator[None]:
     with ExitStack() as stack:
-        for kind in {leaf.device.type for leaf in primals}:
-            if route.widen and _autocasting(kind):
+        for kind in _kinds():
+            if torch.is_autocast_enabled(kind):
                 stack.enter_context(torch.autocast(kind, enabled=False))
         yield
+
+
+def _kinds() -> tuple[str, ...]:
+    """Device types with an autocast: the CPU's, and the accelerator's if there is one."""
+    return ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
 
 
 @contextmanager
@@ -141,15 +154,11 @@ def _advice(widened: bool) -> Iterator[None]:
         if not widened or not any(part in str(error) for part in MISMATCH):
             raise
         raise RuntimeError(
-            f"route CentralDifference(): the loss cannot take float32 copies of its 16-bit "
-            f"parameters ({error}); it mixes them with 16-bit tensors of its own (frozen weights, "
-            "buffers): choose CentralDifference(widen=False), which shifts them in their own "
-            "precision and is less precise, or a route that does not shift them"
+            f"route CentralDifference(): the loss cannot take float32 copies of its parameters "
+            f"without autocast ({error}); it mixes them with 16-bit tensors of its own (frozen "
+            "weights, buffers): choose CentralDifference(widen=False), which shifts them in the "
+            "precision of the loss and is less precise, or a route that does not shift them"
         ) from error
-
-
-def _autocasting(kind: str) -> bool:
-    return torch.is_autocast_enabled(kind)
 
 
 def _widened(leaf: Any) -> Any:

@@ -2,6 +2,13 @@
 
 All give the same numbers (`CentralDifference` up to its own error); they differ in what they ask
 of the problem and in cost. F is a forward pass of the lower model on the batch.
+
+All work with 16-bit parameters and under `torch.autocast`, around the solver's step or inside the
+loss, in both orders. On the multilayer perceptron, transformers and convolutions of the tests the
+hypergradient is within 1.1 % of that in float64 for bfloat16 parameters or autocast, and within
+0.2 % for float16, `CentralDifference` included. Give the lower optimizer
+``state_dtype=torch.float32`` then. In float16, v, the lower gradient and μ = −lr v lose what is
+below 6e-8; there is no loss scaling here.
 """
 
 from __future__ import annotations
@@ -100,13 +107,14 @@ class CentralDifference:
             least precise number involved: 6e-7 in float64, 5e-4 in float32, 0.02 in bfloat16.
         radius: ``ε ‖μ‖`` itself, in place of `relative_step`. Betty's rule (``darts_alpha``,
             ``sama_adam_alpha``): 0.01, whatever the size of θ and its precision.
-        widen: Shift float32 copies of 16-bit parameters, and hand the loss these and its batch in
-            float32, outside of an autocast that is on around the solver's step. The error is then
-            that of float32. Needs a loss that computes in the precision of what it is given; one
-            that has 16-bit weights of its own says so by an error. False: shift in the parameters'
-            own precision (of an autocast, if one is on), by as much more as it is coarser; rounding
-            of the shifted copies and of the loss leaves an error of 2 to 10 % in bfloat16. An
-            autocast inside the loss function cannot be seen from here: pass its relative_step.
+        widen: Shift float32 copies of 16-bit parameters, hand the loss these and its batch in
+            float32, and switch autocast off, wherever it is on: the error is then that of float32.
+            Needs a loss that computes in the precision of what it is given; one that has 16-bit
+            weights of its own says so by an error. False: shift in the parameters' own precision
+            (that of an autocast, if one is on around the solver's step), by as much more as it is
+            coarser; rounding of the shifted copies and of the loss then leaves an error of 1 to
+            4 % in bfloat16 on the models of the tests, and more for a μ along which the losses
+            hardly change. If the loss enters autocast itself, pass its relative_step.
 
     Raises:
         ValueError: A step that is not positive, or both of them.

@@ -53,9 +53,10 @@ class ElementwiseOptimizer:
             ``lambda name: not name.endswith("bias")``. In place of torch's parameter groups.
         max_norm: Largest norm of all gradients together; None: no clipping.
         differentiate_clip: Whether derivatives go through the clip scale c.
-        state_dtype: Of the moments and of the arithmetic; None: as the parameters. float32 next
-            to parameters of 16 bits keeps the moments precise; the new parameters are rounded all
-            the same, so a step below half an ulp of a parameter is lost.
+        state_dtype: Of the moments and of the arithmetic; None: as the parameters. Give float32
+            with parameters of 16 bits: in bfloat16 0.999 s rounds to s, so that a second moment
+            with β₂ = 0.999 never decays. The new parameters are rounded all the same, so a step
+            below half an ulp of a parameter is lost.
     """
 
     lr: float | Schedule

@@ -336,18 +336,23 @@ def test_other_errors_of_the_loss_are_its_own():
         central_difference(CentralDifference(), broken, params, params, None, (params,))
 
 
-def test_an_autocast_around_the_step_is_left_for_the_differences():
+@pytest.mark.parametrize("inside", [False, True])
+def test_autocast_is_off_in_widened_passes(inside):
+    """Around the step or entered by the loss; on again afterwards."""
     seen = []
 
     def function(params, _):
-        seen.append(functional.linear(params["x"], params["w"]).dtype)
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=True):
+            seen.append(functional.linear(params["x"], params["w"]).dtype)
+            seen.append((params["x"] @ params["w"].T).dtype)
         return (params["w"].sum(),)
 
     params = {"x": torch.randn(2, 3), "w": torch.randn(4, 3)}
     like = (torch.zeros(()),)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=not inside):
         for widen in (True, False):
             route = CentralDifference(widen=widen)
             central_difference(route, function, params, params, None, like)
-        assert functional.linear(params["x"], params["w"]).dtype == torch.bfloat16
-    assert seen == [torch.float32] * 2 + [torch.bfloat16] * 2
+        outside = torch.float32 if inside else torch.bfloat16
+        assert functional.linear(params["x"], params["w"]).dtype == outside
+    assert seen == [torch.float32] * 4 + [torch.bfloat16] * 4
