@@ -231,7 +231,7 @@ def newton(problem, params, upper, batch, steps=30):
         loss = lambda point: problem.lower_loss(joined(point), upper, batch)  # noqa: E731
         step = torch.linalg.solve(hessian_of(loss, flat), torch.func.grad(loss)(flat))
         flat = flat - step
-        if float(step.norm()) <= 1e-14 * float(flat.norm()):
+        if float(step.norm()) <= 1e-11 * float(flat.norm()):
             break
     return joined(flat)
 
