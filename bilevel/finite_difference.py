@@ -8,7 +8,7 @@ leave NaN in them if the direction is not finite.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 
@@ -70,6 +70,7 @@ def central_difference(
         inputs = tree.map(_widened, inputs)
         rebuild = _then_widened(rebuild)
     step = _step(route, primals, like, length)
+    kinds = {leaf.device.type for leaf in primals}
 
     def at(sign: float) -> tuple[Tensor, ...]:
         shifted = []
@@ -77,7 +78,7 @@ def central_difference(
             wide = torch.promote_types(primal.dtype, torch.float32)
             moved = torch.add(primal.to(wide), tangent.to(wide), alpha=sign * step)
             shifted.append(moved if widen else moved.to(primal.dtype))
-        with _WithoutAutocast() if route.widen else nullcontext(), _advice(route.widen):
+        with _WithoutAutocast(kinds) if route.widen else nullcontext(), _advice(route.widen):
             return function(rebuild(shifted), inputs)
 
     pairs = zip(at(1.0), at(-1.0), strict=True)
@@ -117,8 +118,8 @@ def _step(
         if route.widen:
             dtypes = {torch.promote_types(dtype, torch.float32) for dtype in dtypes}
         else:
-            kinds = [kind for kind in _kinds() if torch.is_autocast_enabled(kind)]
-            dtypes |= {torch.get_autocast_dtype(kind) for kind in kinds}
+            kinds = {leaf.device.type for leaf in primals}
+            dtypes |= {torch.get_autocast_dtype(kind) for kind in _autocasting(kinds)}
         relative = 0.1 * max(torch.finfo(dtype).eps for dtype in dtypes) ** (1 / 3)
     reach = float(tree.norm(primals))
     return relative * (reach if reach > 0.0 else 1.0) / length
@@ -127,23 +128,19 @@ def _step(
 class _WithoutAutocast(TorchFunctionMode):
     """Switches autocast off for every operation, also where the loss itself switches it on."""
 
+    def __init__(self, kinds: Iterable[str]) -> None:
+        super().__init__()
+        self._kinds = tuple(kinds)
+
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        with _autocast_off():
+        with ExitStack() as stack:
+            for kind in _autocasting(self._kinds):
+                stack.enter_context(torch.autocast(kind, enabled=False))
             return func(*args, **(kwargs or {}))
 
 
-@contextmanager
-def _autocast_off() -> Iterator[None]:
-    with ExitStack() as stack:
-        for kind in _kinds():
-            if torch.is_autocast_enabled(kind):
-                stack.enter_context(torch.autocast(kind, enabled=False))
-        yield
-
-
-def _kinds() -> tuple[str, ...]:
-    """Device types with an autocast: the CPU's, and the accelerator's if there is one."""
-    return ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
+def _autocasting(kinds: Iterable[str]) -> list[str]:
+    return [kind for kind in kinds if torch.is_autocast_enabled(kind)]
 
 
 @contextmanager
