@@ -8,6 +8,7 @@ or `ReweightingProblem`, and `BilevelSolver`; audit with `check_hypergradient`.
 from __future__ import annotations
 
 from bilevel.audit import HypergradientCheck, check_hypergradient
+from bilevel.dense import Dense
 from bilevel.diagnostics import (
     Agreement,
     HypergradientComparison,
@@ -23,7 +24,7 @@ from bilevel.implicit import Implicit, ImplicitMemory, StationarityWarning
 from bilevel.lazy import LazyRowAdam, LazyRowState
 from bilevel.linear_solvers import ConjugateGradient, Neumann
 from bilevel.linear_system import LinearSolution, LinearSolver
-from bilevel.nystrom import Dense, Nystrom
+from bilevel.nystrom import Nystrom
 from bilevel.one_step import OneStep, OneStepResult
 from bilevel.optimizer import (
     SGD,
@@ -38,6 +39,7 @@ from bilevel.optimizer import (
 )
 from bilevel.penalty import Penalty, PenaltyMemory
 from bilevel.problem import BilevelProblem, ReweightingProblem
+from bilevel.projected import Projected
 from bilevel.routes import Auto, CentralDifference, Dot, Ghost, Jvp, PerExample, Reverse, Route
 from bilevel.schedule import Constant, Schedule, WarmupCosine, constant, warmup_cosine
 from bilevel.solver import BilevelSolver, BilevelState, StepInfo
@@ -84,6 +86,7 @@ __all__ = [
     "Penalty",
     "PenaltyMemory",
     "PerExample",
+    "Projected",
     "RMSProp",
     "Refusal",
     "Reverse",

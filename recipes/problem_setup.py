@@ -20,6 +20,7 @@ from bilevel import (
     LazyRowAdam,
     OneStep,
     PerExample,
+    Projected,
     Reverse,
     WarmupCosine,
 )
@@ -217,10 +218,14 @@ def make_solver(options: TrainOptions, objective: Objective, upper_peak: float) 
         hypergradient = OneStep(
             _ROUTES[options.route](), order=options.order, direction_decay=options.direction_decay
         )
+    upper = upper_optimizer(options, upper_peak)
+    if isinstance(objective.weighting, InstanceTable):
+        # A row that overshoots the clip must not have to travel back before its weight moves.
+        upper = Projected(upper, objective.weighting.project)
     return BilevelSolver(
         objective.problem(),
         lower_optimizer(options),
-        upper_optimizer(options, upper_peak),
+        upper,
         hypergradient,
         unroll_steps=options.unroll_steps,
         accumulation=options.accumulation,

@@ -54,6 +54,18 @@ class InstanceTable:
         """Raw weights of every row, [size]."""
         return self.bound.raw(self.prior) + params["deviation"]
 
+    def project(self, params: Params) -> Params:
+        """The nearest parameters whose raw weights lie where the bound is not flat.
+
+        With ``Clip`` that is [lo, hi]; the other bounds are strictly monotone, or flat by choice.
+        """
+        if not isinstance(self.bound, Clip):
+            return params
+        start = self.bound.raw(self.prior)
+        return {
+            "deviation": params["deviation"].clamp(self.bound.lo - start, self.bound.hi - start)
+        }
+
     def weights(self, params: Params, index: Tensor) -> Tensor:
         """Weights [batch] of the rows ``index`` [batch] (int64), normalised."""
         weights = self.bound(self.raw_weights(params)[index])

@@ -250,3 +250,13 @@ def test_storage_refuses_what_does_not_fit(tmp_path):
     with pytest.raises(ValueError, match="unknown kind 'Table'"):
         load_weighting(tmp_path)
     assert row_index(("x", "y")) == {"x": 0, "y": 1}
+
+
+def test_projection_of_a_clipped_table_keeps_raw_weights_inside() -> None:
+    """Raw weights end up in [lo, hi]; what is inside stays; other bounds project nothing."""
+    table = InstanceTable(4, prior=0.5, bound=Clip(-1.0, 3.0))
+    params = {"deviation": torch.tensor([-9.0, -1.5, 0.25, 9.0])}
+    projected = table.project(params)
+    assert table.raw_weights(projected).tolist() == [-1.0, -1.0, 0.75, 3.0]
+    free = InstanceTable(4, bound=Sigmoid(2.0))
+    assert torch.equal(free.project(params)["deviation"], params["deviation"])
