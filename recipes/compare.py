@@ -156,10 +156,15 @@ class _Maker:
             replace(
                 options,
                 train_file=str(data / f"{train}.jsonl"),
-                init_from=str(self.directory / "cold-start" / "model"),
                 output_dir=str(directory),
                 on_existing="refuse",
-                **{**files, **meta, **self.common, **more},
+                **{
+                    "init_from": str(self.directory / "cold-start" / "model"),
+                    **files,
+                    **meta,
+                    **self.common,
+                    **more,
+                },
             )
         )
 
@@ -211,6 +216,7 @@ _METHODS: Mapping[str, Callable[[_Maker], Path]] = {
         lower_data="meta",
         meta_file=str(make.directory / "data" / "meta.jsonl"),
     ),
+    "stopped_early": lambda make: make.run("stopped-early", "baseline", init_from=None, steps=20),
 }
 
 

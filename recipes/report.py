@@ -20,6 +20,7 @@ NAMES = {
     "shuffled_net": "control: Net's weights shuffled",
     "small_loss": "control: small-loss filter",
     "meta_only": "control: fine-tuning on the meta set",
+    "stopped_early": "control: base model, 20 noisy steps",
 }
 """Row name in ``results.json`` -> what the table says; pass@N rows are named by their N."""
 

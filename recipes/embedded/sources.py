@@ -36,11 +36,11 @@ TRANSPOSED = {"A1": "A1", "A2": "B1", "B1": "A2", "B2": "B2"}
 class Mixture:
     """Shares of the sources in the training set, and how bad the bad ones are."""
 
-    verified: float = 0.32
-    judge: float = 0.26
-    rollout: float = 0.20
-    crowd: float = 0.12
-    imported: float = 0.10
+    verified: float = 0.37
+    judge: float = 0.25
+    rollout: float = 0.18
+    crowd: float = 0.11
+    imported: float = 0.09
     recovery: float = 0.95  # chance that completions recover from a wrong step
     failure: float = 0.3  # chance that all completions of a right step fail
     flip: float = 0.4  # chance that a crowd judgement is flipped
