@@ -60,6 +60,55 @@ def upper_after_step(problem, optimizer, params, state, batch, upper_batch, rand
     return function
 
 
+def upper_after_window(problem, optimizer, params, state, batches, upper_batch, at, unrolled):
+    """φ -> L_upper(θ_K(φ), φ) through the last `unrolled` steps, the point before them held.
+
+    The clip scales are those of φ = `at`, unless they are differentiated. Random numbers start
+    from torch's present state; the upper loss draws from where the last step did.
+    """
+    held = optimizer.max_norm is not None and not optimizer.differentiate_clip
+    random, scales = torch.get_rng_state(), []
+
+    def steps(upper_params, params, state, batches, scales=None):
+        for index, step in enumerate(batches):
+            start = torch.get_rng_state()
+            sizes = [len(batch["labels"]) for batch in step]
+            grads = None
+            for size, batch in zip(sizes, step, strict=True):
+                term = lower_gradient(problem, params, upper_params, batch)
+                grads = tree.axpy(size / sum(sizes), term, grads or tree.map(lambda _: None, term))
+            if scales is None:
+                clipped = optimizer
+                if held:
+                    norm = float(tree.norm(grads))
+                    taken.append(min(1.0, optimizer.max_norm / (norm + 1e-6)))
+            else:
+                clipped = replace(optimizer, max_norm=None) if held else optimizer
+                grads = tree.scale(scales[index], grads) if held else grads
+            params, state = clipped.update(grads, state, params)
+        return params, state, start
+
+    taken: list[float] = []
+    count = len(batches) - unrolled
+    first = params, state
+    if count:
+        first = steps(at, params, state, batches[:count])[:2]
+    middle = torch.get_rng_state()
+    taken.clear()
+    steps(at, *first, batches[count:])
+    scales = list(taken)
+    torch.set_rng_state(random)
+
+    def function(upper_params) -> Tensor:
+        torch.set_rng_state(middle)
+        last, _, start = steps(upper_params, *first, batches[count:], scales)
+        torch.set_rng_state(start)
+        with torch.no_grad():
+            return problem.upper_loss(last, upper_params, upper_batch)
+
+    return function
+
+
 def per_example_gradients(problem, params, batch, random=None) -> list[dict[str, Tensor]]:
     """One backward pass per example of the batch; zeros where a parameter is not used."""
     leaves = {name: leaf.detach().requires_grad_() for name, leaf in params.items()}
