@@ -50,7 +50,7 @@ class HypergradientComparison:
         names: The methods; the first is what the printed table compares with.
         norms: Per point, the hypergradients' norms in the order of `names`.
         points: Per point, (a, b) -> `Agreement` of b with a for each pair, a before b in `names`.
-        notes: Per method, what it had to say, once each.
+        notes: Per method, what it had to say, once each; the table prints the last.
     """
 
     names: tuple[str, ...]
@@ -76,7 +76,11 @@ class HypergradientComparison:
             rows.append([name, norm, *row, f"{found.same_sign:.1%}"])
         count = len(self.points)
         head = f"hypergradients at {count} point{'s' * (count != 1)}, against {reference!r}"
-        noted = [f"  {name}: {note}" for name, found in self.notes.items() for note in found]
+        noted = [
+            f"  {name}: {said[-1]}" + (f" (last of {len(said)} notes)" if len(said) > 1 else "")
+            for name, said in self.notes.items()
+            if said
+        ]
         return "\n".join([head, *_table(rows), *noted])
 
 

@@ -176,6 +176,8 @@ def test_the_printed_table():
     ]
     assert len({len(line) for line in text[1:2] + text[3:4]}) == 1
     assert sum("cold" in line for line in text) == 2  # said once per method
+    many = replace(found, notes={"exact": ("first", "second"), "identity": ()})
+    assert str(many).splitlines()[4:] == ["  exact: second (last of 2 notes)"]
 
 
 def test_what_cannot_be_compared():
