@@ -183,21 +183,21 @@ class Implicit:
         if math.isnan(solved.residual):  # the solver of the run then skips the upper step
             unknown = tree.map(lambda leaf: torch.full_like(leaf, math.nan), solved.solution)
             solved = solved._replace(solution=unknown)
-        mixed = mixed_product(
-            problem, self.product, passed, params, leaves, tree.scale(-1.0, solved.solution)
-        )
         figures = _figures(solved, passed.grads)
         name = type(self.solver).__name__
         notes = tuple(f"{name}(): {note}" for note in solved.notes)
         warned = memory.warned
         if self.stationarity_tolerance is not None:
-            found = _stationarity(hessian, passed.grads, params)
+            found = _stationarity(hessian, passed, params)
             figures["stationarity"] = torch.tensor(found, dtype=torch.float64)
             if not found <= self.stationarity_tolerance:
                 notes += (_far(found, self.stationarity_tolerance),)
                 if not warned:
-                    warnings.warn(notes[-1], StationarityWarning, stacklevel=4)
+                    warnings.warn(notes[-1], StationarityWarning, stacklevel=6)
                 warned = torch.ones_like(warned)
+        del hessian  # with `Reverse` it holds a graph
+        against = tree.scale(-1.0, solved.solution)
+        mixed = mixed_product(problem, self.product, passed, params, leaves, against)
         with torch.no_grad():
             hypergradient = tree.add(mixed, upper.direct)
         warm = _warm_start(solved.solution, params) if self.warm_start else None
@@ -226,14 +226,21 @@ def _restricted(upper: Tree, grads: Tree) -> Tree:
     return result
 
 
-def _stationarity(hessian: Product, grads: Tree, params: Params) -> float:
-    """Return (‖g‖ / ⟨u, H u⟩) / ‖θ‖ with u = g / ‖g‖; 0 for g = 0."""
+def _stationarity(hessian: Product, passed: LowerPass, params: Params) -> float:
+    """Return (‖g‖ / ⟨u, H u⟩) / ‖θ‖ with u = g / ‖g‖.
+
+    0 where g is rounding (‖g‖ ‖θ‖ below that of the loss), whose direction means nothing.
+    """
+    grads = passed.grads
     length = float(tree.norm(grads))
-    if length == 0.0:
+    reach = float(tree.norm(tree.map(lambda leaf, _: leaf, params, grads)))
+    pairs = zip(passed.micro_batches, passed.shares, strict=True)
+    loss = abs(sum(share * float(micro.loss) for micro, share in pairs))
+    eps = max((torch.finfo(leaf.dtype).eps for leaf in tree.leaves(grads)), default=0.0)
+    if length == 0.0 or length * reach <= eps * loss:
         return 0.0
     unit = tree.scale(1.0 / length, grads)
     curvature = float(tree.vdot(unit, hessian(unit)))
-    reach = float(tree.norm(tree.map(lambda leaf, _: leaf, params, grads)))
     if curvature <= 0.0 or reach == 0.0:
         return math.inf
     return length / curvature / reach

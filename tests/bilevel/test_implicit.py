@@ -584,6 +584,22 @@ def test_a_saddle():
         differentiate(Implicit(), downhill, away, {"x": X})
 
 
+def test_a_gradient_that_is_rounding_is_stationary():
+    """Along a flat direction the minimum is infinitely far, but nothing points there."""
+    problem = BilevelProblem(
+        lambda lower, upper, batch: (
+            1.0 + 1e-17 * lower["w"][0] + 0.5 * (lower["w"][1] - upper["t"]).square()
+        ),
+        lambda lower, upper, batch: lower["w"][1],
+    )
+    one = torch.tensor(1.0, dtype=torch.float64)
+    params = {"w": torch.tensor([2.0, 1.0], dtype=torch.float64)}
+    found = differentiate(Implicit(), problem, params, {"t": one})
+    assert float(found.figures["stationarity"]) == 0.0
+    assert found.notes == ()
+    assert torch.equal(found.hypergradient["t"], one)
+
+
 # What a window does to everything else.
 
 

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from bilevel import tree
+from bilevel.dense import Dense
 from bilevel.linear_solvers import ConjugateGradient, Neumann
 from bilevel.linear_system import flat, unflat
-from bilevel.nystrom import Dense, Nystrom
+from bilevel.nystrom import Nystrom
 
 SIZE = 12
 
