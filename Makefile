@@ -48,7 +48,7 @@ baseline: $(COLD) ## No Selection: the same training with all weights 1
 	$(RUN) train --config baseline
 
 results: $(DATA) ## every row of the README's table over several seeds (about two hours)
-	$(RUN) compare --config compare
+	$(RUN) compare
 
 bench: $(VENV)/installed-dev ## cost of every hypergradient route, side by side
 	$(VENV)/bin/python -m recipes.bench
