@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Any
 
 from recipes.option_values import OptionError
@@ -58,6 +59,12 @@ _LOWER_READINGS = (
         lambda options: options.lower_schedule == "cosine",
         ("lower_schedule",),
         "use --lower-schedule cosine",
+    ),
+    Reading(
+        ("keep_checkpoints",),
+        lambda options: options.save_every > 0,
+        ("save_every",),
+        "use --save-every 1 or more",
     ),
 )
 
@@ -143,7 +150,17 @@ _TRAIN_READINGS = (
     ),
 )
 
-_CONTRADICTIONS = (
+_LOWER_CONTRADICTIONS = (
+    Contradiction(
+        lambda options: (
+            options.resume is not None and Path(options.output_dir) != Path(options.resume)
+        ),
+        ("resume", "output_dir"),
+        "a resumed run stays in its directory: leave out --output-dir",
+    ),
+)
+
+_TRAIN_CONTRADICTIONS = (
     Contradiction(
         lambda options: _meta_loss(options) and options.meta_file is None,
         ("weighting", "lower_data", "meta_file"),
@@ -201,7 +218,10 @@ def check_together(options: LowerOptions) -> None:
             idle.setdefault(reading, []).append(name)
     if idle:
         raise OptionError("; ".join(_refusal(options, *item) for item in idle.items()))
-    for contradiction in _CONTRADICTIONS if isinstance(options, TrainOptions) else ():
+    contradictions: Sequence[Contradiction] = _LOWER_CONTRADICTIONS
+    if isinstance(options, TrainOptions):
+        contradictions = (*contradictions, *_TRAIN_CONTRADICTIONS)
+    for contradiction in contradictions:
         if contradiction.when(options):
             raise OptionError(
                 f"{_spelled(options, contradiction.names, ' ')}: {contradiction.remedy}"

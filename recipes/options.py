@@ -25,10 +25,12 @@ _LEAST = {
     "batch_size": 1,
     "draw": 0,
     "eval_batch_size": 1,
+    "keep_checkpoints": 0,
     "log_every": 1,
     "lower_weight_decay": 0,
     "max_patches": 1,
     "meta_batch_size": 1,
+    "save_every": 0,
     "seed": 0,
     "seeds": 1,
     "steps": 0,
@@ -102,6 +104,13 @@ class LowerOptions(PrmOptions):
     )
     lower_max_norm: float | None = option(1.0, "global-norm clip of the gradient; null: none")
     log_every: int = option(10, "steps between lines of log.jsonl")
+    save_every: int = option(0, "lower steps between checkpoints; 0: none")
+    keep_checkpoints: int = option(2, "how many of the newest checkpoints to keep; 0: all")
+    resume: str | None = option(
+        None,
+        "directory of an interrupted run: go on from its newest checkpoint, with the options of "
+        "its args.yaml",
+    )
     progress: bool = option(True, "show a progress bar")
 
 
@@ -254,6 +263,8 @@ def build_parser(
 def resolve(options: type[Options], given: Mapping[str, Any]) -> Options:
     """Merge what the command line gave, the preset that it names and the defaults.
 
+    With ``resume`` the options of that run take the place of a preset.
+
     Raises:
         OptionError: unknown preset or key (with the nearest name), a value of the wrong type,
             outside the choices or too small, a required option that is missing.
@@ -261,9 +272,14 @@ def resolve(options: type[Options], given: Mapping[str, Any]) -> Options:
     given = dict(given)
     preset = given.pop("config", None)
     values: dict[str, Any] = {}
-    if preset is not None:
-        path = _preset_path(preset)
+    resumed = given.get("resume") not in (None, "none", "null")
+    if resumed and preset is not None:
+        raise OptionError("--resume takes the options from the run's args.yaml; leave out --config")
+    if resumed or preset is not None:
+        path = _args_path(given["resume"]) if resumed else _preset_path(str(preset))
         values = _convert_all(options, _read_yaml(path), str(path))
+    if resumed:
+        values["output_dir"] = given["resume"]
     values.update(_convert_all(options, given, "command line"))
     missing = [
         f.name
@@ -306,6 +322,13 @@ def _preset_path(name: str) -> Path:
         f"--config {name}: no such file, and no shipped preset of that name "
         f"({', '.join(shipped) or 'none shipped'})" + did_you_mean(name, shipped)
     )
+
+
+def _args_path(run: str) -> Path:
+    path = Path(run) / "args.yaml"
+    if not path.is_file():
+        raise OptionError(f"--resume {run}: expected the directory of a run, found no {path}")
+    return path
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:

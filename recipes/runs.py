@@ -36,7 +36,8 @@ from recipes.problem_setup import (
     time_scale,
     upper_schedule,
 )
-from recipes.run_directory import create_run_directory, free_directory, write_json
+from recipes.resume import open_run
+from recipes.run_directory import write_json
 from recipes.run_results import evaluate_all, print_summary, row_name
 from recipes.session import AGGREGATIONS, load_model, read_examples, set_up
 from recipes.train_data import TrainData, lower_examples, read_train_data, require
@@ -60,17 +61,16 @@ def run_cold_start(options: ColdStartOptions) -> Path:
     started = time.perf_counter()
     check_together(options)
     set_up(options)
-    directory = free_directory(Path(options.output_dir), options.on_existing)
     prm, lower = load_model(options, options.freeze)
     data = read_examples(prm, options, options.train_file)
     require(data, "labels")
     drawn = cold_start_rows(options, len(data))
     objective = Objective(prm, AGGREGATIONS["mean"], "both", None)  # the upper level is not used
     solver = make_plain_solver(options, objective.problem())
-    create_run_directory(directory, options)
+    directory, checkpoints, start = open_run(options, prm.model, solver.init(lower, {}))
     state = train(
         solver,
-        solver.init(lower, {}),
+        start,
         steps=options.steps,
         lower_batches=per_step(train_batch(lower_draw(options, drawn), data), options.accumulation),
         upper_batch=None,
@@ -79,6 +79,7 @@ def run_cold_start(options: ColdStartOptions) -> Path:
         title="cold start",
         progress=options.progress,
         learning_rates={"lower_lr": lower_schedule(options)},
+        checkpoints=checkpoints,
     )
     save_prm(prm, state.lower_params, directory / "model")
     seconds = round(time.perf_counter() - started, 2)
@@ -94,7 +95,6 @@ def run_training(options: TrainOptions) -> Path:
     clock = _Clock()
     check_together(options)
     set_up(options)
-    directory = free_directory(Path(options.output_dir), options.on_existing)
     prm, lower = load_model(options, options.freeze, options.init_from)
     data = read_train_data(prm, options)
     weighting = make_weighting(options, len(data.train), len(data.domains))
@@ -107,7 +107,7 @@ def run_training(options: TrainOptions) -> Path:
         options.reference_features,
     )
     solver, upper, rates = _solver(options, objective, data)
-    create_run_directory(directory, options)
+    directory, checkpoints, start = open_run(options, prm.model, solver.init(lower, upper))
     initial = None if weighting is None else _initial_scores(prm, lower, data, options)
     clock.lap("set_up")
     draw, lower_batch = _lower_level(options, data, weighting, initial)
@@ -116,7 +116,7 @@ def run_training(options: TrainOptions) -> Path:
         upper_batch = meta_batch(upper_draw(options, data.meta), data.meta)
     state = train(
         solver,
-        solver.init(lower, upper),
+        start,
         steps=options.steps,
         lower_batches=per_step(lower_batch, options.accumulation),
         upper_batch=upper_batch,
@@ -125,6 +125,7 @@ def run_training(options: TrainOptions) -> Path:
         title=row_name(options),
         progress=options.progress,
         learning_rates=rates,
+        checkpoints=checkpoints,
     )
     clock.lap("train")
     save_prm(prm, state.lower_params, directory / "model")

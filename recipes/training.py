@@ -11,6 +11,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from bilevel import BilevelSolver, BilevelState, StepInfo
+from bilevel.random_state import capture, restore
+from recipes.checkpoints import Checkpoints, Progress
 from recipes.run_directory import append_log
 from weighting import effective_sample_size
 
@@ -27,7 +29,7 @@ class NonFiniteError(StepError):
 
 def train(
     solver: BilevelSolver,
-    state: BilevelState,
+    start: Progress,
     *,
     steps: int,
     lower_batches: Callable[[int], Sequence[Batch]],
@@ -37,13 +39,14 @@ def train(
     title: str,
     progress: bool,
     learning_rates: Mapping[str, Callable[[int], float]],
+    checkpoints: Checkpoints,
 ) -> BilevelState:
-    """Run ``steps`` lower steps, with the upper steps that the solver takes between them.
+    """Take lower steps until there are ``steps``, and the upper steps of the solver between them.
 
     Args:
         solver: the algorithm.
-        state: where to start.
-        steps: lower-level optimizer steps.
+        start: where the run stands; its count of lower steps says at which step.
+        steps: lower-level optimizer steps of the whole run.
         lower_batches: micro-batches of a step.
         upper_batch: meta batch of a step; None: no upper level (plain training).
         log: ``log.jsonl``, or None.
@@ -51,6 +54,7 @@ def train(
         title: what the progress bar says.
         progress: show the bar.
         learning_rates: name -> schedule, logged.
+        checkpoints: where and when to save.
 
     Raises:
         NonFiniteError: the lower or upper loss of a step is not finite; the state before that step
@@ -58,8 +62,17 @@ def train(
         StepError: the problem or the route refuses a batch (weights that cannot be normalised, no
             pair of candidates, a model without per-example rules), likewise.
     """
-    window: dict[str, list[float]] = {}
-    with tqdm(range(steps), desc=title, disable=not progress, dynamic_ncols=True) as bar:
+    state, first = start.state, int(start.state.lower_steps)
+    window = {name: list(values) for name, values in start.unlogged.items()}
+    restore(start.random)
+    with tqdm(
+        range(first, steps),
+        desc=title,
+        initial=first,
+        total=steps,
+        disable=not progress,
+        dynamic_ncols=True,
+    ) as bar:
         for step in bar:
             batches = lower_batches(step)
             wants_upper = upper_batch is not None and solver.wants_upper(state)
@@ -84,6 +97,8 @@ def train(
                 if log is not None:
                     append_log(log, {"phase": title, "step": step + 1, **means, **rates})
                 bar.set_postfix(_postfix(means))
+            if checkpoints.due(step + 1):
+                checkpoints.save(Progress(state, capture(state.lower_params), window))
     return state
 
 
@@ -111,11 +126,7 @@ def _weight_figures(weights: Tensor) -> dict[str, float]:
 
 
 def _postfix(means: Mapping[str, float]) -> dict[str, Any]:
-    shown = {"lower": means["lower_loss"]}
+    shown = {"lower": "lower_loss"}
     if "upper_loss" in means:
-        shown |= {
-            "upper": means["upper_loss"],
-            "weight": means["weights/mean"],
-            "ess": means["weights/ess"],
-        }
-    return {name: f"{value:.3f}" for name, value in shown.items()}
+        shown |= {"upper": "upper_loss", "weight": "weights/mean", "ess": "weights/ess"}
+    return {name: f"{means[key]:.3f}" for name, key in shown.items() if key in means}

@@ -93,6 +93,11 @@ def refusal(options) -> str:
             "--lower-warmup 0.1 has no effect with --lower-schedule constant: leave it out, or use "
             "--lower-schedule cosine",
         ),
+        (
+            replace(NET, keep_checkpoints=5),
+            "--keep-checkpoints 5 has no effect with --save-every 0: leave it out, or use "
+            "--save-every 1 or more",
+        ),
     ],
 )
 def test_options_that_would_do_nothing_are_refused_with_reason_and_remedy(options, message):
@@ -102,6 +107,11 @@ def test_options_that_would_do_nothing_are_refused_with_reason_and_remedy(option
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        (
+            replace(NET, resume="p"),
+            "--resume p --output-dir o: a resumed run stays in its directory: leave out "
+            "--output-dir",
+        ),
         (replace(NET, meta_file=None), "--weighting net --lower-data train --meta-file none: the"),
         (
             replace(PLAIN, lower_data="meta"),
@@ -148,6 +158,7 @@ def test_contradictions_name_the_options_and_what_to_change(options, message):
         replace(DOMAIN, bound="sigmoid", bound_high=3.0, upper_weight_decay=0.1),
         replace(NET, upper_optimizer="sgd"),
         replace(NET, init_from="y"),
+        replace(NET, resume="./o", on_existing="number", save_every=3, keep_checkpoints=0),
         replace(NET, lower_schedule="constant"),
         ColdStartOptions(train_file="t", output_dir="o", model="x", lower_warmup=0.5),
     ],
