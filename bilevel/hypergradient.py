@@ -23,7 +23,7 @@ class HypergradientResult(NamedTuple):
     Attributes:
         lower_params: θ after the window.
         optimizer_state: After the window.
-        passes: What each lower step found, in order; all but the last may be `LowerPass.summary`.
+        passes: What each lower step found, in order; any may be a `LowerPass.summary`.
         upper_loss: None without an upper batch.
         hypergradient: dL_upper/dφ, None leaves where φ has no influence; None without upper batch.
         memory: What the method keeps for the next window, a pytree of tensors or None.

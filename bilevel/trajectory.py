@@ -85,6 +85,7 @@ def backwards(
     """
     end = len(grads)
     pending = [(0, start)]
+    del start
     while pending:
         at, kept = pending.pop()
         point = kept.fetch()
@@ -95,4 +96,6 @@ def backwards(
                 point = advance(optimizer, point, grads[index].fetch())
             at, kept = middle, keep(point, store)
         end = at
-        yield grads.pop().fetch(), point
+        last = [(grads.pop().fetch(), point)]
+        del point, kept  # whoever takes the point decides when its memory is free
+        yield last.pop()

@@ -23,7 +23,6 @@ from bilevel.random_state import RandomState
 from bilevel.routes import CentralDifference, Jvp, Reverse
 from bilevel.second_derivatives import second_derivatives
 from bilevel.trajectory import Kept, Point, Store, advance, backwards, keep
-from bilevel.tree import Tree
 
 
 class _Step(NamedTuple):
@@ -33,12 +32,22 @@ class _Step(NamedTuple):
     passed: LowerPass  # without gradients
 
 
-class _Bars(NamedTuple):
-    """θ̄, s̄ and h: derivatives of the upper loss to a step's point, and to φ so far."""
+class _Record(NamedTuple):
+    """What is remembered of the steps that are unrolled.
 
-    lower: Tree
-    state: Any
-    upper: Tree
+    Attributes:
+        steps: One each.
+        starts: The point before the first and every `length`-th.
+        grads: Gradients of the steps since the last of these points.
+        leaves: φ as the first step saw it, with a graph to its weights.
+        length: Steps between points.
+    """
+
+    steps: list[_Step]
+    starts: list[Kept]
+    grads: list[Kept]
+    leaves: Params
+    length: int
 
 
 @dataclass(frozen=True)
@@ -145,78 +154,76 @@ class Unrolled:
         memory: None = None,
     ) -> HypergradientResult:
         """Take the steps of a window and, given an upper batch, differentiate through the last."""
-        point = Point(lower_params, optimizer_state)
         upper_params = tree.map(Tensor.detach, upper_params)
         unrolled = 0 if upper_batch is None else self.exact_steps(len(batches))
-        length = self._segment(unrolled)
-        passes: list[LowerPass] = []
-        steps: list[_Step] = []
-        starts: list[Kept] = []
-        grads: list[Kept] = []
-        leaves = as_leaves(upper_params)
-        for index, micro_batches in enumerate(batches):
-            taken = index - (len(batches) - unrolled)
-            if taken >= 0 and taken % length == 0:
-                starts.append(keep(point, self.store))
-                grads = []
+        record = _Record([], [], [], as_leaves(upper_params), self._segment(unrolled))
+        point, passes = Point(lower_params, optimizer_state), []
+        for index, micro_batches in enumerate(batches, unrolled - len(batches)):
+            if index >= 0 and index % record.length == 0:
+                record.starts.append(keep(point, self.store))
+                record.grads.clear()
             random = random_state.capture(lower_params)
             passed = lower_pass(
                 problem,
                 self.product,
                 point.lower_params,
-                leaves if taken == 0 else upper_params,
+                record.leaves if index == 0 else upper_params,
                 micro_batches,
             )
-            if taken >= 0:
-                grads.append(keep(passed.grads, self.store))
-                steps.append(_Step(random, replace(passed, grads=None)))
             point = advance(optimizer, point, passed.grads)
-            passes.append(passed if index == len(batches) - 1 else passed.summary())
+            passes.append(passed.summary())
+            if index >= 0:
+                record.grads.append(keep(passed.grads, self.store))
+                record.steps.append(_Step(random, replace(passed, grads=None)))
         result = HypergradientResult(*point, tuple(passes), None, None, memory, {}, ())
         if upper_batch is None:
             return result
-        with random_state.replay(steps[-1].random, lower_params):
-            upper = upper_gradient(problem, point.lower_params, upper_params, upper_batch)
-        result = result._replace(upper_loss=upper.loss, upper_aux=upper.aux)
-        bars = _Bars(upper.lower, None, upper.direct)
-        del point, upper
-        while starts:
-            start = starts.pop()
-            first = len(starts) * length
-            if first + length < unrolled:
-                again = steps[first : first + length]
-                grads = self._again(problem, optimizer, start.fetch(), upper_params, again)
-            for g, before in backwards(optimizer, start, grads, self.store):
-                passed = steps.pop().passed
-                bars = self._back(problem, optimizer, passed, g, before, leaves, bars, not steps)
-        return result._replace(hypergradient=bars.upper)
+        del point, passed
+        return self._sweep(problem, optimizer, record, upper_batch, result)
 
-    def _back(
+    def _sweep(
         self,
         problem: Problem,
         optimizer: DifferentiableOptimizer,
-        passed: LowerPass,
-        grads: Tree,
-        before: Point,
-        leaves: Params,
-        bars: _Bars,
-        first: bool,
-    ) -> _Bars:
-        """Go back through one step; at the first one only to φ."""
-        params, state = before
-        if first and bars.state is None:
-            along = optimizer.grads_vjp(grads, state, params, bars.lower)
-        else:
-            pulled = optimizer.vjp(grads, state, params, bars.lower, bars.state)
-            along = pulled.grads
-        if first:
-            product = mixed_product(problem, self.product, passed, params, leaves, along)
-            with torch.no_grad():
-                return _Bars(None, None, tree.add(product, bars.upper))
-        second = second_derivatives(problem, self.product, passed, params, leaves, along)
-        with torch.no_grad():
-            lower = tree.add(pulled.params, second.lower)
-            return _Bars(lower, pulled.state, tree.add(bars.upper, second.upper))
+        record: _Record,
+        upper_batch: Batch,
+        result: HypergradientResult,
+    ) -> HypergradientResult:
+        """Go back through the steps. What is used up is freed before the next pass."""
+        steps, starts, grads, leaves, length = record
+        unrolled, upper_params = len(steps), tree.map(Tensor.detach, leaves)
+        with random_state.replay(steps[-1].random, result.lower_params):
+            upper = upper_gradient(problem, result.lower_params, upper_params, upper_batch)
+        result = result._replace(upper_loss=upper.loss, upper_aux=upper.aux)
+        lower_bar, state_bar, total = upper.lower, None, upper.direct
+        del upper
+        while starts:
+            first = (len(starts) - 1) * length
+            if first + length < unrolled:
+                again = steps[first : first + length]
+                grads = self._again(problem, optimizer, starts[-1].fetch(), upper_params, again)
+            for g, (params, state) in backwards(optimizer, starts.pop(), grads, self.store):
+                passed = steps.pop().passed
+                if not steps and state_bar is None:
+                    along = optimizer.grads_vjp(g, state, params, lower_bar)
+                else:
+                    along, state_bar, lower_bar = optimizer.vjp(
+                        g, state, params, lower_bar, state_bar
+                    )
+                del g, state
+                if not steps:
+                    del lower_bar, state_bar
+                    product = mixed_product(problem, self.product, passed, params, leaves, along)
+                else:
+                    curved, product = second_derivatives(
+                        problem, self.product, passed, params, upper_params, along
+                    )
+                    with torch.no_grad():
+                        lower_bar = tree.add(lower_bar, curved)
+                    del curved
+                with torch.no_grad():
+                    total = tree.add(product, total)
+        return result._replace(hypergradient=total)
 
     def _segment(self, unrolled: int) -> int:
         """Return the number of steps between kept points."""
