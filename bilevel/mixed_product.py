@@ -2,25 +2,20 @@
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 
 import optree
 import torch
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from bilevel import random_state, tree
 from bilevel.finite_difference import central_difference, moving
 from bilevel.gradient import as_leaves, gradients
+from bilevel.kernels import differentiable_kernels
 from bilevel.lower_pass import LowerPass, MicroBatch
 from bilevel.problem import Batch, Params, Problem, ReweightingProblem, lower_value
 from bilevel.routes import CentralDifference, Reverse, Route
 from bilevel.tree import Tree
-
-# What torch's messages about missing derivatives have in common.
-UNSUPPORTED = ("forward AD", "forward-mode", "functorch", "jvp", "double backward")
 
 
 def mixed_product(
@@ -63,36 +58,6 @@ def mixed_product(
                 term = derivative(*arguments)
         product = tree.axpy(share, term, product)
     return tree.add(product, gradients(weights, upper_params, cotangents))
-
-
-@contextmanager
-def differentiable_kernels() -> Iterator[None]:
-    """Run attention with its only kernel that has forward-mode and second derivatives.
-
-    Raises:
-        RuntimeError: Some other operation lacks them, with torch's message and what to do.
-    """
-    try:
-        with warnings.catch_warnings(), sdpa_kernel(SDPBackend.MATH):
-            # torch itself compiles some of its forward-mode formulas with its deprecated compiler.
-            warnings.filterwarnings("ignore", message=r".*torch\.jit", category=DeprecationWarning)
-            yield
-    except (NotImplementedError, RuntimeError) as error:
-        text = str(error)
-        if not any(part in text for part in UNSUPPORTED):
-            raise
-        if "captured Tensor" in text:
-            raise RuntimeError(
-                f"the loss writes into a tensor that is not its argument: {text}. If it is a "
-                "module's buffer (batch normalisation in training mode), pass a copy: "
-                "functional_call(module, {**params, **{k: b.clone() for k, b in "
-                "module.named_buffers()}}, ...)"
-            ) from error
-        raise RuntimeError(
-            f"a torch operation lacks the derivative that this route needs: {text}. Use "
-            "attn_implementation='eager' (or torch's MATH attention kernel) and plain torch "
-            "operations, or choose the route Ghost(), PerExample() or CentralDifference()"
-        ) from error
 
 
 def _losses_derivative(

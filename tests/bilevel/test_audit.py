@@ -17,15 +17,21 @@ from bilevel import (
     Auto,
     BilevelSolver,
     Ghost,
+    Identity,
     Jvp,
     OneStep,
+    Penalty,
     PerExample,
     ReweightingProblem,
+    Unrolled,
     check_hypergradient,
     tree,
 )
 from tests.bilevel.test_generic import below_the_network
+from tests.bilevel.test_hypergradient import pick
 from tests.bilevel.zoo import build, make, tokens, vectors
+
+DIFFERENTIATED = {"differentiate_clip": True}
 
 
 def audit(case, one_step, optimizer=None, batches=None, **options):
@@ -105,6 +111,64 @@ def test_a_detached_weight_disagrees():
 
     torch.manual_seed(3)
     assert audit(make(Mlp(), vectors, weights=weights), OneStep()).outcome == "disagrees"
+
+
+def audit_window(case, method, optimizer, steps=3, **options):
+    """Audit a window of steps on other examples each."""
+    pieces = ([0, 1, 2, 3, 4], [1, 2, 3], [3, 4])
+    batches = [[pick(case.batch, pieces[step % 3])] for step in range(steps)]
+    solver = BilevelSolver(case.problem, optimizer, SGD(0.1), method, unroll_steps=steps)
+    state, _ = solver.window(solver.init(case.params, case.upper_params), batches)
+    generator = torch.Generator().manual_seed(0)
+    random = torch.get_rng_state()
+    check = check_hypergradient(
+        solver, state, batches, case.upper_batch, generator=generator, **options
+    )
+    assert torch.equal(torch.get_rng_state(), random)
+    return check
+
+
+@pytest.mark.parametrize("method", [Unrolled(), Unrolled(2), Unrolled(1, replay=1)], ids=str)
+@pytest.mark.parametrize("clip", [{}, {"max_norm": 0.1}, {"max_norm": 0.1, **DIFFERENTIATED}])
+def test_unrolled_hypergradients_agree_through_their_window(method, clip):
+    check = audit_window(build("dropout"), method, Adam(0.05, (0.8, 0.9), 1e-2, **clip))
+    assert check
+    assert check.relative_error < 1e-5
+    assert check.lower_gradient_error == 0.0
+    assert check.approximation_error is None
+
+
+@dataclass(frozen=True)
+class Forgetful(Adam):
+    """A derivative that loses what reaches the step through the moments."""
+
+    def vjp(self, grads, state, params, params_bar, state_bar=None):
+        return super().vjp(grads, state, params, params_bar, None)
+
+
+def test_a_wrong_derivative_within_the_window_disagrees():
+    optimizer = Forgetful(0.05, (0.8, 0.9), 1e-2)
+    assert audit_window(build("mlp"), Unrolled(1), optimizer)  # no moments to go through
+    check = audit_window(build("mlp"), Unrolled(), optimizer)
+    assert check.outcome == "disagrees"
+    assert check.relative_error > 1e-2
+
+
+def test_another_convention_agrees_with_what_it_claims_and_reports_the_distance():
+    check = audit(build("mlp"), OneStep(Jvp(), update_derivative=Identity()), SGD(0.3))
+    assert check
+    assert check.approximation_error > 0.1
+    assert "Identity()" in str(check)
+
+
+def test_methods_that_do_not_go_through_the_steps_report_their_distance():
+    case = build("mlp")
+    check = audit_window(case, Penalty(10.0), SGD(0.1))
+    assert check.outcome == "approximates"
+    assert not check
+    assert check.approximation_error == check.relative_error
+    assert "Penalty is " in str(check)
+    assert "away from the true derivative" in str(check)
 
 
 class Mlp(nn.Module):

@@ -18,6 +18,7 @@ from bilevel import (
     PerExample,
     Reverse,
     ReweightingProblem,
+    Unrolled,
     tree,
 )
 from tests.bilevel.test_hypergradient import relative
@@ -162,3 +163,22 @@ def test_every_parameter_gets_a_gradient():
     )
     without = {name for name, gradient in result.passed.grads.items() if gradient is None}
     assert without == {"model.vision_tower.embeddings.mask_token"} & set(params)
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_three_steps_unrolled_on_internvl(attention):
+    """Forward over reverse with dropout against double backward."""
+    problem, params, batch, upper_batch = setting(attention, None)
+    upper = torch.tensor([1.5, 0.0, 0.7, 1.0], dtype=torch.float64)
+    optimizer = AdamW(1e-3, eps=1e-4)
+    _, state = optimizer.update(random_like(params, 0), optimizer.init(params), params)
+
+    def run(product):
+        torch.manual_seed(4)
+        return Unrolled(product=product).window(
+            problem, optimizer, params, upper, state, [[batch], [upper_batch], [batch]], upper_batch
+        )
+
+    forward, backward = run(Jvp()), run(Reverse())
+    assert relative(forward.lower_params, backward.lower_params) == 0.0
+    assert relative(forward.hypergradient, backward.hypergradient) <= LIMIT
