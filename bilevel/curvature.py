@@ -10,9 +10,9 @@ from torch import Tensor
 from bilevel import random_state, tree
 from bilevel.finite_difference import central_difference, moving
 from bilevel.gradient import as_leaves, gradients
+from bilevel.kernels import differentiable_kernels
 from bilevel.lower_pass import LowerPass
 from bilevel.micro_batch import MicroBatch
-from bilevel.mixed_product import differentiable_kernels
 from bilevel.problem import Batch, Params, Problem, ReweightingProblem, lower_value
 from bilevel.routes import CentralDifference, Reverse, Route
 from bilevel.tree import Tree
