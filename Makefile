@@ -9,10 +9,11 @@ COLD := runs/cold-start
 
 .DEFAULT_GOAL := help
 .PHONY: help install train-net train-table train-domain baseline cold-start data results bench \
+	noisy-labels long-tail regularization learned-schedule \
 	test lint format type clean-runs clean
 
 help: ## list the targets
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 16
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 20
 
 $(VENV)/installed: setup.cfg pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed, found " + sys.version)'
@@ -49,6 +50,18 @@ baseline: $(COLD) ## No Selection: the same training with all weights 1
 
 results: $(DATA) ## every row of the README's table over several seeds (about two hours)
 	$(RUN) compare
+
+noisy-labels: $(VENV)/installed ## another problem: learned weights for rows with wrong labels
+	$(VENV)/bin/python -m recipes.problems.noisy_labels --output results/noisy_labels.json
+
+long-tail: $(VENV)/installed ## the same for rare classes
+	$(VENV)/bin/python -m recipes.problems.noisy_labels --long-tail --output results/long_tail.json
+
+regularization: $(VENV)/installed ## another problem: one L2 penalty per feature
+	$(VENV)/bin/python -m recipes.problems.logistic_regularization --output results/regularization.json
+
+learned-schedule: $(VENV)/installed ## another problem: rate and decay of every training step
+	$(VENV)/bin/python -m recipes.problems.learned_schedule --output results/learned_schedule.json
 
 bench: $(VENV)/installed-dev ## cost of every hypergradient route, side by side
 	$(VENV)/bin/python -m recipes.bench

@@ -37,8 +37,8 @@ from bilevel import (
     Unrolled,
     WarmupCosine,
 )
-from recipes.options import OptionError, option
-from recipes.problems.report import mean_interval, percent, run_recipe, text_table
+from recipes.options import option
+from recipes.problems.report import check_options, mean_interval, percent, run_recipe, text_table
 
 START, PRIOR = -4.0, 0.03  # λ₀, where the search starts, and the strength of the prior
 TRAIN, VALIDATION = 200, 150  # rows; the other 219 are for testing
@@ -107,15 +107,13 @@ class RegularizationOptions:
     output: str | None = option(None, "write every figure to this JSON file")
 
     def __post_init__(self) -> None:
-        for name, low, high in (
-            ("lower_steps", 1, math.inf),
-            ("truncated", 1, self.lower_steps),
-            ("upper_steps", 1, math.inf),
-            ("cg_iterations", 1, math.inf),
-        ):
-            if not low <= getattr(self, name) <= high:
-                flag, found = name.replace("_", "-"), getattr(self, name)
-                raise OptionError(f"--{flag}: expected {low} to {high}; found {found}")
+        check_options(
+            self,
+            ("lower_steps", self.lower_steps >= 1, "1 or more"),
+            ("truncated", 1 <= self.truncated <= self.lower_steps, "1 to --lower-steps"),
+            ("upper_steps", self.upper_steps >= 1, "1 or more"),
+            ("cg_iterations", self.cg_iterations >= 1, "1 or more"),
+        )
 
 
 class Splits(NamedTuple):

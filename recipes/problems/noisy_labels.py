@@ -18,7 +18,7 @@ from torch import Tensor
 
 from bilevel import BilevelSolver, BilevelState, ReweightingProblem, WarmupCosine
 from prm.metrics import roc_auc
-from recipes.options import OptionError, option
+from recipes.options import option
 from recipes.problems.digit_reweighting import (
     Batch,
     Params,
@@ -41,7 +41,7 @@ from recipes.problems.digit_scans import (
     read_splits,
     with_wrong_labels,
 )
-from recipes.problems.report import mean_interval, percent, run_recipe, text_table
+from recipes.problems.report import check_options, mean_interval, percent, run_recipe, text_table
 
 TITLES = {
     "uniform": "uniform weights",
@@ -54,6 +54,7 @@ TITLES = {
     "ceiling": "ceiling: undamaged rows",
 }
 _ONLY = {"small_loss": False, "inverse_frequency": True}  # method -> in the long tail or not
+_RATES = ("lower_lr", "table_lr", "net_lr")
 _ENDS = 3  # that many classes are the head, and that many the tail
 
 
@@ -81,7 +82,8 @@ class NoisyLabelOptions:
     output: str | None = option(None, "write every figure to this JSON file")
 
     def __post_init__(self) -> None:
-        for name, holds, expected in (
+        check_options(
+            self,
             ("wrong_share", 0 < self.wrong_share < 1, "a share between 0 and 1"),
             ("imbalance", self.imbalance >= 1, "1 or more"),
             ("batch_size", self.batch_size >= 2, "2 or more: weights are compared in a batch"),
@@ -89,15 +91,13 @@ class NoisyLabelOptions:
             ("filter_after", self.filter_after >= 0, "0 or more"),
             ("warm_up", 0 <= self.warm_up < self.steps, "0 or more, less than --steps"),
             ("eval_every", 1 <= self.eval_every <= self.steps, "1 or more, --steps at most"),
-        ):
-            if not holds:
-                flag = name.replace("_", "-")
-                raise OptionError(f"--{flag}: expected {expected}; found {getattr(self, name)}")
-        for method in self.methods:
-            if method not in self.known_methods():
-                raise OptionError(
-                    f"--methods: expected among {', '.join(self.known_methods())}; found {method!r}"
-                )
+            *((name, getattr(self, name) >= 0, "0 or more") for name in _RATES),
+            (
+                "methods",
+                set(self.methods) <= set(self.known_methods()),
+                f"names among {', '.join(self.known_methods())}",
+            ),
+        )
 
     def known_methods(self) -> list[str]:
         """Every method that goes with this damage."""

@@ -67,6 +67,14 @@ def text_table(rows: Sequence[Sequence[str]]) -> str:
     return "\n".join([lines[0], rule, *lines[1:]])
 
 
+def check_options(options: Any, *rules: tuple[str, bool, str]) -> None:
+    """Raise OptionError for the first rule (field, whether it holds, what is expected) broken."""
+    for name, holds, expected in rules:
+        if not holds:
+            flag, found = name.replace("_", "-"), getattr(options, name)
+            raise OptionError(f"--{flag}: expected {expected}; found {found!r}")
+
+
 def run_recipe(
     module: str,
     kind: type[Options],

@@ -192,6 +192,6 @@ def test_the_command(tmp_path, capsys):
 
 
 def test_options_that_cannot_be_used():
-    with pytest.raises(OptionError, match="--truncated: expected 1 to 5"):
+    with pytest.raises(OptionError, match="--truncated: expected 1 to --lower-steps; found 6"):
         RegularizationOptions(lower_steps=5, truncated=6)
     assert main(["--upper-steps", "0"]) == 2

@@ -185,7 +185,7 @@ def test_batches_visit_every_row_before_any_again():
 
 def test_weights_learned_on_clean_rows_tell_wrong_labels():
     """Smoke, fixed seed: 12 visits of each row."""
-    options = NoisyLabelOptions(steps=260, eval_every=260)
+    options = NoisyLabelOptions(steps=260, eval_every=260, hidden=64, table_lr=0.1)
     task = make_task(options, 7)
     for method in ("instance_table", "meta_weight_net"):
         assert run_method(method, task, options, 7)["weight_auc"] > 0.85, method
