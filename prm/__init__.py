@@ -10,13 +10,17 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # the same names, for type checkers
+    from prm.answers import answer_classes, canonical_answer
+    from prm.calibration import brier, expected_calibration_error, reliability
     from prm.collate import Batch, Collator, EncodedExample
     from prm.losses import LossTarget, outcome_loss, step_cross_entropy
     from prm.metrics import (
+        best_of_k_curve,
         bootstrap_interval,
         expected_best_of_k,
         f1,
         macro_f1,
+        mcnemar,
         paired_interval,
         pass_at_k,
         roc_auc,
@@ -33,16 +37,26 @@ if TYPE_CHECKING:  # the same names, for type checkers
     from prm.reader import read_jsonl, write_jsonl
     from prm.schema import DataError, Step, StepExample
     from prm.scoring import aggregate, score_examples, solution_scores, step_probs, step_scores
-    from prm.select import TieRule, best_of_n, self_consistency, weighted_vote
+    from prm.select import TieRule, best_candidate, best_of_n, self_consistency, weighted_vote
+    from prm.step_benchmarks import (
+        best_threshold,
+        first_error,
+        process_bench,
+        visual_process_bench,
+    )
 
 _PUBLIC = {
+    "answers": ("answer_classes", "canonical_answer"),
+    "calibration": ("brier", "expected_calibration_error", "reliability"),
     "collate": ("Batch", "Collator", "EncodedExample"),
     "losses": ("LossTarget", "outcome_loss", "step_cross_entropy"),
     "metrics": (
+        "best_of_k_curve",
         "bootstrap_interval",
         "expected_best_of_k",
         "f1",
         "macro_f1",
+        "mcnemar",
         "paired_interval",
         "pass_at_k",
         "roc_auc",
@@ -52,7 +66,13 @@ _PUBLIC = {
     "reader": ("read_jsonl", "write_jsonl"),
     "schema": ("DataError", "Step", "StepExample"),
     "scoring": ("aggregate", "score_examples", "solution_scores", "step_probs", "step_scores"),
-    "select": ("TieRule", "best_of_n", "self_consistency", "weighted_vote"),
+    "select": ("TieRule", "best_candidate", "best_of_n", "self_consistency", "weighted_vote"),
+    "step_benchmarks": (
+        "best_threshold",
+        "first_error",
+        "process_bench",
+        "visual_process_bench",
+    ),
 }
 _HOME = {name: module for module, names in _PUBLIC.items() for name in names}
 

@@ -3,7 +3,7 @@
 Every function takes step scores in [0, 1] and a boolean mask of the steps that exist, ignores what
 the mask hides (NaN included, in value and gradient), and returns NaN for a solution without steps.
 The names are those of the literature: VisualPRM takes the mean, Math-Shepherd the minimum, DreamPRM
-1.0 the sigmoid of the mean logit.
+1.0 the sigmoid of the log-odds, divided by the number of steps.
 """
 
 from __future__ import annotations
@@ -15,7 +15,9 @@ import torch
 from torch import Tensor
 
 Aggregation = Callable[[Tensor, Tensor], Tensor]
-AggregationName = Literal["mean", "min", "max", "last", "product", "log_mean", "logit_mean"]
+AggregationName = Literal[
+    "mean", "min", "max", "last", "product", "log_mean", "logit_mean", "logit_sum"
+]
 """Names of the functions below for a command line to map: "min" is ``minimum``, "max"
 ``maximum``, all others are as they are written."""
 
@@ -55,10 +57,27 @@ def log_mean(step_scores: Tensor, mask: Tensor) -> Tensor:
 
 
 def logit_mean(step_scores: Tensor, mask: Tensor) -> Tensor:
-    """σ(Σ log(s_t / (1 − s_t)) / T); scores are kept one rounding unit away from 0 and 1."""
+    """σ(Σ log(s_t / (1 − s_t)) / T): the meta loss of DreamPRM 1.0 takes its distance to the label.
+
+    As its code computes it, except that scores are kept one rounding unit away from 0 and 1, where
+    the original's log-odds are infinite.
+    """
+    return (_logits(step_scores, mask).sum(-1) / mask.sum(-1)).sigmoid()
+
+
+def logit_sum(step_scores: Tensor, mask: Tensor) -> Tensor:
+    """σ(Σ log(s_t / (1 − s_t))): ``logit_mean`` without the division by T.
+
+    The probability that the solution is right, were every step's score independent evidence for it
+    and both outcomes equally likely beforehand. Many sure steps saturate it: solutions whose sums
+    exceed about 17 (float32) or 37 (float64) tie at 1.
+    """
+    return _known(_logits(step_scores, mask).sum(-1).sigmoid(), mask)
+
+
+def _logits(step_scores: Tensor, mask: Tensor) -> Tensor:
     eps = torch.finfo(step_scores.dtype).eps
-    logits = _fill(step_scores, mask, 0.5).clamp(eps, 1 - eps).logit()
-    return (logits.sum(-1) / mask.sum(-1)).sigmoid()
+    return _fill(step_scores, mask, 0.5).clamp(eps, 1 - eps).logit()
 
 
 def _fill(step_scores: Tensor, mask: Tensor, value: float) -> Tensor:

@@ -1,8 +1,13 @@
-"""Figures of merit: of selections over questions, and of step scores against step labels."""
+"""Figures of merit of selections over questions, and of scores against truth.
+
+What benchmarks of step judgements report is in ``prm.step_benchmarks``, calibration in
+``prm.calibration``.
+"""
 
 from __future__ import annotations
 
 from math import comb
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -48,6 +53,11 @@ def expected_best_of_k(scores: ArrayLike, correct: ArrayLike, k: int) -> float:
     by_rank = shared[np.sort(group)]
     chances = [comb(count - 1 - rank, k - 1) / comb(count, k) for rank in range(count)]
     return float(by_rank @ np.array(chances))
+
+
+def best_of_k_curve(scores: ArrayLike, correct: ArrayLike) -> list[float]:
+    """``expected_best_of_k`` for k = 1, ..., N."""
+    return [expected_best_of_k(scores, correct, k) for k in range(1, np.size(scores) + 1)]
 
 
 def roc_auc(truth: ArrayLike, scores: ArrayLike) -> float:
@@ -150,6 +160,40 @@ def paired_interval(
     first, second = _numbers(values, "values"), _numbers(baseline, "baseline")
     _check_same_length(first, second)
     return bootstrap_interval(first - second, level=level, resamples=resamples, seed=seed)
+
+
+class PairedTest(NamedTuple):
+    """Questions on which one of two selectors is better, and whether that may be chance."""
+
+    better: int
+    worse: int
+    p_value: float
+
+
+def mcnemar(values: ArrayLike, baseline: ArrayLike) -> PairedTest:
+    """McNemar's test in its exact, binomial form, two-sided.
+
+    With b questions where ``values`` is higher and c where ``baseline`` is, under the hypothesis
+    that either is equally likely to be the higher one,
+
+        p = min(1, 2 Σ_{i ≤ min(b, c)} C(b + c, i) / 2^(b + c)),
+
+    1 where they never differ. Values of 0 and 1 (right, wrong) give McNemar's test; values between,
+    which shared ties make, the sign test, of which it is the special case.
+
+    Args:
+        values: one value per question, such as the results of ``best_of_n``.
+        baseline: another selector's, for the same questions in the same order.
+
+    Raises:
+        ValueError: different lengths, or values that are no numbers.
+    """
+    first, second = _numbers(values, "values"), _numbers(baseline, "baseline")
+    _check_same_length(first, second)
+    better, worse = int((first > second).sum()), int((first < second).sum())
+    differ = better + worse
+    tail = sum(comb(differ, count) for count in range(min(better, worse) + 1))
+    return PairedTest(better, worse, min(1.0, 2 * tail / 2**differ))
 
 
 def _numbers(values: ArrayLike, name: str) -> Floats:

@@ -174,7 +174,12 @@ def split_parameters(model: nn.Module, freeze: Sequence[str] = ()) -> tuple[Para
 
 
 def step_logits(
-    prm: PRM, params: Mapping[str, Tensor], batch: Mapping[str, Tensor], *, full_vocab: bool = False
+    prm: PRM,
+    params: Mapping[str, Tensor],
+    batch: Mapping[str, Tensor],
+    *,
+    full_vocab: bool = False,
+    label_rows: bool = False,
 ) -> Tensor:
     """Logits of "+" and "-" at every step: one forward pass, the head only where it is read.
 
@@ -184,26 +189,38 @@ def step_logits(
         batch: of ``Collator``.
         full_vocab: normalise over the whole vocabulary (log-probabilities of the two labels), as
             DreamPRM-1.5 does, instead of leaving the two logits as they are.
+        label_rows: multiply by the head's two rows of "+" and "-" only, in float32 or wider: saves
+            the whole vocabulary but two, for scoring. In training the head stays one call of its
+            module, which per-example rules can hook. The same up to rounding; without effect where
+            the head is no plain linear layer.
 
     Returns:
         [batch, steps, 2], columns "+" and "-", float32 or the model's dtype if wider. Padded
         steps hold finite values without meaning; ``batch["step_mask"]`` tells them apart.
     """
+    if full_vocab and label_rows:
+        raise ValueError("label_rows leaves out the vocabulary that full_vocab is over; give one")
+    labels = [prm.plus_id, prm.minus_id]
     logits = functional_call(
-        _StepHead(prm.model), {f"model.{name}": value for name, value in params.items()}, (batch,)
+        _StepHead(prm.model, labels if label_rows else None),
+        {f"model.{name}": value for name, value in params.items()},
+        (batch,),
     )
     wide = torch.promote_types(logits.dtype, torch.float32)
+    if logits.shape[-1] == len(labels):
+        return logits.to(wide)
     if full_vocab:
         logits = logits.log_softmax(-1, dtype=wide)
-    return torch.stack([logits[..., prm.plus_id], logits[..., prm.minus_id]], dim=-1).to(wide)
+    return torch.stack([logits[..., label] for label in labels], dim=-1).to(wide)
 
 
 class _StepHead(nn.Module):
     """Base model, then the head at the label positions, as one module for ``functional_call``."""
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: Any, rows: list[int] | None = None) -> None:
         super().__init__()
         self.model = model
+        self.rows = rows
 
     def forward(self, batch: Mapping[str, Tensor]) -> Tensor:
         inputs = ("input_ids", "attention_mask", "pixel_values")
@@ -211,7 +228,13 @@ class _StepHead(nn.Module):
             **{name: batch[name] for name in inputs if name in batch}, use_cache=False
         ).last_hidden_state  # [batch, seq, hidden]
         read = torch.take_along_dim(hidden, batch["label_positions"][..., None], dim=1)
-        return self.model.get_output_embeddings()(read)  # [batch, steps, vocab]
+        head = self.model.get_output_embeddings()
+        if self.rows is not None and type(head) is nn.Linear:
+            wide = torch.promote_types(read.dtype, torch.float32)
+            bias = None if head.bias is None else head.bias[self.rows].to(wide)
+            weight = head.weight[self.rows].to(wide)
+            return nn.functional.linear(read.to(wide), weight, bias)  # [batch, steps, 2]
+        return head(read)  # [batch, steps, vocab]
 
 
 def _check_head(model: Any, token_id: int) -> None:

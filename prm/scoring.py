@@ -1,4 +1,10 @@
-"""Step logits to step scores to solution scores, and scoring of many examples."""
+"""Step logits to step scores to solution scores, and scoring of many examples.
+
+A score is read off one forward pass per solution: a causal model says at the end of step k what it
+would say of the prefix that ends there, so a pass per step (VisualPRM's first release, DreamPRM
+1.0) computes the same. The softmax is over the two labels in float32, not in bfloat16 over the
+vocabulary at every token.
+"""
 
 from __future__ import annotations
 
@@ -66,7 +72,11 @@ def score_examples(
 ) -> list[Tensor]:
     """Step scores p("+") of every example, one [steps] tensor each on the CPU, in order.
 
-    Batches are made of examples of similar length, so that little is spent on padding.
+    Batches are made of examples of similar length, so that little is spent on padding. The head
+    is applied at the label positions only, to "+" and "-" only unless ``full_vocab``.
+
+    Memory: activations of a batch without graph, and with ``full_vocab`` twice
+    [batch, steps, vocabulary] float32.
 
     Args:
         prm: the model.
@@ -74,7 +84,8 @@ def score_examples(
         encoded: of ``collator.encode``.
         collator: pads batches.
         batch_size: examples per forward pass.
-        full_vocab: probabilities over the whole vocabulary instead of the two labels.
+        full_vocab: probabilities over the whole vocabulary instead of the two labels, as
+            DreamPRM-1.5 scores: softmax(z)₊ at the position, where "+" and "-" do not sum to 1.
     """
     if batch_size < 1:
         raise ValueError(f"expected batch_size >= 1, found {batch_size}")
@@ -89,6 +100,7 @@ def score_examples(
             params,
             {name: value.to(device) for name, value in batch.items()},
             full_vocab=full_vocab,
+            label_rows=not full_vocab,
         )
         rows = step_scores(logits, full_vocab=full_vocab).cpu()
         for place, row in zip(places, rows, strict=True):

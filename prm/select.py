@@ -1,18 +1,52 @@
 """Selection of one solution among the candidates of a question, with a declared tie rule.
 
-Every function returns how right the selection is: 1 or 0, or in between where tied candidates
-disagree and the tie rule is "expected" (the value on average over a fair draw among them). "first"
-and "last" go by the order of the candidates; a strong selector must not gain from either, so
-"expected" is the default. DreamPRM-1.5's ``score >= best`` is "last".
+``best_of_n`` and the votes return how right the selection is: 1 or 0, or in between where tied
+candidates disagree and the tie rule is "expected" (the value on average over a fair draw among
+them). "first" and "last" go by the order of the candidates; a strong selector must not gain from
+either, so "expected" is the default. DreamPRM-1.5's ``score >= best`` is "last".
+``best_candidate`` returns which one, by the same rules, "expected" turned into a draw.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Hashable, Sequence
+from random import Random
 from typing import Literal
 
 TieRule = Literal["expected", "first", "last"]
+DrawRule = Literal["random", "first", "last"]
+
+
+def best_candidate(
+    scores: Sequence[float], *, tie: DrawRule = "random", seed: int | str = 0
+) -> tuple[int, tuple[int, ...]]:
+    """argmax S_i, and all places that share the maximum.
+
+    Args:
+        scores: solution score of each candidate.
+        tie: which of several candidates with the same, highest score is taken.
+        seed: decides the draw; with the question's name in it, the draw of a question does not
+            depend on which other questions there are.
+
+    Returns:
+        The place that is taken, and the tied places in order (one of which it is).
+
+    Raises:
+        ValueError: no candidates, a score that is not a number, or an unknown tie rule.
+    """
+    if not len(scores):
+        raise ValueError("expected at least one candidate, found none")
+    _check_numbers(scores)
+    best = max(scores)
+    tied = tuple(place for place, score in enumerate(scores) if score == best)
+    if tie == "first":
+        return tied[0], tied
+    if tie == "last":
+        return tied[-1], tied
+    if tie == "random":
+        return Random(seed).choice(tied), tied
+    raise ValueError(f"expected tie rule 'random', 'first' or 'last', found {tie!r}")
 
 
 def best_of_n(

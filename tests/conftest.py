@@ -4,6 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from hypothesis import settings
+
+# How long an example takes depends on what else the machine does.
+settings.register_profile("values only", deadline=None)
+settings.load_profile("values only")
 
 # Several threads split sums where they please; bit-for-bit comparisons of two code paths, in tests
 # and in the fixtures that they share, need one order.

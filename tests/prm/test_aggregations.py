@@ -25,6 +25,7 @@ PLAIN = {
     "product": math.prod,
     "log_mean": lambda scores: math.exp(sum(map(math.log, scores)) / len(scores)),
     "logit_mean": lambda scores: 1 / (1 + math.exp(-sum(map(logit, scores)) / len(scores))),
+    "logit_sum": lambda scores: 1 / (1 + math.exp(-sum(map(logit, scores)))),
 }
 NAMES = sorted(PLAIN)
 SCORES = st.lists(st.floats(1e-6, 1 - 1e-6), min_size=1, max_size=6)
@@ -89,3 +90,12 @@ def test_tied_steps_share_the_gradient_of_the_extreme():
     mask = torch.ones(1, 3, dtype=torch.bool)
     (gradient,) = torch.autograd.grad(aggregations.minimum(scores, mask).sum(), scores)
     assert gradient.tolist() == [[0.5, 0.5, 0.0]]
+
+
+def test_log_odds_by_hand():
+    # Odds 4, 1/2 and 9: their product is 18, their geometric mean 18^(1/3).
+    scores = torch.tensor([[0.8, 1 / 3, 0.9]], dtype=torch.float64)
+    mask = torch.ones(1, 3, dtype=torch.bool)
+    mean = 18 ** (1 / 3)
+    assert aggregations.logit_sum(scores, mask).item() == pytest.approx(18 / 19, rel=1e-12)
+    assert aggregations.logit_mean(scores, mask).item() == pytest.approx(mean / (1 + mean))

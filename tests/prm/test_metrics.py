@@ -5,15 +5,18 @@ import math
 
 import numpy as np
 import pytest
+import scipy.stats
 import sklearn.metrics
 from hypothesis import given
 from hypothesis import strategies as st
 
 from prm.metrics import (
+    best_of_k_curve,
     bootstrap_interval,
     expected_best_of_k,
     f1,
     macro_f1,
+    mcnemar,
     paired_interval,
     pass_at_k,
     roc_auc,
@@ -45,7 +48,37 @@ def test_best_of_k_by_hand():
     assert expected_best_of_k(scores, correct, 2) == pytest.approx(2 / 6)
     assert expected_best_of_k(scores, correct, 1) == pytest.approx(0.5)
     assert expected_best_of_k(scores, correct, 4) == 0.0
+    assert best_of_k_curve(scores, correct) == pytest.approx([1 / 2, 1 / 3, 1 / 4, 0.0])
     assert pass_at_k(correct, 2) == pytest.approx(5 / 6)
+
+
+@pytest.mark.parametrize(
+    ("better", "worse", "p_value"),
+    [
+        (0, 0, 1.0),
+        (1, 0, 1.0),
+        (5, 0, 2 / 32),
+        (8, 2, 2 * (1 + 10 + 45) / 1024),
+        (2, 8, 2 * (1 + 10 + 45) / 1024),
+        (3, 3, 1.0),
+        (121, 59, None),
+    ],
+)
+def test_mcnemar_is_the_exact_binomial_test(better, worse, p_value):
+    # 7 questions both get right, 4 both get wrong: they say nothing.
+    values = [1] * better + [0] * worse + [1] * 7 + [0] * 4
+    baseline = [0] * better + [1] * worse + [1] * 7 + [0] * 4
+    found = mcnemar(values, baseline)
+    assert (found.better, found.worse) == (better, worse)
+    if p_value is not None:
+        assert found.p_value == pytest.approx(p_value, rel=1e-12)
+    if better + worse:
+        reference = scipy.stats.binomtest(better, better + worse).pvalue
+        assert found.p_value == pytest.approx(reference, rel=1e-9)
+
+
+def test_mcnemar_of_shared_ties_is_the_sign_test():
+    assert mcnemar([0.5, 1, 0.25, 0.5], [0, 0.5, 0, 0.5]) == (3, 0, 2 / 8)
 
 
 def test_many_candidates_do_not_overflow():
@@ -129,6 +162,7 @@ def test_resampling_in_slices_gives_all_resamples(monkeypatch):
         (lambda: bootstrap_interval([1, math.nan]), "1 NaN"),
         (lambda: bootstrap_interval([1.0], level=95), "between 0 and 1, found 95"),
         (lambda: paired_interval([1.0], [1.0, 2.0]), "found 1 and 2"),
+        (lambda: mcnemar([1.0], [1.0, 2.0]), "found 1 and 2"),
     ],
 )
 def test_bad_calls_are_refused(call, words):

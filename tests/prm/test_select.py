@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from prm.select import best_of_n, self_consistency, weighted_vote
+from prm.select import best_candidate, best_of_n, self_consistency, weighted_vote
 
 CANDIDATES = st.lists(
     st.tuples(st.sampled_from(["x", "y", "z", None]), st.sampled_from([0.1, 0.2, 0.3, 0.6])),
@@ -83,7 +83,33 @@ def test_infinite_scores_are_scores_and_nan_is_not():
         best_of_n([0.5, math.nan], [0, 1])
 
 
+def test_best_candidate_is_one_of_the_tied():
+    scores = [0.9, 0.1, 0.9, 0.9]
+    assert best_candidate(scores, tie="first") == (0, (0, 2, 3))
+    assert best_candidate(scores, tie="last") == (3, (0, 2, 3))
+    assert best_candidate([0.1, 0.9, 0.2]) == (1, (1,))
+    drawn = [best_candidate(scores, seed=f"{seed}")[0] for seed in range(300)]
+    assert drawn == [best_candidate(scores, seed=f"{seed}")[0] for seed in range(300)]
+    assert set(drawn) == {0, 2, 3}
+    assert all(abs(drawn.count(place) - 100) < 25 for place in (0, 2, 3))  # 3 standard errors
+
+
+@given(CANDIDATES)
+def test_a_draw_is_worth_what_expected_says(candidates):
+    answers, scores = zip(*candidates, strict=True)
+    correct = [float(answer == "x") for answer in answers]
+    _, tied = best_candidate(scores)
+    mean = sum(correct[place] for place in tied) / len(tied)
+    assert mean == pytest.approx(best_of_n(scores, correct), abs=1e-15)
+
+
 def test_bad_calls_are_refused():
+    with pytest.raises(ValueError, match="found none"):
+        best_candidate([])
+    with pytest.raises(ValueError, match="score of candidate 1, found NaN"):
+        best_candidate([0.5, math.nan])
+    with pytest.raises(ValueError, match="'random', 'first' or 'last', found 'expected'"):
+        best_candidate([0.5], tie="expected")
     with pytest.raises(ValueError, match="found none"):
         best_of_n([], [])
     with pytest.raises(ValueError, match="found 1 scores and 2 correct"):

@@ -1,0 +1,127 @@
+"""Units behind the number of an answer, under one symbol each; nothing is converted."""
+
+from __future__ import annotations
+
+import re
+
+_NAMES = {
+    "nm": "nanometre nanometer",
+    "µm": "um μm micrometre micrometer micron",
+    "mm": "millimetre millimeter",
+    "cm": "centimetre centimeter",
+    "dm": "decimetre decimeter",
+    "m": "metre meter",
+    "km": "kilometre kilometer",
+    "in": "inch inches",
+    "ft": "foot feet",
+    "yd": "yard",
+    "mi": "mile",
+    "mg": "milligram",
+    "g": "gram gramme",
+    "kg": "kilogram kilo kgs",
+    "lb": "lbs pound",
+    "oz": "ounce",
+    "ms": "millisecond",
+    "s": "sec secs second",
+    "min": "mins minute",
+    "h": "hr hrs hour",
+    "day": "",
+    "week": "",
+    "month": "",
+    "year": "yr yrs",
+    "ml": "mL millilitre milliliter",
+    "l": "L litre liter",
+    "°": "degree deg degs",
+    "°C": "℃",
+    "°F": "℉",
+    "rad": "radian",
+    "K": "kelvin",
+    "%": "percent pct",
+    "$": "dollar usd USD",
+    "€": "euro EUR",
+    "£": "GBP",
+    "¥": "yen yuan",
+    "cent": "¢",
+    "N": "newton",
+    "J": "joule",
+    "kJ": "kilojoule",
+    "W": "watt",
+    "kW": "kilowatt",
+    "V": "volt",
+    "A": "ampere amp",
+    "Ω": "ohm",
+    "Hz": "hertz",
+    "kHz": "kilohertz",
+    "Pa": "pascal",
+    "kPa": "kilopascal",
+    "mol": "mole",
+    "mph": "",
+}
+UNIT_SYMBOLS = {symbol: symbol for symbol in _NAMES} | {
+    name: symbol for symbol, names in _NAMES.items() for name in names.split()
+}
+"""Symbol or name, as written, to symbol. Full names are also known in capitals and plural."""
+_POWERS = {"square": "^2", "sq": "^2", "squared": "^2", "cubic": "^3", "cubed": "^3"}
+_FACTOR = re.compile(r"([^\d\s^/*·]+)(\^-?\d)?")
+_SHORTEST_WORD = 3
+
+
+def unit_of(text: str) -> str | None:
+    """The unit that ``text``, all that stands behind a number, is; None if it is none.
+
+    Products and quotients of known units ("m/s^2", "km per hour", "square metres"), a letter only
+    after a space; or up to three words of at least three letters, in lower case, singular.
+    """
+    words = re.sub(r"\bper\b", "/", text.strip().rstrip(".")).replace("° ", "°")
+    words = re.sub(r"\s*([/*·])\s*", r"\1", words)
+    parts: list[str] = []
+    prefix = ""
+    for word in words.split():
+        if word.lower() in ("square", "sq", "cubic"):
+            prefix = _POWERS[word.lower()]
+        elif word.lower() in ("squared", "cubed") and parts:
+            parts[-1] += _POWERS[word.lower()]
+        else:
+            parts.append(word + prefix)
+            prefix = ""
+    if not parts or prefix:
+        return None
+    if len(parts) == 1:
+        known = _product(parts[0])
+        spaced = text[0].isspace() or not parts[0].isascii() or not parts[0].isalpha()
+        if known is not None and (spaced or len(parts[0]) > 1):
+            return known
+    return _noun(text, parts)
+
+
+def _product(text: str) -> str | None:
+    """A product or quotient of known units, written without spaces."""
+    pieces = re.split("([/*·])", text)
+    for place in range(0, len(pieces), 2):
+        factor = _FACTOR.fullmatch(pieces[place])
+        symbol = _symbol(factor[1]) if factor else None
+        if factor is None or symbol is None:
+            return None
+        pieces[place] = symbol + (factor[2] or "")
+    return "".join(pieces).replace("·", "*")
+
+
+def _symbol(word: str) -> str | None:
+    if word in UNIT_SYMBOLS:
+        return UNIT_SYMBOLS[word]
+    lower = word.lower()
+    for name in (lower, lower.removesuffix("s"), lower.removesuffix("es")):
+        if len(name) >= _SHORTEST_WORD and name in UNIT_SYMBOLS:
+            return UNIT_SYMBOLS[name]
+    return None
+
+
+def _noun(text: str, parts: list[str]) -> str | None:
+    if not text[0].isspace() or len(parts) > 3:
+        return None
+    if not all(part.isalpha() and len(part) >= _SHORTEST_WORD for part in parts):
+        return None
+    last = parts[-1].lower()
+    if len(last) > _SHORTEST_WORD and last.endswith("s") and not last.endswith("ss"):
+        last = last[:-1]
+    return " ".join([*(part.lower() for part in parts[:-1]), last])
