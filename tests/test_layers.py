@@ -23,7 +23,7 @@ ALLOWED = {
     "weighting": {"torch", "safetensors"},
     "prm": {"torch", "transformers", "jinja2", "PIL", "numpy", "safetensors"},
     "recipes": {
-        *(*CORE, "torch", "transformers", "tokenizers", "safetensors"),
+        *(*CORE, "torch", "torchopt", "optree", "transformers", "tokenizers", "safetensors"),
         *("PIL", "numpy", "sklearn", "yaml", "tqdm"),
     },
 }

@@ -1,4 +1,6 @@
-"""Cost of a bilevel iteration on the embedded model, route by route: ``make bench``.
+"""Cost of a bilevel iteration on the embedded model, route by route.
+
+``python -m recipes.bench embedded``.
 
 The floor is what nobody can avoid: one plain lower step and one upper gradient. All are timed in
 turns in one process (round robin, so that a slow moment of the machine hits everyone alike) and
@@ -19,7 +21,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -92,7 +94,7 @@ def make_setup(batch_size: int, meta_batch_size: int) -> Setup:
     with tempfile.TemporaryDirectory() as folder:
         data_dir = Path(folder) / "data"
         build(data_dir, sizes=Sizes(40, 3, 40, 4, 2, 2))
-        options = replace(
+        preset = replace(
             resolve(TrainOptions, {"config": "train-table"}),
             train_file=str(data_dir / "train.jsonl"),
             meta_file=str(data_dir / "meta.jsonl"),
@@ -100,18 +102,18 @@ def make_setup(batch_size: int, meta_batch_size: int) -> Setup:
             test_file=None,
         )
         torch.manual_seed(0)
-        prm, lower = load_model(options, options.freeze)
-        data = read_train_data(prm, options)
+        prm, lower = load_model(preset, preset.freeze)
+        data = read_train_data(prm, preset)
         assert data.meta is not None
         lower_batch = data.train.batch(range(batch_size))
         upper_batch = data.meta.batch(range(meta_batch_size))
     upper_batch["group"] = torch.arange(meta_batch_size) // 4
     table = InstanceTable(len(data.train), normalise="none")
     objective = Objective(
-        prm, AGGREGATIONS[options.aggregation], options.loss_target, table, (), False
+        prm, AGGREGATIONS[preset.aggregation], preset.loss_target, table, (), False
     )
     upper = table.init()
-    optimizer = replace(lower_optimizer(options), lr=1e-4)
+    optimizer = replace(lower_optimizer(preset), lr=1e-4)
     setup = Setup(objective, optimizer, lower, upper, lower_batch, upper_batch)
     return setup
 
@@ -157,7 +159,7 @@ def peak_memory(name: str, batch_size: int, meta_batch_size: int) -> float:
 
     Measured in a fresh process whose allocator gives freed memory back at once.
     """
-    command = [sys.executable, "-m", "recipes.bench", "--one", name]
+    command = [sys.executable, "-m", "recipes.bench", "embedded", "--one", name]
     command += ["--batch-size", str(batch_size), "--meta-batch-size", str(meta_batch_size)]
     frugal = {"MALLOC_TRIM_THRESHOLD_": "0", "MALLOC_MMAP_THRESHOLD_": "65536"}
     finished = subprocess.run(
@@ -171,16 +173,18 @@ def _status_kb(field: str) -> int:
     return next(int(line.split()[1]) for line in status.splitlines() if line.startswith(field))
 
 
-def main() -> None:
+def main(given: Sequence[str]) -> None:
     """Measure, print and write ``results/bench_embedded.json``."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m recipes.bench embedded", description=(__doc__ or "").splitlines()[0]
+    )
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--meta-batch-size", type=int, default=32)
     parser.add_argument("--threads", type=int, default=0)
     parser.add_argument("--output", default="results/bench_embedded.json")
     parser.add_argument("--one", help=argparse.SUPPRESS)
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(given)
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     from transformers.utils import logging
@@ -235,7 +239,7 @@ def main() -> None:
             f"{row.get('rel_error', float('nan')):>12.1e}{row['peak_memory_mb']:>9.0f}"
         )
     report = {
-        "command": "python -m recipes.bench " + " ".join(sys.argv[1:]),
+        "command": " ".join(["python -m recipes.bench embedded", *given]),
         "machine": platform.processor() or platform.machine(),
         "environment": environment(),
         "rounds": arguments.rounds,
@@ -245,7 +249,3 @@ def main() -> None:
         "rows": rows,
     }
     write_json(Path(arguments.output), json.loads(json.dumps(report)))
-
-
-if __name__ == "__main__":
-    main()

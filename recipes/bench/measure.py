@@ -1,0 +1,91 @@
+"""Peak memory, arithmetic and time of a call.
+
+Memory is what torch's CPU allocator reports to its profiler, byte for byte: every tensor, saved for
+backward or not, temporaries of kernels included, and the same number at every call. Resident
+memory would add what the C library keeps of freed blocks. Scratch space of the matrix kernels is
+not torch's and not counted.
+"""
+
+from __future__ import annotations
+
+import gc
+import os
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from torch.profiler import ProfilerActivity, profile
+from torch.utils.flop_counter import FlopCounterMode
+
+T = TypeVar("T")
+
+
+def with_peak(run: Callable[[], T]) -> tuple[T, int]:
+    """Return what `run` returns, and by how many bytes tensors grew at most while it ran."""
+    os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # else the profiler reports to stderr
+    gc.collect()  # garbage of before, freed while recording, would be subtracted
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+        result = run()
+    profiler: Any = recorded.profiler
+    events = profiler.kineto_results.events()
+    changes = [(e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]"]
+    alive = peak = 0
+    for _, change in sorted(changes, key=lambda change: change[0]):
+        alive += change
+        peak = max(peak, alive)
+    return result, peak
+
+
+def with_flops(run: Callable[[], T]) -> tuple[T, int]:
+    """Return what `run` returns, and the floating-point operations of its matrix products."""
+    with FlopCounterMode(display=False) as counter:
+        result = run()
+    return result, int(counter.get_total_flops())
+
+
+@dataclass(frozen=True)
+class Timed:
+    """Something to time: in every `every`-th round."""
+
+    run: Callable[[], object]
+    every: int = 1
+
+
+def in_rounds(
+    timed: Mapping[str, Timed], rounds: int, report: Callable[[str], None] = lambda _: None
+) -> list[dict[str, float]]:
+    """Return, per round, the seconds of everything that was due in it.
+
+    One call of each per round, in turns, so that a slow moment of the machine meets all alike.
+    Everything is due in round 0; a call before it, not counted, warms what is due in every round.
+    """
+    for one in timed.values():
+        if one.every == 1:
+            one.run()
+    found: list[dict[str, float]] = []
+    for index in range(rounds):
+        found.append({})
+        for name, one in timed.items():
+            if index % one.every == 0:
+                started = time.perf_counter()
+                one.run()
+                found[-1][name] = time.perf_counter() - started
+        report(f"round {index + 1} of {rounds}: {sum(found[-1].values()):.1f} s")
+    return found
+
+
+def median_of(
+    rounds: Sequence[Mapping[str, float]], value: Callable[[Mapping[str, float]], float]
+) -> float:
+    """Median of a figure over the rounds that have it."""
+    values = []
+    for one in rounds:
+        try:
+            values.append(value(one))
+        except KeyError:
+            continue
+    if not values:
+        raise ValueError("no round has all that this figure needs")
+    return statistics.median(values)
