@@ -11,9 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from prm.images import Tiler
-from prm.prompt import SYSTEM_PROMPT, Context, ImageTokens, PromptEncoder
+from prm.image_inputs import image_inputs
+from prm.images import CACHE_BYTES
+from prm.prompt import SYSTEM_PROMPT, Context, PromptEncoder
 from prm.schema import DataError, StepExample
+from prm.tokens import ImageTokens
 
 Batch = dict[str, Tensor]
 
@@ -24,7 +26,7 @@ class EncodedExample:
 
     Attributes:
         example: what was encoded.
-        input_ids: [seq] int32, image placeholders expanded.
+        input_ids: [seq] int32, images written out.
         label_positions: [steps] long.
         tile_counts: tiles per image.
     """
@@ -50,6 +52,10 @@ class Collator:
     ``input_ids``       [batch, seq] long
     ``attention_mask``  [batch, seq] long
     ``pixel_values``    [tiles, C, H, W] float32  tiles of all rows in order; absent without images
+                        or [patches, values]      (patches: for the Qwen2-VL kind)
+    ``image_grid_thw``  [images, 3] long          patches per axis; only for the Qwen2-VL kind
+    ``mm_token_type_ids`` [batch, seq] long       1 where a token is part of an image; only if the
+                                                  model asks for it
     ``num_patches``     [batch] long              tiles of each row (0: text only)
     ``label_positions`` [batch, steps] long       position whose logits predict the label; 0 padded
     ``step_mask``       [batch, steps] bool       True where there is a step
@@ -61,16 +67,20 @@ class Collator:
 
     Args:
         tokenizer: fast, with a chat template and a padding token.
-        image_processor: PIL image processor that tiles; None: text only.
+        image_processor: image processor, or whole processor, of the model
+            (``prm.image_inputs``); None: text only.
         image_tokens: how images stand in the text; None: text only.
         context: what stands in earlier assistant slots (``prm.prompt.Context``).
         system_prompt: text of the system turn; None: no system turn.
-        max_patches: most tiles per image, thumbnail apart; None: the image processor's number.
+        max_patches: most tiles per image, thumbnail apart, in units of 256 tokens; None: the image
+            processor's number.
         max_length: longest sequence that is accepted; None: any.
         index: row of every example id in the table of instance weights; an id that it does not
             hold is an error.
         domains: number of every domain; a domain that it does not hold is an error.
-        cache_bytes: limit of the tile cache (``prm.images.Tiler``).
+        cache_bytes: limit of the cache of image inputs.
+        token_types: name of the model input that says which tokens are part of an image; None: the
+            model has none.
     """
 
     def __init__(
@@ -85,7 +95,8 @@ class Collator:
         max_length: int | None = None,
         index: Mapping[str, int] | None = None,
         domains: Mapping[str, int] | None = None,
-        cache_bytes: int = 256 * 2**20,
+        cache_bytes: int = CACHE_BYTES,
+        token_types: str | None = None,
     ) -> None:
         if (image_processor is None) != (image_tokens is None):
             raise ValueError("give both image_processor and image_tokens, or none of them")
@@ -103,8 +114,10 @@ class Collator:
         self.tiler = (
             None
             if image_processor is None
-            else Tiler(image_processor, max_patches=max_patches, cache_bytes=cache_bytes)
+            else image_inputs(image_processor, max_patches=max_patches, cache_bytes=cache_bytes)
         )
+        self.image_tokens = image_tokens
+        self.token_types = token_types
         self.index = index
         self.domains = domains
 
@@ -114,11 +127,13 @@ class Collator:
         Raises:
             DataError: an image is missing or no image, or the text cannot be laid out.
         """
-        counts = () if self.tiler is None else tuple(map(self.tiler.count, example.images))
-        if self.tiler is None and example.images:
-            self.prompt.messages(example)  # raises: the model takes no images
-        input_ids, label_positions = self.prompt.encode(example, counts)
-        return EncodedExample(example, input_ids, label_positions, counts)
+        if self.tiler is None or self.image_tokens is None:
+            if example.images:
+                self.prompt.messages(example)  # raises: the model takes no images
+            return EncodedExample(example, *self.prompt.encode(example), ())
+        counts = tuple(map(self.tiler.count, example.images))
+        pictures = [self.tiler.expanded(path, self.image_tokens) for path in example.images]
+        return EncodedExample(example, *self.prompt.encode(example, pictures), counts)
 
     def __call__(self, rows: Sequence[EncodedExample | StepExample]) -> Batch:
         """Pad ``rows`` into a batch; examples that are not encoded yet are encoded first.
@@ -132,9 +147,7 @@ class Collator:
         batch = self._tokens(encoded)
         batch["num_patches"] = torch.tensor([sum(row.tile_counts) for row in encoded])
         batch.update(_targets([row.example for row in encoded]))
-        pixel_values = self._tiles(encoded)
-        if pixel_values is not None:
-            batch["pixel_values"] = pixel_values
+        batch.update(self._images(encoded))
         if self.index is not None:
             batch["index"] = torch.tensor([self._row(row.example) for row in encoded])
         if self.domains is not None:
@@ -153,32 +166,36 @@ class Collator:
             input_ids[place, : len(row.input_ids)] = row.input_ids
             label_positions[place, : len(row.label_positions)] = row.label_positions
         counts = torch.tensor([len(row.label_positions) for row in encoded])
-        return {
+        batch = {
             "input_ids": input_ids,
             "attention_mask": (torch.arange(seq) < lengths[:, None]).long(),
             "label_positions": label_positions,
             "step_mask": torch.arange(steps) < counts[:, None],
         }
+        if self.token_types is not None and self.image_tokens is not None:
+            batch[self.token_types] = self.image_tokens.in_images(input_ids)
+        return batch
 
-    def _tiles(self, encoded: Sequence[EncodedExample]) -> Tensor | None:
+    def _images(self, encoded: Sequence[EncodedExample]) -> Batch:
         if self.tiler is None:
-            return None
-        decoded: dict[Path, Tensor] = {}  # also where the cache is too small for the batch
-        tiles = []
+            return {}
+        read: dict[Path, Mapping[str, Tensor]] = {}  # also where the cache is too small
+        parts: dict[str, list[Tensor]] = {}
         for row in encoded:
             for image, count in zip(row.example.images, row.tile_counts, strict=True):
-                if image not in decoded:
-                    decoded[image] = self.tiler.tiles(image)
-                if len(decoded[image]) != count:
+                if self.tiler.count(image) != count:
                     raise DataError(
                         expected=f"{count} tiles, as when the example was encoded",
-                        found=f"{len(decoded[image])}",
+                        found=f"{self.tiler.count(image)}",
                         file=image,
                         example=row.example.id,
                         remedy="encode with the collator that collates",
                     )
-                tiles.append(decoded[image])
-        return torch.cat(tiles) if tiles else None
+                if image not in read:
+                    read[image] = self.tiler.inputs(image)
+                for name, value in read[image].items():
+                    parts.setdefault(name, []).append(value)
+        return {name: torch.cat(values) for name, values in parts.items()}
 
     def _row(self, example: StepExample) -> int:
         assert self.index is not None

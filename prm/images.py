@@ -5,15 +5,19 @@ from __future__ import annotations
 import struct
 import zlib
 from collections import OrderedDict
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
 from prm.schema import DataError
+from prm.tokens import ImageTokens
 
+CACHE_BYTES = 256 * 2**20
+"""Default limit of a cache of image inputs."""
 _ORIENTATION = 274  # EXIF tag; 5 to 8 exchange width and height
 _DECODE_ERRORS = (
     OSError,
@@ -71,8 +75,26 @@ def image_size(path: Path) -> tuple[int, int]:
     return (width, height) if turned else (height, width)
 
 
+class ImageInputs(Protocol):
+    """What an image becomes for one kind of model."""
+
+    def count(self, path: Path) -> int:
+        """Number of tiles of an image: what ``ImageTokens.per_tile`` and ``num_patches`` count."""
+
+    def expanded(self, path: Path, tokens: ImageTokens) -> str:
+        """The image, written out in tokens."""
+
+    def inputs(self, path: Path) -> Mapping[str, Tensor]:
+        """Model inputs; a batch holds those of its images, concatenated along the first axis."""
+
+
 class Tiler:
     """Cuts images into tiles with a PIL image processor of the GotOcr2/InternVL kind.
+
+    Of the grids of 1 to ``max_patches`` square tiles the one whose aspect ratio is nearest to the
+    image's; at equal distance the larger one if the image has more than half its pixels. The image
+    is resized to the grid (bicubic), cut row by row, and, if there is more than one tile, a
+    thumbnail follows as the last: the rule of InternVL's ``dynamic_preprocess``.
 
     The tiles of recently used files are kept, least recently used dropped first, up to
     ``cache_bytes`` (float32: an image of 7 tiles of 448 x 448 pixels takes 17 MB). Data loader
@@ -89,15 +111,14 @@ class Tiler:
         image_processor: Any,
         *,
         max_patches: int | None = None,
-        cache_bytes: int = 256 * 2**20,
+        cache_bytes: int = CACHE_BYTES,
     ) -> None:
-        if not hasattr(image_processor, "get_number_of_image_patches"):
+        if not hasattr(image_processor, "crop_to_patches"):
             raise ValueError(
                 "expected an image processor that tiles (crop_to_patches), such as the one of "
                 f"InternVL checkpoints; found {type(image_processor).__name__}"
             )
-        if max_patches is not None and max_patches < 1:
-            raise ValueError(f"expected max_patches >= 1, found {max_patches}")
+        check_max_patches(max_patches)
         self.image_processor = image_processor
         most = image_processor.max_patches if max_patches is None else max_patches
         # Checkpoints store crop_to_patches=False and leave it to InternVLProcessor to switch it on.
@@ -106,9 +127,7 @@ class Tiler:
             "min_patches": min(image_processor.min_patches, most),
             "max_patches": most,
         }
-        self._cache_bytes = cache_bytes
-        self._held_bytes = 0
-        self._cache: OrderedDict[Path, Tensor] = OrderedDict()
+        self._cache = RecentImages(cache_bytes)
         self._counts: dict[Path, int] = {}
 
     def count(self, path: Path) -> int:
@@ -119,31 +138,74 @@ class Tiler:
             )
         return self._counts[path]
 
-    def tiles(self, path: Path) -> Tensor:
-        """Pixel values [tiles, channels, height, width] of ``path``; do not write into them.
+    def expanded(self, path: Path, tokens: ImageTokens) -> str:
+        """The image, written out in tokens."""
+        return tokens.expanded(self.count(path))
+
+    def inputs(self, path: Path) -> Mapping[str, Tensor]:
+        """``pixel_values`` [tiles, channels, height, width]; do not write into them.
 
         Raises:
             DataError: the file cannot be decoded, or changed since it was counted.
         """
-        if path in self._cache:
-            self._cache.move_to_end(path)
-            return self._cache[path]
+        return self._cache.get(path, self._read)
+
+    def tiles(self, path: Path) -> Tensor:
+        """Pixel values [tiles, channels, height, width] of ``path``: see ``inputs``."""
+        return self.inputs(path)["pixel_values"]
+
+    def _read(self, path: Path) -> Mapping[str, Tensor]:
         processed = self.image_processor([read_image(path)], return_tensors="pt", **self._options)
         tiles = torch.as_tensor(processed["pixel_values"])
-        if len(tiles) != self.count(path):
-            raise DataError(
-                expected=f"{self.count(path)} tiles, as counted when the example was encoded",
-                found=f"{len(tiles)}",
-                file=path,
-                remedy="do not change image files during a run",
-            )
-        size = tiles.nbytes
-        if size <= self._cache_bytes:
-            self._cache[path] = tiles
-            self._held_bytes += size
-            while self._held_bytes > self._cache_bytes:
-                self._held_bytes -= self._cache.popitem(last=False)[1].nbytes
-        return tiles
+        check_count(path, self.count(path), len(tiles))
+        return {"pixel_values": tiles}
+
+
+class RecentImages:
+    """Model inputs of recently used images, least recently used dropped first.
+
+    Args:
+        limit: most bytes held; 0 keeps nothing.
+    """
+
+    def __init__(self, limit: int) -> None:
+        self._limit = limit
+        self._held = 0
+        self._images: OrderedDict[Path, Mapping[str, Tensor]] = OrderedDict()
+
+    def get(self, path: Path, read: Callable[[Path], Mapping[str, Tensor]]) -> Mapping[str, Tensor]:
+        """What ``read`` returned for ``path``, or returns now."""
+        if path in self._images:
+            self._images.move_to_end(path)
+            return self._images[path]
+        inputs = read(path)
+        if _bytes(inputs) <= self._limit:
+            self._images[path] = inputs
+            self._held += _bytes(inputs)
+            while self._held > self._limit:
+                self._held -= _bytes(self._images.popitem(last=False)[1])
+        return inputs
+
+
+def check_max_patches(max_patches: int | None) -> None:
+    """Raise ValueError if it is less than 1."""
+    if max_patches is not None and max_patches < 1:
+        raise ValueError(f"expected max_patches >= 1, found {max_patches}")
+
+
+def check_count(path: Path, expected: int, found: int) -> None:
+    """Raise DataError if an image has other than the number of tiles that it was counted with."""
+    if found != expected:
+        raise DataError(
+            expected=f"{expected} tiles, as counted when the example was encoded",
+            found=f"{found}",
+            file=path,
+            remedy="do not change image files during a run",
+        )
+
+
+def _bytes(inputs: Mapping[str, Tensor]) -> int:
+    return sum(tensor.nbytes for tensor in inputs.values())
 
 
 def _check_exists(path: Path) -> None:

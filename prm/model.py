@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import shutil
 from collections.abc import Mapping, Sequence
@@ -14,9 +15,14 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from prm.collate import Collator
-from prm.tokens import ImageTokens, image_tokens, label_tokens
+from prm.image_inputs import image_tokens
+from prm.tokens import ImageTokens, label_tokens
 
 Params = dict[str, Tensor]
+
+TOKEN_TYPES = ("mm_token_type_ids", "token_type_ids")
+"""Names of the model input that says which tokens are part of an image; few models have it."""
+_INPUTS = ("input_ids", "attention_mask", "pixel_values", "image_grid_thw", *TOKEN_TYPES)
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,6 +51,9 @@ class PRM:
         text_config = self.model.config.get_text_config()
         longest = getattr(text_config, "max_position_embeddings", None)
         options.setdefault("max_length", longest)
+        accepted = inspect.signature(self.model.base_model.forward).parameters
+        names = [name for name in TOKEN_TYPES if name in accepted]
+        options.setdefault("token_types", names[0] if names and self.image_tokens else None)
         return Collator(self.tokenizer, self.image_processor, self.image_tokens, **options)
 
 
@@ -105,7 +114,11 @@ def make_prm(model: Any, tokenizer: Any, image_processor: Any = None) -> PRM:
         model=model,
         tokenizer=tokenizer,
         image_processor=image_processor,
-        image_tokens=None if image_processor is None else image_tokens(tokenizer, model.config),
+        image_tokens=(
+            None
+            if image_processor is None
+            else image_tokens(image_processor, tokenizer, model.config)
+        ),
         plus_id=labels.plus_id,
         minus_id=labels.minus_id,
     )
@@ -223,9 +236,8 @@ class _StepHead(nn.Module):
         self.rows = rows
 
     def forward(self, batch: Mapping[str, Tensor]) -> Tensor:
-        inputs = ("input_ids", "attention_mask", "pixel_values")
         hidden = self.model.base_model(
-            **{name: batch[name] for name in inputs if name in batch}, use_cache=False
+            **{name: batch[name] for name in _INPUTS if name in batch}, use_cache=False
         ).last_hidden_state  # [batch, seq, hidden]
         read = torch.take_along_dim(hidden, batch["label_positions"][..., None], dim=1)
         head = self.model.get_output_embeddings()

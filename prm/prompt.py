@@ -99,29 +99,29 @@ class PromptEncoder:
         slots = [self._slot(step.label) for step in example.steps[:-1]]
         return "".join(a + b for a, b in zip(pieces, [*slots, ""], strict=True))
 
-    def encode(
-        self, example: StepExample, tile_counts: Sequence[int] = ()
-    ) -> tuple[Tensor, Tensor]:
+    def encode(self, example: StepExample, images: Sequence[str] = ()) -> tuple[Tensor, Tensor]:
         """Token ids and label positions.
 
         Args:
             example: the example.
-            tile_counts: number of tiles of each of its images.
+            images: each of its images, written out in tokens (``ImageTokens.expanded``).
 
         Returns:
-            ``input_ids`` [seq] (int32; images expanded) and ``label_positions`` [steps] (long):
-            the logits at position ``label_positions[k]`` predict the label of step k.
+            ``input_ids`` [seq] (int32) and ``label_positions`` [steps] (long): the logits at
+            position ``label_positions[k]`` predict the label of step k.
 
         Raises:
             DataError: the example cannot be laid out: text that imitates the template, images for
                 a model without, too long.
         """
-        if len(tile_counts) != len(example.images):
+        if len(images) != len(example.images):
             raise ValueError(
-                f"expected one tile count per image of example {example.id!r} "
-                f"({len(example.images)}), found {len(tile_counts)}"
+                f"expected each of the {len(example.images)} images of example {example.id!r}, "
+                f"found {len(images)}"
             )
         pieces = self._pieces(example)
+        if images:  # all stand in the first turn
+            pieces[0] = self._expand(pieces[0], images)
         slots = [self._slot(step.label) for step in example.steps]
         encoding = self.tokenizer(
             "".join(piece + slot for piece, slot in zip(pieces, slots, strict=True)),
@@ -143,27 +143,8 @@ class PromptEncoder:
                 )
             positions.append(token - 1)
             start += len(slot)
-        return self._expand(example, ids[: positions[-1] + 1], positions, tile_counts)
-
-    def _expand(
-        self, example: StepExample, ids: list[int], positions: list[int], tile_counts: Sequence[int]
-    ) -> tuple[Tensor, Tensor]:
-        """Replace each image placeholder by start, context x tiles, end; move positions along."""
-        if self.image_tokens is not None and tile_counts:
-            image = self.image_tokens
-            places = [place for place, token in enumerate(ids) if token == image.context_id]
-            if len(places) != len(tile_counts):
-                raise DataError(
-                    expected=f"{len(tile_counts)} image placeholders after tokenisation",
-                    found=f"{len(places)}",
-                    example=example.id,
-                    remedy=f"check that the tokenizer holds {image.context!r} as a special token",
-                )
-            # Placeholders stand in the first turn, so every label position is behind all of them.
-            for place, tiles in zip(reversed(places), reversed(tile_counts), strict=True):
-                span = [image.start_id, *[image.context_id] * image.per_tile * tiles, image.end_id]
-                ids[place : place + 1] = span
-                positions = [position + len(span) - 1 for position in positions]
+        ids = ids[: positions[-1] + 1]
+        self._check_images(ids, images)
         if self.max_length is not None and len(ids) > self.max_length:
             raise DataError(
                 expected=f"at most {self.max_length} tokens",
@@ -172,6 +153,30 @@ class PromptEncoder:
                 remedy="lower max_patches, shorten the solution, or raise max_length",
             )
         return torch.tensor(ids, dtype=torch.int32), torch.tensor(positions)
+
+    def _expand(self, text: str, images: Sequence[str]) -> str:
+        """Write out the images in place of their placeholders."""
+        assert self.image_tokens is not None
+        between = text.split(self.image_tokens.context)
+        if len(between) != len(images) + 1:
+            raise ValueError(
+                f"expected a chat template that renders {len(images)} image placeholders "
+                f"{self.image_tokens.context!r} once each, found {len(between) - 1}; set "
+                "tokenizer.chat_template to one that leaves the text of a turn as it is"
+            )
+        return "".join(a + b for a, b in zip(between, [*images, ""], strict=True))
+
+    def _check_images(self, ids: list[int], images: Sequence[str]) -> None:
+        tokens = self.image_tokens
+        if tokens is None or not tokens.per_tile:
+            return
+        expected = sum(image.count(tokens.context) for image in images)
+        found = ids.count(tokens.context_id)
+        if found != expected:
+            raise ValueError(
+                f"expected {expected} tokens {tokens.context!r} for {len(images)} images, found "
+                f"{found} after tokenisation; check that the tokenizer has it as a special token"
+            )
 
     def _turns(self, example: StepExample, slots: Sequence[str]) -> list[dict[str, str]]:
         images = ""
@@ -184,7 +189,8 @@ class PromptEncoder:
                     field="images",
                     remedy="use an image-text-to-text model",
                 )
-            images = f"{self.image_tokens.context}\n" * len(example.images)
+            placeholder = self.image_tokens.context + self.image_tokens.separator
+            images = placeholder * len(example.images)
         opening = f"{images}### Question:\n{example.question}\n\n### Solution Process:\n"
         turns = []
         if self.system_prompt is not None:
@@ -265,8 +271,7 @@ class PromptEncoder:
         added = self.tokenizer.added_tokens_decoder.values()
         special = {token.content for token in added if token.special and token.content in whole}
         if self.image_tokens is not None:
-            image = self.image_tokens
-            special |= {image.start, image.end, image.context}
+            special |= self.image_tokens.reserved
         return (_SLOT, *sorted(special))
 
 

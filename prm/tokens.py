@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from torch import Tensor
+
 
 @dataclass(frozen=True)
 class LabelTokens:
@@ -18,16 +20,40 @@ class LabelTokens:
 class ImageTokens:
     """How an image stands in the text: ``start``, then ``per_tile`` x tiles ``context``, ``end``.
 
-    The texts are those of special tokens; ``*_id`` are their ids.
+    In a conversation, before images are expanded, each is one ``context``.
+
+    Attributes:
+        start: special token before an image; "" if there is none.
+        end: special token behind it; "" if there is none.
+        context: special token that stands for an image before it is written out, and (with
+            ``per_tile``) in whose places the model then puts what it sees.
+        context_id: id of the token in whose places the model puts what it sees.
+        per_tile: context tokens per tile (256 for InternVL3; 1 for Qwen2-VL, whose tiles are its
+            merged patches). 0: the processor of the model writes out images.
+        separator: text that the model's own template has between an image and what follows.
+        others: further tokens that ordinary text must not contain.
     """
 
     start: str
     end: str
     context: str
-    start_id: int
-    end_id: int
     context_id: int
     per_tile: int
+    separator: str = "\n"
+    others: tuple[str, ...] = ()
+
+    def expanded(self, tiles: int) -> str:
+        """An image of so many tiles, written out."""
+        return f"{self.start}{self.context * (self.per_tile * tiles)}{self.end}"
+
+    def in_images(self, input_ids: Tensor) -> Tensor:
+        """1 where the model puts what it sees, else 0; like ``input_ids``."""
+        return (input_ids == self.context_id).to(input_ids.dtype)
+
+    @property
+    def reserved(self) -> frozenset[str]:
+        """Tokens that ordinary text must not contain."""
+        return frozenset({self.start, self.end, self.context, *self.others} - {""})
 
 
 def label_tokens(tokenizer: Any) -> LabelTokens:
@@ -48,8 +74,8 @@ def label_tokens(tokenizer: Any) -> LabelTokens:
     return LabelTokens(*ids)
 
 
-def image_tokens(tokenizer: Any, config: Any) -> ImageTokens:
-    """The tokens of an image, by the names that InternVL's processor uses.
+def tile_tokens(tokenizer: Any, config: Any) -> ImageTokens:
+    """The tokens of an image for InternVL, by the names that its processor uses.
 
     Raises:
         ValueError: tokenizer or configuration do not name them, or do not agree.
@@ -63,11 +89,33 @@ def image_tokens(tokenizer: Any, config: Any) -> ImageTokens:
             f"missing: {', '.join(missing) or 'image_seq_length'}"
         )
     start, end, context = (getattr(tokenizer, name) for name in names)
-    start_id, end_id, context_id = tokenizer.convert_tokens_to_ids([start, end, context])
+    context_id = tokenizer.convert_tokens_to_ids(context)
     if context_id != config.image_token_id:
         raise ValueError(
             f"expected {context!r} to have the configuration's image_token_id "
             f"{config.image_token_id}, found {context_id}; tokenizer and model do not belong "
             "together"
         )
-    return ImageTokens(start, end, context, start_id, end_id, context_id, config.image_seq_length)
+    return ImageTokens(start, end, context, context_id, config.image_seq_length)
+
+
+def patch_tokens(tokenizer: Any, config: Any) -> ImageTokens:
+    """The tokens of an image for the Qwen2-VL kind, by the ids that its configuration names.
+
+    Raises:
+        ValueError: the configuration does not name them, or the tokenizer does not have them.
+    """
+    names = ("vision_start_token_id", "vision_end_token_id", "image_token_id")
+    ids = [getattr(config, name, None) for name in names]
+    special = tokenizer.added_tokens_decoder
+    unknown = [
+        f"{name} {found}" for name, found in zip(names, ids, strict=True) if found not in special
+    ]
+    if unknown:
+        raise ValueError(
+            "expected special tokens of the tokenizer for the configuration's "
+            f"{', '.join(names)}, found none for {', '.join(unknown)}; tokenizer and model do not "
+            "belong together"
+        )
+    start, end, context = (special[found].content for found in ids)
+    return ImageTokens(start, end, context, config.image_token_id, 1, separator="")

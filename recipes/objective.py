@@ -15,15 +15,19 @@ from torch import Tensor
 
 from bilevel import ReweightingProblem
 from prm.aggregations import Aggregation
+from prm.image_inputs import row_owners
 from prm.losses import LossTarget, outcome_loss, pair_loss, step_cross_entropy
 from prm.model import PRM, step_logits
 from prm.scoring import solution_scores, step_scores
 from weighting import (
+    EXAMPLE_FEATURES,
     DomainTable,
     InstanceNet,
     InstanceTable,
     Weighting,
     batch_mean_one,
+    example_features,
+    is_model_feature,
     step_features,
 )
 
@@ -43,6 +47,7 @@ class Objective:
         weighting: how weights are made; None: ``batch["weights"]``, or 1 where there is none.
         features: names of Instance Net's features.
         reference: Instance Net also gets the features under ``batch["reference_probs"]``.
+        domains: how many domains ``batch["domain"]`` counts, for the feature "domain".
     """
 
     prm: PRM
@@ -51,6 +56,7 @@ class Objective:
     weighting: Weighting | None
     features: tuple[str, ...] = ()
     reference: bool = False
+    domains: int = 0
 
     def per_example_loss(self, lower: Params, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """Mean cross-entropy over the labelled steps, [batch], and step probabilities."""
@@ -71,13 +77,27 @@ class Objective:
         return torch.ones(len(batch["labels"]))
 
     def net_inputs(self, batch: Batch, features: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """Instance Net's features [batch, steps, features] and mask [batch, steps]."""
+        """Instance Net's features [batch, steps, features] and mask [batch, steps].
+
+        Those of steps, then the same under the initial model, then those of examples; each in the
+        order of ``features``.
+        """
         labels, mask = batch["labels"], batch["step_mask"]
-        inputs, known = step_features(self.features, features["step_probs"], labels, mask)
+        names = tuple(name for name in self.features if name not in EXAMPLE_FEATURES)
+        inputs, known = step_features(names, features["step_probs"], labels, mask)
         if self.reference:
-            names = tuple(name for name in self.features if name != "label")
+            names = tuple(filter(is_model_feature, self.features))
             before, _ = step_features(names, batch["reference_probs"], labels, mask)
             inputs = torch.cat([inputs, before], dim=-1)
+        if len(set(self.features) & set(EXAMPLE_FEATURES)):
+            shared = example_features(
+                self.features,
+                mask,
+                length=batch["attention_mask"].sum(-1) if "attention_mask" in batch else None,
+                domain=batch.get("domain"),
+                domains=self.domains,
+            )
+            inputs = torch.cat([inputs, shared.to(inputs.dtype)], dim=-1)
         return inputs, known
 
     def upper_loss(self, lower: Params, upper: Params, batch: Batch) -> Tensor:
@@ -94,17 +114,5 @@ class Objective:
             per_example_loss=self.per_example_loss,
             weights=self.weights,
             upper_loss=self.upper_loss,
-            rows=tile_owners,
+            rows=row_owners,
         )
-
-
-def tile_owners(batch: Batch) -> dict[int, Tensor]:
-    """Which example each image tile belongs to: inside the vision tower tiles lead, not examples.
-
-    Returns:
-        ``{tiles: owner [tiles]}``; empty for a batch without images.
-    """
-    if "pixel_values" not in batch:
-        return {}
-    owners = torch.arange(len(batch["num_patches"])).repeat_interleave(batch["num_patches"])
-    return {len(owners): owners}

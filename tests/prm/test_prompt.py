@@ -7,7 +7,7 @@ import torch
 
 from prm.prompt import SYSTEM_PROMPT, PromptEncoder
 from prm.schema import DataError, Step
-from prm.tokens import image_tokens, label_tokens
+from prm.tokens import label_tokens, tile_tokens
 from tests.prm.tiny import (
     CHAT_TEMPLATE,
     SYSTEM,
@@ -60,14 +60,15 @@ def written_out(prompt: PromptEncoder, item, tile_counts) -> str:
 @pytest.mark.parametrize("tile_counts", [(), (3, 1)], ids=["text", "images"])
 def test_ids_and_positions_equal_a_second_implementation(make, context, tile_counts, template):
     tokenizer = make(template)
+    tokens = tile_tokens(tokenizer, internvl(tokenizer).model.config)
     prompt = PromptEncoder(
         tokenizer,
-        image_tokens=image_tokens(tokenizer, internvl(tokenizer).model.config),
+        image_tokens=tokens,
         context=context,
         system_prompt=SYSTEM,
     )
     item = example(steps=5, images=TWO_IMAGES[: len(tile_counts)])
-    ids, positions = prompt.encode(item, tile_counts)
+    ids, positions = prompt.encode(item, [tokens.expanded(tiles) for tiles in tile_counts])
     whole = tokenizer(written_out(prompt, item, tile_counts), add_special_tokens=False)["input_ids"]
     assert positions.tolist() == headers(tokenizer, whole)
     assert ids.tolist() == whole[: positions[-1] + 1]
@@ -120,7 +121,7 @@ def test_label_tokens_must_be_single_and_known():
 @pytest.mark.parametrize("token", ["<|im_start|>", "<|im_end|>", "<IMG_CONTEXT>", "<img>"])
 def test_text_that_imitates_the_template_is_refused(token):
     tokenizer = word_tokenizer()
-    tokens = image_tokens(tokenizer, internvl(tokenizer).model.config)
+    tokens = tile_tokens(tokenizer, internvl(tokenizer).model.config)
     prompt = PromptEncoder(tokenizer, image_tokens=tokens)
     item = example(steps=2)
     forged = type(item)(
@@ -181,10 +182,10 @@ def test_too_long_and_images_without_eyes_are_refused():
     with pytest.raises(DataError, match=f"at most {length - 1} tokens, found {length}"):
         PromptEncoder(word_tokenizer(), max_length=length - 1).encode(example())
     with pytest.raises(DataError, match="without images") as caught:
-        PromptEncoder(word_tokenizer()).encode(example(images=TWO_IMAGES), (1, 1))
+        PromptEncoder(word_tokenizer()).encode(example(images=TWO_IMAGES), ("", ""))
     assert caught.value.field == "images"
-    with pytest.raises(ValueError, match=r"one tile count per image of example 'a' \(2\), found 1"):
-        PromptEncoder(word_tokenizer()).encode(example(images=TWO_IMAGES), (1,))
+    with pytest.raises(ValueError, match="each of the 2 images of example 'a', found 1"):
+        PromptEncoder(word_tokenizer()).encode(example(images=TWO_IMAGES), ("",))
 
 
 def test_tokens_of_another_model_are_refused():
@@ -192,7 +193,7 @@ def test_tokens_of_another_model_are_refused():
     config = internvl(tokenizer).model.config
     config.image_token_id += 1
     with pytest.raises(ValueError, match="do not belong together"):
-        image_tokens(tokenizer, config)
+        tile_tokens(tokenizer, config)
     del tokenizer._special_tokens_map["start_image_token"]
     with pytest.raises(ValueError, match="missing: start_image_token"):
-        image_tokens(tokenizer, config)
+        tile_tokens(tokenizer, config)

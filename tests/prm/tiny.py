@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from types import MethodType
 
 import numpy as np
 import pytest
@@ -13,12 +14,21 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     InternVLConfig,
     InternVLForConditionalGeneration,
+    LlamaConfig,
+    LlamaForCausalLM,
     PreTrainedTokenizerFast,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
     Qwen2Config,
     Qwen2ForCausalLM,
     Qwen2Tokenizer,
+    Qwen2VLConfig,
+    Qwen2VLForConditionalGeneration,
 )
 from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2ImageProcessorPil
+from transformers.models.qwen2_5_vl import modeling_qwen2_5_vl
+from transformers.models.qwen2_vl import modeling_qwen2_vl
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from prm.model import PRM, make_prm
 from prm.schema import Step, StepExample
@@ -30,6 +40,7 @@ FORWARD_MODE = pytest.mark.filterwarnings(
 SPECIAL = [
     "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<unk>",
     "<img>", "</img>", "<IMG_CONTEXT>", "<video>",
+    "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>",
 ]  # fmt: skip
 WORDS = [
     "+", "-", "system", "user", "assistant", "judge", "each", "step", "###", "Question:",
@@ -160,12 +171,124 @@ def qwen(
     *,
     tied: bool = False,
     dtype: torch.dtype = torch.float64,
+    attention: str = "sdpa",
 ) -> PRM:
     """A text-only model."""
     tokenizer = tokenizer or word_tokenizer()
     torch.manual_seed(0)
-    model = Qwen2ForCausalLM(Qwen2Config(**_text_config(tokenizer, tied))).to(dtype)
-    return make_prm(model, tokenizer)
+    config = Qwen2Config(**_text_config(tokenizer, tied), attn_implementation=attention)
+    return make_prm(Qwen2ForCausalLM(config).to(dtype), tokenizer)
+
+
+def llama(
+    tokenizer: PreTrainedTokenizerFast | None = None,
+    *,
+    dtype: torch.dtype = torch.float64,
+    attention: str = "sdpa",
+) -> PRM:
+    """Another text-only model."""
+    tokenizer = tokenizer or word_tokenizer()
+    torch.manual_seed(0)
+    config = LlamaConfig(**_text_config(tokenizer, False), attn_implementation=attention)
+    return make_prm(LlamaForCausalLM(config).to(dtype), tokenizer)
+
+
+def patch_processor() -> Qwen2VLImageProcessorPil:
+    """Patches of 4 x 4 pixels, 8 x 8 pixels per token; at most 32 tokens per image."""
+    return Qwen2VLImageProcessorPil(
+        patch_size=4,
+        temporal_patch_size=2,
+        merge_size=2,
+        size={"shortest_edge": 64, "longest_edge": 32 * 64},
+    )
+
+
+def _vision_language_config(tokenizer: PreTrainedTokenizerFast, vision: dict) -> dict:
+    ids = {
+        "image_token_id": "<|image_pad|>",
+        "video_token_id": "<|video_pad|>",
+        "vision_start_token_id": "<|vision_start|>",
+        "vision_end_token_id": "<|vision_end|>",
+    }
+    return {
+        "text_config": {
+            **_text_config(tokenizer, False),
+            "rope_parameters": {
+                "rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1],
+            },
+        },
+        "vision_config": {
+            "depth": 2,
+            "num_heads": 2,
+            "patch_size": 4,
+            "temporal_patch_size": 2,
+            "spatial_merge_size": 2,
+            "in_channels": 3,
+            "initializer_range": 0.3,
+            **vision,
+        },
+        **{name: tokenizer.convert_tokens_to_ids(token) for name, token in ids.items()},
+        "tie_word_embeddings": False,
+    }  # fmt: skip
+
+
+def qwen2_vl(
+    tokenizer: PreTrainedTokenizerFast | None = None,
+    *,
+    dtype: torch.dtype = torch.float64,
+    attention: str = "sdpa",
+) -> PRM:
+    """The tiny twin of Qwen2-VL."""
+    tokenizer = tokenizer or word_tokenizer()
+    torch.manual_seed(0)
+    parts = _vision_language_config(
+        tokenizer, {"embed_dim": 16, "hidden_size": 32, "mlp_ratio": 2, "in_chans": 3}
+    )
+    config = Qwen2VLConfig(**parts, attn_implementation=attention)
+    return make_prm(Qwen2VLForConditionalGeneration(config).to(dtype), tokenizer, patch_processor())
+
+
+def qwen2_5_vl(
+    tokenizer: PreTrainedTokenizerFast | None = None,
+    *,
+    dtype: torch.dtype = torch.float64,
+    attention: str = "sdpa",
+) -> PRM:
+    """The tiny twin of Qwen2.5-VL: windows of 2 x 2 tokens, full attention in the second block."""
+    tokenizer = tokenizer or word_tokenizer()
+    torch.manual_seed(0)
+    parts = _vision_language_config(
+        tokenizer,
+        {
+            "hidden_size": 16,
+            "intermediate_size": 32,
+            "out_hidden_size": 32,
+            "window_size": 16,
+            "fullatt_block_indexes": [1],
+        },
+    )
+    config = Qwen2_5_VLConfig(**parts, attn_implementation=attention)
+    model = Qwen2_5_VLForConditionalGeneration(config).to(dtype)
+    return make_prm(model, tokenizer, patch_processor())
+
+
+def in_float64(prm: PRM, patch: pytest.MonkeyPatch) -> PRM:
+    """Have norms and rotations compute in the precision of the model, not always in float32."""
+
+    def norm(self, hidden: torch.Tensor) -> torch.Tensor:
+        size = hidden.square().mean(-1, keepdim=True)
+        return self.weight * (hidden * torch.rsqrt(size + self.variance_epsilon))
+
+    def rotate(q, k, cos, sin):
+        cos, sin = cos.unsqueeze(-2), sin.unsqueeze(-2)
+        return tuple(x * cos + modeling_qwen2_vl.rotate_half(x) * sin for x in (q, k))
+
+    for module in prm.model.modules():
+        if type(module).__name__.endswith("RMSNorm"):
+            patch.setattr(module, "forward", MethodType(norm, module))
+    for module in (modeling_qwen2_vl, modeling_qwen2_5_vl):
+        patch.setattr(module, "apply_rotary_pos_emb_vision", rotate)
+    return prm
 
 
 def parameters(prm: PRM) -> dict[str, torch.Tensor]:
