@@ -14,7 +14,7 @@ import torch
 
 import recipes.run_directory
 import recipes.runs
-from bilevel import SGD, AdamW, LazyRowAdam, OneStep, WarmupCosine
+from bilevel import SGD, AdamW, LazyRowAdam, OneStep, Projected, WarmupCosine
 from bilevel.routes import Route
 from bilevel.schedule import Constant
 from prm.model import load_prm
@@ -266,7 +266,8 @@ def test_every_number_of_the_levels_arrives():
     objective = Objective(None, AGGREGATIONS["mean"], "both", make_weighting(options, 8, 0))
     solver = make_solver(options, objective, 0.125)
     lower = AdamW(WarmupCosine(5e-4, 1, 20), betas=(0.7, 0.8), weight_decay=0.3, max_norm=None)
-    upper = AdamW(WarmupCosine(0.125, 0, 5), betas=(0.6, 0.9), weight_decay=0.2)
+    adam = AdamW(WarmupCosine(0.125, 0, 5), betas=(0.6, 0.9), weight_decay=0.2)
+    upper = Projected(adam, objective.weighting.project)
     assert (solver.lower_optimizer, solver.upper_optimizer) == (lower, upper)
     counts = (solver.unroll_steps, solver.upper_start, solver.accumulation)
     assert counts == (3, 5, 4)
