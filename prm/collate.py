@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from prm.image_inputs import image_inputs
+from prm.image_inputs import concatenated, image_inputs
 from prm.images import CACHE_BYTES
 from prm.prompt import SYSTEM_PROMPT, Context, PromptEncoder
 from prm.schema import DataError, StepExample
@@ -110,6 +110,7 @@ class Collator:
             context=context,
             system_prompt=system_prompt,
             max_length=max_length,
+            chat_template=getattr(image_processor, "chat_template", None),
         )
         self.tiler = (
             None
@@ -195,7 +196,7 @@ class Collator:
                     read[image] = self.tiler.inputs(image)
                 for name, value in read[image].items():
                     parts.setdefault(name, []).append(value)
-        return {name: torch.cat(values) for name, values in parts.items()}
+        return {name: concatenated(values) for name, values in parts.items()}
 
     def _row(self, example: StepExample) -> int:
         assert self.index is not None

@@ -16,13 +16,14 @@ from torch.func import functional_call
 
 from prm.collate import Collator
 from prm.image_inputs import image_tokens
+from prm.native import load_image_processor, refuse_remote_code
 from prm.tokens import ImageTokens, label_tokens
 
 Params = dict[str, Tensor]
 
 TOKEN_TYPES = ("mm_token_type_ids", "token_type_ids")
 """Names of the model input that says which tokens are part of an image; few models have it."""
-_INPUTS = ("input_ids", "attention_mask", "pixel_values", "image_grid_thw", *TOKEN_TYPES)
+_TARGETS = frozenset({"labels"})  # of a batch; some base models would take them, too
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,7 +34,8 @@ class PRM:
         model: ``AutoModelForImageTextToText`` or ``AutoModelForCausalLM``; its own parameters do
             not require gradients and stay as loaded.
         tokenizer: fast tokenizer with a chat template.
-        image_processor: PIL image processor; None for a text-only model.
+        image_processor: image processor, or whole processor of a model of another kind than
+            InternVL and Qwen2-VL; None for a text-only model.
         image_tokens: how images stand in the text; None for a text-only model.
         plus_id: token id of "+".
         minus_id: token id of "-".
@@ -77,23 +79,31 @@ def load_prm(
     """
     from transformers import (
         AutoConfig,
-        AutoImageProcessor,
         AutoModelForCausalLM,
         AutoModelForImageTextToText,
         AutoTokenizer,
     )
-    from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+    from transformers.models.auto.modeling_auto import (
+        MODEL_FOR_CAUSAL_LM_MAPPING,
+        MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+    )
 
     name = str(path_or_name)
     local = Path(path_or_name)
     if not local.exists() and (isinstance(path_or_name, Path) or name.startswith((".", "/", "~"))):
         raise FileNotFoundError(f"expected a checkpoint folder at {name}, found nothing there")
+    refuse_remote_code(name)
     config = AutoConfig.from_pretrained(name)
     sees = type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+    if not sees and type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise ValueError(
+            f"expected an image-text-to-text or causal language model, found {name} of type "
+            f"{config.model_type!r}"
+        )
     model_class = AutoModelForImageTextToText if sees else AutoModelForCausalLM
     model = model_class.from_pretrained(name, dtype=dtype, attn_implementation=attn_implementation)
     tokenizer = AutoTokenizer.from_pretrained(name)
-    image_processor = AutoImageProcessor.from_pretrained(name, backend="pil") if sees else None
+    image_processor = load_image_processor(name, tokenizer) if sees else None
     return make_prm(model, tokenizer, image_processor)
 
 
@@ -236,8 +246,11 @@ class _StepHead(nn.Module):
         self.rows = rows
 
     def forward(self, batch: Mapping[str, Tensor]) -> Tensor:
-        hidden = self.model.base_model(
-            **{name: batch[name] for name in _INPUTS if name in batch}, use_cache=False
+        base = self.model.base_model
+        accepted = inspect.signature(base.forward).parameters
+        hidden = base(
+            **{name: batch[name] for name in batch if name in accepted and name not in _TARGETS},
+            use_cache=False,
         ).last_hidden_state  # [batch, seq, hidden]
         read = torch.take_along_dim(hidden, batch["label_positions"][..., None], dim=1)
         head = self.model.get_output_embeddings()

@@ -50,6 +50,8 @@ class PromptEncoder:
         context: what stands in earlier assistant slots; use the same to train and to score.
         system_prompt: text of the system turn; None: no system turn.
         max_length: longest sequence that is accepted; None: any.
+        chat_template: of the model's processor; None: the tokenizer's own. One that takes lists of
+            typed parts as turns puts the images' placeholders where it wants them.
 
     Raises:
         ValueError: the tokenizer or its template cannot carry this layout.
@@ -63,13 +65,14 @@ class PromptEncoder:
         context: Context = "plus",
         system_prompt: str | None = SYSTEM_PROMPT,
         max_length: int | None = None,
+        chat_template: str | None = None,
     ) -> None:
         if not getattr(tokenizer, "is_fast", False):
             raise ValueError(
                 f"expected a fast tokenizer (label tokens are located by their place in the text), "
                 f"found {type(tokenizer).__name__}"
             )
-        if not tokenizer.chat_template:
+        if not (chat_template or tokenizer.chat_template):
             raise ValueError(
                 "expected a tokenizer with a chat template, found none; set "
                 "tokenizer.chat_template to the one the model was trained with"
@@ -87,9 +90,11 @@ class PromptEncoder:
         self.context = context
         self.system_prompt = system_prompt
         self.max_length = max_length
+        self.chat_template = chat_template
+        self._typed = chat_template is not None and self._takes_parts()
         self._structure = self._check_template()
 
-    def messages(self, example: StepExample) -> list[dict[str, str]]:
+    def messages(self, example: StepExample) -> list[dict[str, Any]]:
         """The conversation of an example, with what ``context`` puts into the assistant slots."""
         return self._turns(example, [self._slot(step.label) for step in example.steps])
 
@@ -178,28 +183,35 @@ class PromptEncoder:
                 f"{found} after tokenisation; check that the tokenizer has it as a special token"
             )
 
-    def _turns(self, example: StepExample, slots: Sequence[str]) -> list[dict[str, str]]:
-        images = ""
-        if example.images:
-            if self.image_tokens is None:
-                raise DataError(
-                    expected="an example without images (the model takes none)",
-                    found=f"{len(example.images)}",
-                    example=example.id,
-                    field="images",
-                    remedy="use an image-text-to-text model",
-                )
-            placeholder = self.image_tokens.context + self.image_tokens.separator
-            images = placeholder * len(example.images)
-        opening = f"{images}### Question:\n{example.question}\n\n### Solution Process:\n"
+    def _turns(self, example: StepExample, slots: Sequence[str]) -> list[dict[str, Any]]:
+        if example.images and self.image_tokens is None:
+            raise DataError(
+                expected="an example without images (the model takes none)",
+                found=f"{len(example.images)}",
+                example=example.id,
+                field="images",
+                remedy="use an image-text-to-text model",
+            )
+        opening = f"### Question:\n{example.question}\n\n### Solution Process:\n"
         turns = []
         if self.system_prompt is not None:
-            turns.append({"role": "system", "content": self.system_prompt})
+            turns.append(self._turn("system", self.system_prompt))
         for place, (step, slot) in enumerate(zip(example.steps, slots, strict=True)):
-            text = step.text if place else opening + step.text
-            turns.append({"role": "user", "content": text})
-            turns.append({"role": "assistant", "content": slot})
+            if place == 0:
+                turns.append(self._turn("user", opening + step.text, len(example.images)))
+            else:
+                turns.append(self._turn("user", step.text))
+            turns.append(self._turn("assistant", slot))
         return turns
+
+    def _turn(self, role: str, text: str, images: int = 0) -> dict[str, Any]:
+        if self._typed:
+            parts = [{"type": "image"}] * images
+            return {"role": role, "content": [*parts, {"type": "text", "text": text}]}
+        if images:
+            assert self.image_tokens is not None
+            text = (self.image_tokens.context + self.image_tokens.separator) * images + text
+        return {"role": role, "content": text}
 
     def _pieces(self, example: StepExample) -> list[str]:
         """The rendered text before each assistant slot, since the slot before."""
@@ -235,10 +247,23 @@ class PromptEncoder:
             return self.tokenizer.pad_token_id
         return self.labels.plus_id if slot == "+" else self.labels.minus_id
 
-    def _render(self, turns: list[dict[str, str]], *, generate: bool = False) -> str:
-        return self.tokenizer.apply_chat_template(
-            turns, tokenize=False, add_generation_prompt=generate
+    def _render(self, turns: list[dict[str, Any]], *, generate: bool = False) -> str:
+        rendered: str = self.tokenizer.apply_chat_template(
+            turns,
+            chat_template=self.chat_template,
+            tokenize=False,
+            add_generation_prompt=generate,
         )
+        return rendered
+
+    def _takes_parts(self) -> bool:
+        """Whether the template renders turns that are lists of typed parts."""
+        turn = {"role": "user", "content": [{"type": "text", "text": "probe"}]}
+        try:
+            rendered = self._render([turn])
+        except (TemplateError, TypeError):
+            return False
+        return "probe" in rendered and "'text'" not in rendered
 
     def _check_template(self) -> tuple[str, ...]:
         """Check that turns do not change when turns are added; returns the structure's tokens.

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 
@@ -32,6 +33,8 @@ class ImageTokens:
             merged patches). 0: the processor of the model writes out images.
         separator: text that the model's own template has between an image and what follows.
         others: further tokens that ordinary text must not contain.
+        part_ids: ids of tokens that count as part of an image where a model asks for the types of
+            its tokens; empty: ``context_id``.
     """
 
     start: str
@@ -41,14 +44,16 @@ class ImageTokens:
     per_tile: int
     separator: str = "\n"
     others: tuple[str, ...] = ()
+    part_ids: tuple[int, ...] = ()
 
     def expanded(self, tiles: int) -> str:
         """An image of so many tiles, written out."""
         return f"{self.start}{self.context * (self.per_tile * tiles)}{self.end}"
 
     def in_images(self, input_ids: Tensor) -> Tensor:
-        """1 where the model puts what it sees, else 0; like ``input_ids``."""
-        return (input_ids == self.context_id).to(input_ids.dtype)
+        """1 where a token is part of an image, else 0; like ``input_ids``."""
+        parts = input_ids.new_tensor(self.part_ids or (self.context_id,))
+        return torch.isin(input_ids, parts).to(input_ids.dtype)
 
     @property
     def reserved(self) -> frozenset[str]:
@@ -119,3 +124,16 @@ def patch_tokens(tokenizer: Any, config: Any) -> ImageTokens:
         )
     start, end, context = (special[found].content for found in ids)
     return ImageTokens(start, end, context, config.image_token_id, 1, separator="")
+
+
+def processor_tokens(processor: Any, config: Any) -> ImageTokens:
+    """The tokens of an image for a model whose processor writes images out itself."""
+    tokenizer = processor.tokenizer
+    context_id = getattr(config, "image_token_id", None)
+    if context_id is None:
+        context_id = tokenizer.convert_tokens_to_ids(processor.image_token)
+    part_ids = tuple(found for found in processor.image_token_ids if found is not None)
+    others = tokenizer.convert_ids_to_tokens([context_id, *part_ids])
+    return ImageTokens(
+        "", "", processor.image_token, context_id, 0, others=tuple(others), part_ids=part_ids
+    )

@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+from fractions import Fraction
+from itertools import combinations
+
 import numpy as np
 import pytest
 import torch
@@ -52,6 +55,44 @@ def test_tiles_are_those_of_the_original_tiling(tmp_path, width, height, most, c
     assert tiles.dtype == torch.float32
     expected = tiles_by_pillow(Image.open(path), most)
     torch.testing.assert_close(tiles, expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("width", "height", "most", "columns", "rows"),
+    [
+        (448, 448, 12, 1, 1),  # 2 x 2 is as near, but the image has not half its pixels
+        (900, 900, 12, 2, 2),  # more than half of 2 x 2, not of 3 x 3
+        (1000, 1000, 12, 3, 3),
+        (1000, 1000, 6, 2, 2),
+        (640, 480, 12, 4, 3),
+        (640, 480, 6, 3, 2),  # 3/2 is nearer to 4/3 than 1/1
+        (800, 600, 4, 2, 2),  # 1/1 is nearer than 2/1, and 2 x 2 breaks the tie
+        (500, 600, 4, 1, 1),
+        (3000, 100, 12, 12, 1),
+        (100, 3000, 6, 1, 6),
+        (896, 448, 1, 1, 1),
+    ],
+)
+def test_grids_by_hand(tmp_path, width, height, most, columns, rows):
+    path = tmp_path / "x.png"
+    Image.new("RGB", (width, height)).save(path)
+    processor = image_processor()
+    processor.size = {"height": 448, "width": 448}
+    grid = columns * rows
+    assert Tiler(processor, max_patches=most).count(path) == grid + (grid > 1)
+
+
+def test_order_among_grids_of_equal_area_never_matters():
+    """The original sorts a set by area, so its order within an area is not defined by its rule."""
+    for most in (*range(2, 13), 24):
+        sides = range(1, most + 1)
+        grids = [(i, j) for i in sides for j in sides if i * j <= most]
+        ratios = {Fraction(*grid) for grid in grids}
+        for (i, j), (k, m) in combinations(grids, 2):
+            if i * j == k * m:
+                one, other = Fraction(i, j), Fraction(k, m)
+                between = (one + other) / 2  # the only aspect ratio at which they tie
+                assert min(abs(ratio - between) for ratio in ratios) < abs(one - between)
 
 
 @settings(max_examples=40, deadline=None)

@@ -116,7 +116,8 @@ def image_processor() -> GotOcr2ImageProcessorPil:
     )
 
 
-def _text_config(tokenizer: PreTrainedTokenizerFast, tied: bool) -> dict:
+def text_config(tokenizer: PreTrainedTokenizerFast, tied: bool) -> dict:
+    """Of a decoder with two layers of 32 units."""
     return {
         "vocab_size": len(tokenizer),
         "hidden_size": 32,
@@ -144,7 +145,7 @@ def internvl(
     tokenizer = tokenizer or word_tokenizer()
     torch.manual_seed(0)
     config = InternVLConfig(
-        text_config={"model_type": "qwen2", **_text_config(tokenizer, tied)},
+        text_config={"model_type": "qwen2", **text_config(tokenizer, tied)},
         vision_config={
             "hidden_size": 16,
             "intermediate_size": 32,
@@ -176,7 +177,7 @@ def qwen(
     """A text-only model."""
     tokenizer = tokenizer or word_tokenizer()
     torch.manual_seed(0)
-    config = Qwen2Config(**_text_config(tokenizer, tied), attn_implementation=attention)
+    config = Qwen2Config(**text_config(tokenizer, tied), attn_implementation=attention)
     return make_prm(Qwen2ForCausalLM(config).to(dtype), tokenizer)
 
 
@@ -189,7 +190,7 @@ def llama(
     """Another text-only model."""
     tokenizer = tokenizer or word_tokenizer()
     torch.manual_seed(0)
-    config = LlamaConfig(**_text_config(tokenizer, False), attn_implementation=attention)
+    config = LlamaConfig(**text_config(tokenizer, False), attn_implementation=attention)
     return make_prm(LlamaForCausalLM(config).to(dtype), tokenizer)
 
 
@@ -212,7 +213,7 @@ def _vision_language_config(tokenizer: PreTrainedTokenizerFast, vision: dict) ->
     }
     return {
         "text_config": {
-            **_text_config(tokenizer, False),
+            **text_config(tokenizer, False),
             "rope_parameters": {
                 "rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1],
             },
