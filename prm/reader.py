@@ -1,73 +1,194 @@
-"""JSONL files of examples: read with every record checked, written all at once or not at all."""
+"""Files of examples: read in any known format with every record checked, written all or nothing."""
 
 from __future__ import annotations
 
 import json
-import math
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
-from prm.images import read_image
+from prm.formats.table import Format, detect, format_named
+from prm.image_files import ImageCheck, ImageFiles
+from prm.json_rows import json_rows
+from prm.record_fields import Place, image_field
 from prm.records import parse_record, to_record
 from prm.schema import DataError, StepExample
 
-_Fail = Callable[..., NoReturn]
-_BOMS = {
-    b"\xef\xbb\xbf": "a UTF-8 byte order mark",
-    b"\xff\xfe": "a UTF-16 byte order mark",
-    b"\xfe\xff": "a UTF-16 byte order mark",
-}
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One record of a file.
+
+    Attributes:
+        line: line of a JSONL file, row of a JSON array, counted from 1.
+        record: the decoded record as it stands in the file.
+        examples: what it holds: one example, or one per candidate solution.
+        format: name of its format.
+    """
+
+    line: int
+    record: Any
+    examples: tuple[StepExample, ...]
+    format: str
 
 
-def read_jsonl(
-    path: str | Path, image_root: str | Path | None = None, *, check_images: bool = False
-) -> list[StepExample]:
-    """Read a JSONL file; every line has to be right, nothing is skipped.
+def iter_rows(
+    path: str | Path, image_root: str | Path | None = None, *, format: str = "auto"
+) -> Iterator[Row | DataError]:
+    """Every record of a file, one at a time; a ``DataError`` in the place of one that is wrong.
+
+    JSONL or one JSON array, never held whole. Images are neither opened nor looked for, and ids are
+    not compared: see ``checked_rows``.
 
     Args:
-        path: UTF-8, one JSON object a line (see ``prm.records.FIELDS``); labels are "+", "-", a
-            number in [0, 1] or null. Keys that are no fields go to ``StepExample.extra``.
+        path: the file.
         image_root: folder that image paths are relative to; None: the folder of ``path``.
-        check_images: decode every image once, so that a truncated file is found now and not in
-            the middle of a run. Otherwise only the existence of image files is checked.
+        format: a name of ``prm.formats.table.FORMAT_NAMES``; "auto": the format that the first
+            record looks like. Records of several formats in one file are errors.
 
     Raises:
-        DataError: naming file, line, field, what was expected and found, and what to do.
         FileNotFoundError: ``path`` does not exist.
+        ValueError: no format of that name.
     """
     path = Path(path)
     root = path.parent if image_root is None else Path(image_root)
-    examples: list[StepExample] = []
+    known: Format | None = None if format == "auto" else format_named(format)
+    for line, record in json_rows(path):
+        if isinstance(record, DataError):
+            yield record
+            continue
+        place = Place(root, path, line)
+        try:
+            if known is None:
+                known = detect(record, place)
+            elif not isinstance(record, dict):
+                place.refuse(None, "a JSON object", record, "write one object per line")
+            yield Row(line, record, known.read(record, place), known.name)
+        except DataError as error:
+            yield error
+
+
+def checked_rows(
+    path: str | Path,
+    image_root: str | Path | None = None,
+    *,
+    format: str = "auto",
+    check_images: ImageCheck = "exists",
+    allow_outside_images: bool = False,
+) -> Iterator[Row]:
+    """Every record of a file, one at a time; the first that is wrong is raised.
+
+    Beyond ``iter_rows``: ids are unique, and images exist, lie below ``image_root`` (symbolic links
+    followed) unless ``allow_outside_images``, and stand ``check_images``, each path looked at once.
+
+    Raises:
+        DataError: naming file, line or row, field, what was expected and found, and what to do.
+        FileNotFoundError: ``path`` does not exist.
+        ValueError: no format of that name.
+    """
+    path = Path(path)
+    root = path.parent if image_root is None else Path(image_root)
+    images = ImageFiles(root, allow_outside=allow_outside_images, check=check_images)
     first_line: dict[str, int] = {}
-    seen_images: set[Path] = set()
-    for line, record in _records(path):
-        example = parse_record(record, root, file=path, line=line)
-        if example.id in first_line:
-            raise DataError(
-                expected="an id that no other line has",
-                found=f"{example.id!r} again, first on line {first_line[example.id]}",
-                file=path,
-                line=line,
-                field="id",
-                remedy="give every example its own id (instance weights are stored by id); "
-                "use 'group' to tie candidates of one question",
-            )
-        first_line[example.id] = line
-        for place, image in enumerate(example.images):
-            if image not in seen_images:
-                _check_image(image, path, line, f"images[{place}]", decode=check_images)
-                seen_images.add(image)
-        examples.append(example)
-    if not examples:
+    for row in iter_rows(path, root, format=format):
+        if isinstance(row, DataError):
+            raise row
+        for example in row.examples:
+            first = first_line.setdefault(example.id, row.line)
+            if first != row.line:
+                raise repeated_id(example.id, path, row.line, first)
+            for error in image_errors(row, example, images, path):
+                raise error
+        yield row
+    if not first_line:
         raise DataError(
             expected="at least one example",
             found="an empty file",
             file=path,
             remedy="check that the file was written completely",
         )
-    return examples
+
+
+def read_examples(
+    path: str | Path,
+    image_root: str | Path | None = None,
+    *,
+    format: str = "auto",
+    check_images: ImageCheck = "exists",
+    allow_outside_images: bool = False,
+) -> list[StepExample]:
+    """All examples of a file in any known format; see ``checked_rows`` for what is checked."""
+    rows = checked_rows(
+        path,
+        image_root,
+        format=format,
+        check_images=check_images,
+        allow_outside_images=allow_outside_images,
+    )
+    return [example for row in rows for example in row.examples]
+
+
+def read_jsonl(
+    path: str | Path,
+    image_root: str | Path | None = None,
+    *,
+    check_images: bool = False,
+    allow_outside_images: bool = False,
+) -> list[StepExample]:
+    """Read a file of our own records; every line has to be right, nothing is skipped.
+
+    Args:
+        path: UTF-8, one JSON object a line (see ``prm.record_fields.FIELDS``); labels are "+", "-",
+            a number in [0, 1], [right, all] rollouts or null. Keys that are no fields go to
+            ``StepExample.extra``.
+        image_root: folder that image paths are relative to; None: the folder of ``path``.
+        check_images: decode every image once, so that a truncated file is found now and not in
+            the middle of a run. Otherwise only the existence of image files is checked.
+        allow_outside_images: take images outside ``image_root``, too.
+
+    Raises:
+        DataError: naming file, line, field, what was expected and found, and what to do.
+        FileNotFoundError: ``path`` does not exist.
+    """
+    return read_examples(
+        path,
+        image_root,
+        format="prm-jsonl",
+        check_images="decode" if check_images else "exists",
+        allow_outside_images=allow_outside_images,
+    )
+
+
+def repeated_id(name: str, path: Path, line: int, first: int | str) -> DataError:
+    """The error of an id that the line ``first`` has."""
+    return DataError(
+        expected="an id that no other line has",
+        found=f"{name!r} again, first on line {first}",
+        file=path,
+        line=line,
+        field="id",
+        remedy="give every example its own id (instance weights are stored by id); use 'group' to "
+        "tie candidates of one question",
+    )
+
+
+def image_errors(
+    row: Row, example: StepExample, images: ImageFiles, path: Path
+) -> Iterator[DataError]:
+    """The errors of the images of an example of ``row``."""
+    for number, image in enumerate(example.images):
+        problem = images.problem(image)
+        if problem is not None:
+            yield DataError(
+                expected=problem.expected,
+                found=problem.found,
+                file=path,
+                line=row.line,
+                field=image_field(row.record, number),
+                remedy=problem.remedy,
+            )
 
 
 def write_jsonl(
@@ -76,7 +197,8 @@ def write_jsonl(
     """Write examples so that ``read_jsonl`` returns them equal.
 
     The file appears under its name only when complete (temporary name, then rename). Images below
-    ``image_root`` (None: the folder of ``path``) are written relative to it, others as they are.
+    ``image_root`` (None: the folder of ``path``) are written relative to it, others as they are;
+    the latter are read back only with ``allow_outside_images``.
 
     Raises:
         DataError: an example that ``read_jsonl`` would refuse, or a key of ``extra`` that is the
@@ -84,12 +206,22 @@ def write_jsonl(
     """
     path = Path(path)
     root = path.parent if image_root is None else Path(image_root)
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}.unfinished")
     ids: set[str] = set()
+    write_lines(
+        path,
+        (
+            _to_line(example, root, ids, path, line)
+            for line, example in enumerate(examples, start=1)
+        ),
+    )
+
+
+def write_lines(path: Path, lines: Iterable[str]) -> None:
+    """Write lines (each with its line break) to ``path``: all of them, or the file stays as is."""
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}.unfinished")
     try:
         with unfinished.open("w", encoding="utf-8", newline="\n") as file:
-            for line, example in enumerate(examples, start=1):
-                file.write(_to_line(example, root, ids, path, line))
+            file.writelines(lines)
             file.flush()
             os.fsync(file.fileno())
         os.replace(unfinished, path)
@@ -123,81 +255,3 @@ def _to_line(example: StepExample, root: Path, ids: set[str], path: Path, line: 
         raise DataError(
             expected="values that JSON can hold", found=str(error), file=path, line=line
         ) from error
-
-
-def _records(path: Path) -> Iterator[tuple[int, Any]]:
-    """(line, decoded JSON value) of every line."""
-    with path.open("rb") as file:
-        for line, raw in enumerate(file, start=1):
-
-            def fail(
-                expected: str, found: str, remedy: str | None = None, line: int = line
-            ) -> NoReturn:
-                raise DataError(expected=expected, found=found, file=path, line=line, remedy=remedy)
-
-            if line == 1:
-                for mark, name in _BOMS.items():
-                    if raw.startswith(mark):
-                        fail("UTF-8 without a mark", name, "save the file as plain UTF-8")
-            try:
-                text = raw.decode()
-            except UnicodeDecodeError as error:
-                place = f"byte {raw[error.start]:#04x} at column {error.start + 1}"
-                fail("UTF-8", place, "save the file as UTF-8")
-            if not text.strip():
-                fail("a JSON object", "a blank line", "remove blank lines")
-            yield line, _decode(text, fail)
-
-
-def _decode(text: str, fail: _Fail) -> Any:
-    def no_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        record = dict(pairs)
-        if len(record) < len(pairs):
-            keys = [key for key, _ in pairs]
-            twice = next(key for key in keys if keys.count(key) > 1)
-            fail("every key once", f"{twice!r} twice in one object", "keep one of the two")
-        return record
-
-    def no_constant(name: str) -> NoReturn:
-        fail("finite numbers", name, "write null for an unknown label")
-
-    def finite(digits: str) -> float:
-        value = float(digits)
-        if not math.isfinite(value):
-            fail("finite numbers", digits, "write null for an unknown label")
-        return value
-
-    try:
-        return json.loads(
-            text, object_pairs_hook=no_repeats, parse_constant=no_constant, parse_float=finite
-        )
-    except DataError:
-        raise
-    except json.JSONDecodeError as error:
-        fail(
-            "JSON",
-            f"{error.msg} at column {error.colno}",
-            "write one complete JSON object per line",
-        )
-    except (ValueError, RecursionError) as error:
-        fail("JSON", " ".join(str(error).split()), "write one complete JSON object per line")
-
-
-def _check_image(image: Path, file: Path, line: int, field: str, *, decode: bool) -> None:
-    found, remedy = None, "check the path; image paths are relative to image_root"
-    if not image.is_file():
-        found = f"{'a folder' if image.is_dir() else 'no file'} at {image}"
-    elif decode:
-        try:
-            read_image(image)
-        except DataError as error:
-            found, remedy = f"{error.found} in {image}", error.remedy or remedy
-    if found is not None:
-        raise DataError(
-            expected="a readable image file",
-            found=found,
-            file=file,
-            line=line,
-            field=field,
-            remedy=remedy,
-        )

@@ -75,6 +75,7 @@ class Task:
             "system_prompt": SYSTEM_PROMPT,
             "train_file": str(self.data / "train.jsonl"),
             "output_dir": str(output),
+            "allow_outside_images": True,  # those of ``altered`` files
             "freeze": ("vision_tower",),
             "lower_lr": 2e-3,
             "log_every": 1,

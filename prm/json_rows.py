@@ -1,0 +1,207 @@
+"""Values of a JSONL file or of one JSON array, one at a time, each with its place.
+
+The file is never held whole: memory is one row and a buffer. Mistakes come out in the place of the
+value, so that a check can go on behind them.
+"""
+
+from __future__ import annotations
+
+import codecs
+import json
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO, Any, NoReturn
+
+from prm.schema import DataError
+
+_BOMS = {
+    b"\xef\xbb\xbf": "a UTF-8 byte order mark",
+    b"\xff\xfe": "a UTF-16 byte order mark",
+    b"\xfe\xff": "a UTF-16 byte order mark",
+}
+_CHUNK = 2**20
+_LARGEST_ROW = 2**26
+_SPACE = " \t\n\r"
+_TAIL = 16
+"""A value cut off by the end of the buffer fails within so many characters of it."""
+
+
+class _Refused(Exception):
+    """A mistake whose place the caller knows."""
+
+    def __init__(self, expected: str, found: str, remedy: str | None = None) -> None:
+        super().__init__(expected, found, remedy)
+        self.expected, self.found, self.remedy = expected, found, remedy
+
+    def at(self, path: Path, line: int) -> DataError:
+        return DataError(
+            expected=self.expected, found=self.found, file=path, line=line, remedy=self.remedy
+        )
+
+
+def json_rows(path: Path) -> Iterator[tuple[int, Any | DataError]]:
+    """(line, value) of every line of a JSONL file, or (row, value) of every row of a JSON array.
+
+    Which of the two a file is shows in its first character. Where a value cannot be had the
+    ``DataError`` that says why stands in its place. Behind malformed JSON an array cannot be read
+    on (nothing says where the next row starts); a JSONL file can.
+
+    Raises:
+        FileNotFoundError: ``path`` does not exist.
+    """
+    with path.open("rb") as file:
+        start = file.read(64)
+        for mark, name in _BOMS.items():
+            if start.startswith(mark):
+                refused = _Refused("UTF-8 without a mark", name, "save the file as plain UTF-8")
+                yield 1, refused.at(path, 1)
+                return
+        file.seek(0)
+        is_array = start.lstrip(_SPACE.encode()).startswith(b"[")
+        yield from _array_rows(file, path) if is_array else _line_rows(file, path)
+
+
+def _line_rows(file: IO[bytes], path: Path) -> Iterator[tuple[int, Any | DataError]]:
+    for line, raw in enumerate(file, start=1):
+        try:
+            yield line, _decode_line(raw)
+        except _Refused as refused:
+            yield line, refused.at(path, line)
+
+
+def _decode_line(raw: bytes) -> Any:
+    try:
+        text = raw.decode()
+    except UnicodeDecodeError as error:
+        found = f"byte {raw[error.start]:#04x} at column {error.start + 1}"
+        raise _Refused("UTF-8", found, "save the file as UTF-8") from error
+    if not text.strip():
+        raise _Refused("a JSON object", "a blank line", "remove blank lines")
+    remedy = "write one complete JSON object per line"
+    try:
+        return _DECODER.decode(text)
+    except json.JSONDecodeError as error:
+        raise _Refused("JSON", f"{error.msg} at column {error.colno}", remedy) from error
+    except (ValueError, RecursionError) as error:
+        raise _Refused("JSON", " ".join(str(error).split()), remedy) from error
+
+
+class _Buffer:
+    """The text of a file from ``position`` on, read as far as is needed."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self.text = ""
+        self.position = 0
+        self.ended = False
+        self._file = file
+        self._decoder = codecs.getincrementaldecoder("utf-8")()
+        self._read = 0
+
+    def more(self) -> None:
+        """Append at least as much as is held; sets ``ended`` at the end of the file."""
+        held = self.text[self.position :]
+        raw = self._file.read(max(_CHUNK, len(held)))
+        try:
+            self.text = held + self._decoder.decode(raw, final=not raw)
+        except UnicodeDecodeError as error:
+            at = self._read + error.start
+            found = f"a byte that UTF-8 does not allow, near byte {at} of the file"
+            raise _Refused("UTF-8", found, "save the file as UTF-8") from error
+        self._read += len(raw)
+        self.position = 0
+        self.ended = not raw
+
+    def peek(self) -> str:
+        """The next character that is no white space, or "" at the end of the file."""
+        while True:
+            while self.position < len(self.text):
+                if self.text[self.position] not in _SPACE:
+                    return self.text[self.position]
+                self.position += 1
+            if self.ended:
+                return ""
+            self.more()
+
+    def value(self) -> Any | _Refused:
+        """Decode the value at ``position`` and go behind it, also where it is refused."""
+        while True:
+            try:
+                value, end = self._decode()
+            except json.JSONDecodeError as error:
+                cut_off = error.msg.startswith("Unterminated string")
+                cut_off = cut_off or error.pos >= len(self.text) - _TAIL
+                if self.ended or not cut_off:
+                    raise _Refused("JSON", error.msg, "write one array of JSON objects") from error
+            except (ValueError, RecursionError) as error:
+                raise _Refused("JSON", " ".join(str(error).split())) from error
+            else:
+                # A number at the end of the buffer may go on behind it.
+                if end < len(self.text) or self.ended:
+                    self.position = end
+                    return value
+            if len(self.text) - self.position > _LARGEST_ROW:
+                raise _Refused(
+                    f"rows of at most {_LARGEST_ROW:,} characters",
+                    "a longer one, or a string that does not end",
+                    "check the quotes of this row, or write JSONL",
+                )
+            self.more()
+
+    def _decode(self) -> tuple[Any | _Refused, int]:
+        try:
+            return _DECODER.raw_decode(self.text, self.position)
+        except _Refused as refused:  # JSON, but not what we take: find its end
+            return refused, json.JSONDecoder().raw_decode(self.text, self.position)[1]
+
+
+def _array_rows(file: IO[bytes], path: Path) -> Iterator[tuple[int, Any | DataError]]:
+    buffer = _Buffer(file)
+    row = 0
+    try:
+        buffer.peek()
+        buffer.position += 1  # the bracket that told what the file is
+        if buffer.peek() == "]":
+            buffer.position += 1
+        else:
+            while True:
+                row += 1
+                value = buffer.value()
+                mark = buffer.peek()
+                if mark not in ("]", ","):
+                    found = repr(mark) if mark else "the end of the file"
+                    raise _Refused("',' or ']' behind the row", found, "complete the array")
+                yield row, value.at(path, row) if isinstance(value, _Refused) else value
+                buffer.position += 1
+                if mark == "]":
+                    break
+                buffer.peek()
+        if buffer.peek():
+            raise _Refused("nothing behind the array", repr(buffer.peek()), "write one array")
+    except _Refused as refused:
+        yield max(row, 1), refused.at(path, max(row, 1))
+
+
+def _no_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    record = dict(pairs)
+    if len(record) < len(pairs):
+        keys = [key for key, _ in pairs]
+        twice = next(key for key in keys if keys.count(key) > 1)
+        raise _Refused("every key once", f"{twice!r} twice in one object", "keep one of the two")
+    return record
+
+
+def _no_constant(name: str) -> NoReturn:
+    raise _Refused("finite numbers", name, "write null for an unknown label")
+
+
+def _finite(digits: str) -> float:
+    value = float(digits)
+    if not math.isfinite(value):
+        _no_constant(digits)
+    return value
+
+
+_DECODER = json.JSONDecoder(
+    object_pairs_hook=_no_repeats, parse_constant=_no_constant, parse_float=_finite
+)

@@ -1,0 +1,237 @@
+"""Fields of a decoded JSON record, each checked with its place: what every data format shares."""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import math
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, NoReturn
+
+from prm.schema import DataError
+
+FIELDS = ("id", "question", "images", "steps", "domain", "answer", "correct", "group")
+"""Fields of the project's own records; every other key of theirs is kept in ``extra``."""
+
+IMAGE_FIELDS = ("images", "image", "image_path")
+"""Where records of the formats that are read name their images."""
+
+LABELS = '"+", "-", a number in [0, 1] or null (or [right, all], two counts of rollouts)'
+_NEAR = 0.8
+
+
+class Words(str):
+    """Text that goes into a message as it is, not described as a value."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a record stands, and the folder that its image paths are relative to.
+
+    Attributes:
+        root: folder of the images.
+        file: the file that holds the record, if there is one.
+        line: line in a JSONL file, row in a JSON array, counted from 1.
+    """
+
+    root: Path
+    file: Path | None = None
+    line: int | None = None
+
+    def refuse(
+        self, field: str | None, expected: str, found: Any, remedy: str | None = None
+    ) -> NoReturn:
+        """Raise the ``DataError`` of this place; ``found`` is described unless it is ``Words``."""
+        raise DataError(
+            expected=expected,
+            found=found if isinstance(found, Words) else describe(found),
+            file=self.file,
+            line=self.line,
+            field=field,
+            remedy=remedy,
+        )
+
+    def need(self, record: Mapping[str, Any], *names: str) -> None:
+        """Refuse a record that lacks one of ``names``."""
+        for name in names:
+            if name not in record:
+                near = difflib.get_close_matches(name, record, 1, _NEAR)
+                remedy = f"rename {near[0]!r} to {name!r}" if near else None
+                self.refuse(name, f"the field {name!r}", Words("nothing"), remedy)
+
+    def text(self, value: Any, field: str, *, blank: bool = False) -> str:
+        """A string that UTF-8 can hold; white space alone only if ``blank``."""
+        if not isinstance(value, str):
+            self.refuse(field, "a string", value)
+        if not blank and not value.strip():
+            self.refuse(field, "a string that is not blank", value)
+        try:
+            value.encode()
+        except UnicodeEncodeError:
+            surrogate = Words(f"a lone surrogate in {ascii(value)[:60]}")
+            self.refuse(field, "text that UTF-8 can hold", surrogate)
+        return value
+
+    def optional_text(
+        self, record: Mapping[str, Any], field: str, *, blank: bool = False
+    ) -> str | None:
+        """As ``text``, None where the field is null or absent."""
+        value = record.get(field)
+        return None if value is None else self.text(value, field, blank=blank)
+
+    def name(self, record: Mapping[str, Any], field: str) -> str | None:
+        """A string or an integer as text (ids of other projects are often numbers), or None."""
+        value = record.get(field)
+        if isinstance(value, int) and not isinstance(value, bool):
+            return str(value)
+        return self.optional_text(record, field)
+
+    def optional_bool(self, record: Mapping[str, Any], field: str) -> bool | None:
+        """True, false, or None where the field is null or absent."""
+        value = record.get(field)
+        if value is not None and not isinstance(value, bool):
+            self.refuse(field, "true, false or null", value)
+        return value
+
+    def listed(self, value: Any, field: str, what: str, remedy: str | None = None) -> list[Any]:
+        """A list with at least one element."""
+        if not isinstance(value, list):
+            self.refuse(field, f"a list of {what}", value)
+        if not value:
+            one = what.removesuffix("s")
+            self.refuse(field, f"at least one {one}", value, remedy)
+        return value
+
+    def label(self, value: Any, field: str, *, boolean: bool = False) -> float | None:
+        """Probability that a step is right; None where nobody judged it.
+
+        [K, N], K right of N rollouts, is K / N; [0, 0], never sampled, is None. True and false
+        count only if ``boolean``.
+        """
+        if value is None:
+            return None
+        if isinstance(value, str) and value in ("+", "-"):
+            return float(value == "+")
+        if isinstance(value, bool) and boolean:
+            return float(value)
+        if isinstance(value, list):
+            return self._share(value, field)
+        expected = LABELS if not boolean else f"true, false, {LABELS}"
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            self.refuse(field, expected, value)
+        if not (math.isfinite(value) and 0 <= value <= 1):
+            self.refuse(field, expected, value)
+        return float(value)
+
+    def _share(self, value: list[Any], field: str) -> float | None:
+        whole = all(isinstance(n, int) and not isinstance(n, bool) for n in value)
+        if len(value) != 2 or not whole or not 0 <= value[0] <= value[1]:
+            shown = Words(repr(value)[:60])
+            self.refuse(field, "[right, all] with 0 <= right <= all, two integers", shown)
+        right, total = value
+        return None if total == 0 else right / total
+
+    def image(self, value: Any, field: str, *, cut_parents: bool = False) -> Path:
+        """The path of an image; whether the file exists is the reader's business.
+
+        With ``cut_parents`` leading ``../`` are dropped from a path that would leave the root: the
+        meta file of DreamPRM-1.5 writes ``../data/...`` for ``data/...`` below its repository.
+        """
+        path = self.text(value, field)
+        if cut_parents and path.startswith("../"):
+            root = os.path.abspath(self.root)
+            if not is_below(os.path.normpath(os.path.join(root, path)), root):
+                while path.startswith("../"):
+                    path = path[3:]
+        return self.root / path
+
+    def images(
+        self, record: Mapping[str, Any], *fields: str, cut_parents: bool = False
+    ) -> tuple[Path, ...]:
+        """Images of the one of ``fields`` that is there: one path, a list of paths, or null."""
+        present = [name for name in fields if record.get(name) is not None]
+        if not present:
+            return ()
+        if len(present) > 1:
+            self.refuse(present[1], f"images in one field ({present[0]!r})", record[present[1]])
+        field, value = present[0], record[present[0]]
+        if isinstance(value, str):
+            return (self.image(value, field, cut_parents=cut_parents),)
+        if not isinstance(value, list):
+            self.refuse(field, "a path, a list of paths or null", value)
+        return tuple(
+            self.image(path, f"{field}[{number}]", cut_parents=cut_parents)
+            for number, path in enumerate(value)
+        )
+
+    def made_id(self, raw: str | None, texts: Iterable[str], number: int | None = None) -> str:
+        """An id for a record that has none of its own: source id, row, and a hash of the text.
+
+        The hash keeps rows of the same number in other files, or of the file after a change, from
+        being taken for this one.
+        """
+        digest = hashlib.blake2b(digest_size=4)
+        for text in texts:
+            digest.update(text.encode() + b"\0")
+        row = f"{self.line}" if number is None else f"{self.line}.{number}"
+        return f"{raw or 'row'}#{row}-{digest.hexdigest()}"
+
+
+def domain_key(record: Mapping[str, Any]) -> str:
+    """Which of the keys "domain" and "dataset" names the domain of a foreign record."""
+    return "domain" if record.get("domain") is not None else "dataset"
+
+
+def image_field(record: Any, number: int) -> str:
+    """The field of a record that names its image ``number``, for messages."""
+    for name in IMAGE_FIELDS:
+        value = record.get(name) if isinstance(record, dict) else None
+        if value is not None:
+            return name if isinstance(value, str) else f"{name}[{number}]"
+    return f"images[{number}]"
+
+
+def extra_of(record: Mapping[str, Any], used: Sequence[str], **more: Any) -> dict[str, Any]:
+    """The keys of a foreign record that no field took, for ``StepExample.extra``.
+
+    A key that is a field of our own records, or nearly, is kept as ``source_<key>``: in another
+    format it means something else (``answer`` of VisualProcessBench is the reference answer).
+    """
+    kept = {
+        f"source_{key}" if key in FIELDS or near_field(key, FIELDS) else key: value
+        for key, value in record.items()
+        if key not in used
+    }
+    return {**kept, **{key: value for key, value in more.items() if value is not None}}
+
+
+@lru_cache(maxsize=1024)  # the same few keys come with every row
+def near_field(key: str, known: tuple[str, ...]) -> str | None:
+    """The field that ``key`` looks like a misspelling of."""
+    near = next((name for name in known if name == key.strip().lower()), None)
+    if near is None and len(key) > 3:
+        near = next(iter(difflib.get_close_matches(key.lower(), known, 1, _NEAR)), None)
+    return near
+
+
+def is_below(path: str, root: str) -> bool:
+    """Whether the normalised absolute ``path`` lies in the folder ``root`` (or is it)."""
+    return path == root or path.startswith(root.rstrip(os.sep) + os.sep)
+
+
+def describe(value: Any) -> str:
+    """``value`` in a few words, for a message: its JSON kind and, if short, itself."""
+    if value is None:
+        return "null"
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    kinds = {str: "the string", dict: "an object", list: "a list"}
+    kind = next((word for type_, word in kinds.items() if isinstance(value, type_)), "the number")
+    if isinstance(value, dict | list):
+        return f"{kind} of {len(value)}" if value else f"an empty {kind.split()[-1]}"
+    shown = repr(value)
+    return f"{kind} {shown if len(shown) <= 60 else shown[:57] + '...'}"

@@ -1,0 +1,50 @@
+"""What each data command does once its options are known; each returns its exit status."""
+
+from __future__ import annotations
+
+from recipes.data_files.options import (
+    ConvertOptions,
+    InspectOptions,
+    SplitOptions,
+    ValidateOptions,
+)
+
+
+def data_validate(options: ValidateOptions) -> int:
+    """Print the page; 1 if a record cannot be used."""
+    from recipes.data_files.validate import validate, write_figures
+
+    page, figures = validate(options)
+    print(page)
+    if options.json is not None:
+        write_figures(options.json, figures)
+    return 1 if figures["errors"] else 0
+
+
+def data_convert(options: ConvertOptions) -> int:
+    """Write the converted file."""
+    from recipes.data_files.convert import convert, root_of
+
+    count = convert(options)
+    root = root_of(options, options.file)
+    print(f"{options.out}: {count:,} examples; images are relative to {root}")
+    return 0
+
+
+def data_inspect(options: InspectOptions) -> int:
+    """Print the page for one example."""
+    from recipes.data_files.inspect import inspect
+
+    print(inspect(options))
+    return 0
+
+
+def data_split(options: SplitOptions) -> int:
+    """Write the parts."""
+    from recipes.data_files.convert import root_of
+    from recipes.data_files.split import split
+
+    for name, (groups, rows) in split(options).items():
+        print(f"{options.out}/{name}.jsonl: {groups:,} groups, {rows:,} rows")
+    print(f"images are relative to {root_of(options, options.file)}: give it as --image-root")
+    return 0

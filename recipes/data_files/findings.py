@@ -1,0 +1,271 @@
+"""What a check of data files finds: counts, and where each kind of finding came up first."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from prm.formats.visualprm import PLACEHOLDER_ID
+from prm.schema import DataError, StepExample
+
+_NUMBERED = re.compile(r"<image[ _]?(\d+)>")
+_SHOWN = 5
+_UNKNOWN = 2
+_LINES = 10**10
+
+
+@dataclass
+class Tally:
+    """How often something came up, and the first places."""
+
+    count: int = 0
+    first: list[int] = field(default_factory=list)
+
+    def add(self, place: int) -> None:
+        """Count one at ``place`` (see ``Findings.place``)."""
+        self.count += 1
+        if len(self.first) < _SHOWN and place not in self.first:
+            self.first.append(place)
+
+
+@dataclass(frozen=True)
+class Mistake:
+    """A record that cannot be used."""
+
+    file: str
+    line: int | None
+    field: str | None
+    message: str
+
+
+class Findings:
+    """Everything found in the files of one set (train, meta or test).
+
+    Rows are compared by 64-bit hashes: memory is about 400 bytes a row, whatever its length.
+
+    Args:
+        compared: keep a hash of every question's words, for ``recipes.data_files.shared``.
+    """
+
+    def __init__(self, *, compared: bool = False) -> None:
+        self.files: list[Path] = []
+        self.formats: list[str] = []
+        self.rows = 0
+        self.examples = 0
+        self.steps = 0
+        self.errors: list[Mistake] = []
+        self.labels: Counter[str] = Counter({"+": 0, "-": 0, "soft": 0, "none": 0})
+        self.outcomes: Counter[str] = Counter({"right": 0, "wrong": 0, "unknown": 0})
+        self.one_step = Tally()
+        self.one_word_steps = Tally()
+        self.duplicates = Tally()
+        self.contradictions = Tally()
+        self.duplicate_ids = Tally()
+        self.image_mismatches = Tally()
+        self.unjudged = Tally()
+        self.image_rows = Tally()
+        self.images: Counter[str] = Counter()
+        self.lengths: list[int] = []
+        self.tiles: list[int] = []
+        self.compared = compared
+        self.words: set[int] = set()
+        self._ids: set[int] = set()
+        self._names_at: dict[int, int] = {}
+        self._rows_with_id = 0
+        self._groups: dict[int, int] = {}
+        self._labels_of: dict[int, bytes] = {}
+        self._contents: set[int] = set()
+
+    def start(self, path: Path) -> None:
+        """Go on with the next file."""
+        self.files.append(path)
+
+    def place(self, line: int) -> int:
+        """File and line in one number, to keep millions of them."""
+        return place_of(len(self.files) - 1, line)
+
+    def shown(self, place: int) -> str:
+        """``place`` as it is printed."""
+        file, line = divmod(place, _LINES)
+        return f"{line}" if len(self.files) == 1 else f"{self.files[file].name}:{line}"
+
+    def mistake(self, error: DataError) -> None:
+        """Note a record that cannot be used."""
+        message = f"expected {error.expected}, found {error.found}"
+        message += f"; {error.remedy}" if error.remedy else ""
+        self.errors.append(
+            Mistake(str(error.file or self.files[-1]), error.line, error.field, message)
+        )
+
+    def row(self, line: int, record: Any) -> None:
+        """Count a record, readable or not, and compare its id with those before."""
+        self.rows += 1
+        given = record.get("id") if isinstance(record, dict) else None
+        if given is None or isinstance(given, list | dict):
+            return
+        self._rows_with_id += 1
+        key = digest((str(given),))
+        if key in self._ids:
+            self.duplicate_ids.add(self.place(line))
+        self._ids.add(key)
+
+    def first_named(self, name: str, place: int) -> int:
+        """Where an example of that id came first, ``place`` if nowhere before."""
+        return self._names_at.setdefault(digest((name,)), place)
+
+    def example(self, line: int, example: StepExample) -> None:
+        """Count an example of the row at ``line`` and compare it with those before."""
+        place = self.place(line)
+        self.examples += 1
+        self.steps += len(example.steps)
+        if len(example.steps) == 1:
+            self.one_step.add(place)
+        for step in example.steps:
+            self.labels[_kind(step.label)] += 1
+            if len(step.text.split()) == 1:
+                self.one_word_steps.add(place)
+        outcome = {True: "right", False: "wrong", None: "unknown"}[example.correct]
+        self.outcomes[outcome] += 1
+        judged = any(step.label is not None for step in example.steps)
+        if not judged and example.correct is None:
+            self.unjudged.add(place)
+        if mismatched(example):
+            self.image_mismatches.add(place)
+        self._compare(place, example)
+
+    def _compare(self, place: int, example: StepExample) -> None:
+        images = [str(image) for image in example.images]
+        question = digest((example.question, *images))
+        texts = digest((str(question), *(step.text for step in example.steps)))
+        labels = [*(step.label for step in example.steps), example.correct]
+        content = digest((str(texts), str(labels)))
+        if content in self._contents:
+            self.duplicates.add(place)
+        else:
+            self._contents.add(content)
+            sides = bytes(_side(label) for label in labels)
+            before = self._labels_of.setdefault(texts, sides)
+            if any(a != b and _UNKNOWN not in (a, b) for a, b in zip(before, sides, strict=True)):
+                self.contradictions.add(place)
+        if example.correct is not None:
+            group = question if example.group is None else digest((example.group,))
+            self._groups[group] = self._groups.get(group, 0) | (1 if example.correct else 2)
+        if self.compared:
+            self.words.add(digest(words_of(example.question)))
+
+    def measured(self, place: int, length: int, tiles: int) -> None:
+        """Note how many tokens and tiles an example takes."""
+        self.lengths.append(length)
+        self.tiles.append(tiles)
+
+    @property
+    def placeholder_ids(self) -> bool:
+        """Whether the one id of all rows is the filler that VisualPRM's converter writes."""
+        return self._ids == {digest((PLACEHOLDER_ID,))}
+
+    @property
+    def constant_id(self) -> bool:
+        """Whether several rows have an id and it is always the same."""
+        return self._rows_with_id > 1 and len(self._ids) == 1
+
+    @property
+    def groups(self) -> int:
+        """Questions with outcomes: values of ``group``, or different questions and images."""
+        return len(self._groups)
+
+    @property
+    def mixed_groups(self) -> int:
+        """Questions with a right and a wrong solution."""
+        return sum(mask == 3 for mask in self._groups.values())
+
+    def figures(self) -> dict[str, Any]:
+        """The findings for JSON."""
+        return {
+            "files": [str(path) for path in self.files],
+            "formats": self.formats,
+            "rows": self.rows,
+            "examples": self.examples,
+            "steps": self.steps,
+            "one_step_rows": self.one_step.count,
+            "one_word_steps": self.one_word_steps.count,
+            "duplicate_rows": self.duplicates.count,
+            "contradictory_rows": self.contradictions.count,
+            "duplicate_ids": self.duplicate_ids.count,
+            "constant_id": self.constant_id,
+            "missing_images": self.images["missing"],
+            "unreadable_images": self.images["unreadable"],
+            "outside_images": self.images["outside"],
+            "rows_with_bad_images": self.image_rows.count,
+            "image_count_mismatches": self.image_mismatches.count,
+            "label_balance": dict(self.labels),
+            "outcome_balance": dict(self.outcomes),
+            "unjudged_rows": self.unjudged.count,
+            "groups": self.groups,
+            "mixed_groups": self.mixed_groups,
+            **({"tokens": spread(self.lengths)} if self.lengths else {}),
+            **({"tiles": spread(self.tiles)} if self.lengths else {}),
+            "errors": [
+                {"file": e.file, "line": e.line, "field": e.field, "message": e.message}
+                for e in self.errors
+            ],
+        }
+
+
+def place_of(file: int, line: int) -> int:
+    """File (by number) and line in one number."""
+    return file * _LINES + line
+
+
+def digest(texts: Iterable[str]) -> int:
+    """64-bit hash of several texts and the borders between them."""
+    hashed = hashlib.blake2b(digest_size=8)
+    for text in texts:
+        raw = text.encode("utf-8", "surrogatepass")
+        hashed.update(b"%d:" % len(raw) + raw)
+    return int.from_bytes(hashed.digest(), "little")
+
+
+def mismatched(example: StepExample) -> bool:
+    """Whether the text has another number of image marks than the example has images.
+
+    ``<image>`` marks, if any, have to be as many as the images; ``<image 3>`` needs three.
+    """
+    texts = [example.question, *(step.text for step in example.steps)]
+    if not any("<image" in text for text in texts):
+        return False
+    plain = sum(text.count("<image>") for text in texts)
+    numbers = [int(number) for text in texts for number in _NUMBERED.findall(text)]
+    return plain not in (0, len(example.images)) or max(numbers, default=0) > len(example.images)
+
+
+def spread(values: list[int]) -> dict[str, float]:
+    """Least, median, 95 % quantile, most and sum."""
+    ordered = sorted(values)
+    last = len(ordered) - 1
+    return {
+        "min": ordered[0],
+        "median": ordered[last // 2],
+        "p95": ordered[round(0.95 * last)],
+        "max": ordered[-1],
+        "sum": sum(ordered),
+    }
+
+
+def _side(label: float | None) -> int:
+    return _UNKNOWN if label is None else int(label >= 0.5)
+
+
+def _kind(label: float | None) -> str:
+    if label is None:
+        return "none"
+    return {1.0: "+", 0.0: "-"}.get(label, "soft")
+
+
+def words_of(text: str) -> list[str]:
+    """Words without case and white space: what a repeated question is recognised by."""
+    return text.casefold().split()

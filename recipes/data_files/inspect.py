@@ -1,0 +1,126 @@
+"""``data inspect``: one example as the model gets it, and where its judgements are read off."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from prm.collate import EncodedExample
+from prm.image_files import ImageFiles
+from prm.images import image_size
+from prm.prompt import SYSTEM_PROMPT
+from prm.reader import Row, image_errors, iter_rows
+from prm.schema import DataError, StepExample
+from prm.stepwise_writer import read_weights
+from recipes.data_files.convert import existing_file
+from recipes.data_files.options import InspectOptions
+from recipes.options import OptionError
+from recipes.session import load_model, set_up
+
+_SHOWN = 100
+
+
+def inspect(options: InspectOptions) -> str:
+    """The page for one example: record, images with tiles, steps with labels and positions.
+
+    Raises:
+        OptionError: no such file, row or candidate.
+        DataError: the record cannot be used, or has no weight in ``--weights``.
+    """
+    path = existing_file(options.file)
+    row, example = _find(path, options)
+    set_up(options)
+    prm, _ = load_model(options)
+    collator = prm.collator(
+        context=options.context,
+        system_prompt=SYSTEM_PROMPT if options.system_prompt is None else options.system_prompt,
+        max_patches=options.max_patches,
+    )
+    encoded = collator.encode(example)
+    lines = [f"{path}:{row.line} ({row.format})", *_fields(example, options, encoded)]
+    lines += _steps(encoded, collator.prompt.tokenizer)
+    if options.tokens:
+        lines += ["", *_tokens(encoded, collator.prompt.tokenizer)]
+    return "\n".join(lines)
+
+
+def _find(path: Path, options: InspectOptions) -> tuple[Row, StepExample]:
+    root = path.parent if options.image_root is None else Path(options.image_root)
+    rows = 0
+    for row in iter_rows(path, root, format=options.format):
+        rows += 1
+        if row.line != options.row:
+            continue
+        if isinstance(row, DataError):
+            raise row
+        if not 0 <= options.candidate < len(row.examples):
+            raise OptionError(
+                f"--candidate {options.candidate}: row {row.line} has {len(row.examples)}, "
+                "counted from 0"
+            )
+        example = row.examples[options.candidate]
+        images = ImageFiles(root, allow_outside=options.allow_outside_images, check="decode")
+        for error in image_errors(row, example, images, path):
+            raise error
+        return row, example
+    raise OptionError(f"--row {options.row}: {path} has {rows:,} rows, counted from 1")
+
+
+def _fields(example: StepExample, options: InspectOptions, encoded: EncodedExample) -> list[str]:
+    lines = [f"id        {example.id}"]
+    for name in ("group", "domain", "answer", "correct"):
+        value = getattr(example, name)
+        if value is not None:
+            lines.append(f"{name:<10}{value}")
+    if options.weights is not None:
+        weights = read_weights(existing_file(options.weights))
+        if example.id not in weights:
+            raise DataError(
+                file=options.weights,
+                field="id",
+                expected=f"a weight of {example.id!r}",
+                found=f"{len(weights):,} other ids",
+                remedy="use the weights.jsonl of a run on the same file",
+            )
+        lines.append(f"weight    {weights[example.id]:.6g}")
+    lines.append(f"question  {_short(example.question)}")
+    for image, tiles in zip(example.images, encoded.tile_counts, strict=True):
+        height, width = image_size(image)
+        lines.append(f"image     {image}  {width} x {height} pixels, {tiles} tiles")
+    lines.append(
+        f"tokens    {len(encoded.input_ids)}, scored at {len(encoded.label_positions)} of them"
+    )
+    return lines
+
+
+def _steps(encoded: EncodedExample, tokenizer: Any) -> list[str]:
+    lines = ["", "step  label  position  behind token   text"]
+    positions = encoded.label_positions.tolist()
+    for number, (step, place) in enumerate(zip(encoded.example.steps, positions, strict=True)):
+        label = {None: "none", 1.0: "+", 0.0: "-"}.get(step.label, f"{step.label}")
+        token = repr(tokenizer.decode([int(encoded.input_ids[place])]))
+        lines.append(f"{number:>4}  {label:>5}  {place:>8}  {token:<13}  {_short(step.text)}")
+    return lines
+
+
+def _tokens(encoded: EncodedExample, tokenizer: Any) -> list[str]:
+    """Position, id and text of every token; runs of the same token in one line."""
+    ids = encoded.input_ids.tolist()
+    scored = {place: number for number, place in enumerate(encoded.label_positions.tolist())}
+    lines, place = ["position  token"], 0
+    while place < len(ids):
+        end = place + 1
+        while end < len(ids) and ids[end] == ids[place] and place not in scored:
+            if end in scored:
+                break
+            end += 1
+        times = f" x {end - place}" if end > place + 1 else ""
+        mark = f"  <- judgement of step {scored[place]}" if place in scored else ""
+        lines.append(f"{place:>8}  {ids[place]:>6} {tokenizer.decode([ids[place]])!r}{times}{mark}")
+        place = end
+    return lines
+
+
+def _short(text: str) -> str:
+    line = " ".join(text.split())
+    return line if len(line) <= _SHOWN else line[: _SHOWN - 3] + "..."

@@ -1,0 +1,89 @@
+"""Questions and solutions that two sets (train, meta, test) have in common, found in two passes.
+
+The first pass, part of the check itself, keeps a hash of every question's words. Only rows whose
+words another set has, too, are compared with their images, and only those images are read.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import combinations
+from pathlib import Path
+
+from prm.schema import StepExample
+from recipes.data_files.findings import Findings, Tally, digest, words_of
+
+Rows = Iterator[tuple[int, StepExample]]
+"""(place, example) of every usable example of a set; see ``Findings.place``."""
+
+
+class Overlap:
+    """What two sets share: places in the second of them.
+
+    Attributes:
+        first, second: names of the sets.
+        questions: rows whose question (words and content of the images) the first has, too.
+        solutions: those of them whose steps a row of the first has, too.
+    """
+
+    def __init__(self, first: str, second: str) -> None:
+        self.first, self.second = first, second
+        self.questions, self.solutions = Tally(), Tally()
+
+
+def overlaps(found: Mapping[str, Findings], rows_of: Mapping[str, Sequence[Rows]]) -> list[Overlap]:
+    """What each pair of sets shares, in the order of ``found``.
+
+    Args:
+        found: first pass: the findings of every set.
+        rows_of: second pass: a generator per file of every set; begun only where there is need.
+    """
+    pairs = list(combinations(found, 2))
+    wanted = {
+        name: set().union(*(_common(found, pair) for pair in pairs if name in pair))
+        for name in found
+    }
+    images: dict[Path, str] = {}
+    keys: dict[str, list[tuple[int, int, int]]] = {}
+    for name, words in wanted.items():
+        keys[name] = []
+        for rows in rows_of[name] if words else ():
+            for place, example in rows:
+                if digest(words_of(example.question)) in words:
+                    keys[name].append((*_keys(example, images), place))
+    return [_overlap(pair, keys) for pair in pairs]
+
+
+def _common(found: Mapping[str, Findings], pair: tuple[str, str]) -> set[int]:
+    return found[pair[0]].words & found[pair[1]].words
+
+
+def _keys(example: StepExample, images: dict[Path, str]) -> tuple[int, int]:
+    """(question, solution) by words and content of the images, whatever paths are called."""
+    for image in example.images:
+        if image not in images:
+            images[image] = _content(image)
+    pictures = [images[image] for image in example.images]
+    question = digest((*words_of(example.question), "\n", *pictures))
+    steps = ("\n".join(words_of(step.text)) for step in example.steps)
+    return question, digest((str(question), *steps))
+
+
+def _content(image: Path) -> str:
+    try:
+        return hashlib.blake2b(image.read_bytes(), digest_size=16).hexdigest()
+    except (OSError, ValueError):
+        return str(image)  # named among the errors already
+
+
+def _overlap(pair: tuple[str, str], keys: Mapping[str, Sequence[tuple[int, int, int]]]) -> Overlap:
+    overlap = Overlap(*pair)
+    questions = {question for question, _, _ in keys[pair[0]]}
+    solutions = {solution for _, solution, _ in keys[pair[0]]}
+    for question, solution, place in keys[pair[1]]:
+        if question in questions:
+            overlap.questions.add(place)
+        if solution in solutions:
+            overlap.solutions.add(place)
+    return overlap

@@ -1,0 +1,172 @@
+"""``data split``: parts of exact sizes, drawn at random, that share no question."""
+
+from __future__ import annotations
+
+import random
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from prm.reader import write_jsonl
+from recipes.data_files.convert import examples_of, existing_file, root_of
+from recipes.data_files.findings import digest
+from recipes.data_files.options import SplitOptions
+from recipes.options import OptionError
+
+REST = "rest"
+
+
+def split(options: SplitOptions) -> dict[str, tuple[int, int]]:
+    """Write the parts; returns (groups, rows) of each.
+
+    A group is what shares ``group``, or where there is none, question and images. Rows keep their
+    order; ids, also those that were made for rows without one, stay.
+
+    Raises:
+        OptionError: parts that cannot be had, naming the nearest sizes; a directory that exists.
+        DataError: a record that cannot be used.
+    """
+    sizes = parse_parts(options.parts)
+    out = Path(options.out)
+    if out.exists():
+        raise OptionError(f"--out {options.out}: exists; remove it or give another name")
+    existing_file(options.file)
+    rows: dict[int, int] = defaultdict(int)
+    for example in examples_of(options, options.file):
+        rows[_group(example.group, example.question, example.images)] += 1
+    keys = list(rows)
+    drawn = draw([rows[key] if options.unit == "rows" else 1 for key in keys], sizes, options.seed)
+    part_of = {key: part for key, part in zip(keys, drawn, strict=True) if part is not None}
+    out.mkdir(parents=True)
+    found: dict[str, tuple[int, int]] = {}
+    for part in sizes:
+        mine = {key for key, name in part_of.items() if name == part}
+        write_jsonl(
+            out / f"{part}.jsonl",
+            (
+                example
+                for example in examples_of(options, options.file)
+                if _group(example.group, example.question, example.images) in mine
+            ),
+            root_of(options, options.file),
+        )
+        found[part] = (len(mine), sum(rows[key] for key in mine))
+    return found
+
+
+def _group(group: str | None, question: str, images: Sequence[Path]) -> int:
+    return digest(("group", group)) if group is not None else digest((question, *map(str, images)))
+
+
+def parse_parts(parts: Sequence[str]) -> dict[str, int | None]:
+    """Sizes by name from words like ``dev=100`` and ``train=rest`` (None).
+
+    Raises:
+        OptionError: a word of another form, a name twice, or more than one rest.
+    """
+    sizes: dict[str, int | None] = {}
+    for word in parts:
+        name, equals, size = word.partition("=")
+        plain = name.replace("-", "").replace("_", "").isalnum()
+        if not equals or not plain or not (size == REST or (size.isdecimal() and int(size) > 0)):
+            raise OptionError(f"--parts {word}: expected name=number or name=rest")
+        if name in sizes:
+            raise OptionError(f"--parts {word}: the name {name} comes twice")
+        sizes[name] = None if size == REST else int(size)
+    if list(sizes.values()).count(None) > 1:
+        raise OptionError("--parts: only one part can take the rest")
+    return sizes
+
+
+def draw(weights: Sequence[int], sizes: Mapping[str, int | None], seed: int) -> list[str | None]:
+    """The part of every group, so that the weights of a part sum to its size exactly.
+
+    The groups are taken in a random order, each into the first part that has room for it. Where
+    large groups leave a part short, groups of other sizes are exchanged for it
+    (``exact_subset``). Without a part that takes the rest some groups stay in none.
+
+    Args:
+        weights: rows of every group, or ones.
+        sizes: size by part; None: what the others leave.
+        seed: fixes the order.
+
+    Raises:
+        OptionError: more is asked for than there is, or no choice of whole groups has that sum.
+    """
+    asked = sum(size for size in sizes.values() if size is not None)
+    if asked > sum(weights):
+        raise OptionError(f"--parts: {asked:,} asked for, the file has {sum(weights):,}")
+    order = list(range(len(weights)))
+    random.Random(seed).shuffle(order)
+    rest = next((name for name, size in sizes.items() if size is None), None)
+    parts: list[str | None] = [rest] * len(weights)
+    for name, size in sizes.items():
+        if size is None:
+            continue
+        chosen = exact_subset([weights[group] for group in order], size)
+        if chosen is None:
+            raise OptionError(
+                f"--parts {name}={size}: no choice of whole groups has exactly {size:,} rows; "
+                "give another size, or count groups (--unit groups)"
+            )
+        for place in chosen:
+            parts[order[place]] = name
+        taken = set(chosen)
+        order = [group for place, group in enumerate(order) if place not in taken]
+    if rest is not None and not order:
+        raise OptionError(f"--parts {rest}=rest: nothing is left for it")
+    return parts
+
+
+def exact_subset(weights: Sequence[int], total: int) -> list[int] | None:
+    """Places of weights that sum to ``total``, the first ones as far as possible; None: none do.
+
+    First come, first served; if that leaves a gap, the last taken are given back one by one until
+    what is left over can be made of the others: a bounded knapsack over distinct weights.
+    """
+    taken: list[int] = []
+    room = total
+    for place, weight in enumerate(weights):
+        if weight <= room:
+            taken.append(place)
+            room -= weight
+    while room:
+        used = set(taken)
+        spare: dict[int, list[int]] = defaultdict(list)
+        for place, weight in enumerate(weights):
+            if place not in used and weight <= room:
+                spare[weight].append(place)
+        added = _fill(spare, room)
+        if added is not None:
+            return sorted(taken + added)
+        if not taken:
+            return None
+        room += weights[taken.pop()]
+    return taken
+
+
+def _fill(spare: Mapping[int, Sequence[int]], total: int) -> list[int] | None:
+    """Places whose weights sum to ``total``; reachable sums as bits of one integer per weight."""
+    mask = (1 << (total + 1)) - 1
+    kinds = sorted(spare)
+    reachable = [1]
+    for weight in kinds:
+        sums = reachable[-1]
+        left, block = len(spare[weight]), 1
+        while left:  # 1, 2, 4, ... copies at a time
+            copies = min(block, left)
+            sums |= (sums << (copies * weight)) & mask
+            left -= copies
+            block *= 2
+        reachable.append(sums)
+    if not reachable[-1] >> total & 1:
+        return None
+    added: list[int] = []
+    for kind in range(len(kinds) - 1, -1, -1):
+        weight = kinds[kind]
+        count = 0
+        while not reachable[kind] >> (total - count * weight) & 1:
+            count += 1
+        added += spare[weight][:count]
+        total -= count * weight
+    return added

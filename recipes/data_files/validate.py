@@ -1,0 +1,237 @@
+"""``data validate``: read every record, go on behind mistakes, say on one page what was found."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from prm.image_files import ImageFiles
+from prm.reader import Row, image_errors, iter_rows, repeated_id
+from prm.schema import DataError, StepExample
+from recipes.data_files.findings import Findings, Tally, place_of, spread
+from recipes.data_files.options import ValidateOptions
+from recipes.data_files.shared import Overlap, Rows, overlaps
+from recipes.options import OptionError, PrmOptions
+from recipes.run_directory import write_json
+
+_MISTAKES_SHOWN = 10
+Measure = Callable[[StepExample], tuple[int, int]]
+
+
+def validate(options: ValidateOptions) -> tuple[str, dict[str, Any]]:
+    """Check the files of ``options``: the page, and the figures for JSON.
+
+    The figures of the files stand at the top, those of ``--meta`` and ``--test`` below ``meta`` and
+    ``test``; ``errors`` holds all. Memory is some 400 bytes a row.
+
+    Raises:
+        OptionError: a file or model that does not exist.
+    """
+    sets = {"train": options.files}
+    sets |= {name: (path,) for name in ("meta", "test") if (path := getattr(options, name))}
+    for path in (path for paths in sets.values() for path in paths):
+        if not Path(path).is_file():
+            raise OptionError(f"{path}: no such file; check the path")
+    measure = None if options.model is None else _measure(options)
+    found = {}
+    for name, paths in sets.items():
+        findings = found[name] = Findings(compared=len(sets) > 1)
+        for path in paths:
+            _scan(Path(path), options, findings, measure)
+    figures = found["train"].figures()
+    page = "\n\n".join(_page(findings, options) for findings in found.values())
+    for name, findings in list(found.items())[1:]:
+        figures[name] = findings.figures()
+        figures["errors"] = figures["errors"] + figures[name]["errors"]
+    if len(found) > 1:
+        shared = overlaps(found, {name: _rows(sets[name], options) for name in found})
+        figures["shared"] = {
+            f"{pair.first}_{pair.second}": {
+                "questions": pair.questions.count,
+                "solutions": pair.solutions.count,
+            }
+            for pair in shared
+        }
+        page += "\n\n" + "\n".join(_shared(pair, found[pair.second]) for pair in shared)
+    return page + "\n\n" + _mistakes(found), figures
+
+
+def write_figures(path: str, figures: dict[str, Any]) -> None:
+    """Write the figures as JSON.
+
+    Raises:
+        OptionError: the folder does not exist.
+    """
+    if not Path(path).parent.is_dir():
+        raise OptionError(f"--json {path}: no such folder")
+    write_json(Path(path), figures)
+
+
+def _scan(
+    path: Path, options: ValidateOptions, findings: Findings, measure: Measure | None
+) -> None:
+    findings.start(path)
+    root = path.parent if options.image_root is None else Path(options.image_root)
+    images = ImageFiles(root, allow_outside=options.allow_outside_images, check=options.images)
+    format, rows = "unknown", 0
+    for row in iter_rows(path, root, format=options.format):
+        rows += 1
+        if isinstance(row, DataError):
+            findings.row(row.line or 0, None)
+            findings.mistake(row)
+            continue
+        format = row.format
+        findings.row(row.line, row.record)
+        for example in row.examples:
+            findings.example(row.line, example)
+            _check(row, example, path, findings, images, measure)
+    findings.formats.append(format)
+    if not rows:
+        findings.mistake(DataError(expected="at least one row", found="an empty file", file=path))
+    findings.images.update(problem.fault for problem in images.problems.values())
+    findings.images["checked"] += images.count
+
+
+def _check(
+    row: Row,
+    example: StepExample,
+    path: Path,
+    findings: Findings,
+    images: ImageFiles,
+    measure: Measure | None,
+) -> None:
+    place = findings.place(row.line)
+    first = findings.first_named(example.id, place)
+    if first != place:
+        findings.mistake(repeated_id(example.id, path, row.line, findings.shown(first)))
+    errors = list(image_errors(row, example, images, path))
+    for error in errors:
+        findings.mistake(error)
+    if errors:
+        findings.image_rows.add(place)
+    elif measure is not None:
+        try:
+            findings.measured(place, *measure(example))
+        except DataError as error:
+            error.line = row.line
+            findings.mistake(error)
+
+
+def _measure(options: ValidateOptions) -> Measure:
+    from recipes.session import load_model
+
+    prm, _ = load_model(PrmOptions(model=str(options.model)))
+    collator = prm.collator(max_patches=options.max_patches)
+
+    def measure(example: StepExample) -> tuple[int, int]:
+        encoded = collator.encode(example)
+        return len(encoded.input_ids), sum(encoded.tile_counts)
+
+    return measure
+
+
+def _rows(paths: Sequence[str], options: ValidateOptions) -> list[Rows]:
+    """A generator per file, for a second pass."""
+
+    def rows(number: int, path: Path) -> Rows:
+        root = path.parent if options.image_root is None else Path(options.image_root)
+        for row in iter_rows(path, root, format=options.format):
+            if not isinstance(row, DataError):
+                for example in row.examples:
+                    yield place_of(number, row.line), example
+
+    return [rows(number, Path(path)) for number, path in enumerate(paths)]
+
+
+def _shared(pair: Overlap, findings: Findings) -> str:
+    text = f"{pair.second} and {pair.first} share "
+    if not pair.questions.count:
+        return text + "no question"
+    text += f"the questions of {pair.questions.count:,} solutions of {pair.second}"
+    text += _first(pair.questions, findings)
+    if pair.solutions.count:
+        text += f"; {pair.solutions.count:,} of the solutions themselves"
+        text += _first(pair.solutions, findings)
+    return text
+
+
+def _page(findings: Findings, options: ValidateOptions) -> str:
+    """What was found in one set; lines of nothing are left out."""
+    files = ", ".join(f"{p} ({f})" for p, f in zip(findings.files, findings.formats, strict=True))
+    rows, examples = findings.rows, findings.examples
+    lines = [f"{files}: {rows:,} rows, {examples:,} solutions, {findings.steps:,} steps"]
+
+    def add(name: str, tally: Tally | int, text: str, of: int = 0) -> None:
+        count = tally if isinstance(tally, int) else tally.count
+        if count:
+            share = f" ({100 * count / of:.1f} %)" if of else ""
+            where = "" if isinstance(tally, int) else _first(tally, findings)
+            lines.append(f"  {name:<22}{count:>9,}{share:<10} {text}{where}")
+
+    add("errors", len(findings.errors), "records that cannot be used, listed below")
+    if findings.constant_id:
+        text = "all rows have the same id"
+        if findings.placeholder_ids:
+            text += ", a filler: examples are named by row"
+        add("constant id", findings.rows, text)
+    else:
+        add("repeated ids", findings.duplicate_ids, "rows whose id an earlier row has", rows)
+    add("one-step rows", findings.one_step, "solutions of a single step", examples)
+    add("one-word steps", findings.one_word_steps, "steps of a single word", findings.steps)
+    add("duplicates", findings.duplicates, "same as an earlier one in all but the id", examples)
+    add(
+        "contradictions",
+        findings.contradictions,
+        "same steps as an earlier one, opposite labels",
+        examples,
+    )
+    add("unjudged", findings.unjudged, "neither a label nor an outcome", examples)
+    images = findings.images
+    add("images", images["checked"], f"different files named, checked: {options.images}")
+    for fault in ("missing", "unreadable", "outside"):
+        add(f"  {fault}", images[fault], "of them")
+    add("  rows concerned", findings.image_rows, "solutions with such an image", examples)
+    add("image count", findings.image_mismatches, "other number of <image> marks than of images")
+    lines.append("  labels                " + _counts(findings.labels, findings.steps))
+    if findings.groups:
+        lines.append("  outcomes              " + _counts(findings.outcomes, examples))
+        share = 100 * findings.mixed_groups / findings.groups
+        lines.append(
+            f"  questions             {findings.groups:>9,} with outcomes; "
+            f"{findings.mixed_groups:,} ({share:.1f} %) have right and wrong solutions"
+        )
+    for name, values in (("tokens", findings.lengths), ("tiles", findings.tiles)):
+        if values:
+            figures = spread(values)
+            text = f"per solution: median {figures['median']:,}, 95 % {figures['p95']:,}, "
+            add(name, sum(values), text + f"most {figures['max']:,}")
+    return "\n".join(lines)
+
+
+def _first(tally: Tally, findings: Findings) -> str:
+    if not tally.first:
+        return ""
+    more = ", ..." if tally.count > len(tally.first) else ""
+    return "; at " + ", ".join(findings.shown(place) for place in tally.first) + more
+
+
+def _counts(counts: Mapping[str, int], total: int) -> str:
+    parts = [
+        f"{name} {count:,} ({100 * count / total:.1f} %)" for name, count in counts.items() if count
+    ]
+    return ", ".join(parts) or "none"
+
+
+def _mistakes(found: dict[str, Findings]) -> str:
+    mistakes = [mistake for findings in found.values() for mistake in findings.errors]
+    if not mistakes:
+        return "no errors"
+    lines = [f"{len(mistakes):,} errors"]
+    for mistake in mistakes[:_MISTAKES_SHOWN]:
+        place = f"{mistake.file}:{mistake.line}" if mistake.line else mistake.file
+        field = f": field {mistake.field}" if mistake.field else ""
+        lines.append(f"  {place}{field}: {mistake.message}")
+    if len(mistakes) > _MISTAKES_SHOWN:
+        lines.append(f"  ... and {len(mistakes) - _MISTAKES_SHOWN:,} more; --json FILE lists all")
+    return "\n".join(lines)
