@@ -9,6 +9,13 @@ import argparse
 import sys
 from collections.abc import Sequence
 
+from recipes.data_files.options import (
+    ConvertOptions,
+    InspectOptions,
+    SplitOptions,
+    ValidateOptions,
+    build_data_parser,
+)
 from recipes.options import (
     ColdStartOptions,
     CompareOptions,
@@ -32,6 +39,12 @@ _DATA_COMMANDS = {
     "embedded": (DataOptions, "write the embedded data set"),
     "pretrain-base": (PretrainOptions, "pretrain the tiny base model that ships with the package"),
 }
+_FILE_COMMANDS = {
+    "validate": (ValidateOptions, "check data files: one page of findings"),
+    "convert": (ConvertOptions, "rewrite a data file of any known format"),
+    "inspect": (InspectOptions, "show one example as the model gets it"),
+    "split": (SplitOptions, "divide a data file into parts that share no question"),
+}
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -42,11 +55,16 @@ def make_parser() -> argparse.ArgumentParser:
         command = commands.add_parser(name, help=text, description=text)
         build_parser(command, options)
         command.set_defaults(options=options)
-    data = commands.add_parser("data", help="make data", description="make data")
+    about = "make, check, convert and divide data"
+    data = commands.add_parser("data", help=about, description=about)
     kinds = data.add_subparsers(dest="kind", required=True, metavar="kind")
     for name, (options, text) in _DATA_COMMANDS.items():
         command = kinds.add_parser(name, help=text, description=text)
         build_parser(command, options, preset=False)
+        command.set_defaults(options=options)
+    for name, (options, text) in _FILE_COMMANDS.items():
+        command = kinds.add_parser(name, help=text, description=text)
+        build_data_parser(command, options)
         command.set_defaults(options=options)
     return parser
 

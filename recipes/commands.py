@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from prm.schema import DataError
+from recipes.data_files import commands as data_commands
 from recipes.options import (
     DataOptions,
     EvaluateOptions,
@@ -27,7 +28,7 @@ def run(name: str, options: Any) -> int:
     traceback; mistakes of ours keep theirs.
     """
     try:
-        _COMMANDS[name](options)
+        return _COMMANDS[name](options) or 0
     except (OptionError, DataError, StepError, FileExistsError) as error:
         print(f"bilevel-prm {name}: {error}", file=sys.stderr)
         return 2 if isinstance(error, OptionError) else 1
@@ -42,7 +43,6 @@ def run(name: str, options: Any) -> int:
             file=sys.stderr,
         )
         return _INTERRUPTED
-    return 0
 
 
 def _quiet() -> None:
@@ -113,11 +113,25 @@ def _data_pretrain_base(options: PretrainOptions) -> None:
     print(json.dumps(accuracies))
 
 
-_COMMANDS: Mapping[str, Callable[[Any], None]] = {
+def _data_validate(options: Any) -> int:
+    _quiet()
+    return data_commands.data_validate(options)
+
+
+def _data_inspect(options: Any) -> int:
+    _quiet()
+    return data_commands.data_inspect(options)
+
+
+_COMMANDS: Mapping[str, Callable[[Any], int | None]] = {
     "cold-start": _cold_start,
     "train": _train,
     "evaluate": _evaluate,
     "compare": _compare,
     "data embedded": _data_embedded,
     "data pretrain-base": _data_pretrain_base,
+    "data validate": _data_validate,
+    "data convert": data_commands.data_convert,
+    "data inspect": _data_inspect,
+    "data split": data_commands.data_split,
 }

@@ -59,8 +59,9 @@ class PrmOptions:
         "ships with the package",
     )
     image_root: str | None = option(
-        None, "folder that image paths are relative to (default: the folder of the JSONL file)"
+        None, "folder that image paths are relative to (default: the folder of the data file)"
     )
+    allow_outside_images: bool = option(False, "take images outside the image root, too")
     system_prompt: str | None = option(None, "system turn (default: the library's instruction)")
     context: Literal["plus", "gold", "masked"] = option(
         "plus", "what stands in the label slots of earlier steps, in training and in scoring"

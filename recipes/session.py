@@ -13,12 +13,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from prm import aggregations
+from prm import aggregations, reader
 from prm.aggregations import Aggregation, AggregationName
 from prm.collate import Batch, Collator, EncodedExample
 from prm.model import PRM, load_prm, split_parameters
 from prm.prompt import SYSTEM_PROMPT
-from prm.reader import read_jsonl
 from prm.schema import StepExample
 from recipes.options import OptionError, PrmOptions
 
@@ -94,7 +93,7 @@ def load_model(
 
 
 def read_examples(prm: PRM, options: PrmOptions, path: str) -> Examples:
-    """Read a JSONL file (every image decoded once) and tokenise it for ``prm``.
+    """Read a file of any known format (every image decoded once) and tokenise it for ``prm``.
 
     Raises:
         OptionError: no such file.
@@ -103,7 +102,12 @@ def read_examples(prm: PRM, options: PrmOptions, path: str) -> Examples:
     file = Path(path)
     if not file.is_file():
         raise OptionError(f"{path}: no such file; check the path, or write the data first")
-    examples = read_jsonl(file, options.image_root, check_images=True)
+    examples = reader.read_examples(
+        file,
+        options.image_root,
+        check_images="decode",
+        allow_outside_images=options.allow_outside_images,
+    )
     collator = prm.collator(
         context=options.context,
         system_prompt=SYSTEM_PROMPT if options.system_prompt is None else options.system_prompt,

@@ -38,6 +38,7 @@ def train(task, tmp_path):
             *("--model", str(task.model), "--system-prompt", "judge each step of the solution"),
             *("--train-file", str(task.data / "train.jsonl")),
             *("--output-dir", str(tmp_path / "run")),
+            "--allow-outside-images",
         ]
         meta = ["--meta-file", str(task.data / "meta.jsonl"), *UPPER.split()]
         upper = [] if "--weighting none" in " ".join(words) else meta

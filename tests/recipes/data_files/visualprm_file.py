@@ -1,4 +1,4 @@
-"""Synthetic VisualPRM400K files of any size: ``python -m tests.recipes...visualprm_file N FILE``."""
+"""Synthetic VisualPRM400K files of any size: ``python -m ...visualprm_file ROWS FILE``."""
 
 from __future__ import annotations
 
