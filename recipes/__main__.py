@@ -20,19 +20,22 @@ from recipes.options import (
     ColdStartOptions,
     CompareOptions,
     DataOptions,
-    EvaluateOptions,
     OptionError,
     PretrainOptions,
     TrainOptions,
     build_parser,
     resolve,
 )
+from recipes.use_options import EvaluateOptions, ScoreOptions, SelectOptions, WeighOptions
 
 _DESCRIPTION = "Train process reward models with instance weights learned by bilevel optimization."
 _COMMANDS = {
     "cold-start": (ColdStartOptions, "short supervised pass over the noisy training data"),
     "train": (TrainOptions, "bilevel training with instance weights, then evaluation"),
-    "evaluate": (EvaluateOptions, "score candidates with a trained model"),
+    "score": (ScoreOptions, "step scores of every candidate of a file, resumable"),
+    "select": (SelectOptions, "the best candidate of every question, from scores"),
+    "evaluate": (EvaluateOptions, "how good selections and step scores are, with intervals"),
+    "weigh": (WeighOptions, "weights of a trained weighting for the examples of a file"),
     "compare": (CompareOptions, "every method and control over several seeds, one table"),
 }
 _DATA_COMMANDS = {

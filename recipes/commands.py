@@ -10,13 +10,9 @@ from typing import Any
 
 from prm.schema import DataError
 from recipes.data_files import commands as data_commands
-from recipes.options import (
-    DataOptions,
-    EvaluateOptions,
-    OptionError,
-    PretrainOptions,
-)
+from recipes.options import DataOptions, OptionError, PretrainOptions
 from recipes.training import StepError
+from recipes.use_options import EvaluateOptions, ScoreOptions, SelectOptions, WeighOptions
 
 _INTERRUPTED = 130
 
@@ -67,26 +63,31 @@ def _train(options: Any) -> None:
     run_training(options)
 
 
-def _evaluate(options: EvaluateOptions) -> None:
-    from recipes.evaluation import evaluate, read_candidates, report_of, values_of
-    from recipes.report import results_table
-    from recipes.run_directory import write_json
-    from recipes.session import load_model, set_up
+def _score(options: ScoreOptions) -> None:
+    from recipes.score import run_score
 
     _quiet()
-    set_up(options)
-    output = None if options.output is None else Path(options.output)
-    if output is not None and output.is_dir():
-        raise OptionError(f"--output {output}: is a directory; name a file")
-    prm, params = load_model(options)
-    candidates = read_candidates(prm, options, options.file)
-    found = evaluate(prm, params, candidates, options)
-    results = report_of(candidates, found, values_of(candidates, found, "prm"))
-    print(results_table(results))
-    if output is not None:
-        write_json(output, results)
-    else:
-        print(json.dumps({k: v for k, v in results.items() if k not in ("rows", "ci95")}))
+    run_score(options)
+
+
+def _select(options: SelectOptions) -> None:
+    from recipes.select import run_select
+
+    run_select(options)
+
+
+def _evaluate(options: EvaluateOptions) -> None:
+    from recipes.evaluate import run_evaluate
+
+    _quiet()
+    run_evaluate(options)
+
+
+def _weigh(options: WeighOptions) -> None:
+    from recipes.weigh import run_weigh
+
+    _quiet()
+    run_weigh(options)
 
 
 def _compare(options: Any) -> None:
@@ -126,7 +127,10 @@ def _data_inspect(options: Any) -> int:
 _COMMANDS: Mapping[str, Callable[[Any], int | None]] = {
     "cold-start": _cold_start,
     "train": _train,
+    "score": _score,
+    "select": _select,
     "evaluate": _evaluate,
+    "weigh": _weigh,
     "compare": _compare,
     "data embedded": _data_embedded,
     "data pretrain-base": _data_pretrain_base,

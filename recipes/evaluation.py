@@ -1,22 +1,25 @@
-"""Score candidates, select the best of each question, and say how sure the figures are."""
+"""Candidates, tied together by question; what a model selects among them, and how sure that is."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from prm.aggregations import Aggregation
+from prm.answers import answer_classes
 from prm.metrics import bootstrap_interval, macro_f1, roc_auc
 from prm.model import PRM
 from prm.schema import DataError
 from prm.scoring import aggregate, score_examples
-from prm.select import best_of_n, self_consistency
+from prm.select import TieRule, best_of_n, self_consistency, weighted_vote
 from recipes.options import PrmOptions, ScoringOptions
-from recipes.session import AGGREGATIONS, Examples, read_examples
+from recipes.session import AGGREGATIONS, Examples, Solutions, read_examples, read_solutions
+from recipes.use_options import WeighOptions
 
 
 @dataclass(frozen=True)
@@ -28,39 +31,52 @@ class Candidates:
         groups: rows of each question, in file order.
     """
 
-    data: Examples
+    data: Examples | Solutions
     groups: tuple[tuple[int, ...], ...]
 
     @property
     def pass_at_one(self) -> np.ndarray:
         """Share of right candidates of each question."""
-        return np.array([np.mean(self._correct(rows)) for rows in self.groups])
+        return np.array([np.mean(self.correct(rows)) for rows in self.groups])
 
     @property
     def pass_at_n(self) -> np.ndarray:
         """Whether any candidate of each question is right: the oracle."""
-        return np.array([np.max(self._correct(rows)) for rows in self.groups])
+        return np.array([np.max(self.correct(rows)) for rows in self.groups])
 
     @property
     def majority(self) -> np.ndarray:
         """Whether the most frequent answer is right (expected value over tied answers)."""
-        examples = self.data.examples
+        return self.vote()
+
+    def vote(self, scores: Tensor | None = None, tie: TieRule = "expected") -> np.ndarray:
+        """Whether the answer with the most votes is right; with ``scores`` votes are weighted.
+
+        Answers count as equal by ``prm.answers.answer_classes``.
+        """
+        values = []
+        for rows in self.groups:
+            answers = answer_classes([self.data.examples[row].answer for row in rows])
+            correct = self.correct(rows)
+            if scores is None:
+                values.append(self_consistency(answers, correct, tie=tie))
+            else:
+                weights = scores[list(rows)].tolist()
+                values.append(weighted_vote(answers, weights, correct, tie=tie))
+        return np.array(values)
+
+    def best(self, scores: Tensor, tie: TieRule = "expected") -> np.ndarray:
+        """Whether the best-scored candidate is right (by default on average over tied ones)."""
         return np.array(
             [
-                self_consistency([examples[row].answer for row in rows], self._correct(rows))
+                best_of_n(scores[list(rows)].tolist(), self.correct(rows), tie=tie)
                 for rows in self.groups
             ]
         )
 
-    def best(self, scores: Tensor) -> np.ndarray:
-        """Whether the best-scored candidate is right (expected value over tied candidates)."""
-        return np.array(
-            [best_of_n(scores[list(rows)].tolist(), self._correct(rows)) for rows in self.groups]
-        )
-
-    def _correct(self, rows: tuple[int, ...]) -> list[float]:
-        examples = self.data.examples
-        return [float(bool(examples[row].correct)) for row in rows]
+    def correct(self, rows: Sequence[int]) -> list[float]:
+        """1 or 0 for each of the rows."""
+        return [float(bool(self.data.examples[row].correct)) for row in rows]
 
 
 @dataclass(frozen=True)
@@ -79,18 +95,32 @@ class Evaluation:
 
 
 def read_candidates(prm: PRM, options: PrmOptions, path: str) -> Candidates:
-    """Candidates of a JSONL file.
+    """Candidates of a JSONL file, tokenised for ``prm``.
+
+    Raises:
+        OptionError: no such file.
+        DataError: a row without ``group``, ``answer`` or ``correct``.
+    """
+    return tie_together(read_examples(prm, options, path))
+
+
+def read_scored_candidates(options: PrmOptions, path: str) -> Candidates:
+    """Candidates of a file that are scored already; errors as in ``read_candidates``."""
+    return tie_together(read_solutions(options, path))
+
+
+def tie_together(data: Examples | Solutions) -> Candidates:
+    """Candidates of one ``group`` become one question.
 
     Raises:
         DataError: a row without ``group``, ``answer`` or ``correct``.
     """
-    data = read_examples(prm, options, path)
     groups: dict[str, list[int]] = {}
     for row, example in enumerate(data.examples):
         for name in ("group", "answer", "correct"):
             if getattr(example, name) is None:
                 raise DataError(
-                    file=path,
+                    file=data.path,
                     line=row + 1,
                     field=name,
                     expected="a value (candidates are compared within a group)",
@@ -105,28 +135,50 @@ def evaluate(
     prm: PRM, params: Mapping[str, Tensor], candidates: Candidates, options: ScoringOptions
 ) -> Evaluation:
     """Score every candidate and select the best of each question."""
-    step_scores, mask = step_scores_of(prm, params, candidates.data, options)
-    labels = torch.full_like(step_scores, float("nan"))
-    for row, example in enumerate(candidates.data.examples):
-        known = [float("nan") if step.label is None else step.label for step in example.steps]
-        labels[row, : len(known)] = torch.tensor(known)
-    scores = aggregate(step_scores, mask, AGGREGATIONS[options.aggregation])
-    judged = mask & ~labels.isnan()
-    truth = (labels[judged] > 0.5).numpy()
-    said = step_scores[judged].numpy()
+    data = cast(Examples, candidates.data)
+    scores, mask = step_scores_of(prm, params, data, options)
+    rows = [steps[there] for steps, there in zip(scores, mask, strict=True)]
+    truth, said = judged_steps(candidates, rows)
     has_both = truth.any() and not truth.all()
     return Evaluation(
-        selected=candidates.best(scores),
+        selected=candidates.best(solution_scores_of(rows, AGGREGATIONS[options.aggregation])),
         step_auc=float(roc_auc(truth, said)) if has_both else None,
         step_macro_f1=float(macro_f1(truth, said > 0.5)) if has_both else None,
     )
 
 
+def solution_scores_of(rows: Sequence[Tensor], how: Aggregation) -> Tensor:
+    """Score of every solution, [solutions], from its step scores, [steps] each.
+
+    One at a time: the last bits, and so ties, do not depend on what else is scored.
+    """
+    there = [torch.ones_like(row, dtype=torch.bool) for row in rows]
+    return torch.stack([aggregate(row, mask, how) for row, mask in zip(rows, there, strict=True)])
+
+
+def judged_steps(candidates: Candidates, rows: Sequence[Tensor]) -> tuple[np.ndarray, np.ndarray]:
+    """(whether it is right, its score) of every labelled step; soft labels are right above 1/2."""
+    truth, said = [], []
+    for example, scores in zip(candidates.data.examples, rows, strict=True):
+        for step, score in zip(example.steps, scores.tolist(), strict=True):
+            if step.label is not None:
+                truth.append(step.label > 0.5)
+                said.append(score)
+    return np.array(truth, dtype=bool), np.array(said)
+
+
 def step_scores_of(
-    prm: PRM, params: Mapping[str, Tensor], data: Examples, options: ScoringOptions
+    prm: PRM,
+    params: Mapping[str, Tensor],
+    data: Examples,
+    options: ScoringOptions | WeighOptions,
+    *,
+    full_vocab: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Step scores [examples, steps] (0 where there is no step) and mask [examples, steps]."""
-    scored = score_examples(prm, params, data.encoded, data.collator, options.eval_batch_size)
+    scored = score_examples(
+        prm, params, data.encoded, data.collator, options.eval_batch_size, full_vocab=full_vocab
+    )
     steps = max(len(row) for row in scored)
     scores = torch.zeros(len(scored), steps)
     mask = torch.zeros(len(scored), steps, dtype=torch.bool)

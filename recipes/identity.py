@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping
 from dataclasses import fields
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from recipes.options import LowerOptions
 _FREE = {
     *("resume", "output_dir", "on_existing", "progress", "threads"),
     *("log_every", "save_every", "keep_checkpoints"),
-    *("dev_file", "test_file"),
+    *("dev_file", "test_file", "sanity_check"),
 }
 # ... and what says where the model and the data are: their content is compared instead.
 _FILES = ("train_file", "meta_file", "weights_file")
@@ -32,8 +33,8 @@ def identity(options: LowerOptions, model: torch.nn.Module) -> dict[str, Any]:
     values = {name: getattr(options, name) for name in decisive}
     return {
         "options": {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()},
-        "files": {name: _digest_file(path) for name, path in files.items() if path is not None},
-        "model": _digest_model(model),
+        "files": {name: digest_file(path) for name, path in files.items() if path is not None},
+        "model": digest_model(model),
     }
 
 
@@ -52,12 +53,14 @@ def differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     return found
 
 
-def _digest_file(path: str) -> str:
+def digest_file(path: str | Path) -> str:
+    """SHA-256 of a file's bytes, in hexadecimal."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _digest_model(model: torch.nn.Module) -> str:
+def digest_model(model: torch.nn.Module) -> str:
+    """SHA-256 of all parameters and buffers, with names, types and shapes, in hexadecimal."""
     digest = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())

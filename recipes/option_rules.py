@@ -108,7 +108,7 @@ _TRAIN_READINGS = (
     ),
     Reading(
         ("reference_features",),
-        lambda options: set(options.features) != {"label"},
+        lambda options: bool({*options.features} - {"label", "steps", "length", "domain"}),
         ("features",),
         "use a feature that depends on the model",
     ),
@@ -141,6 +141,12 @@ _TRAIN_READINGS = (
         lambda options: _weighted(options) or _evaluated(options),
         ("weighting", "dev_file", "test_file"),
         "give candidates to score",
+    ),
+    Reading(
+        ("sanity_check",),
+        lambda options: _meta_loss(options) and options.test_file is not None,
+        ("weighting", "meta_file", "test_file"),
+        "give --meta-file and --test-file",
     ),
     Reading(
         ("model",),

@@ -75,9 +75,9 @@ class PrmOptions:
 class ScoringOptions(PrmOptions):
     """What every command that scores whole solutions needs."""
 
-    aggregation: Literal["mean", "min", "max", "last", "product", "log_mean", "logit_mean"] = (
-        option("mean", "how the step scores of a solution become its score")
-    )
+    aggregation: Literal[
+        "mean", "min", "max", "last", "product", "log_mean", "logit_mean", "logit_sum"
+    ] = option("mean", "how the step scores of a solution become its score")
     eval_batch_size: int = option(64, "solutions per forward pass when scoring")
 
 
@@ -133,6 +133,11 @@ class TrainOptions(LowerOptions, ScoringOptions):
     meta_file: str | None = option(None, "JSONL with `correct`: solutions that trusted the answer")
     dev_file: str | None = option(None, "candidates that may be looked at while tuning")
     test_file: str | None = option(None, "candidates that are scored once, at the end")
+    sanity_check: bool = option(
+        False,
+        "the meta set is the test set, on purpose: an upper bound for the method, labelled as such "
+        "in every result",
+    )
     # weighting
     weighting: Literal["net", "table", "domain", "none"] = option(
         "net", "Instance Net, Instance Table, Domain Table, or none: all weights 1 (No Selection)"
@@ -156,7 +161,9 @@ class TrainOptions(LowerOptions, ScoringOptions):
         1.0, "weight of every instance at the start, and where decay pulls (net, table)"
     )
     features: tuple[str, ...] = option(
-        ("label", "p_label", "p_plus"), "inputs of Instance Net, per step"
+        ("label", "p_label", "p_plus"),
+        "inputs of Instance Net: of each step p_plus, p_minus, label, p_label, loss; of the "
+        "example steps (how many), length (tokens), domain",
     )
     reference_features: bool = option(
         True,
@@ -194,14 +201,6 @@ class TrainOptions(LowerOptions, ScoringOptions):
     )
     direction_decay: float = option(0.9, "exponential average of the meta gradient; 0: none")
     rollback: bool = option(False, "redo the lower step with the updated weights")
-
-
-@dataclass(frozen=True, kw_only=True)
-class EvaluateOptions(ScoringOptions):
-    """Score a file of candidates with a model and select the best of each question."""
-
-    file: str = option(..., "JSONL of candidates with `group`, `answer` and `correct`")
-    output: str | None = option(None, "write the figures to this JSON file")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -31,7 +31,6 @@ from recipes.objective import Objective
 from recipes.options import LowerOptions, OptionError, TrainOptions
 from recipes.time_scale import TimeScale, distance_to_lower_bound, match_time_scale
 from weighting import (
-    FEATURES,
     Bound,
     Clip,
     DomainTable,
@@ -42,6 +41,7 @@ from weighting import (
     Softplus,
     Unbounded,
     Weighting,
+    feature_count,
 )
 
 _ROUTES: Mapping[str, Callable[[], Route]] = {
@@ -99,10 +99,8 @@ def make_weighting(options: TrainOptions, instances: int, domains: int) -> Weigh
             return DomainTable(domains, bound)
         if options.weighting == "net":
             _check_batches(options)
-            labelled = sum(name != "label" for name in options.features)
-            inputs = len(options.features) + (labelled if options.reference_features else 0)
             return InstanceNet(
-                inputs,
+                _net_inputs(options, domains),
                 options.hidden,
                 options.layers,
                 options.prior,
@@ -112,11 +110,15 @@ def make_weighting(options: TrainOptions, instances: int, domains: int) -> Weigh
     return None
 
 
+def _net_inputs(options: TrainOptions, domains: int) -> int:
+    with _said_by("--features"):
+        return feature_count(
+            options.features, reference=options.reference_features, domains=domains
+        )
+
+
 def _check_batches(options: TrainOptions) -> None:
     net = options.weighting == "net"
-    for name in options.features if net else ():
-        if name not in FEATURES:
-            raise ValueError(f"--features: expected among {', '.join(FEATURES)}; found {name!r}")
     if options.batch_size == 1 and (net or options.normalise == "batch"):
         remedy = "use 2 or more" + ("" if net else ", or --normalise table")
         raise ValueError(

@@ -8,6 +8,9 @@ from typing import Any
 NAMES = {
     "pass@1": "pass@1 (random candidate)",
     "self_consistency": "self-consistency (majority)",
+    "weighted_vote": "vote weighted by scores",
+    "prm": "PRM",
+    "baseline": "PRM: baseline scores",
     "base": "PRM: base model",
     "cold_start": "PRM: cold start",
     "no_selection": "PRM: No Selection",
@@ -23,6 +26,8 @@ NAMES = {
     "stopped_early": "control: base model, 20 noisy steps",
 }
 """Row name in ``results.json`` -> what the table says; pass@N rows are named by their N."""
+SANITY_CHECK = "_sanity_check"
+"""End of the name of a row whose meta or dev set shares questions with the test set."""
 
 
 def results_table(results: Mapping[str, Any]) -> str:
@@ -61,4 +66,6 @@ def comparison_table(report: Mapping[str, Any]) -> str:
 
 def label_of(name: str) -> str:
     """What a table calls a row of ``results.json``."""
+    if name.endswith(SANITY_CHECK):
+        return f"{label_of(name.removesuffix(SANITY_CHECK))}, SANITY CHECK"
     return NAMES.get(name, f"{name} (oracle)" if name.startswith("pass@") else name)

@@ -12,23 +12,25 @@ from torch import Tensor
 from prm.model import PRM
 from recipes.evaluation import evaluate, report_of, values_of
 from recipes.options import TrainOptions
-from recipes.report import results_table
+from recipes.report import SANITY_CHECK, results_table
 from recipes.run_directory import write_text
 from recipes.train_data import TrainData
 
 
 def row_name(options: TrainOptions) -> str:
-    """The row of ``results.json`` that a run fills."""
+    """The row of ``results.json`` that a run fills; that of a sanity check says so."""
     if options.weights_file is not None:
         return "fixed_weights"
     if options.lower_data == "meta":
-        return "meta_only"
-    return {
-        "net": "instance_net",
-        "table": "instance_table",
-        "domain": "domain_table",
-        "none": "no_selection",
-    }[options.weighting]
+        name = "meta_only"
+    else:
+        name = {
+            "net": "instance_net",
+            "table": "instance_table",
+            "domain": "domain_table",
+            "none": "no_selection",
+        }[options.weighting]
+    return name + SANITY_CHECK if options.sanity_check else name
 
 
 def evaluate_all(
@@ -44,7 +46,7 @@ def evaluate_all(
         What ``results.json`` says of them: the test set at the top, others under their names.
     """
     row = row_name(options)
-    results: dict[str, Any] = {}
+    results: dict[str, Any] = {"sanity_check": True} if options.sanity_check else {}
     for name, candidates in data.evaluations.items():
         found = evaluate(prm, lower, candidates, options)
         values = values_of(candidates, found, row)

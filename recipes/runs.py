@@ -105,6 +105,7 @@ def run_training(options: TrainOptions) -> Path:
         weighting,
         options.features,
         options.reference_features,
+        len(data.domains),
     )
     solver, upper, rates = _solver(options, objective, data)
     directory, checkpoints, start = open_run(options, prm.model, solver.init(lower, upper))

@@ -29,6 +29,7 @@ AGGREGATIONS: Mapping[AggregationName, Aggregation] = {
     "product": aggregations.product,
     "log_mean": aggregations.log_mean,
     "logit_mean": aggregations.logit_mean,
+    "logit_sum": aggregations.logit_sum,
 }
 EMBEDDED_BASE = Path(__file__).parent / "assets" / "base"
 
@@ -62,6 +63,17 @@ class Examples:
         return self.collator([self.encoded[row] for row in rows])
 
 
+@dataclass(frozen=True)
+class Solutions:
+    """A file of examples that no model has to read: not tokenised, images not decoded."""
+
+    path: Path
+    examples: Sequence[StepExample]
+
+    def __len__(self) -> int:
+        return len(self.examples)
+
+
 def set_up(options: Any) -> None:
     """Threads and every global random state, from the options."""
     if options.threads:
@@ -92,6 +104,22 @@ def load_model(
     return prm, {name: tensor.clone() for name, tensor in trainable.items()}
 
 
+def read_solutions(options: PrmOptions, path: str) -> Solutions:
+    """Read a file that no model has to; images are looked for, not decoded.
+
+    Raises:
+        OptionError: no such file.
+        DataError: a record that cannot be used.
+    """
+    file = _existing(path)
+    return Solutions(
+        file,
+        reader.read_examples(
+            file, options.image_root, allow_outside_images=options.allow_outside_images
+        ),
+    )
+
+
 def read_examples(prm: PRM, options: PrmOptions, path: str) -> Examples:
     """Read a file of any known format (every image decoded once) and tokenise it for ``prm``.
 
@@ -99,9 +127,7 @@ def read_examples(prm: PRM, options: PrmOptions, path: str) -> Examples:
         OptionError: no such file.
         DataError: a record that cannot be used.
     """
-    file = Path(path)
-    if not file.is_file():
-        raise OptionError(f"{path}: no such file; check the path, or write the data first")
+    file = _existing(path)
     examples = reader.read_examples(
         file,
         options.image_root,
@@ -114,3 +140,10 @@ def read_examples(prm: PRM, options: PrmOptions, path: str) -> Examples:
         max_patches=options.max_patches,
     )
     return Examples(file, [collator.encode(example) for example in examples], collator)
+
+
+def _existing(path: str) -> Path:
+    file = Path(path)
+    if not file.is_file():
+        raise OptionError(f"{path}: no such file; check the path, or write the data first")
+    return file

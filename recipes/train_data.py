@@ -14,8 +14,9 @@ from torch import Tensor
 from prm.model import PRM
 from prm.schema import DataError, StepExample
 from recipes.evaluation import Candidates, read_candidates
+from recipes.leaks import overlap, refuse_overlap
 from recipes.options import OptionError, TrainOptions
-from recipes.session import Examples, read_examples
+from recipes.session import Examples, Solutions, read_examples
 from weighting import row_index
 
 
@@ -42,12 +43,13 @@ def read_train_data(prm: PRM, options: TrainOptions) -> TrainData:
     """Read and check the files of a training run.
 
     Raises:
-        OptionError: a file is missing, or one set would serve two purposes.
+        OptionError: a file is missing, or the meta set shares questions with the test set and
+            the run is not marked as a sanity check.
         DataError: a record that cannot be used.
     """
     plain = read_examples(prm, options, options.train_file)
     require(plain, "labels")
-    if options.weighting == "domain":
+    if options.weighting == "domain" or _weighs_by_domain(options):
         require(plain, "domain")
     ids = row_index([example.id for example in plain.examples])
     names = [example.domain for example in plain.examples]
@@ -64,7 +66,13 @@ def read_train_data(prm: PRM, options: TrainOptions) -> TrainData:
         if path
     }
     if meta is not None and "test" in evaluations:
-        _refuse_leak(meta, evaluations["test"].data)
+        test = evaluations["test"].data
+        refuse_overlap(
+            overlap(meta.examples, test.examples, meta.path, test.path),
+            f"--meta-file {meta.path}",
+            f"--test-file {test.path}",
+            sanity_check=options.sanity_check,
+        )
     return TrainData(
         train=plain.with_rows(index=ids, domains=domains or None),
         meta=meta,
@@ -72,6 +80,10 @@ def read_train_data(prm: PRM, options: TrainOptions) -> TrainData:
         domains=domains,
         fixed_weights=_read_weights(options.weights_file, ids) if options.weights_file else None,
     )
+
+
+def _weighs_by_domain(options: TrainOptions) -> bool:
+    return options.weighting == "net" and "domain" in options.features
 
 
 def lower_examples(options: TrainOptions, data: TrainData) -> Examples:
@@ -120,12 +132,15 @@ _NEEDS: Mapping[str, _Need] = {
         field="domain",
         expected="a name",
         found="nothing",
-        remedy="--weighting domain weighs domains: name the example's, or choose net or table",
+        remedy="--weighting domain and the feature domain need one: name the example's, or use "
+        "another weighting or other features",
     ),
 }
 
 
-def require(data: Examples, what: Literal["labels", "correct", "group", "domain"]) -> None:
+def require(
+    data: Examples | Solutions, what: Literal["labels", "correct", "group", "domain"]
+) -> None:
     """Refuse examples without ``labels``, ``correct``, ``group`` or ``domain``.
 
     Raises:
@@ -142,16 +157,6 @@ def require(data: Examples, what: Literal["labels", "correct", "group", "domain"
                 found=need.found,
                 remedy=need.remedy,
             )
-
-
-def _refuse_leak(meta: Examples, test: Examples) -> None:
-    shared = {example.id for example in meta.examples} & {e.id for e in test.examples}
-    if meta.path.resolve() == test.path.resolve() or shared:
-        raise OptionError(
-            f"--meta-file {meta.path} shares examples with --test-file {test.path}"
-            + (f", for example {min(shared)!r}" if shared else "")
-            + "; the weights would be tuned on the test set. Give the upper level data of its own"
-        )
 
 
 def _read_weights(path: str, ids: Mapping[str, int]) -> Tensor:

@@ -17,7 +17,7 @@ from recipes.evaluation import step_scores_of
 from recipes.objective import Objective
 from recipes.options import TrainOptions
 from recipes.run_directory import write_text
-from recipes.session import Examples
+from recipes.session import Examples, Solutions
 from recipes.train_data import TrainData, lower_examples
 from weighting import DomainTable, InstanceNet, InstanceTable, Weighting, save_weighting
 
@@ -76,23 +76,49 @@ def final_weights(
         rows = torch.tensor([data.domains[str(example.domain)] for example in examples.examples])
         weights = weighting.all_weights(params)[rows]
         return weights / weights.mean(), weighting.raw_weights(params)[rows]
-    assert isinstance(weighting, InstanceNet)
-    assert reference is not None
     scores, _ = step_scores_of(objective.prm, lower, examples, options)
+    return net_weights(objective, params, examples, scores, reference, options.eval_batch_size)
+
+
+def net_weights(
+    objective: Objective,
+    params: Mapping[str, Tensor],
+    data: Examples,
+    scores: Tensor,
+    reference: Tensor | None,
+    batch_size: int,
+) -> tuple[Tensor, Tensor]:
+    """Weight and raw weight, [examples] each, that an Instance Net gives the examples of a file.
+
+    As in training, but centred and normalised over all of ``data`` instead of over a batch: what a
+    weight says is how an example compares with the others of its file.
+
+    Args:
+        objective: with the net and the names of its features.
+        params: of the net.
+        data: the examples.
+        scores: their step scores under the trained model, [examples, steps].
+        reference: under the initial model, likewise; None for a net that does not read them.
+        batch_size: examples at a time.
+    """
+    net = objective.weighting
+    assert isinstance(net, InstanceNet)
     raws = []
-    for rows in torch.arange(len(examples)).split(options.eval_batch_size):
-        batch = examples.batch(rows.tolist())
+    for rows in torch.arange(len(data)).split(batch_size):
+        batch = data.batch(rows.tolist())
         steps = batch["labels"].shape[1]
-        batch["reference_probs"] = reference[rows, :steps]
+        if reference is not None:
+            batch["reference_probs"] = reference[rows, :steps]
         inputs, known = objective.net_inputs(batch, {"step_probs": scores[rows, :steps]})
-        raws.append(weighting.raw_weights(params, inputs, known))
+        raws.append(net.raw_weights(dict(params), inputs, known))
     raw = torch.cat(raws)
-    centred = raw - raw.mean() + weighting.bound.raw(weighting.prior) if weighting.centre else raw
-    weights = weighting.bound(centred)
-    return (weights / weights.mean() if weighting.normalise else weights), raw
+    weights = net.bound(raw - raw.mean() + net.bound.raw(net.prior) if net.centre else raw)
+    return (weights / weights.mean() if net.normalise else weights), raw
 
 
-def write_weights(path: Path, data: Examples, columns: Mapping[str, Tensor | None]) -> None:
+def write_weights(
+    path: Path, data: Examples | Solutions, columns: Mapping[str, Tensor | None]
+) -> None:
     """``weights.jsonl``: id and one value per column, an example a line; a column of None: null."""
     values = {
         name: [None] * len(data) if column is None else column.tolist()
@@ -121,7 +147,10 @@ def write_weighting(
         names = list(data.domains)
     elif not isinstance(weighting, InstanceNet):
         names = [example.id for example in data.train.examples]
-    extra = {"features": list(options.features), "reference": options.reference_features}
+    extra: dict[str, Any] = {}
+    if isinstance(weighting, InstanceNet):
+        extra = {"features": list(options.features), "reference": options.reference_features}
+        extra["domains"] = list(data.domains) if "domain" in options.features else []
     save_weighting(directory, weighting, params, names, extra)
 
 

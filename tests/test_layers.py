@@ -72,7 +72,8 @@ def test_the_core_loads_alone():
 def test_help_and_options_load_nothing_heavy():
     assert loaded("import recipes.options") == {"recipes"}
     helps = "from recipes.__main__ import main\n"
-    for command in (["train"], ["cold-start"], ["evaluate"], ["compare"], ["data", "embedded"]):
+    commands = ["train", "cold-start", "score", "select", "evaluate", "weigh", "compare"]
+    for command in (*([name] for name in commands), ["data", "embedded"]):
         helps += f"try: main({[*command, '--help']})\nexcept SystemExit: pass\n"
     assert loaded(helps) == {"recipes"}
 

@@ -1,7 +1,8 @@
-"""Features of the steps of an example, the inputs of Instance Net.
+"""Features of the steps of an example and of the example itself, the inputs of Instance Net.
 
-All are computed from what the process reward model says of a step and how the step is labelled:
-no field that tells the quality of a label is among them.
+Those of steps are computed from what the process reward model says of a step and how the step is
+labelled, those of examples from their size and domain: no field that tells the quality of a label
+is among them.
 """
 
 from __future__ import annotations
@@ -43,6 +44,71 @@ FEATURES: Mapping[str, Callable[[Tensor, Tensor], Tensor]] = {
     "loss": _loss,
 }
 """Feature name -> function of (step probabilities of "+", labels in [0, 1])."""
+
+
+EXAMPLE_FEATURES = ("steps", "length", "domain")
+"""Names of features that all steps of an example share."""
+
+
+def is_model_feature(name: str) -> bool:
+    """Whether a feature depends on the process reward model."""
+    return name != "label" and name not in EXAMPLE_FEATURES
+
+
+def feature_count(names: Sequence[str], *, reference: bool = False, domains: int = 0) -> int:
+    """How many inputs a net on these features has.
+
+    One per name; with ``reference`` a second one for each that depends on the model; "domain" has
+    ``domains``.
+
+    Raises:
+        ValueError: a name that is not a feature; "domain" without domains.
+    """
+    for name in names:
+        if name not in FEATURES and name not in EXAMPLE_FEATURES:
+            known = ", ".join([*FEATURES, *EXAMPLE_FEATURES])
+            raise ValueError(f"expected among {known}; found {name!r}")
+    if "domain" in names and domains < 1:
+        raise ValueError("the feature 'domain' needs examples that all name their domain")
+    twice = sum(map(is_model_feature, names)) if reference else 0
+    return len(names) + twice + (domains - 1 if "domain" in names else 0)
+
+
+def example_features(
+    names: Sequence[str],
+    mask: Tensor,
+    *,
+    length: Tensor | None = None,
+    domain: Tensor | None = None,
+    domains: int = 0,
+) -> Tensor:
+    """Features [batch, steps, width] of each example, the same at each of its steps.
+
+    Args:
+        names: which, in this order; those that are not in ``EXAMPLE_FEATURES`` are left out.
+            ``steps``: log₁₀(1 + number of steps); ``length``: log₁₀(tokens) / 4, so that 10,000
+            tokens are 1; ``domain``: one column per domain, 1 in its own.
+        mask: which steps exist, [batch, steps].
+        length: tokens of each example, [batch].
+        domain: number of each example's domain, [batch] int64.
+        domains: how many domains there are.
+
+    Raises:
+        ValueError: a feature without the argument that it is computed from.
+    """
+    columns = [torch.zeros(len(mask), 0, device=mask.device)]
+    for name in names:
+        if name == "steps":
+            columns.append(torch.log10(1.0 + mask.sum(-1))[:, None])
+        elif name == "length":
+            if length is None:
+                raise ValueError("the feature 'length' needs the number of tokens of each example")
+            columns.append(torch.log10(length.clamp(min=1).to(torch.float32))[:, None] / 4)
+        elif name == "domain":
+            if domain is None or domains < 1:
+                raise ValueError("the feature 'domain' needs the domain of each example")
+            columns.append(torch.nn.functional.one_hot(domain, domains).to(torch.float32))
+    return torch.cat(columns, dim=-1)[:, None, :].expand(-1, mask.shape[-1], -1)
 
 
 def step_features(

@@ -25,7 +25,6 @@ from recipes.options import (
     ColdStartOptions,
     CompareOptions,
     DataOptions,
-    EvaluateOptions,
     OptionError,
     PretrainOptions,
     TrainOptions,
@@ -44,6 +43,7 @@ from recipes.run_directory import free_directory
 from recipes.run_results import row_name
 from recipes.runs import run_cold_start, run_training
 from recipes.session import AGGREGATIONS, read_examples
+from recipes.use_options import EvaluateOptions, ScoreOptions, SelectOptions, WeighOptions
 from weighting import FEATURES, DomainTable, InstanceNet, InstanceTable
 
 PACKAGE = Path(recipes.__file__).parent
@@ -53,7 +53,10 @@ OPTIONS = [
     DataOptions,
     EvaluateOptions,
     PretrainOptions,
+    ScoreOptions,
+    SelectOptions,
     TrainOptions,
+    WeighOptions,
 ]
 BASE = TrainOptions(train_file="t", output_dir="o", batch_size=4, steps=20, upper_start=0)
 
@@ -135,6 +138,22 @@ def test_evaluation_reads_each_of_its_options(task, tmp_path, recording):
     assert unread(EvaluateOptions, seen) == set()
 
 
+@pytest.mark.parametrize(("command", "kind"), [("score", ScoreOptions), ("select", SelectOptions)])
+def test_use_reads_each_of_its_options(task, tmp_path, recording, command, kind):
+    scores = tmp_path / "scores.jsonl"
+    given = {
+        "score": {"model": str(task.model), "file": str(task.data / "dev.jsonl")},
+        "select": {"scores": str(scores), "output": str(tmp_path / "best.jsonl")},
+    }
+    for name, kind_of in (("score", ScoreOptions), ("select", SelectOptions)):
+        more = {"output": str(scores)} if name == "score" else {}
+        options, seen = recording(kind_of, kind_of(**given[name], **more))
+        assert commands.run(name, options) == 0
+        if name == command:
+            assert unread(kind, seen) == set()
+            return
+
+
 def test_every_choice_is_tested_below():
     hints = get_type_hints(TrainOptions)
     found = {name for name, hint in hints.items() if get_origin(hint) is Literal}
@@ -214,17 +233,19 @@ def test_weightings(name, bound, normalise):
         (("label", "loss"), True, 3),
         (("p_plus", "p_minus"), False, 2),
         (tuple(FEATURES), True, 9),
+        (("steps", "label", "loss", "domain"), True, 7),
     ],
 )
 def test_features_are_counted_as_they_are_made(features, reference, inputs):
     options = replace(BASE, features=features, reference_features=reference)
-    weighting = make_weighting(options, 8, 0)
+    weighting = make_weighting(options, 8, 3)
     assert weighting.features == inputs
-    objective = Objective(None, AGGREGATIONS["mean"], "both", weighting, features, reference)
+    objective = Objective(None, AGGREGATIONS["mean"], "both", weighting, features, reference, 3)
     batch = {
         "labels": torch.tensor([[1.0, 0.0], [1.0, float("nan")]]),
         "step_mask": torch.ones(2, 2, dtype=torch.bool),
         "reference_probs": torch.full((2, 2), 0.25),
+        "domain": torch.tensor([2, 0]),
     }
     found, known = objective.net_inputs(batch, {"step_probs": torch.full((2, 2), 0.5)})
     assert found.shape == (2, 2, inputs)
@@ -316,6 +337,7 @@ def test_aggregations():
             "product": 0.4,
             "log_mean": math.sqrt(0.4),
             "logit_mean": 1 / (1 + math.exp(-math.log(4) / 2)),
+            "logit_sum": 0.8,
         }
     )
 

@@ -50,7 +50,8 @@ FULL = example(domain="d", group="g", correct=False)
             "domain",
             example(),
             "field domain: expected a name, found nothing; "
-            "--weighting domain weighs domains: name the example's, or choose net or table",
+            "--weighting domain and the feature domain need one: name the example's, or use "
+            "another weighting or other features",
         ),
     ],
 )

@@ -19,6 +19,8 @@ from weighting import (
     Unbounded,
     batch_mean_one,
     effective_sample_size,
+    example_features,
+    feature_count,
     fraction_at_bound,
     load_weighting,
     row_index,
@@ -260,3 +262,31 @@ def test_projection_of_a_clipped_table_keeps_raw_weights_inside() -> None:
     assert table.raw_weights(projected).tolist() == [-1.0, -1.0, 0.75, 3.0]
     free = InstanceTable(4, bound=Sigmoid(2.0))
     assert torch.equal(free.project(params)["deviation"], params["deviation"])
+
+
+def test_example_features_are_the_same_at_every_step():
+    mask = torch.tensor([[True] * 9, [True] * 4 + [False] * 5])
+    found = example_features(
+        ("domain", "label", "steps", "length"),
+        mask,
+        length=torch.tensor([100, 10_000]),
+        domain=torch.tensor([2, 0]),
+        domains=3,
+    )
+    rows = torch.tensor([[0.0, 0, 1, 1.0, 0.5], [1, 0, 0, math.log10(5), 1.0]])
+    torch.testing.assert_close(found, rows[:, None, :].expand(2, 9, 5))
+    assert example_features(("label",), mask).shape == (2, 9, 0)
+
+
+def test_features_are_counted():
+    assert feature_count(("label", "p_label", "loss")) == 3
+    assert feature_count(("label", "p_label", "loss"), reference=True) == 5
+    assert feature_count(("label", "steps", "domain", "length"), reference=True, domains=4) == 7
+    with pytest.raises(ValueError, match=r"expected among p_plus, .*, domain; found 'entropy'"):
+        feature_count(("entropy",))
+    with pytest.raises(ValueError, match="'domain' needs examples that all name their domain"):
+        feature_count(("domain",))
+    with pytest.raises(ValueError, match="'length' needs the number of tokens"):
+        example_features(("length",), torch.ones(1, 1).bool())
+    with pytest.raises(ValueError, match="'domain' needs the domain of each example"):
+        example_features(("domain",), torch.ones(1, 1).bool(), domains=2)
