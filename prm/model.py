@@ -6,6 +6,7 @@ import inspect
 import os
 import shutil
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from prm.checkpointing import checkpointed
 from prm.collate import Collator
 from prm.image_inputs import image_tokens
 from prm.native import load_image_processor, refuse_remote_code
@@ -39,6 +41,10 @@ class PRM:
         image_tokens: how images stand in the text; None for a text-only model.
         plus_id: token id of "+".
         minus_id: token id of "-".
+        autocast: dtype in which the body of the model computes, whatever its parameters are; the
+            head stays in theirs. None: in the dtype of the parameters.
+        activation_checkpointing: layers run again in the backward pass in place of keeping their
+            activations (``prm.checkpointing``).
     """
 
     model: Any
@@ -47,6 +53,8 @@ class PRM:
     image_tokens: ImageTokens | None
     plus_id: int
     minus_id: int
+    autocast: torch.dtype | None = None
+    activation_checkpointing: bool = False
 
     def collator(self, **options: Any) -> Collator:
         """A ``Collator`` for this model; ``options`` are those of ``Collator``."""
@@ -224,11 +232,13 @@ def step_logits(
     if full_vocab and label_rows:
         raise ValueError("label_rows leaves out the vocabulary that full_vocab is over; give one")
     labels = [prm.plus_id, prm.minus_id]
-    logits = functional_call(
-        _StepHead(prm.model, labels if label_rows else None),
-        {f"model.{name}": value for name, value in params.items()},
-        (batch,),
-    )
+    keep_all = not (prm.activation_checkpointing and torch.is_grad_enabled())
+    with nullcontext() if keep_all else checkpointed(prm.model):
+        logits = functional_call(
+            _StepHead(prm.model, labels if label_rows else None, prm.autocast),
+            {f"model.{name}": value for name, value in params.items()},
+            (batch,),
+        )
     wide = torch.promote_types(logits.dtype, torch.float32)
     if logits.shape[-1] == len(labels):
         return logits.to(wide)
@@ -240,26 +250,35 @@ def step_logits(
 class _StepHead(nn.Module):
     """Base model, then the head at the label positions, as one module for ``functional_call``."""
 
-    def __init__(self, model: Any, rows: list[int] | None = None) -> None:
+    def __init__(
+        self, model: Any, rows: list[int] | None = None, autocast: torch.dtype | None = None
+    ) -> None:
         super().__init__()
         self.model = model
         self.rows = rows
+        self.autocast = autocast
 
     def forward(self, batch: Mapping[str, Tensor]) -> Tensor:
         base = self.model.base_model
         accepted = inspect.signature(base.forward).parameters
-        hidden = base(
-            **{name: batch[name] for name in batch if name in accepted and name not in _TARGETS},
-            use_cache=False,
-        ).last_hidden_state  # [batch, seq, hidden]
+        inputs = {key: batch[key] for key in batch if key in accepted and key not in _TARGETS}
+        with self._autocast():
+            hidden = base(**inputs, use_cache=False).last_hidden_state  # [batch, seq, hidden]
         read = torch.take_along_dim(hidden, batch["label_positions"][..., None], dim=1)
         head = self.model.get_output_embeddings()
+        if self.autocast is not None:
+            read = read.to(self.model.dtype)  # scores of 8 bits would tie
         if self.rows is not None and type(head) is nn.Linear:
             wide = torch.promote_types(read.dtype, torch.float32)
             bias = None if head.bias is None else head.bias[self.rows].to(wide)
             weight = head.weight[self.rows].to(wide)
             return nn.functional.linear(read.to(wide), weight, bias)  # [batch, steps, 2]
         return head(read)  # [batch, steps, vocab]
+
+    def _autocast(self) -> AbstractContextManager[Any]:
+        if self.autocast is None:
+            return nullcontext()
+        return torch.autocast(self.model.device.type, dtype=self.autocast)
 
 
 def _check_head(model: Any, token_id: int) -> None:

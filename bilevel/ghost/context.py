@@ -50,6 +50,7 @@ class Tracked:
     tangent: Callable[[Tensor], Tensor]
 
 
+_MARKER = (0, 1, 0, 1, 0, 1)
 Pending = tuple[int, Callable[[Tensor], Tensor]]
 
 
@@ -162,14 +163,17 @@ class Tap(torch.autograd.Function):
     ) -> Tensor:
         """`tensors`: what the use saves for its backward pass, then the entries' shadows."""
         ctx.use, ctx.context, ctx.entries = use, context, entries
-        ctx.save_for_backward(*tensors[:saved])
+        # Activation checkpointing fills in what is saved here by running the model again. If it
+        # does so without taps, the marker, like nothing that torch saves, makes it notice.
+        ctx.save_for_backward(output.new_empty(_MARKER), *tensors[:saved])
         return output.detach()
 
     @staticmethod
     def backward(ctx: Any, b: Tensor) -> Any:
         """Return b itself for the output, and the shadows' gradients."""
-        gradients = ctx.context.backward(ctx.use, b, ctx.saved_tensors, ctx.entries)
-        return b, None, None, None, None, *([None] * len(ctx.saved_tensors)), *gradients
+        _, *saved = ctx.saved_tensors  # once: checkpointing gives them out only once
+        gradients = ctx.context.backward(ctx.use, b, saved, ctx.entries)
+        return b, None, None, None, None, *([None] * len(saved)), *gradients
 
 
 def _cast(gradients: list[Tensor], entries: Sequence[Tracked]) -> list[Tensor]:
