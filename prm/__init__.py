@@ -34,16 +34,18 @@ if TYPE_CHECKING:  # the same names, for type checkers
         step_logits,
     )
     from prm.prompt import SYSTEM_PROMPT, Context, PromptEncoder
-    from prm.reader import read_jsonl, write_jsonl
+    from prm.reader import checked_rows, iter_rows, read_examples, read_jsonl, write_jsonl
     from prm.schema import DataError, Step, StepExample
     from prm.scoring import aggregate, score_examples, solution_scores, step_probs, step_scores
     from prm.select import TieRule, best_candidate, best_of_n, self_consistency, weighted_vote
+    from prm.splitter import final_answer, solution_steps, split_steps
     from prm.step_benchmarks import (
         best_threshold,
         first_error,
         process_bench,
         visual_process_bench,
     )
+    from prm.stepwise_writer import read_weights, write_stepwise
 
 _PUBLIC = {
     "answers": ("answer_classes", "canonical_answer"),
@@ -63,16 +65,18 @@ _PUBLIC = {
     ),
     "model": ("PRM", "load_prm", "make_prm", "save_prm", "split_parameters", "step_logits"),
     "prompt": ("SYSTEM_PROMPT", "Context", "PromptEncoder"),
-    "reader": ("read_jsonl", "write_jsonl"),
+    "reader": ("checked_rows", "iter_rows", "read_examples", "read_jsonl", "write_jsonl"),
     "schema": ("DataError", "Step", "StepExample"),
     "scoring": ("aggregate", "score_examples", "solution_scores", "step_probs", "step_scores"),
     "select": ("TieRule", "best_candidate", "best_of_n", "self_consistency", "weighted_vote"),
+    "splitter": ("final_answer", "solution_steps", "split_steps"),
     "step_benchmarks": (
         "best_threshold",
         "first_error",
         "process_bench",
         "visual_process_bench",
     ),
+    "stepwise_writer": ("read_weights", "write_stepwise"),
 }
 _HOME = {name: module for module, names in _PUBLIC.items() for name in names}
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from prm.record_fields import Place
 from prm.schema import Step
 
-_QUESTION = re.compile(r"\s*### Question:[ \t]*\n?")
+_QUESTION = re.compile(r"((?:\s*<image>)*)\s*### Question:[ \t]*\n?")
 _PROCESS = re.compile(r"\s*### Solution Process:[ \t]*\n?")
 _PLACEHOLDER = re.compile(r"\s*<image>")
 
@@ -92,7 +92,7 @@ def drop_placeholders(text: str, images: int) -> str:
 def _question(spoken: list[Turn], place: Place) -> tuple[str, list[Turn]]:
     first, *rest = spoken
     head = _QUESTION.match(first.text)
-    body = first.text[head.end() :] if head else first.text
+    body = f"{head[1]}\n{first.text[head.end() :]}" if head else first.text
     process = _PROCESS.search(body) if head else None
     if process is not None:
         rest.insert(0, Turn("user", body[process.end() :], first.field))
