@@ -1,0 +1,64 @@
+"""The data commands on the command line: quick help, no option without effect, the formats."""
+
+from __future__ import annotations
+
+import ast
+from dataclasses import fields
+from pathlib import Path
+from typing import get_args
+
+import pytest
+
+import recipes.data_files
+from prm.formats.table import FORMAT_NAMES
+from recipes.__main__ import main
+from recipes.data_files.options import (
+    ConvertOptions,
+    FormatName,
+    InspectOptions,
+    SplitOptions,
+    ValidateOptions,
+)
+from recipes.options import PrmOptions
+
+KINDS = {
+    "validate": ValidateOptions,
+    "convert": ConvertOptions,
+    "inspect": InspectOptions,
+    "split": SplitOptions,
+}
+
+
+def test_formats_are_those_that_there_are():
+    assert get_args(FormatName) == ("auto", *FORMAT_NAMES)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_help(kind, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["data", kind, "--help"])
+    assert stop.value.code == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert said.startswith(f"usage: bilevel-prm data {kind}")
+    for f in fields(KINDS[kind]):
+        assert (f.name.replace("_", "-") in said) or f.name in ("file", "files")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_option_is_read(kind):
+    read = set()
+    for path in Path(recipes.data_files.__file__).parent.glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
+                read |= {node.attr} if node.value.id == "options" else set()
+    named = {"meta", "test"}  # by getattr, in validate.py
+    shared = {f.name for f in fields(PrmOptions)}  # recipes.session reads the rest of these
+    assert {f.name for f in fields(KINDS[kind])} <= read | named | shared
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_file_is_needed(kind, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["data", kind])
+    assert stop.value.code == 2
+    assert "FILE" in capsys.readouterr().err
