@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from prm.adapters import merged
 from prm.checkpointing import checkpointed
 from prm.collate import Collator
 from prm.image_inputs import image_tokens
@@ -143,7 +144,7 @@ def make_prm(model: Any, tokenizer: Any, image_processor: Any = None) -> PRM:
 
 
 def save_prm(prm: PRM, params: Mapping[str, Tensor], directory: str | Path) -> None:
-    """Write a folder that plain transformers ``from_pretrained`` loads.
+    """Write a folder that plain transformers ``from_pretrained`` loads; adapters are merged.
 
     Args:
         prm: model, tokenizer and image processor.
@@ -165,7 +166,7 @@ def save_prm(prm: PRM, params: Mapping[str, Tensor], directory: str | Path) -> N
         for alias in aliases:
             state[alias] = params[name].detach().to(state[alias].dtype)
     try:
-        prm.model.save_pretrained(unfinished, state_dict=state)
+        prm.model.save_pretrained(unfinished, state_dict=merged(prm.model, state))
         prm.tokenizer.save_pretrained(unfinished)
         if prm.image_processor is not None:
             prm.image_processor.save_pretrained(unfinished)

@@ -64,7 +64,7 @@ def setup(request, tmp_path_factory):
         yield warm(prm, wide, tall)
 
 
-def warm(prm, wide, tall) -> Setup:
+def warm(prm, wide, tall, lower=None) -> Setup:
     index = {name: row for row, name in enumerate("abcd")}
     collator = prm.collator(system_prompt=SYSTEM, index=index)
     images = [(), (), (), ()] if prm.image_tokens is None else [(wide,), (), (wide, tall), (wide,)]
@@ -74,7 +74,8 @@ def warm(prm, wide, tall) -> Setup:
     ]
     batch, meta = (double(collator(some)) for some in (rows, rows[::-1]))
     objective = Objective(prm, AGGREGATIONS["mean"], "both", TABLE)
-    lower, _ = split_parameters(prm.model)
+    if lower is None:
+        lower, _ = split_parameters(prm.model)
     optimizer = AdamW(1e-3)
     generator = torch.Generator().manual_seed(2)
     upper = {
