@@ -15,7 +15,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.func import functional_call
 from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 from torch.utils.checkpoint import checkpoint
@@ -72,7 +72,7 @@ def _keeping_inputs(
 
 def _run(
     layer: _Layer,
-    params: dict[str, Tensor],
+    params: dict[str, Any],
     modes: Sequence[TorchFunctionMode],
     *args: Any,
     **kwargs: Any,
