@@ -92,6 +92,7 @@ def test_meta_set_and_test_set_must_be_apart(task, tmp_path):
         return rows[0] | {"images": row["images"]} if place == 3 else row
 
     shared = altered(task.data / "meta.jsonl", tmp_path / "shared.jsonl", borrow)
-    with pytest.raises(OptionError, match=r"shares 1 ids, for example 'test-0000-0' with --test-file"):
+    said = r"shares 1 ids, for example 'test-0000-0' with --test-file"
+    with pytest.raises(OptionError, match=said):
         run_training(task.train(tmp_path / "run", meta_file=str(shared)))
     assert not (tmp_path / "run").exists()
