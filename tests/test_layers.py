@@ -21,7 +21,7 @@ MODULES = [path for name in PACKAGES for path in sorted((ROOT / name).rglob("*.p
 ALLOWED = {
     "bilevel": {"torch", "torchopt", "optree"},
     "weighting": {"torch", "safetensors"},
-    "prm": {"torch", "transformers", "jinja2", "PIL", "numpy", "safetensors"},
+    "prm": {"torch", "transformers", "jinja2", "PIL", "numpy", "safetensors", "peft"},
     "recipes": {
         *(*CORE, "torch", "torchopt", "optree", "transformers", "tokenizers", "safetensors"),
         *("PIL", "numpy", "sklearn", "yaml", "tqdm"),
@@ -111,7 +111,8 @@ def declared() -> set[str]:
     """Distributions that setup.cfg asks for, extras included."""
     setup = configparser.ConfigParser()
     setup.read(ROOT / "setup.cfg", encoding="utf-8")
-    lines = setup["options"]["install_requires"] + setup["options.extras_require"]["demo"]
+    extras = setup["options.extras_require"]
+    lines = setup["options"]["install_requires"] + extras["demo"] + extras["peft"]
     return {re.split("[<>=!~]", line)[0] for line in lines.split()}
 
 
