@@ -23,6 +23,7 @@ _BOMS = {
 _CHUNK = 2**20
 _LARGEST_ROW = 2**26
 _SPACE = " \t\n\r"
+_NUMBER = "+-.eE0123456789"
 _TAIL = 16
 """A value cut off by the end of the buffer fails within so many characters of it."""
 
@@ -83,7 +84,7 @@ def _decode_line(raw: bytes) -> Any:
         return _DECODER.decode(text)
     except json.JSONDecodeError as error:
         raise _Refused("JSON", f"{error.msg} at column {error.colno}", remedy) from error
-    except (ValueError, RecursionError) as error:
+    except RecursionError as error:
         raise _Refused("JSON", " ".join(str(error).split()), remedy) from error
 
 
@@ -133,11 +134,10 @@ class _Buffer:
                 cut_off = cut_off or error.pos >= len(self.text) - _TAIL
                 if self.ended or not cut_off:
                     raise _Refused("JSON", error.msg, "write one array of JSON objects") from error
-            except (ValueError, RecursionError) as error:
+            except RecursionError as error:
                 raise _Refused("JSON", " ".join(str(error).split())) from error
             else:
-                # A number at the end of the buffer may go on behind it.
-                if end < len(self.text) or self.ended:
+                if self.ended or not self._may_go_on(end):
                     self.position = end
                     return value
             if len(self.text) - self.position > _LARGEST_ROW:
@@ -148,11 +148,22 @@ class _Buffer:
                 )
             self.more()
 
+    def _may_go_on(self, end: int) -> bool:
+        """Whether what ends at ``end`` may be the start of a longer value.
+
+        A number cut at the end of the buffer decodes as a shorter one: "0." as 0 and "1e-" as 1,
+        with the characters behind ``end`` left over. It is complete only where another character
+        than those of numbers stands behind it.
+        """
+        while end < len(self.text) and self.text[end] in _NUMBER:
+            end += 1
+        return end == len(self.text)
+
     def _decode(self) -> tuple[Any | _Refused, int]:
         try:
             return _DECODER.raw_decode(self.text, self.position)
         except _Refused as refused:  # JSON, but not what we take: find its end
-            return refused, json.JSONDecoder().raw_decode(self.text, self.position)[1]
+            return refused, _ANY_JSON.raw_decode(self.text, self.position)[1]
 
 
 def _array_rows(file: IO[bytes], path: Path) -> Iterator[tuple[int, Any | DataError]]:
@@ -202,6 +213,18 @@ def _finite(digits: str) -> float:
     return value
 
 
+def _whole(digits: str) -> int:
+    try:
+        return int(digits)
+    except ValueError as error:  # Python converts no more than 4300 digits: time is quadratic
+        found = f"a whole number of {len(digits):,} digits"
+        raise _Refused("numbers of a common size", found, "write a shorter number") from error
+
+
 _DECODER = json.JSONDecoder(
-    object_pairs_hook=_no_repeats, parse_constant=_no_constant, parse_float=_finite
+    object_pairs_hook=_no_repeats,
+    parse_constant=_no_constant,
+    parse_float=_finite,
+    parse_int=_whole,
 )
+_ANY_JSON = json.JSONDecoder(parse_constant=str, parse_float=str, parse_int=str)

@@ -44,6 +44,40 @@ def test_an_array_is_read_in_any_pieces(tmp_path_factory, values, chunk, indent,
         assert list(json_rows(path)) == list(enumerate(values, start=1))
 
 
+NUMBERS = ["0.0", "-0", "-0.0", "10", "1.25", "1e5", "1E5", "1e+5", "1e-5", "-12.5e-10", "7"]
+
+
+@pytest.mark.parametrize("number", NUMBERS)
+@pytest.mark.parametrize("behind", ["", " ", "\n", ", {}"])
+@pytest.mark.parametrize("before", ["", "null,", '{"a": 1},', '{"a": '])
+def test_a_number_cut_by_the_buffer_is_read_to_its_end(
+    tmp_path, monkeypatch, number, behind, before
+):
+    """Every cut: "0" and "0." of "0.0", "1", "1e" and "1e-" of "1e-5", "-" of "-0"."""
+    path = tmp_path / "rows.json"
+    text = f"[{before}{number}{'}' if before.endswith(': ') else ''}{behind}]"
+    path.write_text(text)
+    expected = list(enumerate(json.loads(text), start=1))
+    for chunk in range(1, len(text) + 1):
+        monkeypatch.setattr(module, "_CHUNK", chunk)
+        rows = list(json_rows(path))
+        assert rows == expected
+        assert [repr(value) for _, value in rows] == [repr(value) for _, value in expected]
+
+
+@pytest.mark.parametrize("chunk", [1, 2, 5, 4400, 2**20])
+def test_numbers_too_large_to_read_do_not_end_an_array(tmp_path, monkeypatch, chunk):
+    monkeypatch.setattr(module, "_CHUNK", chunk)
+    path = tmp_path / "rows.json"
+    digits = "1" * 4500
+    path.write_text(f"[{digits}, 1e999, {digits}e-4500, {digits}.5, 2]")
+    rows = [value for _, value in json_rows(path)]
+    assert [value.found for value in rows[:2]] == ["a whole number of 4,500 digits", "1e999"]
+    assert rows[2] == float(f"{digits}e-4500")
+    assert isinstance(rows[3], DataError)
+    assert rows[4] == 2
+
+
 @given(st.lists(VALUES, max_size=6))
 def test_lines(tmp_path_factory, values):
     path = tmp_path_factory.mktemp("rows") / "rows.jsonl"
