@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from bilevel import random_state, tree
-from bilevel.finite_difference import central_difference, moving
 from bilevel.gradient import as_leaves, gradients
+from bilevel.gradient_derivative import chosen, filled, gradient_derivative, put
 from bilevel.kernels import differentiable_kernels
 from bilevel.lower_pass import LowerPass
 from bilevel.micro_batch import MicroBatch
-from bilevel.problem import Batch, Params, Problem, ReweightingProblem, lower_value
-from bilevel.routes import CentralDifference, Reverse, Route
+from bilevel.problem import Params, Problem, lower_value
+from bilevel.routes import Reverse, Route
 from bilevel.tree import Tree
 
 Product = Callable[[Tree], Tree]
@@ -34,28 +34,23 @@ def hessian_product(
 
     Args:
         problem: The losses.
-        route: `Jvp` (and every route that knows nothing of Hessians): forward over reverse, 9F per
-            product (F a forward pass), memory of one backward pass twice over. `Reverse`: the
+        route: How, see `gradient_derivative`. `Jvp`, and every route that knows nothing of
+            Hessians: forward over reverse, 9F per product (F a forward pass). `Reverse`: the
             gradient's graph is kept from the first product on and differentiated again in each, 3F
             once and 6F per product, 3 to 4 times the activations of all micro-batches.
-            `CentralDifference`: two gradients at θ ± ε v, 6F, fused attention, and an error of its
-            own. The first two run attention with its MATH kernel.
+            `CentralDifference`: 6F, and an error of its own.
         passed: The lower pass at θ and φ.
         lower_params: θ.
         upper_params: φ.
 
     Raises:
         RuntimeError: A torch operation has no derivative of the kind that the route needs.
-
-    Source: Pearlmutter 1994 for the products; forward over reverse as in MixFlow-MG (arXiv
-    2505.00793). Reverse over forward would do, were torch's not silently wrong for `layer_norm`.
     """
-    upper = tree.map(Tensor.detach, upper_params)
-    make = _kept_graph if isinstance(route, Reverse) else _forward_over_reverse
-    if isinstance(route, CentralDifference):
-        parts = [_difference(problem, route, m, lower_params, upper) for m in passed.micro_batches]
+    if isinstance(route, Reverse):
+        upper = tree.map(Tensor.detach, upper_params)
+        parts = [_kept_graph(problem, m, lower_params, upper) for m in passed.micro_batches]
     else:
-        parts = [make(problem, micro, lower_params, upper) for micro in passed.micro_batches]
+        parts = [_anew(problem, route, m, lower_params, upper_params) for m in passed.micro_batches]
 
     def product(vector: Tree) -> Tree:
         total = tree.map(lambda _: None, vector)
@@ -66,22 +61,13 @@ def hessian_product(
     return product
 
 
-def _forward_over_reverse(
-    problem: Problem, micro: MicroBatch, lower_params: Params, upper_params: Params
+def _anew(
+    problem: Problem, route: Route, micro: MicroBatch, lower_params: Params, upper_params: Params
 ) -> Product:
     def product(vector: Tree) -> Tree:
-        rebuild, primals, tangents = moving(lower_params, vector)
-        if not primals:
-            return vector
-
-        def loss(*leaves: Tensor) -> Tensor:
-            with random_state.replay(micro.random, lower_params):
-                return _lower_loss(problem, micro, rebuild(leaves), upper_params, micro.batch)
-
-        gradient = torch.func.grad(loss, tuple(range(len(primals))))
-        along = tuple(t.to(p.dtype) for p, t in zip(primals, tangents, strict=True))
-        with torch.no_grad(), differentiable_kernels():
-            return _put(vector, torch.func.jvp(gradient, primals, along)[1])
+        return gradient_derivative(
+            problem, route, micro, lower_params, upper_params, vector, upper=False
+        ).lower
 
     return product
 
@@ -95,7 +81,7 @@ def _kept_graph(
         if not kept:
             with torch.enable_grad(), random_state.replay(micro.random, lower_params):
                 params = as_leaves(lower_params)
-                loss = _lower_loss(problem, micro, params, upper_params, micro.batch)
+                loss, _ = lower_value(problem, params, upper_params, micro.batch)
                 kept.append((params, gradients([loss], params, create_graph=True)))
         return kept[0]
 
@@ -104,7 +90,7 @@ def _kept_graph(
             params, grads = record()
             terms = tree.leaves(tree.map(lambda g, v: (g, v.to(g.dtype)), grads, vector))
             curved = [index for index in range(0, len(terms), 2) if terms[index].requires_grad]
-            wanted = _chosen(params, vector)
+            wanted = chosen(params, vector)
             if not curved or not wanted:
                 return tree.zeros_like(vector)
             found = torch.autograd.grad(
@@ -114,55 +100,6 @@ def _kept_graph(
                 allow_unused=True,
                 retain_graph=True,
             )
-        return _put(vector, _filled(found, wanted))
+        return put(vector, filled(found, wanted))
 
     return product
-
-
-def _difference(
-    problem: Problem,
-    route: CentralDifference,
-    micro: MicroBatch,
-    lower_params: Params,
-    upper_params: Params,
-) -> Product:
-    def product(vector: Tree) -> Tree:
-        def gradient(params: Params, inputs: tuple[Params, Batch]) -> tuple[Tensor, ...]:
-            with torch.enable_grad(), random_state.replay(micro.random, lower_params):
-                params = as_leaves(params)
-                loss = _lower_loss(problem, micro, params, *inputs)
-                wanted = _chosen(params, vector)
-                return tuple(_filled(gradients([loss], wanted), wanted))
-
-        inputs, like = (upper_params, micro.batch), _chosen(lower_params, vector)
-        return _put(vector, central_difference(route, gradient, lower_params, vector, inputs, like))
-
-    return product
-
-
-def _lower_loss(
-    problem: Problem, micro: MicroBatch, params: Params, upper_params: Params, batch: Batch
-) -> Tensor:
-    """Return the loss, with the weights of the pass where θ does not move them."""
-    if isinstance(problem, ReweightingProblem) and problem.detach_features:
-        assert micro.weights is not None
-        return (micro.weights.detach() * problem.losses(params, batch)[0]).mean()
-    return lower_value(problem, params, upper_params, batch)[0]
-
-
-def _chosen(params: Params, vector: Tree) -> list[Tensor]:
-    """Return the parameters that the vector has an entry for."""
-    return tree.leaves(tree.map(lambda leaf, _: leaf, params, vector))
-
-
-def _filled(found: Sequence[Tensor | None], like: Sequence[Tensor]) -> list[Tensor]:
-    return [
-        torch.zeros_like(leaf) if one is None else one
-        for leaf, one in zip(like, found, strict=True)
-    ]
-
-
-def _put(vector: Tree, found: Sequence[Tensor]) -> Tree:
-    """Return the product's leaves in the places of the vector's."""
-    rest = iter(found)
-    return tree.map(lambda _: next(rest), vector)

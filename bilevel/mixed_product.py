@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-import optree
 import torch
 from torch import Tensor
 
 from bilevel import random_state, tree
 from bilevel.finite_difference import central_difference, moving
-from bilevel.gradient import as_leaves, gradients
+from bilevel.gradient import gradients
+from bilevel.gradient_derivative import gradient_derivative
 from bilevel.kernels import differentiable_kernels
 from bilevel.lower_pass import LowerPass, MicroBatch
-from bilevel.problem import Batch, Params, Problem, ReweightingProblem, lower_value
+from bilevel.problem import Batch, Params, Problem, ReweightingProblem
 from bilevel.routes import CentralDifference, Reverse, Route
 from bilevel.tree import Tree
 
@@ -49,13 +49,10 @@ def mixed_product(
             weights.append(micro.weights)
             cotangents.append((dots(direction) * share).to(micro.weights.dtype))
             continue
-        arguments = problem, micro, lower_params, upper_params, direction
-        if isinstance(route, CentralDifference):
-            term = _gradient_difference(route, *arguments)
-        else:
-            with differentiable_kernels():
-                derivative = _twice_reversed if isinstance(route, Reverse) else _gradient_tangent
-                term = derivative(*arguments)
+        term = gradient_derivative(
+            problem, route, micro, lower_params, upper_params, direction, lower=False
+        ).upper
+        term = tree.map(lambda one, leaf: one.to(leaf.dtype), term, upper_params)
         product = tree.axpy(share, term, product)
     return tree.add(product, gradients(weights, upper_params, cotangents))
 
@@ -86,76 +83,6 @@ def _losses_derivative(
             return found[0] / micro.size
 
     return dots
-
-
-def _gradient_tangent(
-    problem: Problem,
-    micro: MicroBatch,
-    lower_params: Params,
-    upper_params: Params,
-    direction: Tree,
-) -> Tree:
-    """Return the derivative of ∇_φ L along μ: forward over reverse.
-
-    Reverse over forward would do, were it right: torch's is silently wrong for `layer_norm`.
-    """
-    present, structure = optree.tree_flatten(tree.map(Tensor.detach, upper_params))
-
-    def loss(params: Params, *leaves: Tensor) -> Tensor:
-        with random_state.replay(micro.random, lower_params):
-            return lower_value(problem, params, structure.unflatten(leaves), micro.batch)[0]
-
-    def gradient(params: Params) -> tuple[Tensor, ...]:
-        every = tuple(range(1, len(present) + 1))
-        found: tuple[Tensor, ...] = torch.func.grad(loss, every)(params, *present)
-        return found
-
-    return structure.unflatten(_tangent(gradient, lower_params, direction, present))
-
-
-def _gradient_difference(
-    route: CentralDifference,
-    problem: Problem,
-    micro: MicroBatch,
-    lower_params: Params,
-    upper_params: Params,
-    direction: Tree,
-) -> Tree:
-    """Return the derivative of ∇_φ L along μ by central differences."""
-    present, structure = optree.tree_flatten(tree.map(Tensor.detach, upper_params))
-
-    def gradient(params: Params, inputs: tuple[list[Tensor], Batch]) -> tuple[Tensor, ...]:
-        with torch.enable_grad(), random_state.replay(micro.random, lower_params):
-            leaves = as_leaves(inputs[0])
-            loss, _ = lower_value(problem, params, structure.unflatten(leaves), inputs[1])
-            found = gradients([loss], leaves)
-        return tuple(
-            torch.zeros_like(leaf) if one is None else one
-            for leaf, one in zip(leaves, found, strict=True)
-        )
-
-    inputs = present, micro.batch
-    found = central_difference(route, gradient, lower_params, direction, inputs, present)
-    return structure.unflatten(
-        [one.to(leaf.dtype) for leaf, one in zip(present, found, strict=True)]
-    )
-
-
-def _twice_reversed(
-    problem: Problem,
-    micro: MicroBatch,
-    lower_params: Params,
-    upper_params: Params,
-    direction: Tree,
-) -> Tree:
-    """Return the gradient with respect to φ of ⟨∇_θ L, μ⟩, by a graph of the gradient."""
-    with torch.enable_grad(), random_state.replay(micro.random, lower_params):
-        params, upper = as_leaves(lower_params), as_leaves(upper_params)
-        loss, _ = lower_value(problem, params, upper, micro.batch)
-        grads = gradients([loss], params, create_graph=True)
-        pairs = tree.map(lambda gradient, along: (gradient, along), grads, direction)
-        flat = tree.leaves(pairs)
-        return gradients(flat[::2], upper, flat[1::2])
 
 
 def _tangent(

@@ -39,7 +39,7 @@ class _Record(NamedTuple):
         steps: One each.
         starts: The point before the first and every `length`-th.
         grads: Gradients of the steps since the last of these points.
-        leaves: φ as the first step saw it, with a graph to its weights.
+        leaves: φ as the steps saw it, with a graph to their weights.
         length: Steps between points.
     """
 
@@ -167,7 +167,7 @@ class Unrolled:
                 problem,
                 self.product,
                 point.lower_params,
-                record.leaves if index == 0 else upper_params,
+                record.leaves if index >= 0 else upper_params,
                 micro_batches,
             )
             point = advance(optimizer, point, passed.grads)
@@ -216,7 +216,7 @@ class Unrolled:
                     product = mixed_product(problem, self.product, passed, params, leaves, along)
                 else:
                     curved, product = second_derivatives(
-                        problem, self.product, passed, params, upper_params, along
+                        problem, self.product, passed, params, leaves, along
                     )
                     with torch.no_grad():
                         lower_bar = tree.add(lower_bar, curved)
