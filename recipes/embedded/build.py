@@ -40,7 +40,7 @@ IMPORTED_DOMAIN = "dots"
 class Sizes:
     """How many questions each file asks, and how many solutions of each it holds."""
 
-    train_questions: int = 1080
+    train_questions: int = 960
     train_solutions: int = 1  # one of each: pictures teach more than further solutions to them
     meta_questions: int = 200
     meta_solutions: int = 4

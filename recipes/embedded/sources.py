@@ -36,10 +36,10 @@ TRANSPOSED = {"A1": "A1", "A2": "B1", "B1": "A2", "B2": "B2"}
 class Mixture:
     """Shares of the sources in the training set, and how bad the bad ones are."""
 
-    verified: float = 0.37
-    judge: float = 0.25
-    rollout: float = 0.18
-    crowd: float = 0.11
+    verified: float = 0.42
+    judge: float = 0.23
+    rollout: float = 0.16
+    crowd: float = 0.10
     imported: float = 0.09
     recovery: float = 0.95  # chance that completions recover from a wrong step
     failure: float = 0.3  # chance that all completions of a right step fail
