@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from bilevel import tree
+from bilevel.audited_solution import AuditedSolution
 from bilevel.audited_step import AuditedSteps, slope_errors
 from bilevel.hypergradient import Hypergradient, spans_window
 from bilevel.one_step import OneStep
@@ -68,6 +69,7 @@ def check_hypergradient(
     *,
     directions: int = 4,
     steps: Sequence[float] = STEPS,
+    solve_steps: int = 0,
     tolerance: float | None = None,
     generator: torch.Generator | None = None,
 ) -> HypergradientCheck:
@@ -88,6 +90,13 @@ def check_hypergradient(
     through the steps (`Implicit`, `Penalty`) are compared with the derivative through the whole
     window and called "approximates", with that distance, unless they agree.
 
+    With `solve_steps` = N, `Implicit` is held to what it claims: N plain lower steps on the
+    micro-batches, with the same random numbers in each, solve the lower level; the hypergradient is
+    computed there (after one more step), and f(φ) goes on from there for N steps under φ. Both are
+    right only as far as N steps solve it, so the message says how far θ still moved and what
+    stationarity `Implicit` found, and damping counts as an error. Choose N by it: where the lower
+    level contracts by a factor r per step, r^N is the relative error of the comparison.
+
     Nothing is changed. An average of v (`direction_decay`) is left out of the audit. Use float64
     parameters and batches where possible: differences of float32 losses drown small slopes.
 
@@ -99,12 +108,29 @@ def check_hypergradient(
         upper_batch: As for both.
         directions: How many random directions.
         steps: Values of ε to try, relative to the size of φ's entries.
+        solve_steps: Lower steps that solve the lower level, for `Implicit`; 0: as said above.
         tolerance: Largest relative error that agrees; None: 1e-5 for float64, 2e-2 for float32,
             0.2 below.
         generator: Of the directions.
+
+    Cost: that of the hypergradient, and 3F for each lower step of every evaluation of f, of which
+    there are two per direction and step size (and once more for the steps themselves).
+
+    Raises:
+        ValueError: `solve_steps` for a method that does not speak of the solved lower level.
     """
-    window = spans_window(solver.hypergradient, solver.unroll_steps)
-    audit = AuditedSteps(solver, state, lower_batches if window else [lower_batches], upper_batch)
+    audit: AuditedSteps | AuditedSolution
+    if solve_steps:
+        if not getattr(solver.hypergradient, "at_solution", False):
+            raise ValueError(
+                f"solve_steps={solve_steps}: {type(solver.hypergradient).__name__} is not the "
+                "derivative of the solved lower level, as Implicit is; leave solve_steps out"
+            )
+        audit = AuditedSolution(solver, state, lower_batches, upper_batch, solve_steps)
+    else:
+        window = spans_window(solver.hypergradient, solver.unroll_steps)
+        batches = lower_batches if window else [lower_batches]
+        audit = AuditedSteps(solver, state, batches, upper_batch)
     along = [_random_like(state.upper_params, generator) for _ in range(directions)]
     result = audit.result
     assert result.hypergradient is not None
@@ -113,6 +139,7 @@ def check_hypergradient(
     claimed = truth
     stands_for_itself = not audit.exact and isinstance(solver.hypergradient, OneStep)
     if stands_for_itself:
+        assert isinstance(audit, AuditedSteps)
         claimed = audit.claimed_by_one_step()
     errors, floors = slope_errors(claimed, state.upper_params, along, steps, slopes)
     best = min(errors, key=lambda step: errors[step])
@@ -148,7 +175,7 @@ def check_hypergradient(
             audit.lower_gradient_error,
             approximation,
             solver.hypergradient,
-            result.notes,
+            (*result.notes, *audit.notes),
         ),
     )
 

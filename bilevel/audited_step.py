@@ -12,10 +12,10 @@ from torch import Tensor
 
 from bilevel import random_state, tree
 from bilevel.hypergradient import Hypergradient, HypergradientResult, exact_steps
-from bilevel.lower_pass import lower_pass
+from bilevel.lower_pass import LowerPass, lower_pass
 from bilevel.one_step import OneStep, upper_gradient
 from bilevel.optimizer import clip_scale
-from bilevel.problem import Batch, Params, upper_value
+from bilevel.problem import Batch, Params, Problem, upper_value
 from bilevel.random_state import RandomState
 from bilevel.routes import Jvp
 from bilevel.solver import BilevelSolver, BilevelState
@@ -37,7 +37,10 @@ class AuditedSteps:
         result: Of the hypergradient, without an average of v (`direction_decay`).
         exact: Whether it claims to be the slope of `upper_after`.
         lower_gradient_error: Relative error of its last gradient against plain autograd's.
+        notes: What should be known of the steps.
     """
+
+    notes: tuple[str, ...] = ()
 
     def __init__(
         self,
@@ -77,13 +80,7 @@ class AuditedSteps:
         self._batches, self._first = batches[constant:], starts[constant]
         self._last, self._end = starts[-2:]
         self._scales = [self._held_scale(grads) for grads in gradients[constant:]]
-        found = self.result.passes[-1]
-        if found.grads is None:
-            difference: Tree = found.grad_norm - tree.norm(gradients[-1])
-        else:
-            difference = tree.axpy(-1.0, found.grads, gradients[-1])
-        error = float(tree.norm(difference))
-        self.lower_gradient_error = ratio(error, float(tree.norm(gradients[-1])))
+        self.lower_gradient_error = gradient_error(self.result.passes[-1], gradients[-1])
 
     def upper_after(self, upper_params: Params) -> Tensor:
         """Return L_upper(θ(φ), φ), θ(φ) being reached by the steps that are differentiated.
@@ -136,18 +133,33 @@ class AuditedSteps:
     def _grads(
         self, start: _Start, upper_params: Params, batches: Sequence[Batch]
     ) -> tuple[Tree, RandomState]:
-        """The lower gradient by plain autograd whatever the route, and where it left the random
-        numbers."""
+        """The lower gradient, and where it left the random numbers."""
         params = start.point.lower_params
         with random_state.replay(start.random, params):
-            upper_params = tree.map(Tensor.detach, upper_params)
-            grads = lower_pass(self._problem, Jvp(), params, upper_params, batches).grads
+            grads = plain_gradient(self._problem, params, upper_params, batches)
             return grads, random_state.capture(params)
 
     def _upper(self, start: _Start, upper_params: Params) -> Tensor:
         params = start.point.lower_params
         with torch.no_grad(), random_state.replay(start.random, params):
             return upper_value(self._problem, params, upper_params, self._upper_batch)[0]
+
+
+def plain_gradient(
+    problem: Problem, lower_params: Params, upper_params: Params, batches: Sequence[Batch]
+) -> Tree:
+    """Return the lower gradient by plain autograd, whatever the route."""
+    upper_params = tree.map(Tensor.detach, upper_params)
+    return lower_pass(problem, Jvp(), lower_params, upper_params, batches).grads
+
+
+def gradient_error(passed: LowerPass, plain: Tree) -> float:
+    """Return the relative error of the gradient of a pass; of its norm alone, of a summary."""
+    if passed.grads is None:
+        error = float(passed.grad_norm - tree.norm(plain))
+    else:
+        error = float(tree.norm(tree.axpy(-1.0, passed.grads, plain)))
+    return ratio(abs(error), float(tree.norm(plain)))
 
 
 def slope_errors(

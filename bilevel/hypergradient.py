@@ -46,13 +46,15 @@ class HypergradientResult(NamedTuple):
 class Hypergradient(Protocol):
     """A way to compute dL_upper/dφ: a frozen dataclass of its hyperparameters, pure methods.
 
-    Two things a class may add:
+    Three things a class may add:
 
     - an attribute ``last_step_only = True``, if it only ever looks at the last lower step of a
       window: `BilevelSolver.step` can then take the window apart;
     - a method ``exact_steps(unroll_steps) -> int | None``: through how many of the window's last
       lower steps its derivative is exact, for `check_hypergradient` to hold it to that. Without
-      it, or with None, it is taken for an approximation by design.
+      it, or with None, it is taken for an approximation by design;
+    - an attribute ``at_solution = True``, if its derivative is that of the solved lower level,
+      for `check_hypergradient(..., solve_steps=...)` to hold it to that.
     """
 
     def check(

@@ -96,6 +96,7 @@ class Implicit:
     stationarity_tolerance: float | None = 1e-2
 
     last_step_only: ClassVar[bool] = True
+    at_solution: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if not isinstance(self.product, Jvp | Reverse | CentralDifference):

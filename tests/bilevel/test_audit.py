@@ -16,17 +16,21 @@ from bilevel import (
     AdamW,
     Auto,
     BilevelSolver,
+    ConjugateGradient,
     Ghost,
     Identity,
+    Implicit,
     Jvp,
     OneStep,
     Penalty,
     PerExample,
     ReweightingProblem,
+    StationarityWarning,
     Unrolled,
     check_hypergradient,
     tree,
 )
+from tests.bilevel.quadratic import Quadratic
 from tests.bilevel.test_generic import below_the_network
 from tests.bilevel.test_hypergradient import pick
 from tests.bilevel.zoo import build, make, tokens, vectors
@@ -169,6 +173,36 @@ def test_methods_that_do_not_go_through_the_steps_report_their_distance():
     assert check.approximation_error == check.relative_error
     assert "Penalty is " in str(check)
     assert "away from the true derivative" in str(check)
+
+
+def audit_solution(method, solve_steps, lr=0.3):
+    """On a quadratic with eigenvalues from 1 to 5: a step contracts by 1 − lr at best."""
+    case = Quadratic()
+    solver = BilevelSolver(case.problem, SGD(lr), SGD(0.1), method)
+    state = solver.init(case.w, case.x)
+    options = {"directions": 2, "steps": (1e-2, 1e-4), "solve_steps": solve_steps}
+    return check_hypergradient(solver, state, [None], 0, **options)
+
+
+def test_implicit_is_held_to_the_solved_lower_level():
+    check = audit_solution(Implicit(ConjugateGradient(20, 1e-14)), 80)
+    assert check
+    assert check.relative_error <= 1e-9  # .7^80 is 4e-13; the rest is rounding
+    assert check.lower_gradient_error == 0.0
+    assert check.approximation_error is None
+    assert "steps that solve the lower level" in str(check)
+    assert "stationarity" in str(check)
+
+
+def test_an_implicit_hypergradient_that_is_not_that_of_the_solution_disagrees():
+    damped = audit_solution(Implicit(ConjugateGradient(20, 1e-14, damping=0.5)), 80)
+    assert damped.outcome == "disagrees"
+    assert damped.relative_error > 1e-2
+    with pytest.warns(StationarityWarning):
+        unsolved = audit_solution(Implicit(ConjugateGradient(20, 1e-14)), 2)
+    assert unsolved.outcome == "disagrees"
+    with pytest.raises(ValueError, match="OneStep is not the derivative of the solved lower level"):
+        audit_solution(OneStep(), 5)
 
 
 class Mlp(nn.Module):
