@@ -19,6 +19,9 @@ r"""Final answers in a form in which equal answers are equal strings, so that th
    sorted order.
 9. Anything else: lower case, one space between words, none around operators.
 
+An answer of more than 2000 characters (it is none), and what stands more than 20 brackets deep, is
+compared as text, by rule 9.
+
 A number without a unit is another answer than one with. ``answer_classes`` looks at all candidates
 of a question and joins the two where that leaves no doubt.
 """
@@ -35,6 +38,8 @@ from prm.units import UNIT_SYMBOLS, unit_of
 
 _LONGEST_NUMBER = 300
 """Characters, or size of an exponent, beyond which a number is treated as text."""
+_LONGEST_ANSWER = 2_000
+_DEEPEST_LIST = 20
 _SCALES = {"hundred": 10**2, "thousand": 10**3, "million": 10**6, "billion": 10**9}
 _LEAD = re.compile(
     r"^(?:(?:so|thus|hence|therefore),?\s+)?(?:the\s+)?(?:final\s+|correct\s+)?"
@@ -94,7 +99,10 @@ def _parse(text: str | None) -> tuple[str | None, str | None]:
     """(canonical value, unit); a unit only behind a number."""
     if text is None or not text.strip():
         return None, None
-    text = _unwrap(_unify(text))
+    text = _unify(text)
+    if len(text) > _LONGEST_ANSWER:
+        return _words(text), None
+    text = _unwrap(text)
     return _parse_plain(plain_text(text)) if text else (None, None)
 
 
@@ -103,7 +111,7 @@ def _unify(text: str) -> str:
     for power, digit in (("²", "^2"), ("³", "^3")):
         text = text.replace(power, digit)
     text = unicodedata.normalize("NFKC", text).replace("\u2044", "/")
-    return re.sub("[\u2010-\u2015\u2212]", "-", text).strip()
+    return " ".join(re.sub("[\u2010-\u2015\u2212]", "-", text).split())
 
 
 def _unwrap(text: str) -> str:
@@ -121,7 +129,7 @@ def _unwrap(text: str) -> str:
     return text
 
 
-def _parse_plain(text: str) -> tuple[str, str | None]:
+def _parse_plain(text: str, depth: int = 0) -> tuple[str, str | None]:
     choice = _choice(text)
     if choice is not None:
         return choice, None
@@ -130,7 +138,7 @@ def _parse_plain(text: str) -> tuple[str, str | None]:
     quantity = _quantity(text)
     if quantity is not None:
         return quantity
-    return _list(text) or _words(text), None
+    return (_list(text, depth + 1) if depth < _DEEPEST_LIST else None) or _words(text), None
 
 
 def _choice(text: str) -> str | None:
@@ -181,7 +189,7 @@ def _value(match: re.Match[str]) -> Fraction | None:
     return Fraction(digits["plain"]) * Fraction(10) ** exponent
 
 
-def _list(text: str) -> str | None:
+def _list(text: str, depth: int) -> str | None:
     """A list in brackets, or one of nothing but numbers, element by element."""
     left, right = "", ""
     if text[:1] in _BRACKETS and text[-1:] in _BRACKETS.values() and _spans(text):
@@ -191,7 +199,7 @@ def _list(text: str) -> str | None:
         return None
     if not left and not all(_quantity(part) for part in parts):
         return None
-    elements = [_join(*_parse_plain(part)) for part in parts]
+    elements = [_join(*_parse_plain(part, depth)) for part in parts]
     if left == "{":
         elements.sort()
     return left + ", ".join(elements) + right

@@ -9,6 +9,7 @@ from __future__ import annotations
 import codecs
 import json
 import math
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any, NoReturn
@@ -24,6 +25,8 @@ _CHUNK = 2**20
 _LARGEST_ROW = 2**26
 _SPACE = " \t\n\r"
 _NUMBER = "+-.eE0123456789"
+_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
+_LONE = re.compile("[\ud800-\udfff]")
 _TAIL = 16
 """A value cut off by the end of the buffer fails within so many characters of it."""
 
@@ -31,13 +34,20 @@ _TAIL = 16
 class _Refused(Exception):
     """A mistake whose place the caller knows."""
 
-    def __init__(self, expected: str, found: str, remedy: str | None = None) -> None:
-        super().__init__(expected, found, remedy)
-        self.expected, self.found, self.remedy = expected, found, remedy
+    def __init__(
+        self, expected: str, found: str, remedy: str | None = None, field: str | None = None
+    ) -> None:
+        super().__init__(expected, found, remedy, field)
+        self.expected, self.found, self.remedy, self.field = expected, found, remedy, field
 
     def at(self, path: Path, line: int) -> DataError:
         return DataError(
-            expected=self.expected, found=self.found, file=path, line=line, remedy=self.remedy
+            expected=self.expected,
+            found=self.found,
+            file=path,
+            line=line,
+            field=self.field,
+            remedy=self.remedy,
         )
 
 
@@ -64,11 +74,21 @@ def json_rows(path: Path) -> Iterator[tuple[int, Any | DataError]]:
 
 
 def _line_rows(file: IO[bytes], path: Path) -> Iterator[tuple[int, Any | DataError]]:
-    for line, raw in enumerate(file, start=1):
+    line = 0
+    while raw := file.readline(_LARGEST_ROW + 1):
+        line += 1
         try:
+            if len(raw) > _LARGEST_ROW:
+                while raw and not raw.endswith(b"\n"):
+                    raw = file.readline(_CHUNK)
+                raise _too_large("a longer one", "one JSON object per line")
             yield line, _decode_line(raw)
         except _Refused as refused:
             yield line, refused.at(path, line)
+
+
+def _too_large(found: str, remedy: str) -> _Refused:
+    return _Refused(f"rows of at most {_LARGEST_ROW:,} characters", found, remedy)
 
 
 def _decode_line(raw: bytes) -> Any:
@@ -81,11 +101,14 @@ def _decode_line(raw: bytes) -> Any:
         raise _Refused("a JSON object", "a blank line", "remove blank lines")
     remedy = "write one complete JSON object per line"
     try:
-        return _DECODER.decode(text)
+        value = _DECODER.decode(text)
     except json.JSONDecodeError as error:
         raise _Refused("JSON", f"{error.msg} at column {error.colno}", remedy) from error
     except RecursionError as error:
         raise _Refused("JSON", " ".join(str(error).split()), remedy) from error
+    if _SURROGATE.search(text):
+        _refuse_surrogates(value)
+    return value
 
 
 class _Buffer:
@@ -141,8 +164,7 @@ class _Buffer:
                     self.position = end
                     return value
             if len(self.text) - self.position > _LARGEST_ROW:
-                raise _Refused(
-                    f"rows of at most {_LARGEST_ROW:,} characters",
+                raise _too_large(
                     "a longer one, or a string that does not end",
                     "check the quotes of this row, or write JSONL",
                 )
@@ -161,7 +183,10 @@ class _Buffer:
 
     def _decode(self) -> tuple[Any | _Refused, int]:
         try:
-            return _DECODER.raw_decode(self.text, self.position)
+            value, end = _DECODER.raw_decode(self.text, self.position)
+            if _SURROGATE.search(self.text, self.position, end):
+                _refuse_surrogates(value)
+            return value, end
         except _Refused as refused:  # JSON, but not what we take: find its end
             return refused, _ANY_JSON.raw_decode(self.text, self.position)[1]
 
@@ -193,6 +218,21 @@ def _array_rows(file: IO[bytes], path: Path) -> Iterator[tuple[int, Any | DataEr
         yield max(row, 1), refused.at(path, max(row, 1))
 
 
+def _refuse_surrogates(value: Any) -> None:
+    """Half of a pair of escapes makes a string that can be neither written nor tokenised."""
+    left = [(value, "")]
+    while left:
+        value, field = left.pop()
+        if isinstance(value, dict):
+            for key, held in value.items():
+                left += [(key, field), (held, f"{field}.{key}" if field else key)]
+        elif isinstance(value, list):
+            left += [(held, f"{field}[{place}]") for place, held in enumerate(value)]
+        elif isinstance(value, str) and _LONE.search(value):
+            found = f"a lone surrogate in {ascii(value)[:60]}"
+            raise _Refused("text that UTF-8 can hold", found, field=ascii(field)[1:-1] or None)
+
+
 def _no_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     record = dict(pairs)
     if len(record) < len(pairs):
@@ -218,7 +258,9 @@ def _whole(digits: str) -> int:
         return int(digits)
     except ValueError as error:  # Python converts no more than 4300 digits: time is quadratic
         found = f"a whole number of {len(digits):,} digits"
-        raise _Refused("numbers of a common size", found, "write a shorter number") from error
+        raise _Refused(
+            "JSON with numbers of a common size", found, "write a shorter number"
+        ) from error
 
 
 _DECODER = json.JSONDecoder(

@@ -17,8 +17,10 @@ _HEAD = r"[ \t]*(?:#{1,6}[ \t]*)?\*{0,2}"
 _STEP = re.compile(_HEAD + r"(?:step|步骤)[ \t]*(\d{1,3})\b", re.IGNORECASE)
 _INLINE_STEP = re.compile(r"(?:^|(?<=\s))\*{0,2}(?:step|步骤)[ \t]*(\d{1,3})\*{0,2}[:：]", re.I)
 _ITEM = re.compile(r" {0,3}\*{0,2}(\d{1,3})(?:[.)](?=[\s*])|、)")
-_ANSWER = re.compile(_HEAD + r"(?:(?:final[ \t]+)?answer|答案)[ \t]*\*{0,2}[ \t]*[:：]", re.I)
-_STATED = re.compile(r"(?:\banswer|答案)[ \t]*\*{0,2}[ \t]*(?:[:：]|is\b[:：]?|是[:：]?)", re.I)
+# Possessive: a long run of white space is gone through once, not once per way to divide it.
+_GAP = r"[ \t]*+(?:\*{1,2}+[ \t]*+)?"
+_ANSWER = re.compile(_HEAD + rf"(?:(?:final[ \t]+)?answer|答案){_GAP}[:：]", re.I)
+_STATED = re.compile(rf"(?:\banswer|答案){_GAP}(?:[:：]|is\b[:：]?|是[:：]?)", re.I)
 _TAG = re.compile(r"\s*\[reasoning\][ \t]*\n?", re.IGNORECASE)
 _FENCE = re.compile(r"[ \t]*(?:```|~~~)")
 _CONTINUES = re.compile(r"[ \t]|[-*+•][ \t]")
@@ -127,7 +129,8 @@ def _cut(text: str, cuts: Sequence[int]) -> list[str]:
     for start, end in zip([0, *cuts], [*cuts, len(text)], strict=True):
         held += text[start:end]
         # White space or the tag alone goes with what follows.
-        if _TAG.sub("", held, count=1).strip():
+        tag = _TAG.match(held)
+        if held[tag.end() if tag else 0 :].strip():
             steps.append(held)
             held = ""
     if held and steps:

@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from prm.formats.stepwise import labelled_steps
-from prm.formats.turns import drop_placeholders
+from prm.formats.turns import question_text
 from prm.record_fields import Place, extra_of
 from prm.schema import Step, StepExample
 
@@ -88,7 +88,7 @@ def read_visualprocessbench(record: Mapping[str, Any], place: Place) -> tuple[St
     fields = {f"response.{name}": value for name, value in response.items()}
     place.need(fields, "response.steps", "response.process_correctness")
     images = place.images(record, "image", "images")
-    question = drop_placeholders(place.text(record["question"], "question"), len(images))
+    question = question_text(record, "question", len(images), place)
     steps = labelled_steps(
         fields, "response.steps", "response.process_correctness", place, _NEUTRAL_SIGNS
     )

@@ -17,7 +17,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from prm.formats.turns import drop_placeholders
+from prm.formats.turns import question_text
 from prm.record_fields import Place, Words, domain_key, extra_of
 from prm.schema import Step, StepExample
 from prm.splitter import final_answer, solution_steps
@@ -46,7 +46,7 @@ def read_test(record: Mapping[str, Any], place: Place) -> tuple[StepExample, ...
     """
     place.need(record, "question", "candidates", "true_false")
     images = place.images(record, "image_path", "image", "images", cut_parents=True)
-    question = drop_placeholders(place.text(record["question"], "question"), len(images))
+    question = question_text(record, "question", len(images), place)
     texts = place.listed(record["candidates"], "candidates", "candidates")
     right = place.listed(record["true_false"], "true_false", "truth values")
     if len(right) != len(texts):

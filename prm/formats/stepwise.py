@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from prm.formats.turns import drop_placeholders
+from prm.formats.turns import question_text
 from prm.record_fields import Place, Words, extra_of
 from prm.schema import Step, StepExample
 
@@ -30,7 +30,7 @@ def read(record: Mapping[str, Any], place: Place) -> tuple[StepExample, ...]:
     """
     place.need(record, "prompt", "completions", "labels")
     images = place.images(record, "images", "image")
-    question = drop_placeholders(place.text(record["prompt"], "prompt"), len(images))
+    question = question_text(record, "prompt", len(images), place)
     steps = labelled_steps(record, "completions", "labels", place)
     raw = place.name(record, "id")
     return (

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from prm.record_fields import Place
 from prm.schema import Step
 
 _QUESTION = re.compile(r"((?:\s*<image>)*)\s*### Question:[ \t]*\n?")
-_PROCESS = re.compile(r"\s*### Solution Process:[ \t]*\n?")
+_PROCESS = re.compile(r"### Solution Process:[ \t]*\n?")
 _PLACEHOLDER = re.compile(r"\s*<image>")
 
 
@@ -70,6 +71,15 @@ def question_and_steps(
 def turns_field(turns: Sequence[Turn]) -> str:
     """The field that holds the turns."""
     return turns[0].field.partition("[")[0] if turns else "conversations"
+
+
+def question_text(record: Mapping[str, Any], field: str, images: int, place: Place) -> str:
+    """The question of a record, without the marks that open it; see ``drop_placeholders``.
+
+    Raises:
+        DataError: no text, or none but marks.
+    """
+    return place.text(drop_placeholders(place.text(record[field], field), images), field)
 
 
 def drop_placeholders(text: str, images: int) -> str:

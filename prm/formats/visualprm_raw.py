@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from prm.formats.turns import drop_placeholders
+from prm.formats.turns import question_text
 from prm.record_fields import Place, Words, domain_key, extra_of
 from prm.schema import Step, StepExample
 
@@ -32,7 +32,7 @@ def read(record: Mapping[str, Any], place: Place) -> tuple[StepExample, ...]:
     """
     place.need(record, "question", "steps_with_score")
     images = place.images(record, "image", "images")
-    question = drop_placeholders(place.text(record["question"], "question"), len(images))
+    question = question_text(record, "question", len(images), place)
     steps, trials = [], []
     given = place.listed(record["steps_with_score"], "steps_with_score", "steps")
     for number, step in enumerate(given):

@@ -528,3 +528,17 @@ def test_what_is_read_can_be_written_as_our_own(tmp_path, name):
     examples = read(tmp_path, GOOD[name])
     write_jsonl(tmp_path / "own.jsonl", examples)
     assert read_jsonl(tmp_path / "own.jsonl") == examples
+
+
+@pytest.mark.parametrize(
+    ("name", "field"),
+    [
+        ("visualprm-raw", "question"),
+        ("dreamprm-test", "question"),
+        ("stepwise", "prompt"),
+        ("visualprocessbench", "question"),
+    ],
+)
+def test_a_question_of_nothing_but_marks_is_refused(tmp_path, name, field):
+    error = first_error(tmp_path, {**GOOD[name], field: "<image>\n"}, format=name)
+    assert (error.field, error.expected) == (field, "a string that is not blank")

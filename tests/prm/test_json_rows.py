@@ -140,6 +140,29 @@ def test_a_string_that_does_not_end_is_not_read_to_the_end_of_the_file(tmp_path,
     assert (row, error.expected) == (1, "rows of at most 200 characters")
 
 
+def test_a_line_that_is_too_long_is_passed_over(tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "_CHUNK", 64)
+    monkeypatch.setattr(module, "_LARGEST_ROW", 200)
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"a": "' + "x" * 5000 + '"}\n{"a": 1}\n' + "{" * 300)
+    (_, first), second, (_, last) = json_rows(path)
+    assert second == (2, {"a": 1})
+    assert (first.line, first.expected) == (1, "rows of at most 200 characters")
+    assert (last.line, last.expected) == (3, "rows of at most 200 characters")
+
+
+@pytest.mark.parametrize("array", [False, True])
+def test_halves_of_characters_are_named_and_whole_ones_read(tmp_path, array):
+    rows = ['{"a": "\\ud83d\\uDE00"}', '{"b": [{"c": "\\uD83D x"}]}', '{"\\ude00": 1}', '{"d": 1}']
+    path = tmp_path / "rows"
+    path.write_text(f"[{','.join(rows)}]" if array else "\n".join(rows))
+    (_, good), (_, value), (_, key), (_, last) = json_rows(path)
+    assert (good, last) == ({"a": "\N{GRINNING FACE}"}, {"d": 1})
+    assert (value.line, value.field) == (2, "b[0].c")
+    assert value.found == "a lone surrogate in '\\ud83d x'"
+    assert (key.line, key.found) == (3, "a lone surrogate in '\\ude00'")
+
+
 def test_invalid_utf8_in_an_array_is_named(tmp_path):
     path = tmp_path / "rows.json"
     path.write_bytes(b'[{"a": "\xff"}]')

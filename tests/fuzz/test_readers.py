@@ -1,0 +1,152 @@
+"""Every format: a malformed file is read to valid examples, or refused with its place."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from prm.answers import answer_classes
+from prm.collate import Collator
+from prm.formats.table import FORMAT_NAMES
+from prm.reader import checked_rows, iter_rows, read_jsonl, write_jsonl
+from prm.schema import DataError, StepExample
+from prm.splitter import final_answer, solution_steps, split_steps
+from recipes.embedded.vocabulary import build_tokenizer
+from tests.fuzz.strategies import TEXTS, files
+from tests.fuzz.trial import attempt, fuzzed
+from tests.prm.test_formats import GOOD
+
+ALL = list(GOOD.values())
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("fuzz") / "data.jsonl"
+
+
+@pytest.fixture(scope="module")
+def collator() -> Collator:
+    return Collator(build_tokenizer(), system_prompt=None)
+
+
+def check_examples(examples: list[StepExample], path: Path) -> None:
+    """They are what the schema says, and can be written and read back."""
+    for example in examples:
+        assert example.id.strip()
+        assert example.question.strip()
+        assert example.steps
+        for step in example.steps:
+            assert step.text.strip()
+            assert step.label is None or (0 <= step.label <= 1 and math.isfinite(step.label))
+        assert example.correct in (None, True, False)
+    written = path.with_name("written.jsonl")
+    refused = refusal(lambda: write_jsonl(written, examples, path.parent))
+    if refused is not None:
+        # What stands beside the fields under the name of one, and paths below the root by detours.
+        assert refused.expected == "an example that reads back as it was written"
+        return
+    assert [e for row in iter_rows(written, format="prm-jsonl") for e in row.examples] == examples
+
+
+def refusal(write: Callable[[], None]) -> DataError | None:
+    try:
+        write()
+    except DataError as error:
+        return error
+    return None
+
+
+def read_rows(path: Path, format: str) -> list[StepExample]:
+    """As ``read_examples``, images not looked for."""
+    examples = []
+    for row in iter_rows(path, format=format):
+        if isinstance(row, DataError):
+            raise row
+        examples += row.examples
+    return examples
+
+
+def check_refusal(error: DataError, path: Path) -> None:
+    assert error.file == path
+    assert error.expected
+    assert error.found
+    assert error.line is not None or error.found == "an empty file"
+    # Broken text has a place only; a broken record a field, too, unless it is none of the format.
+    str(error).encode()
+
+
+@pytest.mark.parametrize("format", FORMAT_NAMES)
+def test_formats(path, format):
+    @fuzzed()
+    @given(files([GOOD[format]]))
+    def run(content: bytes) -> None:
+        path.write_bytes(content)
+        found = attempt(format, lambda: read_rows(path, format), (DataError,))
+        if isinstance(found, DataError):
+            check_refusal(found, path)
+        else:
+            ids = [example.id for example in found]
+            check_examples([e for e in found if ids.count(e.id) == 1], path)
+
+    run()
+
+
+def test_any_format(path, collator):
+    """Format by its look, every check on, then the text laid out for a model."""
+
+    def read() -> list[StepExample]:
+        examples = [e for row in checked_rows(path, check_images="decode") for e in row.examples]
+        for example in examples:
+            if not example.images:
+                collator([example])
+        return examples
+
+    @fuzzed()
+    @given(files(ALL))
+    def run(content: bytes) -> None:
+        path.write_bytes(content)
+        found = attempt("auto", read, (DataError,))
+        if isinstance(found, DataError):
+            assert found.expected
+        else:
+            check_examples(found, path)
+
+    run()
+
+
+def test_own_reader(path):
+    @fuzzed()
+    @given(files([{**GOOD["prm-jsonl"], "images": []}]))
+    def run(content: bytes) -> None:
+        path.write_bytes(content)
+        found = attempt("read_jsonl", lambda: read_jsonl(path), (DataError,))
+        if isinstance(found, DataError):
+            check_refusal(found, path)
+        else:
+            check_examples(found, path)
+
+    run()
+
+
+def test_text_tools():
+    """Splitting keeps every character; answers are compared; whatever the text."""
+
+    def read(text: str, other: str) -> Any:
+        assert "".join(split_steps(text)) == text
+        assert all(step.strip() for step in solution_steps(text))
+        return answer_classes([text, other, final_answer(text)])
+
+    pieces = st.sampled_from(TEXTS) | st.text(max_size=30)
+
+    @fuzzed()
+    @given(st.lists(pieces, max_size=4).map("".join), pieces)
+    def run(text: str, other: str) -> None:
+        attempt("text", lambda: read(text, other), ())
+
+    run()
