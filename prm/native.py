@@ -7,8 +7,8 @@ from typing import Any
 _ALTERNATIVES = {
     "internvl_chat": (
         "InternVL in its original layout: use the checkpoint of the same model whose name ends in "
-        "'-hf' (OpenGVLab/InternVL3-1B-hf), or convert a local copy with `bilevel-prm data "
-        "convert-weights`"
+        "'-hf' (OpenGVLab/InternVL3-1B-hf), or convert a local copy with `bilevel-prm "
+        "convert-model`"
     ),
 }
 

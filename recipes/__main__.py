@@ -26,7 +26,13 @@ from recipes.options import (
     build_parser,
     resolve,
 )
-from recipes.use_options import EvaluateOptions, ScoreOptions, SelectOptions, WeighOptions
+from recipes.use_options import (
+    ConvertModelOptions,
+    EvaluateOptions,
+    ScoreOptions,
+    SelectOptions,
+    WeighOptions,
+)
 
 _DESCRIPTION = "Train process reward models with instance weights learned by bilevel optimization."
 _COMMANDS = {
@@ -36,6 +42,7 @@ _COMMANDS = {
     "select": (SelectOptions, "the best candidate of every question, from scores"),
     "evaluate": (EvaluateOptions, "how good selections and step scores are, with intervals"),
     "weigh": (WeighOptions, "weights of a trained weighting for the examples of a file"),
+    "convert-model": (ConvertModelOptions, "rewrite an InternVL checkpoint that needs own code"),
     "compare": (CompareOptions, "every method and control over several seeds, one table"),
 }
 _DATA_COMMANDS = {

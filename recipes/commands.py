@@ -12,7 +12,13 @@ from prm.schema import DataError
 from recipes.data_files import commands as data_commands
 from recipes.options import DataOptions, OptionError, PretrainOptions
 from recipes.training import StepError
-from recipes.use_options import EvaluateOptions, ScoreOptions, SelectOptions, WeighOptions
+from recipes.use_options import (
+    ConvertModelOptions,
+    EvaluateOptions,
+    ScoreOptions,
+    SelectOptions,
+    WeighOptions,
+)
 
 _INTERRUPTED = 130
 
@@ -90,6 +96,13 @@ def _weigh(options: WeighOptions) -> None:
     run_weigh(options)
 
 
+def _convert_model(options: ConvertModelOptions) -> None:
+    from recipes.convert_model import run_convert_model
+
+    _quiet()
+    run_convert_model(options)
+
+
 def _compare(options: Any) -> None:
     from recipes.compare import compare
 
@@ -131,6 +144,7 @@ _COMMANDS: Mapping[str, Callable[[Any], int | None]] = {
     "select": _select,
     "evaluate": _evaluate,
     "weigh": _weigh,
+    "convert-model": _convert_model,
     "compare": _compare,
     "data embedded": _data_embedded,
     "data pretrain-base": _data_pretrain_base,

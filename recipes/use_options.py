@@ -1,4 +1,4 @@
-"""Options of the commands that use what was trained: score, select, evaluate, weigh."""
+"""Options of the commands around training: score, select, evaluate, weigh, convert-model."""
 
 from __future__ import annotations
 
@@ -84,3 +84,15 @@ class WeighOptions(PrmOptions):
         "that of the run's args.yaml)",
     )
     eval_batch_size: int = option(64, "solutions per forward pass")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConvertModelOptions:
+    """Rewrite an InternVL checkpoint that needs code of its own; that code is not run."""
+
+    input: str = option(
+        ...,
+        "folder of an InternVL checkpoint in its original layout (InternVL2.5, InternVL3, "
+        "VisualPRM, DreamPRM-1.5), downloaded",
+    )
+    output: str = option(..., "folder to write; takes the place of a model everywhere")

@@ -111,7 +111,7 @@ def test_processors_without_an_image_token_are_refused():
     [
         (
             {"model_type": "internvl_chat", "auto_map": {"AutoModel": "modeling.X"}},
-            r"needs code from the checkpoint; .* '-hf' .* convert-weights",
+            r"needs code from the checkpoint; .* '-hf' .* convert-model",
         ),
         ({"model_type": "mpt_x", "auto_map": {}}, r"such code is never run. Choose one that"),
         ({"model_type": "vit"}, r"image-text-to-text or causal language model, .* 'vit'"),

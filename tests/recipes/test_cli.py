@@ -23,6 +23,7 @@ COMMANDS = [
     ["select"],
     ["evaluate"],
     ["weigh"],
+    ["convert-model"],
     ["compare"],
     ["data"],
     ["data", "embedded"],

@@ -43,13 +43,20 @@ from recipes.run_directory import free_directory
 from recipes.run_results import row_name
 from recipes.runs import run_cold_start, run_training
 from recipes.session import AGGREGATIONS, read_examples
-from recipes.use_options import EvaluateOptions, ScoreOptions, SelectOptions, WeighOptions
+from recipes.use_options import (
+    ConvertModelOptions,
+    EvaluateOptions,
+    ScoreOptions,
+    SelectOptions,
+    WeighOptions,
+)
 from weighting import FEATURES, DomainTable, InstanceNet, InstanceTable
 
 PACKAGE = Path(recipes.__file__).parent
 OPTIONS = [
     ColdStartOptions,
     CompareOptions,
+    ConvertModelOptions,
     DataOptions,
     EvaluateOptions,
     PretrainOptions,
