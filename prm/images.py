@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import struct
+import warnings
 import zlib
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from prm.schema import DataError
@@ -18,6 +20,12 @@ from prm.tokens import ImageTokens
 
 CACHE_BYTES = 256 * 2**20
 """Default limit of a cache of image inputs."""
+IMAGE_FORMATS = ("BMP", "GIF", "JPEG", "PNG", "TIFF", "WEBP")
+"""What files may hold, whatever their names end in. Other decoders of Pillow are not tried: some of
+them start programs (EPS) or are hardly ever used, and so hardly ever tested, on files of others."""
+MOST_PIXELS = 80_000_000
+"""Of an image that is read, by its header: a few bytes can claim to be gigabytes of pixels."""
+_MOST_CHUNKS = 100_000
 _ORIENTATION = 274  # EXIF tag; 5 to 8 exchange width and height
 _DECODE_ERRORS = (
     OSError,
@@ -28,6 +36,7 @@ _DECODE_ERRORS = (
     struct.error,
     zlib.error,
     Image.DecompressionBombError,
+    Image.DecompressionBombWarning,
 )
 _MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr", "HSV", "LAB", "La")
 
@@ -36,43 +45,83 @@ def read_image(path: Path) -> Image.Image:
     """Decode ``path`` completely, upright (EXIF orientation applied), as RGB.
 
     Raises:
-        DataError: missing, truncated, not an image, or of more than 8 bits per channel (which
-            a conversion to RGB would clip without a word).
+        DataError: missing, truncated, none of ``IMAGE_FORMATS``, of more than ``MOST_PIXELS``, or
+            of more than 8 bits per channel (which a conversion to RGB would clip without a word).
     """
-    _check_exists(path)
-    try:
-        with Image.open(path) as image:
-            if image.mode not in _MODES:
-                raise DataError(
-                    expected="an image of 8 bits per channel",
-                    found=f"Pillow mode {image.mode!r}",
-                    file=path,
-                    remedy="convert it to 8-bit RGB or grey values first",
-                )
-            upright = ImageOps.exif_transpose(image)
-            if upright.mode == "P" and "transparency" in upright.info:
-                upright = upright.convert("RGBA")
-            return upright.convert("RGB")
-    except DataError:
-        raise
-    except _DECODE_ERRORS as error:
-        raise _unreadable(path, error) from error
+    with _opened(path) as image:
+        if image.mode not in _MODES:
+            raise DataError(
+                expected="an image of 8 bits per channel",
+                found=f"Pillow mode {image.mode!r}",
+                file=path,
+                remedy="convert it to 8-bit RGB or grey values first",
+            )
+        upright = ImageOps.exif_transpose(image)
+        if upright.mode == "P" and "transparency" in upright.info:
+            upright = upright.convert("RGBA")
+        return upright.convert("RGB")
 
 
 def image_size(path: Path) -> tuple[int, int]:
     """(height, width) of the upright image, from the file's header.
 
     Raises:
-        DataError: missing or not an image.
+        DataError: missing, none of ``IMAGE_FORMATS``, or of more than ``MOST_PIXELS``.
     """
+    with _opened(path) as image:
+        width, height = image.size
+        # Pillow decodes the whole of a PNG file to see what stands behind its pixels.
+        header_only = image.format == "PNG" and _nothing_behind_pixels(path)
+        exif = Image.Image.getexif(image) if header_only else image.getexif()
+        turned = exif.get(_ORIENTATION, 1) in (5, 6, 7, 8)
+    return (width, height) if turned else (height, width)
+
+
+def _nothing_behind_pixels(path: Path) -> bool:
+    """Whether nothing but the end comes behind the pixels of a PNG file, by its chunks' headers."""
+    behind = False
+    with path.open("rb") as file:
+        file.seek(8)
+        for _ in range(_MOST_CHUNKS):
+            head = file.read(8)
+            kind = head[4:]
+            if len(head) < 8 or kind == b"IEND":
+                return True
+            if behind and kind != b"IDAT":
+                return False
+            behind = behind or kind == b"IDAT"
+            file.seek(int.from_bytes(head[:4], "big") + 4, 1)
+    return False
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Image.Image]:
+    """An image whose header is read; what goes wrong with it becomes a ``DataError``."""
     _check_exists(path)
     try:
-        with Image.open(path) as image:
-            width, height = image.size
-            turned = image.getexif().get(_ORIENTATION, 1) in (5, 6, 7, 8)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            image = Image.open(path, formats=IMAGE_FORMATS)
+        with image:
+            if image.width * image.height > MOST_PIXELS:
+                raise DataError(
+                    expected=f"an image of at most {MOST_PIXELS:,} pixels",
+                    found=f"{image.width} x {image.height}",
+                    file=path,
+                    remedy="scale it down; a model sees far fewer",
+                )
+            yield image
+    except DataError:
+        raise
+    except UnidentifiedImageError as error:
+        raise DataError(
+            expected=f"an image file ({', '.join(IMAGE_FORMATS)})",
+            found="none of these by its content",
+            file=path,
+            remedy="replace or re-download the file, or convert it to PNG",
+        ) from error
     except _DECODE_ERRORS as error:
         raise _unreadable(path, error) from error
-    return (width, height) if turned else (height, width)
 
 
 class ImageInputs(Protocol):

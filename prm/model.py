@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import os
+import re
 import shutil
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -82,8 +83,11 @@ def load_prm(
         dtype: of the parameters. float32 keeps small updates that bfloat16 would round away.
         attn_implementation: "eager", "sdpa", ...; None: transformers' choice.
 
+    A name is looked up on the hub only if it is written ``organisation/model`` and there is no
+    local folder ``organisation``: a mistyped path must not reach the network.
+
     Raises:
-        FileNotFoundError: ``path_or_name`` looks like a local path and does not exist.
+        FileNotFoundError: there is no such folder, and the name is none of a hub.
         ValueError: the checkpoint cannot serve as a process reward model; says why.
     """
     from transformers import (
@@ -98,9 +102,13 @@ def load_prm(
     )
 
     name = str(path_or_name)
-    local = Path(path_or_name)
-    if not local.exists() and (isinstance(path_or_name, Path) or name.startswith((".", "/", "~"))):
-        raise FileNotFoundError(f"expected a checkpoint folder at {name}, found nothing there")
+    is_path = isinstance(path_or_name, Path) or not is_hub_name(name)
+    if is_path and not (name and Path(name).is_dir()):
+        found = "a file" if Path(name).exists() else "nothing there"
+        raise FileNotFoundError(
+            f"expected a checkpoint folder at {name}, found {found}; a name on a hub is written "
+            "organisation/model"
+        )
     refuse_remote_code(name)
     config = AutoConfig.from_pretrained(name)
     sees = type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
@@ -114,6 +122,13 @@ def load_prm(
     tokenizer = AutoTokenizer.from_pretrained(name)
     image_processor = load_image_processor(name, tokenizer) if sees else None
     return make_prm(model, tokenizer, image_processor)
+
+
+def is_hub_name(name: str) -> bool:
+    """Whether ``name`` can only mean a model on a hub, not a local path that does not exist."""
+    if not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", name):
+        return False
+    return not Path(name.partition("/")[0]).exists()
 
 
 def make_prm(model: Any, tokenizer: Any, image_processor: Any = None) -> PRM:

@@ -16,7 +16,7 @@ from torch import Tensor
 from prm import aggregations, reader
 from prm.aggregations import Aggregation, AggregationName
 from prm.collate import Batch, Collator, EncodedExample
-from prm.model import PRM, load_prm, split_parameters
+from prm.model import PRM, is_hub_name, load_prm, split_parameters
 from prm.prompt import SYSTEM_PROMPT
 from prm.schema import StepExample
 from recipes.options import OptionError, PrmOptions
@@ -96,7 +96,8 @@ def load_model(
         prm = load_prm(EMBEDDED_BASE if name == "embedded" else name)
     except (OSError, ValueError) as error:
         flag = "--model" if path is None else "--init-from"
-        raise OptionError(f"{flag} {name}: {' '.join(str(error).split())}") from error
+        where = " (no folder here, looked up on the hub)" if is_hub_name(name) else ""
+        raise OptionError(f"{flag} {name}{where}: {' '.join(str(error).split())}") from error
     try:
         trainable, _ = split_parameters(prm.model, freeze)
     except ValueError as error:

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import struct
+import zlib
 from fractions import Fraction
 from itertools import combinations
 
@@ -9,8 +11,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from PIL.PngImagePlugin import PngImageFile
 
-from prm.images import Tiler, image_size, read_image
+from prm.images import IMAGE_FORMATS, MOST_PIXELS, Tiler, image_size, read_image
 from prm.schema import DataError
 from tests.prm.tiny import TILE, image_processor, save_image
 
@@ -103,6 +106,26 @@ def test_header_count_equals_decoded_count(tmp_path_factory, width, height, most
     assert tiler.count(path) == len(tiler.tiles(path))
 
 
+def test_the_size_of_a_png_is_read_without_its_pixels(tmp_path, monkeypatch):
+    exif = Image.Exif()
+    exif[274] = 6  # a quarter turn
+    plain, turned, late = (tmp_path / f"{name}.png" for name in ("plain", "turned", "late"))
+    Image.new("RGB", (80, 20)).save(plain)
+    Image.new("RGB", (80, 20)).save(turned, exif=exif)
+    whole = turned.read_bytes()
+    start = whole.index(b"eXIf") - 4
+    end = start + 12 + int.from_bytes(whole[start : start + 4], "big")
+    late.write_bytes(whole[:start] + whole[end:-12] + whole[start:end] + whole[-12:])
+    assert [read_image(path).size for path in (plain, turned, late)] == [
+        (80, 20),
+        (20, 80),
+        (20, 80),
+    ]
+    assert [image_size(path) for path in (plain, turned, late)] == [(20, 80), (80, 20), (80, 20)]
+    monkeypatch.setattr(PngImageFile, "load", lambda self: pytest.fail("decoded"))
+    assert [image_size(path) for path in (plain, turned)] == [(20, 80), (80, 20)]
+
+
 def test_orientation_of_a_photo_is_applied(tmp_path):
     path = tmp_path / "x.jpg"
     image = Image.new("RGB", (80, 20), "red")
@@ -144,8 +167,62 @@ def test_truncated_files_are_refused_at_any_length(tmp_path, kind):
         with pytest.raises(DataError) as caught:
             read_image(path)
         assert caught.value.file == path
-        assert caught.value.remedy == "replace or re-download the file"
+        assert caught.value.remedy.startswith("replace or re-download the file")
         assert "\n" not in str(caught.value)
+
+
+def png(width: int, height: int, *chunks: tuple[bytes, bytes]) -> bytes:
+    """A PNG file of a header, ``chunks`` and next to no pixels."""
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    parts = [(b"IHDR", header), *chunks, (b"IDAT", zlib.compress(b"\0" * 16)), (b"IEND", b"")]
+    body = [
+        struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        for kind, data in parts
+    ]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(body)
+
+
+@pytest.mark.parametrize(
+    "size", [(9_000, 9_000), (10_000, 10_000), (60_000, 60_000), (2**31 - 1, 1)]
+)
+def test_files_that_claim_more_pixels_than_anyone_needs_are_refused(tmp_path, size):
+    """Above our limit, above the one where Pillow warns, and above the one where it stops."""
+    path = tmp_path / "x.png"
+    path.write_bytes(png(*size))
+    for read in (read_image, image_size):
+        with pytest.raises(DataError, match=r"(pixels|size|limit)") as caught:
+            read(path)
+        assert caught.value.file == path
+
+
+def test_the_largest_image_is_counted(tmp_path):
+    path = tmp_path / "x.png"
+    path.write_bytes(png(8_000, MOST_PIXELS // 8_000))
+    assert image_size(path) == (10_000, 8_000)
+
+
+def test_text_chunks_that_unpack_to_much_are_refused(tmp_path):
+    path = tmp_path / "x.png"
+    bomb = zlib.compress(b"a" * 2**26)
+    path.write_bytes(png(8, 8, (b"zTXt", b"note\0\0" + bomb)))
+    assert path.stat().st_size < 2**17
+    with pytest.raises(DataError, match="too large"):
+        read_image(path)
+
+
+def test_only_common_formats_are_decoded(tmp_path):
+    """Not those of Pillow's decoders that start programs, whatever the name says."""
+    assert set(IMAGE_FORMATS) == {"BMP", "GIF", "JPEG", "PNG", "TIFF", "WEBP"}
+    eps = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\nshowpage\n"
+    for content in (eps, b"P6 1 1 255 abc", b"%PDF-1.4", b"<svg/>", b"\x00\x00\x01\x00"):
+        path = tmp_path / "x.png"
+        path.write_bytes(content)
+        for read in (read_image, image_size):
+            with pytest.raises(DataError, match=r"BMP, GIF, .* found none of these") as caught:
+                read(path)
+            assert caught.value.file == path
+    Image.new("RGB", (8, 8)).save(tmp_path / "wrong.jpg", format="PNG")
+    assert read_image(tmp_path / "wrong.jpg").size == (8, 8)
 
 
 def test_damaged_files_raise_nothing_but_data_errors(tmp_path):

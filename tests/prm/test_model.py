@@ -377,3 +377,35 @@ def test_image_processor_is_needed_with_its_tokens():
     tokenizer = qwen().tokenizer
     with pytest.raises(ValueError, match="image_seq_length"):
         make_prm(qwen().model, tokenizer, image_processor())
+
+
+@pytest.mark.parametrize(
+    "name", ["runs/typo/model", "runs/model", "model", "runs/../x", "", "a b/c", "org/", "C:/x/y"]
+)
+def test_a_path_that_is_not_there_never_reaches_the_network(tmp_path, monkeypatch, name):
+    """Also where it is written like a name on a hub: a folder of its first part is here."""
+    (tmp_path / "runs").mkdir()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("prm.model.refuse_remote_code", lambda name: pytest.fail("looked it up"))
+    with pytest.raises(FileNotFoundError, match="organisation/model"):
+        load_prm(name)
+
+
+def test_a_file_is_no_checkpoint(tmp_path):
+    (tmp_path / "model.safetensors").write_bytes(b"")
+    with pytest.raises(FileNotFoundError, match="found a file"):
+        load_prm(str(tmp_path / "model.safetensors"))
+
+
+def test_a_name_on_a_hub_is_looked_up_there(tmp_path, monkeypatch):
+    looked = []
+
+    def refuse(name: str) -> None:
+        looked.append(name)
+        raise OSError("no network in tests")
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("prm.model.refuse_remote_code", refuse)
+    with pytest.raises(OSError, match="no network"):
+        load_prm("OpenGVLab/InternVL3-1B-hf")
+    assert looked == ["OpenGVLab/InternVL3-1B-hf"]
