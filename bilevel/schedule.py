@@ -86,6 +86,31 @@ class WarmupCosine:
         return torch.where(count < self.warmup_steps, rising, falling)
 
 
+@dataclass(frozen=True)
+class StepDecay:
+    """``lr(k) = peak · factor^⌊k / every⌋``: `torch.optim.lr_scheduler.StepLR`.
+
+    Raises:
+        ValueError: `peak` is negative, `every` below 1 or `factor` outside (0, 1].
+    """
+
+    peak: float
+    every: int
+    factor: float
+
+    def __post_init__(self) -> None:
+        require(self, "peak", self.peak)
+        require(self, "every", self.every, low=1)
+        require(self, "factor", self.factor, low_open=True, high=1.0, high_open=False)
+
+    def __call__(self, count: int | Tensor) -> float | Tensor:
+        """Return the learning rate of step `count`; a tensor of counts gives float64."""
+        if isinstance(count, Tensor):
+            count = count.to(torch.float64)
+            return self.peak * self.factor ** torch.floor(count / self.every)
+        return float(self.peak * self.factor ** (count // self.every))
+
+
 def constant(lr: float) -> Constant:
     """Return the schedule that is `lr` at every step."""
     return Constant(lr)

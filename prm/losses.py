@@ -11,7 +11,9 @@ from torch.nn.functional import logsigmoid
 LossTarget = Literal["both", "+"]
 
 
-def step_cross_entropy(step_logits: Tensor, labels: Tensor, mask: Tensor) -> Tensor:
+def step_cross_entropy(
+    step_logits: Tensor, labels: Tensor, mask: Tensor, *, full_vocab: bool = False
+) -> Tensor:
     """Lower-level loss: cross-entropy per step, averaged over the labelled steps.
 
         ℓ_i = −1/|T_i| Σ_{t ∈ T_i} [ y_t log p₊ + (1 − y_t) log p₋ ]
@@ -20,15 +22,44 @@ def step_cross_entropy(step_logits: Tensor, labels: Tensor, mask: Tensor) -> Ten
         step_logits: [batch, steps, 2], columns "+" and "-". Two-way: log p₊ = log σ(z₊ − z₋).
         labels: [batch, steps] in [0, 1], soft labels included; NaN where there is none.
         mask: [batch, steps], True where there is a step.
+        full_vocab: the columns are log-probabilities over the vocabulary
+            (``prm.model.step_logits(..., full_vocab=True)``), which are taken as they are: the
+            loss of DreamPRM-1.5, which also teaches to say nothing else than the two labels.
 
     Returns:
         [batch]. An example without a labelled step has loss 0 and gradient 0.
     """
     known = mask & ~labels.isnan()
     labels = torch.where(known, labels, 0.5).to(step_logits.dtype)
-    difference = torch.where(known, step_logits[..., 0] - step_logits[..., 1], 0.0)
-    losses = -(labels * logsigmoid(difference) + (1 - labels) * logsigmoid(-difference))
+    if full_vocab:
+        plus, minus = torch.where(known[..., None], step_logits, 0.0).unbind(-1)
+    else:
+        difference = torch.where(known, step_logits[..., 0] - step_logits[..., 1], 0.0)
+        plus, minus = logsigmoid(difference), logsigmoid(-difference)
+    losses = -(labels * plus + (1 - labels) * minus)
     return torch.where(known, losses, 0.0).sum(-1) / known.sum(-1).clamp(min=1)
+
+
+def step_squared_error(step_scores: Tensor, labels: Tensor, mask: Tensor) -> Tensor:
+    """Lower-level loss of DreamPRM 1.0 (arXiv 2505.20241): distance from soft labels.
+
+        ℓ_i = 1/|T_i| Σ_{t ∈ T_i} (p₊ − y_t)²
+
+    Bounded, unlike the cross-entropy: a wrong label costs at most 1. There every prefix of a
+    solution is an example of its own; here the steps of a solution are averaged.
+
+    Args:
+        step_scores: p("+"), [batch, steps] (``prm.scoring.step_scores``).
+        labels: [batch, steps] in [0, 1], for example the share of completions that came out right;
+            NaN where there is none.
+        mask: [batch, steps], True where there is a step.
+
+    Returns:
+        [batch]. An example without a labelled step has loss 0 and gradient 0.
+    """
+    known = mask & ~labels.isnan()
+    errors = torch.where(known, step_scores, 0.0) - torch.where(known, labels, 0.0)
+    return (errors**2).sum(-1) / known.sum(-1).clamp(min=1)
 
 
 def outcome_loss(scores: Tensor, correct: Tensor, loss_target: LossTarget = "+") -> Tensor:

@@ -18,14 +18,12 @@ from recipes.data_files.options import (
 )
 from recipes.options import (
     ColdStartOptions,
-    CompareOptions,
-    DataOptions,
     OptionError,
-    PretrainOptions,
     TrainOptions,
     build_parser,
     resolve,
 )
+from recipes.task_options import CompareOptions, DataOptions, PretrainOptions
 from recipes.use_options import (
     ConvertModelOptions,
     EvaluateOptions,

@@ -10,7 +10,8 @@ from typing import Any
 
 from prm.schema import DataError
 from recipes.data_files import commands as data_commands
-from recipes.options import DataOptions, OptionError, PretrainOptions
+from recipes.options import OptionError
+from recipes.task_options import DataOptions, PretrainOptions
 from recipes.training import StepError
 from recipes.use_options import (
     ConvertModelOptions,

@@ -16,10 +16,11 @@ from typing import Any
 import numpy as np
 
 from recipes.embedded.build import build
-from recipes.options import ColdStartOptions, CompareOptions, OptionError, TrainOptions, resolve
+from recipes.options import ColdStartOptions, OptionError, TrainOptions, resolve
 from recipes.report import comparison_table
 from recipes.run_directory import environment, write_json, write_text
 from recipes.runs import run_cold_start, run_training
+from recipes.task_options import CompareOptions
 
 _RESAMPLES = 10_000
 _KEPT_WEIGHT = 0.5  # an instance counts as kept by a weighting above this weight

@@ -17,7 +17,7 @@ from prm.model import PRM
 from prm.schema import DataError
 from prm.scoring import aggregate, score_examples
 from prm.select import TieRule, best_of_n, self_consistency, weighted_vote
-from recipes.options import PrmOptions, ScoringOptions
+from recipes.options import PrmOptions, ScoringOptions, TrainOptions
 from recipes.session import AGGREGATIONS, Examples, Solutions, read_examples, read_solutions
 from recipes.use_options import WeighOptions
 
@@ -132,11 +132,12 @@ def tie_together(data: Examples | Solutions) -> Candidates:
 
 
 def evaluate(
-    prm: PRM, params: Mapping[str, Tensor], candidates: Candidates, options: ScoringOptions
+    prm: PRM, params: Mapping[str, Tensor], candidates: Candidates, options: TrainOptions
 ) -> Evaluation:
     """Score every candidate and select the best of each question."""
     data = cast(Examples, candidates.data)
-    scores, mask = step_scores_of(prm, params, data, options)
+    full_vocab = options.probability == "vocabulary"
+    scores, mask = step_scores_of(prm, params, data, options, full_vocab=full_vocab)
     rows = [steps[there] for steps, there in zip(scores, mask, strict=True)]
     truth, said = judged_steps(candidates, rows)
     has_both = truth.any() and not truth.all()

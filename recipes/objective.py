@@ -16,7 +16,13 @@ from torch import Tensor
 from bilevel import ReweightingProblem
 from prm.aggregations import Aggregation
 from prm.image_inputs import row_owners
-from prm.losses import LossTarget, outcome_loss, pair_loss, step_cross_entropy
+from prm.losses import (
+    LossTarget,
+    outcome_loss,
+    pair_loss,
+    step_cross_entropy,
+    step_squared_error,
+)
 from prm.model import PRM, step_logits
 from prm.scoring import solution_scores, step_scores
 from weighting import (
@@ -48,6 +54,10 @@ class Objective:
         features: names of Instance Net's features.
         reference: Instance Net also gets the features under ``batch["reference_probs"]``.
         domains: how many domains ``batch["domain"]`` counts, for the feature "domain".
+        full_vocab: probabilities in both levels' losses are over the vocabulary, not the two
+            labels. Features of Instance Net are over the labels always.
+        lower_loss: "cross-entropy" (``prm.losses.step_cross_entropy``) or "squared"
+            (``prm.losses.step_squared_error``).
     """
 
     prm: PRM
@@ -57,11 +67,19 @@ class Objective:
     features: tuple[str, ...] = ()
     reference: bool = False
     domains: int = 0
+    full_vocab: bool = False
+    lower_loss: Literal["cross-entropy", "squared"] = "cross-entropy"
 
     def per_example_loss(self, lower: Params, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        """Mean cross-entropy over the labelled steps, [batch], and step probabilities."""
-        logits = step_logits(self.prm, lower, batch)
-        losses = step_cross_entropy(logits, batch["labels"], batch["step_mask"])
+        """Mean loss over the labelled steps, [batch], and two-way step probabilities."""
+        full = self.full_vocab
+        logits = step_logits(self.prm, lower, batch, full_vocab=full)
+        labels, mask = batch["labels"], batch["step_mask"]
+        if self.lower_loss == "squared":
+            losses = step_squared_error(step_scores(logits, full_vocab=full), labels, mask)
+        else:
+            losses = step_cross_entropy(logits, labels, mask, full_vocab=full)
+        # Log-probabilities differ as the logits do, so this is two-way in either case.
         return losses, {"step_probs": step_scores(logits)}
 
     def weights(self, upper: Params, batch: Batch, features: Mapping[str, Tensor]) -> Tensor:
@@ -102,8 +120,10 @@ class Objective:
 
     def upper_loss(self, lower: Params, upper: Params, batch: Batch) -> Tensor:
         """Mean meta loss: squared distance of aggregated scores from right answers, scalar."""
-        logits = step_logits(self.prm, lower, batch)
-        scores = solution_scores(logits, batch["step_mask"], self.aggregation)
+        logits = step_logits(self.prm, lower, batch, full_vocab=self.full_vocab)
+        scores = solution_scores(
+            logits, batch["step_mask"], self.aggregation, full_vocab=self.full_vocab
+        )
         if self.loss_target == "pairs":
             return pair_loss(scores[..., 0], batch["correct"], batch["group"])
         return outcome_loss(scores, batch["correct"], self.loss_target).mean()

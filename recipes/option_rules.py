@@ -61,6 +61,12 @@ _LOWER_READINGS = (
         "use --lower-schedule cosine",
     ),
     Reading(
+        ("lower_step_size", "lower_gamma"),
+        lambda options: options.lower_schedule == "step",
+        ("lower_schedule",),
+        "use --lower-schedule step",
+    ),
+    Reading(
         ("keep_checkpoints",),
         lambda options: options.save_every > 0,
         ("save_every",),
@@ -72,7 +78,8 @@ _TRAIN_READINGS = (
     Reading(
         (
             *("bound", "bound_low", "bound_high", "normalise", "prior"),
-            *("features", "reference_features", "hidden", "layers"),
+            *("features", "reference_features", "hidden", "layers", "centre"),
+            *("upper_warmup", "upper_step_size", "upper_gamma", "upper_max_norm"),
             *("upper_lr", "upper_optimizer", "upper_betas", "upper_weight_decay"),
             *("upper_schedule", "meta_batch_size", "unroll_steps", "upper_start"),
             *("route", "order", "direction_decay", "rollback"),
@@ -87,12 +94,29 @@ _TRAIN_READINGS = (
         ("weighting", "lower_data"),
         "use a weighting or --lower-data meta",
     ),
-    Reading(("bound_low",), lambda o: o.bound == "clip", ("bound",), "use --bound clip"),
+    Reading(
+        ("bound_low",),
+        lambda options: options.bound in ("clip", "clamp"),
+        ("bound",),
+        "use --bound clip or clamp",
+    ),
     Reading(
         ("bound_high",),
-        lambda options: options.bound in ("clip", "sigmoid"),
+        lambda options: options.bound in ("clip", "clamp", "sigmoid"),
         ("bound",),
-        "use --bound clip or sigmoid",
+        "use --bound clip, clamp or sigmoid",
+    ),
+    Reading(
+        ("upper_warmup",),
+        lambda options: options.upper_schedule == "cosine",
+        ("upper_schedule",),
+        "use --upper-schedule cosine",
+    ),
+    Reading(
+        ("upper_step_size", "upper_gamma"),
+        lambda options: options.upper_schedule == "step",
+        ("upper_schedule",),
+        "use --upper-schedule step",
     ),
     Reading(
         ("normalise", "prior"),
@@ -101,7 +125,7 @@ _TRAIN_READINGS = (
         "use --weighting net or table",
     ),
     Reading(
-        ("features", "reference_features", "hidden", "layers"),
+        ("features", "reference_features", "hidden", "layers", "centre"),
         lambda options: options.weighting == "net",
         ("weighting",),
         "use --weighting net",
@@ -125,7 +149,7 @@ _TRAIN_READINGS = (
         "use --weighting none",
     ),
     Reading(
-        ("weights_file",),
+        ("weights_file", "lower_loss"),
         lambda options: options.lower_data == "train",
         ("lower_data",),
         "use --lower-data train",

@@ -27,6 +27,7 @@ _LEAST = {
     "eval_batch_size": 1,
     "keep_checkpoints": 0,
     "log_every": 1,
+    "lower_step_size": 1,
     "lower_weight_decay": 0,
     "max_patches": 1,
     "meta_batch_size": 1,
@@ -37,6 +38,7 @@ _LEAST = {
     "threads": 0,
     "unroll_steps": 1,
     "upper_start": 0,
+    "upper_step_size": 1,
     "upper_weight_decay": 0,
 }
 """Smallest value of the options that have one and that no constructor checks by name."""
@@ -100,10 +102,22 @@ class LowerOptions(PrmOptions):
     lower_betas: tuple[float, float] = option((0.9, 0.98), "decay rates of Adam's moments")
     lower_weight_decay: float = option(0.01, "decoupled weight decay")
     lower_warmup: float = option(0.05, "share of the steps with linear warm-up (cosine)")
-    lower_schedule: Literal["cosine", "constant"] = option(
-        "cosine", "cosine: warm-up, then down to 0; constant: the peak at every step"
+    lower_schedule: Literal["cosine", "step", "constant"] = option(
+        "cosine",
+        "cosine: warm-up, then down to 0; step: times --lower-gamma every --lower-step-size "
+        "steps; constant: the peak at every step",
     )
+    lower_step_size: int = option(1000, "steps between drops of the learning rate (step)")
+    lower_gamma: float = option(0.95, "factor of each drop (step)")
     lower_max_norm: float | None = option(1.0, "global-norm clip of the gradient; null: none")
+    lower_loss: Literal["cross-entropy", "squared"] = option(
+        "cross-entropy", "loss of a step: squared is the distance from soft labels of DreamPRM 1.0"
+    )
+    probability: Literal["labels", "vocabulary"] = option(
+        "labels",
+        "softmax of the losses of both levels and of scores, over the two labels or, as in "
+        "DreamPRM-1.5, over the whole vocabulary",
+    )
     log_every: int = option(10, "steps between lines of log.jsonl")
     save_every: int = option(0, "lower steps between checkpoints; 0: none")
     keep_checkpoints: int = option(2, "how many of the newest checkpoints to keep; 0: all")
@@ -149,16 +163,21 @@ class TrainOptions(LowerOptions, ScoringOptions):
         "train",
         "meta: train on the meta loss itself, plain fine-tuning on the meta set (weighting none)",
     )
-    bound: Literal["clip", "sigmoid", "softplus", "leaky-relu", "relu", "none"] = option(
-        "sigmoid", "map from raw weights to weights"
+    bound: Literal["clip", "clamp", "sigmoid", "softplus", "leaky-relu", "relu", "none"] = option(
+        "sigmoid",
+        "map from raw weights to weights; clip lets a weight that was pushed to an end come back, "
+        "clamp (DreamPRM-1.5) does not",
     )
-    bound_low: float = option(0.0, "lower end of the range (clip)")
-    bound_high: float = option(2.0, "upper end of the range (clip, sigmoid)")
+    bound_low: float = option(0.0, "lower end of the range (clip, clamp)")
+    bound_high: float = option(2.0, "upper end of the range (clip, clamp, sigmoid)")
     normalise: Literal["batch", "table", "none"] = option(
         "batch", "mean 1 within the batch, over the whole table, or no normalisation (net, table)"
     )
     prior: float = option(
         1.0, "weight of every instance at the start, and where decay pulls (net, table)"
+    )
+    centre: bool = option(
+        True, "subtract the mean of the batch from what Instance Net says of its examples"
     )
     features: tuple[str, ...] = option(
         ("label", "p_label", "p_plus"),
@@ -183,7 +202,13 @@ class TrainOptions(LowerOptions, ScoringOptions):
     )
     upper_betas: tuple[float, float] = option((0.9, 0.999), "decay rates of Adam's moments")
     upper_weight_decay: float = option(0.0, "decoupled decay towards the prior (Adam)")
-    upper_schedule: Literal["cosine", "constant"] = option("cosine", "of the upper learning rate")
+    upper_schedule: Literal["cosine", "step", "constant"] = option(
+        "cosine", "of the upper learning rate"
+    )
+    upper_warmup: float = option(0.0, "share of the upper steps with linear warm-up (cosine)")
+    upper_step_size: int = option(1000, "upper steps between drops of the learning rate (step)")
+    upper_gamma: float = option(0.95, "factor of each drop (step)")
+    upper_max_norm: float | None = option(None, "global-norm clip of the hypergradient; null: none")
     meta_batch_size: int = option(64, "solutions per upper step")
     unroll_steps: int = option(1, "lower steps between upper steps")
     upper_start: int = option(20, "lower steps before the first upper step")
@@ -201,36 +226,6 @@ class TrainOptions(LowerOptions, ScoringOptions):
     )
     direction_decay: float = option(0.9, "exponential average of the meta gradient; 0: none")
     rollback: bool = option(False, "redo the lower step with the updated weights")
-
-
-@dataclass(frozen=True, kw_only=True)
-class CompareOptions:
-    """Every method and control of the embedded task, over several seeds."""
-
-    output_dir: str = option("results", "where compare.json is written")
-    work_dir: str = option("runs/compare", "where data sets and runs of each seed are kept")
-    seeds: int = option(3, "seeds 0, 1, ...; each has its own data set, test set included")
-    methods: tuple[str, ...] = option((), "rows to compute; default: all")
-    threads: int = option(0, "CPU threads of torch (0: all cores)")
-    progress: bool = option(True, "show progress bars")
-
-
-@dataclass(frozen=True, kw_only=True)
-class DataOptions:
-    """The embedded data set."""
-
-    out: str = option("data/embedded", "directory to write; must not exist")
-    seed: int = option(0, "fixes questions, pictures, mistakes and labels")
-
-
-@dataclass(frozen=True, kw_only=True)
-class PretrainOptions:
-    """The tiny base model."""
-
-    out: str = option(..., "directory to write the model, tokenizer and image processor to")
-    seed: int = option(0, "fixes initial weights and data")
-    scale: float = option(1.0, "multiplies the number of steps of every stage")
-    threads: int = option(0, "CPU threads of torch (0: all cores)")
 
 
 def build_parser(

@@ -26,7 +26,7 @@ from bilevel import (
 )
 from bilevel.problem import Problem
 from bilevel.routes import Route
-from bilevel.schedule import Constant
+from bilevel.schedule import Constant, StepDecay
 from recipes.objective import Objective
 from recipes.options import LowerOptions, OptionError, TrainOptions
 from recipes.time_scale import TimeScale, distance_to_lower_bound, match_time_scale
@@ -70,6 +70,7 @@ def make_bound(options: TrainOptions) -> Bound:
     """The bound that the options name."""
     bounds: Mapping[str, Callable[[], Bound]] = {
         "clip": lambda: Clip(options.bound_low, options.bound_high),
+        "clamp": lambda: Clip(options.bound_low, options.bound_high, recover=False),
         "sigmoid": lambda: Sigmoid(options.bound_high),
         "softplus": Softplus,
         "leaky-relu": LeakyReLU,
@@ -105,6 +106,7 @@ def make_weighting(options: TrainOptions, instances: int, domains: int) -> Weigh
                 options.layers,
                 options.prior,
                 bound,
+                centre=options.centre,
                 normalise=options.normalise == "batch",
             )
     return None
@@ -119,21 +121,35 @@ def _net_inputs(options: TrainOptions, domains: int) -> int:
 
 def _check_batches(options: TrainOptions) -> None:
     net = options.weighting == "net"
-    if options.batch_size == 1 and (net or options.normalise == "batch"):
-        remedy = "use 2 or more" + ("" if net else ", or --normalise table")
+    if options.batch_size == 1 and ((net and options.centre) or options.normalise == "batch"):
+        apart = "--normalise none --no-centre" if net else "--normalise table"
+        remedy = f"use 2 or more, or {apart}"
         raise ValueError(
             "weights are compared within a micro-batch, and the only example of --batch-size 1 "
             f"always gets the same weight; {remedy}"
         )
 
 
+def _schedule(
+    kind: str, peak: float, steps: int, *, warmup: float, drops: tuple[int, float]
+) -> Callable[[Any], Any]:
+    if kind == "constant":
+        return Constant(peak)
+    if kind == "step":
+        return StepDecay(peak, *drops)
+    return WarmupCosine(peak, round(warmup * steps), steps)
+
+
 def lower_schedule(options: LowerOptions) -> Callable[[Any], Any]:
     """Learning rate of every lower step."""
-    with _said_by("--lower-lr, --lower-warmup"):
-        if options.lower_schedule == "constant":
-            return Constant(options.lower_lr)
-        warmup = round(options.lower_warmup * options.steps)
-        return WarmupCosine(options.lower_lr, warmup, max(1, options.steps))
+    with _said_by("--lower-lr, --lower-warmup, --lower-gamma"):
+        return _schedule(
+            options.lower_schedule,
+            options.lower_lr,
+            max(1, options.steps),
+            warmup=options.lower_warmup,
+            drops=(options.lower_step_size, options.lower_gamma),
+        )
 
 
 def lower_optimizer(options: LowerOptions) -> AdamW:
@@ -154,10 +170,14 @@ def upper_steps(options: TrainOptions) -> int:
 
 def upper_schedule(options: TrainOptions, peak: float) -> Callable[[Any], Any]:
     """Learning rate of every upper step."""
-    with _said_by("--upper-lr"):
-        if options.upper_schedule == "constant":
-            return Constant(peak)
-        return WarmupCosine(peak, 0, max(1, upper_steps(options)))
+    with _said_by("--upper-lr, --upper-warmup, --upper-gamma"):
+        return _schedule(
+            options.upper_schedule,
+            peak,
+            max(1, upper_steps(options)),
+            warmup=options.upper_warmup,
+            drops=(options.upper_step_size, options.upper_gamma),
+        )
 
 
 def time_scale(options: TrainOptions, weighting: Weighting) -> TimeScale:
@@ -196,11 +216,16 @@ def time_scale(options: TrainOptions, weighting: Weighting) -> TimeScale:
 def upper_optimizer(options: TrainOptions, peak: float) -> Any:
     """Optimizer of the upper level."""
     schedule = upper_schedule(options, peak)
-    if options.upper_optimizer == "sgd":
-        return SGD(schedule)
-    kind = LazyRowAdam if options.upper_optimizer == "lazy-adam" else AdamW
-    with _said_by("--upper-betas"):
-        return kind(schedule, betas=options.upper_betas, weight_decay=options.upper_weight_decay)
+    with _said_by("--upper-betas, --upper-max-norm"):
+        if options.upper_optimizer == "sgd":
+            return SGD(schedule, max_norm=options.upper_max_norm)
+        kind = LazyRowAdam if options.upper_optimizer == "lazy-adam" else AdamW
+        return kind(
+            schedule,
+            betas=options.upper_betas,
+            weight_decay=options.upper_weight_decay,
+            max_norm=options.upper_max_norm,
+        )
 
 
 def make_plain_solver(options: LowerOptions, problem: Problem) -> BilevelSolver:

@@ -65,7 +65,14 @@ def run_cold_start(options: ColdStartOptions) -> Path:
     data = read_examples(prm, options, options.train_file)
     require(data, "labels")
     drawn = cold_start_rows(options, len(data))
-    objective = Objective(prm, AGGREGATIONS["mean"], "both", None)  # the upper level is not used
+    objective = Objective(  # the upper level is not used
+        prm,
+        AGGREGATIONS["mean"],
+        "both",
+        None,
+        full_vocab=options.probability == "vocabulary",
+        lower_loss=options.lower_loss,
+    )
     solver = make_plain_solver(options, objective.problem())
     directory, checkpoints, start = open_run(options, prm.model, solver.init(lower, {}))
     state = train(
@@ -106,6 +113,8 @@ def run_training(options: TrainOptions) -> Path:
         options.features,
         options.reference_features,
         len(data.domains),
+        full_vocab=options.probability == "vocabulary",
+        lower_loss=options.lower_loss,
     )
     solver, upper, rates = _solver(options, objective, data)
     directory, checkpoints, start = open_run(options, prm.model, solver.init(lower, upper))

@@ -27,8 +27,9 @@ _SMALLEST_DISTANCE = 2.0**-25
 def initial_losses(scores: Tensor, mask: Tensor, data: Examples) -> Tensor:
     """Loss of every example, [examples] float64, from the step scores of the initial model.
 
-    The lower-level loss without another forward pass. Where a float32 score is 1 its distance to 1
-    is lost: scores count as within [2⁻²⁵, 1 − 2⁻²⁵], so that a step loses at most 17.3.
+    The two-way cross-entropy, without another forward pass. Where a float32 score is 1 its
+    distance to 1 is lost: scores count as within [2⁻²⁵, 1 − 2⁻²⁵], so that a step loses at most
+    17.3.
 
     Args:
         scores: p("+") of every step, [examples, steps].

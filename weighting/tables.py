@@ -57,9 +57,10 @@ class InstanceTable:
     def project(self, params: Params) -> Params:
         """The nearest parameters whose raw weights lie where the bound is not flat.
 
-        With ``Clip`` that is [lo, hi]; the other bounds are strictly monotone, or flat by choice.
+        With ``Clip`` that is [lo, hi]; the other bounds are strictly monotone, or flat by choice,
+        as is ``Clip`` with ``recover`` off.
         """
-        if not isinstance(self.bound, Clip):
+        if not isinstance(self.bound, Clip) or not self.bound.recover:
             return params
         start = self.bound.raw(self.prior)
         return {

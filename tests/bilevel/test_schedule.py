@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import get_cosine_schedule_with_warmup
 
-from bilevel.schedule import constant, warmup_cosine
+from bilevel.schedule import StepDecay, constant, warmup_cosine
 
 
 @pytest.mark.parametrize(("warmup", "total"), [(0, 10), (5, 40), (1, 1), (7, 8), (10, 10)])
@@ -20,6 +20,26 @@ def test_warmup_cosine_is_that_of_transformers(warmup: int, total: int) -> None:
         assert schedule(step) == pytest.approx(reference.get_last_lr()[0], rel=1e-14, abs=1e-18)
         optimizer.step()
         reference.step()
+
+
+@pytest.mark.parametrize(("every", "factor"), [(1, 0.5), (3, 0.95), (50, 0.1)])
+def test_step_decay_is_that_of_torch(every: int, factor: float) -> None:
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.3)
+    reference = torch.optim.lr_scheduler.StepLR(optimizer, every, factor)
+    schedule = StepDecay(0.3, every, factor)
+    for step in range(20):
+        assert schedule(step) == pytest.approx(reference.get_last_lr()[0], rel=1e-14)
+        optimizer.step()
+        reference.step()
+    counts = torch.arange(20)
+    assert schedule(counts).tolist() == pytest.approx([schedule(k) for k in range(20)], rel=1e-14)
+    assert schedule(counts).dtype == torch.float64
+
+
+@pytest.mark.parametrize("wrong", [(-1.0, 1, 0.5), (1.0, 0, 0.5), (1.0, 1, 0.0), (1.0, 1, 1.5)])
+def test_step_decay_refuses(wrong: tuple[float, int, float]) -> None:
+    with pytest.raises(ValueError, match="StepDecay"):
+        StepDecay(*wrong)
 
 
 def test_curve_with_floor() -> None:

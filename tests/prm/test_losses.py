@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from prm.aggregations import mean, minimum
-from prm.losses import outcome_loss, pair_loss, step_cross_entropy
+from prm.losses import outcome_loss, pair_loss, step_cross_entropy, step_squared_error
 from prm.scoring import solution_scores, step_probs
 from tests.prm.tiny import FORWARD_MODE
 
@@ -35,6 +35,33 @@ def test_step_cross_entropy_equals_torch_s_and_is_averaged_per_example(logits):
             if MASK[row, step] and not math.isnan(label)
         ]
         torch.testing.assert_close(losses[row], torch.stack(terms).mean())
+
+
+def test_over_the_vocabulary_log_probabilities_are_taken_as_they_are(logits):
+    log_probs = (logits - 5).detach()
+    losses = step_cross_entropy(log_probs, LABELS, MASK, full_vocab=True)
+    for row in range(3):
+        terms = [
+            -label * log_probs[row, step, 0] - (1 - label) * log_probs[row, step, 1]
+            for step, label in enumerate(LABELS[row].tolist())
+            if MASK[row, step] and not math.isnan(label)
+        ]
+        torch.testing.assert_close(losses[row], sum(terms) / len(terms))
+    assert torch.autograd.gradcheck(
+        lambda z: step_cross_entropy(z, LABELS, MASK, full_vocab=True), logits
+    )
+
+
+def test_step_squared_error_by_hand():
+    scores = torch.tensor([[0.5, 0.9, NAN], [0.2, 0.4, 0.6]], requires_grad=True)
+    labels = torch.tensor([[0.25, 1.0, 1.0], [NAN, 0.0, NAN]])
+    mask = torch.tensor([[True, True, False], [True, True, True]])
+    losses = step_squared_error(scores, labels, mask)
+    torch.testing.assert_close(losses, torch.tensor([(0.0625 + 0.01) / 2, 0.16]))
+    (gradient,) = torch.autograd.grad(losses.sum(), scores)
+    torch.testing.assert_close(gradient, torch.tensor([[0.25, -0.1, 0.0], [0.0, 0.8, 0.0]]))
+    unlabelled = step_squared_error(scores, torch.full_like(labels, NAN), mask)
+    assert unlabelled.tolist() == [0.0, 0.0]
 
 
 def test_step_cross_entropy_by_hand():

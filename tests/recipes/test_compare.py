@@ -14,8 +14,9 @@ import recipes.compare
 import recipes.options
 from recipes.compare import compare, statistics
 from recipes.embedded.build import build
-from recipes.options import PRESETS, CompareOptions
+from recipes.options import PRESETS
 from recipes.report import NAMES
+from recipes.task_options import CompareOptions
 from tests.tiny_task import SIZES, model_bits, read_lines
 
 Z = 1.959964

@@ -40,12 +40,13 @@ def refusal(options) -> str:
         ),
         (
             replace(NET, bound_low=0.5),
-            "--bound-low 0.5 has no effect with --bound sigmoid: leave it out, or use --bound clip",
+            "--bound-low 0.5 has no effect with --bound sigmoid: leave it out, or use "
+            "--bound clip or clamp",
         ),
         (
             replace(TABLE, bound="softplus", bound_high=3.0),
             "--bound-high 3.0 has no effect with --bound softplus: leave it out, or use "
-            "--bound clip or sigmoid",
+            "--bound clip, clamp or sigmoid",
         ),
         (
             replace(DOMAIN, prior=0.5, normalise="none"),

@@ -16,17 +16,14 @@ import recipes.run_directory
 import recipes.runs
 from bilevel import SGD, AdamW, LazyRowAdam, OneStep, Projected, WarmupCosine
 from bilevel.routes import Route
-from bilevel.schedule import Constant
+from bilevel.schedule import Constant, StepDecay
 from prm.model import load_prm
 from recipes import commands
 from recipes.embedded.vocabulary import SYSTEM_PROMPT
 from recipes.objective import Objective
 from recipes.options import (
     ColdStartOptions,
-    CompareOptions,
-    DataOptions,
     OptionError,
-    PretrainOptions,
     TrainOptions,
 )
 from recipes.problem_setup import (
@@ -43,6 +40,7 @@ from recipes.run_directory import free_directory
 from recipes.run_results import row_name
 from recipes.runs import run_cold_start, run_training
 from recipes.session import AGGREGATIONS, read_examples
+from recipes.task_options import CompareOptions, DataOptions, PretrainOptions
 from recipes.use_options import (
     ConvertModelOptions,
     EvaluateOptions,
@@ -170,10 +168,12 @@ def test_every_choice_is_tested_below():
         "context",
         "loss_target",
         "lower_data",
+        "lower_loss",
         "lower_schedule",
         "normalise",
         "on_existing",
         "order",
+        "probability",
         "route",
         "upper_optimizer",
         "upper_schedule",
@@ -186,6 +186,7 @@ def test_bounds(name):
     bound = make_bound(replace(BASE, bound=name, bound_low=-1.0, bound_high=3.0))
     expected = {
         "clip": (-1.0, 3.0),
+        "clamp": (-1.0, 3.0),
         "sigmoid": (0.0, 3.0),
         "softplus": (0.0, math.inf),
         "leaky-relu": (-math.inf, math.inf),
@@ -197,6 +198,7 @@ def test_bounds(name):
     assert float(bound(torch.tensor(-0.5))) == pytest.approx(
         {
             "clip": -0.5,
+            "clamp": -0.5,
             "sigmoid": 3 / (1 + math.exp(0.5)),
             "softplus": math.log1p(math.exp(-0.5)),
             "leaky-relu": -0.005,
@@ -205,6 +207,13 @@ def test_bounds(name):
         }[name],
         abs=1e-6,
     )
+    if name in ("clip", "clamp"):  # the pull back inside, from beyond the upper end
+        raw = torch.tensor(4.0, requires_grad=True)
+        bound(raw).backward()
+        assert float(raw.grad) == (1.0 if name == "clip" else 0.0)
+        table = make_weighting(replace(BASE, weighting="table", bound=name, bound_high=3.0), 2, 0)
+        kept = table.project({"deviation": torch.tensor([-9.0, 9.0])})["deviation"].tolist()
+        assert kept == ([-1.0, 2.0] if name == "clip" else [-9.0, 9.0])
 
 
 @pytest.mark.parametrize("name", choices("weighting"))
@@ -304,12 +313,13 @@ def test_every_number_of_the_levels_arrives():
 
 @pytest.mark.parametrize("name", choices("upper_optimizer"))
 def test_upper_optimizers(name):
-    options = replace(BASE, upper_optimizer=name, upper_schedule="constant")
+    options = replace(BASE, upper_optimizer=name, upper_schedule="constant", upper_max_norm=0.5)
     made = upper_optimizer(options, 0.25)
+    adam = {"betas": (0.9, 0.999), "weight_decay": 0.0, "max_norm": 0.5}
     expected = {
-        "adam": AdamW(Constant(0.25), betas=(0.9, 0.999), weight_decay=0.0),
-        "lazy-adam": LazyRowAdam(Constant(0.25), betas=(0.9, 0.999), weight_decay=0.0),
-        "sgd": SGD(Constant(0.25)),
+        "adam": AdamW(Constant(0.25), **adam),
+        "lazy-adam": LazyRowAdam(Constant(0.25), **adam),
+        "sgd": SGD(Constant(0.25), max_norm=0.5),
     }
     assert made == expected[name]
     table = make_weighting(replace(options, weighting="table", bound="clip"), 8, 0)
@@ -320,14 +330,24 @@ def test_upper_optimizers(name):
 
 @pytest.mark.parametrize("name", choices("lower_schedule"))
 def test_lower_schedules(name):
-    expected = {"cosine": WarmupCosine(5e-4, 1, 20), "constant": Constant(5e-4)}
-    assert lower_schedule(replace(BASE, lower_schedule=name)) == expected[name]
+    expected = {
+        "cosine": WarmupCosine(5e-4, 1, 20),
+        "step": StepDecay(5e-4, 7, 0.5),
+        "constant": Constant(5e-4),
+    }
+    options = replace(BASE, lower_schedule=name, lower_step_size=7, lower_gamma=0.5)
+    assert lower_schedule(options) == expected[name]
 
 
 @pytest.mark.parametrize("name", choices("upper_schedule"))
 def test_upper_schedules(name):
     options = replace(BASE, upper_schedule=name, upper_start=4, unroll_steps=2)
-    expected = {"cosine": WarmupCosine(0.5, 0, 8), "constant": Constant(0.5)}
+    options = replace(options, upper_warmup=0.25, upper_step_size=3, upper_gamma=0.9)
+    expected = {
+        "cosine": WarmupCosine(0.5, 2, 8),
+        "step": StepDecay(0.5, 3, 0.9),
+        "constant": Constant(0.5),
+    }
     assert upper_schedule(options, 0.5) == expected[name]
 
 
@@ -359,6 +379,37 @@ def test_loss_targets(task, tmp_path, name, aggregation):
     objective = Objective(prm, AGGREGATIONS[aggregation], name, None)
     with torch.no_grad():
         assert 0 < float(objective.upper_loss({}, {}, batch)) < 4
+
+
+@pytest.mark.parametrize("loss", choices("lower_loss"))
+@pytest.mark.parametrize("probability", choices("probability"))
+def test_lower_losses_and_probabilities(task, tmp_path, loss, probability):
+    """Against the logits of a plain forward pass, at the positions of the labels."""
+    prm = load_prm(task.model, dtype=torch.float64)
+    batch = read_examples(prm, task.train(tmp_path), task.data / "train.jsonl").batch(range(3))
+    objective = Objective(
+        prm,
+        AGGREGATIONS["mean"],
+        "both",
+        None,
+        full_vocab=probability == "vocabulary",
+        lower_loss=loss,
+    )
+    inputs = {k: batch[k] for k in ("input_ids", "attention_mask", "pixel_values")}
+    inputs["pixel_values"] = inputs["pixel_values"].double()
+    labels = [prm.plus_id, prm.minus_id]
+    with torch.no_grad():
+        found, features = objective.per_example_loss({}, batch)
+        logits = prm.model(**inputs).logits
+    for row, positions in enumerate(batch["label_positions"]):
+        at = logits[row, positions[batch["step_mask"][row]]]
+        two_way = at[:, labels].softmax(-1)
+        probs = two_way if probability == "labels" else at.softmax(-1)[:, labels]
+        truth = batch["labels"][row, : len(at)]
+        likelihood = torch.where(truth == 1, probs[:, 0], probs[:, 1])
+        expected = (probs[:, 0] - truth) ** 2 if loss == "squared" else -likelihood.log()
+        torch.testing.assert_close(found[row], expected.mean())
+        torch.testing.assert_close(features["step_probs"][row, : len(at)], two_way[:, 0])
 
 
 @pytest.mark.parametrize("name", choices("context"))
