@@ -75,7 +75,9 @@ def backwards(
     """Yield (gradient, point before its step), from the last step to the first.
 
     Points are found by bisection: N steps take at most (N/2) log₂ N updates and log₂ N points in
-    memory besides the start.
+    memory besides the start. Where a point is hardly larger than a gradient (SGD without momentum),
+    one is put by only when a used gradient has made room for it, for at most 3N updates more: then
+    the gradients and the start are all there ever is, and memory grows by 1 × θ per step.
 
     Args:
         optimizer: What took the steps.
@@ -83,7 +85,8 @@ def backwards(
         grads: One per step. Emptied as the sweep goes, so that memory falls with it.
         store: Where the points on the way are kept.
     """
-    end = len(grads)
+    end = total = len(grads)
+    light = bool(grads) and _bytes(start) <= 1.5 * _bytes(grads[0])
     pending = [(0, start)]
     del start
     while pending:
@@ -91,11 +94,18 @@ def backwards(
         point = kept.fetch()
         while end - at > 1:
             pending.append((at, kept))
-            middle = (at + end) // 2
+            crowded = light and len(pending) >= total - end
+            middle = end - 1 if crowded else (at + end) // 2
             for index in range(at, middle):
                 point = advance(optimizer, point, grads[index].fetch())
-            at, kept = middle, keep(point, store)
+            at = middle
+            if not crowded:
+                kept = keep(point, store)
         end = at
         last = [(grads.pop().fetch(), point)]
         del point, kept  # whoever takes the point decides when its memory is free
         yield last.pop()
+
+
+def _bytes(kept: Kept) -> int:
+    return sum(away.tensor.nbytes for away in tree.leaves(kept.held))
