@@ -6,10 +6,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from recipes.option_values import OptionError
 from recipes.options import PrmOptions
+from recipes.yaml_file import read_yaml
 
 _PROMPT = ("system_prompt", "context", "max_patches")
 
@@ -23,11 +21,7 @@ def run_of(directory: str) -> dict[str, Any]:
     path = Path(directory).parent / "args.yaml"
     if not path.is_file():
         return {}
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise OptionError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from error
-    return content if isinstance(content, dict) else {}
+    return read_yaml(path)
 
 
 def prompt_differences(options: PrmOptions, directory: str) -> list[str]:

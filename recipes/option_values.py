@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import difflib
+import math
 import types
 from collections.abc import Iterable
 from typing import Any, Literal, Union, get_args, get_origin
+
+_SHOWN = 200
 
 
 class OptionError(ValueError):
@@ -14,8 +17,13 @@ class OptionError(ValueError):
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
     """The end of a message: the nearest known word, if one is near."""
-    nearest = difflib.get_close_matches(word, known, 1)
+    nearest = difflib.get_close_matches(word[:_SHOWN], known, 1)
     return f"; did you mean {nearest[0]!r}?" if nearest else ""
+
+
+def shortened(text: str) -> str:
+    """``text`` as it goes into a message."""
+    return text if len(text) <= _SHOWN else text[: _SHOWN - 3] + "..."
 
 
 def element(hint: Any) -> tuple[Any, bool]:
@@ -41,7 +49,7 @@ def convert(value: Any, hint: Any, where: str) -> Any:
     if not many:
         return _convert_one(value, kind, where)
     if not isinstance(value, list | tuple):
-        raise OptionError(f"{where}: expected a list, found {value!r}")
+        raise OptionError(f"{where}: expected a list, found {shortened(repr(value))}")
     arity = get_args(hint)
     if arity[-1] is not Ellipsis and len(value) != len(arity):
         raise OptionError(f"{where}: expected {len(arity)} values, found {len(value)}")
@@ -54,19 +62,25 @@ def _convert_one(value: Any, kind: Any, where: str) -> Any:
         if value not in get_args(kind):
             choices = get_args(kind)
             raise OptionError(
-                f"{where}: expected one of {', '.join(map(str, choices))}; found {value!r}"
-                + did_you_mean(str(value), choices)
+                f"{where}: expected one of {', '.join(map(str, choices))}; "
+                f"found {shortened(repr(value))}" + did_you_mean(str(value), choices)
             )
         return value
     if kind is bool:
         if not isinstance(value, bool):
-            raise OptionError(f"{where}: expected true or false, found {value!r}")
+            raise OptionError(f"{where}: expected true or false, found {shortened(repr(value))}")
         return value
-    if isinstance(value, bool) or value is None or isinstance(value, list | dict):
-        raise OptionError(f"{where}: expected {kind.__name__}, found {value!r}")
+    refused = OptionError(f"{where}: expected {kind.__name__}, found {shortened(repr(value))}")
+    if isinstance(value, bool) or not isinstance(value, str | int | float):
+        raise refused
     try:
         if kind is int and isinstance(value, float):
             raise ValueError
-        return kind(value)
-    except ValueError as error:
-        raise OptionError(f"{where}: expected {kind.__name__}, found {value!r}") from error
+        made = kind(value)
+        if kind is float and not math.isfinite(made):
+            raise ValueError
+        if kind is str:
+            made.encode()
+        return made
+    except (ValueError, OverflowError) as error:
+        raise refused from error

@@ -140,10 +140,15 @@ def read_settings(scores: Path) -> Mapping[str, Any]:
         return {}
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise DataError(expected="JSON", found=str(error), file=path) from error
-    if not isinstance(found, dict):
-        raise DataError(expected="a JSON object", found=type(found).__name__, file=path)
+    if not isinstance(found, dict) or not isinstance(found.get("model", {}), dict):
+        raise DataError(
+            expected='a JSON object with an object "model"',
+            found=type(found).__name__,
+            file=path,
+            remedy="write scores and settings with `bilevel-prm score`",
+        )
     return found
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,13 +10,17 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from prm.json_rows import json_rows
 from prm.model import PRM
+from prm.record_fields import Place
 from prm.schema import DataError, StepExample
 from recipes.evaluation import Candidates, read_candidates
 from recipes.leaks import overlap, refuse_overlap
 from recipes.options import OptionError, TrainOptions
 from recipes.session import Examples, Solutions, read_examples
 from weighting import row_index
+
+_MOST = float(torch.finfo(torch.float32).max)
 
 
 @dataclass(frozen=True)
@@ -163,25 +166,26 @@ def _read_weights(path: str, ids: Mapping[str, int]) -> Tensor:
     file = Path(path)
     if not file.is_file():
         raise OptionError(f"--weights-file {path}: no such file")
-    weights = torch.full((len(ids),), float("nan"))
-    for line, text in enumerate(file.read_text(encoding="utf-8").splitlines(), start=1):
-        try:
-            entry = json.loads(text)
-            row, weight = ids[entry["id"]], float(entry["weight"])
-        except (ValueError, KeyError, TypeError) as error:
-            raise DataError(
-                file=file,
-                line=line,
-                field="id" if isinstance(error, KeyError) else "weight",
-                expected='{"id": an id of the training file, "weight": a number}',
-                found=text[:60],
-                remedy="use the weights.jsonl of a run on the same training file",
-            ) from error
-        weights[row] = weight
-    missing = [name for name, row in ids.items() if weights[row].isnan()]
+    found: dict[int, float] = {}
+    for line, entry in json_rows(file):
+        if isinstance(entry, DataError):
+            raise entry
+        place = Place(file.parent, file, line)
+        remedy = "use the weights.jsonl of a run on the same training file"
+        if not isinstance(entry, dict):
+            place.refuse(None, '{"id": ..., "weight": a number}', entry, remedy)
+        name, weight = entry.get("id"), entry.get("weight")
+        if not isinstance(name, str) or name not in ids:
+            place.refuse("id", "an id of the training file", name, remedy)
+        if isinstance(weight, bool) or not isinstance(weight, int | float) or abs(weight) > _MOST:
+            place.refuse("weight", "a number", weight, remedy)
+        if ids[name] in found:
+            place.refuse("id", "an id that no other line has", name, remedy)
+        found[ids[name]] = float(weight)
+    missing = [name for name, row in ids.items() if row not in found]
     if missing:
         raise OptionError(
-            f"--weights-file {path}: no finite weight for {len(missing)} of {len(ids)} training "
+            f"--weights-file {path}: no weight for {len(missing)} of {len(ids)} training "
             f"examples, for example {missing[0]!r}"
         )
-    return weights
+    return torch.tensor([found[row] for row in range(len(ids))])

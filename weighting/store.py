@@ -7,12 +7,16 @@ checked together.
 from __future__ import annotations
 
 import json
+import math
 import os
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, fields
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import MISSING, asdict, fields
 from pathlib import Path
 from typing import Any
 
+import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -22,6 +26,7 @@ from weighting.tables import DomainTable, InstanceTable
 
 Weighting = InstanceTable | InstanceNet | DomainTable
 _WEIGHTINGS: Mapping[str, type] = {c.__name__: c for c in (InstanceTable, InstanceNet, DomainTable)}
+_FILES = ("config.json", "params.safetensors", "ids.json")
 _BOUNDS: Mapping[str, type] = {
     c.__name__: c for c in (Clip, Sigmoid, Softplus, LeakyReLU, Unbounded)
 }
@@ -92,41 +97,79 @@ def load_weighting(
 ) -> tuple[Weighting, dict[str, Tensor], tuple[str, ...], dict[str, Any]]:
     """The ``(weighting, params, ids, extra)`` that ``save_weighting`` wrote into ``directory``.
 
+    Nothing of the files is taken unchecked: they may be damaged, or of others.
+
     Raises:
         FileNotFoundError: a file is missing; the message names it.
-        ValueError: an unknown kind, or parameters that do not belong to the configuration.
+        ValueError: a file that is not what ``save_weighting`` writes, an unknown kind, or
+            parameters or ids that do not belong to the configuration; the message names the file.
     """
     directory = Path(directory)
-    for name in ("config.json", "params.safetensors", "ids.json"):
+    for name in _FILES:
         if not (directory / name).is_file():
             raise FileNotFoundError(
                 f"{directory / name}: not found; expected a directory written by save_weighting "
-                "(config.json, params.safetensors, ids.json)"
+                f"({', '.join(_FILES)})"
             )
-    config = json.loads((directory / "config.json").read_text())
-    bound = _make(_BOUNDS, config["bound"], directory)
-    weighting = _make(_WEIGHTINGS, config, directory, bound=bound)
-    params = load_file(directory / "params.safetensors")
-    expected = {name: tuple(tensor.shape) for name, tensor in weighting.init().items()}
+    config, ids = (_read_json(directory / name) for name in ("config.json", "ids.json"))
+    path = directory / "params.safetensors"
+    try:
+        params = load_file(path)
+    except (SafetensorError, OSError, ValueError, TypeError, KeyError) as error:
+        raise ValueError(f"{path}: cannot be read ({error})") from error
+    with _named(directory / "config.json"):
+        bound = _make(_BOUNDS, config["bound"])
+        if (config["fields"] or {}).get("layers", 0) > len(params):
+            raise ValueError(f"more layers than {path.name} has parameters")
+        weighting = _make(_WEIGHTINGS, config, bound=bound)
+        with torch.device("meta"):  # a size that is wrong must not take memory
+            expected = {name: tuple(tensor.shape) for name, tensor in weighting.init().items()}
+        extra = dict(config["extra"])
     found = {name: tuple(tensor.shape) for name, tensor in params.items()}
     if expected != found:
-        raise ValueError(
-            f"{directory / 'params.safetensors'}: expected parameters {expected}, found {found}"
-        )
-    return (
-        weighting,
-        params,
-        tuple(json.loads((directory / "ids.json").read_text())),
-        config["extra"],
-    )
+        raise ValueError(f"{path}: expected parameters {expected}, found {found}")
+    for name, tensor in params.items():
+        if not (tensor.is_floating_point() and tensor.isfinite().all()):
+            raise ValueError(f"{path}: expected finite numbers, found others in {name!r}")
+    with _named(directory / "ids.json"):
+        rows = 0 if isinstance(weighting, InstanceNet) else weighting.size
+        if not isinstance(ids, list) or not all(isinstance(name, str) for name in ids):
+            raise ValueError("expected a list of strings")
+        if len(ids) != rows:
+            raise ValueError(f"expected {rows} ids, as many as the weighting has rows")
+        row_index(ids)
+    return weighting, params, tuple(ids), extra
 
 
-def _make(
-    kinds: Mapping[str, type], config: Mapping[str, Any], directory: Path, **more: Bound
-) -> Any:
-    if config["kind"] not in kinds:
-        raise ValueError(
-            f"{directory / 'config.json'}: unknown kind {config['kind']!r}; "
-            f"expected among {', '.join(kinds)}"
-        )
-    return kinds[config["kind"]](**config["fields"], **more)
+def _read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: not valid JSON ({error})") from error
+
+
+@contextmanager
+def _named(path: Path) -> Iterator[None]:
+    """Whatever is wrong with the content of a file becomes a ``ValueError`` that names it."""
+    try:
+        yield
+    except KeyError as error:
+        raise ValueError(f"{path}: expected a key {error}, found none") from error
+    except (TypeError, AttributeError, ValueError, RuntimeError, OverflowError) as error:
+        raise ValueError(f"{path}: {' '.join(str(error).split())[:400]}") from error
+
+
+def _make(kinds: Mapping[str, type], config: Mapping[str, Any], **more: Bound) -> Any:
+    kind = config["kind"]
+    if not isinstance(kind, str) or kind not in kinds:
+        raise ValueError(f"unknown kind {str(kind)[:80]!r}; expected among {', '.join(kinds)}")
+    default = {f.name: type(f.default) for f in fields(kinds[kind]) if f.default is not MISSING}
+    for name, value in config["fields"].items():
+        expected = default.get(name, int)  # what has no default is a count
+        whole = isinstance(value, int) and not isinstance(value, bool)
+        number = whole or (isinstance(value, float) and math.isfinite(value))
+        if not (
+            number if expected is float else whole if expected is int else type(value) is expected
+        ):
+            raise ValueError(f"{name}: expected {expected.__name__}, found {str(value)[:80]!r}")
+    return kinds[kind](**config["fields"], **more)

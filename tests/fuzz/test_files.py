@@ -1,0 +1,210 @@
+"""Scores, weights, weightings, presets and images: damaged ones are read right or refused."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+from safetensors.torch import save
+
+from prm.images import image_size, read_image
+from prm.schema import DataError
+from recipes.option_values import OptionError
+from recipes.options import TrainOptions, resolve, to_yaml
+from recipes.score import read_settings
+from recipes.scores_file import complete_lines, read_scores, settings_path
+from recipes.train_data import _read_weights
+from tests.fuzz.strategies import RAW, TEXTS, broken_bytes, changed, dumps, files
+from tests.fuzz.trial import attempt, fuzzed
+from tests.prm.tiny import save_image
+from weighting import Clip, InstanceNet, InstanceTable, load_weighting, row_index, save_weighting
+
+SCORES = [
+    {"id": f"a{k}", "group": "g", "answer": "4", "correct": True, "step_scores": [0.5, 0.25],
+     "scores": {"mean": 0.375, "min": 0.25}}
+    for k in range(2)
+]  # fmt: skip
+SETTINGS = {"format": 1, "model": {"path": "m", "sha256": "0"}, "context": "plus"}
+WEIGHTS = [{"id": f"a{k}", "weight": 0.5, "raw_weight": None, "visits": 3} for k in range(2)]
+TRAIN = {
+    "train_file": "train.jsonl", "output_dir": "out", "steps": 3, "lower_lr": 1e-3,
+    "lower_betas": [0.9, 0.98], "weighting": "table", "freeze": ["vision_tower"], "resume": None,
+}  # fmt: skip
+YAML = (
+    *("{}", "[]", "a", "1", "~", ".nan", ".inf", "-.inf", "2024-13-45", "2024-01-01", "0x", "0b"),
+    *("1_000", "1:30", "!!int ''", "!!bool x", "!!float a", "!!binary a", "!!timestamp 1-1-1"),
+    *("!!python/object/apply:os.abort []", "!!python/name:os.abort", "!!set {a, b}", "!!str 1"),
+    *("&a [*a]", "*a", "&a {x: *a}", "<<: *a", "<<: {steps: 4}", "? [1]", "{1: 2", "'", '"', "|"),
+    *(
+        "[" * 3_000,
+        "- " * 2_000,
+        "{a: " * 2_000,
+        "%YAML 9.9",
+        "--- a\n--- b",
+        "\t",
+        "\x07",
+        "@",
+        "!",
+    ),
+    *("yes", "no", "on", "null", "none", "1e3", "1e400", "9" * 5_000, "9" * 400, "-1", "0.5"),
+)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("files")
+
+
+def test_scores(folder):
+    path = folder / "scores.jsonl"
+
+    @fuzzed()
+    @given(files(SCORES))
+    def run(content: bytes) -> None:
+        path.write_bytes(content)
+        for row in _read(attempt("scores", lambda: read_scores(path), (DataError,)), path):
+            assert row.line().encode()
+            assert all(0 <= score <= 1 for score in row.step_scores)
+        done = attempt("scores", lambda: complete_lines(path, ["a0", "a1"], path), (DataError,))
+        assert isinstance(done, DataError) or done <= 2
+
+    run()
+
+
+def test_settings_of_scores(folder):
+    path = folder / "judged.jsonl"
+
+    @fuzzed()
+    @given(files([SETTINGS]))
+    def run(content: bytes) -> None:
+        settings_path(path).write_bytes(content)
+        found = attempt("score settings", lambda: read_settings(path), (DataError,))
+        assert isinstance(found, DataError) or isinstance(found.get("model", {}), dict)
+
+    run()
+
+
+def test_weights(folder):
+    path = folder / "weights.jsonl"
+
+    @fuzzed()
+    @given(files(WEIGHTS))
+    def run(content: bytes) -> None:
+        path.write_bytes(content)
+        ids = row_index(["a0", "a1"])
+        refusals = (DataError, OptionError)
+        found = attempt("weights", lambda: _read_weights(str(path), ids), refusals)
+        if isinstance(found, torch.Tensor):
+            assert found.shape == (2,)
+            assert found.isfinite().all()
+
+    run()
+
+
+def test_weightings(folder):
+    """One of the three files damaged: changed JSON, or bytes."""
+    store = folder / "weighting"
+
+    def table(weighting: Any, ids: list[str]) -> dict[str, bytes]:
+        save_weighting(store, weighting, weighting.init(), ids, {"features": ["label"]})
+        return {path.name: path.read_bytes() for path in store.iterdir()}
+
+    kinds = [table(InstanceTable(2, bound=Clip()), ["a", "b"]), table(InstanceNet(3), [])]
+    shapes = [save({"deviation": torch.zeros(n)}) for n in (0, 1, 3)]
+    shapes += [save({"deviation": torch.full((2,), float("nan"))}), save({"x": torch.zeros(2)})]
+    shapes += [save({"deviation": torch.zeros(2, dtype=torch.int64)})]
+
+    @fuzzed()
+    @given(st.data())
+    def run(data: st.DataObject) -> None:
+        good = data.draw(st.sampled_from(kinds))
+        bad = data.draw(st.sampled_from(sorted(good)))
+        content = good[bad]
+        if bad.endswith(".json") and data.draw(st.booleans()):
+            content = dumps(data.draw(changed([json.loads(content)]))).encode("utf-8", "replace")
+        elif data.draw(st.integers(0, 4)) == 0:
+            content = data.draw(st.sampled_from(shapes))
+        else:
+            content = data.draw(broken_bytes(content))
+        for name, whole in good.items():
+            (store / name).write_bytes(content if name == bad else whole)
+        found = attempt("weighting", lambda: load_weighting(store), (ValueError,))
+        if isinstance(found, ValueError):
+            assert str(store) in str(found)
+        else:
+            weighting, params, ids, _ = found
+            assert {n: t.shape for n, t in params.items()} == {
+                n: t.shape for n, t in weighting.init().items()
+            }
+            assert len(ids) == getattr(weighting, "size", 0)
+
+    run()
+
+
+def test_presets(folder):
+    path = folder / "preset.yaml"
+    names = [*TRAIN, "config", "no_such", "lower-lr", "threads"]
+
+    @st.composite
+    def presets(draw: st.DrawFn) -> bytes:
+        if draw(st.integers(0, 3)) == 0:
+            return draw(broken_bytes(to_yaml(PLAIN).encode()))
+        values = {name: json.dumps(value) for name, value in TRAIN.items()}
+        for _ in range(draw(st.integers(1, 3))):
+            odd = st.sampled_from(YAML) | st.sampled_from(RAW + TEXTS)
+            values[draw(st.sampled_from(names))] = draw(odd)
+        text = "".join(f"{name}: {value}\n" for name, value in values.items())
+        return text.encode("utf-8", "surrogatepass")
+
+    @fuzzed()
+    @given(presets())
+    def run(content: bytes) -> None:
+        path.write_bytes(content)
+        read = lambda: resolve(TrainOptions, {"config": str(path)})  # noqa: E731
+        options = attempt("preset", read, (OptionError,))
+        if isinstance(options, TrainOptions):
+            again = folder / "again.yaml"
+            again.write_text(to_yaml(options), encoding="utf-8")
+            assert resolve(TrainOptions, {"config": str(again)}) == options
+
+    run()
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")  # of Pillow, on damaged tags
+def test_images(folder):
+    kinds = ("png", "jpg", "gif", "bmp", "webp", "tiff")
+    whole = [save_image(folder / f"whole.{kind}", 24, 16).read_bytes() for kind in kinds]
+    exif = Image.Exif()
+    exif[274], exif[305] = 6, "x" * 50
+    for kind in ("png", "jpg", "webp", "tiff"):
+        Image.new("RGB", (24, 16)).save(folder / f"turned.{kind}", exif=exif)
+        whole.append((folder / f"turned.{kind}").read_bytes())
+    path = folder / "image"
+
+    @fuzzed()
+    @given(st.sampled_from(whole).flatmap(broken_bytes))
+    def run(content: bytes) -> None:
+        path.write_bytes(content)
+        for read in (read_image, image_size):
+            found = attempt("image", lambda read=read: read(path), (DataError,))
+            assert not isinstance(found, DataError) or found.file == path
+
+    run()
+
+
+PLAIN = TrainOptions(train_file="train.jsonl", output_dir="out")
+
+
+def _read(found: Any, path: Path) -> Any:
+    """The rows that were read; none where they were refused with file and line."""
+    if isinstance(found, DataError):
+        assert found.file == path
+        assert found.line is not None or found.found == "an empty file"
+        return []
+    return found
