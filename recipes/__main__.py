@@ -39,7 +39,7 @@ _COMMANDS = {
     "score": (ScoreOptions, "step scores of every candidate of a file, resumable"),
     "select": (SelectOptions, "the best candidate of every question, from scores"),
     "evaluate": (EvaluateOptions, "how good selections and step scores are, with intervals"),
-    "weigh": (WeighOptions, "weights of a trained weighting for the examples of a file"),
+    "weigh": (WeighOptions, "weights of a trained weighting, or of a rule, for a file's examples"),
     "convert-model": (ConvertModelOptions, "rewrite an InternVL checkpoint that needs own code"),
     "compare": (CompareOptions, "every method and control over several seeds, one table"),
 }

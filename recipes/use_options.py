@@ -73,10 +73,21 @@ class EvaluateOptions(ScoringOptions):
 
 @dataclass(frozen=True, kw_only=True)
 class WeighOptions(PrmOptions):
-    """Weights that a saved weighting gives the examples of a file."""
+    """Weights that a saved weighting, or a rule, gives the examples of a file."""
 
-    weighting: str = option(..., "weighting directory of a run")
-    file: str = option(..., "JSONL; for an Instance Net with step labels")
+    by: Literal["weighting", "bis", "small-loss", "random"] = option(
+        "weighting",
+        "what weighs: a learned --weighting; or a rule that keeps a share of the examples: those "
+        "of highest Balanced-Information Score (arXiv 2602.04145), of smallest loss under --model, "
+        "or drawn at random",
+    )
+    weighting: str | None = option(None, "weighting directory of a run (by weighting)")
+    keep: float = option(0.25, "share of the examples that a rule keeps")
+    within: Literal["file", "domain"] = option(
+        "file", "what the share is of; bis was published with domain"
+    )
+    alpha: float = option(0.05, "what examples whose labels are all alike still count (bis)")
+    file: str = option(..., "JSONL; with step labels for an Instance Net and for rules")
     output: str = option(..., "weights.jsonl to write")
     reference_model: str | None = option(
         None,

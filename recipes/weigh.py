@@ -1,4 +1,4 @@
-"""``bilevel-prm weigh``: what a saved weighting says of the examples of a file."""
+"""``bilevel-prm weigh``: what a saved weighting, or a rule, says of the examples of a file."""
 
 from __future__ import annotations
 
@@ -26,18 +26,26 @@ from recipes.session import (
 )
 from recipes.train_data import require
 from recipes.use_options import WeighOptions
+from recipes.weigh_rules import rule_weights
 from recipes.weight_report import net_weights, write_weights
 from weighting import DomainTable, InstanceNet, InstanceTable, load_weighting
 
 _JUDGE = ("model", "reference_model", "system_prompt", "context", "max_patches", "eval_batch_size")
 _SHOWN = 5
+_UNREAD = {
+    "weighting": ("keep", "within", "alpha"),
+    "bis": ("weighting", *_JUDGE, "seed"),
+    "small-loss": ("weighting", "reference_model", "alpha"),
+    "random": ("weighting", *_JUDGE, "alpha"),
+}
 
 
 def run_weigh(options: WeighOptions) -> Path:
     """Write ``id, weight, raw_weight`` of every example, in the order of the file.
 
     Weights have mean 1 over the file where the weighting normalises: they say how the examples of
-    a file compare with each other, and equal a run's ``weights.jsonl`` on its training file.
+    a file compare with each other, and equal a run's ``weights.jsonl`` on its training file. A
+    rule's weights are 1 and 0, its raw weights the scores that it ranks by.
 
     Raises:
         OptionError: no weighting there; options that it does not read, or that it was not trained
@@ -45,22 +53,31 @@ def run_weigh(options: WeighOptions) -> Path:
         DataError: a record that cannot be used.
     """
     set_up(options)
-    try:
-        weighting, params, names, extra = load_weighting(options.weighting)
-    except (FileNotFoundError, ValueError) as error:
-        raise OptionError(f"--weighting {options.weighting}: {error}") from error
+    _check_unread(options, _UNREAD[options.by], f"--by {options.by}")
     output = Path(options.output)
     if output.is_dir():
         raise OptionError(f"--output {output}: is a directory; name a file")
     data: Examples | Solutions
-    if isinstance(weighting, InstanceNet):
-        data, weights, raw = _by_net(options, weighting, params, extra)
+    if options.by == "weighting":
+        data, weights, raw = _by_weighting(options)
     else:
-        data, weights, raw = _by_table(options, weighting, params, names)
+        data, weights, raw = rule_weights(options)
     write_weights(output, data, {"weight": weights, "raw_weight": raw})
     low, high = float(weights.min()), float(weights.max())
     print(f"{output}: weights of {len(data)} examples, {low:.3f} to {high:.3f}")
     return output
+
+
+def _by_weighting(options: WeighOptions) -> tuple[Examples | Solutions, Tensor, Tensor]:
+    if options.weighting is None:
+        raise OptionError("--by weighting needs --weighting, the weighting directory of a run")
+    try:
+        weighting, params, names, extra = load_weighting(options.weighting)
+    except (FileNotFoundError, ValueError) as error:
+        raise OptionError(f"--weighting {options.weighting}: {error}") from error
+    if isinstance(weighting, InstanceNet):
+        return _by_net(options, options.weighting, weighting, params, extra)
+    return _by_table(options, weighting, params, names)
 
 
 def _by_table(
@@ -70,7 +87,7 @@ def _by_table(
     names: Sequence[str],
 ) -> tuple[Solutions, Tensor, Tensor]:
     """Examples, weights and raw weights by the rows of a table."""
-    _check_unread(options, type(table).__name__)
+    _check_unread(options, _JUDGE, f"a {type(table).__name__}, which asks no model")
     data = read_solutions(options, options.file)
     if isinstance(table, InstanceTable):
         rows = _rows(options, [example.id for example in data.examples], names, "id")
@@ -82,10 +99,14 @@ def _by_table(
 
 
 def _by_net(
-    options: WeighOptions, net: InstanceNet, params: Mapping[str, Tensor], extra: Mapping[str, Any]
+    options: WeighOptions,
+    directory: str,
+    net: InstanceNet,
+    params: Mapping[str, Tensor],
+    extra: Mapping[str, Any],
 ) -> tuple[Examples, Tensor, Tensor]:
     """Examples, weights and raw weights by a net on the features that its config names."""
-    differ = prompt_differences(options, options.weighting)
+    differ = prompt_differences(options, directory)
     if differ:
         raise OptionError(
             f"{'; '.join(differ)}: the net has learned from what the model says to the run's "
@@ -95,7 +116,7 @@ def _by_net(
         features, uses_reference = tuple(extra["features"]), bool(extra["reference"])
     except KeyError as error:
         raise OptionError(
-            f"--weighting {options.weighting}: config.json does not name the net's {error}, so its "
+            f"--weighting {directory}: config.json does not name the net's {error}, so its "
             "inputs are not known"
         ) from error
     domains = {name: place for place, name in enumerate(extra.get("domains", ()))}
@@ -112,20 +133,20 @@ def _by_net(
         prm, AGGREGATIONS["mean"], "both", net, features, uses_reference, len(domains)
     )
     scores, _ = step_scores_of(prm, model_params, data, options)
-    reference = _reference_scores(options) if uses_reference else None
+    reference = _reference_scores(options, directory) if uses_reference else None
     weights, raw = net_weights(objective, params, data, scores, reference, options.eval_batch_size)
     return data, weights, raw
 
 
-def _reference_scores(options: WeighOptions) -> Tensor:
+def _reference_scores(options: WeighOptions, directory: str) -> Tensor:
     """Step scores under the model that the run started from, [examples, steps]."""
     name = options.reference_model
     if name is None:
-        run = run_of(options.weighting)
+        run = run_of(directory)
         name = run.get("init_from") or run.get("model")
     if name is None:
         raise OptionError(
-            f"--weighting {options.weighting}: the net also reads what the initial model says, and "
+            f"--weighting {directory}: the net also reads what the initial model says, and "
             "there is no args.yaml of a run that names it; give --reference-model"
         )
     try:
@@ -157,9 +178,9 @@ def _rows(options: WeighOptions, keys: Sequence[str], names: Sequence[str], what
     return torch.tensor([index[key] for key in keys])
 
 
-def _check_unread(options: WeighOptions, kind: str) -> None:
+def _check_unread(options: WeighOptions, names: Sequence[str], because: str) -> None:
     given = {f.name for f in fields(options) if getattr(options, f.name) != f.default}
-    unread = sorted(given & set(_JUDGE))
+    unread = sorted(given & set(names))
     if unread:
         flags = ", ".join(f"--{name.replace('_', '-')}" for name in unread)
-        raise OptionError(f"{flags}: no effect with a {kind}, which asks no model; leave out")
+        raise OptionError(f"{flags}: no effect with {because}; leave out")

@@ -9,6 +9,7 @@ from weighting.features import (
     is_model_feature,
     step_features,
 )
+from weighting.heuristics import balanced_information, keep_best
 from weighting.instance_net import InstanceNet
 from weighting.normalise import batch_mean_one, mean_one_over
 from weighting.stats import effective_sample_size, fraction_at_bound
@@ -28,12 +29,14 @@ __all__ = [
     "Softplus",
     "Unbounded",
     "Weighting",
+    "balanced_information",
     "batch_mean_one",
     "effective_sample_size",
     "example_features",
     "feature_count",
     "fraction_at_bound",
     "is_model_feature",
+    "keep_best",
     "load_weighting",
     "mean_one_over",
     "row_index",

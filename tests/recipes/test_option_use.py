@@ -14,6 +14,7 @@ import torch
 
 import recipes.run_directory
 import recipes.runs
+import recipes.weigh
 from bilevel import SGD, AdamW, LazyRowAdam, OneStep, Projected, WarmupCosine
 from bilevel.routes import Route
 from bilevel.schedule import Constant, StepDecay
@@ -157,6 +158,34 @@ def test_use_reads_each_of_its_options(task, tmp_path, recording, command, kind)
         if name == command:
             assert unread(kind, seen) == set()
             return
+
+
+RULES = get_args(get_type_hints(WeighOptions)["by"])
+
+
+@pytest.mark.parametrize("by", RULES)
+def test_weigh_reads_what_it_does_not_refuse(task, tmp_path, recording, by):
+    given = {"file": str(task.data / "train.jsonl"), "output": str(tmp_path / "w"), "by": by}
+    if by == "weighting":
+        run = run_training(task.train(tmp_path / "run", weighting="table", bound="clip", steps=2))
+        given["weighting"] = str(run / "weighting")
+    options, seen = recording(
+        WeighOptions,
+        WeighOptions(**given, model=str(task.model))
+        if by == "small-loss"
+        else WeighOptions(**given),
+    )
+    # The check of what was given looks at every field; it is not what uses one.
+    recipes.weigh._check_unread, check = (lambda *_: None), recipes.weigh._check_unread
+    try:
+        assert commands.run("weigh", options) == 0
+    finally:
+        recipes.weigh._check_unread = check
+    refused = set(recipes.weigh._UNREAD[by])
+    if by == "weighting":  # a table, which asks no model
+        refused |= set(recipes.weigh._JUDGE)
+    assert not refused & (seen - {"seed"})
+    assert unread(WeighOptions, seen) <= refused
 
 
 def test_every_choice_is_tested_below():

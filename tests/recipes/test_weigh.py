@@ -76,6 +76,78 @@ def test_the_training_file_gets_the_weights_of_the_run(runs, weigh, name):
     assert len({round(row["raw_weight"], 9) for row in found}) > 1
 
 
+RULES = {
+    "bis": {},
+    "small-loss": {"system_prompt": SYSTEM_PROMPT},
+    "random": {"seed": 3},
+}
+
+
+@pytest.mark.parametrize("by", list(RULES))
+def test_rules_keep_a_share_and_training_takes_it(task, tmp_path, by):
+    more = {"model": str(task.model)} if by == "small-loss" else {}
+    file = task.data / "train.jsonl"
+    options = WeighOptions(
+        by=by, file=str(file), output=str(tmp_path / "w.jsonl"), keep=0.5, **RULES[by], **more
+    )
+    assert commands.run("weigh", options) == 0
+    found = read_lines(tmp_path / "w.jsonl")
+    rows = read_lines(file)
+    assert [row["id"] for row in found] == [row["id"] for row in rows]
+    kept = [row["raw_weight"] for row in found if row["weight"] == 1.0]
+    left = [row["raw_weight"] for row in found if row["weight"] == 0.0]
+    assert (len(kept), len(left)) == (len(rows) // 2, len(rows) - len(rows) // 2)
+    assert min(kept) >= max(left)
+    for row, example in zip(found, rows, strict=True):
+        if by == "bis":
+            labels = [step["label"] == "+" for step in example["steps"]]
+            share = sum(labels) / len(labels)
+            assert row["raw_weight"] == pytest.approx(share * (1 - share) + 0.05, rel=1e-12)
+    run = run_training(
+        task.train(
+            tmp_path / "run", weighting="none", weights_file=str(tmp_path / "w.jsonl"), steps=2
+        )
+    )
+    written = read_lines(run / "weights.jsonl")
+    assert [row["weight"] for row in written] == [row["weight"] for row in found]
+    if by == "small-loss":
+        # What a run says of its start, which is this model.
+        options = task.train(tmp_path / "net", weighting="net", steps=1)
+        losses = [
+            row["initial_loss"] for row in read_lines(run_training(options) / "weights.jsonl")
+        ]
+        assert [-row["raw_weight"] for row in found] == pytest.approx(losses, rel=1e-5)
+
+
+def test_a_share_of_every_domain(task, tmp_path):
+    options = WeighOptions(
+        by="bis", file=str(task.data / "train.jsonl"), output=str(tmp_path / "w"), within="domain"
+    )
+    assert commands.run("weigh", options) == 0
+    domains = [row["domain"] for row in read_lines(task.data / "train.jsonl")]
+    kept = dict.fromkeys(domains, 0.0)
+    for domain, row in zip(domains, read_lines(tmp_path / "w"), strict=True):
+        kept[domain] += row["weight"]
+    assert kept == {name: max(1, domains.count(name) // 4) for name in kept}
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        ({}, "--by weighting needs --weighting"),
+        ({"weighting": "w", "keep": 0.5}, "--keep: no effect with --by weighting"),
+        ({"by": "bis", "model": "m", "seed": 1}, "--model, --seed: no effect with --by bis"),
+        ({"by": "random", "alpha": 0.1}, "--alpha: no effect with --by random"),
+        ({"by": "bis", "keep": 0.0}, "--keep 0.0: keep_best needs a share in (0, 1]"),
+        ({"by": "bis", "alpha": 0.0}, "--alpha 0.0: balanced_information needs a positive alpha"),
+    ],
+)
+def test_rules_refuse(task, tmp_path, capsys, more, said):
+    options = WeighOptions(file=str(task.data / "train.jsonl"), output=str(tmp_path / "w"), **more)
+    assert commands.run("weigh", options) == 2
+    assert said in capsys.readouterr().err
+
+
 def test_a_saved_net_says_what_it_reads(task, runs):
     net, params, names, extra = load_weighting(runs["net"] / "weighting")
     lines = read_lines(task.data / "train.jsonl")
