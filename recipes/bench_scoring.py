@@ -16,7 +16,6 @@ tiles once. The first three compute the same numbers; how far they differ is rep
 from __future__ import annotations
 
 import argparse
-import json
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -38,6 +37,7 @@ from recipes.embedded.vocabulary import (
     build_image_processor,
     build_tokenizer,
 )
+from recipes.machine import machine
 from recipes.run_directory import environment, write_json
 
 VOCABULARY = 151_674
@@ -138,6 +138,7 @@ def compare(
         "vocabulary": VOCABULARY,
         "parameters": sum(tensor.numel() for tensor in prm.model.parameters()),
         "rounds": rounds,
+        "machine": machine(),
         "environment": environment(),
     }
 
@@ -167,7 +168,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=0, help="0: torch's choice")
-    parser.add_argument("--output", help="JSON file")
+    parser.add_argument("--output", default="results/bench_scoring.json", help="JSON file")
     given = parser.parse_args(arguments)
     if given.threads:
         torch.set_num_threads(given.threads)
@@ -189,10 +190,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         examples = read_jsonl(data / "test.jsonl")
         found = compare(wide_vocabulary_model(), examples, given.batch_size, given.rounds)
     print(table(found))
-    if given.output:
-        write_json(Path(given.output), found)
-    else:
-        print(json.dumps({name: value for name, value in found.items() if name != "environment"}))
+    write_json(Path(given.output), found)
 
 
 if __name__ == "__main__":

@@ -9,8 +9,6 @@ come from one further evaluation, outside the timing.
 from __future__ import annotations
 
 import argparse
-import os
-import platform
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -33,6 +31,7 @@ from recipes.bench.contenders import (
 from recipes.bench.decoder import Sizes
 from recipes.bench.evaluate import Evaluated, errors, evaluate
 from recipes.bench.measure import Timed, in_rounds, median_of, with_flops
+from recipes.machine import machine
 from recipes.run_directory import environment, write_json
 
 WINDOWS = [1, 4, 16, 64]
@@ -182,7 +181,7 @@ def main(arguments: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(
         prog="python -m recipes.bench", description=(__doc__ or "").splitlines()[0]
     )
-    parser.add_argument("--rounds", type=int, help="of the timing; 7, or 2 with --quick")
+    parser.add_argument("--rounds", type=int, help="of the timing; 5, or 2 with --quick")
     parser.add_argument("--windows", type=int, nargs="*", help="1 4 16 64, or 1 4 with --quick")
     parser.add_argument(
         "--reference-steps", type=int, default=16, help="longest window computed in float64"
@@ -192,7 +191,7 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("--memory-cap-gb", type=float, default=6.0, help="for TorchOpt's process")
     parser.add_argument("--output", help="a JSON file, e.g. results/bench.json")
     given = parser.parse_args(arguments)
-    rounds = given.rounds or (2 if given.quick else 7)
+    rounds = given.rounds or (2 if given.quick else 5)
     windows = given.windows if given.windows is not None else ([1, 4] if given.quick else WINDOWS)
     if given.threads:
         torch.set_num_threads(given.threads)
@@ -209,12 +208,7 @@ def main(arguments: Sequence[str]) -> None:
     print(report.table(measured))
     content = {
         "command": " ".join(["python -m recipes.bench", *arguments]),
-        "machine": {
-            "architecture": platform.machine(),
-            "processor": _processor(),
-            "cpus": os.cpu_count(),
-            "threads": torch.get_num_threads(),
-        },
+        "machine": machine(),
         "environment": environment(),
         "seconds": round(time.perf_counter() - started),
         **measured,
@@ -222,10 +216,3 @@ def main(arguments: Sequence[str]) -> None:
     print(f"{content['seconds']} s in all, {content['machine']}")
     if given.output:
         write_json(Path(given.output), content)
-
-
-def _processor() -> str:
-    path = Path("/proc/cpuinfo")
-    lines = path.read_text().splitlines() if path.is_file() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor()

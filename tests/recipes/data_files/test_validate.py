@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 
 from recipes.__main__ import main
+from recipes.bench_validate import write_visualprm
 from recipes.data_files.options import ValidateOptions
 from recipes.data_files.validate import validate
 from tests.prm.tiny import save_image
-from tests.recipes.data_files.visualprm_file import write_visualprm
 
 EXACT = {
     "rows", "one_step_rows", "duplicate_rows", "duplicate_ids", "constant_id", "missing_images",
