@@ -8,16 +8,9 @@ or `ReweightingProblem`, and `BilevelSolver`; audit with `check_hypergradient`.
 from __future__ import annotations
 
 from bilevel.audit import HypergradientCheck, check_hypergradient
+from bilevel.comparison import Agreement, HypergradientComparison, compare_hypergradients
 from bilevel.dense import Dense
-from bilevel.diagnostics import (
-    Agreement,
-    HypergradientComparison,
-    Movement,
-    Stationarity,
-    compare_hypergradients,
-    movement,
-    stationarity,
-)
+from bilevel.diagnostics import Movement, Stationarity, movement, stationarity
 from bilevel.ghost.tracker import Refusal
 from bilevel.hypergradient import Hypergradient, HypergradientResult
 from bilevel.implicit import Implicit, ImplicitMemory, StationarityWarning
@@ -42,7 +35,8 @@ from bilevel.problem import BilevelProblem, ReweightingProblem
 from bilevel.projected import Projected
 from bilevel.routes import Auto, CentralDifference, Dot, Ghost, Jvp, PerExample, Reverse, Route
 from bilevel.schedule import Constant, Schedule, WarmupCosine, constant, warmup_cosine
-from bilevel.solver import BilevelSolver, BilevelState, StepInfo
+from bilevel.solver import BilevelSolver
+from bilevel.state import BilevelState, StepInfo
 from bilevel.unrolled import Unrolled
 from bilevel.update_derivative import Exact, Identity, Sama, UpdateDerivative
 

@@ -16,7 +16,8 @@ from bilevel.audited_step import AuditedSteps, slope_errors
 from bilevel.hypergradient import Hypergradient, spans_window
 from bilevel.one_step import OneStep
 from bilevel.problem import Batch, Params
-from bilevel.solver import BilevelSolver, BilevelState
+from bilevel.solver import BilevelSolver
+from bilevel.state import BilevelState
 from bilevel.tree import Tree
 
 # Largest relative error that passes, by the least precise parameter.

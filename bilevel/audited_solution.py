@@ -11,7 +11,8 @@ from bilevel import random_state, tree
 from bilevel.audited_step import gradient_error, plain_gradient
 from bilevel.hypergradient import HypergradientResult
 from bilevel.problem import Batch, Params, upper_value
-from bilevel.solver import BilevelSolver, BilevelState
+from bilevel.solver import BilevelSolver
+from bilevel.state import BilevelState
 from bilevel.trajectory import Point, advance
 from bilevel.tree import Tree
 

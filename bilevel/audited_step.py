@@ -13,14 +13,16 @@ from torch import Tensor
 from bilevel import random_state, tree
 from bilevel.hypergradient import Hypergradient, HypergradientResult, exact_steps
 from bilevel.lower_pass import LowerPass, lower_pass
-from bilevel.one_step import OneStep, upper_gradient
+from bilevel.one_step import OneStep
 from bilevel.optimizer import clip_scale
 from bilevel.problem import Batch, Params, Problem, upper_value
 from bilevel.random_state import RandomState
 from bilevel.routes import Jvp
-from bilevel.solver import BilevelSolver, BilevelState
+from bilevel.solver import BilevelSolver
+from bilevel.state import BilevelState
 from bilevel.trajectory import Point, advance
 from bilevel.tree import Tree
+from bilevel.upper_gradient import upper_gradient
 
 
 class _Start(NamedTuple):

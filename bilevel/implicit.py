@@ -21,12 +21,12 @@ from bilevel.linear_solvers import ConjugateGradient
 from bilevel.linear_system import LinearSolution, LinearSolver
 from bilevel.lower_pass import LowerPass, lower_pass
 from bilevel.mixed_product import mixed_product
-from bilevel.one_step import upper_gradient
 from bilevel.optimizer import DifferentiableOptimizer
 from bilevel.problem import Batch, Params, Problem
 from bilevel.random_state import RandomState
 from bilevel.routes import CentralDifference, Jvp, Reverse
 from bilevel.tree import Tree
+from bilevel.upper_gradient import upper_gradient
 
 
 class StationarityWarning(UserWarning):

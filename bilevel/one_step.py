@@ -10,22 +10,16 @@ import torch
 from torch import Tensor
 
 from bilevel import random_state, tree
-from bilevel.gradient import as_leaves, gradients
+from bilevel.gradient import as_leaves
 from bilevel.hypergradient import HypergradientResult
 from bilevel.lower_pass import LowerPass, lower_pass
 from bilevel.mixed_product import mixed_product
 from bilevel.optimizer import DifferentiableOptimizer, OptimizerState
-from bilevel.problem import (
-    Batch,
-    Params,
-    Problem,
-    ReweightingProblem,
-    detached,
-    upper_value,
-)
+from bilevel.problem import Batch, Params, Problem, ReweightingProblem
 from bilevel.routes import Auto, Dot, Ghost, PerExample, Route
 from bilevel.tree import Tree
 from bilevel.update_derivative import Exact, Sama, UpdateDerivative
+from bilevel.upper_gradient import UpperGradient, upper_gradient
 
 Order = Literal["lower-first", "upper-first"]
 
@@ -35,15 +29,6 @@ class Direction(NamedTuple):
 
     average: Tree
     updates: Tensor
-
-
-class UpperGradient(NamedTuple):
-    """Upper loss and its gradients: v with respect to θ, and the direct one, to φ; its aux."""
-
-    loss: Tensor
-    lower: Tree
-    direct: Tree
-    aux: Any = None
 
 
 class OneStepResult(NamedTuple):
@@ -279,18 +264,3 @@ class OneStep:
         updates = direction.updates + 1
         correction = 1.0 - rho ** int(updates)
         return tree.scale(1.0 / correction, average), Direction(average, updates)
-
-
-def upper_gradient(
-    problem: Problem, lower_params: Params, upper_params: Params, batch: Batch
-) -> UpperGradient:
-    """Return the upper loss with its gradients with respect to θ and φ.
-
-    Raises:
-        ValueError: The loss is not a scalar.
-    """
-    with torch.enable_grad():
-        lower, upper = as_leaves(lower_params), as_leaves(upper_params)
-        loss, aux = upper_value(problem, lower, upper, batch)
-        found_lower, direct = gradients([loss], (lower, upper))
-    return UpperGradient(loss.detach(), found_lower, direct, detached(aux))

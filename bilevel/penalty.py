@@ -15,7 +15,6 @@ from bilevel.gradient import as_leaves, gradients
 from bilevel.hypergradient import HypergradientResult
 from bilevel.lower_pass import LowerPass, lower_pass
 from bilevel.micro_batch import MicroBatch
-from bilevel.one_step import upper_gradient
 from bilevel.optimizer import DifferentiableOptimizer, Optimizer
 from bilevel.problem import (
     Batch,
@@ -30,6 +29,7 @@ from bilevel.random_state import RandomState
 from bilevel.routes import Jvp
 from bilevel.schedule import Schedule
 from bilevel.tree import Tree
+from bilevel.upper_gradient import upper_gradient
 
 
 class PenaltyMemory(NamedTuple):

@@ -108,4 +108,5 @@ def backwards(
 
 
 def _bytes(kept: Kept) -> int:
-    return sum(away.tensor.nbytes for away in tree.leaves(kept.held))
+    held: list[Any] = tree.leaves(kept.held)
+    return sum(away.tensor.nbytes for away in held)

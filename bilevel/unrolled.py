@@ -16,13 +16,13 @@ from bilevel.gradient import as_leaves
 from bilevel.hypergradient import HypergradientResult
 from bilevel.lower_pass import LowerPass, lower_pass
 from bilevel.mixed_product import mixed_product
-from bilevel.one_step import upper_gradient
 from bilevel.optimizer import DifferentiableOptimizer
 from bilevel.problem import Batch, Params, Problem
 from bilevel.random_state import RandomState
 from bilevel.routes import CentralDifference, Jvp, Reverse
 from bilevel.second_derivatives import second_derivatives
 from bilevel.trajectory import Kept, Point, Store, advance, backwards, keep
+from bilevel.upper_gradient import upper_gradient
 
 
 class _Step(NamedTuple):
