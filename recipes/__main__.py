@@ -78,7 +78,11 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; returns its exit status (0 done, 1 the data or run is at fault, 2 usage)."""
+    """Run one command; returns its exit status.
+
+    0: done; 1: the data or the run is at fault; 2: usage; 130, 143: stopped by SIGINT, SIGTERM,
+    training with its state saved.
+    """
     given = vars(make_parser().parse_args(arguments))
     name = " ".join(filter(None, (given.pop("command"), given.pop("kind", None))))
     kind = given.pop("options")

@@ -4,12 +4,15 @@
 
 * ``state.safetensors``: the state of both levels (parameters, optimizers, what the hypergradient
   remembers, counts) and torch's random states;
-* ``run.json``: n, what the run is (options, digests of model and data), and the figures of the
-  steps since the last line of ``log.jsonl``.
+* ``run.json``: n, what the run is (options, digests of model and data), what happened since the
+  last line of ``log.jsonl``, and the troubles so far.
 
 Order of data, schedules and visits are functions of the step; there is nothing to store. A
-checkpoint is complete or it is not there: it is written under a temporary name,
-flushed to disk, and renamed.
+checkpoint is complete or it is not there: it is written under a temporary name, flushed to disk,
+and renamed; the oldest are removed only then.
+
+With a hypergradient through a window of several lower steps the state between its steps is none
+that training could go on from: a checkpoint that falls due inside is written at the window's end.
 """
 
 from __future__ import annotations
@@ -18,8 +21,8 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +36,9 @@ from bilevel.random_state import RandomState
 from recipes.identity import differences
 from recipes.option_values import OptionError
 from recipes.run_directory import write_text
+from recipes.run_errors import WriteError
+from recipes.step_log import Unlogged
+from recipes.trouble import Seen
 
 _STATE, _RUN = "state.safetensors", "run.json"
 _UNFINISHED = ".tmp"
@@ -45,12 +51,14 @@ class Progress:
     Attributes:
         state: of both levels.
         random: torch's random states after the step.
-        unlogged: figures of the steps since the last line of the log, in order.
+        unlogged: what happened since the last line of the log.
+        seen: troubles so far.
     """
 
     state: BilevelState
     random: RandomState
-    unlogged: Mapping[str, Sequence[float]]
+    unlogged: Unlogged = Unlogged({})
+    seen: Seen = Seen({})
 
 
 @dataclass(frozen=True)
@@ -60,7 +68,7 @@ class Checkpoints:
     Attributes:
         directory: ``<run directory>/checkpoints``.
         every: lower steps between checkpoints; 0: none.
-        keep: how many of the newest to keep; 0: all.
+        keep: how many of the newest to keep; 0: all. The newest that was due stays in any case.
         identity: of the run (``recipes.identity``).
     """
 
@@ -69,50 +77,92 @@ class Checkpoints:
     keep: int
     identity: Mapping[str, Any]
 
-    def due(self, steps: int) -> bool:
-        """Whether to save after ``steps`` lower steps."""
-        return self.every > 0 and steps % self.every == 0
+    def due(self, before: int, after: int) -> bool:
+        """Whether a multiple of ``every`` lies in the steps ``before`` + 1 to ``after``."""
+        return self.every > 0 and after // self.every > before // self.every
 
-    def save(self, progress: Progress) -> Path:
+    def save(self, progress: Progress, *, due: bool = True) -> Path:
         """Write a checkpoint, then remove the oldest beyond ``keep``; returns its directory.
 
+        The run has one state at a step: a checkpoint of it that is there already stays.
         Costs one copy of the state in memory.
+
+        Args:
+            progress: the state and what belongs to it.
+            due: whether it is one of those of ``every``; ``--on-trouble rollback`` returns to such.
+
+        Raises:
+            WriteError: something cannot be written; what was complete before still is.
         """
-        steps = int(progress.state.lower_steps)
-        path = self.directory / f"step-{steps}"
+        path = self.directory / f"step-{int(progress.state.lower_steps)}"
+        try:
+            if not path.is_dir():
+                self._write(path, progress, due)
+            if self.keep:
+                complete = self._complete()
+                stays = {*complete[-self.keep :], next(self._due(), path)}
+                _remove(old for old in complete if old not in stays)
+        except (OSError, SafetensorError) as error:
+            # Half a checkpoint must not take the space that the rest of the run needs.
+            shutil.rmtree(path.with_name(path.name + _UNFINISHED), ignore_errors=True)
+            raise WriteError(f"{path}: cannot be written ({error})") from error
+        return path
+
+    def _write(self, path: Path, progress: Progress, due: bool) -> None:
         for leftover in self.directory.glob(f"step-*{_UNFINISHED}"):
             shutil.rmtree(leftover)
-        _remove([path])
         unfinished = path.with_name(path.name + _UNFINISHED)
         unfinished.mkdir(parents=True)
         save_file(_tensors(progress), unfinished / _STATE)
-        content = {"step": steps, "identity": self.identity, "unlogged": progress.unlogged}
+        content = {
+            "step": int(progress.state.lower_steps),
+            "due": due,
+            "identity": self.identity,
+            "unlogged": asdict(progress.unlogged),
+            "seen": asdict(progress.seen),
+        }
         write_text(unfinished / _RUN, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
         _flush(unfinished / _STATE)
         _flush(unfinished)
         os.replace(unfinished, path)
         _flush(self.directory)
-        if self.keep:
-            _remove(self._complete()[: -self.keep])
+
+    def newest(self) -> Path | None:
+        """The newest complete checkpoint."""
+        return next(reversed(self._complete()), None)
+
+    def newest_due(self) -> Path | None:
+        """The newest complete one of those of ``every``."""
+        return next(self._due(), None)
+
+    def named(self, steps: int) -> Path:
+        """The checkpoint after ``steps``.
+
+        Raises:
+            OptionError: there is none, or it is not complete.
+        """
+        path = self.directory / f"step-{steps}"
+        if not path.is_dir():
+            there = ", ".join(p.name for p in self._complete()) or "none"
+            raise OptionError(f"--resume {path}: no complete checkpoint (there are: {there})")
         return path
 
-    def newest(self, example: BilevelState) -> Progress:
-        """What the newest complete checkpoint holds, on the devices of ``example``.
+    def remove_after(self, steps: int) -> list[str]:
+        """Remove the checkpoints of later steps; returns their names."""
+        later = [path for path in self._complete() if _steps(path) > steps]
+        _remove(later)
+        return [path.name for path in later]
+
+    def load(self, path: Path, example: BilevelState) -> Progress:
+        """What a checkpoint holds, on the devices of ``example``.
 
         Args:
+            path: of the checkpoint.
             example: a state of this run, for the structure: ``solver.init(...)``.
 
         Raises:
-            OptionError: there is none, it cannot be read, or it is of another run; the message
-                lists what differs.
+            OptionError: it cannot be read, or it is of another run; the message lists what differs.
         """
-        complete = self._complete()
-        if not complete:
-            raise OptionError(
-                f"--resume: {self.directory} holds no complete checkpoint; "
-                "start the run again, with --save-every above 0 if it may be interrupted"
-            )
-        path = complete[-1]
         try:
             run = json.loads((path / _RUN).read_text(encoding="utf-8"))
             tensors = load_file(path / _STATE)
@@ -131,16 +181,22 @@ class Checkpoints:
             state, random = _levels_and_random(tensors, example)
         except ValueError as error:
             raise OptionError(f"--resume: {path}: {error}") from error
-        return Progress(state, random, run["unlogged"])
+        return Progress(state, random, Unlogged(**run["unlogged"]), Seen(**run["seen"]))
+
+    def _due(self) -> Iterator[Path]:
+        """Directories of complete checkpoints that were due, newest first."""
+        for path in reversed(self._complete()):
+            if json.loads((path / _RUN).read_text(encoding="utf-8"))["due"]:
+                yield path
 
     def _complete(self) -> list[Path]:
         """Directories of complete checkpoints, oldest first."""
-        found = {
-            int(match[1]): path
-            for path in self.directory.glob("step-*")
-            if (match := re.fullmatch(r"step-(\d+)", path.name))
-        }
-        return [found[steps] for steps in sorted(found)]
+        found = [p for p in self.directory.glob("step-*") if re.fullmatch(r"step-\d+", p.name)]
+        return sorted(found, key=_steps)
+
+
+def _steps(path: Path) -> int:
+    return int(path.name.removeprefix("step-"))
 
 
 def _tensors(progress: Progress) -> dict[str, Tensor]:

@@ -11,8 +11,8 @@ from typing import Any
 from prm.schema import DataError
 from recipes.data_files import commands as data_commands
 from recipes.options import OptionError
+from recipes.run_errors import RunError, Stopped
 from recipes.task_options import DataOptions, PretrainOptions
-from recipes.training import StepError
 from recipes.use_options import (
     ConvertModelOptions,
     EvaluateOptions,
@@ -32,7 +32,10 @@ def run(name: str, options: Any) -> int:
     """
     try:
         return _COMMANDS[name](options) or 0
-    except (OptionError, DataError, StepError, FileExistsError) as error:
+    except Stopped as error:
+        print(f"bilevel-prm {name}: {error}", file=sys.stderr)
+        return error.status
+    except (OptionError, DataError, RunError, FileExistsError) as error:
         print(f"bilevel-prm {name}: {error}", file=sys.stderr)
         return 2 if isinstance(error, OptionError) else 1
     except ModuleNotFoundError as error:

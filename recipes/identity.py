@@ -14,8 +14,8 @@ from recipes.options import LowerOptions
 
 # What decides nothing about the steps of a run, ...
 _FREE = {
-    *("resume", "output_dir", "on_existing", "progress", "threads"),
-    *("log_every", "save_every", "keep_checkpoints"),
+    *("resume", "output_dir", "on_existing", "progress", "threads", "workers"),
+    *("log_every", "save_every", "keep_checkpoints", "on_trouble"),
     *("dev_file", "test_file", "sanity_check"),
 }
 # ... and what says where the model and the data are: their content is compared instead.

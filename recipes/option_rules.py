@@ -13,6 +13,7 @@ from typing import Any
 
 from recipes.option_values import OptionError
 from recipes.options import LowerOptions, TrainOptions
+from recipes.resume_point import resume_point
 
 
 @dataclass(frozen=True)
@@ -82,7 +83,8 @@ _TRAIN_READINGS = (
             *("upper_warmup", "upper_step_size", "upper_gamma", "upper_max_norm"),
             *("upper_lr", "upper_optimizer", "upper_betas", "upper_weight_decay"),
             *("upper_schedule", "meta_batch_size", "unroll_steps", "upper_start"),
-            *("route", "order", "direction_decay", "rollback"),
+            *("hypergradient", "route", "order", "direction_decay", "rollback"),
+            *("linear_solver", "solver_iterations", "damping", "penalty_strength"),
         ),
         _weighted,
         ("weighting",),
@@ -143,6 +145,24 @@ _TRAIN_READINGS = (
         "use --upper-optimizer adam or lazy-adam",
     ),
     Reading(
+        ("route", "order", "direction_decay"),
+        lambda options: options.hypergradient == "one-step",
+        ("hypergradient",),
+        "use --hypergradient one-step",
+    ),
+    Reading(
+        ("linear_solver", "solver_iterations", "damping"),
+        lambda options: options.hypergradient == "implicit",
+        ("hypergradient",),
+        "use --hypergradient implicit",
+    ),
+    Reading(
+        ("penalty_strength",),
+        lambda options: options.hypergradient == "penalty",
+        ("hypergradient",),
+        "use --hypergradient penalty",
+    ),
+    Reading(
         ("weights_file", "lower_data"),
         lambda options: options.weighting == "none",
         ("weighting",),
@@ -183,10 +203,16 @@ _TRAIN_READINGS = (
 _LOWER_CONTRADICTIONS = (
     Contradiction(
         lambda options: (
-            options.resume is not None and Path(options.output_dir) != Path(options.resume)
+            options.resume is not None
+            and Path(options.output_dir) != resume_point(options.resume)[0]
         ),
         ("resume", "output_dir"),
         "a resumed run stays in its directory: leave out --output-dir",
+    ),
+    Contradiction(
+        lambda options: options.on_trouble == "rollback" and options.save_every == 0,
+        ("on_trouble", "save_every"),
+        "rollback returns to a checkpoint: use --save-every 1 or more, or --on-trouble skip",
     ),
 )
 
@@ -208,6 +234,12 @@ _TRAIN_CONTRADICTIONS = (
         lambda options: options.weighting == "net" and options.normalise == "table",
         ("normalise", "weighting"),
         "a net has no table to normalise over: use batch or none, or --weighting table",
+    ),
+    Contradiction(
+        lambda options: options.hypergradient == "implicit" and options.lower_weight_decay > 0,
+        ("hypergradient", "lower_weight_decay"),
+        "weight decay moves the point that the implicit hypergradient assumes: use "
+        "--lower-weight-decay 0, or another hypergradient",
     ),
     Contradiction(
         lambda options: options.route == "ghost" and options.order == "lower-first",

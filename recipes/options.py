@@ -17,6 +17,7 @@ import yaml
 
 from recipes.option_values import OptionError as OptionError
 from recipes.option_values import convert, did_you_mean, element
+from recipes.resume_point import resume_point
 
 Options = TypeVar("Options")
 PRESETS = Path(__file__).parent / "presets"
@@ -34,6 +35,7 @@ _LEAST = {
     "save_every": 0,
     "seed": 0,
     "seeds": 1,
+    "solver_iterations": 1,
     "steps": 0,
     "threads": 0,
     "unroll_steps": 1,
@@ -124,7 +126,13 @@ class LowerOptions(PrmOptions):
     resume: str | None = option(
         None,
         "directory of an interrupted run: go on from its newest checkpoint, with the options of "
-        "its args.yaml",
+        "its args.yaml; or one of its checkpoints, RUN/checkpoints/step-N",
+    )
+    on_trouble: Literal["raise", "skip", "rollback"] = option(
+        "raise",
+        "what a loss, gradient, hypergradient, weight or parameter that is not finite, or an "
+        "exploding hypergradient, leads to: end the run before that step, leave the step out, or "
+        "return to the last checkpoint of --save-every and go on with the data",
     )
     progress: bool = option(True, "show a progress bar")
 
@@ -218,14 +226,35 @@ class TrainOptions(LowerOptions, ScoringOptions):
         "difference of right and wrong candidates of a question from 1 (pairs)",
     )
     # hypergradient
+    hypergradient: Literal["one-step", "unrolled", "implicit", "penalty"] = option(
+        "one-step",
+        "through the last lower step of a window, through all of its --unroll-steps, at its end as "
+        "if the lower level were solved, or by a penalty on a second copy of the model",
+    )
     route: Literal[
         "auto", "dot", "ghost", "per-example", "jvp", "reverse", "central-difference"
-    ] = option("auto", "how the mixed second-order product is computed")
+    ] = option("auto", "how the mixed second-order product is computed (one-step)")
     order: Literal["upper-first", "lower-first"] = option(
-        "upper-first", "evaluate the meta gradient before or after the lower step"
+        "upper-first", "evaluate the meta gradient before or after the lower step (one-step)"
     )
-    direction_decay: float = option(0.9, "exponential average of the meta gradient; 0: none")
-    rollback: bool = option(False, "redo the lower step with the updated weights")
+    direction_decay: float = option(
+        0.9, "exponential average of the meta gradient; 0: none (one-step)"
+    )
+    linear_solver: Literal["nystrom", "cg", "neumann"] = option(
+        "nystrom", "of the system with the Hessian of the training loss (implicit)"
+    )
+    solver_iterations: int = option(
+        10, "its iterations; nystrom: directions, which are kept in memory (implicit)"
+    )
+    damping: float = option(0.1, "added to the Hessian's diagonal (implicit)")
+    penalty_strength: float = option(
+        10.0,
+        "how strongly the copy is held to the training loss; its error falls with 1 / this "
+        "(penalty)",
+    )
+    rollback: bool = option(
+        False, "redo the lower step (all of a window but with one-step) with the updated weights"
+    )
 
 
 def build_parser(
@@ -274,7 +303,7 @@ def resolve(options: type[Options], given: Mapping[str, Any]) -> Options:
         path = _args_path(given["resume"]) if resumed else _preset_path(str(preset))
         values = _convert_all(options, _read_yaml(path), str(path))
     if resumed:
-        values["output_dir"] = given["resume"]
+        values["output_dir"] = str(resume_point(given["resume"])[0])
     values.update(_convert_all(options, given, "command line"))
     missing = [
         f.name
@@ -320,7 +349,7 @@ def _preset_path(name: str) -> Path:
 
 
 def _args_path(run: str) -> Path:
-    path = Path(run) / "args.yaml"
+    path = resume_point(run)[0] / "args.yaml"
     if not path.is_file():
         raise OptionError(f"--resume {run}: expected the directory of a run, found no {path}")
     return path

@@ -11,22 +11,14 @@ import torch
 from bilevel import (
     SGD,
     AdamW,
-    Auto,
     BilevelSolver,
-    CentralDifference,
-    Dot,
-    Ghost,
-    Jvp,
     LazyRowAdam,
-    OneStep,
-    PerExample,
     Projected,
-    Reverse,
     WarmupCosine,
 )
 from bilevel.problem import Problem
-from bilevel.routes import Route
 from bilevel.schedule import Constant, StepDecay
+from recipes.hypergradients import differentiated_steps, make_hypergradient
 from recipes.objective import Objective
 from recipes.options import LowerOptions, OptionError, TrainOptions
 from recipes.time_scale import TimeScale, distance_to_lower_bound, match_time_scale
@@ -43,16 +35,6 @@ from weighting import (
     Weighting,
     feature_count,
 )
-
-_ROUTES: Mapping[str, Callable[[], Route]] = {
-    "auto": Auto,
-    "dot": Dot,
-    "ghost": Ghost,
-    "per-example": PerExample,
-    "jvp": Jvp,
-    "reverse": Reverse,
-    "central-difference": CentralDifference,
-}
 
 
 @contextmanager
@@ -197,7 +179,7 @@ def time_scale(options: TrainOptions, weighting: Weighting) -> TimeScale:
                 f"--upper-lr: expected auto or a number, found {options.upper_lr!r}"
             ) from error
     rows = weighting.size if isinstance(weighting, InstanceTable) else 1
-    per_step = options.batch_size * options.accumulation
+    per_step = options.batch_size * options.accumulation * differentiated_steps(options)
     start = 1.0 if isinstance(weighting, DomainTable) else options.prior
     with _said_by(f"--bound {options.bound}"):
         to_bound = distance_to_lower_bound(weighting.bound.range, weighting.bound.raw, start)
@@ -241,21 +223,30 @@ def make_solver(options: TrainOptions, objective: Objective, upper_peak: float) 
     Raises:
         OptionError: a route that does not go with the order or the weighting.
     """
-    with _said_by(f"--route {options.route}, --order {options.order}"):
-        hypergradient = OneStep(
-            _ROUTES[options.route](), order=options.order, direction_decay=options.direction_decay
-        )
     upper = upper_optimizer(options, upper_peak)
     if isinstance(objective.weighting, InstanceTable):
         # A row that overshoots the clip must not have to travel back before its weight moves.
         upper = Projected(upper, objective.weighting.project)
-    return BilevelSolver(
-        objective.problem(),
-        lower_optimizer(options),
-        upper,
-        hypergradient,
-        unroll_steps=options.unroll_steps,
-        accumulation=options.accumulation,
-        rollback=options.rollback,
-        upper_start=options.upper_start,
-    )
+    with _said_by(_names(options)):
+        return BilevelSolver(
+            objective.problem(),
+            lower_optimizer(options),
+            upper,
+            make_hypergradient(options),
+            unroll_steps=options.unroll_steps,
+            accumulation=options.accumulation,
+            rollback=options.rollback,
+            upper_start=options.upper_start,
+        )
+
+
+def _names(options: TrainOptions) -> str:
+    """The options that decide on the hypergradient, as they are."""
+    if options.hypergradient == "one-step":
+        return f"--route {options.route}, --order {options.order}"
+    settings = {
+        "unrolled": "",
+        "implicit": f", --linear-solver {options.linear_solver}, --damping {options.damping}",
+        "penalty": f", --penalty-strength {options.penalty_strength}",
+    }
+    return f"--hypergradient {options.hypergradient}{settings[options.hypergradient]}"

@@ -16,23 +16,34 @@ from recipes.options import OptionError, to_yaml
 _PACKAGES = ("bilevel-prm", "torch", "transformers", "torchopt", "safetensors", "numpy", "pillow")
 
 
-def create_run_directory(path: Path, options: Any) -> None:
-    """Make ``path`` and write ``args.yaml`` and ``env.json`` into it.
+LOCK = "lock"  # of the process that works in the directory: recipes.run_lock
+
+
+def make_directory(path: Path) -> None:
+    """Make ``path``, unless it is there.
+
+    Raises:
+        OptionError: it is a file.
+    """
+    if path.exists() and not path.is_dir():
+        raise OptionError(f"--output-dir {path}: exists and is not a directory; choose another")
+    path.mkdir(parents=True, exist_ok=True)
+
+
+def describe_run(path: Path, options: Any) -> None:
+    """Write ``args.yaml`` and ``env.json`` into the directory of a new run.
 
     Raises:
         OptionError: ``path`` holds a run already, or anything else.
     """
-    if path.exists() and not path.is_dir():
-        raise OptionError(f"--output-dir {path}: exists and is not a directory; choose another")
-    if path.is_dir() and any(path.iterdir()):
+    if _holds_something(path):
         what = "already holds a run" if (path / "args.yaml").exists() else "is not empty"
         raise OptionError(
             f"--output-dir {path}: {what}; nothing was overwritten. Choose another directory or "
             "remove this one"
         )
-    path.mkdir(parents=True, exist_ok=True)
-    write_text(path / "args.yaml", to_yaml(options))
     write_json(path / "env.json", environment())
+    write_text(path / "args.yaml", to_yaml(options))
 
 
 def free_directory(path: Path, on_existing: str) -> Path:
@@ -40,10 +51,17 @@ def free_directory(path: Path, on_existing: str) -> Path:
     if on_existing == "refuse":
         return path
     number, candidate = 1, path
-    while candidate.exists() and (not candidate.is_dir() or any(candidate.iterdir())):
+    while candidate.exists() and (not candidate.is_dir() or _holds_something(candidate)):
         number += 1
         candidate = path.with_name(f"{path.name}-{number}")
     return candidate
+
+
+def _holds_something(path: Path) -> bool:
+    """Whether there is more than what a run that was killed before its first line leaves behind."""
+    return any(
+        entry.name not in (LOCK, "env.json") and entry.suffix != ".tmp" for entry in path.iterdir()
+    )
 
 
 def environment() -> dict[str, Any]:
@@ -80,9 +98,3 @@ def write_text(path: Path, text: str) -> None:
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
     """``write_text`` of indented JSON; NaN is refused, it is not JSON."""
     write_text(path, json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
-
-
-def append_log(path: Path, entry: Mapping[str, Any]) -> None:
-    """Append one JSON object as one line."""
-    with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(entry, ensure_ascii=False) + "\n")

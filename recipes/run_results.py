@@ -75,5 +75,13 @@ def print_summary(results: Mapping[str, Any], directory: Path) -> None:
         for source, entry in results["sources"].items():
             auc = f", AUC {entry['auc']:.3f}" if "auc" in entry else ""
             print(f"  {source:<12}mean weight {entry['mean_weight']:.2f}{auc}")
+    print_troubles(results["troubles"])
     parts = ", ".join(f"{name.replace('_', ' ')} {s:.0f}" for name, s in results["seconds"].items())
     print(f"\nseconds: {parts}\nrun directory: {directory}")
+
+
+def print_troubles(counts: Mapping[str, int]) -> None:
+    """Show how many numerical troubles of each kind there were, if any."""
+    if counts:
+        found = ", ".join(f"{kind.replace('_', ' ')} {count}" for kind, count in counts.items())
+        print(f"\ntroubles: {found}")

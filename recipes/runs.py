@@ -15,6 +15,7 @@ from prm.collate import Batch
 from prm.model import PRM, save_prm
 from recipes.batches import (
     Draw,
+    ahead,
     cold_start_rows,
     count_visits,
     lower_draw,
@@ -24,6 +25,7 @@ from recipes.batches import (
     train_batch,
     upper_draw,
 )
+from recipes.checkpoints import Progress
 from recipes.evaluation import step_scores_of
 from recipes.objective import Objective
 from recipes.option_rules import check_together
@@ -38,7 +40,7 @@ from recipes.problem_setup import (
 )
 from recipes.resume import open_run
 from recipes.run_directory import write_json
-from recipes.run_results import evaluate_all, print_summary, row_name
+from recipes.run_results import evaluate_all, print_summary, print_troubles, row_name
 from recipes.session import AGGREGATIONS, load_model, read_examples, set_up
 from recipes.train_data import TrainData, lower_examples, read_train_data, require
 from recipes.training import train
@@ -74,26 +76,33 @@ def run_cold_start(options: ColdStartOptions) -> Path:
         lower_loss=options.lower_loss,
     )
     solver = make_plain_solver(options, objective.problem())
-    directory, checkpoints, start = open_run(options, prm.model, solver.init(lower, {}))
-    state = train(
-        solver,
-        start,
-        steps=options.steps,
-        lower_batches=per_step(train_batch(lower_draw(options, drawn), data), options.accumulation),
-        upper_batch=None,
-        log=directory / "log.jsonl",
-        log_every=options.log_every,
-        title="cold start",
-        progress=options.progress,
-        learning_rates={"lower_lr": lower_schedule(options)},
-        checkpoints=checkpoints,
-    )
-    save_prm(prm, state.lower_params, directory / "model")
-    seconds = round(time.perf_counter() - started, 2)
-    rows = len(drawn)
-    results = {"rows": {}, "examples": rows, "seed": options.seed, "seconds": {"total": seconds}}
-    write_json(directory / "results.json", results)
+    batch = train_batch(lower_draw(options, drawn), data)
+    with open_run(options, prm.model, solver.init(lower, {})) as run:
+        end = train(
+            solver,
+            run,
+            steps=options.steps,
+            lower_batches=ahead(
+                per_step(batch, options.accumulation), options.steps, options.workers
+            ),
+            upper_batch=None,
+            weighting=None,
+            log_every=options.log_every,
+            title="cold start",
+            progress=options.progress,
+            learning_rates={"lower_lr": lower_schedule(options)},
+            on_trouble=options.on_trouble,
+        )
+        directory = run.directory
+        with run.keeping(end):
+            save_prm(prm, end.state.lower_params, directory / "model")
+            seconds = round(time.perf_counter() - started, 2)
+            rows = len(drawn)
+            results = {"rows": {}, "examples": rows, "seed": options.seed}
+            results |= {"troubles": dict(end.seen.counts), "seconds": {"total": seconds}}
+            write_json(directory / "results.json", results)
     print(f"cold start on {rows} of {len(data)} examples, {seconds:.0f} s: {directory / 'model'}")
+    print_troubles(end.seen.counts)
     return directory
 
 
@@ -117,29 +126,55 @@ def run_training(options: TrainOptions) -> Path:
         lower_loss=options.lower_loss,
     )
     solver, upper, rates = _solver(options, objective, data)
-    directory, checkpoints, start = open_run(options, prm.model, solver.init(lower, upper))
-    initial = None if weighting is None else _initial_scores(prm, lower, data, options)
-    clock.lap("set_up")
-    draw, lower_batch = _lower_level(options, data, weighting, initial)
-    upper_batch = None
-    if weighting is not None and data.meta is not None:
-        upper_batch = meta_batch(upper_draw(options, data.meta), data.meta)
-    state = train(
-        solver,
-        start,
-        steps=options.steps,
-        lower_batches=per_step(lower_batch, options.accumulation),
-        upper_batch=upper_batch,
-        log=directory / "log.jsonl",
-        log_every=options.log_every,
-        title=row_name(options),
-        progress=options.progress,
-        learning_rates=rates,
-        checkpoints=checkpoints,
-    )
-    clock.lap("train")
+    with open_run(options, prm.model, solver.init(lower, upper)) as run:
+        initial = None if weighting is None else _initial_scores(prm, lower, data, options)
+        clock.lap("set_up")
+        draw, lower_batch = _lower_level(options, data, weighting, initial)
+        upper_batch = None
+        if weighting is not None and data.meta is not None:
+            upper_batch = ahead(
+                meta_batch(upper_draw(options, data.meta), data.meta),
+                options.steps,
+                options.workers,
+                every=options.unroll_steps,
+            )
+        end = train(
+            solver,
+            run,
+            steps=options.steps,
+            lower_batches=ahead(
+                per_step(lower_batch, options.accumulation), options.steps, options.workers
+            ),
+            upper_batch=upper_batch,
+            weighting=weighting,
+            log_every=options.log_every,
+            title=row_name(options),
+            progress=options.progress,
+            learning_rates=rates,
+            on_trouble=options.on_trouble,
+        )
+        clock.lap("train")
+        with run.keeping(end):
+            results = _finish(options, objective, end, data, initial, draw, run.directory, clock)
+    print_summary(results, run.directory)
+    return run.directory
+
+
+def _finish(
+    options: TrainOptions,
+    objective: Objective,
+    end: Progress,
+    data: TrainData,
+    initial: _Initial | None,
+    draw: Draw,
+    directory: Path,
+    clock: _Clock,
+) -> dict[str, Any]:
+    """Write the model, the weights and the results of a trained run; returns the results."""
+    prm, weighting, state = objective.prm, objective.weighting, end.state
     save_prm(prm, state.lower_params, directory / "model")
     results: dict[str, Any] = {"rows": {}, "seed": options.seed}
+    results["troubles"] = dict(end.seen.counts)
     trained = lower_examples(options, data)
     weights, raw = final_weights(
         options,
@@ -161,8 +196,7 @@ def run_training(options: TrainOptions) -> Path:
     clock.lap("evaluate")
     results["seconds"] = clock.laps
     write_json(directory / "results.json", results)
-    print_summary(results, directory)
-    return directory
+    return results
 
 
 class _Clock:

@@ -1,128 +1,157 @@
-"""The training loop: batches in order, solver steps, log lines, progress bar."""
+"""The training loop: batches in order, solver steps, troubles, log lines, checkpoints, signals."""
 
 from __future__ import annotations
 
-import math
+import signal as signals
+import sys
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
-from typing import Any
+from dataclasses import replace
+from typing import Any, Literal, TypeAlias
 
-from torch import Tensor
+import torch
 from tqdm import tqdm
 
-from bilevel import BilevelSolver, BilevelState, StepInfo
+from bilevel import BilevelSolver
 from bilevel.random_state import capture, restore
-from recipes.checkpoints import Checkpoints, Progress
-from recipes.run_directory import append_log
-from weighting import effective_sample_size
+from recipes.checkpoints import Progress
+from recipes.resume import Run
+from recipes.run_errors import NonFiniteError, StepError, Stopped
+from recipes.step_log import Unlogged, append_line
+from recipes.stopping import stop_requests
+from recipes.trouble import GIVE_UP, Trouble, find_troubles
+from recipes.windows import Batch, make_batches, portion, take
+from weighting import Weighting
 
-Batch = Mapping[str, Tensor]
-
-
-class StepError(RuntimeError):
-    """A step that cannot be taken; the message says which, why and what to try."""
-
-
-class NonFiniteError(StepError):
-    """A loss that is not a number."""
+OnTrouble: TypeAlias = Literal["raise", "skip", "rollback"]
 
 
 def train(
     solver: BilevelSolver,
-    start: Progress,
+    run: Run,
     *,
     steps: int,
     lower_batches: Callable[[int], Sequence[Batch]],
     upper_batch: Callable[[int], Batch] | None,
-    log: Path | None,
+    weighting: Weighting | None,
     log_every: int,
     title: str,
     progress: bool,
     learning_rates: Mapping[str, Callable[[int], float]],
-    checkpoints: Checkpoints,
-) -> BilevelState:
+    on_trouble: OnTrouble,
+) -> Progress:
     """Take lower steps until there are ``steps``, and the upper steps of the solver between them.
+
+    Whatever ends the run early (but a kill) saves the state after the last complete step.
 
     Args:
         solver: the algorithm.
-        start: where the run stands; its count of lower steps says at which step.
+        run: its directory, checkpoints, and where it stands.
         steps: lower-level optimizer steps of the whole run.
         lower_batches: micro-batches of a step.
         upper_batch: meta batch of a step; None: no upper level (plain training).
-        log: ``log.jsonl``, or None.
+        weighting: whose bound is watched; None: there is none.
         log_every: steps between log lines; every figure is the mean over them.
         title: what the progress bar says.
         progress: show the bar.
         learning_rates: name -> schedule, logged.
-        checkpoints: where and when to save.
+        on_trouble: what a worthless step leads to, see ``recipes.trouble``.
+
+    Returns:
+        Where the run stands at the end.
 
     Raises:
-        NonFiniteError: the lower or upper loss of a step is not finite; the state before that step
-            is lost to the caller, what was logged remains.
-        StepError: the problem or the route refuses a batch (weights that cannot be normalised, no
-            pair of candidates, a model without per-example rules), likewise.
+        NonFiniteError: a worthless step, with ``on_trouble`` "raise", or too many in a row.
+        StepError: a batch cannot be made, or the problem or the route refuses it.
+        WriteError: the log or a checkpoint cannot be written.
+        Stopped: SIGINT or SIGTERM came; the step under way was completed.
     """
-    state, first = start.state, int(start.state.lower_steps)
-    window = {name: list(values) for name, values in start.unlogged.items()}
-    restore(start.random)
-    with tqdm(
-        range(first, steps),
-        desc=title,
-        initial=first,
-        total=steps,
-        disable=not progress,
-        dynamic_ncols=True,
-    ) as bar:
-        for step in bar:
-            batches = lower_batches(step)
-            wants_upper = upper_batch is not None and solver.wants_upper(state)
-            meta = upper_batch(step) if upper_batch and wants_upper else None
+    now = run.start
+    restore(now.random)
+    with (
+        stop_requests() as asked,
+        tqdm(
+            desc=title,
+            initial=int(now.state.lower_steps),
+            total=steps,
+            disable=not progress,
+            dynamic_ncols=True,
+        ) as bar,
+    ):
+
+        def go_on(now: Progress) -> Progress:
+            """Take the next step or window, and log it."""
+            first = int(now.state.lower_steps)
+            count = portion(solver, now.state, steps)
+            batches = make_batches(solver, now.state, count, lower_batches, upper_batch, title)
+            state, infos = take(solver, now.state, *batches, title)
+            found = find_troubles(solver, weighting, now.state, state, infos, now.seen)
+            seen = now.seen.after(found, infos)
+            worthless = next((trouble for trouble in found if trouble.worthless), None)
+            taken = range(first + 1, first + count + 1)
+            unlogged = now.unlogged.with_troubles(found, taken if worthless else ())
+            if worthless is None:
+                now = replace(now, state=state, random=capture(state.lower_params))
+            else:
+                _tell(worthless, title, first, on_trouble, seen.in_a_row)
+                now = _untaken(run, now, first + count, on_trouble)
+            for step, info in zip(taken, infos, strict=True):
+                unlogged = unlogged if worthless else unlogged.after(info)
+                bar.update()
+                if step % log_every == 0 or step == steps:
+                    bar.set_postfix(_postfix(unlogged.means()))
+                    rates = {name: float(rate(step - 1)) for name, rate in learning_rates.items()}
+                    skipped = int(now.state.upper_skipped)
+                    append_line(run.log, unlogged.line(title, step, skipped, rates))
+                    unlogged = Unlogged({})
+            return replace(now, unlogged=unlogged, seen=seen)
+
+        def stop(now: Progress, signal: signals.Signals) -> Stopped:
+            after = f"after {int(now.state.lower_steps)} of {steps} lower steps"
+            text = f"{title}: stopped by {signal.name} {after}; {run.keep(now)}"
+            return Stopped(text, 128 + signal)
+
+        while (first := int(now.state.lower_steps)) < steps:
             try:
-                state, info = solver.step(state, batches, meta)
-            except ValueError as error:
-                raise StepError(f"{title}, step {step}: {error}") from error
-            figures = _figures(info)
-            for name in ("lower_loss", "upper_loss"):
-                if not math.isfinite(figures.get(name, 0.0)):
-                    raise NonFiniteError(
-                        f"{title}, step {step}: {name} is {figures[name]}. Lower the learning rate "
-                        "(--lower-lr, --upper-lr), or check the data of this step with the log"
-                    )
-            for name, value in figures.items():
-                window.setdefault(name, []).append(value)
-            if (step + 1) % log_every == 0 or step + 1 == steps:
-                means = {name: sum(values) / len(values) for name, values in window.items()}
-                window.clear()
-                rates = {name: float(rate(step)) for name, rate in learning_rates.items()}
-                if log is not None:
-                    append_log(log, {"phase": title, "step": step + 1, **means, **rates})
-                bar.set_postfix(_postfix(means))
-            if checkpoints.due(step + 1):
-                checkpoints.save(Progress(state, capture(state.lower_params), window))
-    return state
+                now = go_on(now)
+                if run.checkpoints.due(first, int(now.state.lower_steps)):
+                    run.checkpoints.save(now)
+            except Exception as error:
+                # Ctrl-C reaches the processes that load batches, too: then there is none.
+                if (signal := asked()) and isinstance(error, StepError):
+                    raise stop(now, signal) from error
+                raise run.explained(error, now) from error
+            if signal := asked():
+                raise stop(now, signal)
+    return now
 
 
-def _figures(info: StepInfo) -> dict[str, float]:
-    figures = {
-        "lower_loss": float(info.lower_loss),
-        "lower_grad_norm": float(info.lower_grad_norm),
-    }
-    if info.weights is not None:
-        figures |= _weight_figures(info.weights)
-    if info.upper_loss is not None:
-        figures["upper_loss"] = float(info.upper_loss)
-    if info.hypergradient_norm is not None:
-        figures["hypergradient_norm"] = float(info.hypergradient_norm)
-    return figures
+def _tell(trouble: Trouble, title: str, step: int, on_trouble: OnTrouble, in_a_row: int) -> None:
+    """Say on the terminal what is done about a worthless step.
+
+    Raises:
+        NonFiniteError: nothing can be done.
+    """
+    where = f"{title}, step {step}: {trouble.text}. "
+    remedy = (
+        "Lower the learning rate (--lower-lr, --upper-lr), or check the data of this step with the "
+        "log"
+    )
+    if on_trouble == "raise":
+        raise NonFiniteError(f"{where}{remedy}; or go on without such steps: --on-trouble skip")
+    if in_a_row >= GIVE_UP:
+        raise NonFiniteError(f"{where}It is the {in_a_row}th such step in a row. {remedy}")
+    tqdm.write(f"{where}{_DONE[on_trouble]}", file=sys.stderr)
 
 
-def _weight_figures(weights: Tensor) -> dict[str, float]:
-    return {
-        "weights/mean": float(weights.mean()),
-        "weights/min": float(weights.min()),
-        "weights/max": float(weights.max()),
-        "weights/ess": effective_sample_size(weights) / max(1, weights.numel()),
-    }
+_DONE = {"skip": "The step is not taken", "rollback": "Back to the last checkpoint"}
+
+
+def _untaken(run: Run, now: Progress, after: int, on_trouble: OnTrouble) -> Progress:
+    """Both levels as if the last steps had not been taken, and the data where they are."""
+    back = run.before_trouble() if on_trouble == "rollback" else now
+    restore(back.random)
+    state = back.state._replace(lower_steps=torch.full_like(now.state.lower_steps, after))
+    return replace(now, state=state, random=back.random)
 
 
 def _postfix(means: Mapping[str, float]) -> dict[str, Any]:

@@ -9,27 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from transformers import InternVLForConditionalGeneration
 
-from recipes.embedded.build import Sizes, build
-from recipes.embedded.vocabulary import (
-    SYSTEM_PROMPT,
-    base_config,
-    build_image_processor,
-    build_tokenizer,
-)
+from recipes.embedded.vocabulary import SYSTEM_PROMPT
 from recipes.options import ColdStartOptions, TrainOptions
+from recipes.tiny import SIZES as SIZES
+from recipes.tiny import write_tiny
 
-SIZES = Sizes(
-    train_questions=9,
-    train_solutions=2,
-    meta_questions=6,
-    meta_solutions=2,
-    dev_questions=2,
-    test_questions=5,
-    candidates=4,
-)
 # torch itself scripts its decompositions when forward mode is first used.
 FORWARD_MODE = pytest.mark.filterwarnings(
     "ignore:.torch.jit.script. is deprecated:DeprecationWarning"
@@ -86,14 +71,7 @@ class Task:
 def make_task(directory: Path) -> Task:
     """Write data and model below ``directory``, unless they are there."""
     task = Task(directory / "data", directory / "model")
-    if not task.data.exists():
-        build(task.data, seed=1, sizes=SIZES)
-    if not task.model.exists():
-        torch.manual_seed(0)
-        config = base_config(tower=(16, 1), language=(32, 1))
-        InternVLForConditionalGeneration(config).save_pretrained(task.model)
-        build_tokenizer().save_pretrained(task.model)
-        build_image_processor().save_pretrained(task.model)
+    write_tiny(task.data, task.model)
     return task
 
 

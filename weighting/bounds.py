@@ -37,11 +37,19 @@ def _outside(bound: Bound, weight: float) -> ValueError:
 
 
 class _RecoverableClamp(torch.autograd.Function):
+    # Context apart from the forward, and a rule for vmap and for jvp: what torch.func asks for.
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx: Any, raw_weights: Tensor, lo: float, hi: float) -> Tensor:
-        ctx.save_for_backward(raw_weights)
-        ctx.edges = lo, hi
+    def forward(raw_weights: Tensor, lo: float, hi: float) -> Tensor:
         return raw_weights.clamp(lo, hi)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, float, float], output: Tensor) -> None:
+        raw_weights, lo, hi = inputs
+        ctx.save_for_backward(raw_weights)
+        ctx.save_for_forward(raw_weights)
+        ctx.edges = lo, hi
 
     @staticmethod
     def backward(ctx: Any, *grad: Tensor) -> tuple[Tensor, None, None]:
@@ -50,6 +58,12 @@ class _RecoverableClamp(torch.autograd.Function):
         # Descent moves against the gradient: past an edge, keep what leads back inside.
         outward = ((raw_weights > hi) & (grad[0] < 0)) | ((raw_weights < lo) & (grad[0] > 0))
         return grad[0].masked_fill(outward, 0.0), None, None
+
+    @staticmethod
+    def jvp(ctx: Any, *tangent: Tensor) -> Tensor:
+        (raw_weights,) = ctx.saved_tensors
+        lo, hi = ctx.edges
+        return tangent[0].masked_fill((raw_weights > hi) | (raw_weights < lo), 0.0)
 
 
 @dataclass(frozen=True)

@@ -17,9 +17,11 @@ from recipes.__main__ import main
 from recipes.checkpoints import Checkpoints, Progress
 from recipes.identity import differences, identity
 from recipes.options import OptionError, TrainOptions, resolve
-from recipes.resume import cut_log
+from recipes.resume import Run, cut_log
 from recipes.runs import run_cold_start, run_training
+from recipes.step_log import Unlogged
 from recipes.training import train
+from recipes.trouble import Seen
 from tests.tiny_task import altered, model_bits, read_lines
 
 KINDS = {
@@ -194,9 +196,8 @@ def test_what_cannot_be_resumed_says_why(task, stopped, refused, tmp_path):
     assert f"{run}/checkpoints/step-2 cannot be read" in refused(run)
     shutil.rmtree(run / "checkpoints/step-2")
     shutil.move(run / "checkpoints/step-1", run / "checkpoints/step-1.tmp")
-    assert refused(run) == (
-        f"--resume: {run}/checkpoints holds no complete checkpoint; start the run again, with "
-        "--save-every above 0 if it may be interrupted"
+    assert refused(run / "checkpoints" / "step-7") == (
+        f"--resume {run}/checkpoints/step-7: no complete checkpoint (there are: none)"
     )
     (run / "results.json").write_text("{}")
     assert refused(run) == f"--resume {run}: the run is complete, it has its results.json"
@@ -208,6 +209,7 @@ def test_a_checkpoint_is_tensors_and_json(stopped):
     run = json.loads((path / "run.json").read_text())
     assert run["step"] == 2
     assert set(run["identity"]) == {"options", "files", "model"}
+    assert (run["due"], run["seen"]["counts"]) == (True, {})
     tensors = load_file(path / "state.safetensors")
     assert {name.partition("/")[0] for name in tensors} == {"state", "random"}
     assert int(tensors["state/lower_steps"]) == 2
@@ -243,20 +245,26 @@ def toy_batches(step):
     return [{"x": rows.double() / 4, "row": rows}]
 
 
-def toy_run(solver, start, steps, checkpoints, log):
+def toy_run(solver, start, steps, checkpoints):
+    run = Run("bilevel-prm toy", checkpoints.directory.parent, checkpoints, start, start)
+    run.directory.mkdir(exist_ok=True)
     return train(
         solver,
-        start,
+        run,
         steps=steps,
         lower_batches=toy_batches,
         upper_batch=lambda step: {},
-        log=log,
+        weighting=None,
         log_every=4,
         title="toy",
         progress=False,
         learning_rates={},
-        checkpoints=checkpoints,
-    )
+        on_trouble="raise",
+    ).state
+
+
+def newest(checkpoints, example):
+    return checkpoints.load(checkpoints.newest(), example)
 
 
 @pytest.mark.parametrize("at", [1, 2, 3, 5, 8])
@@ -265,11 +273,11 @@ def test_every_part_of_the_state_is_needed_and_there(tmp_path, at):
     saving = Checkpoints(tmp_path / "checkpoints", every=at, keep=0, identity=TOY)
     never = replace(saving, every=0)
     solver, state = toy()
-    start = Progress(state, capture(state.lower_params), {})
-    whole = toy_run(solver, start, 9, never, None)
-    toy_run(solver, start, at, saving, None)
+    start = Progress(state, capture(state.lower_params))
+    whole = toy_run(solver, start, 9, never)
+    toy_run(solver, start, at, saving)
     torch.manual_seed(99)
-    ended = toy_run(solver, saving.newest(toy()[1]), 9, never, None)
+    ended = toy_run(solver, newest(saving, toy()[1]), 9, never)
     for (name, one), other in zip(
         tree.flatten(whole).items(), tree.flatten(ended).values(), strict=True
     ):
@@ -280,33 +288,32 @@ def test_every_part_of_the_state_is_needed_and_there(tmp_path, at):
 def test_figures_not_yet_logged_are_kept(tmp_path):
     solver, state = toy()
     checkpoints = Checkpoints(tmp_path / "checkpoints", every=3, keep=0, identity=TOY)
-    start = Progress(state, capture(state.lower_params), {})
-    toy_run(solver, start, 9, checkpoints, tmp_path / "whole.jsonl")
-    middle = checkpoints.newest(state)
-    assert (int(middle.state.lower_steps), middle.unlogged) == (9, {})
+    start = Progress(state, capture(state.lower_params))
+    toy_run(solver, start, 9, checkpoints)
+    whole = (tmp_path / "log.jsonl").read_text()
+    middle = newest(checkpoints, state)
+    assert (int(middle.state.lower_steps), middle.unlogged) == (9, Unlogged({}))
     shutil.rmtree(tmp_path / "checkpoints" / "step-9")
-    middle = checkpoints.newest(state)
+    middle = newest(checkpoints, state)
     figures = ("lower_loss", "lower_grad_norm", "upper_loss", "hypergradient_norm")
-    assert {name: len(values) for name, values in middle.unlogged.items()} == dict.fromkeys(
-        figures, 2
-    )
-    shutil.copy(tmp_path / "whole.jsonl", tmp_path / "log.jsonl")
+    kept = middle.unlogged.figures
+    assert {name: len(values) for name, values in kept.items()} == dict.fromkeys(figures, 2)
     cut_log(tmp_path / "log.jsonl", 6)
-    toy_run(solver, middle, 9, replace(checkpoints, every=0), tmp_path / "log.jsonl")
-    assert (tmp_path / "log.jsonl").read_text() == (tmp_path / "whole.jsonl").read_text()
+    toy_run(solver, middle, 9, replace(checkpoints, every=0))
+    assert (tmp_path / "log.jsonl").read_text() == whole
 
 
 def test_what_is_read_is_what_was_written(tmp_path):
-    checkpoints = Checkpoints(tmp_path, every=1, keep=0, identity=TOY)
+    checkpoints = Checkpoints(tmp_path / "checkpoints", every=1, keep=0, identity=TOY)
     solver, state = toy()
-    state = toy_run(
-        solver, Progress(state, capture(()), {}), 5, replace(checkpoints, every=0), None
-    )
+    state = toy_run(solver, Progress(state, capture(())), 5, replace(checkpoints, every=0))
     figures = {"weights/mean": [1.0, float("inf"), 0.1 + 0.2], "lower_loss": [1e-300]}
-    written = Progress(state, capture(state.lower_params), figures)
-    assert checkpoints.save(written) == tmp_path / "step-5"
-    read = checkpoints.newest(toy()[1])
-    assert read.unlogged == figures
+    unlogged = Unlogged(figures, ["α"], {"hypergradient_vanished": 2}, [3])
+    seen = Seen({"hypergradient_vanished": 4}, [0.1 + 0.2], 1)
+    written = Progress(state, capture(state.lower_params), unlogged, seen)
+    assert checkpoints.save(written) == tmp_path / "checkpoints" / "step-5"
+    read = newest(checkpoints, toy()[1])
+    assert (read.unlogged, read.seen) == (unlogged, seen)
     assert torch.equal(read.random.cpu, written.random.cpu)
     named, again = tree.flatten(state), tree.flatten(read.state)
     assert list(named) == list(again)
@@ -319,43 +326,55 @@ def test_oldest_are_removed_and_the_newest_counts(tmp_path):
         checkpoints = Checkpoints(tmp_path / str(keep), every=1, keep=keep, identity=TOY)
         for steps in (8, 9, 10):
             at = state._replace(lower_steps=torch.tensor(steps))
-            checkpoints.save(Progress(at, capture(()), {}))
+            checkpoints.save(Progress(at, capture(())))
         assert {path.name for path in checkpoints.directory.iterdir()} == expected
-        assert int(checkpoints.newest(state).state.lower_steps) == 10  # not "step-9" by its name
+        assert checkpoints.newest().name == "step-10"  # not "step-9", the last by its name
 
 
 def test_a_checkpoint_that_was_not_finished_does_not_count(tmp_path, monkeypatch):
     _, state = toy()
     checkpoints = Checkpoints(tmp_path, every=1, keep=1, identity=TOY)
-    checkpoints.save(Progress(state, capture(()), {}))
+    checkpoints.save(Progress(state, capture(())))
 
     def killed(path):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(recipes.checkpoints, "_flush", killed)
-    later = Progress(state._replace(lower_steps=torch.tensor(1)), capture(()), {})
+    later = Progress(state._replace(lower_steps=torch.tensor(1)), capture(()))
     with pytest.raises(KeyboardInterrupt):
         checkpoints.save(later)
     monkeypatch.undo()
     assert {path.name for path in tmp_path.iterdir()} == {"step-0", "step-1.tmp"}
-    assert int(checkpoints.newest(state).state.lower_steps) == 0
+    assert checkpoints.newest().name == "step-0"
     checkpoints.save(later)
     assert {path.name for path in tmp_path.iterdir()} == {"step-1"}
 
 
 def test_when_a_checkpoint_is_due(tmp_path):
     due = Checkpoints(tmp_path, every=3, keep=0, identity=TOY).due
-    assert [steps for steps in range(1, 10) if due(steps)] == [3, 6, 9]
-    assert not any(Checkpoints(tmp_path, 0, 0, TOY).due(steps) for steps in range(9))
+    assert [steps for steps in range(1, 10) if due(steps - 1, steps)] == [3, 6, 9]
+    assert not any(Checkpoints(tmp_path, 0, 0, TOY).due(steps, steps + 1) for steps in range(9))
+    # Windows of two, from step 1: inside the first falls 3, at the end of the third 6.
+    assert [end for end in (3, 5, 7, 9) if due(end - 2, end)] == [3, 7, 9]
+
+
+def test_a_checkpoint_that_was_due_is_kept_for_rollback(tmp_path):
+    _, state = toy()
+    checkpoints = Checkpoints(tmp_path, every=5, keep=1, identity=TOY)
+    for steps, due in ((5, True), (6, False), (7, False)):
+        at = state._replace(lower_steps=torch.tensor(steps))
+        checkpoints.save(Progress(at, capture(())), due=due)
+    assert {path.name for path in tmp_path.iterdir()} == {"step-5", "step-7"}
+    assert (checkpoints.newest().name, checkpoints.newest_due().name) == ("step-7", "step-5")
 
 
 def test_a_state_of_another_shape_is_named(tmp_path):
     _, state = toy()
     checkpoints = Checkpoints(tmp_path, every=1, keep=0, identity=TOY)
-    checkpoints.save(Progress(state, capture(()), {}))
+    checkpoints.save(Progress(state, capture(())))
     wider = state._replace(upper_params={"raw": torch.zeros(9, dtype=torch.float64)})
     with pytest.raises(OptionError, match=r"step-0: upper_params/raw: expected .*\(9,\), found"):
-        checkpoints.newest(wider)
+        newest(checkpoints, wider)
 
 
 def test_identity_is_that_of_contents(tmp_path):

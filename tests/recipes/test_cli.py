@@ -12,7 +12,7 @@ import pytest
 import recipes.runs
 import recipes.training
 from recipes.__main__ import main
-from recipes.run_directory import append_log
+from recipes.step_log import append_line
 from tests.tiny_task import altered, model_bits, read_lines
 
 COMMANDS = [
@@ -307,12 +307,12 @@ def test_a_meta_batch_without_pairs_is_named(task, train, said, tmp_path):
 
 
 def test_interruption_keeps_what_was_logged(train, capsys, monkeypatch, tmp_path):
-    def second_line_interrupts(path, entry):
+    def second_line_interrupts(path, line):
         if path.exists():
             raise KeyboardInterrupt
-        append_log(path, entry)
+        append_line(path, line)
 
-    monkeypatch.setattr(recipes.training, "append_log", second_line_interrupts)
+    monkeypatch.setattr(recipes.training, "append_line", second_line_interrupts)
     assert train() == 130
     assert "interrupted; what was logged and saved so far is kept" in capsys.readouterr().err
     assert [entry["step"] for entry in read_lines(tmp_path / "run" / "log.jsonl")] == [1]

@@ -49,6 +49,7 @@ from recipes.use_options import (
     SelectOptions,
     WeighOptions,
 )
+from tests.tiny_task import FORWARD_MODE
 from weighting import FEATURES, DomainTable, InstanceNet, InstanceTable
 
 PACKAGE = Path(recipes.__file__).parent
@@ -120,10 +121,17 @@ def test_cold_start_reads_each_of_its_options(task, tmp_path, recording):
     assert unread(ColdStartOptions, seen) == set()
 
 
+@FORWARD_MODE
 def test_training_reads_each_of_its_options(task, tmp_path, recording):
     read = []
-    for name in ("net", "table"):
-        given = task.train(tmp_path / name, weighting=name, bound="clip")
+    implicit = {"hypergradient": "implicit", "solver_iterations": 1, "lower_weight_decay": 0.0}
+    for name, more in (
+        ("net", {}),
+        ("table", {"weighting": "table"}),
+        ("implicit", implicit),
+        ("penalty", {"hypergradient": "penalty"}),
+    ):
+        given = task.train(tmp_path / name, bound="clip", **more)
         options, seen = recording(TrainOptions, given)
         run_training(options)
         read.append(seen)
@@ -195,12 +203,15 @@ def test_every_choice_is_tested_below():
         "aggregation",
         "bound",
         "context",
+        "hypergradient",
+        "linear_solver",
         "loss_target",
         "lower_data",
         "lower_loss",
         "lower_schedule",
         "normalise",
         "on_existing",
+        "on_trouble",
         "order",
         "probability",
         "route",

@@ -1,0 +1,48 @@
+"""Stopping a run politely: the signals that ask for it, and for how long they are listened to."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+@contextmanager
+def stop_requests() -> Iterator[Callable[[], signal.Signals | None]]:
+    """Listen to SIGINT and SIGTERM while the body runs; yields what was asked for so far, if any.
+
+    The first signal is only remembered, for the body to act on after a complete step. The second
+    ends the process at once, as that signal does by default (the shell sees 128 + its number).
+    Afterwards the handlers are those of before. A signal that is ignored (a job started with
+    ``nohup``) stays ignored, and only the main thread can listen: elsewhere nothing is installed.
+    """
+    asked: list[signal.Signals] = []
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        if asked:
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+            return
+        asked.append(signal.Signals(number))
+        # Not print: the signal may have arrived while print itself held the stream.
+        text = f"\n{asked[0].name}: stopping after this step, with a checkpoint; again: at once\n"
+        os.write(sys.__stderr__.fileno() if sys.__stderr__ else 2, text.encode())
+
+    before = {}
+    if threading.current_thread() is threading.main_thread():
+        for number in _SIGNALS:
+            if signal.getsignal(number) not in (signal.SIG_IGN, None):
+                before[number] = signal.signal(number, handle)
+    try:
+        yield lambda: asked[0] if asked else None
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    if asked:  # after the body last looked
+        os.kill(os.getpid(), asked[0])
