@@ -12,7 +12,7 @@ GAME24 := data/game24/candidates.jsonl
 .PHONY: help install train-net train-table train-domain baseline cold-start data results bench \
 	bench-scoring bench-validate check-smollm2 \
 	noisy-labels long-tail regularization learned-schedule \
-	test lint format type clean-runs clean
+	chaos test lint format type clean-runs clean
 
 help: ## list the targets
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 20
@@ -64,6 +64,9 @@ regularization: $(VENV)/installed ## another problem: one L2 penalty per feature
 
 learned-schedule: $(VENV)/installed ## another problem: rate and decay of every training step
 	$(VENV)/bin/python -m recipes.problems.learned_schedule --output results/learned_schedule.json
+
+chaos: $(VENV)/installed ## kill training runs at random moments, resume them, compare bit for bit
+	$(VENV)/bin/python -m recipes.chaos
 
 bench: $(VENV)/installed-dev ## cost of every hypergradient route, side by side
 	$(VENV)/bin/python -m recipes.bench

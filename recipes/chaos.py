@@ -240,12 +240,14 @@ def _went_on(ended: Ended, run: Path, expected: int, resume: bool) -> bool:
     return int(said[1] or 0) == expected
 
 
-def chaos(folder: Path, kills: int, seed: int) -> dict[str, Any]:
-    """Kill until there were ``kills``; returns the figures."""
+def chaos(
+    folder: Path, kills: int, seed: int, cases: Sequence[str] = tuple(CASES)
+) -> dict[str, Any]:
+    """Kill until there were ``kills`` and every case as many runs; returns the figures."""
     started = time.perf_counter()
     harness, dice = Harness(folder), random.Random(seed)
     whole: dict[str, tuple[dict[str, Any], float, int]] = {}
-    total, cases = Counts(), list(CASES)
+    total = Counts()
     while total.kills < kills or total.runs % len(cases):
         case = cases[total.runs % len(cases)]
         if case not in whole:
@@ -269,7 +271,7 @@ def chaos(folder: Path, kills: int, seed: int) -> dict[str, Any]:
         "runs": total.runs,
         "inside_checkpoint": total.inside_checkpoint,
         "save_every": SAVE_EVERY,
-        "cases": cases,
+        "cases": list(cases),
         "seed": seed,
         "seconds": round(time.perf_counter() - started, 1),
         "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores, "

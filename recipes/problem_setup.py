@@ -244,9 +244,9 @@ def _names(options: TrainOptions) -> str:
     """The options that decide on the hypergradient, as they are."""
     if options.hypergradient == "one-step":
         return f"--route {options.route}, --order {options.order}"
-    settings = {
-        "unrolled": "",
-        "implicit": f", --linear-solver {options.linear_solver}, --damping {options.damping}",
-        "penalty": f", --penalty-strength {options.penalty_strength}",
-    }
-    return f"--hypergradient {options.hypergradient}{settings[options.hypergradient]}"
+    name = f"--hypergradient {options.hypergradient}"
+    if options.hypergradient == "implicit":
+        return f"{name}, --linear-solver {options.linear_solver}, --damping {options.damping}"
+    if options.hypergradient == "penalty":
+        return f"{name}, --penalty-strength {options.penalty_strength}"
+    return name

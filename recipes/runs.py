@@ -15,7 +15,6 @@ from prm.collate import Batch
 from prm.model import PRM, save_prm
 from recipes.batches import (
     Draw,
-    ahead,
     cold_start_rows,
     count_visits,
     lower_draw,
@@ -82,9 +81,7 @@ def run_cold_start(options: ColdStartOptions) -> Path:
             solver,
             run,
             steps=options.steps,
-            lower_batches=ahead(
-                per_step(batch, options.accumulation), options.steps, options.workers
-            ),
+            lower_batches=per_step(batch, options.accumulation),
             upper_batch=None,
             weighting=None,
             log_every=options.log_every,
@@ -132,19 +129,12 @@ def run_training(options: TrainOptions) -> Path:
         draw, lower_batch = _lower_level(options, data, weighting, initial)
         upper_batch = None
         if weighting is not None and data.meta is not None:
-            upper_batch = ahead(
-                meta_batch(upper_draw(options, data.meta), data.meta),
-                options.steps,
-                options.workers,
-                every=options.unroll_steps,
-            )
+            upper_batch = meta_batch(upper_draw(options, data.meta), data.meta)
         end = train(
             solver,
             run,
             steps=options.steps,
-            lower_batches=ahead(
-                per_step(lower_batch, options.accumulation), options.steps, options.workers
-            ),
+            lower_batches=per_step(lower_batch, options.accumulation),
             upper_batch=upper_batch,
             weighting=weighting,
             log_every=options.log_every,

@@ -6,6 +6,7 @@ from dataclasses import fields, replace
 
 import pytest
 
+import recipes.resume
 import recipes.run_directory
 import recipes.runs
 from recipes.option_rules import check_together, unread
@@ -197,6 +198,7 @@ RUNS = {
 def test_whatever_a_run_does_not_read_would_be_refused(task, tmp_path, monkeypatch, name):
     """The table of rules is complete: it holds for what runs do, not for what it says of them."""
     monkeypatch.setattr(recipes.run_directory, "to_yaml", lambda options: "")
+    monkeypatch.setattr(recipes.resume, "identity", lambda options, model: {})
     monkeypatch.setattr(recipes.runs, "check_together", lambda options: None)
     seen: set[str] = set()
 

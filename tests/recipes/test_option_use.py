@@ -12,6 +12,7 @@ from typing import Literal, get_args, get_origin, get_type_hints
 import pytest
 import torch
 
+import recipes.resume
 import recipes.run_directory
 import recipes.runs
 import recipes.weigh
@@ -94,6 +95,7 @@ def test_every_option_is_read(options):
 def recording(monkeypatch):
     """Options of a class, and the set of those that have been read since."""
     monkeypatch.setattr(recipes.run_directory, "to_yaml", lambda options: "")
+    monkeypatch.setattr(recipes.resume, "identity", lambda options, model: {})
     monkeypatch.setattr(recipes.runs, "check_together", lambda options: None)
 
     def make(kind, given):
