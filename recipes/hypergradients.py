@@ -25,16 +25,6 @@ from bilevel.linear_system import LinearSolver
 from bilevel.routes import Route
 from recipes.options import TrainOptions
 
-_ROUTES: Mapping[str, Callable[[], Route]] = {
-    "auto": Auto,
-    "dot": Dot,
-    "ghost": Ghost,
-    "per-example": PerExample,
-    "jvp": Jvp,
-    "reverse": Reverse,
-    "central-difference": CentralDifference,
-}
-
 
 def make_hypergradient(options: TrainOptions) -> Hypergradient:
     """The hypergradient that the options name.
@@ -44,7 +34,7 @@ def make_hypergradient(options: TrainOptions) -> Hypergradient:
     """
     made: Mapping[str, Callable[[], Hypergradient]] = {
         "one-step": lambda: OneStep(
-            _ROUTES[options.route](), order=options.order, direction_decay=options.direction_decay
+            _route(options), order=options.order, direction_decay=options.direction_decay
         ),
         "unrolled": Unrolled,
         "implicit": lambda: Implicit(_linear_solver(options)),
@@ -56,6 +46,20 @@ def make_hypergradient(options: TrainOptions) -> Hypergradient:
 def differentiated_steps(options: TrainOptions) -> int:
     """How many lower steps of a window have batches that the hypergradient sees."""
     return options.unroll_steps if options.hypergradient in ("unrolled", "penalty") else 1
+
+
+def _route(options: TrainOptions) -> Route:
+    radius = options.difference_radius
+    routes: Mapping[str, Callable[[], Route]] = {
+        "auto": Auto,
+        "dot": Dot,
+        "ghost": Ghost,
+        "per-example": PerExample,
+        "jvp": Jvp,
+        "reverse": Reverse,
+        "central-difference": lambda: CentralDifference(radius=radius),
+    }
+    return routes[options.route]()
 
 
 def _linear_solver(options: TrainOptions) -> LinearSolver:

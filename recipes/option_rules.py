@@ -84,6 +84,7 @@ _TRAIN_READINGS = (
             *("upper_lr", "upper_optimizer", "upper_betas", "upper_weight_decay"),
             *("upper_schedule", "meta_batch_size", "unroll_steps", "upper_start"),
             *("hypergradient", "route", "order", "direction_decay", "rollback"),
+            "difference_radius",
             *("linear_solver", "solver_iterations", "damping", "penalty_strength"),
         ),
         _weighted,
@@ -143,6 +144,12 @@ _TRAIN_READINGS = (
         lambda options: options.upper_optimizer != "sgd",
         ("upper_optimizer",),
         "use --upper-optimizer adam or lazy-adam",
+    ),
+    Reading(
+        ("difference_radius",),
+        lambda options: options.route == "central-difference",
+        ("route",),
+        "use --route central-difference",
     ),
     Reading(
         ("route", "order", "direction_decay"),

@@ -234,6 +234,11 @@ class TrainOptions(LowerOptions, ScoringOptions):
     route: Literal[
         "auto", "dot", "ghost", "per-example", "jvp", "reverse", "central-difference"
     ] = option("auto", "how the mixed second-order product is computed (one-step)")
+    difference_radius: float | None = option(
+        None,
+        "length of the shift of the parameters (central-difference); null: from their size and "
+        "precision; Betty's, and so DreamPRM-1.5's, is 0.01",
+    )
     order: Literal["upper-first", "lower-first"] = option(
         "upper-first", "evaluate the meta gradient before or after the lower step (one-step)"
     )

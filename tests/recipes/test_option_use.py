@@ -17,7 +17,7 @@ import recipes.run_directory
 import recipes.runs
 import recipes.weigh
 from bilevel import SGD, AdamW, LazyRowAdam, OneStep, Projected, WarmupCosine
-from bilevel.routes import Route
+from bilevel.routes import CentralDifference, Route
 from bilevel.schedule import Constant, StepDecay
 from prm.model import load_prm
 from recipes import commands
@@ -326,6 +326,10 @@ def test_routes_and_orders(route, order, rollback):
     assert isinstance(solver.hypergradient.route, Route)
     assert type(solver.hypergradient.route).__name__.lower() == route.replace("-", "")
     assert (solver.hypergradient.order, solver.rollback) == (order, rollback)
+    if route == "central-difference":
+        assert solver.hypergradient.route == CentralDifference()
+        solver = make_solver(replace(options, difference_radius=0.01), objective, 0.1)
+        assert solver.hypergradient.route == CentralDifference(radius=0.01)
 
 
 def test_every_number_of_the_levels_arrives():
