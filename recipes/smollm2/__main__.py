@@ -252,7 +252,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--seed", type=int, default=0)
     given = parser.parse_args(arguments)
     if not Path(given.data).is_file():
-        parser.error(f"--data {given.data}: no such file")
+        parser.error(
+            f"--data {given.data}: no such file; python -m recipes.smollm2.label --help says how "
+            "to make it of what is published"
+        )
     found = check(given)
     print(table(found))
     write_json(Path(given.output), found)
