@@ -14,9 +14,11 @@ from typing import Literal
 from prm.record_fields import is_below
 from prm.schema import DataError
 
-ImageCheck = Literal["exists", "header", "decode"]
+ImageCheck = Literal["exists", "header", "decode", "sample"]
 """How closely an image is looked at: the file is there; its header tells a size and it does not
-look cut off; every pixel is decoded."""
+look cut off; every pixel is decoded; the pixels of the first ``SAMPLE`` images, the headers of the
+others (about 0.1 ms each, where decoding a photo takes 10)."""
+SAMPLE = 1_000
 
 Fault = Literal["outside", "missing", "unreadable"]
 _ENDS = {b"\x89PNG": b"IEND", b"\xff\xd8\xff": b"\xff\xd9"}
@@ -115,8 +117,9 @@ class ImageFiles:
         # Pillow is loaded only by those who ask for more than existence.
         from prm.images import image_size, read_image
 
+        first = self._check == "sample" and self.count < SAMPLE
         try:
-            if self._check == "decode":
+            if self._check == "decode" or first:
                 read_image(path)
             else:
                 image_size(path)

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from prm.aggregations import Aggregation
 from prm.collate import Collator, EncodedExample
+from prm.loading import made_in_order
 from prm.model import PRM, step_logits
 
 
@@ -69,6 +70,7 @@ def score_examples(
     batch_size: int,
     *,
     full_vocab: bool = False,
+    workers: int = 0,
 ) -> list[Tensor]:
     """Step scores p("+") of every example, one [steps] tensor each on the CPU, in order.
 
@@ -86,15 +88,23 @@ def score_examples(
         batch_size: examples per forward pass.
         full_vocab: probabilities over the whole vocabulary instead of the two labels, as
             DreamPRM-1.5 scores: softmax(z)₊ at the position, where "+" and "-" do not sum to 1.
+        workers: processes that make batches ahead; see ``prm.loading``.
+
+    Raises:
+        DataError: an image that cannot be decoded.
     """
     if batch_size < 1:
         raise ValueError(f"expected batch_size >= 1, found {batch_size}")
     device = next(iter(params.values()), next(prm.model.parameters())).device
     order = sorted(range(len(encoded)), key=lambda place: -len(encoded[place].input_ids))
     scores: dict[int, Tensor] = {}
-    for start in range(0, len(order), batch_size):
-        places = order[start : start + batch_size]
-        batch = collator([encoded[place] for place in places])
+    parts = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+    batches = made_in_order(
+        lambda number: collator([encoded[place] for place in parts[number]]),
+        range(len(parts)),
+        workers,
+    )
+    for places, batch in zip(parts, batches, strict=True):
         logits = step_logits(
             prm,
             params,

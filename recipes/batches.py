@@ -5,18 +5,20 @@ Nothing here has a state, so a run continues in the middle of an epoch from its 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import MappingProxyType
-from typing import TypeAlias
+from typing import TypeAlias, TypeVar
 
 import torch
 from torch import Tensor
 
 from prm.collate import Batch
+from prm.loading import made_in_order
 from recipes.options import ColdStartOptions, LowerOptions, TrainOptions
 from recipes.order import epoch_order
 from recipes.session import Examples
 
+Made = TypeVar("Made")
 Draw: TypeAlias = Callable[[int], list[list[int]]]
 """Number of a micro-batch -> its rows, by question; an example by itself is a question of one."""
 
@@ -86,6 +88,33 @@ def meta_batch(draw: Draw, meta: Examples) -> Callable[[int], Batch]:
 def per_step(batch: Callable[[int], Batch], accumulation: int) -> Callable[[int], list[Batch]]:
     """The micro-batches of a step: ``accumulation`` of the numbered ones, in order."""
     return lambda step: [batch(step * accumulation + place) for place in range(accumulation)]
+
+
+def ahead(
+    batches: Callable[[int], Made], steps: int, workers: int, every: int = 1
+) -> Callable[[int], Made]:
+    """``batches``, made by worker processes before they are asked for; the same batches.
+
+    Args:
+        batches: what a step needs, a function of its number.
+        steps: of the whole run.
+        workers: processes; 0: every batch is made when it is asked for.
+        every: steps from one that is asked for to the next. Where another comes the processes
+            start again from there.
+    """
+    if not workers:
+        return batches
+    made: Iterator[Made] = iter(())
+    due = -1
+
+    def batch(step: int) -> Made:
+        nonlocal made, due
+        if step != due:
+            made = made_in_order(batches, range(step, steps, every), workers)
+        due = step + every
+        return next(made)
+
+    return batch
 
 
 def count_visits(draw: Draw, micro_batches: int, examples: int) -> Tensor:

@@ -28,7 +28,15 @@ from recipes.scores_file import scores_for
 from recipes.session import Examples, load_model, read_solutions, set_up
 from recipes.use_options import EvaluateOptions
 
-_JUDGE = ("model", "system_prompt", "context", "max_patches", "eval_batch_size", "probability")
+_JUDGE = (
+    "model",
+    "system_prompt",
+    "context",
+    "max_patches",
+    "eval_batch_size",
+    "probability",
+    "workers",
+)
 
 
 class _Judge:
@@ -61,6 +69,7 @@ class _Judge:
             data.collator,
             options.eval_batch_size,
             full_vocab=options.probability == "vocabulary",
+            workers=options.workers,
         )
 
 

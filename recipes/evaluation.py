@@ -178,7 +178,13 @@ def step_scores_of(
 ) -> tuple[Tensor, Tensor]:
     """Step scores [examples, steps] (0 where there is no step) and mask [examples, steps]."""
     scored = score_examples(
-        prm, params, data.encoded, data.collator, options.eval_batch_size, full_vocab=full_vocab
+        prm,
+        params,
+        data.encoded,
+        data.collator,
+        options.eval_batch_size,
+        full_vocab=full_vocab,
+        workers=options.workers,
     )
     steps = max(len(row) for row in scored)
     scores = torch.zeros(len(scored), steps)

@@ -16,8 +16,9 @@ from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 import yaml
 
 from recipes.option_values import OptionError as OptionError
-from recipes.option_values import convert, did_you_mean, element
+from recipes.option_values import convert, did_you_mean, element, shortened
 from recipes.resume_point import resume_point
+from recipes.yaml_file import read_yaml
 
 Options = TypeVar("Options")
 PRESETS = Path(__file__).parent / "presets"
@@ -42,6 +43,7 @@ _LEAST = {
     "upper_start": 0,
     "upper_step_size": 1,
     "upper_weight_decay": 0,
+    "workers": 0,
 }
 """Smallest value of the options that have one and that no constructor checks by name."""
 
@@ -72,6 +74,11 @@ class PrmOptions:
     )
     max_patches: int = option(6, "at most this many tiles per image")
     threads: int = option(0, "CPU threads of torch (0: all cores)")
+    workers: int = option(
+        0,
+        "processes that make batches ahead of time, images decoded (training: so many for each "
+        "level); 0: none. The batches are the same",
+    )
     seed: int = option(0, "fixes initial weights, order of data and everything else random")
 
 
@@ -306,7 +313,8 @@ def resolve(options: type[Options], given: Mapping[str, Any]) -> Options:
         raise OptionError("--resume takes the options from the run's args.yaml; leave out --config")
     if resumed or preset is not None:
         path = _args_path(given["resume"]) if resumed else _preset_path(str(preset))
-        values = _convert_all(options, _read_yaml(path), str(path))
+        preset_values = {key.replace("-", "_"): value for key, value in read_yaml(path).items()}
+        values = _convert_all(options, preset_values, str(path))
     if resumed:
         values["output_dir"] = str(resume_point(given["resume"])[0])
     values.update(_convert_all(options, given, "command line"))
@@ -360,22 +368,11 @@ def _args_path(run: str) -> Path:
     return path
 
 
-def _read_yaml(path: Path) -> dict[str, Any]:
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise OptionError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from error
-    if content is None:
-        return {}
-    if not isinstance(content, dict):
-        raise OptionError(f"{path}: expected `option: value` lines, found {type(content).__name__}")
-    return {str(key).replace("-", "_"): value for key, value in content.items()}
-
-
 def _convert_all(options: type[Any], given: Mapping[str, Any], where: str) -> dict[str, Any]:
     hints = get_type_hints(options)
     names = [f.name for f in fields(options)]
     for name in given:
         if name not in names:
-            raise OptionError(f"{where}: unknown option {name!r}{did_you_mean(name, names)}")
+            shown = shortened(repr(name))
+            raise OptionError(f"{where}: unknown option {shown}{did_you_mean(name, names)}")
     return {name: convert(value, hints[name], f"{where}: {name}") for name, value in given.items()}

@@ -15,6 +15,7 @@ from prm.collate import Batch
 from prm.model import PRM, save_prm
 from recipes.batches import (
     Draw,
+    ahead,
     cold_start_rows,
     count_visits,
     lower_draw,
@@ -81,7 +82,9 @@ def run_cold_start(options: ColdStartOptions) -> Path:
             solver,
             run,
             steps=options.steps,
-            lower_batches=per_step(batch, options.accumulation),
+            lower_batches=ahead(
+                per_step(batch, options.accumulation), options.steps, options.workers
+            ),
             upper_batch=None,
             weighting=None,
             log_every=options.log_every,
@@ -129,12 +132,19 @@ def run_training(options: TrainOptions) -> Path:
         draw, lower_batch = _lower_level(options, data, weighting, initial)
         upper_batch = None
         if weighting is not None and data.meta is not None:
-            upper_batch = meta_batch(upper_draw(options, data.meta), data.meta)
+            upper_batch = ahead(
+                meta_batch(upper_draw(options, data.meta), data.meta),
+                options.steps,
+                options.workers,
+                every=options.unroll_steps,
+            )
         end = train(
             solver,
             run,
             steps=options.steps,
-            lower_batches=per_step(lower_batch, options.accumulation),
+            lower_batches=ahead(
+                per_step(lower_batch, options.accumulation), options.steps, options.workers
+            ),
             upper_batch=upper_batch,
             weighting=weighting,
             log_every=options.log_every,

@@ -60,6 +60,7 @@ def run_score(options: ScoreOptions) -> Path:
                 data.collator,
                 options.eval_batch_size,
                 full_vocab=options.probability == "vocabulary",
+                workers=options.workers,
             )
             for place, (row, steps) in enumerate(zip(encoded, scores, strict=True), start=start):
                 if not steps.isfinite().all():

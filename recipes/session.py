@@ -122,7 +122,10 @@ def read_solutions(options: PrmOptions, path: str) -> Solutions:
 
 
 def read_examples(prm: PRM, options: PrmOptions, path: str) -> Examples:
-    """Read a file of any known format (every image decoded once) and tokenise it for ``prm``.
+    """Read a file of any known format and tokenise it for ``prm``.
+
+    Images are checked (the first thousand decoded, of the others the headers) and not kept: a batch
+    decodes its own.
 
     Raises:
         OptionError: no such file.
@@ -132,7 +135,7 @@ def read_examples(prm: PRM, options: PrmOptions, path: str) -> Examples:
     examples = reader.read_examples(
         file,
         options.image_root,
-        check_images="decode",
+        check_images="sample",
         allow_outside_images=options.allow_outside_images,
     )
     collator = prm.collator(

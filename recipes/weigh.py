@@ -30,7 +30,15 @@ from recipes.weigh_rules import rule_weights
 from recipes.weight_report import net_weights, write_weights
 from weighting import DomainTable, InstanceNet, InstanceTable, load_weighting
 
-_JUDGE = ("model", "reference_model", "system_prompt", "context", "max_patches", "eval_batch_size")
+_JUDGE = (
+    "model",
+    "reference_model",
+    "system_prompt",
+    "context",
+    "max_patches",
+    "eval_batch_size",
+    "workers",
+)
 _SHOWN = 5
 _UNREAD = {
     "weighting": ("keep", "within", "alpha"),
