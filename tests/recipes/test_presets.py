@@ -10,8 +10,7 @@ import pytest
 
 from prm.aggregations import logit_mean
 from recipes.embedded.vocabulary import SYSTEM_PROMPT
-from recipes.option_rules import check_together
-from recipes.options import PRESETS, ColdStartOptions, TrainOptions, resolve
+from recipes.options import ColdStartOptions, TrainOptions, resolve
 from recipes.problem_setup import make_weighting
 from recipes.runs import run_cold_start, run_training
 from recipes.session import AGGREGATIONS
@@ -24,12 +23,6 @@ TRAININGS = ("official-table", "official-net", "paper-table", "paper-net", "drea
 
 def options_of(name):
     return resolve(ColdStartOptions if name in COLD_STARTS else TrainOptions, {"config": name})
-
-
-@pytest.mark.parametrize("name", sorted(path.stem for path in PRESETS.glob("*.yaml")))
-def test_every_shipped_preset_goes_together(name):
-    kind = ColdStartOptions if name.endswith("cold-start") else TrainOptions
-    check_together(resolve(kind, {"config": name}))
 
 
 @pytest.mark.parametrize("name", [*COLD_STARTS, *TRAININGS])
