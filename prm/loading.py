@@ -35,19 +35,21 @@ def made_in_order(
         return
     if not hasattr(signal, "SIGCHLD"):
         raise ValueError("expected workers 0: this system cannot fork processes")
-    loader: DataLoader[Any] = DataLoader(
-        _Numbered(make),
-        batch_size=None,
-        sampler=numbers,
-        num_workers=workers,
-        collate_fn=_as_it_is,
-        worker_init_fn=_leave_interrupts,
-        multiprocessing_context="fork",
-        generator=torch.Generator(),  # else a seed is drawn from the global random state
-    )
     with warnings.catch_warnings():
-        # Python 3.12 warns that forking next to threads may deadlock; a worker uses none of them.
+        # How many there are is the caller's decision; and a worker uses no threads, next to which
+        # Python 3.12 warns of forking.
+        warnings.filterwarnings("ignore", "This DataLoader will create", UserWarning)
         warnings.simplefilter("ignore", DeprecationWarning)
+        loader: DataLoader[Any] = DataLoader(
+            _Numbered(make),
+            batch_size=None,
+            sampler=numbers,
+            num_workers=workers,
+            collate_fn=_as_it_is,
+            worker_init_fn=_leave_interrupts,
+            multiprocessing_context="fork",
+            generator=torch.Generator(),  # else a seed is drawn from the global random state
+        )
         iterator = iter(loader)
     try:
         for made in iterator:
