@@ -26,6 +26,8 @@ from recipes.problems.digit_scans import joined, long_tail, read_splits, with_wr
 from recipes.problems.noisy_labels import (
     TITLES,
     NoisyLabelOptions,
+    _take_times,
+    _time_cell,
     batches,
     main,
     make_task,
@@ -207,6 +209,25 @@ def test_time_to_the_target():
     trace = [[0.5, 0.2], [1.0, 0.9], [1.5, 0.7]]
     assert seconds_to(trace, 0.9) == 1.0
     assert seconds_to(trace, 0.91) is None
+
+
+def test_times_are_taken_to_shares_of_the_ceiling_of_the_same_seed():
+    def run(dev, trace):
+        return {"dev": dev, "trace": trace}
+
+    runs = {
+        "uniform": [run(0.7, [[1.0, 0.77], [2.0, 0.7]]), run(0.3, [[1.0, 0.3]])],
+        "ceiling": [run(0.8, [[0.5, 0.6], [0.7, 0.8]]), run(0.6, [[0.4, 0.6]])],
+    }
+    _take_times(runs, (0.95, 1.0))
+    assert all("trace" not in one for found in runs.values() for one in found)
+    first = runs["uniform"][0]["reached"]
+    assert [one["share"] for one in first] == [0.95, 1.0]
+    assert [one["dev"] for one in first] == pytest.approx([0.76, 0.8])
+    assert [(one["seconds"], one["at_the_end"]) for one in first] == [(1.0, False), (None, False)]
+    assert _time_cell(runs["uniform"], 0) == "1.00 s (1 of 2; 0)"
+    assert _time_cell(runs["uniform"], 1) == "not reached"
+    assert _time_cell(runs["ceiling"], 1) == "0.55 s (2 of 2; 2)"
 
 
 @pytest.mark.parametrize("damage", [[], ["--long-tail"]])
