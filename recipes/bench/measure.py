@@ -60,7 +60,7 @@ def in_rounds(
 
     One call of each per round, in turns, so that a slow moment of the machine meets all alike.
     Everything is due in round 0; a call before it, not counted, warms what is due in every round.
-    Graphs that earlier calls left behind in cycles are freed first, outside the time.
+    What earlier rounds left behind in cycles is freed before each.
     """
     for one in timed.values():
         if one.every == 1:
@@ -68,9 +68,9 @@ def in_rounds(
     found: list[dict[str, float]] = []
     for index in range(rounds):
         found.append({})
+        gc.collect()
         for name, one in timed.items():
             if index % one.every == 0:
-                gc.collect()
                 started = time.perf_counter()
                 one.run()
                 found[-1][name] = time.perf_counter() - started
