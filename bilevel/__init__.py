@@ -3,6 +3,26 @@
 A problem is a pair of pure functions of (lower parameters, upper parameters, batch), an algorithm
 a frozen dataclass of its hyperparameters, a state a pytree of tensors. Start with `BilevelProblem`
 or `ReweightingProblem`, and `BilevelSolver`; audit with `check_hypergradient`.
+
+What is claimed of each hypergradient, and held to it by tests:
+
+============  ==========================================  ==================================
+class         is the derivative of                        exact for
+============  ==========================================  ==================================
+`OneStep`     the upper loss after the last lower step    every optimizer here, every route
+                                                          but `CentralDifference`, in order
+                                                          lower-first
+`Unrolled`    the upper loss after the last T steps       every optimizer here
+`Implicit`    the upper loss at the lower level solved    a stationary θ, no weight decay in
+                                                          the optimizer, no damping
+`Penalty`     a penalised problem                         no λ: its error falls as 1/λ
+============  ==========================================  ==================================
+
+Limits: `Unrolled` (T = 1) is `OneStep`; at a stationary θ, T steps of `SGD` (η) are `Implicit` with
+``Neumann(T − 1, η)``, and T → ∞ is `Implicit` solved; `CentralDifference` is of second order in its
+step. Layers: linear, attention, RMSNorm, LayerNorm, GroupNorm, convolutions, embeddings, tied and
+frozen parameters, dropout (replayed). float64 to rounding, float32 to about 1e-5, 16 bits to a few
+percent with moments in float32.
 """
 
 from __future__ import annotations
