@@ -58,6 +58,7 @@ class Objective:
             labels. Features of Instance Net are over the labels always.
         lower_loss: "cross-entropy" (``prm.losses.step_cross_entropy``) or "squared"
             (``prm.losses.step_squared_error``).
+        normalise_given: ``batch["weights"]`` are divided by the mean of their micro-batch.
     """
 
     prm: PRM
@@ -69,6 +70,7 @@ class Objective:
     domains: int = 0
     full_vocab: bool = False
     lower_loss: Literal["cross-entropy", "squared"] = "cross-entropy"
+    normalise_given: bool = True
 
     def per_example_loss(self, lower: Params, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """Mean loss over the labelled steps, [batch], and two-way step probabilities."""
@@ -91,7 +93,8 @@ class Objective:
         if isinstance(self.weighting, InstanceNet):
             return self.weighting.weights(dict(upper), *self.net_inputs(batch, features))
         if "weights" in batch:
-            return batch_mean_one(batch["weights"])
+            given = batch["weights"]
+            return batch_mean_one(given) if self.normalise_given else given
         return torch.ones(len(batch["labels"]))
 
     def net_inputs(self, batch: Batch, features: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:

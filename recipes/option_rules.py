@@ -78,7 +78,7 @@ _LOWER_READINGS = (
 _TRAIN_READINGS = (
     Reading(
         (
-            *("bound", "bound_low", "bound_high", "normalise", "prior"),
+            *("bound", "bound_low", "bound_high", "prior"),
             *("features", "reference_features", "hidden", "layers", "centre"),
             *("upper_warmup", "upper_step_size", "upper_gamma", "upper_max_norm"),
             *("upper_lr", "upper_optimizer", "upper_betas", "upper_weight_decay"),
@@ -122,10 +122,16 @@ _TRAIN_READINGS = (
         "use --upper-schedule step",
     ),
     Reading(
-        ("normalise", "prior"),
+        ("prior",),
         lambda options: options.weighting in ("net", "table"),
         ("weighting",),
         "use --weighting net or table",
+    ),
+    Reading(
+        ("normalise",),
+        lambda options: options.weighting in ("net", "table") or options.weights_file is not None,
+        ("weighting", "weights_file"),
+        "use --weighting net or table, or --weights-file",
     ),
     Reading(
         ("features", "reference_features", "hidden", "layers", "centre"),

@@ -186,7 +186,9 @@ class TrainOptions(LowerOptions, ScoringOptions):
     bound_low: float = option(0.0, "lower end of the range (clip, clamp)")
     bound_high: float = option(2.0, "upper end of the range (clip, clamp, sigmoid)")
     normalise: Literal["batch", "table", "none"] = option(
-        "batch", "mean 1 within the batch, over the whole table, or no normalisation (net, table)"
+        "batch",
+        "mean 1 within the batch, over the whole table or weights file, or no normalisation (net, "
+        "table, weights file)",
     )
     prior: float = option(
         1.0, "weight of every instance at the start, and where decay pulls (net, table)"

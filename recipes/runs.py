@@ -51,7 +51,7 @@ from recipes.weight_report import (
     write_weighting,
     write_weights,
 )
-from weighting import InstanceNet, Weighting
+from weighting import InstanceNet, Weighting, mean_one_over
 
 
 def run_cold_start(options: ColdStartOptions) -> Path:
@@ -124,6 +124,7 @@ def run_training(options: TrainOptions) -> Path:
         len(data.domains),
         full_vocab=options.probability == "vocabulary",
         lower_loss=options.lower_loss,
+        normalise_given=options.normalise == "batch",
     )
     solver, upper, rates = _solver(options, objective, data)
     with open_run(options, prm.model, solver.init(lower, upper)) as run:
@@ -238,7 +239,8 @@ def _lower_level(
     if initial is not None and isinstance(weighting, InstanceNet) and options.reference_features:
         columns["reference_probs"] = initial.scores
     if data.fixed_weights is not None:
-        columns["weights"] = data.fixed_weights
+        given = data.fixed_weights
+        columns["weights"] = mean_one_over(given, given) if options.normalise == "table" else given
     draw = lower_draw(options, range(len(examples)))
     return draw, train_batch(draw, examples, columns)
 

@@ -51,8 +51,9 @@ def refusal(options) -> str:
         ),
         (
             replace(DOMAIN, prior=0.5, normalise="none"),
-            "--normalise none, --prior 0.5 have no effect with --weighting domain: leave them out, "
-            "or use --weighting net or table",
+            "--prior 0.5 has no effect with --weighting domain: leave it out, or use "
+            "--weighting net or table; --normalise none has no effect with --weighting domain "
+            "--weights-file none: leave it out, or use --weighting net or table, or --weights-file",
         ),
         (
             replace(TABLE, features=("loss", "label"), reference_features=False, hidden=3),

@@ -119,6 +119,32 @@ def test_rules_keep_a_share_and_training_takes_it(task, tmp_path, by):
         assert [-row["raw_weight"] for row in found] == pytest.approx(losses, rel=1e-5)
 
 
+def test_given_weights_are_normalised_over_the_file_or_not_at_all(task, tmp_path):
+    """With one example per micro-batch, where a mean over the batch would undo every weight."""
+    rows = read_lines(task.data / "train.jsonl")
+    given = [float(place % 3) for place in range(len(rows))]
+    file = tmp_path / "weights.jsonl"
+    file.write_text(
+        "".join(
+            json.dumps({"id": r["id"], "weight": w}) + "\n"
+            for r, w in zip(rows, given, strict=True)
+        )
+    )
+    found = {}
+    for normalise in ("table", "none"):
+        more = {"weighting": "none", "weights_file": str(file), "normalise": normalise}
+        run = run_training(
+            task.train(tmp_path / normalise, **more, batch_size=1, steps=len(rows), test_file=None)
+        )
+        found[normalise] = [line["weights/mean"] for line in read_lines(run / "log.jsonl")]
+        assert [row["weight"] for row in read_lines(run / "weights.jsonl")] == given
+    assert sorted(found["none"]) == sorted(given)  # one epoch
+    mean = sum(given) / len(given)
+    assert found["table"] == pytest.approx([weight / mean for weight in found["none"]], rel=1e-6)
+    options = task.train(tmp_path / "b", weighting="none", weights_file=str(file), batch_size=1)
+    assert commands.run("train", options) == 1
+
+
 def test_a_share_of_every_domain(task, tmp_path):
     options = WeighOptions(
         by="bis", file=str(task.data / "train.jsonl"), output=str(tmp_path / "w"), within="domain"
