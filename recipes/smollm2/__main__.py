@@ -13,7 +13,7 @@ What is finished in ``--work-dir`` is not done again.
 from __future__ import annotations
 
 import argparse
-import time
+import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ import torch
 import yaml
 from torch import Tensor
 
+from prm.aggregations import AggregationName
 from prm.metrics import paired_interval, roc_auc
 from recipes.evaluation import (
     Candidates,
@@ -32,7 +33,7 @@ from recipes.evaluation import (
     solution_scores_of,
 )
 from recipes.machine import machine
-from recipes.options import ColdStartOptions, PrmOptions, TrainOptions, to_yaml
+from recipes.options import ColdStartOptions, LowerOptions, PrmOptions, TrainOptions, to_yaml
 from recipes.run_directory import environment, write_json
 from recipes.runs import run_cold_start, run_training
 from recipes.score import run_score
@@ -45,7 +46,7 @@ from recipes.use_options import ScoreOptions
 
 LAYERS = 30
 _SYSTEM = "judge each step of the solution"
-_HOW = "mean"
+_HOW: AggregationName = "mean"
 
 
 def train_options(
@@ -111,7 +112,13 @@ def once(options: Any, run: Callable[[Any], Path]) -> None:
     run(options)
 
 
-def test_scores(model: Path, work: Path, name: str, threads: int) -> list[Tensor]:
+def seconds_of(run: Path) -> float:
+    """How long a run took, whenever that was."""
+    found = json.loads((run / "results.json").read_text(encoding="utf-8"))
+    return float(round(sum(found["seconds"].values()), 1))
+
+
+def scores_of(model: Path, work: Path, name: str, threads: int) -> list[Tensor]:
     """Step scores [steps] of every test candidate by ``model``."""
     data, output = work / "data" / "test.jsonl", work / f"scores-{name}.jsonl"
     run_score(
@@ -181,37 +188,19 @@ def check(given: argparse.Namespace) -> dict[str, Any]:
     logging.disable_progress_bar()
     torch.set_num_threads(given.threads)
     work = Path(given.work_dir)
-    seconds: dict[str, float] = {}
-    started = time.perf_counter()
-
-    def lap(name: str) -> None:
-        nonlocal started
-        now = time.perf_counter()
-        seconds[name], started = round(now - started, 1), now
-        print(f"{name}: {seconds[name]:.0f} s", flush=True)
-
-    sizes = Sizes()
-    counts = write_parts(Path(given.data), work / "data", sizes, given.seed)
+    counts = write_parts(Path(given.data), work / "data", Sizes(), given.seed)
     model = write_model(gguf_file(), work / "model")
-    lap("data and weights")
     cold, plain, net = train_options(work, model, given)
-    once(cold, run_cold_start)
-    lap("cold start")
-    once(plain, run_training)
-    lap("no selection")
-    once(net, run_training)
-    lap("instance net")
+    runs: dict[str, LowerOptions] = {"cold start": cold, "No Selection": plain, "Instance Net": net}
+    for options in runs.values():
+        once(options, run_cold_start if options is cold else run_training)
     test = read_solutions(PrmOptions(), str(work / "data" / "test.jsonl")).examples
     train = read_solutions(PrmOptions(), cold.train_file).examples
     judges: dict[str, list[Tensor]] = {"place of the step only": position_scores(train, test)}
-    models = {"SmolLM2 as it comes": model} | {
-        name: Path(options.output_dir) / "model"
-        for name, options in (("cold start", cold), ("No Selection", plain), ("Instance Net", net))
-    }
-    for name, path in models.items():
+    models = {name: Path(options.output_dir) / "model" for name, options in runs.items()}
+    for name, path in {"SmolLM2 as it comes": model, **models}.items():
         file = name.lower().replace(" ", "-")
-        judges[f"PRM: {name}"] = test_scores(path, work, file, given.threads)
-    lap("scoring")
+        judges[f"PRM: {name}"] = scores_of(path, work, file, given.threads)
     candidates = read_scored_candidates(PrmOptions(), str(work / "data" / "test.jsonl"))
     return {
         "rows": figures(candidates, judges),
@@ -224,7 +213,7 @@ def check(given: argparse.Namespace) -> dict[str, Any]:
         "lower_lr": given.lower_lr,
         "aggregation": _HOW,
         "seed": given.seed,
-        "seconds": seconds,
+        "seconds": {name: seconds_of(Path(options.output_dir)) for name, options in runs.items()},
         "machine": machine(),
         "environment": environment(),
     }

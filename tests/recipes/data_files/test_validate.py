@@ -96,6 +96,9 @@ def test_the_published_meta_file_by_its_properties(tmp_path):
     assert (found["duplicate_ids"], found["constant_id"]) == (1656 - 414, False)
     # Its "+" are fillers.
     assert found["label_balance"] == {"+": 0, "-": 0, "soft": 0, "none": found["steps"]}
+    written = tmp_path / "findings.json"
+    assert main(["data", "validate", str(path), "--json", str(written)]) == 0
+    assert json.loads(written.read_text()) == found
     text = page(path)
     assert len(text.splitlines()) < 40
     assert "896 (54.1 %)" in text
