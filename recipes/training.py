@@ -116,13 +116,20 @@ def train(
                 if run.checkpoints.due(first, int(now.state.lower_steps)):
                     run.checkpoints.save(now)
             except Exception as error:
-                # Ctrl-C reaches the processes that load batches, too: then there is none.
-                if (signal := asked()) and isinstance(error, StepError):
+                if (signal := asked()) and _of_loaders(error):
                     raise stop(now, signal) from error
                 raise run.explained(error, now) from error
             if signal := asked():
                 raise stop(now, signal)
     return now
+
+
+def _of_loaders(error: Exception) -> bool:
+    """Whether the signal may have reached the processes that make batches, too, and ended them.
+
+    torch raises that in the middle of whatever this process does.
+    """
+    return isinstance(error, StepError) or "DataLoader worker" in str(error)
 
 
 def _tell(trouble: Trouble, title: str, step: int, on_trouble: OnTrouble, in_a_row: int) -> None:

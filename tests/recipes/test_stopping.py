@@ -71,6 +71,22 @@ def test_the_step_is_finished_the_state_saved_and_the_way_on_said(
     assert not (run / "lock").exists()
 
 
+def test_loader_processes_that_the_signal_ended_are_no_fault(task, tmp_path, monkeypatch):
+    """A signal to all processes of a job; torch says that its workers died, wherever we are."""
+    original = BilevelSolver.step
+
+    def step(self, state, *rest):
+        if int(state.lower_steps) == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+            raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Terminated. ")
+        return original(self, state, *rest)
+
+    monkeypatch.setattr(BilevelSolver, "step", step)
+    with pytest.raises(Stopped, match="stopped by SIGTERM after 2 of 4 lower steps"):
+        run_training(task.train(tmp_path / "run"))
+    assert (tmp_path / "run" / "checkpoints" / "step-2").is_dir()
+
+
 def test_after_the_last_step_only_the_evaluation_is_left(task, tmp_path, send, monkeypatch):
     options = task.train(tmp_path / "run", steps=3)
     send(signal.SIGTERM, 3)
