@@ -23,6 +23,7 @@ from recipes.options import (
     build_parser,
     resolve,
 )
+from recipes.run_state import RunsListOptions, RunsShowOptions, list_runs, show_run
 from recipes.task_options import CompareOptions, DataOptions, PretrainOptions
 from recipes.use_options import (
     ConvertModelOptions,
@@ -53,6 +54,10 @@ _FILE_COMMANDS = {
     "inspect": (InspectOptions, "show one example as the model gets it"),
     "split": (SplitOptions, "divide a data file into parts that share no question"),
 }
+_RUN_COMMANDS = {
+    "show": (RunsShowOptions, "where a run stands, and how to go on"),
+    "list": (RunsListOptions, "all runs below a folder (default: runs)"),
+}
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -74,6 +79,17 @@ def make_parser() -> argparse.ArgumentParser:
         command = kinds.add_parser(name, help=text, description=text)
         build_data_parser(command, options)
         command.set_defaults(options=options)
+    about = "what runs were and where they stand"
+    kinds = commands.add_parser("runs", help=about, description=about).add_subparsers(
+        dest="kind", required=True, metavar="kind"
+    )
+    for name, (options, text) in _RUN_COMMANDS.items():
+        command = kinds.add_parser(name, help=text, description=text)
+        (flag,) = options.__bases__
+        required = None if name == "show" else "?"
+        command.add_argument("directory", metavar="DIR", nargs=required, default=argparse.SUPPRESS)
+        build_parser(command, flag, preset=False)
+        command.set_defaults(options=options)
     return parser
 
 
@@ -91,9 +107,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except OptionError as error:
         print(f"bilevel-prm {name}: {error}", file=sys.stderr)
         return 2
+    if isinstance(options, RunsShowOptions | RunsListOptions):
+        return _runs(name, options)
     from recipes import commands
 
     return commands.run(name, options)
+
+
+def _runs(name: str, options: RunsShowOptions | RunsListOptions) -> int:
+    """Without the other commands, which import torch."""
+    try:
+        show_run(options) if isinstance(options, RunsShowOptions) else list_runs(options)
+    except OptionError as error:
+        print(f"bilevel-prm {name}: {error}", file=sys.stderr)
+        return 2
+    return 0
 
 
 if __name__ == "__main__":

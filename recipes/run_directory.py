@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from recipes.options import OptionError, to_yaml
+from recipes.provenance import data_fingerprints, git_state
 
 _PACKAGES = ("bilevel-prm", "torch", "transformers", "torchopt", "safetensors", "numpy", "pillow")
 
@@ -42,7 +43,7 @@ def describe_run(path: Path, options: Any) -> None:
             f"--output-dir {path}: {what}; nothing was overwritten. Choose another directory or "
             "remove this one"
         )
-    write_json(path / "env.json", environment())
+    write_json(path / "env.json", {**environment(), "data": data_fingerprints(options)})
     write_text(path / "args.yaml", to_yaml(options))
 
 
@@ -81,6 +82,7 @@ def environment() -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "cuda": torch.version.cuda if torch.cuda.is_available() else None,
         "packages": versions,
+        "git": git_state(),
     }
 
 

@@ -39,6 +39,15 @@ def locked(directory: Path) -> Iterator[None]:
             path.unlink()
 
 
+def at_work(directory: Path) -> bool:
+    """Whether a process holds the lock of a run directory; one on another host counts as there."""
+    path = directory / LOCK
+    if not path.exists():
+        return False
+    holder = _read(path)
+    return holder is None or holder.get("host") != socket.gethostname() or _lives(holder)
+
+
 def _acquire(path: Path) -> None:
     """Write the lock, unless somebody has it; looking and writing are one to other processes."""
     folder = os.open(path.parent, os.O_RDONLY)
