@@ -16,8 +16,8 @@ def test_runs_that_are_killed_are_the_uninterrupted_ones(tmp_path, monkeypatch):
     found = chaos(tmp_path, kills=4, seed=3, cases=("net", "unrolled"))
     json.dumps(found, allow_nan=False)
     assert found["kills"] >= 4
-    assert found["resumed"] == found["kills"]
-    assert found["identical"] == found["runs"] >= 2
+    assert found["resumed"] == found["identical"] == found["kills"]
+    assert found["runs_identical"] == found["runs"] >= 2
     assert found["lost_steps_max"] <= SAVE_EVERY + 1  # to the end of a window of two
 
 
