@@ -17,11 +17,13 @@ that training could go on from: a checkpoint that falls due inside is written at
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -33,7 +35,7 @@ from torch import Tensor
 
 from bilevel import BilevelState, tree
 from bilevel.random_state import RandomState
-from recipes.identity import differences
+from recipes.identity import differences, digest_file
 from recipes.option_values import OptionError
 from recipes.run_directory import write_text
 from recipes.run_errors import WriteError
@@ -121,6 +123,7 @@ class Checkpoints:
             "unlogged": asdict(progress.unlogged),
             "seen": asdict(progress.seen),
         }
+        content["sha256"] = _seal(unfinished / _STATE, content)
         write_text(unfinished / _RUN, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
         _flush(unfinished / _STATE)
         _flush(unfinished)
@@ -161,38 +164,64 @@ class Checkpoints:
             example: a state of this run, for the structure: ``solver.init(...)``.
 
         Raises:
-            OptionError: it cannot be read, or it is of another run; the message lists what differs.
+            OptionError: it cannot be read, some of it has changed since it was written, or it is
+                of another run; the message lists what differs.
         """
-        try:
+        with _readable(path):
             run = json.loads((path / _RUN).read_text(encoding="utf-8"))
-            tensors = load_file(path / _STATE)
-        except (OSError, ValueError, SafetensorError) as error:
-            raise OptionError(
-                f"--resume: {path} cannot be read ({error}); remove it to go on from the "
-                "checkpoint before it"
-            ) from error
-        different = differences(run["identity"], self.identity)
+            if run.pop("sha256") != _seal(path / _STATE, run):
+                raise ValueError("something in it is not as it was written")
+            different = differences(run["identity"], self.identity)
         if different:
             raise OptionError(
                 f"--resume: {path} is of another run: {'; '.join(different)}. Give the run's own "
                 "options and files, or start a new run in another directory"
             )
-        try:
-            state, random = _levels_and_random(tensors, example)
-        except ValueError as error:
-            raise OptionError(f"--resume: {path}: {error}") from error
-        return Progress(state, random, Unlogged(**run["unlogged"]), Seen(**run["seen"]))
+        with _readable(path):
+            tensors = load_file(path / _STATE)
+            try:
+                state, random = _levels_and_random(tensors, example)
+            except ValueError as error:
+                raise OptionError(f"--resume: {path}: {error}") from error
+            return Progress(state, random, Unlogged(**run["unlogged"]), Seen(**run["seen"]))
 
     def _due(self) -> Iterator[Path]:
         """Directories of complete checkpoints that were due, newest first."""
         for path in reversed(self._complete()):
-            if json.loads((path / _RUN).read_text(encoding="utf-8"))["due"]:
-                yield path
+            with suppress(OptionError), _readable(path):
+                if json.loads((path / _RUN).read_text(encoding="utf-8"))["due"]:
+                    yield path
 
     def _complete(self) -> list[Path]:
         """Directories of complete checkpoints, oldest first."""
         found = [p for p in self.directory.glob("step-*") if re.fullmatch(r"step-\d+", p.name)]
         return sorted(found, key=_steps)
+
+
+def _seal(state: Path, content: Mapping[str, Any]) -> str:
+    """SHA-256 of a checkpoint: of the state's bytes, and of everything else that ``run.json`` says.
+
+    A disk or a copy that changed a bit must not change a run without a word.
+    """
+    text = digest_file(state) + json.dumps(content, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+@contextmanager
+def _readable(path: Path) -> Iterator[None]:
+    """Whatever is wrong with the content of a checkpoint becomes an ``OptionError``."""
+    try:
+        yield
+    except OptionError:
+        raise
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, SafetensorError) as error:
+        reason = f"{type(error).__name__} {error}" if isinstance(error, LookupError) else error
+        raise OptionError(
+            f"--resume: {path} cannot be read ({reason}); remove it to go on from the "
+            "checkpoint before it"
+        ) from error
+    except (RecursionError, RuntimeError) as error:
+        raise OptionError(f"--resume: {path} cannot be read ({error}); remove it") from error
 
 
 def _steps(path: Path) -> int:

@@ -107,15 +107,21 @@ def test_weights(folder):
     run()
 
 
-def test_weightings(folder):
-    """One of the three files damaged: changed JSON, or bytes."""
-    store = folder / "weighting"
+def weightings(store: Path) -> list[dict[str, bytes]]:
+    """The files of a saved table and of a saved net."""
 
     def table(weighting: Any, ids: list[str]) -> dict[str, bytes]:
         save_weighting(store, weighting, weighting.init(), ids, {"features": ["label"]})
         return {path.name: path.read_bytes() for path in store.iterdir()}
 
-    kinds = [table(InstanceTable(2, bound=Clip()), ["a", "b"]), table(InstanceNet(3), [])]
+    return [table(InstanceTable(2, bound=Clip()), ["a", "b"]), table(InstanceNet(3), [])]
+
+
+def test_weightings(folder):
+    """One of the three files damaged: changed JSON, or bytes."""
+    store = folder / "weighting"
+
+    kinds = weightings(store)
     shapes = [save({"deviation": torch.zeros(n)}) for n in (0, 1, 3)]
     shapes += [save({"deviation": torch.full((2,), float("nan"))}), save({"x": torch.zeros(2)})]
     shapes += [save({"deviation": torch.zeros(2, dtype=torch.int64)})]
@@ -176,8 +182,8 @@ def test_presets(folder):
     run()
 
 
-@pytest.mark.filterwarnings("ignore::UserWarning")  # of Pillow, on damaged tags
-def test_images(folder):
+def pictures(folder: Path) -> list[bytes]:
+    """Small files of every format, with and without metadata."""
     kinds = ("png", "jpg", "gif", "bmp", "webp", "tiff")
     whole = [save_image(folder / f"whole.{kind}", 24, 16).read_bytes() for kind in kinds]
     exif = Image.Exif()
@@ -185,6 +191,12 @@ def test_images(folder):
     for kind in ("png", "jpg", "webp", "tiff"):
         Image.new("RGB", (24, 16)).save(folder / f"turned.{kind}", exif=exif)
         whole.append((folder / f"turned.{kind}").read_bytes())
+    return whole
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")  # of Pillow, on damaged tags
+def test_images(folder):
+    whole = pictures(folder)
     path = folder / "image"
 
     @fuzzed()
