@@ -74,16 +74,22 @@ class PrmOptions:
     )
     max_patches: int = option(6, "at most this many tiles per image")
     threads: int = option(0, "CPU threads of torch (0: all cores)")
+    seed: int = option(0, "fixes initial weights, order of data and everything else random")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoaderOptions(PrmOptions):
+    """What every command that runs the model over a whole file needs."""
+
     workers: int = option(
         0,
         "processes that make batches ahead of time, images decoded (training: so many for each "
         "level); 0: none. The batches are the same",
     )
-    seed: int = option(0, "fixes initial weights, order of data and everything else random")
 
 
 @dataclass(frozen=True, kw_only=True)
-class ScoringOptions(PrmOptions):
+class ScoringOptions(LoaderOptions):
     """What every command that scores whole solutions needs."""
 
     aggregation: Literal[
@@ -93,7 +99,7 @@ class ScoringOptions(PrmOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
-class LowerOptions(PrmOptions):
+class LowerOptions(LoaderOptions):
     """Training of the process reward model itself: the lower level."""
 
     train_file: str = option(..., "JSONL with step labels")

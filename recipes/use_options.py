@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from recipes.options import PrmOptions, ScoringOptions, option
+from recipes.options import LoaderOptions, ScoringOptions, option
 
 _PROBABILITY = (
     "softmax that a step's score is read from, over the two labels or, as in DreamPRM-1.5, over "
@@ -14,7 +14,7 @@ _PROBABILITY = (
 
 
 @dataclass(frozen=True, kw_only=True)
-class ScoreOptions(PrmOptions):
+class ScoreOptions(LoaderOptions):
     """Score every candidate of a file, step by step, and write the scores as they come."""
 
     file: str = option(..., "JSONL of solutions")
@@ -72,7 +72,7 @@ class EvaluateOptions(ScoringOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
-class WeighOptions(PrmOptions):
+class WeighOptions(LoaderOptions):
     """Weights that a saved weighting, or a rule, gives the examples of a file."""
 
     by: Literal["weighting", "bis", "small-loss", "random"] = option(
