@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from recipes.__main__ import main, make_parser
+from recipes.smollm2.__main__ import table as check_table
 from tests.tiny_task import task
 
 __all__ = ["task"]
@@ -120,3 +121,10 @@ def test_a_users_files_become_selected_answers(task, tmp_path, monkeypatch):
         among = {r["id"]: r["scores"]["mean"] for r in scores if r["group"] == best["group"]}
         assert best["score"] == max(among.values()) == among[best["id"]]
         assert best["tied"] == [name for name, score in among.items() if score == best["score"]]
+
+
+def test_the_check_with_real_weights_is_the_one_that_was_written():
+    path = ROOT / "results" / "smollm2.json"
+    if not path.is_file():
+        pytest.skip("results/smollm2.json is not there: make check-smollm2 writes it")
+    assert check_table(json.loads(path.read_text(encoding="utf-8"))) in README
