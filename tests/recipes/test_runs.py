@@ -111,11 +111,13 @@ def test_results(task, runs, kind):
     weighted = kind in ("net", "table", "domain")
     own = KINDS[kind][1]
     keys = {"rows", "ci95", "n_questions", "seed", "seconds", "step_auc", "step_macro_f1", "dev"}
+    keys |= {"troubles"}
     assert set(results) == keys | ({"sources", "weight_auc"} if weighted else set())
     assert list(results["rows"]) == ["pass@1", "self_consistency", own, "pass@4"]
     assert results["n_questions"] == SIZES.test_questions
     assert results["dev"]["n_questions"] == SIZES.dev_questions
     assert results["seed"] == 0
+    assert not any(kind.endswith(("finite", "exploded")) for kind in results["troubles"])
     assert set(results["seconds"]) == {"set_up", "train", "evaluate"}
     assert all(second >= 0 for second in results["seconds"].values())
     for part in (results, results["dev"]):
