@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import difflib
 import hashlib
-import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -123,7 +122,7 @@ class Place:
         expected = LABELS if not boolean else f"true, false, {LABELS}"
         if isinstance(value, bool) or not isinstance(value, int | float):
             self.refuse(field, expected, value)
-        if not (math.isfinite(value) and 0 <= value <= 1):
+        if not 0 <= value <= 1:  # NaN is refused, too; and a whole number of any size compares
             self.refuse(field, expected, value)
         return float(value)
 

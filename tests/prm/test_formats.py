@@ -542,3 +542,9 @@ def test_what_is_read_can_be_written_as_our_own(tmp_path, name):
 def test_a_question_of_nothing_but_marks_is_refused(tmp_path, name, field):
     error = first_error(tmp_path, {**GOOD[name], field: "<image>\n"}, format=name)
     assert (error.field, error.expected) == (field, "a string that is not blank")
+
+
+def test_a_label_of_hundreds_of_digits_is_refused(tmp_path):
+    steps = [{"text": "s", "label": 10**400}]
+    error = first_error(tmp_path, {**GOOD["prm-jsonl"], "steps": steps})
+    assert (error.field, error.expected[:3]) == ("steps[0].label", '"+"')
