@@ -45,7 +45,7 @@ def test_growth_is_told_from_noise(faults, expected):
 
 
 def test_too_few_samples_are_refused():
-    with pytest.raises(ValueError, match="at least 40 samples, found 9"):
+    with pytest.raises(ValueError, match="at least 40 samples, found 10"):
         report(samples(count=10))
 
 
