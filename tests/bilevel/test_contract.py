@@ -74,7 +74,8 @@ def test_two_steps_of_every_optimizer_through_every_layer(name, kind):
             unrolled=method.exact_steps(2),
         )
         direction = random_like(case.upper_params, 0)
-        expected = slope(function, case.upper_params, direction)
+        # A longer difference crosses a kink of an activation.
+        expected = slope(function, case.upper_params, direction, 2e-5)
         value = float(tree.vdot(found[method], direction))
         assert abs(value - expected) <= 1e-6 * max(abs(expected), 1e-3)
 
