@@ -78,11 +78,14 @@ def test_nothing_is_left_behind(tmp_path):
 
     list(made_in_order(lambda number: torch.ones(3), range(4), 2))
     before = handles()
-    for _ in range(3):
+    after = []
+    for _ in range(8):
         made = made_in_order(lambda number: torch.ones(3), range(40), 2)
         next(made)
         made.close()
-    assert handles() <= before + 1
+        after.append(handles())
+    # A thread of torch's queues may be closing its own; what is left behind would add up.
+    assert min(after[4:]) <= before + 1
 
 
 @pytest.mark.parametrize("workers", [0, 2])

@@ -143,8 +143,12 @@ def test_required_options_are_named(said):
         ("--normalise table", "--normalise table --weighting net: a net has no table"),
         ("--upper-optimizer lazy-adam", "use adam, or --weighting table"),
         ("--upper-lr fast", "--upper-lr: expected auto or a number, found 'fast'"),
-        ("--upper-lr -1", "--upper-lr: WarmupCosine: peak must lie in [0, inf), got -1.0"),
-        ("--lower-lr nan", "--lower-lr, --lower-warmup: WarmupCosine: peak must lie in [0, inf)"),
+        (
+            "--upper-lr -1",
+            "--upper-lr, --upper-warmup, --upper-gamma: WarmupCosine: peak must lie in [0, inf), "
+            "got -1.0",
+        ),
+        ("--lower-lr nan", "lower_lr: expected float, found 'nan'"),
         ("--lower-betas 0.9 1.5", "betas[1] must lie in [0, 1), got 1.5"),
         ("--direction-decay 1", "direction_decay must lie in [0, 1), got 1.0"),
         ("--route dot", "--route dot --batch-size 4: dot takes one example per"),
@@ -256,7 +260,7 @@ def test_weights_file_of_other_data_is_named(train, said, tmp_path):
     assert said().startswith(f"bilevel-prm train: {weights}:1: field id: expected ")
     weights.write_text('{"id": "train-0000-0", "weight": 1.0}\n')
     assert train("--weighting", "none", "--weights-file", str(weights)) == 2
-    assert "no finite weight for 17 of 18 training examples" in said()
+    assert "no weight for 17 of 18 training examples" in said()
 
 
 def test_a_run_is_never_overwritten(train, said, tmp_path):

@@ -52,7 +52,7 @@ def candidates():
 
 @pytest.fixture
 def scored(monkeypatch):
-    def given(prm, params, data, options):
+    def given(prm, params, data, options, full_vocab=False):
         scores, mask = torch.zeros(5, 3), torch.zeros(5, 3, dtype=torch.bool)
         for row, (*_, steps) in enumerate(CANDIDATES):
             scores[row, : len(steps)] = torch.tensor([score for _, score in steps])
@@ -85,12 +85,16 @@ def test_best_shares_ties(candidates):
     ],
 )
 def test_selection_by_aggregated_scores(candidates, scored, aggregation, first):
-    found = evaluate(None, {}, candidates, SimpleNamespace(aggregation=aggregation))
+    found = evaluate(
+        None, {}, candidates, SimpleNamespace(aggregation=aggregation, probability="labels")
+    )
     assert found.selected.tolist() == pytest.approx([first, 0.5])
 
 
 def test_step_metrics_leave_out_steps_without_label(candidates, scored):
-    found = evaluate(None, {}, candidates, SimpleNamespace(aggregation="mean"))
+    found = evaluate(
+        None, {}, candidates, SimpleNamespace(aggregation="mean", probability="labels")
+    )
     # Right steps: 0.9 0.7 0.9 0.5 0.4. Wrong: 0.6 0.2 0.5. Pairs won: 3+3+3+1.5+1 of 15.
     assert found.step_auc == pytest.approx(11.5 / 15)
     # Above 0.5: three of five right ones, one of three wrong ones.
@@ -104,7 +108,7 @@ def test_step_metrics_need_both_kinds(candidates, scored):
         for e in candidates.data.examples
     ]
     same = Candidates(SimpleNamespace(examples=examples), candidates.groups)
-    found = evaluate(None, {}, same, SimpleNamespace(aggregation="mean"))
+    found = evaluate(None, {}, same, SimpleNamespace(aggregation="mean", probability="labels"))
     assert found.step_auc is None
     assert found.step_macro_f1 is None
 
