@@ -186,6 +186,8 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument(
         "--reference-steps", type=int, default=16, help="longest window computed in float64"
     )
+    parser.add_argument("--examples", type=int, default=Sizes.examples, help="sequences in a batch")
+    parser.add_argument("--tokens", type=int, default=Sizes.tokens, help="of each sequence")
     parser.add_argument("--quick", action="store_true", help="fewer rounds, short windows")
     parser.add_argument("--threads", type=int, default=0, help="0: what torch chooses")
     parser.add_argument("--memory-cap-gb", type=float, default=6.0, help="for TorchOpt's process")
@@ -198,7 +200,7 @@ def main(arguments: Sequence[str]) -> None:
     started = time.perf_counter()
     cap = round(given.memory_cap_gb * 2**30)
     measured = measure(
-        Sizes(),
+        Sizes(examples=given.examples, tokens=given.tokens),
         windows,
         rounds,
         cap,
