@@ -69,7 +69,7 @@ chaos: $(VENV)/installed ## kill training runs at random moments, resume them, c
 	$(VENV)/bin/python -m recipes.chaos
 
 bench: $(VENV)/installed-dev ## cost of every hypergradient route, side by side
-	$(VENV)/bin/python -m recipes.bench
+	$(VENV)/bin/python -m recipes.bench --output results/bench.json
 
 bench-scoring: $(VENV)/installed ## scoring beside the original's loop: speed and memory
 	$(VENV)/bin/python -m recipes.bench_scoring

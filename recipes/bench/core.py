@@ -191,7 +191,10 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("--quick", action="store_true", help="fewer rounds, short windows")
     parser.add_argument("--threads", type=int, default=0, help="0: what torch chooses")
     parser.add_argument("--memory-cap-gb", type=float, default=6.0, help="for TorchOpt's process")
-    parser.add_argument("--output", help="a JSON file, e.g. results/bench.json")
+    parser.add_argument(
+        "--output",
+        help="JSON of the rows, e.g. results/bench.json; beside it the rest, in *_details.json",
+    )
     given = parser.parse_args(arguments)
     rounds = given.rounds or (2 if given.quick else 5)
     windows = given.windows if given.windows is not None else ([1, 4] if given.quick else WINDOWS)
@@ -208,13 +211,16 @@ def main(arguments: Sequence[str]) -> None:
         lambda line: print(line, file=sys.stderr),
     )
     print(report.table(measured))
-    content = {
-        "command": " ".join(["python -m recipes.bench", *arguments]),
-        "machine": machine(),
-        "environment": environment(),
-        "seconds": round(time.perf_counter() - started),
-        **measured,
-    }
-    print(f"{content['seconds']} s in all, {content['machine']}")
+    found = machine()
+    seconds = round(time.perf_counter() - started)
+    print(f"{seconds} s in all, {found}")
     if given.output:
-        write_json(Path(given.output), content)
+        path = Path(given.output)
+        rows = measured.pop("rows")
+        write_json(path, [row | {"machine": found} for row in rows])
+        about = {
+            "command": " ".join(["python -m recipes.bench", *arguments]),
+            "environment": environment(),
+            "seconds": seconds,
+        }
+        write_json(path.with_stem(f"{path.stem}_details"), about | measured)
