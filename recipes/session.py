@@ -92,6 +92,11 @@ def load_model(
         OptionError: no such model, one that cannot judge steps, or ``freeze`` names no part of it.
     """
     name = path if path is not None else options.model
+    if path not in (None, "embedded") and not Path(name).is_dir():  # what a hub has is --model
+        raise OptionError(
+            f"--init-from {name}: expected a checkpoint folder, found nothing there; "
+            "run a cold start first, or correct the path"
+        )
     try:
         prm = load_prm(EMBEDDED_BASE if name == "embedded" else name)
     except (OSError, ValueError) as error:

@@ -133,6 +133,7 @@ def test_required_options_are_named(said):
         ("--meta-file ./none.jsonl", "./none.jsonl: no such file; check the path"),
         ("--test-file ./none.jsonl", "./none.jsonl: no such file; check the path"),
         ("--model ./none", "--model ./none: expected a checkpoint folder"),
+        ("--model embedded --init-from runs/none", "--init-from runs/none: expected a checkpoint"),
         ("--model embedded --init-from ./none", "--init-from ./none: expected a checkpoint folder"),
         ("--weighting none --weights-file ./none.jsonl", "--weights-file ./none.jsonl: no such"),
         ("--freeze visual_tower", "--freeze: expected names of parts of the model, found 'visual"),
