@@ -89,13 +89,18 @@ class DataError(ValueError):
             place,
             "" if example is None else f"example {example!r}",
             "" if field is None else f"field {field}",
-            f"expected {expected}, found {found}" + (f"; {remedy}" if remedy else ""),
+            f"expected {expected}, found {_middle_out(found)}" + (f"; {remedy}" if remedy else ""),
         ]
-        super().__init__(": ".join(part for part in parts if part))
+        super().__init__(": ".join(_middle_out(part, 2_000) for part in parts if part))
 
     def __reduce__(self) -> tuple[Any, ...]:
         fields = ("expected", "found", "file", "line", "field", "example", "remedy")
         return _rebuild_error, ({name: getattr(self, name) for name in fields},)
+
+
+def _middle_out(text: str, most: int = 1_000) -> str:
+    """``text``, without its middle if it is longer than anybody reads."""
+    return text if len(text) <= most else f"{text[: most // 2]} ... {text[-most // 2 :]}"
 
 
 def _rebuild_error(fields: Mapping[str, Any]) -> DataError:

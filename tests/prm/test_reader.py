@@ -239,3 +239,11 @@ def test_data_error_survives_pickling():
     copy = pickle.loads(pickle.dumps(caught.value))
     assert str(copy) == str(caught.value)
     assert copy.line == 7
+
+
+def test_a_long_finding_is_shown_without_its_middle():
+    error = DataError(expected="a file", found="begin" + "x" * 10**5 + "end", line=3, file="f")
+    assert str(error).startswith("f:3: expected a file, found beginxxx")
+    assert str(error).endswith("xxxend")
+    assert len(str(error)) < 1_100
+    assert len(error.found) > 10**5
