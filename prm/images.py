@@ -32,7 +32,12 @@ _DECODE_ERRORS = (
     SyntaxError,
     ValueError,
     EOFError,
-    IndexError,
+    # Pillow computes with what a damaged header says, whatever its type.
+    LookupError,
+    TypeError,
+    AttributeError,
+    ArithmeticError,
+    AssertionError,
     struct.error,
     zlib.error,
     Image.DecompressionBombError,
