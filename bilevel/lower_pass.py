@@ -91,13 +91,16 @@ def lower_pass(
         with torch.enable_grad():
             grads, micro = runner(run, batch, random)
         micro_batches.append(micro)
-        with torch.no_grad():
-            relative = micro.size / micro_batches[0].size
-            total = grads if len(micro_batches) == 1 else tree.axpy(relative, grads, total)
-    if len(batches) > 1:
-        with torch.no_grad():
-            relative = sum(micro.size for micro in micro_batches) / micro_batches[0].size
-            total = tree.map(lambda leaf: leaf / relative, total)
+        if len(batches) == 1 and micro.factor is None:
+            return LowerPass(grads, micro_batches)
+        relative = micro.size / micro_batches[0].size
+        factor = relative if micro.factor is None else micro.factor * relative
+        if total is None:
+            total = tree.map(lambda _: None, grads)
+        total = tree.axpy_(factor, grads, total)
+    relative = sum(micro.size for micro in micro_batches) / micro_batches[0].size
+    if relative != 1.0:
+        total = tree.map(lambda leaf: leaf.div_(relative), total)
     return LowerPass(total, micro_batches)
 
 

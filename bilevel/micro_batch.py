@@ -1,8 +1,8 @@
 """One micro-batch of the lower level: forward pass, weighted gradient, what is left behind.
 
 Each function here, and `tapped.run_tapped`, takes (run, batch, random) and returns the gradient of
-the micro-batch's mean weighted loss (None leaves: no gradient) and a `MicroBatch`. They differ in
-how the gradient is weighted and in what they can say about ⟨μ, ∇ℓ_i⟩.
+the micro-batch's mean weighted loss (None leaves: no gradient), but for a factor, and a
+`MicroBatch`. They differ in how the gradient is weighted and in what they can say about ⟨μ, ∇ℓ_i⟩.
 """
 
 from __future__ import annotations
@@ -43,6 +43,7 @@ class MicroBatch:
         dots: μ -> ⟨μ, ∇ℓ_i⟩ / size, [size]; None: the product needs another pass.
         note: Why the route in use did not apply; None if it did.
         aux: What the lower loss returned beside its value, detached.
+        factor: What the gradient is still to be multiplied by, scalar; None: by nothing.
     """
 
     batch: Batch
@@ -54,6 +55,7 @@ class MicroBatch:
     dots: Callable[[Tree], Tensor] | None = None
     note: str | None = None
     aux: Any = None
+    factor: Tensor | None = None
 
     def summary(self) -> MicroBatch:
         """Return the figures alone, for the record of a step: no batch, no graph, no closure."""
@@ -118,24 +120,26 @@ def run_single(run: Run, batch: Batch, random: RandomState) -> tuple[Tree, Micro
             "Ghost() or PerExample(), or pass the examples as so many micro-batches"
         )
     weights = run.problem.weights_of(run.upper_params, batch, features, losses)
-    return scaled(run, batch, random, losses, weights, gradients([losses.mean()], params))
+    grads = gradients([losses.mean()], params)
+    return grads, single(run, batch, random, losses, weights, grads)
 
 
-def scaled(
+def single(
     run: Run, batch: Batch, random: RandomState, losses: Tensor, weights: Tensor, grads: Tree
-) -> tuple[Tree, MicroBatch]:
-    """Turn the gradient of the only example into that of its weighted loss."""
-    with torch.no_grad():
-        weight = weights.detach()[0]
-        weighted = tree.map(lambda leaf: leaf * weight.to(leaf.dtype), grads)
-        if not run.differentiate:
-            return weighted, weighted_batch(batch, random, losses, weights)
-        if run.direction is None:
-            return weighted, weighted_batch(
-                batch, random, losses, weights, lambda direction: tree.vdot(grads, direction)[None]
-            )
-        known = tree.vdot(grads, run.direction)[None]
-        return weighted, weighted_batch(batch, random, losses, weights, lambda _: known)
+) -> MicroBatch:
+    """Return what the only example leaves, its gradient still to be multiplied by its weight."""
+
+    def dots(direction: Tree) -> Tensor:
+        with torch.no_grad():
+            return tree.vdot(grads, direction)[None]
+
+    micro = replace(weighted_batch(batch, random, losses, weights), factor=weights.detach()[0])
+    if not run.differentiate:
+        return micro
+    if run.direction is None:
+        return replace(micro, dots=dots)
+    known = dots(run.direction)  # at once: the gradient need not be kept
+    return replace(micro, dots=lambda _: known)
 
 
 def weighted_batch(

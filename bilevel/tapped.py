@@ -13,7 +13,7 @@ from bilevel.ghost.context import Context
 from bilevel.ghost.operations import OPERATIONS
 from bilevel.ghost.tracker import Refusal, Tracker
 from bilevel.gradient import gradients
-from bilevel.micro_batch import MicroBatch, Run, run_detached, scaled, weighted_batch
+from bilevel.micro_batch import MicroBatch, Run, run_detached, single, weighted_batch
 from bilevel.problem import Batch, Params, ReweightingProblem
 from bilevel.random_state import RandomState
 from bilevel.routes import Auto, PerExample
@@ -40,7 +40,7 @@ def run_tapped(run: Run, batch: Batch, random: RandomState) -> tuple[Tree, Micro
         escaped, grads = gradients([loss], (tracker.visible, tracker.collectors))
         grads = tree.add(escaped, grads)
         if size == 1:
-            return scaled(run, batch, random, losses, weights, grads)
+            return grads, single(run, batch, random, losses, weights, grads)
         return grads, weighted_batch(batch, random, losses, weights, note=note)
     known = None if run.direction is None else _by_leaf(run.lower_params, run.direction)
     keep = run.differentiate and known is None

@@ -18,6 +18,8 @@ from torch import Tensor
 # Nested containers with tensors (or None) at the leaves; mypy has no recursive pytree type.
 Tree: TypeAlias = Any
 
+_BLOCK = 1 << 16  # entries of one BLAS dot: measured to be as accurate as torch's pairwise sum
+
 # The name of the only leaf of a tree that is a bare tensor.
 ROOT_NAME = "value"
 
@@ -67,14 +69,33 @@ def axpy(factor: float | Tensor, x: Tree, y: Tree) -> Tree:
     return optree.tree_map(combine, x, y, none_is_leaf=True)
 
 
+def axpy_(factor: float | Tensor, x: Tree, y: Tree) -> Tree:
+    """Return ``factor * x + y`` in the tensors of `y`, which must be nobody else's; no graph.
+
+    Where `y` is None the result is a new tensor, never one of `x`. On a CPU new pages cost more
+    than the arithmetic, so that this takes a fraction of the time of `axpy`.
+    """
+
+    def combine(x_leaf: Tensor | None, y_leaf: Tensor | None) -> Tensor | None:
+        if x_leaf is None:
+            return y_leaf
+        if y_leaf is None:
+            return x_leaf * (factor.to(x_leaf) if isinstance(factor, Tensor) else factor)
+        if isinstance(factor, Tensor):
+            return y_leaf.addcmul_(x_leaf, factor.to(x_leaf))
+        return y_leaf.add_(x_leaf, alpha=factor)
+
+    with torch.no_grad():
+        return optree.tree_map(combine, x, y, none_is_leaf=True)
+
+
 def vdot(left: Tree, right: Tree) -> Tensor:
     """Return ⟨left, right⟩ = Σ over all entries, a scalar; None leaves contribute nothing.
 
-    16-bit leaves are multiplied and summed in float32. The sum is torch's pairwise one, not a
+    16-bit leaves are multiplied and summed in float32. The sum is pairwise or in blocks, not one
     BLAS dot, whose float32 error grows with the length.
     """
-    products = leaves(map(lambda x, y: (_wide(x) * _wide(y)).sum(), left, right))
-    return _total(products, like=left)
+    return _total(leaves(map(_dot, left, right)), like=left)
 
 
 def norm(tree: Tree) -> Tensor:
@@ -149,6 +170,15 @@ def unflatten(named: Mapping[str, Tensor], example: Tree) -> Tree:
 def _part(entry: Any) -> str:
     """One step of a path: the field name for NamedTuples, else the key or index."""
     return str(getattr(entry, "field", entry.entry))
+
+
+def _dot(x: Tensor, y: Tensor) -> Tensor:
+    ordinary = all(type(t) in (Tensor, torch.nn.Parameter) and t.is_cpu for t in (x, y))
+    if not ordinary or _wide_dtype(x.dtype) != _wide_dtype(y.dtype) or x.shape != y.shape:
+        return (_wide(x) * _wide(y)).sum()
+    # No product is stored: its new pages would cost more than the arithmetic.
+    pieces = zip(x.reshape(-1).split(_BLOCK), y.reshape(-1).split(_BLOCK), strict=True)
+    return torch.stack([torch.dot(_wide(a), _wide(b)) for a, b in pieces]).sum()
 
 
 def _wide_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -52,7 +52,7 @@ VALUES = st.one_of(
         ),
         max_leaves=5,
     ),
-)
+).map(copy.deepcopy)  # sampled lists and dicts are changed later, and must stay as they are here
 CHANGES = ("value", "value", "delete", "rename", "repeat", "wrap", "swap", "none")
 BYTES = (b"\xff", b"\x00", b"\xed\xa0\x80", b"\xc0\xaf", b"\xef\xbb\xbf", b"\n", b"\r", b'"', b"}")
 
