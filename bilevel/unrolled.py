@@ -19,7 +19,7 @@ from bilevel.mixed_product import mixed_product
 from bilevel.optimizer import DifferentiableOptimizer
 from bilevel.problem import Batch, Params, Problem
 from bilevel.random_state import RandomState
-from bilevel.routes import CentralDifference, Jvp, Reverse
+from bilevel.routes import Auto, CentralDifference, Jvp, Reverse
 from bilevel.second_derivatives import second_derivatives
 from bilevel.trajectory import Kept, Point, Store, advance, backwards, keep
 from bilevel.upper_gradient import upper_gradient
@@ -82,10 +82,12 @@ class Unrolled:
         store: "host": what is remembered lies in CPU memory, and the device holds what one step
             needs, whatever T.
         product: `Jvp`, `Reverse` or `CentralDifference`: how second derivatives are computed.
+            `Auto`: `Jvp` at the first step, whose derivative is in φ alone, and `Reverse` at the
+            others, where both take as long and `Jvp` (forward over reverse) takes more memory.
 
-    Cost with `Jvp`: 3F for each lower step and 3F for the upper gradient, as in every method, then
-    about 9F for each of T − 1 steps and 3F for the first. F is a forward pass. Memory besides what
-    is remembered: twice the activations of a micro-batch, and the graph from φ to the weights of
+    Cost: 3F for each lower step and 3F for the upper gradient, as in every method, then about 9F
+    for each of T − 1 steps and 3F for the first. F is a forward pass. Memory besides what is
+    remembered: that of one micro-batch's second derivative, and the graph from φ to the weights of
     each step. Double backward through the graph of all steps takes about 9F per step in all, so
     this one comes to 15/13 of its arithmetic for T = 4 and to 4/3 for large T: what it pays for
     memory that does not grow with the activations.
@@ -102,7 +104,7 @@ class Unrolled:
     steps: int | None = None
     replay: int | Literal["sqrt"] | None = None
     store: Store = "device"
-    product: Jvp | Reverse | CentralDifference = Jvp()
+    product: Auto | Jvp | Reverse | CentralDifference = Auto()
 
     def __post_init__(self) -> None:
         if self.steps is not None:
@@ -115,9 +117,9 @@ class Unrolled:
             )
         if self.store not in ("device", "host"):
             raise ValueError(f"Unrolled: store must be 'device' or 'host', got {self.store!r}")
-        if not isinstance(self.product, Jvp | Reverse | CentralDifference):
+        if not isinstance(self.product, Auto | Jvp | Reverse | CentralDifference):
             raise ValueError(
-                "Unrolled: product must be Jvp(), Reverse() or CentralDifference(), got "
+                "Unrolled: product must be Auto(), Jvp(), Reverse() or CentralDifference(), got "
                 f"{self.product!r}"
             )
 
@@ -169,7 +171,7 @@ class Unrolled:
             random = random_state.capture(lower_params)
             passed = lower_pass(
                 problem,
-                self.product,
+                self._further,
                 point.lower_params,
                 record.leaves if index >= 0 else upper_params,
                 micro_batches,
@@ -217,10 +219,10 @@ class Unrolled:
                 del g, state
                 if not steps:
                     del lower_bar, state_bar
-                    product = mixed_product(problem, self.product, passed, params, leaves, along)
+                    product = mixed_product(problem, self._first, passed, params, leaves, along)
                 else:
                     curved, product = second_derivatives(
-                        problem, self.product, passed, params, leaves, along
+                        problem, self._further, passed, params, leaves, along
                     )
                     with torch.no_grad():
                         lower_bar = tree.add(lower_bar, curved)
@@ -228,6 +230,14 @@ class Unrolled:
                 with torch.no_grad():
                     total = tree.add(product, total)
         return result._replace(hypergradient=total)
+
+    @property
+    def _first(self) -> Jvp | Reverse | CentralDifference:
+        return Jvp() if isinstance(self.product, Auto) else self.product
+
+    @property
+    def _further(self) -> Jvp | Reverse | CentralDifference:
+        return Reverse() if isinstance(self.product, Auto) else self.product
 
     def _segment(self, unrolled: int) -> int:
         """Return the number of steps between kept points."""
@@ -249,7 +259,7 @@ class Unrolled:
             with random_state.replay(step.random, point.lower_params):
                 passed = lower_pass(
                     problem,
-                    self.product,
+                    self._further,
                     point.lower_params,
                     upper_params,
                     [micro.batch for micro in step.passed.micro_batches],

@@ -194,11 +194,11 @@ class ElementwiseOptimizer:
             lr = self._lr(count)
 
             def rule(_: object, bar: Tensor, s: Tensor | None) -> tuple[Tensor]:
-                if s is None:
-                    return (bar * (self._predicted_gain(s, count) * -lr),)
-                # In place: of a new tensor on a CPU the pages cost more than the arithmetic.
-                gain = self._predicted_gain(s, count).mul_(bar).mul_(-lr)
-                return (gain.to(bar.dtype),)
+                gain = self._predicted_gain(s, count)
+                if not isinstance(gain, Tensor):
+                    return (bar * (gain * -lr),)
+                # In place: the pages of a new tensor cost more on a CPU than the arithmetic.
+                return (gain.mul_(bar).mul_(-lr).to(bar.dtype),)
 
             keys = [None if bar is None else (bar.dtype, bar.device) for bar in p_bars]
             return structure.unflatten(map_buckets(rule, leaves, keys, [p_bars, seconds], 1)[0])

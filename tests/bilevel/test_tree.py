@@ -42,6 +42,35 @@ def test_arithmetic_values() -> None:
     assert [leaf.tolist() for leaf in tree.leaves(A)] == [[3.0], [1.0, 2.0]]
 
 
+def test_axpy_in_place_leaves_x_alone() -> None:
+    """The sum is in the tensors of y; where there is none, in a new one and not in x's."""
+    for factor in (2.0, values(2.0)[0], torch.tensor(2.0)):
+        x = tree.map(torch.clone, {"a": A["w"], "b": A["w"], "c": None})
+        y = {"a": B["w"].clone(), "b": None, "c": B["w"].clone()}
+        total = tree.axpy_(factor, x, y)
+        assert total["a"] is y["a"]
+        assert total["c"] is y["c"]
+        total = tree.axpy_(factor, x, total)
+        assert total["a"].tolist() == [14.0, 28.0]
+        assert total["b"].tolist() == [4.0, 8.0]
+        assert total["c"].tolist() == [10.0, 20.0]
+        assert x["a"].tolist() == x["b"].tolist() == [1.0, 2.0]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_inner_products_of_large_leaves_are_as_exact_as_pairwise_sums(dtype) -> None:
+    """Many blocks, the last one not full; transposed on one side; half precision."""
+    torch.manual_seed(0)
+    left, right = torch.randn(700, 801, dtype=dtype), torch.randn(801, 700, dtype=dtype).T
+    exact = (left.double() * right.double()).sum()
+    size = left.double().norm() * right.double().norm()
+    found = tree.vdot({"w": left, "n": None}, {"w": right, "n": None})
+    assert found.dtype == torch.float32
+    assert abs(found - exact) / size <= 1e-8
+    # Other precisions on both sides, which torch.dot does not take.
+    assert tree.vdot(left, right.double()).item() == pytest.approx(exact.item(), rel=1e-12)
+
+
 def test_map_is_none_where_any_leaf_is() -> None:
     assert tree.map(torch.add, B, A)["nested"][1] is None
     with pytest.raises(ValueError, match="nested"):

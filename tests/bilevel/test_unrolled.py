@@ -93,7 +93,7 @@ def run(case, optimizer, method, *, batches=None, point=None):
 
 @pytest.mark.parametrize(
     "method",
-    [Unrolled(), Unrolled(replay=2), Unrolled(product=Reverse()), Unrolled(replay="sqrt")],
+    [Unrolled(), Unrolled(replay=2), Unrolled(product=Jvp()), Unrolled(replay="sqrt")],
     ids=str,
 )
 @pytest.mark.parametrize(
@@ -301,7 +301,7 @@ def test_every_layer_against_a_graph_of_all_steps(name, kind):
     found = run(case, optimizer, Unrolled(), point=point).hypergradient
     assert relative(found, expected) <= 1e-10
     if kind == "adam":
-        found = run(case, optimizer, Unrolled(product=Reverse()), point=point).hypergradient
+        found = run(case, optimizer, Unrolled(product=Jvp()), point=point).hypergradient
         assert relative(found, expected) <= 1e-10
         difference = Unrolled(product=CentralDifference())
         assert (
@@ -540,3 +540,15 @@ def test_precision(name, dtype, limit):
     batches = case.batch, case.upper_batch
     found, expected = cast_all(at(dtype), torch.float64), at(torch.float64)
     assert relative(found, expected) <= limit
+
+
+@pytest.mark.parametrize("name", ["dropout", "encoder"])
+def test_auto_is_jvp_at_the_first_step_and_reverse_at_the_others(name):
+    case, optimizer = build(name), OPTIMIZERS["adamw"]
+    for steps, product in ((1, Jvp()), (STEPS, Reverse())):
+        batches = batches_of(case)[:steps]
+        ours = run(case, optimizer, Unrolled(), batches=batches)
+        other = run(case, optimizer, Unrolled(product=product), batches=batches)
+        assert same_bits(ours.lower_params, other.lower_params)
+        assert same_bits(ours.hypergradient, other.hypergradient) == (steps == 1)
+        assert relative(ours.hypergradient, other.hypergradient) <= 1e-12
