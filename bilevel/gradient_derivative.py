@@ -7,6 +7,7 @@ part, `mixed_product` for the φ part, `second_derivatives` for both together.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -74,41 +75,43 @@ def gradient_derivative(
     )
     if not tree.leaves(direction) or not tree.leaves((along, phi)):
         return nothing
-    arguments = problem, micro, lower_params, upper_params, direction, along, phi
+    at = _Asked(problem, micro, lower_params, upper_params, direction, along, phi)
     if isinstance(route, CentralDifference):
         separable = isinstance(problem, ReweightingProblem) and problem.detach_features
-        difference = _weighted_difference if separable else _difference
-        found = difference(route, *arguments)
+        found = (_weighted_difference if separable else _difference)(at, route)
     else:
         with differentiable_kernels():
-            found = (_twice_reversed if isinstance(route, Reverse) else _tangent)(*arguments)
+            found = (_twice_reversed if isinstance(route, Reverse) else _tangent)(at)
     values = iter(found)
     result = tree.map(lambda _: next(values), (along, phi))
     return SecondDerivatives(*result)
 
 
-# What follows returns the products leaf by leaf, of the leaves of `along` and then those of `phi`.
+@dataclass(frozen=True, eq=False)
+class _Asked:
+    """What is asked for, and where. `along` and `phi` are the direction and φ with leaves where
+    a product is wanted; the functions below return these leaf by leaf, `along`'s first."""
+
+    problem: Problem
+    micro: MicroBatch
+    lower_params: Params
+    upper_params: Params
+    direction: Tree
+    along: Tree
+    phi: Tree
 
 
-def _tangent(
-    problem: Problem,
-    micro: MicroBatch,
-    lower_params: Params,
-    upper_params: Params,
-    direction: Tree,
-    along: Tree,
-    phi: Tree,
-) -> Sequence[Tensor | None]:
-    rebuild, primals, tangents = moving(lower_params, direction)
-    fixed = tree.map(Tensor.detach, upper_params)
-    present = tuple(leaf.detach() for leaf in tree.leaves(phi))
+def _tangent(at: _Asked) -> Sequence[Tensor | None]:
+    rebuild, primals, tangents = moving(at.lower_params, at.direction)
+    fixed = tree.map(Tensor.detach, at.upper_params)
+    present = tuple(leaf.detach() for leaf in tree.leaves(at.phi))
 
     def loss(lower_leaves: Sequence[Tensor], upper_leaves: Sequence[Tensor]) -> Tensor:
-        with random_state.replay(micro.random, lower_params):
+        with random_state.replay(at.micro.random, at.lower_params):
             upper = put(fixed, upper_leaves) if present else fixed
-            return lower_value(problem, rebuild(lower_leaves), upper, micro.batch)[0]
+            return lower_value(at.problem, rebuild(lower_leaves), upper, at.micro.batch)[0]
 
-    wanted = (0, 1) if tree.leaves(along) and present else 0 if tree.leaves(along) else 1
+    wanted = (0, 1) if tree.leaves(at.along) and present else 0 if tree.leaves(at.along) else 1
 
     def gradient(*lower_leaves: Tensor) -> tuple[Tensor, ...]:
         found = torch.func.grad(loss, wanted)(lower_leaves, present)
@@ -120,81 +123,58 @@ def _tangent(
     return found
 
 
-def _twice_reversed(
-    problem: Problem,
-    micro: MicroBatch,
-    lower_params: Params,
-    upper_params: Params,
-    direction: Tree,
-    along: Tree,
-    phi: Tree,
-) -> Sequence[Tensor | None]:
-    with torch.enable_grad(), random_state.replay(micro.random, lower_params):
-        params, upper = as_leaves(lower_params), as_leaves(upper_params)
-        loss, _ = lower_value(problem, params, upper, micro.batch)
-        first = gradients([loss], chosen(params, direction), create_graph=True)
+def _twice_reversed(at: _Asked) -> Sequence[Tensor | None]:
+    with torch.enable_grad(), random_state.replay(at.micro.random, at.lower_params):
+        params, upper = as_leaves(at.lower_params), as_leaves(at.upper_params)
+        loss, _ = lower_value(at.problem, params, upper, at.micro.batch)
+        first = gradients([loss], chosen(params, at.direction), create_graph=True)
         pairs = [
             (grad, d.to(grad.dtype))
-            for grad, d in zip(first, tree.leaves(direction), strict=True)
+            for grad, d in zip(first, tree.leaves(at.direction), strict=True)
             if grad is not None
         ]
-        wanted = [*chosen(params, along), *chosen(upper, phi)]
+        wanted = [*chosen(params, at.along), *chosen(upper, at.phi)]
         found: list[Tensor | None]
         found = gradients([grad for grad, _ in pairs], wanted, [d for _, d in pairs])
     return found
 
 
-def _difference(
-    route: CentralDifference,
-    problem: Problem,
-    micro: MicroBatch,
-    lower_params: Params,
-    upper_params: Params,
-    direction: Tree,
-    along: Tree,
-    phi: Tree,
-) -> Sequence[Tensor | None]:
+def _difference(at: _Asked, route: CentralDifference) -> Sequence[Tensor | None]:
     def gradient(params: Params, inputs: tuple[Params, Batch]) -> tuple[Tensor, ...]:
-        with torch.enable_grad(), random_state.replay(micro.random, lower_params):
+        with torch.enable_grad(), random_state.replay(at.micro.random, at.lower_params):
             params, upper = as_leaves(params), as_leaves(inputs[0])
-            loss, _ = lower_value(problem, params, upper, inputs[1])
-            wanted = [*chosen(params, along), *chosen(upper, phi)]
+            loss, _ = lower_value(at.problem, params, upper, inputs[1])
+            wanted = [*chosen(params, at.along), *chosen(upper, at.phi)]
             return filled(gradients([loss], wanted), wanted)
 
-    like = [*chosen(lower_params, along), *tree.leaves(phi)]
-    inputs = tree.map(Tensor.detach, upper_params), micro.batch
-    return central_difference(route, gradient, lower_params, direction, inputs, like)
+    like = [*chosen(at.lower_params, at.along), *tree.leaves(at.phi)]
+    inputs = tree.map(Tensor.detach, at.upper_params), at.micro.batch
+    return central_difference(route, gradient, at.lower_params, at.direction, inputs, like)
 
 
-def _weighted_difference(
-    route: CentralDifference,
-    problem: Problem,
-    micro: MicroBatch,
-    lower_params: Params,
-    upper_params: Params,
-    direction: Tree,
-    along: Tree,
-    phi: Tree,
-) -> Sequence[Tensor | None]:
+def _weighted_difference(at: _Asked, route: CentralDifference) -> Sequence[Tensor | None]:
     """With the weights of the pass, which θ does not move, for the θ part; and their own
     derivative times that of the losses for the φ part."""
+    problem = at.problem
     assert isinstance(problem, ReweightingProblem)
-    assert micro.weights is not None
-    assert micro.losses is not None
-    weights = micro.weights.detach()
+    assert at.micro.weights is not None
+    assert at.micro.losses is not None
+    weights = at.micro.weights.detach()
 
     def values(params: Params, batch: Batch) -> tuple[Tensor, ...]:
-        with torch.enable_grad(), random_state.replay(micro.random, lower_params):
+        with torch.enable_grad(), random_state.replay(at.micro.random, at.lower_params):
             params = as_leaves(params)
             losses = problem.losses(params, batch)[0]
-            wanted = chosen(params, along)
+            wanted = chosen(params, at.along)
             found = filled(gradients([(weights * losses).mean()], wanted), wanted)
         return (*found, losses.detach())
 
-    like = [*chosen(lower_params, along), micro.losses]
-    *found, slopes = central_difference(route, values, lower_params, direction, micro.batch, like)
-    cotangent = (slopes / micro.size).to(micro.weights.dtype)
-    return [*found, *gradients([micro.weights], tree.leaves(phi), [cotangent])]
+    like = [*chosen(at.lower_params, at.along), at.micro.losses]
+    *found, slopes = central_difference(
+        route, values, at.lower_params, at.direction, at.micro.batch, like
+    )
+    cotangent = (slopes / at.micro.size).to(at.micro.weights.dtype)
+    return [*found, *gradients([at.micro.weights], tree.leaves(at.phi), [cotangent])]
 
 
 def chosen(params: Params, like: Tree) -> list[Tensor]:

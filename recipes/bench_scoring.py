@@ -180,6 +180,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             sizes=Sizes(
                 train_questions=9,
                 train_solutions=1,
+                cold_questions=1,
                 meta_questions=3,
                 meta_solutions=2,
                 dev_questions=1,

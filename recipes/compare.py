@@ -140,7 +140,7 @@ class _Maker:
     def cold_start(self) -> ColdStartOptions:
         return replace(
             resolve(ColdStartOptions, {"config": "cold-start"}),
-            train_file=str(self.directory / "data" / "train.jsonl"),
+            train_file=str(self.directory / "data" / "cold-start.jsonl"),
             output_dir=str(self.directory / "cold-start"),
             **self.common,
         )

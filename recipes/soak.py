@@ -164,7 +164,7 @@ def _options(directory: Path, run: Path, steps: int) -> Any:
     from recipes.options import TrainOptions
 
     sizes = Sizes(
-        train_questions=8, train_solutions=2, meta_questions=4, meta_solutions=2,
+        train_questions=8, train_solutions=2, cold_questions=1, meta_questions=4, meta_solutions=2,
         dev_questions=1, test_questions=1, candidates=2,
     )  # fmt: skip
     build(directory / "data", seed=0, sizes=sizes)

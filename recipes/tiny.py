@@ -14,6 +14,7 @@ from recipes.embedded.vocabulary import base_config, build_image_processor, buil
 SIZES = Sizes(
     train_questions=9,
     train_solutions=2,
+    cold_questions=4,
     meta_questions=6,
     meta_solutions=2,
     dev_questions=2,

@@ -47,6 +47,7 @@ FLOOR = "floor: lower step + upper gradient"
 SINGLES = "floor, one example per micro-batch"
 LOWER = "lower step"
 FORWARD = "forward"
+GRADIENT = "gradient"
 FORWARD_OVER_REVERSE = "unrolled, forward over reverse"
 TORCHOPT = "TorchOpt, double backward"
 
@@ -59,7 +60,8 @@ class Contender:
         route: Name.
         case: Where it starts.
         run: One iteration.
-        found: The hypergradient in what `run` returns, [instances]; None: it has none.
+        found: The hypergradient in what `run` returns, [instances], or for "gradient" that;
+            None: there is nothing to compare.
         steps: Lower steps.
         reference: Names what `found` should be; None: nothing exact to compare with.
         floor: The contender that it is compared with, for its first step.
@@ -141,15 +143,20 @@ def contenders(case: Case, windows: Sequence[int], cap: int) -> Iterator[Contend
 
 
 def _floors(case: Case) -> Iterator[Contender]:
-    def floor(micro_batches: Sequence[Batch]) -> None:
+    def floor(micro_batches: Sequence[Batch]) -> dict[str, Tensor]:
         lower, _ = plain_step(case, case.lower, case.state, micro_batches)
-        plain_upper_gradient(case, lower)
+        return plain_upper_gradient(case, lower)
 
-    yield Contender(FLOOR, case, partial(floor, case.batches[:1]))
+    # Its gradient is what the hypergradients are made of, so its error is theirs.
+    yield Contender(FLOOR, case, partial(floor, case.batches[:1]), _flat, reference=GRADIENT)
     singles = case.singles(case.batches[0])
     yield Contender(SINGLES, case, partial(floor, singles), floor=SINGLES)
     if case.dtype == torch.float32:
         yield Contender("floor, torch.optim.AdamW in place", case, peers.torch_floor(case))
+
+
+def _flat(found: dict[str, Tensor]) -> Tensor:
+    return torch.cat([leaf.flatten() for leaf in found.values()])
 
 
 def _ours(
@@ -203,9 +210,13 @@ def reference(name: str, case: Case, steps: int) -> Tensor:
     """What a contender at this case should find, in float64, [instances].
 
     "lower-first", "upper-first", "identity": `OneStep`; "unrolled": `Unrolled`, which the tests
-    hold to TorchOpt's double backward; both by `Reverse`. "darts": `peers.darts_limit`.
+    hold to TorchOpt's double backward; both by `Reverse`. "darts": `peers.darts_limit`. "gradient":
+    not the hypergradient but the upper loss's plain gradient after a lower step, [parameters].
     """
     case = case.cast(torch.float64)
+    if name == GRADIENT:
+        lower, _ = plain_step(case, case.lower, case.state, case.batches[:1])
+        return _flat(plain_upper_gradient(case, lower))
     if name == "darts":
         return peers.darts_limit(case)
     if name == "unrolled" and steps > 1:

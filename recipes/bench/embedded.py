@@ -93,7 +93,7 @@ def make_setup(batch_size: int, meta_batch_size: int) -> Setup:
     """Embedded model and data, Instance Table, AdamW warmed up by a few steps."""
     with tempfile.TemporaryDirectory() as folder:
         data_dir = Path(folder) / "data"
-        build(data_dir, sizes=Sizes(40, 3, 40, 4, 2, 2))
+        build(data_dir, sizes=Sizes(40, 3, 1, 40, 4, 2, 2))
         preset = replace(
             resolve(TrainOptions, {"config": "train-table"}),
             train_file=str(data_dir / "train.jsonl"),

@@ -17,7 +17,8 @@ DEFINITIONS = {
     "its profiler: saved activations, kept trees, the new parameters and state, temporaries",
     "rel_error": "Euclidean, against the float64 value of what the row sets out to compute at the "
     "same parameters: the derivative through the lower step (lower-first), its prediction before "
-    "the step (upper-first), Betty's convention, or the derivative through unroll_steps steps",
+    "the step (upper-first), Betty's convention, or the derivative through unroll_steps steps; for "
+    "the floor that of the plain upper gradient, which no hypergradient made of it can do without",
     "details": "one per row, in the same order. seconds: of an iteration. forwards_by_flops: "
     "matrix-product operations over those of a forward pass. extra_forwards: time beyond the "
     "floor's, in forward passes. over_torchopt: time over that of TorchOpt's double backward "

@@ -1,10 +1,11 @@
 """Write the embedded data set: the JSONL and PNG files that a user would bring.
 
 ``train.jsonl`` (step labels of mixed quality; the fields ``source``, who judged, and
-``wrong_labels``, how many judgements are wrong, are read by evaluation only), ``clean.jsonl`` (the
-same solutions without the bad sources), ``meta.jsonl`` (only whether the answer is right, as many
-right as wrong), ``dev.jsonl`` and ``test.jsonl`` (eight candidates per question, with the true step
-labels for step metrics), ``sheets/*.png``.
+``wrong_labels``, how many judgements are wrong, are read by evaluation only), ``cold-start.jsonl``
+(other rows from the same sources), ``clean.jsonl`` (``train.jsonl`` without the bad sources),
+``meta.jsonl`` (only whether the answer is right, as many right as wrong), ``dev.jsonl`` and
+``test.jsonl`` (eight candidates per question, with the true step labels for step metrics),
+``sheets/*.png``.
 """
 
 from __future__ import annotations
@@ -42,6 +43,7 @@ class Sizes:
 
     train_questions: int = 960
     train_solutions: int = 1  # one of each: pictures teach more than further solutions to them
+    cold_questions: int = 160
     meta_questions: int = 200
     meta_solutions: int = 4
     dev_questions: int = 150
@@ -66,7 +68,7 @@ def build(
     (unfinished / "sheets").mkdir(parents=True)
     scans = load_scans()
     rows: dict[str, list[dict[str, Any]]] = {
-        "train": list(_train_rows(unfinished, scans["train"], sizes, mixture, seed)),
+        **_noisy_rows(unfinished, scans["train"], sizes, mixture, seed),
         "meta": list(_meta_rows(unfinished, scans["meta"], sizes, seed)),
     }
     for split, questions in (("dev", sizes.dev_questions), ("test", sizes.test_questions)):
@@ -111,20 +113,42 @@ def _row(
     }
 
 
-def _train_rows(
+def _noisy_rows(
     directory: Path, scans: Scans, sizes: Sizes, mixture: Mixture, seed: int
-) -> Iterator[dict[str, Any]]:
+) -> dict[str, list[dict[str, Any]]]:
+    """``train`` and ``cold-start``: two draws from the same sources.
+
+    Apart, because a model that has learned the labels of a row by heart, as a cold start does,
+    tells less of their worth afterwards.
+    """
     rng = _rng(seed, "train")
-    shares = mixture.shares()
+    return {
+        name: list(_labelled_rows(directory, name, count, scans, sizes, mixture, rng))
+        for name, count in (
+            ("train", sizes.train_questions),
+            ("cold-start", sizes.cold_questions),
+        )
+    }
+
+
+def _labelled_rows(
+    directory: Path,
+    split: str,
+    questions: int,
+    scans: Scans,
+    sizes: Sizes,
+    mixture: Mixture,
+    rng: np.random.Generator,
+) -> Iterator[dict[str, Any]]:
     # Exact shares of the sources, in random order: fewer accidents between seeds.
-    ends = np.round(np.cumsum(shares) * sizes.train_questions).astype(int)
+    ends = np.round(np.cumsum(mixture.shares()) * questions).astype(int)
     sources = np.repeat(SOURCES, np.diff(ends, prepend=0))
     rng.shuffle(sources)
     for number, source in enumerate(map(str, sources)):
         drawn = draw_question(rng, FAMILIES[number % len(FAMILIES)])
         image = _write_sheet(
             directory,
-            f"train-{number:04d}",
+            f"{split}-{number:04d}",
             draw_sheet(drawn.values, scans, rng, "dots" if source == "imported" else "digits"),
         )
         question = drawn
@@ -137,13 +161,13 @@ def _train_rows(
             labels = judge(source, question, steps, difficulty, mixture, rng)
             truth = true_labels(judged_by(steps, drawn.values))
             yield _row(
-                f"train-{number:04d}-{solution}",
+                f"{split}-{number:04d}-{solution}",
                 question,
                 image,
                 steps,
                 labels,
                 domain=IMPORTED_DOMAIN if source == "imported" else question.family,
-                group=f"train-{number:04d}",
+                group=f"{split}-{number:04d}",
                 source=source,
                 wrong_labels=sum(a != b for a, b in zip(labels, truth, strict=True)),
             )

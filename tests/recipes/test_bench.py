@@ -286,6 +286,8 @@ def test_rows_hold_together(measured):
     for row, detail in zip(measured["rows"], measured["details"], strict=True):
         if detail["route"] in (FLOOR, SINGLES):
             assert row["overhead_vs_floor"] == 1.0
+        if detail["route"] == FLOOR:  # of the plain gradient
+            assert 0.0 < row["rel_error"] <= {"float32": 1e-4, "bfloat16": 0.1}[row["dtype"]]
         if row["route"].endswith("(out of memory)"):
             assert row["forwards"] is row["peak_saved_bytes"] is row["rel_error"] is None
             assert row["unroll_steps"] == 2

@@ -25,7 +25,12 @@ from recipes.embedded.solver import Careless, draw_difficulty
 from recipes.embedded.sources import SOURCES, Mixture, judge, true_labels
 
 SMALL = Sizes(
-    train_questions=40, train_solutions=2, meta_questions=6, dev_questions=5, test_questions=7
+    train_questions=40,
+    train_solutions=2,
+    cold_questions=40,
+    meta_questions=6,
+    dev_questions=5,
+    test_questions=7,
 )
 
 
@@ -169,7 +174,12 @@ def test_files_hold_what_they_promise(data):
     for name in ("dev", "test"):
         assert set(Counter(row["group"] for row in rows[name]).values()) == {8}
         assert "source" not in rows[name][0]
-    ids = [row["id"] for name in ("train", "meta", "dev", "test") for row in rows[name]]
+    shares = {source: 80 * share for source, share in zip(SOURCES, Mixture().shares(), strict=True)}
+    for name in ("train", "cold-start"):
+        found = Counter(row["source"] for row in rows[name])
+        assert all(abs(found[source] - share) <= 2 for source, share in shares.items())
+    names = ("train", "cold-start", "meta", "dev", "test")
+    ids = [row["id"] for name in names for row in rows[name]]
     assert len(ids) == len(set(ids))
     for row in rows["test"]:
         with Image.open(directory / row["images"][0]) as image:
