@@ -167,6 +167,10 @@ class Place:
             for number, path in enumerate(value)
         )
 
+    def own_id(self, record: Mapping[str, Any], texts: Iterable[str]) -> str:
+        """The field ``id``, or one made from the record's texts."""
+        return self.name(record, "id") or self.made_id(None, texts)
+
     def made_id(self, raw: str | None, texts: Iterable[str], number: int | None = None) -> str:
         """An id for a record that has none of its own: source id, row, and a hash of the text.
 

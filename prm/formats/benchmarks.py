@@ -92,11 +92,10 @@ def read_visualprocessbench(record: Mapping[str, Any], place: Place) -> tuple[St
     steps = labelled_steps(
         fields, "response.steps", "response.process_correctness", place, _NEUTRAL_SIGNS
     )
-    raw = place.name(record, "id")
     used = ("id", "question", "image", "images", "response", "data_source", "answer")
     return (
         StepExample(
-            id=raw or place.made_id(None, (question, *(step.text for step in steps))),
+            id=place.own_id(record, (question, *(step.text for step in steps))),
             question=question,
             images=images,
             steps=steps,

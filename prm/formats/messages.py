@@ -40,10 +40,9 @@ def read(record: Mapping[str, Any], place: Place) -> tuple[StepExample, ...]:
     images = images or inside
     question = place.optional_text(record, "question")
     question, steps = question_and_steps(turns, len(images), place, question)
-    raw = place.name(record, "id")
     return (
         StepExample(
-            id=raw or place.made_id(None, (question, *(step.text for step in steps))),
+            id=place.own_id(record, (question, *(step.text for step in steps))),
             question=question,
             images=images,
             steps=steps,

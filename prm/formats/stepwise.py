@@ -32,10 +32,9 @@ def read(record: Mapping[str, Any], place: Place) -> tuple[StepExample, ...]:
     images = place.images(record, "images", "image")
     question = question_text(record, "prompt", len(images), place)
     steps = labelled_steps(record, "completions", "labels", place)
-    raw = place.name(record, "id")
     return (
         StepExample(
-            id=raw or place.made_id(None, (question, *(step.text for step in steps))),
+            id=place.own_id(record, (question, *(step.text for step in steps))),
             question=question,
             images=images,
             steps=steps,

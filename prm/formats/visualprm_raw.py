@@ -49,10 +49,9 @@ def read(record: Mapping[str, Any], place: Place) -> tuple[StepExample, ...]:
             label = place.label(step.get("score"), f"{field}.score")
             trials.append(None)
         steps.append(Step(place.text(step["step"], f"{field}.step").strip(), label))
-    raw = place.name(record, "id")
     return (
         StepExample(
-            id=raw or place.made_id(None, (question, *(step.text for step in steps))),
+            id=place.own_id(record, (question, *(step.text for step in steps))),
             question=question,
             images=images,
             steps=tuple(steps),
