@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 
+import torch
+
 
 def require(
     owner: object,
@@ -33,4 +35,13 @@ def require(
         raise ValueError(
             f"{type(owner).__name__}: {field} must lie in {left}{low:g}, {high:g}{right}, "
             f"got {value!r}"
+        )
+
+
+def check_eps(owner: object, eps: float, least: float, dtype: torch.dtype, remedy: str) -> None:
+    """Raise ValueError if `least`, the smallest number that `eps` goes into, is 0 in `dtype`."""
+    if torch.tensor(least, dtype=dtype) == 0.0:
+        raise ValueError(
+            f"{type(owner).__name__}: eps={eps:g} is lost in {dtype}, the precision of the "
+            f"moments, so a gradient of 0 would become NaN; {remedy}"
         )

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from bilevel import tree
-from bilevel.checks import require
+from bilevel.checks import check_eps, require
 from bilevel.rules import adam_direction, add_decay, descend
 from bilevel.schedule import Schedule
 from bilevel.tree import Tree
@@ -45,6 +45,9 @@ class LazyRowAdam:
     schedule of `lr` runs on the steps of the whole table. It has no `vjp`: it serves the upper
     level, through whose update nothing is differentiated.
 
+    Momentum lasts for 1/(1 − β₁) visits. A row with a few tens of them over a whole run is moved
+    by its first gradients for half of it; β₁ = 0 lets every visit count alike.
+
     Raises:
         ValueError: lr < 0, a beta outside [0, 1), eps ≤ 0, weight_decay < 0, max_norm ≤ 0.
     """
@@ -69,11 +72,12 @@ class LazyRowAdam:
         """Return the state before the first step.
 
         Raises:
-            ValueError: A leaf is a scalar, thus has no rows.
+            ValueError: A leaf is a scalar, thus has no rows, or `eps` underflows in its precision.
         """
         for name, leaf in tree.flatten(params).items():
             if leaf.dim() == 0:
                 raise ValueError(f"LazyRowAdam: {name!r} is a scalar; expected shape [rows, ...]")
+            check_eps(self, self.eps, self.eps, leaf.dtype, "keep the table in float32")
         return LazyRowState(
             steps=torch.zeros((), dtype=torch.int64, device="cpu"),
             visits=tree.map(lambda leaf: leaf.new_zeros(len(leaf), dtype=torch.int64), params),

@@ -93,15 +93,26 @@ def lower_pass(
         micro_batches.append(micro)
         if len(batches) == 1 and micro.factor is None:
             return LowerPass(grads, micro_batches)
+        if not micro.size:
+            raise ValueError("batch_size: expected at least 1 example per micro-batch, found 0")
         relative = micro.size / micro_batches[0].size
         factor = relative if micro.factor is None else micro.factor * relative
         if total is None:
-            total = tree.map(lambda _: None, grads)
+            total = tree.map(_wide_zeros if len(batches) > 1 else lambda _: None, grads)
         total = tree.axpy_(factor, grads, total)
+        del grads
     relative = sum(micro.size for micro in micro_batches) / micro_batches[0].size
     if relative != 1.0:
         total = tree.map(lambda leaf: leaf.div_(relative), total)
-    return LowerPass(total, micro_batches)
+    return LowerPass(
+        tree.map(lambda leaf, old: leaf.to(old.dtype), total, lower_params), micro_batches
+    )
+
+
+def _wide_zeros(leaf: Tensor) -> Tensor | None:
+    """Where to sum gradients of 16 bits: in their own precision the sum would soon stand still."""
+    wide = torch.promote_types(leaf.dtype, torch.float32)
+    return None if wide == leaf.dtype else torch.zeros_like(leaf, dtype=wide)
 
 
 def _runner(

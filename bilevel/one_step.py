@@ -141,7 +141,9 @@ class OneStep:
         """Return the average of v before the first upper gradient, None if there is none."""
         if self.direction_decay == 0.0:
             return None
-        return Direction(tree.zeros_like(lower_params), torch.zeros((), dtype=torch.int64))
+        # In float32 at least: in bfloat16 0.999 of a number rounds to that number.
+        average = tree.map(lambda leaf: torch.zeros_like(leaf, dtype=_wide(leaf)), lower_params)
+        return Direction(average, torch.zeros((), dtype=torch.int64))
 
     def window(
         self,
@@ -260,7 +262,13 @@ class OneStep:
             return lower, direction
         rho = self.direction_decay
         kept = tree.scale(rho, direction.average)
-        average = tree.axpy(1.0 - rho, lower, kept)
+        wide = tree.map(lambda leaf: leaf.to(_wide(leaf)), lower)
+        average = tree.axpy(1.0 - rho, wide, kept)
         updates = direction.updates + 1
         correction = 1.0 - rho ** int(updates)
-        return tree.scale(1.0 / correction, average), Direction(average, updates)
+        corrected = tree.map(lambda leaf, v: (leaf / correction).to(v.dtype), average, lower)
+        return corrected, Direction(average, updates)
+
+
+def _wide(leaf: Tensor) -> torch.dtype:
+    return torch.promote_types(leaf.dtype, torch.float32)

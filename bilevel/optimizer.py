@@ -7,14 +7,14 @@ an autograd graph, finite and right where a gradient is 0. See `update` for the 
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Protocol
 
-import torch
 from torch import Tensor
 
 from bilevel import rules, tree
-from bilevel.checks import require
+from bilevel.checks import check_eps, require
 from bilevel.rules import Adaptive, Direction
 from bilevel.tree import Tree
 from bilevel.update import ElementwiseOptimizer
@@ -119,13 +119,11 @@ class _AdaptiveOptimizer(ElementwiseOptimizer):
         Raises:
             ValueError: `eps` underflows in the precision of the moments.
         """
-        eps = self._coefficients(1).eps
+        first = self._coefficients(1)
+        # The derivative has eps √c₂ in its denominators.
+        least = first.eps * math.sqrt(first.correction2)
         for dtype in {self.state_dtype or leaf.dtype for leaf in tree.leaves(params)}:
-            if torch.tensor(eps, dtype=dtype) == 0.0:
-                raise ValueError(
-                    f"{type(self).__name__}: eps={eps:g} is 0 in {dtype}, the precision of the "
-                    "moments, so a gradient of 0 would become NaN; pass state_dtype=torch.float32"
-                )
+            check_eps(self, first.eps, least, dtype, "pass state_dtype=torch.float32")
         return super().init(params)
 
     def _coefficients(self, steps: int) -> Adaptive:
@@ -148,8 +146,9 @@ class _AdaptiveOptimizer(ElementwiseOptimizer):
         assert s is not None
         now, coming = self._coefficients(max(count, 1)), self._coefficients(count + 1)
         root = (s / now.correction2).sqrt_()
-        gain = root.add_(now.eps).reciprocal_().mul_((1.0 - now.beta1) / coming.correction1)
         cold = s.sign().neg_().add_(1.0)  # 1 where s = 0, else 0; five times as fast as a mask
+        gain = root.add_(now.eps).add_(cold).reciprocal_()  # not 1 / eps there, which may overflow
+        gain = gain.mul_((1.0 - now.beta1) / coming.correction1)
         return gain.lerp_(gain.new_ones(()), cold)
 
 

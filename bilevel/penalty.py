@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, is_dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -80,7 +80,8 @@ class Penalty:
             there are fewer). None: as many as lower steps.
         optimizer: Moves y. None: as the lower optimizer, with a state of its own. The gradient is
             that of ``(L_upper + λ L_lower) / (1 + λ)``, so that a learning rate that is right for
-            θ is right for y, whatever λ. Weight decay counts as part of the lower loss.
+            θ is right for y, whatever λ. Weight decay counts as part of the lower loss: a field
+            `weight_decay` is multiplied by λ / (1 + λ) for y.
 
     `StepInfo.figures` has `strength` λ, `distance` ‖y − θ‖, `gap` L_lower(y, φ) − L_lower(θ, φ),
     and `copy_upper_loss` L_upper(y, φ): lower than that of θ, for y has been trained on it.
@@ -178,7 +179,7 @@ class Penalty:
         strength: float,
     ) -> PenaltyMemory:
         """Let y take its steps."""
-        mover = self.optimizer or optimizer
+        mover = _decaying(self.optimizer or optimizer, strength / (1.0 + strength))
         params, state, _ = memory
         steps = len(taken) if self.steps is None else self.steps
         for index in range(-steps, 0):
@@ -243,6 +244,14 @@ class Penalty:
             notes=notes,
             upper_aux=detached(aux),
         )
+
+
+def _decaying(optimizer: Optimizer, share: float) -> Optimizer:
+    """Return the optimizer with that share of its weight decay, if it has any."""
+    decay = getattr(optimizer, "weight_decay", 0.0)
+    if not decay or not is_dataclass(optimizer):
+        return optimizer
+    return replace(optimizer, weight_decay=decay * share)
 
 
 def _lower_gradient(

@@ -9,6 +9,11 @@ hypergradient is within 1.1 % of that in float64 for bfloat16 parameters or auto
 0.2 % for float16, `CentralDifference` included. Give the lower optimizer
 ``state_dtype=torch.float32`` then. In float16, v, the lower gradient and μ = −lr v lose what is
 below 6e-8; there is no loss scaling here.
+
+Beware of Adam in 16 bits with order lower-first: where an entry's gradient cancels to exactly 0 and
+its second moment is 0 still (a token seen for the first time), the derivative of the step taken is
+(1 − β₁) lr / ((1 − β₁ᵗ) eps), thousands of times that of its neighbours, and rounding decides. One
+such entry can outweigh the rest of μ. Order upper-first is free of it.
 """
 
 from __future__ import annotations

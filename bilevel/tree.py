@@ -82,7 +82,7 @@ def axpy_(factor: float | Tensor, x: Tree, y: Tree) -> Tree:
         if y_leaf is None:
             return x_leaf * (factor.to(x_leaf) if isinstance(factor, Tensor) else factor)
         if isinstance(factor, Tensor):
-            return y_leaf.addcmul_(x_leaf, factor.to(x_leaf))
+            return y_leaf.addcmul_(x_leaf.to(y_leaf.dtype), factor.to(y_leaf))
         return y_leaf.add_(x_leaf, alpha=factor)
 
     with torch.no_grad():

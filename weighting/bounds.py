@@ -36,7 +36,7 @@ def _outside(bound: Bound, weight: float) -> ValueError:
     )
 
 
-class _RecoverableClamp(torch.autograd.Function):
+class _StraightThroughClamp(torch.autograd.Function):
     # Context apart from the forward, and a rule for vmap and for jvp: what torch.func asks for.
     generate_vmap_rule = True
 
@@ -46,24 +46,15 @@ class _RecoverableClamp(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, float, float], output: Tensor) -> None:
-        raw_weights, lo, hi = inputs
-        ctx.save_for_backward(raw_weights)
-        ctx.save_for_forward(raw_weights)
-        ctx.edges = lo, hi
+        del ctx, inputs, output  # nothing is needed
 
     @staticmethod
     def backward(ctx: Any, *grad: Tensor) -> tuple[Tensor, None, None]:
-        (raw_weights,) = ctx.saved_tensors
-        lo, hi = ctx.edges
-        # Descent moves against the gradient: past an edge, keep what leads back inside.
-        outward = ((raw_weights > hi) & (grad[0] < 0)) | ((raw_weights < lo) & (grad[0] > 0))
-        return grad[0].masked_fill(outward, 0.0), None, None
+        return grad[0], None, None
 
     @staticmethod
     def jvp(ctx: Any, *tangent: Tensor) -> Tensor:
-        (raw_weights,) = ctx.saved_tensors
-        lo, hi = ctx.edges
-        return tangent[0].masked_fill((raw_weights > hi) | (raw_weights < lo), 0.0)
+        return tangent[0].view_as(tangent[0])
 
 
 @dataclass(frozen=True)
@@ -72,8 +63,11 @@ class Clip:
 
     Gradient 1 inside. Past an edge the exact derivative is 0, which would freeze an instance there
     for good (so it is in DreamPRM-1.5, whose bound is ``Clip(-1, 3, recover=False)``). With
-    ``recover`` (default) the gradient component that leads back inside is let through, as in
-    projected gradient descent; then the derivative past an edge is one-sided.
+    ``recover`` (default) it is taken as 1 there too, so that an instance can come back. That lets a
+    raw weight travel on outward as well: put the raw weights back to the edge after every upper
+    step, ``Projected(optimizer, table.project)`` of `bilevel`, which is projected gradient descent.
+    (A derivative that is 1 only inward would have to know the sign of the whole hypergradient, and
+    is handed parts of it, or none, by the second-order routes.)
     """
 
     lo: float = 0.0
@@ -94,7 +88,7 @@ class Clip:
         """Clamped raw weights."""
         if not self.recover:
             return raw_weights.clamp(self.lo, self.hi)
-        clamped: Tensor = _RecoverableClamp.apply(raw_weights, self.lo, self.hi)
+        clamped: Tensor = _StraightThroughClamp.apply(raw_weights, self.lo, self.hi)
         return clamped
 
     def raw(self, weight: float) -> float:

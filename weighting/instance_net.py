@@ -85,9 +85,18 @@ class InstanceNet:
         return self.bound.raw(self.prior) + torch.where(mask, per_step, 0.0).sum(-1) / count
 
     def weights(self, params: Params, features: Tensor, mask: Tensor) -> Tensor:
-        """Weights [batch], centred and normalised over the batch as configured."""
+        """Weights [batch], centred and normalised over the batch as configured.
+
+        Raises:
+            ValueError: either of them for a batch of one, whose weight would never change.
+        """
         raw = self.raw_weights(params, features, mask)
         if self.centre:
+            if len(raw) < 2:
+                raise ValueError(
+                    "InstanceNet: centre needs at least two examples per micro-batch (a single "
+                    "example would always get the prior weight); use a larger batch or centre=False"
+                )
             raw = raw - raw.mean() + self.bound.raw(self.prior)
         weights = self.bound(raw)
         return batch_mean_one(weights) if self.normalise else weights

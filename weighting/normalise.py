@@ -27,14 +27,16 @@ def batch_mean_one(weights: Tensor) -> Tensor:
             "normalising over the batch needs at least two examples per micro-batch (a single "
             "example would always get weight 1); use a larger batch or normalise over the table"
         )
-    mean = weights.mean()
-    if float(mean.detach()) <= _SMALLEST_MEAN:
-        raise ValueError(
-            f"cannot normalise weights whose batch mean is {float(mean.detach()):.3g}; expected "
-            f"more than {_SMALLEST_MEAN:g}. Choose a bound without negative weights, or no "
-            "normalisation"
-        )
-    return weights / mean
+    return _divided(weights, weights.mean(), "batch mean")
+
+
+def mean_one(weights: Tensor) -> Tensor:
+    """``weights / mean(weights)`` of a whole table, the mean being part of the derivative.
+
+    Raises:
+        ValueError: for a mean near or below 0.
+    """
+    return _divided(weights, weights.mean(), "mean")
 
 
 def mean_one_over(weights: Tensor, all_weights: Tensor) -> Tensor:
@@ -43,11 +45,14 @@ def mean_one_over(weights: Tensor, all_weights: Tensor) -> Tensor:
     For tables: ``all_weights`` are the weights of every row, so that any batch size works and only
     the rows that were visited get a gradient.
     """
-    mean = all_weights.detach().mean()
-    if float(mean) <= _SMALLEST_MEAN:
+    return _divided(weights, all_weights.detach().mean(), "mean over the table")
+
+
+def _divided(weights: Tensor, mean: Tensor, what: str) -> Tensor:
+    value = float(mean.detach())
+    if value <= _SMALLEST_MEAN:
         raise ValueError(
-            f"cannot normalise weights whose mean over the table is {float(mean):.3g}; expected "
-            f"more than {_SMALLEST_MEAN:g}. Choose a bound without negative weights, or no "
-            "normalisation"
+            f"cannot normalise weights whose {what} is {value:.3g}; expected more than "
+            f"{_SMALLEST_MEAN:g}. Choose a bound without negative weights, or no normalisation"
         )
     return weights / mean

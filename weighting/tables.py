@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from weighting.bounds import Bound, Clip, Softplus
-from weighting.normalise import batch_mean_one, mean_one_over
+from weighting.normalise import batch_mean_one, mean_one, mean_one_over
 
 Params = dict[str, Tensor]
 
@@ -79,7 +79,7 @@ class InstanceTable:
     def all_weights(self, params: Params) -> Tensor:
         """Weights of every row, [size]: what training would give each, mean 1 if normalised."""
         weights = self.bound(self.raw_weights(params).detach())
-        return weights if self.normalise == "none" else weights / weights.mean()
+        return weights if self.normalise == "none" else mean_one(weights)
 
 
 @dataclass(frozen=True)
@@ -97,9 +97,15 @@ class DomainTable:
     bound: Bound = Softplus()
 
     def __post_init__(self) -> None:
-        """Refuse a table without rows."""
+        """Refuse a table without rows, and a bound under which all start at weight 0 or below."""
         if self.size < 1:
             raise ValueError(f"DomainTable needs size >= 1; found {self.size}")
+        if not float(self.bound(torch.zeros(()))) > 0.0:
+            raise ValueError(
+                f"DomainTable: {self.bound} gives raw weight 0, where all domains start, a weight "
+                "that is not positive, and their mean cannot become 1; choose Softplus() or "
+                "Sigmoid()"
+            )
 
     def init(self) -> Params:
         """All domains alike: ``{"raw": zeros [size]}``."""
@@ -111,8 +117,7 @@ class DomainTable:
 
     def all_weights(self, params: Params) -> Tensor:
         """Weights of every domain, [size], mean 1 over the domains."""
-        weights = self.bound(params["raw"])
-        return weights / weights.mean()
+        return mean_one(self.bound(params["raw"]))
 
     def weights(self, params: Params, domain: Tensor) -> Tensor:
         """Weights [batch] of the examples' domains ``domain`` [batch] (int64)."""

@@ -84,6 +84,8 @@ def index(t: Tracker, tensor: Tensor, key: Any) -> Any:
     if w is None:
         return NotImplemented
     if isinstance(key, Tensor) and key.dtype == torch.int64:
+        if key.numel() and int(key.min()) < 0:  # from the end; an embedding knows no such rows
+            return NotImplemented
         return embedding(t, key, tensor) if tensor.dim() == 2 else NotImplemented
     keys = key if isinstance(key, tuple) else (key,)
     if all(item is None or item is Ellipsis or isinstance(item, int | slice) for item in keys):

@@ -210,8 +210,10 @@ def by_hand(case, lower_optimizer, upper_optimizer, method, windows, batches, we
                 for micro in batches[index]
             )
             loss = (case.problem.upper_loss(leaves, phi, case.upper_batch) + lam * loss) / (1 + lam)
+            # The decay belongs to the lower loss.
+            mild = replace(mover, weight_decay=mover.weight_decay * lam / (1 + lam))
             with torch.no_grad():
-                copy, copy_state = mover.update(gradient(loss, leaves), copy_state, copy)
+                copy, copy_state = mild.update(gradient(loss, leaves), copy_state, copy)
         everything = [micro for micros in batches for micro in micros]
         size = sum(len(micro["labels"]) for micro in everything)
         leaves = leaves_of(phi)
