@@ -104,8 +104,8 @@ format: $(VENV)/installed-dev ## apply the style
 	$(VENV)/bin/ruff check --fix .
 	$(VENV)/bin/ruff format .
 
-clean-runs: ## forget data, cold start and runs
-	rm -rf runs data
+clean-runs: ## forget the embedded data, cold start and runs
+	rm -rf runs $(DATA)
 
 clean: clean-runs ## forget the environment too
 	rm -rf $(VENV)

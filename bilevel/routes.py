@@ -82,8 +82,8 @@ class Jvp:
 
     With detached features ⟨μ, ∇ℓ_i⟩ is the directional derivative of the losses [batch];
     otherwise forward over reverse: the tangent of ∇_φ L. Works for every problem and both orders,
-    with any number of examples. Cost: 3F. Memory: one tangent copy of θ, no activations stored
-    (except those that a gradient with respect to φ needs).
+    with any number of examples. Cost: 3F, otherwise up to 9F. Memory: one tangent copy of θ, no
+    activations stored (except those that a gradient with respect to φ needs).
 
     Attention runs with its MATH kernel; torch's fused kernels have no forward-mode derivative.
     """

@@ -85,15 +85,16 @@ class Unrolled:
             `Auto`: `Jvp` at the first step, whose derivative is in φ alone, and `Reverse` at the
             others, where both take as long and `Jvp` (forward over reverse) takes more memory.
 
-    Cost: 3F for each lower step and 3F for the upper gradient, as in every method, then about 9F
-    for each of T − 1 steps and 3F for the first. F is a forward pass. Memory besides what is
-    remembered: that of one micro-batch's second derivative, and the graph from φ to the weights of
-    each step. Double backward through the graph of all steps takes about 9F per step in all, so
-    this one comes to 15/13 of its arithmetic for T = 4 and to 4/3 for large T: what it pays for
-    memory that does not grow with the activations.
+    Cost: 3F for each lower step and 3F for the upper gradient, as in every method, then about
+    9F for each of T − 1 steps and 3F for the first (9F without detached features). F is a
+    forward pass. Memory besides what is remembered: that of one micro-batch's second
+    derivative, and the graph from φ to the weights of each step. Double backward through the
+    graph of all steps takes about 9F per step in all, so this one comes to 15/13 of its
+    arithmetic for T = 4 and to 4/3 for large T: what it pays for memory that does not grow with
+    the activations.
 
     Source: reverse sweep of Maclaurin et al. 2015 (arXiv 1502.03492) and Franceschi et al. 2017
-    (arXiv 1703.01785), with forward over reverse in each step as in MixFlow-MG (arXiv 2505.00793).
+    (arXiv 1703.01785); forward over reverse in each step is MixFlow-MG's (arXiv 2505.00793).
     TorchOpt's MetaOptimizer and higher keep the graph of all steps and give NaN through Adam where
     a gradient is 0; Betty truncates at one step.
 

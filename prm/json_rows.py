@@ -93,7 +93,7 @@ def _too_large(found: str, remedy: str) -> _Refused:
 
 def _decode_line(raw: bytes) -> Any:
     try:
-        text = raw.decode()
+        text = raw.decode().rstrip("\r\n")  # else an error at its end is one of the next line
     except UnicodeDecodeError as error:
         found = f"byte {raw[error.start]:#04x} at column {error.start + 1}"
         raise _Refused("UTF-8", found, "save the file as UTF-8") from error

@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from dataclasses import fields
 
 from recipes.data_files.options import (
     ConvertOptions,
@@ -16,6 +17,7 @@ from recipes.data_files.options import (
     ValidateOptions,
     build_data_parser,
 )
+from recipes.option_values import did_you_mean, shortened
 from recipes.options import (
     ColdStartOptions,
     OptionError,
@@ -99,9 +101,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     0: done; 1: the data or the run is at fault; 2: usage; 130, 143: stopped by SIGINT, SIGTERM,
     training with its state saved.
     """
-    given = vars(make_parser().parse_args(arguments))
+    known, unknown = make_parser().parse_known_args(arguments)
+    given = vars(known)
     name = " ".join(filter(None, (given.pop("command"), given.pop("kind", None))))
     kind = given.pop("options")
+    if unknown:
+        print(f"bilevel-prm {name}: {_unknown(unknown[0], kind)}; see --help", file=sys.stderr)
+        return 2
     try:
         options = resolve(kind, given)
     except OptionError as error:
@@ -112,6 +118,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from recipes import commands
 
     return commands.run(name, options)
+
+
+def _unknown(argument: str, options: type) -> str:
+    """What is wrong with an argument that no option takes, and the nearest one."""
+    if not argument.startswith("-"):
+        return f"unexpected argument {shortened(argument)!r}"
+    flags = ["--config", *(f"--{field.name.replace('_', '-')}" for field in fields(options))]
+    word = argument.split("=")[0]
+    return f"unknown option {shortened(word)}{did_you_mean(word.replace('_', '-'), flags)}"
 
 
 def _runs(name: str, options: RunsShowOptions | RunsListOptions) -> int:

@@ -111,7 +111,13 @@ def show_run(options: RunsShowOptions) -> None:
 
 
 def list_runs(options: RunsListOptions) -> None:
-    """Print a line for every run below a folder."""
+    """Print a line for every run below a folder.
+
+    Raises:
+        OptionError: there is no such folder.
+    """
+    if not Path(options.directory).is_dir():
+        raise OptionError(f"{options.directory}: no such folder")
     found = [run_state(path) for path in runs_below(Path(options.directory))]
     if options.json:
         print(json.dumps([asdict(run) for run in found], indent=1))

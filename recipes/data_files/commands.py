@@ -27,7 +27,9 @@ def data_convert(options: ConvertOptions) -> int:
 
     count = convert(options)
     root = root_of(options, options.file)
-    print(f"{options.out}: {count:,} examples; images are relative to {root}")
+    print(
+        f"{options.out}: {count:,} examples; images are relative to {root}: give it as --image-root"
+    )
     return 0
 
 

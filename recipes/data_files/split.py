@@ -69,7 +69,9 @@ def parse_parts(parts: Sequence[str]) -> dict[str, int | None]:
         name, equals, size = word.partition("=")
         plain = name.replace("-", "").replace("_", "").isalnum()
         if not equals or not plain or not (size == REST or (size.isdecimal() and int(size) > 0)):
-            raise OptionError(f"--parts {word}: expected name=number or name=rest")
+            raise OptionError(
+                f"--parts {word}: expected name=N (whole groups or rows) or name=rest"
+            )
         if name in sizes:
             raise OptionError(f"--parts {word}: the name {name} comes twice")
         sizes[name] = None if size == REST else int(size)

@@ -96,8 +96,29 @@ def test_help_says_default_and_choices(capsys):
 
 def test_unknown_command_and_option(capsys):
     assert "invalid choice: 'trian'" in usage_error(["trian"], capsys)
-    assert "--batch-sise" in usage_error(["train", "--batch-sise", "3"], capsys)
     assert "invalid choice: 'nett'" in usage_error(["train", "--weighting", "nett"], capsys)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (
+            "train --batch-sise 3",
+            "train: unknown option --batch-sise; did you mean '--batch-size'?",
+        ),
+        (
+            "train --batch_sise=3",
+            "train: unknown option --batch_sise; did you mean '--batch-size'?",
+        ),
+        ("train --steps 3 more", "train: unexpected argument 'more'; see --help"),
+        ("runs show x --jsn", "runs show: unknown option --jsn; did you mean '--json'?"),
+        ("data split f --prats a=1", "data split: unknown option --prats; did you mean '--parts'?"),
+        ("runs list nowhere", "runs list: nowhere: no such folder"),
+    ],
+)
+def test_unknown_options_are_named_with_the_nearest(words, message, capsys):
+    assert main(words.split()) == 2
+    assert message in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -83,7 +83,10 @@ def test_commands(run, capsys, tmp_path):
     assert main(["runs", "list", str(tmp_path), "--json"]) == 0
     assert [row["directory"] for row in json.loads(capsys.readouterr().out)] == [str(run)]
     assert runs_below(run) == [run]
-    assert main(["runs", "list", str(tmp_path / "none")]) == 0
+    assert main(["runs", "list", str(tmp_path / "none")]) == 2
+    assert "none: no such folder" in capsys.readouterr().err
+    (tmp_path / "empty").mkdir()
+    assert main(["runs", "list", str(tmp_path / "empty")]) == 0
     assert "no runs" in capsys.readouterr().out
     assert main(["runs", "show", str(tmp_path)]) == 2
     assert "no args.yaml" in capsys.readouterr().err

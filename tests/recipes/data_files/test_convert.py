@@ -23,7 +23,7 @@ def test_own_to_stepwise_and_back(task, tmp_path, capsys):
     stepwise, own = tmp_path / "stepwise.jsonl", tmp_path / "own.jsonl"
     assert convert(source, "--to", "stepwise", "--out", stepwise) == 0
     assert capsys.readouterr().out == (
-        f"{stepwise}: 18 examples; images are relative to {task.data}\n"
+        f"{stepwise}: 18 examples; images are relative to {task.data}: give it as --image-root\n"
     )
     root = ["--image-root", task.data]
     assert convert(stepwise, "--to", "prm-jsonl", "--out", own, *root) == 0
