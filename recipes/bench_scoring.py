@@ -16,6 +16,7 @@ tiles once. The first three compute the same numbers; how far they differ is rep
 from __future__ import annotations
 
 import argparse
+import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -191,7 +192,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         examples = read_jsonl(data / "test.jsonl")
         found = compare(wide_vocabulary_model(), examples, given.batch_size, given.rounds)
     print(table(found))
-    write_json(Path(given.output), found)
+    words = sys.argv[1:] if arguments is None else arguments
+    command = " ".join(["python -m recipes.bench_scoring", *words])
+    write_json(Path(given.output), found | {"command": command})
 
 
 if __name__ == "__main__":

@@ -87,6 +87,14 @@ def test_lines(tmp_path_factory, values):
     assert list(json_rows(path)) == list(enumerate(values, start=1))
 
 
+def test_an_error_at_the_end_of_a_line_is_told_at_its_column(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"a": 1}\n{"id": "b", "question":\n{"a": 2}\n', encoding="utf-8")
+    rows = dict(json_rows(path))
+    assert rows[1] == {"a": 1}
+    assert "Expecting value at column 24" in str(rows[2])
+
+
 BROKEN = {
     "cut off": ('[{"a": 1}, {"a"', 2, "JSON", "Expecting ':'"),
     "cut off in a string": ('[{"a": 1}, {"a": "x', 2, "JSON", "Unterminated string"),
