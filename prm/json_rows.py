@@ -73,6 +73,18 @@ def json_rows(path: Path) -> Iterator[tuple[int, Any | DataError]]:
         yield from _array_rows(file, path) if is_array else _line_rows(file, path)
 
 
+def json_line(raw: bytes, path: Path, line: int) -> Any:
+    """The value of one line of a JSONL file, as strict as `json_rows`.
+
+    Raises:
+        DataError: it cannot be had.
+    """
+    try:
+        return _decode_line(raw)
+    except _Refused as refused:
+        raise refused.at(path, line) from refused
+
+
 def _line_rows(file: IO[bytes], path: Path) -> Iterator[tuple[int, Any | DataError]]:
     line = 0
     while raw := file.readline(_LARGEST_ROW + 1):

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
+from prm.json_rows import json_line
 from prm.schema import DataError
 from recipes.option_values import OptionError
 
@@ -70,8 +71,7 @@ def read_scores(path: Path) -> list[ScoredSolution]:
         raise OptionError(f"{path}: no such file; {_REMEDY}")
     found: list[ScoredSolution] = []
     first: dict[str, int] = {}
-    for line, text in _lines(path):
-        row = _parse(text, path, line)
+    for line, row in _rows(path):
         if row.id in first:
             _fail(path, line, "id", f"an id of its own, not that of line {first[row.id]}", row.id)
         first[row.id] = line
@@ -117,8 +117,7 @@ def complete_lines(path: Path, ids: Sequence[str], data: Path) -> int:
         content = file.read()
         file.truncate(content.rfind(b"\n") + 1)
     done = 0
-    for line, text in _lines(path):
-        row = _parse(text, path, line)
+    for line, row in _rows(path):
         if done == len(ids) or row.id != ids[done]:
             expected = f"the scores of {ids[done]!r}" if done < len(ids) else "no further line"
             _fail(path, line, "id", f"{expected}, by the order of {data}", row.id)
@@ -126,24 +125,27 @@ def complete_lines(path: Path, ids: Sequence[str], data: Path) -> int:
     return done
 
 
-def _lines(path: Path) -> Iterator[tuple[int, str]]:
+def _rows(path: Path) -> Iterator[tuple[int, ScoredSolution]]:
     with path.open("rb") as file:
         for line, raw in enumerate(file, start=1):
             try:
-                text = raw.decode()
-            except UnicodeDecodeError as error:
-                _fail(path, line, None, "UTF-8", f"byte {raw[error.start]:#04x}")
-            yield line, text
+                record = json_line(raw, path, line)
+            except DataError as error:
+                raise DataError(
+                    expected=error.expected,
+                    found=error.found,
+                    file=path,
+                    line=line,
+                    field=error.field,
+                    remedy=_REMEDY,
+                ) from error
+            yield line, _parse(record, path, line)
 
 
-def _parse(text: str, path: Path, line: int) -> ScoredSolution:
+def _parse(record: Any, path: Path, line: int) -> ScoredSolution:
     def fail(field: str | None, expected: str, found: Any) -> NoReturn:
         _fail(path, line, field, expected, found)
 
-    try:
-        record = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        _fail(path, line, None, "JSON", " ".join(str(error).split()))
     if not isinstance(record, dict):
         fail(None, "a JSON object", record)
     if not isinstance(record.get("id"), str) or not record["id"]:
