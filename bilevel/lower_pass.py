@@ -111,7 +111,7 @@ def lower_pass(
 
 def _wide_zeros(leaf: Tensor) -> Tensor | None:
     """Where to sum gradients of 16 bits: in their own precision the sum would soon stand still."""
-    wide = torch.promote_types(leaf.dtype, torch.float32)
+    wide = tree.wide_dtype(leaf.dtype)
     return None if wide == leaf.dtype else torch.zeros_like(leaf, dtype=wide)
 
 

@@ -142,7 +142,9 @@ class OneStep:
         if self.direction_decay == 0.0:
             return None
         # In float32 at least: in bfloat16 0.999 of a number rounds to that number.
-        average = tree.map(lambda leaf: torch.zeros_like(leaf, dtype=_wide(leaf)), lower_params)
+        average = tree.map(
+            lambda leaf: torch.zeros_like(leaf, dtype=tree.wide_dtype(leaf.dtype)), lower_params
+        )
         return Direction(average, torch.zeros((), dtype=torch.int64))
 
     def window(
@@ -262,13 +264,9 @@ class OneStep:
             return lower, direction
         rho = self.direction_decay
         kept = tree.scale(rho, direction.average)
-        wide = tree.map(lambda leaf: leaf.to(_wide(leaf)), lower)
+        wide = tree.map(lambda leaf: leaf.to(tree.wide_dtype(leaf.dtype)), lower)
         average = tree.axpy(1.0 - rho, wide, kept)
         updates = direction.updates + 1
         correction = 1.0 - rho ** int(updates)
         corrected = tree.map(lambda leaf, v: (leaf / correction).to(v.dtype), average, lower)
         return corrected, Direction(average, updates)
-
-
-def _wide(leaf: Tensor) -> torch.dtype:
-    return torch.promote_types(leaf.dtype, torch.float32)

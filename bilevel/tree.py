@@ -106,7 +106,7 @@ def norm(tree: Tree) -> Tensor:
     tensors = leaves(tree)
     if not tensors:
         return torch.zeros(())
-    norms = [torch.linalg.vector_norm(leaf, dtype=_wide_dtype(leaf.dtype)) for leaf in tensors]
+    norms = [torch.linalg.vector_norm(leaf, dtype=wide_dtype(leaf.dtype)) for leaf in tensors]
     return torch.linalg.vector_norm(torch.stack([n.to(norms[0].device) for n in norms]))
 
 
@@ -174,19 +174,20 @@ def _part(entry: Any) -> str:
 
 def _dot(x: Tensor, y: Tensor) -> Tensor:
     ordinary = all(type(t) in (Tensor, torch.nn.Parameter) and t.is_cpu for t in (x, y))
-    if not ordinary or _wide_dtype(x.dtype) != _wide_dtype(y.dtype) or x.shape != y.shape:
+    if not ordinary or wide_dtype(x.dtype) != wide_dtype(y.dtype) or x.shape != y.shape:
         return (_wide(x) * _wide(y)).sum()
     # No product is stored: its new pages would cost more than the arithmetic.
     pieces = zip(x.reshape(-1).split(_BLOCK), y.reshape(-1).split(_BLOCK), strict=True)
     return torch.stack([torch.dot(_wide(a), _wide(b)) for a, b in pieces]).sum()
 
 
-def _wide_dtype(dtype: torch.dtype) -> torch.dtype:
+def wide_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Return the precision to sum in: float32 for 16 bits, else the same."""
     return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
 
 
 def _wide(tensor: Tensor) -> Tensor:
-    return tensor.to(_wide_dtype(tensor.dtype))
+    return tensor.to(wide_dtype(tensor.dtype))
 
 
 def _total(terms: list[Tensor], like: Tree) -> Tensor:

@@ -143,16 +143,19 @@ def contenders(case: Case, windows: Sequence[int], cap: int) -> Iterator[Contend
 
 
 def _floors(case: Case) -> Iterator[Contender]:
-    def floor(micro_batches: Sequence[Batch]) -> dict[str, Tensor]:
-        lower, _ = plain_step(case, case.lower, case.state, micro_batches)
-        return plain_upper_gradient(case, lower)
-
+    floor = partial(_plain, case)
     # Its gradient is what the hypergradients are made of, so its error is theirs.
     yield Contender(FLOOR, case, partial(floor, case.batches[:1]), _flat, reference=GRADIENT)
     singles = case.singles(case.batches[0])
     yield Contender(SINGLES, case, partial(floor, singles), floor=SINGLES)
     if case.dtype == torch.float32:
         yield Contender("floor, torch.optim.AdamW in place", case, peers.torch_floor(case))
+
+
+def _plain(case: Case, micro_batches: Sequence[Batch]) -> dict[str, Tensor]:
+    """A lower step and the upper gradient after it."""
+    lower, _ = plain_step(case, case.lower, case.state, micro_batches)
+    return plain_upper_gradient(case, lower)
 
 
 def _flat(found: dict[str, Tensor]) -> Tensor:
@@ -215,8 +218,7 @@ def reference(name: str, case: Case, steps: int) -> Tensor:
     """
     case = case.cast(torch.float64)
     if name == GRADIENT:
-        lower, _ = plain_step(case, case.lower, case.state, case.batches[:1])
-        return _flat(plain_upper_gradient(case, lower))
+        return _flat(_plain(case, case.batches[:1]))
     if name == "darts":
         return peers.darts_limit(case)
     if name == "unrolled" and steps > 1:
