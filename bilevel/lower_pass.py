@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from bilevel import random_state, tree
+from bilevel.gradient_sum import GradientStream, GradientSum
 from bilevel.micro_batch import (
     MicroBatch,
     Run,
@@ -22,6 +23,7 @@ from bilevel.micro_batch import (
     run_detached,
     run_scalar,
     run_single,
+    run_streamed,
 )
 from bilevel.problem import Batch, Params, Problem, ReweightingProblem
 from bilevel.random_state import RandomState
@@ -84,11 +86,17 @@ def lower_pass(
     """
     run = Run(problem, route, lower_params, upper_params, differentiate, direction)
     runner = _runner(problem, route)
+    total = GradientSum(lower_params, widen=len(batches) > 1)
+    stream = None
+    if runner is run_single and (direction is not None or not differentiate):
+        stream = GradientStream(total, direction if differentiate else None)
     micro_batches: list[MicroBatch] = []
-    total: Tree = None
     for batch in batches:
         random = random_state.capture(lower_params)
         with torch.enable_grad():
+            if stream is not None:  # one example in each, so all have the same share
+                micro_batches.append(run_streamed(run, batch, random, stream))
+                continue
             grads, micro = runner(run, batch, random)
         micro_batches.append(micro)
         if len(batches) == 1 and micro.factor is None:
@@ -96,23 +104,10 @@ def lower_pass(
         if not micro.size:
             raise ValueError("batch_size: expected at least 1 example per micro-batch, found 0")
         relative = micro.size / micro_batches[0].size
-        factor = relative if micro.factor is None else micro.factor * relative
-        if total is None:
-            total = tree.map(_wide_zeros if len(batches) > 1 else lambda _: None, grads)
-        total = tree.axpy_(factor, grads, total)
+        total.add(relative if micro.factor is None else micro.factor * relative, grads)
         del grads
     relative = sum(micro.size for micro in micro_batches) / micro_batches[0].size
-    if relative != 1.0:
-        total = tree.map(lambda leaf: leaf.div_(relative), total)
-    return LowerPass(
-        tree.map(lambda leaf, old: leaf.to(old.dtype), total, lower_params), micro_batches
-    )
-
-
-def _wide_zeros(leaf: Tensor) -> Tensor | None:
-    """Where to sum gradients of 16 bits: in their own precision the sum would soon stand still."""
-    wide = tree.wide_dtype(leaf.dtype)
-    return None if wide == leaf.dtype else torch.zeros_like(leaf, dtype=wide)
+    return LowerPass(total.mean(relative), micro_batches)
 
 
 def _runner(

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from bilevel import tree
 from bilevel.gradient import as_leaves, gradients
+from bilevel.gradient_sum import GradientStream
 from bilevel.problem import (
     Batch,
     Params,
@@ -111,17 +112,30 @@ def run_detached(run: Run, batch: Batch, random: RandomState) -> tuple[Tree, Mic
 
 def run_single(run: Run, batch: Batch, random: RandomState) -> tuple[Tree, MicroBatch]:
     """One example: its unweighted gradient, kept or dotted, then scaled."""
-    assert isinstance(run.problem, ReweightingProblem)
     params = as_leaves(run.lower_params)
+    losses, weights = _single_loss(run, params, batch)
+    grads = gradients([losses.mean()], params)
+    return grads, single(run, batch, random, losses, weights, grads)
+
+
+def run_streamed(run: Run, batch: Batch, random: RandomState, stream: GradientStream) -> MicroBatch:
+    """As `run_single`, where the gradient need not be kept: dotted and summed by `stream`."""
+    losses, weights = _single_loss(run, stream.params, batch)
+    known = stream.backward(weights.detach()[0], losses.mean())
+    micro = weighted_batch(batch, random, losses, weights)
+    return micro if known is None else replace(micro, dots=lambda _: known[None])
+
+
+def _single_loss(run: Run, params: Params, batch: Batch) -> tuple[Tensor, Tensor]:
+    """Return loss and weight of the only example, [1] each."""
+    assert isinstance(run.problem, ReweightingProblem)
     losses, features = run.problem.losses(params, batch)
     if len(losses) != 1:
         raise ValueError(
             f"route Dot(): expected micro-batches of 1 example, found {len(losses)}; choose "
             "Ghost() or PerExample(), or pass the examples as so many micro-batches"
         )
-    weights = run.problem.weights_of(run.upper_params, batch, features, losses)
-    grads = gradients([losses.mean()], params)
-    return grads, single(run, batch, random, losses, weights, grads)
+    return losses, run.problem.weights_of(run.upper_params, batch, features, losses)
 
 
 def single(

@@ -11,6 +11,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Protocol
 
+import torch
 from torch import Tensor
 
 from bilevel import rules, tree
@@ -145,11 +146,11 @@ class _AdaptiveOptimizer(ElementwiseOptimizer):
     def _predicted_gain(self, s: Tensor | None, count: int) -> Tensor:
         assert s is not None
         now, coming = self._coefficients(max(count, 1)), self._coefficients(count + 1)
-        root = (s / now.correction2).sqrt_()
-        cold = s.sign().neg_().add_(1.0)  # 1 where s = 0, else 0; five times as fast as a mask
-        gain = root.add_(now.eps).add_(cold).reciprocal_()  # not 1 / eps there, which may overflow
-        gain = gain.mul_((1.0 - now.beta1) / coming.correction1)
-        return gain.lerp_(gain.new_ones(()), cold)
+        factor = (1.0 - now.beta1) / coming.correction1
+        # 1/gain; in place, since the pages of new tensors cost more on a CPU than the arithmetic.
+        inverse = (s / (now.correction2 * factor * factor)).sqrt_().add_(now.eps / factor)
+        cold = float(torch.tensor(now.eps / factor, dtype=inverse.dtype, device="cpu"))
+        return torch.threshold_(inverse, cold, 1.0).reciprocal_()
 
 
 @dataclass(frozen=True)

@@ -155,16 +155,21 @@ def adaptive_vjp(
     """
     new_first = grads if first is None else torch.lerp(first, grads, 1.0 - rule.beta1)
     root = (second * rule.beta2).addcmul_(grads, grads, value=rule.gain).sqrt_()  # √s'
+    # The factors √c₂ of D are collected in `gain`.
+    eps = rule.eps * math.sqrt(rule.correction2)
+    gain = math.sqrt(rule.correction2) / rule.correction1
+    if not all_inputs:
+        # g/√s' is at most 1/√γ; where s' = 0 it is 0 over the smallest root there is.
+        least = math.sqrt(torch.finfo(root.dtype).tiny * torch.finfo(root.dtype).eps)
+        slope = (grads / root.clamp_(min=least)).mul_(new_first)
+        ratio = root.add_(eps).reciprocal_()
+        slope.mul_(ratio).mul_(-rule.gain * gain).add_((1.0 - rule.beta1) * gain)
+        return Direction(ratio.mul_(bars.step).mul_(slope))
     # 1/√s', 0 where s' = 0. Masks would take ten times as long.
     inverse_root = root.reciprocal().nan_to_num_(nan=math.nan, posinf=0.0)
-    # D √c₂, in the place of the root; the factors √c₂ are collected in `gain`.
-    scaled_denominator = root.add_(rule.eps * math.sqrt(rule.correction2))
-    gain = math.sqrt(rule.correction2) / rule.correction1
+    scaled_denominator = root.add_(eps)
     ratio = bars.step / scaled_denominator
     bend = (new_first * inverse_root).div_(scaled_denominator).mul_(ratio)
-    if not all_inputs:
-        grads_bar = ratio.mul_((1.0 - rule.beta1) * gain)
-        return Direction(grads_bar.addcmul_(grads, bend, value=-rule.gain * gain))
     first_bar, second_bar = ratio.mul_(gain), bend.mul_(-0.5 * gain)
     if bars.first_moment is not None:
         first_bar = first_bar + bars.first_moment

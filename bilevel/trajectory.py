@@ -35,6 +35,12 @@ class Kept:
 
     held: Tree
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all its tensors."""
+        held: list[Any] = tree.leaves(self.held)
+        return sum(away.tensor.nbytes for away in held)
+
     def fetch(self) -> Any:
         """Return the tree where it was."""
         return tree.map(_Away.fetch, self.held)
@@ -69,32 +75,44 @@ def advance(optimizer: Optimizer, point: Point, grads: Tree) -> Point:
     return Point(*optimizer.update(grads, point.optimizer_state, point.lower_params))
 
 
+def way_points(point: Point, steps: int) -> list[int]:
+    """Return the steps whose points `backwards` needs first, in order: to keep when they pass by.
+
+    The first of `steps`, whose point this is, and the middles of what remains. The first alone
+    where points are hardly larger than gradients.
+    """
+    found = [0]
+    light = _light(_bytes(point), _bytes(point.lower_params))
+    while steps - found[-1] > 1 and not light:
+        found.append((found[-1] + steps) // 2)
+    return found
+
+
 def backwards(
-    optimizer: Optimizer, start: Kept, grads: list[Kept], store: Store
+    optimizer: Optimizer, points: list[tuple[int, Kept]], grads: list[Kept], store: Store
 ) -> Iterator[tuple[Tree, Point]]:
     """Yield (gradient, point before its step), from the last step to the first.
 
-    Points are found by bisection: N steps take at most (N/2) log₂ N updates and log₂ N points in
-    memory besides the start. Where a point is hardly larger than a gradient (SGD without momentum),
-    one is put by only when a used gradient has made room for it, for at most 3N updates more: then
-    the gradients and the start are all there ever is, and memory grows by 1 × θ per step.
+    Points are found by bisection: N steps take at most (N/2) log₂ N updates, N − 1 fewer if all
+    `way_points` are given, and log₂ N points in memory besides the start. Where a point is hardly
+    larger than a gradient (SGD without momentum), one is put by only when a used gradient has made
+    room for it, for at most 3N updates more: then the gradients and the start are all there ever
+    is, and memory grows by 1 × θ per step.
 
     Args:
         optimizer: What took the steps.
-        start: The point before the first step.
+        points: Before the first step, and further ones, with their indices. Emptied.
         grads: One per step. Emptied as the sweep goes, so that memory falls with it.
         store: Where the points on the way are kept.
     """
     end = total = len(grads)
-    light = bool(grads) and _bytes(start) <= 1.5 * _bytes(grads[0])
-    pending = [(0, start)]
-    del start
-    while pending:
-        at, kept = pending.pop()
+    light = bool(grads) and _light(points[0][1].nbytes, grads[0].nbytes)
+    while points:
+        at, kept = points.pop()
         point = kept.fetch()
         while end - at > 1:
-            pending.append((at, kept))
-            crowded = light and len(pending) >= total - end
+            points.append((at, kept))
+            crowded = light and len(points) >= total - end
             middle = end - 1 if crowded else (at + end) // 2
             for index in range(at, middle):
                 point = advance(optimizer, point, grads[index].fetch())
@@ -107,6 +125,10 @@ def backwards(
         yield last.pop()
 
 
-def _bytes(kept: Kept) -> int:
-    held: list[Any] = tree.leaves(kept.held)
-    return sum(away.tensor.nbytes for away in held)
+def _light(point: int, gradient: int) -> bool:
+    """Whether a point, in bytes, is hardly larger than a gradient: there are no moments."""
+    return point <= 1.5 * gradient
+
+
+def _bytes(values: Tree) -> int:
+    return sum(leaf.nbytes for leaf in tree.leaves(values))

@@ -18,7 +18,7 @@ from torch import Tensor
 # Nested containers with tensors (or None) at the leaves; mypy has no recursive pytree type.
 Tree: TypeAlias = Any
 
-_BLOCK = 1 << 16  # entries of one BLAS dot: measured to be as accurate as torch's pairwise sum
+_BLOCK = 1 << 18  # entries of one BLAS dot: off by 1e-6 of the norm of the products in float32
 
 # The name of the only leaf of a tree that is a bare tensor.
 ROOT_NAME = "value"
@@ -69,33 +69,34 @@ def axpy(factor: float | Tensor, x: Tree, y: Tree) -> Tree:
     return optree.tree_map(combine, x, y, none_is_leaf=True)
 
 
-def axpy_(factor: float | Tensor, x: Tree, y: Tree) -> Tree:
-    """Return ``factor * x + y`` in the tensors of `y`, which must be nobody else's; no graph.
-
-    Where `y` is None the result is a new tensor, never one of `x`. On a CPU new pages cost more
-    than the arithmetic, so that this takes a fraction of the time of `axpy`.
-    """
-
-    def combine(x_leaf: Tensor | None, y_leaf: Tensor | None) -> Tensor | None:
-        if x_leaf is None:
-            return y_leaf
-        if y_leaf is None:
-            return x_leaf * (factor.to(x_leaf) if isinstance(factor, Tensor) else factor)
-        if isinstance(factor, Tensor):
-            return y_leaf.addcmul_(x_leaf.to(y_leaf.dtype), factor.to(y_leaf))
-        return y_leaf.add_(x_leaf, alpha=factor)
-
-    with torch.no_grad():
-        return optree.tree_map(combine, x, y, none_is_leaf=True)
-
-
 def vdot(left: Tree, right: Tree) -> Tensor:
     """Return ⟨left, right⟩ = Σ over all entries, a scalar; None leaves contribute nothing.
 
     16-bit leaves are multiplied and summed in float32. The sum is pairwise or in blocks, not one
     BLAS dot, whose float32 error grows with the length.
     """
-    return _total(leaves(map(_dot, left, right)), like=left)
+    terms: list[Tensor] = []
+    map(lambda x, y: terms.extend(dot_terms(x, y)), left, right)
+    return total(terms, like=left)
+
+
+def dot_terms(x: Tensor, y: Tensor) -> list[Tensor]:
+    """Return scalars, at least float32, whose sum is ⟨x, y⟩: see `vdot`."""
+    ordinary = all(type(t) in (Tensor, torch.nn.Parameter) and t.is_cpu for t in (x, y))
+    if not ordinary or wide_dtype(x.dtype) != wide_dtype(y.dtype) or x.shape != y.shape:
+        return [(_wide(x) * _wide(y)).sum()]
+    # No product is stored: its new pages would cost more than the arithmetic.
+    x, y = x.reshape(-1), y.reshape(-1)
+    pieces = [(x, y)] if len(x) <= _BLOCK else zip(x.split(_BLOCK), y.split(_BLOCK), strict=True)
+    return [torch.dot(_wide(a), _wide(b)) for a, b in pieces]
+
+
+def total(terms: list[Tensor], like: Tree) -> Tensor:
+    """Return the sum of scalars, on the device of the first; a 0 of `like`'s if there are none."""
+    if not terms:
+        first = next(iter(leaves(like)), None)
+        return torch.zeros(()) if first is None else first.new_zeros(())
+    return torch.stack([term.to(terms[0].device) for term in terms]).sum()
 
 
 def norm(tree: Tree) -> Tensor:
@@ -172,15 +173,6 @@ def _part(entry: Any) -> str:
     return str(getattr(entry, "field", entry.entry))
 
 
-def _dot(x: Tensor, y: Tensor) -> Tensor:
-    ordinary = all(type(t) in (Tensor, torch.nn.Parameter) and t.is_cpu for t in (x, y))
-    if not ordinary or wide_dtype(x.dtype) != wide_dtype(y.dtype) or x.shape != y.shape:
-        return (_wide(x) * _wide(y)).sum()
-    # No product is stored: its new pages would cost more than the arithmetic.
-    pieces = zip(x.reshape(-1).split(_BLOCK), y.reshape(-1).split(_BLOCK), strict=True)
-    return torch.stack([torch.dot(_wide(a), _wide(b)) for a, b in pieces]).sum()
-
-
 def wide_dtype(dtype: torch.dtype) -> torch.dtype:
     """Return the precision to sum in: float32 for 16 bits, else the same."""
     return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
@@ -188,10 +180,3 @@ def wide_dtype(dtype: torch.dtype) -> torch.dtype:
 
 def _wide(tensor: Tensor) -> Tensor:
     return tensor.to(wide_dtype(tensor.dtype))
-
-
-def _total(terms: list[Tensor], like: Tree) -> Tensor:
-    if not terms:
-        first = next(iter(leaves(like)), None)
-        return torch.zeros(()) if first is None else first.new_zeros(())
-    return torch.stack([term.to(terms[0].device) for term in terms]).sum()

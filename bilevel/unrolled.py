@@ -21,7 +21,7 @@ from bilevel.problem import Batch, Params, Problem
 from bilevel.random_state import RandomState
 from bilevel.routes import Auto, CentralDifference, Jvp, Reverse
 from bilevel.second_derivatives import second_derivatives
-from bilevel.trajectory import Kept, Point, Store, advance, backwards, keep
+from bilevel.trajectory import Kept, Point, Store, advance, backwards, keep, way_points
 from bilevel.upper_gradient import upper_gradient
 
 
@@ -37,14 +37,15 @@ class _Record(NamedTuple):
 
     Attributes:
         steps: One each.
-        starts: The point before the first and every `length`-th.
-        grads: Gradients of the steps since the last of these points.
+        points: Before the first and every `length`-th step, each a list whose further entries,
+            the `way_points` to the end, the last list alone has; with their index since the first.
+        grads: Gradients of the steps since the last of these.
         leaves: φ as the steps saw it, with a graph to their weights.
         length: Steps between points.
     """
 
     steps: list[_Step]
-    starts: list[Kept]
+    points: list[list[tuple[int, Kept]]]
     grads: list[Kept]
     leaves: Params
     length: int
@@ -166,9 +167,8 @@ class Unrolled:
         record = _Record([], [], [], as_leaves(upper_params), self._segment(unrolled))
         point, passes = Point(lower_params, optimizer_state), []
         for index, micro_batches in enumerate(batches, unrolled - len(batches)):
-            if index >= 0 and index % record.length == 0:
-                record.starts.append(keep(point, self.store))
-                record.grads.clear()
+            if index >= 0:
+                self._put_by(record, point, index, unrolled)
             random = random_state.capture(lower_params)
             passed = lower_pass(
                 problem,
@@ -197,19 +197,19 @@ class Unrolled:
         result: HypergradientResult,
     ) -> HypergradientResult:
         """Go back through the steps. What is used up is freed before the next pass."""
-        steps, starts, grads, leaves, length = record
+        steps, points, grads, leaves, length = record
         unrolled, upper_params = len(steps), tree.map(Tensor.detach, leaves)
         with random_state.replay(steps[-1].random, result.lower_params):
             upper = upper_gradient(problem, result.lower_params, upper_params, upper_batch)
         result = result._replace(upper_loss=upper.loss, upper_aux=upper.aux)
         lower_bar, state_bar, total = upper.lower, None, upper.direct
         del upper
-        while starts:
-            first = (len(starts) - 1) * length
+        while points:
+            first = (len(points) - 1) * length
             if first + length < unrolled:
                 again = steps[first : first + length]
-                grads = self._again(problem, optimizer, starts[-1].fetch(), upper_params, again)
-            for g, (params, state) in backwards(optimizer, starts.pop(), grads, self.store):
+                grads = self._again(problem, optimizer, points[-1], upper_params, again)
+            for g, (params, state) in backwards(optimizer, points.pop(), grads, self.store):
                 passed = steps.pop().passed
                 if not steps and state_bar is None:
                     along = optimizer.grads_vjp(g, state, params, lower_bar)
@@ -246,17 +246,32 @@ class Unrolled:
             return max(unrolled, 1)
         return math.ceil(math.sqrt(max(unrolled, 1))) if self.replay == "sqrt" else self.replay
 
+    def _put_by(self, record: _Record, point: Point, index: int, unrolled: int) -> None:
+        """Keep the point before a step, if the sweep will start from it."""
+        offset = index % record.length
+        if offset == 0:
+            for earlier in record.points:
+                del earlier[1:]
+            record.points.append([])
+            record.grads.clear()
+        if offset in way_points(point, min(record.length, unrolled - index + offset)):
+            record.points[-1].append((offset, keep(point, self.store)))
+
     def _again(
         self,
         problem: Problem,
         optimizer: DifferentiableOptimizer,
-        point: Point,
+        points: list[tuple[int, Kept]],
         upper_params: Params,
         steps: Sequence[_Step],
     ) -> list[Kept]:
-        """Return the gradients of steps that were taken before."""
+        """Return the gradients of steps that were taken before; puts by `way_points`."""
         grads = []
-        for step in steps:
+        point = points[0][1].fetch()
+        wanted = way_points(point, len(steps))
+        for index, step in enumerate(steps):
+            if index and index in wanted:
+                points.append((index, keep(point, self.store)))
             with random_state.replay(step.random, point.lower_params):
                 passed = lower_pass(
                     problem,
@@ -266,5 +281,6 @@ class Unrolled:
                     [micro.batch for micro in step.passed.micro_batches],
                 )
             grads.append(keep(passed.grads, self.store))
-            point = advance(optimizer, point, passed.grads)
+            if index + 1 < len(steps):
+                point = advance(optimizer, point, passed.grads)
         return grads

@@ -179,9 +179,10 @@ class ElementwiseOptimizer:
 
         Exact for SGD. The adaptive optimizers use the second moment as it stands in `state`
         (bias-corrected by the steps it has seen) and leave out the term in which the gradient
-        changes its own second moment. Entries whose second moment is 0, thus all of them in a
-        cold state, get plain ``−lr · params_bar``: their true factor may be anything from nearly
-        0 to lr / eps, depending on the gradient to come. The clip scale is taken as 1.
+        changes its own second moment. Entries whose second moment is 0 (or nothing beside eps),
+        thus all of them in a cold state, get plain ``−lr · params_bar``: their true factor may be
+        anything from nearly 0 to lr / eps, depending on the gradient to come. The clip scale is
+        taken as 1.
         None leaves of `params_bar` stay None.
         """
         with torch.no_grad():

@@ -94,7 +94,7 @@ def measure(
         "rounds": rounds,
         "model": {
             "description": "decoder: RMSNorm, rotary attention, gated SiLU; random weights after "
-            "10 AdamW steps",
+            "64 AdamW steps",
             "sizes": asdict(sizes),
             "parameters": sum(leaf.numel() for leaf in case.lower.values()),
             "parameter_bytes": case.parameter_bytes,

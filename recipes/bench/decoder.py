@@ -22,8 +22,8 @@ class Sizes:
     heads: int = 4
     hidden: int = 1024
     vocabulary: int = 2048
-    examples: int = 8
-    tokens: int = 64
+    examples: int = 4
+    tokens: int = 256
     instances: int = 512
 
 

@@ -42,21 +42,6 @@ def test_arithmetic_values() -> None:
     assert [leaf.tolist() for leaf in tree.leaves(A)] == [[3.0], [1.0, 2.0]]
 
 
-def test_axpy_in_place_leaves_x_alone() -> None:
-    """The sum is in the tensors of y; where there is none, in a new one and not in x's."""
-    for factor in (2.0, values(2.0)[0], torch.tensor(2.0)):
-        x = tree.map(torch.clone, {"a": A["w"], "b": A["w"], "c": None})
-        y = {"a": B["w"].clone(), "b": None, "c": B["w"].clone()}
-        total = tree.axpy_(factor, x, y)
-        assert total["a"] is y["a"]
-        assert total["c"] is y["c"]
-        total = tree.axpy_(factor, x, total)
-        assert total["a"].tolist() == [14.0, 28.0]
-        assert total["b"].tolist() == [4.0, 8.0]
-        assert total["c"].tolist() == [10.0, 20.0]
-        assert x["a"].tolist() == x["b"].tolist() == [1.0, 2.0]
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_inner_products_of_large_leaves_are_as_exact_as_pairwise_sums(dtype) -> None:
     """Many blocks, the last one not full; transposed on one side; half precision."""

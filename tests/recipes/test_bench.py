@@ -113,7 +113,8 @@ def test_the_case_is_the_same_at_every_call_and_not_cold(case):
     for one, other in ((case.lower, again.lower), (case.state, again.state)):
         for x, y in zip(tree.leaves(one), tree.leaves(other), strict=True):
             assert torch.equal(x, y)
-    assert int(case.state.steps) == 10
+    assert int(case.state.steps) == 64
+    assert all((leaf > 0.0).all() for leaf in case.state.second_moment.values())
     assert len(case.batches) == 3
     assert len({int(i) for batch in case.batches for i in batch["instance"]}) == 12
     with pytest.raises(ValueError, match="needs 20 instances, found 16"):
