@@ -38,7 +38,8 @@ class OneStepResult(NamedTuple):
         lower_params: θ'.
         optimizer_state: After the step.
         passed: Gradient and micro-batches of the lower pass.
-        upper: The upper loss and its gradients; None without an upper batch.
+        upper: The upper loss and its gradients; None without an upper batch. With order upper-first
+            without v, whose memory was free for the lower pass.
         hypergradient: dL_upper/dφ, None leaves where φ has no influence; None without upper batch.
         direction: Updated average of v; None if there is none.
     """
@@ -215,6 +216,7 @@ class OneStep:
             along = self.update_derivative.pull_back(
                 optimizer, None, optimizer_state, lower_params, along
             )
+            upper = upper._replace(lower=None)
         leaves = as_leaves(upper_params) if differentiate else tree.map(Tensor.detach, upper_params)
         passed = lower_pass(
             problem,
