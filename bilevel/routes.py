@@ -85,7 +85,8 @@ class Jvp:
     with any number of examples. Cost: 3F, otherwise up to 9F. Memory: one tangent copy of θ, no
     activations stored (except those that a gradient with respect to φ needs).
 
-    Attention runs with its MATH kernel; torch's fused kernels have no forward-mode derivative.
+    Attention runs with its MATH kernel, for a block of queries at a time: torch's fused kernels
+    have no forward-mode derivative.
     """
 
 
