@@ -48,6 +48,16 @@ class Case:
         return self.lower["head.weight"].dtype
 
     @property
+    def name(self) -> str:
+        """Precision and batch, which tell the cases of a run apart."""
+        return f"{str(self.dtype).removeprefix('torch.')}, {self.batch}"
+
+    @property
+    def batch(self) -> str:
+        """Examples and their length."""
+        return f"{self.sizes.examples} x {self.sizes.tokens}"
+
+    @property
     def parameter_bytes(self) -> int:
         """Bytes of θ."""
         return tree_bytes(self.lower)

@@ -98,6 +98,14 @@ class Shown:
         return params, grads
 
 
+def long_contenders(case: Case) -> Iterator[Contender]:
+    """The floors and the exact routes alone, for sequences as long as a model's in use."""
+    yield from list(_floors(case))[:2]
+    for route, method in ROUTES.items():
+        if not isinstance(method.route, Reverse | CentralDifference):
+            yield _ours(route, case, method, reference=method.order)
+
+
 def contenders(case: Case, windows: Sequence[int], cap: int) -> Iterator[Contender]:
     """Every row for one precision; unrolls and orientation rows for float32 alone."""
     yield from _floors(case)

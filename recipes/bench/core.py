@@ -12,7 +12,8 @@ import argparse
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from recipes.bench.contenders import (
     TORCHOPT,
     baselines,
     contenders,
+    long_contenders,
 )
 from recipes.bench.decoder import Sizes
 from recipes.bench.evaluate import Evaluated, errors, evaluate
@@ -56,15 +58,16 @@ def measure(
         say: Gets a line of progress now and then.
     """
     case = make_case(sizes, max(windows, default=1))
-    cases = [case, case.cast(torch.bfloat16)]
+    long = make_case(longer(sizes), 1)
+    cases = [case, case.cast(torch.bfloat16), long]
+    rows_of = [contenders(at, windows, cap) for at in cases[:2]] + [long_contenders(long)]
     evaluated: list[Evaluated] = []
-    for at in cases:
-        for contender in contenders(at, windows, cap):
-            started = time.perf_counter()
-            evaluated.append(evaluate(contender))
-            say(f"{evaluated[-1].name}: evaluated in {time.perf_counter() - started:.1f} s")
+    for contender in chain.from_iterable(rows_of):
+        started = time.perf_counter()
+        evaluated.append(evaluate(contender))
+        say(f"{evaluated[-1].name}: evaluated in {time.perf_counter() - started:.1f} s")
     distances, cosines = errors(evaluated, reference_steps, say)
-    units = {(at.dtype, name): run for at in cases for name, run in baselines(at).items()}
+    units = {(at.name, name): run for at in cases for name, run in baselines(at).items()}
     timed = {_unit(*unit): Timed(run) for unit, run in units.items()}
     for one in evaluated:
         if one.peak is not None:
@@ -80,10 +83,11 @@ def measure(
                 "route": one.contender.route,
                 "unroll_steps": one.contender.steps,
                 "dtype": rows[-1]["dtype"],
+                "batch": one.contender.case.batch,
                 "seconds": None if times is None else _digits(times["seconds"], 4),
                 "forwards_by_flops": None
                 if one.flops is None
-                else _digits(one.flops / unit_flops[one.contender.case.dtype, FORWARD], 4),
+                else _digits(one.flops / unit_flops[one.contender.case.name, FORWARD], 4),
                 "extra_forwards": None if times is None else _digits(times["extra"], 3),
                 "over_torchopt": None if times is None else _digits(times.get("over"), 3),
                 "cosine_to_exact": _digits(cosines.get(one.name), 6),
@@ -101,7 +105,7 @@ def measure(
             "parameter_and_optimizer_bytes": case.state_bytes,
         },
         "floor": {
-            str(at.dtype).removeprefix("torch."): {
+            at.name: {
                 "milliseconds": _digits(1e3 * _median(seconds, at, FLOOR), 4),
                 "lower_step_milliseconds": _digits(1e3 * _median(seconds, at, LOWER), 4),
                 "forward_milliseconds": _digits(1e3 * _median(seconds, at, FORWARD), 4),
@@ -116,12 +120,17 @@ def measure(
     }
 
 
-def _unit(dtype: torch.dtype, name: str) -> str:
-    return f"{name}, {dtype}"
+def longer(sizes: Sizes) -> Sizes:
+    """Half as many sequences, of four times the length."""
+    return replace(sizes, examples=max(sizes.examples // 2, 1), tokens=4 * sizes.tokens)
+
+
+def _unit(case: str, name: str) -> str:
+    return f"{name}, {case}"
 
 
 def _key(case: Case, name: str) -> str:
-    return f"{name}, 1, {case.dtype}" if name.startswith("floor") else _unit(case.dtype, name)
+    return f"{name}, 1, {case.name}" if name.startswith("floor") else _unit(case.name, name)
 
 
 def _median(seconds: Sequence[dict[str, float]], case: Case, name: str) -> float:
@@ -133,7 +142,7 @@ def _times(one: Evaluated, seconds: Sequence[dict[str, float]]) -> dict[str, flo
     at, steps = one.contender.case, one.contender.steps
     lower, forward = _key(at, LOWER), _key(at, FORWARD)
     floor = _key(at, one.contender.floor)
-    theirs = f"{TORCHOPT}, {steps}, {at.dtype}"
+    theirs = f"{TORCHOPT}, {steps}, {at.name}"
 
     def least(found: Mapping[str, float]) -> float:
         return found[floor] + (steps - 1) * found[lower]

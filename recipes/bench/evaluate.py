@@ -30,7 +30,7 @@ class Evaluated:
     def name(self) -> str:
         """Unique among all."""
         one = self.contender
-        return f"{one.route}, {one.steps}, {one.case.dtype}"
+        return f"{one.route}, {one.steps}, {one.case.name}"
 
 
 def evaluate(contender: Contender) -> Evaluated:
@@ -63,11 +63,11 @@ def errors(
 
     Both by the name of `Evaluated`. For K steps the exact one is that through K steps.
     """
-    known: dict[tuple[str, int, torch.dtype], Tensor] = {}
+    known: dict[tuple[str, int, str], Tensor] = {}
 
     def look_up(name: str, one: Evaluated) -> Tensor:
         at, steps = one.contender.case, one.contender.steps
-        key = ("lower-first" if name == "unrolled" and steps == 1 else name, steps, at.dtype)
+        key = ("lower-first" if name == "unrolled" and steps == 1 else name, steps, at.name)
         if key not in known:
             started = time.perf_counter()
             known[key] = reference(name, at, steps)

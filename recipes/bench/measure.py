@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import gc
 import os
+import random
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -58,10 +59,12 @@ def in_rounds(
 ) -> list[dict[str, float]]:
     """Return, per round, the seconds of everything that was due in it.
 
-    One call of each per round, in turns, so that a slow moment of the machine meets all alike.
-    Everything is due in round 0; a call before it, not counted, warms what is due in every round.
-    What earlier rounds left behind in cycles is freed before each.
+    One call of each per round, so that a slow moment of the machine meets all alike, in an order
+    drawn for the round, so that none is always helped or hindered by what ran before it. Everything
+    is due in round 0; a call before it, not counted, warms what is due in every round. What earlier
+    rounds left behind in cycles is freed before each.
     """
+    draw = random.Random(0)
     for one in timed.values():
         if one.every == 1:
             one.run()
@@ -69,7 +72,7 @@ def in_rounds(
     for index in range(rounds):
         found.append({})
         gc.collect()
-        for name, one in timed.items():
+        for name, one in draw.sample(list(timed.items()), len(timed)):
             if index % one.every == 0:
                 started = time.perf_counter()
                 one.run()
