@@ -75,8 +75,8 @@ class Unrolled:
             devices whose kernels do).
 
             - None: the gradients, T·P + (1 + log₂ T)·S, or T·P + S for SGD without momentum; points
-              are replayed from them by the elementwise update, about (T/2) log₂ T updates in all,
-              no pass through the model.
+              are replayed from them by the elementwise update, about (T/2) log₂ T − T updates in
+              all, no pass through the model.
             - k: the point before every k-th step, (T/k + log₂ k)·S + k·P, and all gradients but
               those of the last k steps are computed twice: (T − k)·3F more.
             - "sqrt": k = ⌈√T⌉.
