@@ -45,7 +45,7 @@ class GradientSum:
             grad = grad.to(tree.wide_dtype(grad.dtype))
         if isinstance(factor, Tensor):
             # A number where that needs no transfer: it takes a fraction of the time.
-            factor = float(factor) if factor.is_cpu and grad.is_cpu else factor.to(grad)
+            factor = float(factor) if factor.is_cpu else factor.to(grad)
         old = self._sums[index]
         if old is None:
             self._sums[index] = grad * factor
@@ -77,7 +77,7 @@ class GradientStream:
     def __init__(self, total: GradientSum, direction: Tree | None) -> None:
         self.params = as_leaves(total.structure.unflatten(total.leaves))
         self._direction = direction
-        self._factor: list[float | Tensor] = []
+        self._factor: list[Tensor] = []
         self._terms: list[list[Tensor]] = [[] for _ in total.leaves]  # in the order of `tree.vdot`
         self._wanted = tree.leaves(self.params)
         along: list[Tensor | None] = [None] * len(total.leaves)
@@ -96,7 +96,7 @@ class GradientStream:
             factor: Scalar without a graph.
             loss: Scalar, computed from `params`.
         """
-        self._factor[:] = [float(factor) if factor.is_cpu else factor]
+        self._factor[:] = [factor]
         for terms in self._terms:
             terms.clear()
         if self._wanted and loss.requires_grad:
@@ -108,7 +108,7 @@ class GradientStream:
 
 def _hook(
     total: GradientSum,
-    factor: list[float | Tensor],
+    factor: list[Tensor],
     index: int,
     direction: Tensor | None,
     terms: list[Tensor],

@@ -111,8 +111,9 @@ def _attention(
     size = max(_LEAST_ROWS, scores // max(query.shape[:-2].numel() * keys, 1))
     whole: Any = partial(functional.scaled_dot_product_attention, **options)
     if size >= rows or dropout_p or query.is_nested or (is_causal and attn_mask is not None):
-        given = {"attn_mask": attn_mask, "dropout_p": dropout_p, "is_causal": is_causal}
-        return whole(query, key, value, **given)
+        return whole(
+            query, key, value, attn_mask=attn_mask, dropout_p=dropout_p, is_causal=is_causal
+        )
     blocks = []
     for start in range(0, rows, size):
         end = min(start + size, rows)

@@ -134,8 +134,7 @@ class System:
 
 
 def _wide(leaf: Tensor) -> Tensor:
-    narrow = leaf.dtype in (torch.float16, torch.bfloat16)
-    return leaf.detach().to(torch.float32) if narrow else leaf.detach()
+    return leaf.detach().to(tree.wide_dtype(leaf.dtype))
 
 
 def flat(vector: Tree) -> Tensor:

@@ -111,7 +111,7 @@ def run_detached(run: Run, batch: Batch, random: RandomState) -> tuple[Tree, Mic
 
 
 def run_single(run: Run, batch: Batch, random: RandomState) -> tuple[Tree, MicroBatch]:
-    """One example: its unweighted gradient, kept or dotted, then scaled."""
+    """One example: its unweighted gradient, kept for the products, still to be scaled."""
     params = as_leaves(run.lower_params)
     losses, weights = _single_loss(run, params, batch)
     grads = gradients([losses.mean()], params)

@@ -9,6 +9,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from bilevel import tree
 from bilevel.ghost.rows import RowGradients
 
 
@@ -86,7 +87,7 @@ class Context:
         self._keep = self._entries_limit if keep else None
         self._owners = owners
         self._all_one = bool((weights == 1.0).all())
-        self.dots = weights.new_zeros(weights.shape, dtype=_wide(weights.dtype))
+        self.dots = weights.new_zeros(weights.shape, dtype=tree.wide_dtype(weights.dtype))
 
     def later_dots(self, direction: Sequence[Tensor | None]) -> Tensor:
         """Return the products [batch] from what was kept, and forget it."""
@@ -178,7 +179,3 @@ class Tap(torch.autograd.Function):
 
 def _cast(gradients: list[Tensor], entries: Sequence[Tracked]) -> list[Tensor]:
     return [g.to(entry.value.dtype) for g, entry in zip(gradients, entries, strict=True)]
-
-
-def _wide(dtype: torch.dtype) -> torch.dtype:
-    return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype

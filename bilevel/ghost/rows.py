@@ -9,6 +9,8 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
+from bilevel import tree
+
 # Σ_r weight_r · gradient_r shaped like the parameter, and ⟨direction, gradient_r⟩ [rows];
 # None where not asked for.
 Sums: TypeAlias = tuple[Tensor | None, Tensor | None]
@@ -89,7 +91,7 @@ def contracted(
 
 def row_dots(b: Tensor, along: Tensor) -> Tensor:
     """Return Σ b · along over all but the rows, accumulated in at least float32; [rows]."""
-    wide = torch.float32 if b.dtype in (torch.float16, torch.bfloat16) else b.dtype
+    wide = tree.wide_dtype(b.dtype)
     return (b * along).flatten(1).sum(1, dtype=wide)
 
 

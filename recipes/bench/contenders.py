@@ -100,7 +100,7 @@ class Shown:
 
 def long_contenders(case: Case) -> Iterator[Contender]:
     """The floors and the exact routes alone, for sequences as long as a model's in use."""
-    yield from list(_floors(case))[:2]
+    yield from _floors(case)
     for route, method in ROUTES.items():
         if not isinstance(method.route, Reverse | CentralDifference):
             yield _ours(route, case, method, reference=method.order)
@@ -109,6 +109,8 @@ def long_contenders(case: Case) -> Iterator[Contender]:
 def contenders(case: Case, windows: Sequence[int], cap: int) -> Iterator[Contender]:
     """Every row for one precision; unrolls and orientation rows for float32 alone."""
     yield from _floors(case)
+    if case.dtype == torch.float32:
+        yield Contender("floor, torch.optim.AdamW in place", case, peers.torch_floor(case))
     for route, method in ROUTES.items():
         yield _ours(route, case, method, reference=method.order)
     yield _ours("Betty's convention: radius 0.01, identity", case, BETTY, reference="identity")
@@ -156,8 +158,6 @@ def _floors(case: Case) -> Iterator[Contender]:
     yield Contender(FLOOR, case, partial(floor, case.batches[:1]), _flat, reference=GRADIENT)
     singles = case.singles(case.batches[0])
     yield Contender(SINGLES, case, partial(floor, singles), floor=SINGLES)
-    if case.dtype == torch.float32:
-        yield Contender("floor, torch.optim.AdamW in place", case, peers.torch_floor(case))
 
 
 def _plain(case: Case, micro_batches: Sequence[Batch]) -> dict[str, Tensor]:

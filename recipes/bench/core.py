@@ -98,7 +98,7 @@ def measure(
         "rounds": rounds,
         "model": {
             "description": "decoder: RMSNorm, rotary attention, gated SiLU; random weights after "
-            "64 AdamW steps",
+            f"{int(case.state.steps)} AdamW steps",
             "sizes": asdict(sizes),
             "parameters": sum(leaf.numel() for leaf in case.lower.values()),
             "parameter_bytes": case.parameter_bytes,
@@ -176,9 +176,8 @@ def _row(one: Evaluated, times: dict[str, float] | None, error: float | None) ->
 
 
 def _model_name(case: Case) -> str:
-    sizes = case.sizes
     millions = sum(leaf.numel() for leaf in case.lower.values()) / 1e6
-    return f"decoder, {millions:.1f} M parameters, batch {sizes.examples} x {sizes.tokens} tokens"
+    return f"decoder, {millions:.1f} M parameters, batch {case.batch} tokens"
 
 
 def _digits(value: float | None, digits: int) -> float | None:
