@@ -5,7 +5,6 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import partial
 from typing import Any
 
 import torch
@@ -14,20 +13,21 @@ from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
-# Scores of one block of attention: 2 MB in float32, which stay in a core's cache. On other devices
-# every block costs launches, and the limit is there for memory alone.
-_CPU_SCORES, _SCORES, _LEAST_ROWS = 1 << 19, 1 << 24, 64
+from bilevel.attention import attention
+from bilevel.dual_numbers import product
 
 # What torch's messages about missing derivatives have in common.
 UNSUPPORTED = ("forward AD", "forward-mode", "functorch", "jvp", "double backward")
+
+_PRODUCTS = (torch.mul, Tensor.mul, Tensor.__mul__, Tensor.__rmul__)
 
 
 @contextmanager
 def differentiable_kernels() -> Iterator[None]:
     """Run with operations that have forward-mode and second derivatives, right ones.
 
-    Attention takes its only kernel that has them, MATH, for a block of queries at a time;
-    `masked_scatter` its equal: see `_Equals`.
+    Attention takes its only kernel that has them, MATH, for a block of queries at a time; some
+    other operations their equals: see `_Equals`.
 
     Raises:
         RuntimeError: Some other operation lacks them, with torch's message and what to do.
@@ -64,7 +64,9 @@ class _Equals(TorchFunctionMode):
 
     `scaled_dot_product_attention`: its MATH kernel holds the scores of all queries with all keys
     at once, and its causal form computes those it masks. The derivative of 1,024 tokens took 7
-    forward passes, and takes 4 in blocks.
+    forward passes, and 4 in blocks; with dual numbers by hand it takes 3.3 (`bilevel.attention`).
+
+    Products of two factors, of which one is constant: see `bilevel.dual_numbers.product`.
     """
 
     def __torch_function__(
@@ -80,7 +82,11 @@ class _Equals(TorchFunctionMode):
         if func is Tensor.masked_scatter_:
             return args[0].copy_(_masked_scatter(*args, **kwargs))
         if func is functional.scaled_dot_product_attention:
-            return _attention(*args, **kwargs)
+            return attention(*args, **kwargs)
+        if func in _PRODUCTS and len(args) == 2 and not kwargs:
+            dual = product(*args)
+            if dual is not None:
+                return dual
         return func(*args, **kwargs)
 
 
@@ -91,38 +97,3 @@ def _masked_scatter(input: Tensor, mask: Tensor, source: Tensor) -> Tensor:
         return input.clone()
     place = (mask.reshape(-1).cumsum(0) - 1).clamp(0, source.numel() - 1)
     return torch.where(mask, source.reshape(-1)[place].view(mask.shape), input)
-
-
-def _attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attn_mask: Tensor | None = None,
-    dropout_p: float = 0.0,
-    is_causal: bool = False,
-    **options: Any,
-) -> Tensor:
-    """Attention for a block of queries at a time; of the keys, only those up to a causal block.
-
-    Dropout draws its numbers for all queries at once, so then all are one block.
-    """
-    rows, keys = query.shape[-2], key.shape[-2]
-    scores = _CPU_SCORES if query.is_cpu else _SCORES
-    size = max(_LEAST_ROWS, scores // max(query.shape[:-2].numel() * keys, 1))
-    whole: Any = partial(functional.scaled_dot_product_attention, **options)
-    if size >= rows or dropout_p or query.is_nested or (is_causal and attn_mask is not None):
-        return whole(
-            query, key, value, attn_mask=attn_mask, dropout_p=dropout_p, is_causal=is_causal
-        )
-    blocks = []
-    for start in range(0, rows, size):
-        end = min(start + size, rows)
-        seen, mask = keys, attn_mask
-        if is_causal:
-            seen = min(end, keys)
-            mask = torch.ones(end - start, seen, dtype=torch.bool, device=query.device).tril(start)
-        elif mask is not None and mask.dim() > 1 and mask.shape[-2] > 1:
-            mask = mask[..., start:end, :]
-        block = query[..., start:end, :]
-        blocks.append(whole(block, key[..., :seen, :], value[..., :seen, :], attn_mask=mask))
-    return torch.cat(blocks, dim=-2)

@@ -85,8 +85,8 @@ class Jvp:
     with any number of examples. Cost: 3F, otherwise up to 9F. Memory: one tangent copy of θ, no
     activations stored (except those that a gradient with respect to φ needs).
 
-    Attention runs with its MATH kernel, for a block of queries at a time: torch's fused kernels
-    have no forward-mode derivative.
+    torch's fused attention kernels have no forward-mode derivative; `bilevel.attention`, which has
+    the values of its MATH kernel, takes their place.
     """
 
 

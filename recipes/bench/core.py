@@ -32,7 +32,7 @@ from recipes.bench.contenders import (
 )
 from recipes.bench.decoder import Sizes
 from recipes.bench.evaluate import Evaluated, errors, evaluate
-from recipes.bench.measure import Timed, in_rounds, median_of, with_flops
+from recipes.bench.measure import Timed, in_rounds, keep_freed_memory, median_of, with_flops
 from recipes.machine import machine
 from recipes.run_directory import environment, write_json
 
@@ -208,6 +208,7 @@ def main(arguments: Sequence[str]) -> None:
     windows = given.windows if given.windows is not None else ([1, 4] if given.quick else WINDOWS)
     if given.threads:
         torch.set_num_threads(given.threads)
+    kept = keep_freed_memory()
     started = time.perf_counter()
     cap = round(given.memory_cap_gb * 2**30)
     measured = measure(
@@ -230,5 +231,6 @@ def main(arguments: Sequence[str]) -> None:
             "command": " ".join(["python -m recipes.bench", *arguments]),
             "environment": environment(),
             "seconds": seconds,
+            "freed_memory_kept": kept,
         }
         write_json(path.with_stem(f"{path.stem}_details"), about | measured)

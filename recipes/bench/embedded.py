@@ -34,6 +34,7 @@ from bilevel import SGD, BilevelSolver, BilevelState, Ghost, Jvp, OneStep, PerEx
 from bilevel.one_step import Order
 from bilevel.routes import CentralDifference, Route
 from prm.collate import Batch
+from recipes.bench.measure import keep_freed_memory
 from recipes.embedded.build import Sizes, build
 from recipes.objective import Objective
 from recipes.options import TrainOptions, resolve
@@ -200,6 +201,7 @@ def main(given: Sequence[str]) -> None:
         timed[arguments.one]()
         print((_status_kb("VmHWM") - before) / 1024)
         return
+    keep_freed_memory()
     seconds: dict[str, list[float]] = {name: [] for name in timed}
     for round_number in range(arguments.rounds + 2):
         for name, run in timed.items():

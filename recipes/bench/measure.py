@@ -8,6 +8,7 @@ not torch's and not counted.
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import os
 import random
@@ -22,6 +23,7 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
 T = TypeVar("T")
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 
 
 def with_peak(run: Callable[[], T]) -> tuple[T, int]:
@@ -50,6 +52,21 @@ def with_flops(run: Callable[[], T]) -> tuple[T, int]:
     with FlopCounterMode(display=False) as counter:
         result = run()
     return result, int(counter.get_total_flops())
+
+
+def keep_freed_memory() -> bool:
+    """Let the C library keep what is freed, for the rest of the process; whether it can (glibc).
+
+    By default it returns freed memory at the end of its heap to the system, and whoever asks next
+    pays for 4 kB pages one by one: 20,000 of them, a third of a forward pass of `core`'s model, for
+    an iteration whose results happen to be freed last. What is timed here begins every time from
+    the same state and drops its results, which a training loop does not.
+    """
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (AttributeError, OSError, TypeError):
+        return False
+    return all(mallopt(name, 1 << 30) for name in (_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD))
 
 
 @dataclass(frozen=True)

@@ -26,6 +26,8 @@ DEFINITIONS = {
     "extra_forwards: time beyond the floor's, in forward passes. over_torchopt: time over that of "
     "TorchOpt's double backward through as many steps, within a round. cosine_to_exact: with the "
     "derivative through the lower steps, in float64, whatever the row sets out to compute",
+    "freed_memory_kept": "whether the C library was told not to return freed memory to the system, "
+    "which else costs some routes up to a third of a forward pass in page faults",
     "targets": "found: the figure, by time where it is a cost; counted: the same by matrix-product "
     "operations",
 }
