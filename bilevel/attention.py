@@ -45,17 +45,21 @@ def attention(
         return _dual_attention(duals, blocks, scale, enable_gqa)
     found = [
         whole(query[..., rows, :], key[..., :seen, :], value[..., :seen, :], attn_mask=mask)
-        for rows, seen, mask in blocks
+        for rows, seen, mask, _ in blocks
     ]
     return torch.cat(found, dim=-2)
 
 
 class _Block(NamedTuple):
-    """Some queries, how many of the keys they see, and their mask."""
+    """Some queries, how many of the keys they see, and their mask.
+
+    A causal mask hides nothing before column `hiding`; other masks may anywhere.
+    """
 
     rows: slice
     seen: int
     mask: Tensor | None
+    hiding: int | None = None
 
 
 def _blocks(query: Tensor, key: Tensor, mask: Tensor | None, is_causal: bool) -> Iterator[_Block]:
@@ -67,7 +71,7 @@ def _blocks(query: Tensor, key: Tensor, mask: Tensor | None, is_causal: bool) ->
         if is_causal:
             seen = min(end, keys)
             causal = torch.ones(end - start, seen, dtype=torch.bool, device=query.device)
-            yield _Block(slice(start, end), seen, causal.tril(start))
+            yield _Block(slice(start, end), seen, causal.tril(start), min(start, seen))
         elif mask is not None and mask.dim() > 1 and mask.shape[-2] > 1:
             yield _Block(slice(start, end), keys, mask[..., start:end, :])
         else:
@@ -89,16 +93,18 @@ def _dual_attention(
             one.repeat_interleave(q.shape[-3] // one.shape[-3], -3)
             for one in (k, k_moved, v, v_moved)
         )
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
-    both_queries = torch.cat([q_moved, q], -1) * scale
-    both_keys = torch.cat([k, k_moved], -1)
-    q = q * scale
+    size = q.shape[-1]
+    both_queries = torch.cat([q_moved, q], -1).mul_(size**-0.5 if scale is None else scale)
+    both_keys, both_values = torch.cat([k, k_moved], -1), torch.cat([v, v_moved], -1)
+    q, k, v = both_queries[..., size:], both_keys[..., :size], both_values[..., : v.shape[-1]]
     values, tangents = [], []
-    for rows, seen, mask in blocks:
+    for rows, seen, mask, hiding in blocks:
         scores = q[..., rows, :] @ k[..., :seen, :].mT
         moved = both_queries[..., rows, :] @ both_keys[..., :seen, :].mT
         unseeing = None
-        if mask is not None and mask.dtype == torch.bool:
+        if mask is not None and hiding is not None:
+            scores[..., hiding:].masked_fill_(mask[:, hiding:].logical_not(), -torch.inf)
+        elif mask is not None and mask.dtype == torch.bool:
             scores = scores.masked_fill(mask.logical_not(), -torch.inf)
             unseeing = mask.any(-1, keepdim=True).logical_not()
         elif mask is not None:
@@ -106,8 +112,8 @@ def _dual_attention(
             unseeing = mask.isneginf().all(-1, keepdim=True)
         p = torch.softmax(scores, -1)
         p_moved = torch._softmax_backward_data(moved, p, -1, p.dtype)
-        out = p @ v[..., :seen, :]
-        out_moved = p_moved @ v[..., :seen, :] + p @ v_moved[..., :seen, :]
+        out, out_moved = (p @ both_values[..., :seen, :]).chunk(2, -1)
+        out_moved = out_moved + p_moved @ v[..., :seen, :]
         if unseeing is not None:  # as the MATH kernel: a query that sees nothing finds zeros
             out, out_moved = (one.masked_fill(unseeing, 0.0) for one in (out, out_moved))
         values.append(out)
@@ -117,7 +123,7 @@ def _dual_attention(
 
 
 def _wide(one: Dual) -> tuple[Tensor, Tensor]:
-    """Value and tangent, contiguous and in float32 at least, in which the MATH kernel computes."""
+    """Value and tangent in float32 at least, in which the MATH kernel computes."""
     tangent = torch.zeros_like(one.value) if one.tangent is None else one.tangent
     dtype = tree.wide_dtype(one.value.dtype)
-    return one.value.to(dtype).contiguous(), tangent.to(dtype).contiguous()
+    return one.value.to(dtype), tangent.to(dtype)

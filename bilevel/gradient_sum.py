@@ -30,6 +30,7 @@ class GradientSum:
         self.leaves: list[Tensor | None]
         self.leaves, self.structure = optree.tree_flatten(params, none_is_leaf=True)
         self._sums: list[Tensor | None] = [None] * len(self.leaves)
+        self._later: list[tuple[float | Tensor, list[Tensor | None]]] = []
         self._widen = widen
 
     @torch.no_grad()
@@ -39,8 +40,18 @@ class GradientSum:
             if grad is not None:
                 self.add_leaf(index, factor, grad)
 
-    def add_leaf(self, index: int, factor: float | Tensor, grad: Tensor) -> None:
-        """Add to one leaf, in the caller's grad mode."""
+    def add_later(self, factor: float | Tensor, grads: Tree) -> None:
+        """As `add`, when the mean is asked for, which until then holds the tensors given.
+
+        For gradients that somebody keeps anyway: each leaf's sum then stays in a cache until all of
+        them are in it, where `add` goes to memory and back for every one.
+        """
+        self._later.append((factor, self.structure.flatten_up_to(grads)))
+
+    def add_leaf(
+        self, index: int, factor: float | Tensor, grad: Tensor, *, own: bool = False
+    ) -> None:
+        """Add to one leaf, in the caller's grad mode; `own`: `grad` may become the sum itself."""
         if self._widen:
             grad = grad.to(tree.wide_dtype(grad.dtype))
         if isinstance(factor, Tensor):
@@ -48,7 +59,7 @@ class GradientSum:
             factor = float(factor) if factor.is_cpu else factor.to(grad)
         old = self._sums[index]
         if old is None:
-            self._sums[index] = grad * factor
+            self._sums[index] = grad.mul_(factor) if own else grad * factor
         elif isinstance(factor, Tensor):
             old.addcmul_(grad, factor)
         else:
@@ -58,11 +69,16 @@ class GradientSum:
     def mean(self, count: float) -> Tree:
         """Return the sum over `count`, in the parameters' precision, and forget it."""
         result = []
-        for index, (leaf, found) in enumerate(zip(self.leaves, self._sums, strict=True)):
-            self._sums[index] = None
+        for index, leaf in enumerate(self.leaves):
+            for factor, grads in self._later:
+                grad = grads[index]
+                if grad is not None:
+                    self.add_leaf(index, factor, grad)
+            found, self._sums[index] = self._sums[index], None
             if leaf is not None and found is not None:
                 found = (found if count == 1.0 else found.div_(count)).to(leaf.dtype)
             result.append(found)
+        self._later.clear()
         return self.structure.unflatten(result)
 
 
@@ -119,6 +135,6 @@ def _hook(
         assert grad is not None
         if direction is not None:
             terms.extend(tree.dot_terms(grad, direction))
-        total.add_leaf(index, factor[0], grad)
+        total.add_leaf(index, factor[0], grad, own=True)  # autograd shares it with nobody
 
     return use

@@ -104,7 +104,11 @@ def lower_pass(
         if not micro.size:
             raise ValueError("batch_size: expected at least 1 example per micro-batch, found 0")
         relative = micro.size / micro_batches[0].size
-        total.add(relative if micro.factor is None else micro.factor * relative, grads)
+        factor = relative if micro.factor is None else micro.factor * relative
+        if runner is run_single:  # keeps it for the products with μ
+            total.add_later(factor, grads)
+        else:
+            total.add(factor, grads)
         del grads
     relative = sum(micro.size for micro in micro_batches) / micro_batches[0].size
     return LowerPass(total.mean(relative), micro_batches)

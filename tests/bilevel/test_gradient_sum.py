@@ -18,13 +18,14 @@ from tests.oracles import random_like
 PARAMS = {"w": torch.tensor([1.0, 2.0], dtype=torch.float64), "idle": None, "b": torch.zeros(1)}
 
 
+@pytest.mark.parametrize("way", [GradientSum.add, GradientSum.add_later])
 @pytest.mark.parametrize("factor", [2.0, torch.tensor(2.0), torch.tensor(2.0, dtype=torch.float64)])
-def test_sums_are_in_place_and_leave_the_gradients_alone(factor):
+def test_sums_are_in_place_and_leave_the_gradients_alone(factor, way):
     total = GradientSum(PARAMS, widen=False)
     first = {"w": torch.tensor([1.0, 3.0], dtype=torch.float64), "idle": None, "b": None}
     second = {"w": torch.tensor([5.0, 7.0], dtype=torch.float64), "idle": None, "b": torch.ones(1)}
-    total.add(factor, first)
-    total.add(factor, second)
+    way(total, factor, first)
+    way(total, factor, second)
     found = total.mean(4.0)
     assert found["w"].tolist() == [3.0, 5.0]
     assert found["b"].tolist() == [0.5]
@@ -67,6 +68,18 @@ def test_a_stream_finds_the_sum_and_the_product():
     assert GradientStream(total, None).backward(torch.tensor(1.0), torch.tensor(1.0)) is None
     constant = GradientStream(total, direction).backward(torch.tensor(1.0), torch.tensor(1.0))
     assert constant == 0.0
+
+
+def test_a_stream_may_sum_into_gradients_that_look_shared():
+    """Two leaves whose gradients are one tensor, of one number spread over all entries."""
+    params = {"a": torch.ones(3), "b": torch.ones(3)}
+    total = GradientSum(params, widen=False)
+    stream = GradientStream(total, None)
+    for factor in (2.0, 5.0):
+        loss = (stream.params["a"] + stream.params["b"]).sum()
+        stream.backward(torch.tensor(factor), loss)
+    found = total.mean(1.0)
+    assert found["a"].tolist() == found["b"].tolist() == [7.0, 7.0, 7.0]
 
 
 def test_a_stream_is_freed_when_it_is_dropped():
