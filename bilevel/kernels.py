@@ -64,7 +64,7 @@ class _Equals(TorchFunctionMode):
 
     `scaled_dot_product_attention`: its MATH kernel holds the scores of all queries with all keys
     at once, and its causal form computes those it masks. The derivative of 1,024 tokens took 7
-    forward passes, and 4 in blocks; with dual numbers by hand it takes 3.3 (`bilevel.attention`).
+    forward passes, and 4 in blocks; with dual numbers by hand it takes 3.1 (`bilevel.attention`).
 
     Products of two factors, of which one is constant: see `bilevel.dual_numbers.product`.
     """

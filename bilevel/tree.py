@@ -82,13 +82,17 @@ def vdot(left: Tree, right: Tree) -> Tensor:
 
 def dot_terms(x: Tensor, y: Tensor) -> list[Tensor]:
     """Return scalars, at least float32, whose sum is ⟨x, y⟩: see `vdot`."""
-    ordinary = all(type(t) in (Tensor, torch.nn.Parameter) and t.is_cpu for t in (x, y))
-    if not ordinary or wide_dtype(x.dtype) != wide_dtype(y.dtype) or x.shape != y.shape:
+    alike = x.dtype is y.dtype or wide_dtype(x.dtype) == wide_dtype(y.dtype)
+    if not alike or x.shape != y.shape or not (_on_cpu(x) and _on_cpu(y)):
         return [(_wide(x) * _wide(y)).sum()]
     # No product is stored: its new pages would cost more than the arithmetic.
     x, y = x.reshape(-1), y.reshape(-1)
     pieces = [(x, y)] if len(x) <= _BLOCK else zip(x.split(_BLOCK), y.split(_BLOCK), strict=True)
     return [torch.dot(_wide(a), _wide(b)) for a, b in pieces]
+
+
+def _on_cpu(x: Tensor) -> bool:
+    return x.is_cpu and type(x) in (Tensor, torch.nn.Parameter)
 
 
 def total(terms: list[Tensor], like: Tree) -> Tensor:
