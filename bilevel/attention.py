@@ -66,7 +66,7 @@ def _blocks(query: Tensor, key: Tensor, mask: Tensor | None, is_causal: bool) ->
     rows, keys = query.shape[-2], key.shape[-2]
     scores = _CPU_SCORES if query.is_cpu else _SCORES
     size = max(_LEAST_ROWS, scores // max(query.shape[:-2].numel() * keys, 1))
-    for start in range(0, rows, size):
+    for start in range(0, max(rows, 1), size):
         end = min(start + size, rows)
         if is_causal:
             seen = min(end, keys)

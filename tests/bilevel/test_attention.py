@@ -106,6 +106,18 @@ def test_tangents_of_some_of_the_inputs(moving):
     torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-13)
 
 
+def test_no_queries_at_all():
+    query, key, value = inputs_of()
+    given = (query[:, :, :0], key, value)
+    along = tuple(torch.randn_like(one) for one in given)
+
+    def function(*given):
+        return functional.scaled_dot_product_attention(*given)
+
+    for found in both(function, given, along):
+        assert [one.shape for one in found] == [(2, 2, 0, 5)] * 2
+
+
 def test_a_mask_that_moves():
     """A learned bias: torch's own derivatives then."""
     given = (*inputs_of(), torch.randn(2, ROWS, KEYS, dtype=torch.float64))
