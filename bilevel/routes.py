@@ -50,11 +50,11 @@ class Ghost:
     """⟨μ, ∇ℓ_i⟩ of all examples from the activations and output gradients of one backward pass.
 
     For a linear layer with input a and output gradient b, ``⟨μ_W, ∇_W ℓ_i⟩ = Σ_tokens b·(μ_W a)``,
-    and similarly for biases, scales, embeddings and convolutions: see `bilevel.ghost`. Needs μ
-    before the lower backward pass, hence order upper-first, and detached features.
-    Cost: between 0 and 1F. Memory: μ, and a few examples' gradients of one layer at a time.
-    Source: the ghost norm of Li et al. 2021 (arXiv 2110.05679), ghost dot product of Wang et al.
-    2024 (arXiv 2406.11011), here with the direction kept as a matrix.
+    and similarly for biases, scales, embeddings and convolutions: see `bilevel.lower.ghost`. Needs
+    μ before the lower backward pass, hence order upper-first, and detached features. Cost: between
+    0 and 1F. Memory: μ, and a few examples' gradients of one layer at a time. Source: the ghost
+    norm of Li et al. 2021 (arXiv 2110.05679), ghost dot product of Wang et al. 2024 (arXiv
+    2406.11011), here with the direction kept as a matrix.
     """
 
 
@@ -85,8 +85,8 @@ class Jvp:
     with any number of examples. Cost: 3F, otherwise up to 9F. Memory: one tangent copy of θ, no
     activations stored (except those that a gradient with respect to φ needs).
 
-    torch's fused attention kernels have no forward-mode derivative; `bilevel.attention`, which has
-    the values of its MATH kernel, takes their place.
+    torch's fused attention kernels have no forward-mode derivative; `bilevel.autodiff.attention`,
+    which has the values of its MATH kernel, takes their place.
     """
 
 

@@ -8,11 +8,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from bilevel import random_state, tree
-from bilevel.hypergradient import Hypergradient, HypergradientResult, spans_window
-from bilevel.lower_pass import LowerPass
-from bilevel.one_step import OneStep
-from bilevel.optimizer import DifferentiableOptimizer, Optimizer, clip_scale
+from bilevel import tree
+from bilevel.autodiff import random_state
+from bilevel.hypergradients.base import Hypergradient, HypergradientResult, spans_window
+from bilevel.hypergradients.one_step import OneStep
+from bilevel.lower.lower_pass import LowerPass
+from bilevel.optimizers.optimizers import DifferentiableOptimizer, Optimizer, clip_scale
 from bilevel.problem import Batch, Params, Problem
 from bilevel.state import BilevelState, StepInfo
 

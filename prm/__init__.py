@@ -10,11 +10,12 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # the same names, for type checkers
-    from prm.answers import answer_classes, canonical_answer
-    from prm.calibration import brier, expected_calibration_error, reliability
-    from prm.collate import Batch, Collator, EncodedExample
-    from prm.losses import LossTarget, outcome_loss, step_cross_entropy
-    from prm.metrics import (
+    from prm.data.reader import checked_rows, iter_rows, read_examples, read_jsonl, write_jsonl
+    from prm.data.splitter import final_answer, solution_steps, split_steps
+    from prm.data.stepwise_writer import read_weights, write_stepwise
+    from prm.evaluation.answers import answer_classes, canonical_answer
+    from prm.evaluation.calibration import brier, expected_calibration_error, reliability
+    from prm.evaluation.metrics import (
         best_of_k_curve,
         bootstrap_interval,
         expected_best_of_k,
@@ -25,7 +26,23 @@ if TYPE_CHECKING:  # the same names, for type checkers
         pass_at_k,
         roc_auc,
     )
-    from prm.model import (
+    from prm.evaluation.select import (
+        TieRule,
+        best_candidate,
+        best_of_n,
+        self_consistency,
+        weighted_vote,
+    )
+    from prm.evaluation.step_benchmarks import (
+        best_threshold,
+        first_error,
+        process_bench,
+        visual_process_bench,
+    )
+    from prm.inputs.collate import Batch, Collator, EncodedExample
+    from prm.inputs.prompt import SYSTEM_PROMPT, Context, PromptEncoder
+    from prm.losses import LossTarget, outcome_loss, step_cross_entropy
+    from prm.models.model import (
         PRM,
         load_prm,
         make_prm,
@@ -33,26 +50,15 @@ if TYPE_CHECKING:  # the same names, for type checkers
         split_parameters,
         step_logits,
     )
-    from prm.prompt import SYSTEM_PROMPT, Context, PromptEncoder
-    from prm.reader import checked_rows, iter_rows, read_examples, read_jsonl, write_jsonl
     from prm.schema import DataError, Step, StepExample
     from prm.scoring import aggregate, score_examples, solution_scores, step_probs, step_scores
-    from prm.select import TieRule, best_candidate, best_of_n, self_consistency, weighted_vote
-    from prm.splitter import final_answer, solution_steps, split_steps
-    from prm.step_benchmarks import (
-        best_threshold,
-        first_error,
-        process_bench,
-        visual_process_bench,
-    )
-    from prm.stepwise_writer import read_weights, write_stepwise
 
 _PUBLIC = {
-    "answers": ("answer_classes", "canonical_answer"),
-    "calibration": ("brier", "expected_calibration_error", "reliability"),
-    "collate": ("Batch", "Collator", "EncodedExample"),
+    "evaluation.answers": ("answer_classes", "canonical_answer"),
+    "evaluation.calibration": ("brier", "expected_calibration_error", "reliability"),
+    "inputs.collate": ("Batch", "Collator", "EncodedExample"),
     "losses": ("LossTarget", "outcome_loss", "step_cross_entropy"),
-    "metrics": (
+    "evaluation.metrics": (
         "best_of_k_curve",
         "bootstrap_interval",
         "expected_best_of_k",
@@ -63,20 +69,26 @@ _PUBLIC = {
         "pass_at_k",
         "roc_auc",
     ),
-    "model": ("PRM", "load_prm", "make_prm", "save_prm", "split_parameters", "step_logits"),
-    "prompt": ("SYSTEM_PROMPT", "Context", "PromptEncoder"),
-    "reader": ("checked_rows", "iter_rows", "read_examples", "read_jsonl", "write_jsonl"),
+    "models.model": ("PRM", "load_prm", "make_prm", "save_prm", "split_parameters", "step_logits"),
+    "inputs.prompt": ("SYSTEM_PROMPT", "Context", "PromptEncoder"),
+    "data.reader": ("checked_rows", "iter_rows", "read_examples", "read_jsonl", "write_jsonl"),
     "schema": ("DataError", "Step", "StepExample"),
     "scoring": ("aggregate", "score_examples", "solution_scores", "step_probs", "step_scores"),
-    "select": ("TieRule", "best_candidate", "best_of_n", "self_consistency", "weighted_vote"),
-    "splitter": ("final_answer", "solution_steps", "split_steps"),
-    "step_benchmarks": (
+    "evaluation.select": (
+        "TieRule",
+        "best_candidate",
+        "best_of_n",
+        "self_consistency",
+        "weighted_vote",
+    ),
+    "data.splitter": ("final_answer", "solution_steps", "split_steps"),
+    "evaluation.step_benchmarks": (
         "best_threshold",
         "first_error",
         "process_bench",
         "visual_process_bench",
     ),
-    "stepwise_writer": ("read_weights", "write_stepwise"),
+    "data.stepwise_writer": ("read_weights", "write_stepwise"),
 }
 _HOME = {name: module for module, names in _PUBLIC.items() for name in names}
 

@@ -23,8 +23,8 @@ def step_cross_entropy(
         labels: [batch, steps] in [0, 1], soft labels included; NaN where there is none.
         mask: [batch, steps], True where there is a step.
         full_vocab: the columns are log-probabilities over the vocabulary
-            (``prm.model.step_logits(..., full_vocab=True)``), which are taken as they are: the
-            loss of DreamPRM-1.5, which also teaches to say nothing else than the two labels.
+            (``prm.models.model.step_logits(..., full_vocab=True)``), which are taken as they are:
+            the loss of DreamPRM-1.5, which also teaches to say nothing else than the two labels.
 
     Returns:
         [batch]. An example without a labelled step has loss 0 and gradient 0.

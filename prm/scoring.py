@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from prm.aggregations import Aggregation
-from prm.collate import Collator, EncodedExample
-from prm.loading import made_in_order
-from prm.model import PRM, step_logits
+from prm.inputs.collate import Collator, EncodedExample
+from prm.inputs.workers import made_in_order
+from prm.models.model import PRM, step_logits
 
 
 def step_scores(step_logits: Tensor, *, full_vocab: bool = False) -> Tensor:
@@ -88,7 +88,7 @@ def score_examples(
         batch_size: examples per forward pass.
         full_vocab: probabilities over the whole vocabulary instead of the two labels, as
             DreamPRM-1.5 scores: softmax(z)₊ at the position, where "+" and "-" do not sum to 1.
-        workers: processes that make batches ahead; see ``prm.loading``.
+        workers: processes that make batches ahead; see ``prm.inputs.workers``.
 
     Raises:
         DataError: an image that cannot be decoded.

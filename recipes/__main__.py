@@ -17,23 +17,23 @@ from recipes.data_files.options import (
     ValidateOptions,
     build_data_parser,
 )
-from recipes.option_values import did_you_mean, shortened
-from recipes.options import (
+from recipes.options.embedded import CompareOptions, DataOptions, PretrainOptions
+from recipes.options.train import (
     ColdStartOptions,
     OptionError,
     TrainOptions,
     build_parser,
     resolve,
 )
-from recipes.run_state import RunsListOptions, RunsShowOptions, list_runs, show_run
-from recipes.task_options import CompareOptions, DataOptions, PretrainOptions
-from recipes.use_options import (
+from recipes.options.use import (
     ConvertModelOptions,
     EvaluateOptions,
     ScoreOptions,
     SelectOptions,
     WeighOptions,
 )
+from recipes.options.values import did_you_mean, shortened
+from recipes.run.show import RunsListOptions, RunsShowOptions, list_runs, show_run
 
 _DESCRIPTION = "Train process reward models with instance weights learned by bilevel optimization."
 _COMMANDS = {

@@ -10,16 +10,16 @@ from typing import Any
 
 from prm.schema import DataError
 from recipes.data_files import commands as data_commands
-from recipes.options import OptionError
-from recipes.run_errors import RunError, Stopped
-from recipes.task_options import DataOptions, PretrainOptions
-from recipes.use_options import (
+from recipes.options.embedded import DataOptions, PretrainOptions
+from recipes.options.train import OptionError
+from recipes.options.use import (
     ConvertModelOptions,
     EvaluateOptions,
     ScoreOptions,
     SelectOptions,
     WeighOptions,
 )
+from recipes.run.errors import RunError, Stopped
 
 _INTERRUPTED = 130
 
@@ -60,55 +60,55 @@ def _quiet() -> None:
 
 
 def _cold_start(options: Any) -> None:
-    from recipes.runs import run_cold_start
+    from recipes.train.training import run_cold_start
 
     _quiet()
     run_cold_start(options)
 
 
 def _train(options: Any) -> None:
-    from recipes.runs import run_training
+    from recipes.train.training import run_training
 
     _quiet()
     run_training(options)
 
 
 def _score(options: ScoreOptions) -> None:
-    from recipes.score import run_score
+    from recipes.use.score import run_score
 
     _quiet()
     run_score(options)
 
 
 def _select(options: SelectOptions) -> None:
-    from recipes.select import run_select
+    from recipes.use.select import run_select
 
     run_select(options)
 
 
 def _evaluate(options: EvaluateOptions) -> None:
-    from recipes.evaluate import run_evaluate
+    from recipes.use.evaluate import run_evaluate
 
     _quiet()
     run_evaluate(options)
 
 
 def _weigh(options: WeighOptions) -> None:
-    from recipes.weigh import run_weigh
+    from recipes.use.weigh import run_weigh
 
     _quiet()
     run_weigh(options)
 
 
 def _convert_model(options: ConvertModelOptions) -> None:
-    from recipes.convert_model import run_convert_model
+    from recipes.use.convert_model import run_convert_model
 
     _quiet()
     run_convert_model(options)
 
 
 def _compare(options: Any) -> None:
-    from recipes.compare import compare
+    from recipes.embedded.compare import compare
 
     _quiet()
     compare(options)

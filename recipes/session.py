@@ -13,13 +13,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from prm import aggregations, reader
+from prm import aggregations
 from prm.aggregations import Aggregation, AggregationName
-from prm.collate import Batch, Collator, EncodedExample
-from prm.model import PRM, is_hub_name, load_prm, split_parameters
-from prm.prompt import SYSTEM_PROMPT
+from prm.data import reader
+from prm.inputs.collate import Batch, Collator, EncodedExample
+from prm.inputs.prompt import SYSTEM_PROMPT
+from prm.models.model import PRM, is_hub_name, load_prm, split_parameters
 from prm.schema import StepExample
-from recipes.options import OptionError, PrmOptions
+from recipes.options.train import OptionError, PrmOptions
 
 AGGREGATIONS: Mapping[AggregationName, Aggregation] = {
     "mean": aggregations.mean,

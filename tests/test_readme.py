@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from recipes.__main__ import main, make_parser
-from recipes.smollm2.__main__ import table as check_table
+from recipes.evidence.smollm2.__main__ import table as check_table
 from tests.tiny_task import task
 
 __all__ = ["task"]
@@ -72,7 +72,7 @@ def test_files_of_the_tree_exist(name):
 
 def test_results_are_those_that_were_written():
     """The table in the README is the one that `compare` made, digit for digit."""
-    from recipes.report import comparison_table
+    from recipes.evaluation.table import comparison_table
 
     path = ROOT / "results" / "compare.json"
     if not path.is_file():

@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 
+from recipes.embedded.tiny import SIZES as SIZES
+from recipes.embedded.tiny import write_tiny
 from recipes.embedded.vocabulary import SYSTEM_PROMPT
-from recipes.options import ColdStartOptions, TrainOptions
-from recipes.tiny import SIZES as SIZES
-from recipes.tiny import write_tiny
+from recipes.options.train import ColdStartOptions, TrainOptions
 
 # torch itself scripts its decompositions when forward mode is first used.
 FORWARD_MODE = pytest.mark.filterwarnings(

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-from prm.reader import checked_rows, write_jsonl
+from prm.data.reader import checked_rows, write_jsonl
+from prm.data.stepwise_writer import read_weights, write_stepwise
 from prm.schema import StepExample
-from prm.stepwise_writer import read_weights, write_stepwise
 from recipes.data_files.options import ConvertOptions, FileOptions
-from recipes.options import OptionError
+from recipes.options.train import OptionError
 
 
 def convert(options: ConvertOptions) -> int:

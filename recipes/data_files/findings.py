@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from prm.formats.visualprm import PLACEHOLDER_ID
+from prm.data.formats.visualprm import PLACEHOLDER_ID
 from prm.schema import DataError, StepExample
 
 _NUMBERED = re.compile(r"<image[ _]?(\d+)>")
@@ -49,7 +49,7 @@ class Findings:
     Rows are compared by 64-bit hashes: memory is about 400 bytes a row, whatever its length.
 
     Args:
-        compared: keep a hash of every question's words, for ``recipes.data_files.shared``.
+        compared: keep a hash of every question's words, for ``recipes.data_files.overlap``.
     """
 
     def __init__(self, *, compared: bool = False) -> None:

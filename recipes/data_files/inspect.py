@@ -5,16 +5,16 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from prm.collate import EncodedExample
-from prm.image_files import ImageFiles
-from prm.images import image_size
-from prm.prompt import SYSTEM_PROMPT
-from prm.reader import Row, image_errors, iter_rows
+from prm.data.image_files import ImageFiles
+from prm.data.reader import Row, image_errors, iter_rows
+from prm.data.stepwise_writer import read_weights
+from prm.inputs.collate import EncodedExample
+from prm.inputs.prompt import SYSTEM_PROMPT
+from prm.inputs.tiles import image_size
 from prm.schema import DataError, StepExample
-from prm.stepwise_writer import read_weights
 from recipes.data_files.convert import existing_file
 from recipes.data_files.options import InspectOptions
-from recipes.options import OptionError
+from recipes.options.train import OptionError
 from recipes.session import load_model, set_up
 
 _SHOWN = 100

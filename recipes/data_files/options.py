@@ -6,7 +6,7 @@ import argparse
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from recipes.options import PrmOptions, build_parser, option
+from recipes.options.train import PrmOptions, build_parser, option
 
 FormatName = Literal[
     "auto",

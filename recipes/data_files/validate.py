@@ -6,14 +6,14 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from prm.image_files import ImageFiles
-from prm.reader import Row, image_errors, iter_rows, repeated_id
+from prm.data.image_files import ImageFiles
+from prm.data.reader import Row, image_errors, iter_rows, repeated_id
 from prm.schema import DataError, StepExample
 from recipes.data_files.findings import Findings, Tally, place_of, spread
 from recipes.data_files.options import ValidateOptions
-from recipes.data_files.shared import Overlap, Rows, overlaps
-from recipes.options import OptionError, PrmOptions
-from recipes.run_directory import write_json
+from recipes.data_files.overlap import Overlap, Rows, overlaps
+from recipes.options.train import OptionError, PrmOptions
+from recipes.run.directory import write_json
 
 _MISTAKES_SHOWN = 10
 Measure = Callable[[StepExample], tuple[int, int]]

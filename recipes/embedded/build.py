@@ -31,8 +31,8 @@ from recipes.embedded.questions import (
     solve,
 )
 from recipes.embedded.sheets import SPLITS, Scans, draw_sheet, load_scans
-from recipes.embedded.solver import Careless, Difficulty, draw_difficulty
 from recipes.embedded.sources import SOURCES, TRANSPOSED, Mixture, judge, true_labels
+from recipes.embedded.student import Careless, Difficulty, draw_difficulty
 
 IMPORTED_DOMAIN = "dots"
 

@@ -31,7 +31,7 @@ from tqdm import tqdm
 
 from recipes.embedded.questions import combine_step, draw_question, read_step, solve
 from recipes.embedded.sheets import CELLS, PICTURES, Scans, draw_sheet, load_scans
-from recipes.embedded.solver import CONFUSABLE, Careless, Difficulty
+from recipes.embedded.student import CONFUSABLE, Careless, Difficulty
 from recipes.embedded.vocabulary import (
     SYSTEM_PROMPT,
     base_config,
@@ -218,7 +218,7 @@ def _dense_batch(tokenizer: Any, scans: Scans, rng: np.random.Generator, size: i
 
 
 def _chat_batch(tokenizer: Any, scans: Scans, rng: np.random.Generator, size: int) -> Batch:
-    """Solutions with many mistakes, in the layout of ``prm.prompt``, judged step by step."""
+    """Solutions with many mistakes, in the layout of ``prm.inputs.prompt``, judged step by step."""
     pixels, values = _sheets(scans, rng, size)
     right, wrong = (tokenizer.convert_tokens_to_ids(word) for word in VERDICTS)
     header = tokenizer.convert_tokens_to_ids("assistant")

@@ -25,7 +25,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from recipes.embedded.questions import Question, Step, answer, stated_answer
-from recipes.embedded.solver import Difficulty
+from recipes.embedded.student import Difficulty
 
 SOURCES = ("verified", "judge", "rollout", "crowd", "imported")
 _HARD = 0.3  # the judge misreads the cells that a solver misreads more often than this

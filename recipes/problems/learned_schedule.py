@@ -26,7 +26,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from bilevel import SGD, Adam, BilevelProblem, BilevelSolver, Unrolled, WarmupCosine
-from recipes.options import option
+from recipes.options.train import option
 from recipes.problems.digit_reweighting import init_network, logits
 from recipes.problems.digit_scans import Scans, read_splits, with_wrong_labels
 from recipes.problems.report import check_options, mean_interval, percent, run_recipe, text_table

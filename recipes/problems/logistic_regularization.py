@@ -37,7 +37,7 @@ from bilevel import (
     Unrolled,
     WarmupCosine,
 )
-from recipes.options import option
+from recipes.options.train import option
 from recipes.problems.report import check_options, mean_interval, percent, run_recipe, text_table
 
 START, PRIOR = -4.0, 0.03  # λ₀, where the search starts, and the strength of the prior

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from bilevel import BilevelSolver, BilevelState, ReweightingProblem, WarmupCosine
-from prm.metrics import roc_auc
-from recipes.options import option
+from prm.evaluation.metrics import roc_auc
+from recipes.options.train import option
 from recipes.problems.digit_reweighting import (
     Batch,
     Params,

@@ -13,8 +13,8 @@ from typing import Any, NamedTuple, TypeVar
 
 import torch
 
-from recipes.options import OptionError, build_parser, resolve
-from recipes.run_directory import environment, write_json
+from recipes.options.train import OptionError, build_parser, resolve
+from recipes.run.directory import environment, write_json
 
 Options = TypeVar("Options")
 

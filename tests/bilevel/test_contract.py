@@ -39,10 +39,10 @@ from bilevel import (
     Unrolled,
     tree,
 )
-from tests.bilevel.test_curvature import build_used, by_double_backward
-from tests.bilevel.test_finite_difference import cast
-from tests.bilevel.test_hypergradient import pick, relative, warm
-from tests.bilevel.test_unrolled import OPTIMIZERS, run
+from tests.bilevel.autodiff.test_finite_difference import cast
+from tests.bilevel.hypergradients.test_one_step import pick, relative, warm
+from tests.bilevel.hypergradients.test_unrolled import OPTIMIZERS, run
+from tests.bilevel.lower.test_hessian_product import build_used, by_double_backward
 from tests.bilevel.zoo import CASES, build
 from tests.oracles import random_like, slope, upper_after_window
 

@@ -21,7 +21,12 @@ from bilevel import (
     Reverse,
     tree,
 )
-from tests.bilevel.test_hypergradient import assert_matches_differences, relative, run, warm
+from tests.bilevel.hypergradients.test_one_step import (
+    assert_matches_differences,
+    relative,
+    run,
+    warm,
+)
 from tests.bilevel.zoo import Case, Encoder, Language, build, make, tokens, vectors
 from tests.oracles import random_like, slope, upper_after_step
 

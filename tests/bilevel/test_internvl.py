@@ -21,8 +21,8 @@ from bilevel import (
     Unrolled,
     tree,
 )
-from bilevel.upper_gradient import upper_gradient
-from tests.bilevel.test_hypergradient import relative
+from bilevel.autodiff.upper_gradient import upper_gradient
+from tests.bilevel.hypergradients.test_one_step import relative
 from tests.oracles import per_example_gradients, random_like
 
 VOCAB, IMAGE_TOKEN, STEPS = 100, 99, 24

@@ -29,8 +29,8 @@ from bilevel import (
     Reverse,
     tree,
 )
-from tests.bilevel.test_finite_difference import cast
-from tests.bilevel.test_hypergradient import pick, relative, warm
+from tests.bilevel.autodiff.test_finite_difference import cast
+from tests.bilevel.hypergradients.test_one_step import pick, relative, warm
 from tests.bilevel.zoo import build
 
 OPTIMIZERS = {

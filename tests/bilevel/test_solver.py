@@ -25,7 +25,7 @@ from bilevel import (
     tree,
     warmup_cosine,
 )
-from tests.bilevel.test_hypergradient import pick, relative
+from tests.bilevel.hypergradients.test_one_step import pick, relative
 from tests.bilevel.zoo import build
 from tests.oracles import lower_gradient
 

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from bilevel import tree
-from bilevel.lazy import LazyRowAdam
-from bilevel.optimizer import SGD, Adagrad, Adam, AdamW
+from bilevel.optimizers.lazy import LazyRowAdam
+from bilevel.optimizers.optimizers import SGD, Adagrad, Adam, AdamW
 
 
 class Pair(NamedTuple):

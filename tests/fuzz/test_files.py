@@ -13,13 +13,13 @@ from hypothesis import strategies as st
 from PIL import Image
 from safetensors.torch import save
 
-from prm.images import image_size, read_image
+from prm.inputs.tiles import image_size, read_image
 from prm.schema import DataError
-from recipes.option_values import OptionError
-from recipes.options import TrainOptions, resolve, to_yaml
-from recipes.score import read_settings
-from recipes.scores_file import complete_lines, read_scores, settings_path
-from recipes.train_data import _read_weights
+from recipes.options.train import TrainOptions, resolve, to_yaml
+from recipes.options.values import OptionError
+from recipes.train.data import _read_weights
+from recipes.use.score import read_settings
+from recipes.use.scores_file import complete_lines, read_scores, settings_path
 from tests.fuzz.strategies import RAW, TEXTS, broken_bytes, changed, dumps, files
 from tests.fuzz.trial import attempt, fuzzed
 from tests.prm.tiny import save_image

@@ -11,16 +11,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from prm.answers import answer_classes
-from prm.collate import Collator
-from prm.formats.table import FORMAT_NAMES
-from prm.reader import checked_rows, iter_rows, read_jsonl, write_jsonl
+from prm.data.formats.table import FORMAT_NAMES
+from prm.data.reader import checked_rows, iter_rows, read_jsonl, write_jsonl
+from prm.data.splitter import final_answer, solution_steps, split_steps
+from prm.evaluation.answers import answer_classes
+from prm.inputs.collate import Collator
 from prm.schema import DataError, StepExample
-from prm.splitter import final_answer, solution_steps, split_steps
 from recipes.embedded.vocabulary import build_tokenizer
 from tests.fuzz.strategies import TEXTS, files
 from tests.fuzz.trial import attempt, fuzzed
-from tests.prm.test_formats import GOOD
+from tests.prm.data.test_formats import GOOD
 
 ALL = list(GOOD.values())
 

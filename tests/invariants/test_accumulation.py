@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from recipes.runs import run_training
+from recipes.train.training import run_training
 from tests.tiny_task import read_lines
 
 CASES = {

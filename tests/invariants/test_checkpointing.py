@@ -20,8 +20,8 @@ from bilevel import (
     Reverse,
     ReweightingProblem,
 )
-from bilevel.lower_pass import lower_pass
-from prm.checkpointing import checkpointed
+from bilevel.lower.lower_pass import lower_pass
+from prm.models.activation_checkpointing import checkpointed
 from tests.invariants.test_families import FAMILIES, setup  # noqa: F401
 from tests.invariants.test_prm_hypergradient import by_route, distance
 from tests.prm.tiny import FORWARD_MODE, in_float64, qwen

@@ -25,7 +25,7 @@ from bilevel import (
     ReweightingProblem,
     Unrolled,
 )
-from bilevel.lower_pass import lower_pass
+from bilevel.lower.lower_pass import lower_pass
 from weighting import Clip, DomainTable, InstanceNet, InstanceTable, LeakyReLU, Unbounded
 
 F64 = torch.float64

@@ -18,10 +18,10 @@ from bilevel import (
     PerExample,
     tree,
 )
-from prm.image_inputs import row_owners
-from prm.model import split_parameters
-from recipes.objective import Objective
+from prm.inputs.image_inputs import row_owners
+from prm.models.model import split_parameters
 from recipes.session import AGGREGATIONS
+from recipes.train.objective import Objective
 from tests.invariants.test_prm_hypergradient import (
     Setup,
     by_loop,

@@ -9,7 +9,7 @@ import torch
 from torch.nn import functional
 
 from bilevel import CentralDifference, Ghost, Jvp, OneStep, tree
-from prm.model import step_logits
+from prm.models.model import step_logits
 from tests.invariants.test_families import setup  # noqa: F401
 from tests.invariants.test_prm_hypergradient import by_loop, by_route, distance
 from tests.prm.tiny import FORWARD_MODE

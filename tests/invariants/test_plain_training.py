@@ -9,10 +9,10 @@ import torch
 
 from bilevel import AdamW, WarmupCosine, tree
 from prm.losses import step_cross_entropy
-from prm.model import load_prm, save_prm, split_parameters, step_logits
-from recipes.order import epoch_order
-from recipes.runs import run_training
+from prm.models.model import load_prm, save_prm, split_parameters, step_logits
 from recipes.session import read_examples
+from recipes.train.order import epoch_order
+from recipes.train.training import run_training
 from tests.tiny_task import FORWARD_MODE, model_bits, read_lines
 
 TABLE = {"weighting": "table", "bound": "clip"}

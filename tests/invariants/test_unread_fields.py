@@ -6,8 +6,8 @@ import json
 
 import pytest
 
-from recipes.options import OptionError
-from recipes.runs import run_training
+from recipes.options.train import OptionError
+from recipes.train.training import run_training
 from tests.tiny_task import altered, model_bits, read_lines
 
 WEIGHTINGS = {

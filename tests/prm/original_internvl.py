@@ -1,7 +1,7 @@
 """InternVL in its original layout, written anew: names, fused projections and forward pass.
 
 A second implementation to compare converted checkpoints with: it shares no table of names with
-``prm.internvl_layout``, and of transformers only the Qwen2 decoder, as the original does.
+``prm.models.internvl_layout``, and of transformers only the Qwen2 decoder, as the original does.
 """
 
 from __future__ import annotations

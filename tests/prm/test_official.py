@@ -12,7 +12,7 @@ from torch.nn.functional import cross_entropy, mse_loss
 
 from prm.aggregations import mean
 from prm.losses import outcome_loss, step_cross_entropy
-from prm.model import step_logits
+from prm.models.model import step_logits
 from prm.scoring import solution_scores
 from tests.prm.tiny import SYSTEM, example, internvl, save_image
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from prm.aggregations import mean
-from prm.model import PRM, step_logits
+from prm.models.model import PRM, step_logits
 from prm.scoring import aggregate, score_examples, step_scores
 from tests.prm.tiny import SYSTEM, example, internvl, parameters, qwen, save_image
 

@@ -30,7 +30,7 @@ from transformers.models.qwen2_5_vl import modeling_qwen2_5_vl
 from transformers.models.qwen2_vl import modeling_qwen2_vl
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-from prm.model import PRM, make_prm
+from prm.models.model import PRM, make_prm
 from prm.schema import Step, StepExample
 
 # torch itself scripts its decompositions when forward mode is first used.

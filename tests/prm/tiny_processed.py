@@ -21,7 +21,7 @@ from transformers.models.llava_next.image_processing_pil_llava_next import (
     LlavaNextImageProcessorPil,
 )
 
-from prm.model import PRM, make_prm
+from prm.models.model import PRM, make_prm
 from tests.prm.tiny import byte_tokenizer, text_config
 
 CLIP = {

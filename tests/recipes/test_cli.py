@@ -9,10 +9,10 @@ import sys
 
 import pytest
 
-import recipes.runs
-import recipes.training
+import recipes.train.loop
+import recipes.train.training
 from recipes.__main__ import main
-from recipes.step_log import append_line
+from recipes.run.step_log import append_line
 from tests.tiny_task import altered, model_bits, read_lines
 
 COMMANDS = [
@@ -348,7 +348,7 @@ def test_interruption_keeps_what_was_logged(train, capsys, monkeypatch, tmp_path
             raise KeyboardInterrupt
         append_line(path, line)
 
-    monkeypatch.setattr(recipes.training, "append_line", second_line_interrupts)
+    monkeypatch.setattr(recipes.train.loop, "append_line", second_line_interrupts)
     assert train() == 130
     assert "interrupted; what was logged and saved so far is kept" in capsys.readouterr().err
     assert [entry["step"] for entry in read_lines(tmp_path / "run" / "log.jsonl")] == [1]
@@ -358,7 +358,7 @@ def test_mistakes_of_ours_keep_their_traceback(train, monkeypatch):
     def ours(*args):
         raise ZeroDivisionError
 
-    monkeypatch.setattr(recipes.runs, "read_train_data", ours)
+    monkeypatch.setattr(recipes.train.training, "read_train_data", ours)
     with pytest.raises(ZeroDivisionError):
         train()
 

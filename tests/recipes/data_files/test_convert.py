@@ -7,10 +7,10 @@ import shutil
 
 import pytest
 
-from prm.reader import read_examples, read_jsonl
+from prm.data.reader import read_examples, read_jsonl
 from recipes.__main__ import main
-from recipes.options import resolve
-from recipes.runs import run_training
+from recipes.options.train import resolve
+from recipes.train.training import run_training
 from tests.tiny_task import read_lines
 
 

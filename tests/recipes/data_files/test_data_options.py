@@ -10,7 +10,7 @@ from typing import get_args
 import pytest
 
 import recipes.data_files
-from prm.formats.table import FORMAT_NAMES
+from prm.data.formats.table import FORMAT_NAMES
 from recipes.__main__ import main
 from recipes.data_files.options import (
     ConvertOptions,
@@ -19,7 +19,7 @@ from recipes.data_files.options import (
     SplitOptions,
     ValidateOptions,
 )
-from recipes.options import PrmOptions
+from recipes.options.train import PrmOptions
 
 KINDS = {
     "validate": ValidateOptions,

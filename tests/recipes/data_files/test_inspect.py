@@ -6,8 +6,8 @@ import json
 
 import pytest
 
-from prm.model import load_prm
-from prm.reader import read_jsonl
+from prm.data.reader import read_jsonl
+from prm.models.model import load_prm
 from recipes.__main__ import main
 from recipes.embedded.vocabulary import SYSTEM_PROMPT
 

@@ -12,8 +12,8 @@ import pytest
 import torch
 from PIL import Image
 
-from prm.model import load_prm
-from prm.reader import read_examples
+from prm.data.reader import read_examples
+from prm.models.model import load_prm
 from prm.scoring import score_examples
 from recipes.__main__ import main
 from recipes.data_files.options import ValidateOptions

@@ -9,10 +9,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from prm.reader import read_examples
+from prm.data.reader import read_examples
 from recipes.__main__ import main
 from recipes.data_files.split import draw, exact_subset, parse_parts
-from recipes.option_values import OptionError
+from recipes.options.values import OptionError
 
 WEIGHTS = st.lists(st.integers(1, 9), min_size=1, max_size=12)
 

@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 
 from recipes.__main__ import main
-from recipes.bench_validate import write_visualprm
 from recipes.data_files.options import ValidateOptions
 from recipes.data_files.validate import validate
+from recipes.evidence.bench_validate import write_visualprm
 from tests.prm.tiny import save_image
 
 EXACT = {

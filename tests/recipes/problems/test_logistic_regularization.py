@@ -8,10 +8,10 @@ import pytest
 import torch
 from sklearn.datasets import load_breast_cancer
 
-import bilevel.implicit
-import bilevel.unrolled
+import bilevel.hypergradients.implicit
+import bilevel.hypergradients.unrolled
 from bilevel import ConjugateGradient, Implicit, Unrolled, check_hypergradient
-from recipes.options import OptionError
+from recipes.options.train import OptionError
 from recipes.problems.logistic_regularization import (
     START,
     RegularizationOptions,
@@ -130,19 +130,19 @@ def test_products_are_counted(small, monkeypatch, method):
     options = RegularizationOptions(lower_steps=6, truncated=3, cg_iterations=4)
     hypergradient = list(methods_of(options).values())[method]
     counted = []
-    plain = bilevel.unrolled.second_derivatives
+    plain = bilevel.hypergradients.unrolled.second_derivatives
     monkeypatch.setattr(
-        bilevel.unrolled,
+        bilevel.hypergradients.unrolled,
         "second_derivatives",
         lambda *given: counted.append(1) or plain(*given),
     )
-    product_of = bilevel.implicit.hessian_product
+    product_of = bilevel.hypergradients.implicit.hessian_product
 
     def counting(*given):
         product = product_of(*given)
         return lambda vector: counted.append(1) or product(vector)
 
-    monkeypatch.setattr(bilevel.implicit, "hessian_product", counting)
+    monkeypatch.setattr(bilevel.hypergradients.implicit, "hessian_product", counting)
     solver = make_solver(hypergradient, 6, 2)
     for _, info in search(solver, small.train, small.validation, 2):
         assert hessian_products(info, hypergradient, 6) == len(counted) > 0

@@ -1,0 +1,1 @@
+"""Checks of hypergradients: finite differences, comparison, diagnostics."""

@@ -1,0 +1,176 @@
+"""Hypergradients of several methods at the same states: how far apart are they?"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple, TypeAlias
+
+import optree
+import torch
+from torch import Tensor
+
+from bilevel.audit.table import text_table
+from bilevel.autodiff import random_state
+from bilevel.hypergradients.base import Hypergradient
+from bilevel.problem import Batch, Params
+from bilevel.solver import BilevelSolver
+from bilevel.state import BilevelState
+from bilevel.tree import Tree
+
+# A state, the micro-batches of each lower step of the window that starts there, an upper batch.
+Window: TypeAlias = tuple[BilevelState, Sequence[Sequence[Batch]], Batch]
+
+
+class Agreement(NamedTuple):
+    """How a hypergradient b compares with a; NaN where one of them is 0.
+
+    Attributes:
+        cosine: ⟨a, b⟩ / (‖a‖ ‖b‖).
+        norm_ratio: ‖b‖ / ‖a‖.
+        same_sign: Share of the entries with the same sign, of those not 0 in both.
+    """
+
+    cosine: float
+    norm_ratio: float
+    same_sign: float
+
+
+@dataclass(frozen=True)
+class HypergradientComparison:
+    """Hypergradients of several methods at the same states; print it.
+
+    Attributes:
+        names: The methods; the first is what the printed table compares with.
+        norms: Per point, the hypergradients' norms in the order of `names`.
+        points: Per point, (a, b) -> `Agreement` of b with a for each pair, a before b in `names`.
+        notes: Per method, what it had to say, once each; the table prints the last.
+    """
+
+    names: tuple[str, ...]
+    norms: tuple[tuple[float, ...], ...]
+    points: tuple[Mapping[tuple[str, str], Agreement], ...]
+    notes: Mapping[str, tuple[str, ...]]
+
+    def mean(self, first: str, second: str) -> Agreement:
+        """Return the means over the points; those where a hypergradient is 0 are left out."""
+        pair = (first, second)
+        return Agreement(*map(_mean, zip(*(point[pair] for point in self.points), strict=True)))
+
+    def __str__(self) -> str:
+        reference, *others = self.names
+        rows = [["", "norm", "cosine", "least cosine", "norm ratio", "same sign"]]
+        norms = [f"{_mean(column):.2e}" for column in zip(*self.norms, strict=True)]
+        rows.append([reference, norms[0], "", "", "", ""])
+        for name, norm in zip(others, norms[1:], strict=True):
+            cosines = [point[reference, name].cosine for point in self.points]
+            least = min((value for value in cosines if not math.isnan(value)), default=math.nan)
+            found = self.mean(reference, name)
+            row = [f"{found.cosine:.4f}", f"{least:.4f}", f"{found.norm_ratio:.3g}"]
+            rows.append([name, norm, *row, f"{found.same_sign:.1%}"])
+        count = len(self.points)
+        head = f"hypergradients at {count} point{'s' * (count != 1)}, against {reference!r}"
+        noted = [
+            f"  {name}: {said[-1]}" + (f" (last of {len(said)} notes)" if len(said) > 1 else "")
+            for name, said in self.notes.items()
+            if said
+        ]
+        return "\n".join([head, *text_table(rows), *noted])
+
+
+def compare_hypergradients(
+    solver: BilevelSolver,
+    windows: Iterable[Window],
+    methods: Mapping[str, Hypergradient],
+    *,
+    memories: Mapping[str, Any] | None = None,
+) -> HypergradientComparison:
+    """Compute the hypergradients of several methods at the same states, on the same batches.
+
+    At one state: ``compare_hypergradients(solver, [(state, batches, upper_batch)], methods)``.
+    Along a run the windows may come from a generator that takes the run's steps as it goes::
+
+        def run(state):
+            for batches, upper_batch in data:
+                yield state, batches, upper_batch
+                state, _ = solver.window(state, batches, upper_batch)
+
+    Nothing is changed, and all methods see the random numbers that the window would; what a method
+    keeps between windows goes from one window to the next, as if it accompanied the run.
+
+    Args:
+        solver: Problem and lower optimizer; its own hypergradient plays no part.
+        windows: Where to compare.
+        methods: By name; the first is the reference.
+        memories: What methods start with, by name; for others it is their `init`.
+
+    Cost: per window that of all methods.
+
+    Raises:
+        ValueError: Fewer than two methods, no windows, or a method that does not apply.
+    """
+    if len(methods) < 2:
+        raise ValueError(f"methods: expected at least two to compare, found {list(methods)}")
+    kept: dict[str, Any] = dict(memories or {})
+    norms, points = [], []
+    notes: dict[str, dict[str, None]] = {name: {} for name in methods}
+    for state, batches, upper_batch in windows:
+        found: dict[str, Tensor] = {}
+        for name, method in methods.items():
+            method.check(solver.problem, solver.lower_optimizer, len(batches))
+            at = state.lower_params, state.upper_params
+            if name not in kept:
+                kept[name] = method.init(solver.lower_optimizer, *at)
+            now = random_state.capture(state.lower_params)
+            with random_state.replay(now, state.lower_params):
+                result = method.window(
+                    solver.problem,
+                    solver.lower_optimizer,
+                    *at,
+                    state.lower_optimizer,
+                    batches,
+                    upper_batch,
+                    kept[name],
+                )
+            kept[name] = result.memory
+            notes[name].update(dict.fromkeys(result.notes))
+            found[name] = _vector(result.hypergradient, state.upper_params)
+        norms.append(tuple(float(vector.norm()) for vector in found.values()))
+        points.append({pair: _agreement(*(found[name] for name in pair)) for pair in _pairs(found)})
+    if not points:
+        raise ValueError("windows: expected at least one (state, batches, upper_batch), found none")
+    said = {name: tuple(lines) for name, lines in notes.items()}
+    return HypergradientComparison(tuple(methods), tuple(norms), tuple(points), said)
+
+
+def _vector(hypergradient: Tree, upper_params: Params) -> Tensor:
+    """Return all entries in one vector, zeros where φ has no influence."""
+    leaves, structure = optree.tree_flatten(upper_params)
+    found = structure.flatten_up_to(hypergradient)
+    pieces = [
+        (torch.zeros_like(leaf) if one is None else one).detach().flatten().double().cpu()
+        for leaf, one in zip(leaves, found, strict=True)
+    ]
+    return torch.cat(pieces) if pieces else torch.zeros(0, dtype=torch.float64)
+
+
+def _agreement(first: Tensor, second: Tensor) -> Agreement:
+    norms = float(first.norm()), float(second.norm())
+    if not all(norms):
+        return Agreement(math.nan, math.nan, math.nan)
+    present = (first != 0) | (second != 0)
+    same = (first.sign() == second.sign())[present]
+    # Unit vectors first: the product of two small norms may underflow.
+    cosine = float((first / norms[0]) @ (second / norms[1]))
+    return Agreement(cosine, norms[1] / norms[0], float(same.double().mean()))
+
+
+def _pairs(names: Iterable[str]) -> Iterator[tuple[str, str]]:
+    listed = list(names)
+    return ((a, b) for index, a in enumerate(listed) for b in listed[index + 1 :])
+
+
+def _mean(values: Iterable[float]) -> float:
+    known = [value for value in values if not math.isnan(value)]
+    return sum(known) / len(known) if known else math.nan

@@ -1,0 +1,199 @@
+"""The steps that are audited, and functions of φ whose slope the hypergradient should be."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from bilevel import tree
+from bilevel.autodiff import random_state
+from bilevel.autodiff.random_state import RandomState
+from bilevel.autodiff.upper_gradient import upper_gradient
+from bilevel.hypergradients.base import Hypergradient, HypergradientResult, exact_steps
+from bilevel.hypergradients.one_step import OneStep
+from bilevel.hypergradients.trajectory import Point, advance
+from bilevel.lower.lower_pass import LowerPass, lower_pass
+from bilevel.optimizers.optimizers import clip_scale
+from bilevel.problem import Batch, Params, Problem, upper_value
+from bilevel.routes import Jvp
+from bilevel.solver import BilevelSolver
+from bilevel.state import BilevelState
+from bilevel.tree import Tree
+
+
+class _Start(NamedTuple):
+    """From where a step is taken."""
+
+    point: Point
+    random: RandomState
+
+
+class AuditedSteps:
+    """A window with its hypergradient, and the same steps by plain autograd as functions of φ.
+
+    Attributes:
+        result: Of the hypergradient, without an average of v (`direction_decay`).
+        exact: Whether it claims to be the slope of `upper_after`.
+        lower_gradient_error: Relative error of its last gradient against plain autograd's.
+        notes: What should be known of the steps.
+    """
+
+    notes: tuple[str, ...] = ()
+
+    def __init__(
+        self,
+        solver: BilevelSolver,
+        state: BilevelState,
+        batches: Sequence[Sequence[Batch]],
+        upper_batch: Batch,
+    ) -> None:
+        self._problem, self._optimizer = solver.problem, solver.lower_optimizer
+        self._upper_params, self._upper_batch = state.upper_params, upper_batch
+        self._hypergradient: Hypergradient = solver.hypergradient
+        memory = state.memory
+        if isinstance(self._hypergradient, OneStep):
+            self._hypergradient = dataclasses.replace(self._hypergradient, direction_decay=0.0)
+            memory = None
+        random = random_state.capture(state.lower_params)
+        with random_state.replay(random, state.lower_params):
+            self.result: HypergradientResult = self._hypergradient.window(
+                solver.problem,
+                solver.lower_optimizer,
+                state.lower_params,
+                state.upper_params,
+                state.lower_optimizer,
+                batches,
+                upper_batch,
+                memory,
+            )
+        claimed = exact_steps(self._hypergradient, len(batches))
+        self.exact = claimed is not None
+        constant = len(batches) - (len(batches) if claimed is None else claimed)
+        starts = [_Start(Point(state.lower_params, state.lower_optimizer), random)]
+        gradients = []
+        for micro_batches in batches:
+            grads, after = self._grads(starts[-1], state.upper_params, micro_batches)
+            starts.append(_Start(advance(self._optimizer, starts[-1].point, grads), after))
+            gradients.append(grads)
+        self._batches, self._first = batches[constant:], starts[constant]
+        self._last, self._end = starts[-2:]
+        self._scales = [self._held_scale(grads) for grads in gradients[constant:]]
+        self.lower_gradient_error = gradient_error(self.result.passes[-1], gradients[-1])
+
+    def upper_after(self, upper_params: Params) -> Tensor:
+        """Return L_upper(θ(φ), φ), θ(φ) being reached by the steps that are differentiated.
+
+        The clip scales are those of the steps that were taken, unless they are differentiated.
+        """
+        start = before = self._first
+        for micro_batches, scale in zip(self._batches, self._scales, strict=True):
+            before = start
+            grads, after = self._grads(start, upper_params, micro_batches)
+            optimizer: Any = self._optimizer
+            if scale is not None:
+                grads = tree.scale(scale, grads)
+                optimizer = dataclasses.replace(optimizer, max_norm=None)
+            start = _Start(advance(optimizer, start.point, grads), after)
+        return self._upper(_Start(start.point, before.random), upper_params)
+
+    def claimed_by_one_step(self) -> Callable[[Params], Tensor]:
+        """Return φ -> ⟨μ, ∇_θ L_lower(θ, φ)⟩ + L_upper(·, φ), with μ as `OneStep` forms it.
+
+        What it stands for by design where it is not exact: order upper-first, whose v and direct
+        term are those at θ, and other conventions for the derivative of the update.
+        """
+        one_step = self._hypergradient
+        assert isinstance(one_step, OneStep)
+        params, state = self._last.point
+        grads, at = None, self._last.point
+        if one_step.order == "lower-first":
+            grads, _ = self._grads(self._last, self._upper_params, self._batches[-1])
+            at = self._end.point
+        with random_state.replay(self._last.random, params):
+            v = upper_gradient(
+                self._problem, at.lower_params, self._upper_params, self._upper_batch
+            ).lower
+        mu = one_step.update_derivative.pull_back(self._optimizer, grads, state, params, v)
+
+        def claimed(upper_params: Params) -> Tensor:
+            found, _ = self._grads(self._last, upper_params, self._batches[-1])
+            return tree.vdot(found, mu) + self._upper(_Start(at, self._last.random), upper_params)
+
+        return claimed
+
+    def _held_scale(self, grads: Tree) -> Tensor | None:
+        """Return the clip scale of a step, None if there is none or it counts as a function."""
+        max_norm = getattr(self._optimizer, "max_norm", None)
+        if max_norm is None or getattr(self._optimizer, "differentiate_clip", False):
+            return None
+        return clip_scale(tree.norm(grads), max_norm)
+
+    def _grads(
+        self, start: _Start, upper_params: Params, batches: Sequence[Batch]
+    ) -> tuple[Tree, RandomState]:
+        """The lower gradient, and where it left the random numbers."""
+        params = start.point.lower_params
+        with random_state.replay(start.random, params):
+            grads = plain_gradient(self._problem, params, upper_params, batches)
+            return grads, random_state.capture(params)
+
+    def _upper(self, start: _Start, upper_params: Params) -> Tensor:
+        params = start.point.lower_params
+        with torch.no_grad(), random_state.replay(start.random, params):
+            return upper_value(self._problem, params, upper_params, self._upper_batch)[0]
+
+
+def plain_gradient(
+    problem: Problem, lower_params: Params, upper_params: Params, batches: Sequence[Batch]
+) -> Tree:
+    """Return the lower gradient by plain autograd, whatever the route."""
+    upper_params = tree.map(Tensor.detach, upper_params)
+    return lower_pass(problem, Jvp(), lower_params, upper_params, batches).grads
+
+
+def gradient_error(passed: LowerPass, plain: Tree) -> float:
+    """Return the relative error of the gradient of a pass; of its norm alone, of a summary."""
+    if passed.grads is None:
+        error = float(passed.grad_norm - tree.norm(plain))
+    else:
+        error = float(tree.norm(tree.axpy(-1.0, passed.grads, plain)))
+    return ratio(abs(error), float(tree.norm(plain)))
+
+
+def slope_errors(
+    function: Callable[[Params], Tensor],
+    upper_params: Params,
+    directions: Sequence[Tree],
+    steps: Sequence[float],
+    slopes: Sequence[float],
+) -> tuple[dict[float, float], dict[float, float]]:
+    """Return step -> relative error over all directions, and what rounding alone may make of it."""
+    entries = sum(leaf.numel() for leaf in tree.leaves(upper_params))
+    size = float(tree.norm(upper_params)) / math.sqrt(max(entries, 1)) or 1.0
+    errors, floors = {}, {}
+    for step in steps:
+        measured, values = [], []
+        for direction in directions:
+            ahead, behind = (
+                function(tree.axpy(sign * step * size, direction, upper_params))
+                for sign in (1.0, -1.0)
+            )
+            measured.append(float(ahead - behind) / (2.0 * step * size))
+            values.append(abs(float(ahead)) * torch.finfo(ahead.dtype).eps / (step * size))
+        gaps = [found - slope for found, slope in zip(measured, slopes, strict=True)]
+        length = max(math.hypot(*slopes), math.hypot(*measured))
+        errors[step] = ratio(math.hypot(*gaps), length)
+        floors[step] = ratio(math.hypot(*values), length)
+    return errors, floors
+
+
+def ratio(part: float, whole: float) -> float:
+    """Return part / whole, 0 for 0/0, and never a comparison-proof NaN."""
+    if math.isnan(part) or math.isnan(whole):
+        return math.inf
+    return part / whole if whole > 0.0 else (0.0 if part == 0.0 else math.inf)

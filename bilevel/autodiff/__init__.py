@@ -1,0 +1,1 @@
+"""What torch's automatic differentiation needs beside it: kernels, differences, random state."""

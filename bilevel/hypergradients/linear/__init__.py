@@ -1,0 +1,1 @@
+"""Linear systems with the Hessian of the lower loss, and what solves them."""

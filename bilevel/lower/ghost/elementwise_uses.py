@@ -1,0 +1,122 @@
+"""Uses of parameters that meet their input entry by entry: scales, shifts, slices. See `uses`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from bilevel.lower.ghost.rows import (
+    RowGradients,
+    contracted,
+    formed,
+    row_dots,
+    scale_rows,
+    sum_tokens,
+)
+
+
+@dataclass(frozen=True)
+class Normalised:
+    """``y = weight · x̂ + bias``, x̂ the normalised x, which `normalise` recomputes; saved: x.
+
+    Args:
+        weight: Whether the weight is tracked.
+        bias: Whether the bias is tracked.
+        shape: Of both parameters; they broadcast over the leading dimensions of x̂ (layer norm,
+            RMS norm), or
+        channels: stand along dimension 1 (group norm).
+        normalise: x -> x̂.
+        kernel: (b, x) -> autograd's gradients of both; None: products and sums.
+    """
+
+    weight: bool
+    bias: bool
+    shape: torch.Size
+    normalise: Callable[[Tensor], Tensor]
+    kernel: Callable[[Tensor, Tensor], tuple[Tensor | None, Tensor | None]] | None = None
+    channels: bool = False
+
+    def gradients(self, b: Tensor, saved: Sequence[Tensor]) -> list[Tensor]:
+        """As autograd, by its kernel."""
+        (x,) = saved
+        if self.kernel is not None:
+            return [gradient for gradient in self.kernel(b, x) if gradient is not None]
+        result = [(b * self.normalise(x).to(b.dtype)).sum_to_size(self.shape)] * self.weight
+        return result + [b.sum_to_size(self.shape)] * self.bias
+
+    def row_gradients(
+        self, b: Tensor, saved: Sequence[Tensor], keep: int | None
+    ) -> list[RowGradients]:
+        """Formed: small."""
+        (x,) = saved
+        result = []
+        if self.weight:
+            result.append(formed(self._reduce(b * self.normalise(x).to(b.dtype))))
+        if self.bias:
+            result.append(formed(self._reduce(b)))
+        return result
+
+    def _reduce(self, rows: Tensor) -> Tensor:
+        if self.channels:
+            return rows.flatten(2).sum(2) if rows.dim() > 2 else rows
+        return sum_tokens(rows, self.shape)
+
+
+@dataclass(frozen=True)
+class Broadcast:
+    """``y = factor · p`` (saved: factor) or ``y = x ± p`` (nothing saved), p broadcast to y."""
+
+    shape: torch.Size
+    sign: float = 1.0
+
+    def gradients(self, b: Tensor, saved: Sequence[Tensor]) -> list[Tensor]:
+        """As autograd: multiply, then sum to the parameter's shape."""
+        return [self._times(b, saved).sum_to_size(self.shape)]
+
+    def row_gradients(
+        self, b: Tensor, saved: Sequence[Tensor], keep: int | None
+    ) -> list[RowGradients]:
+        """Formed, unless the parameter has rows itself; then row r only matters to row r."""
+        entries = self._times(b, saved)
+        own_rows = len(self.shape) == b.dim() and self.shape[0] == len(b) and len(b) > 1
+        if not own_rows:
+            inner = self.shape[1:] if len(self.shape) == b.dim() else self.shape
+            return [formed(sum_tokens(entries, inner), self.shape)]
+
+        def weighted(weights: Tensor) -> Tensor:
+            return scale_rows(entries, weights).sum_to_size(self.shape)
+
+        return [contracted(weighted, lambda mu: row_dots(entries, mu.to(entries.dtype)))]
+
+    def _times(self, b: Tensor, saved: Sequence[Tensor]) -> Tensor:
+        if saved:
+            return b * saved[0].to(b.dtype)
+        return b if self.sign == 1.0 else -b
+
+
+@dataclass(frozen=True)
+class Concatenated:
+    """``y = cat([..., p, ...], dim)``, dim > 0: p is the slice of y from `start` on."""
+
+    dim: int
+    start: int
+    shape: torch.Size
+
+    def gradients(self, b: Tensor, saved: Sequence[Tensor]) -> list[Tensor]:
+        """As autograd: the slice of b."""
+        return [b.narrow(self.dim, self.start, self.shape[self.dim])]
+
+    def row_gradients(
+        self, b: Tensor, saved: Sequence[Tensor], keep: int | None
+    ) -> list[RowGradients]:
+        """Row r of p only matters to row r."""
+        (entries,) = self.gradients(b, saved)
+        return [
+            contracted(
+                lambda weights: scale_rows(entries, weights),
+                lambda mu: row_dots(entries, mu.to(entries.dtype)),
+            )
+        ]

@@ -1,0 +1,140 @@
+"""The gradient of a step, summed in place over its micro-batches.
+
+On a CPU the pages of a new tensor cost more than the arithmetic on it, and on any device its memory
+counts. So nothing is scaled into a copy, and a `GradientStream` never holds a whole gradient.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import optree
+import torch
+from torch import Tensor
+
+from bilevel import tree
+from bilevel.autodiff.gradient import as_leaves
+from bilevel.tree import Tree
+
+
+class GradientSum:
+    """Σ_m factor_m g_m, leaf by leaf; None where there was no gradient.
+
+    Args:
+        params: Gives structure and precision.
+        widen: Sum gradients of 16 bits in float32: in their own precision a sum of many soon
+            stands still.
+    """
+
+    def __init__(self, params: Tree, *, widen: bool) -> None:
+        self.leaves: list[Tensor | None]
+        self.leaves, self.structure = optree.tree_flatten(params, none_is_leaf=True)
+        self._sums: list[Tensor | None] = [None] * len(self.leaves)
+        self._later: list[tuple[float | Tensor, list[Tensor | None]]] = []
+        self._widen = widen
+
+    @torch.no_grad()
+    def add(self, factor: float | Tensor, grads: Tree) -> None:
+        """Add ``factor · grads``; the tensors given are neither changed nor kept."""
+        for index, grad in enumerate(self.structure.flatten_up_to(grads)):
+            if grad is not None:
+                self.add_leaf(index, factor, grad)
+
+    def add_later(self, factor: float | Tensor, grads: Tree) -> None:
+        """As `add`, when the mean is asked for, which until then holds the tensors given.
+
+        For gradients that somebody keeps anyway: each leaf's sum then stays in a cache until all of
+        them are in it, where `add` goes to memory and back for every one.
+        """
+        self._later.append((factor, self.structure.flatten_up_to(grads)))
+
+    def add_leaf(
+        self, index: int, factor: float | Tensor, grad: Tensor, *, own: bool = False
+    ) -> None:
+        """Add to one leaf, in the caller's grad mode; `own`: `grad` may become the sum itself."""
+        if self._widen:
+            grad = grad.to(tree.wide_dtype(grad.dtype))
+        if isinstance(factor, Tensor):
+            # A number where that needs no transfer: it takes a fraction of the time.
+            factor = float(factor) if factor.is_cpu else factor.to(grad)
+        old = self._sums[index]
+        if old is None:
+            self._sums[index] = grad.mul_(factor) if own else grad * factor
+        elif isinstance(factor, Tensor):
+            old.addcmul_(grad, factor)
+        else:
+            old.add_(grad, alpha=factor)
+
+    @torch.no_grad()
+    def mean(self, count: float) -> Tree:
+        """Return the sum over `count`, in the parameters' precision, and forget it."""
+        result = []
+        for index, leaf in enumerate(self.leaves):
+            for factor, grads in self._later:
+                grad = grads[index]
+                if grad is not None:
+                    self.add_leaf(index, factor, grad)
+            found, self._sums[index] = self._sums[index], None
+            if leaf is not None and found is not None:
+                found = (found if count == 1.0 else found.div_(count)).to(leaf.dtype)
+            result.append(found)
+        self._later.clear()
+        return self.structure.unflatten(result)
+
+
+class GradientStream:
+    """Backward passes whose gradients are used leaf by leaf, as they come, and freed at once.
+
+    Args:
+        total: The sum that they are added to.
+        direction: μ like the parameters, or None.
+    """
+
+    def __init__(self, total: GradientSum, direction: Tree | None) -> None:
+        self.params = as_leaves(total.structure.unflatten(total.leaves))
+        self._direction = direction
+        self._factor: list[Tensor] = []
+        self._terms: list[list[Tensor]] = [[] for _ in total.leaves]  # in the order of `tree.vdot`
+        self._wanted = tree.leaves(self.params)
+        along: list[Tensor | None] = [None] * len(total.leaves)
+        if direction is not None:
+            along = total.structure.flatten_up_to(direction)
+        leaves = total.structure.flatten_up_to(self.params)
+        for index, (leaf, mu, terms) in enumerate(zip(leaves, along, self._terms, strict=True)):
+            if leaf is not None:
+                hook = _hook(total, self._factor, index, mu, terms)
+                leaf.register_post_accumulate_grad_hook(hook)
+
+    def backward(self, factor: Tensor, loss: Tensor) -> Tensor | None:
+        """Add ``factor · ∇loss`` to the sum, and return ⟨μ, ∇loss⟩, None without μ.
+
+        Args:
+            factor: Scalar without a graph.
+            loss: Scalar, computed from `params`.
+        """
+        self._factor[:] = [factor]
+        for terms in self._terms:
+            terms.clear()
+        if self._wanted and loss.requires_grad:
+            torch.autograd.backward([loss], inputs=self._wanted)
+        if self._direction is None:
+            return None
+        return tree.total([term for terms in self._terms for term in terms], like=self._direction)
+
+
+def _hook(
+    total: GradientSum,
+    factor: list[Tensor],
+    index: int,
+    direction: Tensor | None,
+    terms: list[Tensor],
+) -> Callable[[Tensor], None]:
+    # Knows nothing of the leaf that it hangs on, whose memory a cycle would hold.
+    def use(leaf: Tensor) -> None:
+        grad, leaf.grad = leaf.grad, None
+        assert grad is not None
+        if direction is not None:
+            terms.extend(tree.dot_terms(grad, direction))
+        total.add_leaf(index, factor[0], grad, own=True)  # autograd shares it with nobody
+
+    return use

@@ -1,0 +1,1 @@
+"""Optimizers as pure functions, with the derivative of their update."""

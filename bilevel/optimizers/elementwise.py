@@ -1,0 +1,311 @@
+"""One optimizer step and its exact transposed derivative, whatever the rule.
+
+For every leaf θ with gradient g (of all leaves together for the clip scale c)::
+
+    g₁ = c g                   c = min(1, max_norm / (‖g‖ + 1e-6)), or 1 without max_norm
+    g₂ = g₁ + λ θ              L2 weight decay, or
+    u, moments' = rule(g₂, moments)    (without L2 decay g₂ = g₁)
+    θ' = θ − lr (u + λ θ)      decoupled weight decay
+
+The optimizers in `optimizer` add the rule and its hyperparameters.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import KW_ONLY, dataclass
+from typing import ClassVar
+
+import optree
+import torch
+from torch import Tensor
+
+from bilevel import tree
+from bilevel.checks import require
+from bilevel.optimizers.buckets import map_buckets
+from bilevel.optimizers.point import (
+    LeafKey,
+    Leaves,
+    OptimizerState,
+    UpdateCotangents,
+    UpdatePoint,
+    add_scale_path,
+    check_shapes,
+    clip_scale,
+    column,
+    filled,
+    or_else,
+)
+from bilevel.optimizers.rules import Direction, add_decay, descend
+from bilevel.optimizers.schedule import Schedule
+from bilevel.tree import Tree
+
+
+@dataclass(frozen=True)
+class ElementwiseOptimizer:
+    """What the optimizers share: clipping, weight decay, learning rate, bookkeeping.
+
+    Args:
+        lr: The learning rate, or a function of the steps taken before this one.
+        weight_decay: λ of the equations above.
+        decay_mask: Whether to decay the leaf of that path ('/'-joined, see `tree.names`; the
+            parameter's name for a flat dict). None: decay all. E.g.
+            ``lambda name: not name.endswith("bias")``. In place of torch's parameter groups.
+        max_norm: Largest norm of all gradients together; None: no clipping.
+        differentiate_clip: Whether derivatives go through the clip scale c.
+        state_dtype: Of the moments and of the arithmetic; None: as the parameters. Give float32
+            with parameters of 16 bits: in bfloat16 0.999 s rounds to s, so that a second moment
+            with β₂ = 0.999 never decays. The new parameters are rounded all the same, so a step
+            below half an ulp of a parameter is lost.
+    """
+
+    lr: float | Schedule
+    _: KW_ONLY
+    weight_decay: float = 0.0
+    decay_mask: Callable[[str], bool] | None = None
+    max_norm: float | None = None
+    differentiate_clip: bool = False
+    state_dtype: torch.dtype | None = None
+
+    _decoupled: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        if not callable(self.lr):
+            require(self, "lr", self.lr)
+        require(self, "weight_decay", self.weight_decay)
+        if self.max_norm is not None:
+            require(self, "max_norm", self.max_norm, low_open=True)
+
+    def init(self, params: Tree) -> OptimizerState:
+        """Return the state before the first step: 0 steps and zero moments.
+
+        Moments have the dtype of their parameter, or `state_dtype`; the update is computed in
+        that dtype too, and the new parameters are rounded to their own.
+        """
+        has_first, has_second = self._moments()
+        return OptimizerState(
+            steps=torch.zeros((), dtype=torch.int64, device="cpu"),
+            first_moment=tree.zeros_like(params, dtype=self.state_dtype) if has_first else None,
+            second_moment=tree.zeros_like(params, dtype=self.state_dtype) if has_second else None,
+        )
+
+    def update(
+        self, grads: Tree, state: OptimizerState, params: Tree
+    ) -> tuple[Tree, OptimizerState]:
+        """Take one step, in the caller's grad mode (train under `torch.no_grad`).
+
+        Args:
+            grads: Gradients like `params`; None: leave that leaf and its moments as they are.
+            state: From `init` or the previous `update`.
+            params: Tensors of any shape and float dtype.
+
+        Returns:
+            The new parameters and the new state; the old ones are not changed.
+
+        Raises:
+            ValueError: `grads` or `state` differ from `params` in structure or shape.
+        """
+        at = self._point(grads, state, params)
+
+        def rule(
+            key: LeafKey, p: Tensor, g: Tensor, m: Tensor | None, s: Tensor | None
+        ) -> tuple[Tensor | None, ...]:
+            p_wide, g_rule = self._rule_inputs(at, key, p, g)
+            step, m_new, s_new = self._direction(g_rule, m, s, at.steps)
+            if self._decoupled:
+                step = add_decay(step, p_wide, key.decay)
+            return descend(p_wide, step, at.lr).to(p.dtype), m_new, s_new
+
+        new = map_buckets(rule, at.params, at.keys, [at.params, at.grads, *at.moments], 3)
+        new_params, *moments = or_else(new, [at.params, *at.moments])
+        return at.structure.unflatten(new_params), self._state(at, state.steps + 1, moments)
+
+    def vjp(
+        self,
+        grads: Tree,
+        state: OptimizerState,
+        params: Tree,
+        params_bar: Tree,
+        state_bar: OptimizerState | None = None,
+    ) -> UpdateCotangents:
+        """Return the transposed derivative of `update` at (grads, state, params).
+
+        Args:
+            grads: As given to `update`.
+            state: As given to `update`: the state before the step.
+            params: As given to `update`.
+            params_bar: Cotangent of the new parameters; None leaves are zero.
+            state_bar: Cotangent of the new state (its steps are ignored); None: zero.
+
+        Returns:
+            ``(∂(params', state')/∂x)ᵀ (params_bar, state_bar)`` for x = grads, state, params,
+            without an autograd graph. The gradients' is None where the gradient is.
+
+        The clip scale is held constant unless `differentiate_clip`. Where the second moment
+        after the step is 0 its derivative does not exist; 0 is returned (see `rules`).
+        """
+        with torch.no_grad():
+            at = self._point(grads, state, params)
+            first_bar, second_bar = (None, None) if state_bar is None else state_bar[1:]
+            bars = [
+                filled(at.structure, bar, values)
+                for bar, values in zip(
+                    (params_bar, first_bar, second_bar), (at.params, *at.moments), strict=True
+                )
+            ]
+            check_shapes(params, at.params, bars[0], "cotangent")
+            grads_bar, *others = self._pull_back(at, bars, all_inputs=True)
+            new_bars, *moment_bars = or_else(others, bars)
+        return UpdateCotangents(
+            grads=at.structure.unflatten(grads_bar),
+            state=self._state(at, torch.zeros_like(state.steps), moment_bars),
+            params=at.structure.unflatten(new_bars),
+        )
+
+    def grads_vjp(self, grads: Tree, state: OptimizerState, params: Tree, params_bar: Tree) -> Tree:
+        """Return ``(∂params'/∂grads)ᵀ params_bar``, e.g. ``−lr · params_bar`` for plain SGD.
+
+        The gradient part of `vjp`, for less; arguments and conventions as there.
+        """
+        with torch.no_grad():
+            at = self._point(grads, state, params)
+            nothing: Leaves = [None] * len(at.params)
+            bars = [filled(at.structure, params_bar, at.params), nothing, nothing]
+            check_shapes(params, at.params, bars[0], "cotangent")
+            return at.structure.unflatten(self._pull_back(at, bars, all_inputs=False)[0])
+
+    def predicted_grads_vjp(self, state: OptimizerState, params: Tree, params_bar: Tree) -> Tree:
+        """Return `grads_vjp` as far as it is known before the gradient of the step is.
+
+        Exact for SGD. The adaptive optimizers use the second moment as it stands in `state`
+        (bias-corrected by the steps it has seen) and leave out the term in which the gradient
+        changes its own second moment. Entries whose second moment is 0 (or nothing beside eps),
+        thus all of them in a cold state, get plain ``−lr · params_bar``: their true factor may be
+        anything from nearly 0 to lr / eps, depending on the gradient to come. The clip scale is
+        taken as 1.
+        None leaves of `params_bar` stay None.
+        """
+        with torch.no_grad():
+            structure = optree.tree_structure(params, none_is_leaf=True)
+            leaves = structure.flatten_up_to(params)
+            p_bars = structure.flatten_up_to(params_bar)
+            check_shapes(params, leaves, p_bars, "cotangent")
+            seconds = column(structure, state.second_moment, len(leaves))
+            count = int(state.steps)
+            lr = self._lr(count)
+
+            def rule(_: object, bar: Tensor, s: Tensor | None) -> tuple[Tensor]:
+                gain = self._predicted_gain(s, count)
+                if not isinstance(gain, Tensor):
+                    return (bar * (gain * -lr),)
+                # In place: the pages of a new tensor cost more on a CPU than the arithmetic.
+                return (gain.mul_(bar).mul_(-lr).to(bar.dtype),)
+
+            keys = [None if bar is None else (bar.dtype, bar.device) for bar in p_bars]
+            return structure.unflatten(map_buckets(rule, leaves, keys, [p_bars, seconds], 1)[0])
+
+    # What an optimizer adds: which moments it keeps, its rule, and the rule's derivative.
+
+    def _moments(self) -> tuple[bool, bool]:
+        raise NotImplementedError
+
+    def _direction(self, g: Tensor, m: Tensor | None, s: Tensor | None, steps: int) -> Direction:
+        raise NotImplementedError
+
+    def _direction_vjp(
+        self,
+        g: Tensor,
+        m: Tensor | None,
+        s: Tensor | None,
+        steps: int,
+        bars: Direction,
+        all_inputs: bool,
+    ) -> Direction:
+        raise NotImplementedError
+
+    def _predicted_gain(self, s: Tensor | None, count: int) -> float | Tensor:
+        raise NotImplementedError
+
+    # Bookkeeping.
+
+    def _decays(self, params: Tree, size: int) -> list[float]:
+        if self.decay_mask is None:
+            return [self.weight_decay] * size
+        names = tree.names(params, none_is_leaf=True)
+        return [self.weight_decay if self.decay_mask(name) else 0.0 for name in names]
+
+    def _lr(self, count: int) -> float | Tensor:
+        return self.lr(count) if callable(self.lr) else self.lr
+
+    def _point(self, grads: Tree, state: OptimizerState, params: Tree) -> UpdatePoint:
+        leaves, structure = optree.tree_flatten(params, none_is_leaf=True)
+        gradients = structure.flatten_up_to(grads)
+        check_shapes(params, leaves, gradients, "gradient")
+        count = int(state.steps)
+        norm = scale = None
+        if self.max_norm is not None:
+            norm = tree.norm(grads) if self.differentiate_clip else tree.norm(grads).detach()
+            scale = clip_scale(norm, self.max_norm)
+        decays = self._decays(params, len(leaves))
+        return UpdatePoint(
+            structure=structure,
+            params=leaves,
+            grads=gradients,
+            moments=[column(structure, moment, len(leaves)) for moment in state[1:]],
+            keys=[
+                None if p is None or g is None else LeafKey(p.dtype, g.dtype, p.device, decay)
+                for p, g, decay in zip(leaves, gradients, decays, strict=True)
+            ],
+            steps=count + 1,
+            lr=self._lr(count),
+            norm=norm,
+            scale=scale,
+        )
+
+    def _rule_inputs(
+        self, at: UpdatePoint, key: LeafKey, p: Tensor, g: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Return parameters and clipped, L2-decayed gradients in the dtype of the update."""
+        dtype = self.state_dtype or p.dtype
+        p, g = p.to(dtype), g.to(dtype)
+        if at.scale is not None:
+            g = g * at.scale.to(g)
+        return p, g if self._decoupled else add_decay(g, p, key.decay)
+
+    def _pull_back(self, at: UpdatePoint, bars: list[Leaves], *, all_inputs: bool) -> list[Leaves]:
+        """Return the cotangents of gradients and, with `all_inputs`, parameters and moments."""
+
+        def rule(
+            key: LeafKey,
+            p: Tensor,
+            g: Tensor,
+            m: Tensor | None,
+            s: Tensor | None,
+            p_bar: Tensor,
+            m_bar: Tensor | None,
+            s_bar: Tensor | None,
+        ) -> tuple[Tensor | None, ...]:
+            p_wide, g_rule = self._rule_inputs(at, key, p, g)
+            p_bar = p_bar.to(p_wide.dtype)
+            given = Direction(p_bar * -at.lr, m_bar, s_bar)
+            g_bar, *moment_bars = self._direction_vjp(g_rule, m, s, at.steps, given, all_inputs)
+            old_bar = None
+            if all_inputs:
+                decayed_bar = given.step if self._decoupled else g_bar
+                old_bar = add_decay(p_bar, decayed_bar, key.decay).to(p.dtype)
+            if at.scale is not None:
+                g_bar = g_bar * at.scale.to(g_bar)
+            return g_bar.to(g.dtype), old_bar, *moment_bars
+
+        columns = [at.params, at.grads, *at.moments, *bars]
+        new = map_buckets(rule, at.params, at.keys, columns, 4)
+        if self.differentiate_clip and at.norm is not None and self.max_norm is not None:
+            new[0] = add_scale_path(at, new[0], self.max_norm)
+        return new
+
+    def _state(self, at: UpdatePoint, count: Tensor, moments: list[Leaves]) -> OptimizerState:
+        first, second = (
+            at.structure.unflatten(moment) if present else None
+            for moment, present in zip(moments, self._moments(), strict=True)
+        )
+        return OptimizerState(count, first, second)

@@ -1,0 +1,259 @@
+"""Optimizers as pure functions, each with the exact derivative of its own update.
+
+An optimizer is a frozen dataclass of hyperparameters: `init` and `update` take a step, `vjp` and
+`grads_vjp` pull cotangents back through that step (clipping and weight decay included), without
+an autograd graph, finite and right where a gradient is 0. See `update` for the equations.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Protocol
+
+import torch
+from torch import Tensor
+
+from bilevel import tree
+from bilevel.checks import check_eps, require
+from bilevel.optimizers import rules
+from bilevel.optimizers.elementwise import ElementwiseOptimizer
+from bilevel.optimizers.point import OptimizerState, UpdateCotangents, clip_scale
+from bilevel.optimizers.rules import Adaptive, Direction
+from bilevel.tree import Tree
+
+__all__ = [
+    "SGD",
+    "Adagrad",
+    "Adam",
+    "AdamW",
+    "DifferentiableOptimizer",
+    "Optimizer",
+    "OptimizerState",
+    "RMSProp",
+    "UpdateCotangents",
+    "clip_scale",
+]
+
+
+class Optimizer(Protocol):
+    """Anything that takes steps; all that the upper level needs."""
+
+    def init(self, params: Tree) -> Any:
+        """Return the state before the first step."""
+
+    def update(self, grads: Tree, state: Any, params: Tree) -> tuple[Tree, Any]:
+        """Return new parameters and state; a leaf whose gradient is None stays as it is."""
+
+
+class DifferentiableOptimizer(Optimizer, Protocol):
+    """An optimizer that knows the derivative of its update; needed at the lower level."""
+
+    def vjp(
+        self,
+        grads: Tree,
+        state: OptimizerState,
+        params: Tree,
+        params_bar: Tree,
+        state_bar: OptimizerState | None = None,
+    ) -> UpdateCotangents:
+        """Return the cotangents of gradients, state and parameters."""
+
+    def grads_vjp(self, grads: Tree, state: OptimizerState, params: Tree, params_bar: Tree) -> Tree:
+        """Return (∂params'/∂grads)ᵀ params_bar."""
+
+    def predicted_grads_vjp(self, state: OptimizerState, params: Tree, params_bar: Tree) -> Tree:
+        """Return `grads_vjp` as far as it is known before the gradient is."""
+
+
+@dataclass(frozen=True)
+class SGD(ElementwiseOptimizer):
+    """Gradient descent, with heavy-ball or Nesterov momentum; `torch.optim.SGD`'s arithmetic.
+
+    ``m' = μ m + g₂``; ``u = m'``, or ``g₂ + μ m'`` with `nesterov`; ``u = g₂`` if μ = 0.
+
+    Raises:
+        ValueError: lr < 0, momentum outside [0, 1), nesterov without momentum,
+            weight_decay < 0, max_norm ≤ 0.
+    """
+
+    momentum: float = 0.0
+    nesterov: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(self, "momentum", self.momentum, high=1.0)
+        if self.nesterov and self.momentum == 0.0:
+            raise ValueError("SGD: nesterov=True needs momentum in (0, 1), got 0.0")
+
+    def _moments(self) -> tuple[bool, bool]:
+        return self.momentum > 0.0, False
+
+    def _direction(self, g: Tensor, m: Tensor | None, s: Tensor | None, steps: int) -> Direction:
+        if m is None:
+            return Direction(g)
+        return rules.momentum_direction(g, m, self.momentum, self.nesterov)
+
+    def _direction_vjp(
+        self,
+        g: Tensor,
+        m: Tensor | None,
+        s: Tensor | None,
+        steps: int,
+        bars: Direction,
+        all_inputs: bool,
+    ) -> Direction:
+        if m is None:
+            return Direction(bars.step)
+        return rules.momentum_vjp(bars, self.momentum, self.nesterov, all_inputs=all_inputs)
+
+    def _predicted_gain(self, s: Tensor | None, count: int) -> float:
+        return 1.0 + self.momentum if self.nesterov else 1.0
+
+
+@dataclass(frozen=True)
+class _AdaptiveOptimizer(ElementwiseOptimizer):
+    """What Adam, RMSProp and Adagrad share: one derivative with different coefficients."""
+
+    def init(self, params: Tree) -> OptimizerState:
+        """Return the state before the first step.
+
+        Raises:
+            ValueError: `eps` underflows in the precision of the moments.
+        """
+        first = self._coefficients(1)
+        # The derivative has eps √c₂ in its denominators.
+        least = first.eps * math.sqrt(first.correction2)
+        for dtype in {self.state_dtype or leaf.dtype for leaf in tree.leaves(params)}:
+            check_eps(self, first.eps, least, dtype, "pass state_dtype=torch.float32")
+        return super().init(params)
+
+    def _coefficients(self, steps: int) -> Adaptive:
+        raise NotImplementedError
+
+    def _direction_vjp(
+        self,
+        g: Tensor,
+        m: Tensor | None,
+        s: Tensor | None,
+        steps: int,
+        bars: Direction,
+        all_inputs: bool,
+    ) -> Direction:
+        assert s is not None
+        rule = self._coefficients(steps)
+        return rules.adaptive_vjp(g, m, s, bars, rule, all_inputs=all_inputs)
+
+    def _predicted_gain(self, s: Tensor | None, count: int) -> Tensor:
+        assert s is not None
+        now, coming = self._coefficients(max(count, 1)), self._coefficients(count + 1)
+        factor = (1.0 - now.beta1) / coming.correction1
+        # 1/gain; in place, since the pages of new tensors cost more on a CPU than the arithmetic.
+        inverse = (s / (now.correction2 * factor * factor)).sqrt_().add_(now.eps / factor)
+        cold = float(torch.tensor(now.eps / factor, dtype=inverse.dtype, device="cpu"))
+        return torch.threshold_(inverse, cold, 1.0).reciprocal_()
+
+
+@dataclass(frozen=True)
+class Adam(_AdaptiveOptimizer):
+    """Adam (Kingma & Ba 2014), with L2 weight decay; `torch.optim.Adam`'s arithmetic.
+
+    ``m' = β₁ m + (1 − β₁) g₂``, ``s' = β₂ s + (1 − β₂) g₂²``,
+    ``u = m'/(1 − β₁ᵗ) / (√(s'/(1 − β₂ᵗ)) + eps)`` at step t = 1, 2, …
+
+    Raises:
+        ValueError: lr < 0, a beta outside [0, 1), eps ≤ 0 (the derivative at g = 0 from a cold
+            state is 1/eps), weight_decay < 0, max_norm ≤ 0.
+    """
+
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for index, beta in enumerate(self.betas):
+            require(self, f"betas[{index}]", beta, high=1.0)
+        require(self, "eps", self.eps, low_open=True)
+
+    def _moments(self) -> tuple[bool, bool]:
+        return True, True
+
+    def _direction(self, g: Tensor, m: Tensor | None, s: Tensor | None, steps: int) -> Direction:
+        assert m is not None
+        assert s is not None
+        return Direction(*rules.adam_direction(g, m, s, steps, self.betas, self.eps))
+
+    def _coefficients(self, steps: int) -> Adaptive:
+        beta1, beta2 = self.betas
+        return Adaptive(self.eps, beta1, beta2, 1.0 - beta2, 1.0 - beta1**steps, 1.0 - beta2**steps)
+
+
+@dataclass(frozen=True)
+class AdamW(Adam):
+    """Adam with decoupled weight decay (Loshchilov & Hutter 2019); `torch.optim.AdamW`'s.
+
+    ``θ' = θ − lr (u + weight_decay θ)``, with u as in `Adam`.
+
+    Raises:
+        ValueError: As `Adam`.
+    """
+
+    weight_decay: float = field(default=0.01, kw_only=True)
+
+    _decoupled: ClassVar[bool] = True
+
+
+@dataclass(frozen=True)
+class RMSProp(_AdaptiveOptimizer):
+    """RMSProp (Tieleman & Hinton 2012), not centred; `torch.optim.RMSprop`'s arithmetic.
+
+    ``s' = beta s + (1 − beta) g₂²``, ``u = g₂ / (√s' + eps)``. `beta` is torch's ``alpha``.
+
+    Raises:
+        ValueError: lr < 0, beta outside [0, 1), eps ≤ 0, weight_decay < 0, max_norm ≤ 0.
+    """
+
+    beta: float = 0.99
+    eps: float = 1e-8
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(self, "beta", self.beta, high=1.0)
+        require(self, "eps", self.eps, low_open=True)
+
+    def _moments(self) -> tuple[bool, bool]:
+        return False, True
+
+    def _direction(self, g: Tensor, m: Tensor | None, s: Tensor | None, steps: int) -> Direction:
+        assert s is not None
+        return rules.rms_direction(g, s, self.beta, self.eps)
+
+    def _coefficients(self, steps: int) -> Adaptive:
+        return Adaptive(self.eps, beta2=self.beta, gain=1.0 - self.beta)
+
+
+@dataclass(frozen=True)
+class Adagrad(_AdaptiveOptimizer):
+    """Adagrad (Duchi et al. 2011); `torch.optim.Adagrad`'s arithmetic.
+
+    ``s' = s + g₂²``, ``u = g₂ / (√s' + eps)``.
+
+    Raises:
+        ValueError: lr < 0, eps ≤ 0, weight_decay < 0, max_norm ≤ 0.
+    """
+
+    eps: float = 1e-10
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(self, "eps", self.eps, low_open=True)
+
+    def _moments(self) -> tuple[bool, bool]:
+        return False, True
+
+    def _direction(self, g: Tensor, m: Tensor | None, s: Tensor | None, steps: int) -> Direction:
+        assert s is not None
+        return rules.adagrad_direction(g, s, self.eps)
+
+    def _coefficients(self, steps: int) -> Adaptive:
+        return Adaptive(self.eps)

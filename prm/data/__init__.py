@@ -1,0 +1,1 @@
+"""Records: files of every known format, read, checked, written."""

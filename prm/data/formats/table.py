@@ -1,0 +1,141 @@
+"""The list of data formats, and how the format of a file is found."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from prm.data import records
+from prm.data.formats import (
+    benchmarks,
+    candidates,
+    dreamprm,
+    messages,
+    stepwise,
+    visualprm,
+    visualprm_raw,
+)
+from prm.data.record_fields import Place, Words
+from prm.schema import StepExample
+
+
+@dataclass(frozen=True)
+class Format:
+    """A data format.
+
+    Attributes:
+        name: as on the command line.
+        keys: what its records have, in words.
+        matches: whether a record looks like it.
+        read: the examples of a record; raises ``DataError``.
+    """
+
+    name: str
+    keys: str
+    matches: Callable[[Mapping[str, Any]], bool]
+    read: Callable[[Mapping[str, Any], Place], tuple[StepExample, ...]]
+
+
+def _matches_own(record: Mapping[str, Any]) -> bool:
+    steps = record.get("steps")
+    texts = isinstance(steps, list) and bool(steps) and isinstance(steps[0], str)
+    return "steps" in record and not texts and "puzzle" not in record
+
+
+def _read_own(record: Mapping[str, Any], place: Place) -> tuple[StepExample, ...]:
+    return (records.parse(record, place),)
+
+
+FORMATS: tuple[Format, ...] = (
+    Format("prm-jsonl", "id, question, steps: [{text, label}]", _matches_own, _read_own),
+    Format("visualprm", "conversations: [{from, value}]", visualprm.matches, visualprm.read),
+    Format(
+        "visualprm-raw",
+        "question, steps_with_score: [{step, score, num_mc_correct, num_mc_total}]",
+        visualprm_raw.matches,
+        visualprm_raw.read,
+    ),
+    Format(
+        "dreamprm-test",
+        "question, candidates: [text], true_false: [bool]",
+        candidates.matches_test,
+        candidates.read_test,
+    ),
+    Format(
+        "dreamprm-train",
+        "input, add, accuracy",
+        dreamprm.matches_train,
+        dreamprm.read_train,
+    ),
+    Format("dreamprm-meta", "input, true_false", dreamprm.matches_meta, dreamprm.read_meta),
+    Format("stepwise", "prompt, completions, labels", stepwise.matches, stepwise.read),
+    Format("messages", "messages: [{role, content}]", messages.matches, messages.read),
+    Format(
+        "processbench",
+        "id, problem, steps: [text], label",
+        benchmarks.matches_processbench,
+        benchmarks.read_processbench,
+    ),
+    Format(
+        "visualprocessbench",
+        "question, response: {steps, process_correctness}",
+        benchmarks.matches_visualprocessbench,
+        benchmarks.read_visualprocessbench,
+    ),
+    Format(
+        "mathcheck",
+        "id, question, steps: [text], labels",
+        benchmarks.matches_mathcheck,
+        benchmarks.read_mathcheck,
+    ),
+    Format(
+        "mathcheck-candidates",
+        "id, question, candidates: [{response, auto_correct}]",
+        candidates.matches_mathcheck,
+        candidates.read_mathcheck,
+    ),
+    Format(
+        "game24",
+        "idx, puzzle, candidates: [{steps, correct}]",
+        candidates.matches_game24,
+        candidates.read_game24,
+    ),
+)
+FORMAT_NAMES = tuple(format.name for format in FORMATS)
+
+
+def format_named(name: str) -> Format:
+    """The format of that name.
+
+    Raises:
+        ValueError: there is none.
+    """
+    for format in FORMATS:
+        if format.name == name:
+            return format
+    raise ValueError(f"expected a format among {', '.join(FORMAT_NAMES)}, found {name!r}")
+
+
+def detect(record: Any, place: Place) -> Format:
+    """The one format that a record looks like.
+
+    Raises:
+        DataError: it looks like none, or like several: the message lists them.
+    """
+    if not isinstance(record, dict):
+        place.refuse(None, "a JSON object", record, "write one object per row")
+    found = [format for format in FORMATS if format.matches(record)]
+    if len(found) == 1:
+        return found[0]
+    keys = Words("the keys " + (", ".join(map(repr, list(record)[:12])) or "of an empty object"))
+    if found:
+        names = [format.name for format in found]
+        place.refuse(
+            None,
+            f"a record of one format; this one can be {' or '.join(names)}",
+            keys,
+            f"name the format ({', '.join(names)}), or remove the keys of the others",
+        )
+    known = "; ".join(f"{format.name} ({format.keys})" for format in FORMATS)
+    place.refuse(None, f"a record of a known format: {known}", keys, "rename keys or convert")

@@ -1,0 +1,117 @@
+"""Conversations in which user turns are steps and assistant turns their labels."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from prm.data.record_fields import Place
+from prm.schema import Step
+
+_QUESTION = re.compile(r"((?:\s*<image>)*)\s*### Question:[ \t]*\n?")
+_PROCESS = re.compile(r"### Solution Process:[ \t]*\n?")
+_PLACEHOLDER = re.compile(r"\s*<image>")
+
+
+@dataclass(frozen=True)
+class Turn:
+    """One turn: who speaks ("system", "user", "assistant"), what, and the field it stands in."""
+
+    role: str
+    text: str
+    field: str
+
+
+def question_and_steps(
+    turns: Sequence[Turn], images: int, place: Place, question: str | None = None
+) -> tuple[str, tuple[Step, ...]]:
+    """Take a conversation apart.
+
+    The first user turn holds "### Question:" and, behind "### Solution Process:", the first step
+    (VisualPRM); or the question alone, with the first step in a user turn of its own (meta and test
+    prompts of DreamPRM-1.5). With ``question`` given every user turn is a step. System turns are
+    left out: the system instruction is an option of training.
+
+    Raises:
+        DataError: turns that do not alternate, a label that is neither "+" nor "-", no steps.
+    """
+    spoken = [turn for turn in turns if turn.role != "system"]
+    if not spoken or spoken[0].role != "user":
+        found = spoken[0].role if spoken else None
+        place.refuse(
+            spoken[0].field if spoken else turns_field(turns),
+            "a user turn with the question",
+            found,
+        )
+    text = drop_placeholders(spoken[0].text, images)
+    spoken[0] = Turn("user", text, spoken[0].field)
+    if question is None:
+        question, spoken = _question(spoken, place)
+    steps = []
+    for number in range(0, len(spoken), 2):
+        said = spoken[number]
+        if said.role != "user":
+            place.refuse(said.field, "a user turn with a step", said.role)
+        if number + 1 == len(spoken) or spoken[number + 1].role != "assistant":
+            place.refuse(
+                said.field, 'a turn with the label "+" or "-" behind every step', said.text
+            )
+        label = spoken[number + 1]
+        sign = label.text.strip()
+        if sign not in ("+", "-"):
+            place.refuse(label.field, 'the label "+" or "-"', label.text)
+        steps.append(Step(place.text(said.text, said.field), float(sign == "+")))
+    if not steps:
+        place.refuse(spoken[-1].field if spoken else turns_field(turns), "at least one step", [])
+    return question, tuple(steps)
+
+
+def turns_field(turns: Sequence[Turn]) -> str:
+    """The field that holds the turns."""
+    return turns[0].field.partition("[")[0] if turns else "conversations"
+
+
+def question_text(record: Mapping[str, Any], field: str, images: int, place: Place) -> str:
+    """The question of a record, without the marks that open it; see ``drop_placeholders``.
+
+    Raises:
+        DataError: no text, or none but marks.
+    """
+    return place.text(drop_placeholders(place.text(record[field], field), images), field)
+
+
+def drop_placeholders(text: str, images: int) -> str:
+    """``text`` without the ``<image>`` marks that open it, if they are as many as the images.
+
+    Prompts put all images first, where these marks stand. Marks elsewhere, or of another number,
+    stay in the text, and ``data validate`` counts them.
+    """
+    if not images or text.count("<image>") != images:
+        return text
+    rest = text
+    for _ in range(images):
+        match = _PLACEHOLDER.match(rest)
+        if match is None:
+            return text
+        rest = rest[match.end() :]
+    return rest.lstrip()
+
+
+def _question(spoken: list[Turn], place: Place) -> tuple[str, list[Turn]]:
+    first, *rest = spoken
+    head = _QUESTION.match(first.text)
+    body = f"{head[1]}\n{first.text[head.end() :]}" if head else first.text
+    process = _PROCESS.search(body) if head else None
+    if process is not None:
+        rest.insert(0, Turn("user", body[process.end() :], first.field))
+        body = body[: process.start()]
+    elif not rest or rest[0].role != "user":
+        place.refuse(
+            first.field,
+            '"### Question:", the question, "### Solution Process:" and the first step; or the '
+            "question alone, with the first step in a user turn of its own",
+            first.text,
+        )
+    return place.text(body.strip(), first.field), rest

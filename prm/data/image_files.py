@@ -1,0 +1,154 @@
+"""Whether the images that records name can be used: inside their folder, there, readable.
+
+Each path is looked at once. Records come from files that others wrote; by default they reach no
+image outside the folder that the user named.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from prm.data.record_fields import is_below
+from prm.schema import DataError
+
+ImageCheck = Literal["exists", "header", "decode", "sample"]
+"""How closely an image is looked at: the file is there; its header tells a size and it does not
+look cut off; every pixel is decoded; the pixels of the first ``SAMPLE`` images, the headers of the
+others (about 0.1 ms each, where decoding a photo takes 10)."""
+SAMPLE = 1_000
+
+Fault = Literal["outside", "missing", "unreadable"]
+_ENDS = {b"\x89PNG": b"IEND", b"\xff\xd8\xff": b"\xff\xd9"}
+_TAIL = 64
+
+
+@dataclass(frozen=True)
+class ImageProblem:
+    """Why an image cannot be used.
+
+    Attributes:
+        fault: what kind of problem.
+        expected: what the field should have named.
+        found: what is there.
+        remedy: what to change.
+    """
+
+    fault: Fault
+    expected: str
+    found: str
+    remedy: str
+
+
+class ImageFiles:
+    """Checks image paths, each path once (memory: one string per distinct path).
+
+    Args:
+        root: folder that the images have to lie in, symbolic links followed.
+        allow_outside: take images elsewhere, too.
+        check: how closely to look at a file.
+    """
+
+    def __init__(
+        self, root: Path, *, allow_outside: bool = False, check: ImageCheck = "exists"
+    ) -> None:
+        self._root = os.path.abspath(root)
+        self._real_root = os.path.realpath(root)
+        self._allow_outside = allow_outside
+        self._check = check
+        self._fine: set[str] = set()
+        self._problems: dict[str, ImageProblem] = {}
+        self._real_folders: dict[str, str] = {}
+
+    @property
+    def problems(self) -> dict[str, ImageProblem]:
+        """The problem of every path that has one."""
+        return self._problems
+
+    @property
+    def count(self) -> int:
+        """How many different paths have been looked at."""
+        return len(self._fine) + len(self._problems)
+
+    def problem(self, image: Path) -> ImageProblem | None:
+        """Why ``image`` cannot be used; None if it can."""
+        path = str(image)
+        if path in self._fine:
+            return None
+        if path not in self._problems:
+            found = self._look(path)
+            if found is None:
+                self._fine.add(path)
+                return None
+            self._problems[path] = found
+        return self._problems[path]
+
+    def _look(self, path: str) -> ImageProblem | None:
+        try:
+            if not self._allow_outside and self._is_outside(path):
+                return ImageProblem(
+                    "outside",
+                    f"an image below {self._root}",
+                    path,
+                    "set the image root to a folder that holds all images, or allow images "
+                    "outside (allow_outside_images)",
+                )
+            is_file = os.path.isfile(path)
+        except ValueError as error:  # a null byte
+            return _missing(f"a path with an {error}")
+        if not is_file:
+            return _missing(f"{'a folder' if os.path.isdir(path) else 'no file'} at {path}")
+        return self._read(Path(path))
+
+    def _is_outside(self, path: str) -> bool:
+        folder, name = os.path.split(path)
+        if folder not in self._real_folders:
+            self._real_folders[folder] = os.path.realpath(folder)
+        real = os.path.join(self._real_folders[folder], name)
+        if os.path.islink(path):
+            real = os.path.realpath(path)
+        return not is_below(real, self._real_root)
+
+    def _read(self, path: Path) -> ImageProblem | None:
+        if self._check == "exists":
+            return None
+        # Pillow is loaded only by those who ask for more than existence.
+        from prm.inputs.tiles import image_size, read_image
+
+        first = self._check == "sample" and self.count < SAMPLE
+        try:
+            if self._check == "decode" or first:
+                read_image(path)
+            else:
+                image_size(path)
+                if _looks_cut_off(path):
+                    read_image(path)
+        except DataError as error:
+            remedy = error.remedy or _REMEDY
+            return ImageProblem(
+                "unreadable", "a readable image file", f"{error.found} in {path}", remedy
+            )
+        return None
+
+
+_REMEDY = "check the path; image paths are relative to image_root"
+
+
+def _missing(found: str) -> ImageProblem:
+    return ImageProblem("missing", "a readable image file", found, _REMEDY)
+
+
+def _looks_cut_off(path: Path) -> bool:
+    """A PNG or JPEG file without its end mark; only decoding can tell whether it matters."""
+    try:
+        with path.open("rb") as file:
+            start = file.read(4)
+            end = next((mark for sign, mark in _ENDS.items() if start.startswith(sign)), None)
+            if end is None:
+                return False
+            file.seek(max(0, os.fstat(file.fileno()).st_size - _TAIL))
+            return end not in file.read()
+    except OSError as error:
+        raise DataError(expected="a readable file", found=str(error), file=path) from error

@@ -1,0 +1,257 @@
+"""Files of examples: read in any known format with every record checked, written all or nothing."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from prm.data.formats.table import Format, detect, format_named
+from prm.data.image_files import ImageCheck, ImageFiles
+from prm.data.json_rows import json_rows
+from prm.data.record_fields import Place, image_field
+from prm.data.records import parse_record, to_record
+from prm.schema import DataError, StepExample
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One record of a file.
+
+    Attributes:
+        line: line of a JSONL file, row of a JSON array, counted from 1.
+        record: the decoded record as it stands in the file.
+        examples: what it holds: one example, or one per candidate solution.
+        format: name of its format.
+    """
+
+    line: int
+    record: Any
+    examples: tuple[StepExample, ...]
+    format: str
+
+
+def iter_rows(
+    path: str | Path, image_root: str | Path | None = None, *, format: str = "auto"
+) -> Iterator[Row | DataError]:
+    """Every record of a file, one at a time; a ``DataError`` in the place of one that is wrong.
+
+    JSONL or one JSON array, never held whole. Images are neither opened nor looked for, and ids are
+    not compared: see ``checked_rows``.
+
+    Args:
+        path: the file.
+        image_root: folder that image paths are relative to; None: the folder of ``path``.
+        format: a name of ``prm.data.formats.table.FORMAT_NAMES``; "auto": the format that the first
+            record looks like. Records of several formats in one file are errors.
+
+    Raises:
+        FileNotFoundError: ``path`` does not exist.
+        ValueError: no format of that name.
+    """
+    path = Path(path)
+    root = path.parent if image_root is None else Path(image_root)
+    known: Format | None = None if format == "auto" else format_named(format)
+    for line, record in json_rows(path):
+        if isinstance(record, DataError):
+            yield record
+            continue
+        place = Place(root, path, line)
+        try:
+            if known is None:
+                known = detect(record, place)
+            elif not isinstance(record, dict):
+                place.refuse(None, "a JSON object", record, "write one object per line")
+            yield Row(line, record, known.read(record, place), known.name)
+        except DataError as error:
+            yield error
+
+
+def checked_rows(
+    path: str | Path,
+    image_root: str | Path | None = None,
+    *,
+    format: str = "auto",
+    check_images: ImageCheck = "exists",
+    allow_outside_images: bool = False,
+) -> Iterator[Row]:
+    """Every record of a file, one at a time; the first that is wrong is raised.
+
+    Beyond ``iter_rows``: ids are unique, and images exist, lie below ``image_root`` (symbolic links
+    followed) unless ``allow_outside_images``, and stand ``check_images``, each path looked at once.
+
+    Raises:
+        DataError: naming file, line or row, field, what was expected and found, and what to do.
+        FileNotFoundError: ``path`` does not exist.
+        ValueError: no format of that name.
+    """
+    path = Path(path)
+    root = path.parent if image_root is None else Path(image_root)
+    images = ImageFiles(root, allow_outside=allow_outside_images, check=check_images)
+    first_line: dict[str, int] = {}
+    for row in iter_rows(path, root, format=format):
+        if isinstance(row, DataError):
+            raise row
+        for example in row.examples:
+            first = first_line.setdefault(example.id, row.line)
+            if first != row.line:
+                raise repeated_id(example.id, path, row.line, first)
+            for error in image_errors(row, example, images, path):
+                raise error
+        yield row
+    if not first_line:
+        raise DataError(
+            expected="at least one example",
+            found="an empty file",
+            file=path,
+            remedy="check that the file was written completely",
+        )
+
+
+def read_examples(
+    path: str | Path,
+    image_root: str | Path | None = None,
+    *,
+    format: str = "auto",
+    check_images: ImageCheck = "exists",
+    allow_outside_images: bool = False,
+) -> list[StepExample]:
+    """All examples of a file in any known format; see ``checked_rows`` for what is checked."""
+    rows = checked_rows(
+        path,
+        image_root,
+        format=format,
+        check_images=check_images,
+        allow_outside_images=allow_outside_images,
+    )
+    return [example for row in rows for example in row.examples]
+
+
+def read_jsonl(
+    path: str | Path,
+    image_root: str | Path | None = None,
+    *,
+    check_images: bool = False,
+    allow_outside_images: bool = False,
+) -> list[StepExample]:
+    """Read a file of our own records; every line has to be right, nothing is skipped.
+
+    Args:
+        path: UTF-8, one JSON object a line (see ``prm.data.record_fields.FIELDS``); labels are "+", "-",
+            a number in [0, 1], [right, all] rollouts or null. Keys that are no fields go to
+            ``StepExample.extra``.
+        image_root: folder that image paths are relative to; None: the folder of ``path``.
+        check_images: decode every image once, so that a truncated file is found now and not in
+            the middle of a run. Otherwise only the existence of image files is checked.
+        allow_outside_images: take images outside ``image_root``, too.
+
+    Raises:
+        DataError: naming file, line, field, what was expected and found, and what to do.
+        FileNotFoundError: ``path`` does not exist.
+    """
+    return read_examples(
+        path,
+        image_root,
+        format="prm-jsonl",
+        check_images="decode" if check_images else "exists",
+        allow_outside_images=allow_outside_images,
+    )
+
+
+def repeated_id(name: str, path: Path, line: int, first: int | str) -> DataError:
+    """The error of an id that the line ``first`` has."""
+    return DataError(
+        expected="an id that no other line has",
+        found=f"{name!r} again, first on line {first}",
+        file=path,
+        line=line,
+        field="id",
+        remedy="give every example its own id (instance weights are stored by id); use 'group' to "
+        "tie candidates of one question",
+    )
+
+
+def image_errors(
+    row: Row, example: StepExample, images: ImageFiles, path: Path
+) -> Iterator[DataError]:
+    """The errors of the images of an example of ``row``."""
+    for number, image in enumerate(example.images):
+        problem = images.problem(image)
+        if problem is not None:
+            yield DataError(
+                expected=problem.expected,
+                found=problem.found,
+                file=path,
+                line=row.line,
+                field=image_field(row.record, number),
+                remedy=problem.remedy,
+            )
+
+
+def write_jsonl(
+    path: str | Path, examples: Iterable[StepExample], image_root: str | Path | None = None
+) -> None:
+    """Write examples so that ``read_jsonl`` returns them equal.
+
+    The file appears under its name only when complete (temporary name, then rename). Images below
+    ``image_root`` (None: the folder of ``path``) are written relative to it, others as they are;
+    the latter are read back only with ``allow_outside_images``.
+
+    Raises:
+        DataError: an example that ``read_jsonl`` would refuse, or a key of ``extra`` that is the
+            name of a field; ``path`` is then left as it was.
+    """
+    path = Path(path)
+    root = path.parent if image_root is None else Path(image_root)
+    ids: set[str] = set()
+    write_lines(
+        path,
+        (
+            _to_line(example, root, ids, path, line)
+            for line, example in enumerate(examples, start=1)
+        ),
+    )
+
+
+def write_lines(path: Path, lines: Iterable[str]) -> None:
+    """Write lines (each with its line break) to ``path``: all of them, or the file stays as is."""
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}.unfinished")
+    try:
+        with unfinished.open("w", encoding="utf-8", newline="\n") as file:
+            file.writelines(lines)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(unfinished, path)
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
+def _to_line(example: StepExample, root: Path, ids: set[str], path: Path, line: int) -> str:
+    record = to_record(example, root)
+    if parse_record(record, root, file=path, line=line) != example:
+        raise DataError(
+            expected="an example that reads back as it was written",
+            found=f"example {example.id!r}, whose keys of 'extra' or image paths do not",
+            file=path,
+            line=line,
+            remedy="do not name a key of 'extra' as a field; give images below image_root or "
+            "absolute",
+        )
+    if example.id in ids:
+        raise DataError(
+            expected="an id that no other example has",
+            found=f"{example.id!r} again",
+            file=path,
+            line=line,
+            field="id",
+        )
+    ids.add(example.id)
+    try:
+        return json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n"
+    except (TypeError, ValueError) as error:
+        raise DataError(
+            expected="values that JSON can hold", found=str(error), file=path, line=line
+        ) from error

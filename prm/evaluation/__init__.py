@@ -1,0 +1,1 @@
+"""Selection among candidates, and figures of it."""

@@ -1,0 +1,223 @@
+"""Figures of merit of selections over questions, and of scores against truth.
+
+What benchmarks of step judgements report is in ``prm.evaluation.step_benchmarks``, calibration in
+``prm.evaluation.calibration``.
+"""
+
+from __future__ import annotations
+
+from math import comb
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+Floats = NDArray[np.float64]
+
+
+def pass_at_k(correct: ArrayLike, k: int) -> float:
+    """Chance that k of N candidates, drawn without replacement, hold a right one.
+
+        1 − C(N − c, k) / C(N, k),  c = Σ correct
+
+    as in Codex (arXiv 2107.03374). ``k = N`` is the oracle.
+
+    Raises:
+        ValueError: not 1 <= k <= N.
+    """
+    right = _binary(correct, "correct")
+    _check_k(k, len(right))
+    return 1 - comb(len(right) - int(right.sum()), k) / comb(len(right), k)
+
+
+def expected_best_of_k(scores: ArrayLike, correct: ArrayLike, k: int) -> float:
+    """Best-of-k on average over all subsets of k of the N scored candidates, exactly.
+
+    With candidates sorted by descending score and rank r counted from 0,
+
+        E = Σ_r c_(r) C(N − 1 − r, k − 1) / C(N, k)
+
+    since rank r is the best of a subset if the other k − 1 are below it. Tied candidates share the
+    mean of their c: a fair draw among them. Equals ``best_of_n`` at k = N, and pass@1 at k = 1.
+
+    Raises:
+        ValueError: different lengths, not 1 <= k <= N, or a score that is not a number.
+    """
+    values = _numbers(scores, "scores")
+    right = _numbers(correct, "correct")
+    _check_same_length(values, right)
+    count = len(values)
+    _check_k(k, count)
+    levels, group = np.unique(-values, return_inverse=True)
+    shared = np.bincount(group, right, len(levels)) / np.bincount(group, minlength=len(levels))
+    by_rank = shared[np.sort(group)]
+    chances = [comb(count - 1 - rank, k - 1) / comb(count, k) for rank in range(count)]
+    return float(by_rank @ np.array(chances))
+
+
+def best_of_k_curve(scores: ArrayLike, correct: ArrayLike) -> list[float]:
+    """``expected_best_of_k`` for k = 1, ..., N."""
+    return [expected_best_of_k(scores, correct, k) for k in range(1, np.size(scores) + 1)]
+
+
+def roc_auc(truth: ArrayLike, scores: ArrayLike) -> float:
+    """Chance that a true item scores above a false one, ties counting one half.
+
+    Args:
+        truth: 1 or 0 of each item.
+        scores: score of each item; higher means truer.
+
+    Raises:
+        ValueError: different lengths, not both kinds of item, or a score that is not a number.
+    """
+    true = _binary(truth, "truth").astype(bool)
+    values = _numbers(scores, "scores")
+    _check_same_length(true, values)
+    positives, negatives = int(true.sum()), int((~true).sum())
+    if not positives or not negatives:
+        raise ValueError(
+            f"expected items of both kinds, found {positives} true and {negatives} false"
+        )
+    _, group, counts = np.unique(values, return_inverse=True, return_counts=True)
+    ranks = (np.cumsum(counts) - (counts - 1) / 2)[group]  # from 1; ties share their mean rank
+    above = ranks[true].sum() - positives * (positives + 1) / 2
+    return float(above / (positives * negatives))
+
+
+def f1(truth: ArrayLike, said: ArrayLike) -> float:
+    """F1 of the items that are true: 2 TP / (2 TP + FP + FN); 0 where nothing is true or said so.
+
+    For the F1 of wrong steps, give the negations of both.
+
+    Raises:
+        ValueError: different lengths, or values other than 0 and 1.
+    """
+    true, judged = _binary(truth, "truth").astype(bool), _binary(said, "said").astype(bool)
+    _check_same_length(true, judged)
+    hits = int((true & judged).sum())
+    misses = int((true ^ judged).sum())
+    return 2 * hits / (2 * hits + misses) if hits else 0.0
+
+
+def macro_f1(truth: ArrayLike, said: ArrayLike) -> float:
+    """Mean of the F1 of true items and the F1 of false ones, as VisualProcessBench reports it."""
+    true, judged = _binary(truth, "truth"), _binary(said, "said")
+    return (f1(true, judged) + f1(1 - true, 1 - judged)) / 2
+
+
+def bootstrap_interval(
+    values: ArrayLike, *, level: float = 0.95, resamples: int = 10_000, seed: int = 0
+) -> tuple[float, float]:
+    """Percentile bootstrap interval of the mean of ``values`` over questions.
+
+    Args:
+        values: one value per question, such as the result of ``best_of_n``. Candidates of one
+            question are not independent: average over them first.
+        level: coverage.
+        resamples: number of resampled means.
+        seed: fixes the resampling; the same seed resamples the same questions.
+
+    Returns:
+        Lower and upper end.
+
+    Raises:
+        ValueError: no values, values that are no numbers, or ``level`` outside (0, 1).
+    """
+    numbers = _numbers(values, "values")
+    if not len(numbers):
+        raise ValueError("expected at least one value, found none")
+    if not 0 < level < 1:
+        raise ValueError(f"expected a level between 0 and 1, found {level}")
+    rng = np.random.default_rng(seed)
+    count = len(numbers)
+    rows = max(1, 2**22 // count)  # resamples at a time, so that memory stays bounded
+    means = np.concatenate(
+        [
+            numbers[rng.integers(count, size=(min(rows, resamples - start), count))].mean(axis=1)
+            for start in range(0, resamples, rows)
+        ]
+    )
+    low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
+    return float(low), float(high)
+
+
+def paired_interval(
+    values: ArrayLike,
+    baseline: ArrayLike,
+    *,
+    level: float = 0.95,
+    resamples: int = 10_000,
+    seed: int = 0,
+) -> tuple[float, float]:
+    """Bootstrap interval of mean(values − baseline) over the same questions.
+
+    What two selectors get right by the difficulty of a question cancels, so that this is narrower
+    than what two separate intervals suggest.
+
+    Raises:
+        ValueError: different lengths, and as ``bootstrap_interval``.
+    """
+    first, second = _numbers(values, "values"), _numbers(baseline, "baseline")
+    _check_same_length(first, second)
+    return bootstrap_interval(first - second, level=level, resamples=resamples, seed=seed)
+
+
+class PairedTest(NamedTuple):
+    """Questions on which one of two selectors is better, and whether that may be chance."""
+
+    better: int
+    worse: int
+    p_value: float
+
+
+def mcnemar(values: ArrayLike, baseline: ArrayLike) -> PairedTest:
+    """McNemar's test in its exact, binomial form, two-sided.
+
+    With b questions where ``values`` is higher and c where ``baseline`` is, under the hypothesis
+    that either is equally likely to be the higher one,
+
+        p = min(1, 2 Σ_{i ≤ min(b, c)} C(b + c, i) / 2^(b + c)),
+
+    1 where they never differ. Values of 0 and 1 (right, wrong) give McNemar's test; values between,
+    which shared ties make, the sign test, of which it is the special case.
+
+    Args:
+        values: one value per question, such as the results of ``best_of_n``.
+        baseline: another selector's, for the same questions in the same order.
+
+    Raises:
+        ValueError: different lengths, or values that are no numbers.
+    """
+    first, second = _numbers(values, "values"), _numbers(baseline, "baseline")
+    _check_same_length(first, second)
+    better, worse = int((first > second).sum()), int((first < second).sum())
+    differ = better + worse
+    tail = sum(comb(differ, count) for count in range(min(better, worse) + 1))
+    return PairedTest(better, worse, min(1.0, 2 * tail / 2**differ))
+
+
+def _numbers(values: ArrayLike, name: str) -> Floats:
+    array = np.asarray(values, dtype=np.float64)
+    if array.ndim != 1 or np.isnan(array).any():
+        raise ValueError(
+            f"expected {name} to be a list of numbers, found shape {array.shape} with "
+            f"{int(np.isnan(array).sum())} NaN"
+        )
+    return array
+
+
+def _binary(values: ArrayLike, name: str) -> Floats:
+    array = _numbers(values, name)
+    if not np.isin(array, (0, 1)).all():
+        raise ValueError(f"expected {name} to be 0 or 1, found {array[~np.isin(array, (0, 1))][0]}")
+    return array
+
+
+def _check_k(k: int, count: int) -> None:
+    if not 1 <= k <= count:
+        raise ValueError(f"expected 1 <= k <= {count}, the number of candidates, found k = {k}")
+
+
+def _check_same_length(first: NDArray, second: NDArray) -> None:
+    if first.shape != second.shape:
+        raise ValueError(f"expected two lists of one length, found {len(first)} and {len(second)}")

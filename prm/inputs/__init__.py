@@ -1,0 +1,1 @@
+"""Model inputs: from a record to tokens, image tiles and label positions."""

@@ -1,0 +1,90 @@
+"""Which way of preparing images belongs to a model, told by its image processor."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from prm.inputs.patch_grid import PatchGrid
+from prm.inputs.processor import ProcessedImages
+from prm.inputs.tiles import CACHE_BYTES, ImageInputs, Tiler
+from prm.inputs.tokens import ImageTokens, patch_tokens, processor_tokens, tile_tokens
+
+
+def image_inputs(
+    image_processor: Any, *, max_patches: int | None = None, cache_bytes: int = CACHE_BYTES
+) -> ImageInputs:
+    """``Tiler`` (InternVL), ``PatchGrid`` (Qwen2-VL) or, of a whole processor, ``ProcessedImages``.
+
+    ``max_patches`` does nothing to the last: its processor alone says how large an image becomes.
+
+    Raises:
+        ValueError: none of them fits, or max_patches is less than 1.
+    """
+    if _is_processor(image_processor):
+        return ProcessedImages(image_processor, cache_bytes=cache_bytes)
+    kind = PatchGrid if _makes_grids(image_processor) else Tiler
+    return kind(image_processor, max_patches=max_patches, cache_bytes=cache_bytes)
+
+
+def image_tokens(image_processor: Any, tokenizer: Any, config: Any) -> ImageTokens:
+    """The tokens of an image for the kind of model that the image processor belongs to.
+
+    Raises:
+        ValueError: tokenizer or configuration do not name them, or do not agree.
+    """
+    if _is_processor(image_processor):
+        return processor_tokens(image_processor, config)
+    if _makes_grids(image_processor):
+        return patch_tokens(tokenizer, config)
+    return tile_tokens(tokenizer, config)
+
+
+def concatenated(values: Sequence[Tensor]) -> Tensor:
+    """Along the first axis; zeros behind what is shorter than others along further axes."""
+    shape = [max(sizes) for sizes in zip(*(value.shape[1:] for value in values), strict=True)]
+    padded = []
+    for value in values:
+        missing = [most - size for most, size in zip(shape, value.shape[1:], strict=True)]
+        pad = [side for size in reversed(missing) for side in (0, size)]
+        padded.append(functional.pad(value, pad) if any(missing) else value)
+    return torch.cat(padded)
+
+
+def row_owners(batch: Mapping[str, Tensor]) -> dict[int, Tensor]:
+    """Which example each row inside the vision tower belongs to: there images lead, not examples.
+
+    Args:
+        batch: of ``Collator``.
+
+    Returns:
+        ``{rows: owner [rows]}`` for every number of rows that the tower works with: tiles, and
+        where ``pixel_values`` has several rows per tile (patches that are merged), these too.
+        Empty for a batch without images.
+    """
+    if "pixel_values" not in batch:
+        return {}
+    tiles, pixels = batch["num_patches"], batch["pixel_values"]
+    owners = torch.arange(len(tiles), device=tiles.device).repeat_interleave(tiles)
+    found = {
+        size: owners.repeat_interleave(size // len(owners)) for size in (len(owners), len(pixels))
+    }
+    if pixels.dim() == 5:  # [images, crops, channels, height, width]: models drop empty crops
+        crops = pixels.flatten(2).any(-1).sum(-1)
+        found |= {
+            len(owners) * pixels.shape[1]: owners.repeat_interleave(pixels.shape[1]),
+            int(crops.sum()): owners.repeat_interleave(crops),
+        }
+    return found
+
+
+def _is_processor(image_processor: Any) -> bool:
+    return hasattr(image_processor, "image_processor")
+
+
+def _makes_grids(image_processor: Any) -> bool:
+    return "image_grid_thw" in getattr(image_processor, "model_input_names", ())

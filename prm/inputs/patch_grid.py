@@ -1,0 +1,101 @@
+"""Images as grids of small patches, whose number follows the image's own size: Qwen2-VL's way."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from prm.inputs import tiles as images
+from prm.inputs.tiles import CACHE_BYTES, RecentImages, check_count, check_max_patches, image_size
+from prm.inputs.tokens import ImageTokens
+from prm.schema import DataError
+
+TILE_PIXELS = 448 * 448
+"""Pixels per unit of ``max_patches``: an InternVL tile, 256 image tokens there and here."""
+
+
+class PatchGrid:
+    """Cuts images into patches with the image processor of Qwen2-VL, Qwen2.5-VL or Qwen3-VL.
+
+    An image is resized, its aspect ratio kept, so that both sides are multiples of a merged patch
+    (28 pixels for Qwen2-VL) and its pixels lie between the processor's bounds. A merged patch
+    (2 x 2 patches) is one token of the text and counts as one tile.
+
+    Args:
+        image_processor: its outputs are ``pixel_values`` [patches, values] and
+            ``image_grid_thw`` [images, 3].
+        max_patches: most pixels per image in units of 448 x 448 (256 tokens), so that it limits
+            the sequence as it does for InternVL; None: the processor's own bound.
+        cache_bytes: limit of the cache of patches; 0 keeps nothing.
+    """
+
+    def __init__(
+        self,
+        image_processor: Any,
+        *,
+        max_patches: int | None = None,
+        cache_bytes: int = CACHE_BYTES,
+    ) -> None:
+        if "image_grid_thw" not in getattr(image_processor, "model_input_names", ()):
+            raise ValueError(
+                "expected an image processor that makes a grid of patches (image_grid_thw), such "
+                f"as the one of Qwen2-VL checkpoints; found {type(image_processor).__name__}"
+            )
+        check_max_patches(max_patches)
+        self.image_processor = image_processor
+        least, most = (image_processor.size[f"{edge}_edge"] for edge in ("shortest", "longest"))
+        if max_patches is not None:
+            most = max_patches * TILE_PIXELS
+        self._pixels = min(least, most), most
+        self._cache = RecentImages(cache_bytes)
+        self._counts: dict[Path, int] = {}
+
+    def count(self, path: Path) -> int:
+        """Number of merged patches of ``path``, from the file's header.
+
+        Raises:
+            DataError: missing, no image, or one side more than 200 times the other.
+        """
+        if path not in self._counts:
+            least, most = self._pixels
+            height, width = image_size(path)
+            try:
+                patches = self.image_processor.get_number_of_image_patches(
+                    height, width, {"min_pixels": least, "max_pixels": most}
+                )
+            except ValueError as error:
+                raise DataError(
+                    expected="an image that the image processor can resize",
+                    found=f"{width} x {height} pixels ({error})",
+                    file=path,
+                    remedy="crop or pad the image",
+                ) from error
+            self._counts[path] = patches // self.image_processor.merge_size**2
+        return self._counts[path]
+
+    def expanded(self, path: Path, tokens: ImageTokens) -> str:
+        """The image, written out in tokens."""
+        return tokens.expanded(self.count(path))
+
+    def inputs(self, path: Path) -> Mapping[str, Tensor]:
+        """``pixel_values`` [patches, values] and ``image_grid_thw`` [1, 3]; do not write into them.
+
+        Raises:
+            DataError: the file cannot be decoded, or changed since it was counted.
+        """
+        return self._cache.get(path, self._read)
+
+    def _read(self, path: Path) -> Mapping[str, Tensor]:
+        least, most = self._pixels
+        processed = self.image_processor(
+            [images.read_image(path)],
+            return_tensors="pt",
+            size={"shortest_edge": least, "longest_edge": most},
+        )
+        grid = torch.as_tensor(processed["image_grid_thw"])
+        check_count(path, self.count(path), int(grid.prod()) // self.image_processor.merge_size**2)
+        return {"pixel_values": torch.as_tensor(processed["pixel_values"]), "image_grid_thw": grid}

@@ -1,0 +1,305 @@
+"""The multi-turn layout in which a solution is judged, and where each judgement is read off.
+
+    system:     what to do
+    user:       <images> ### Question: ... ### Solution Process: <first step>
+    assistant:  + or -
+    user:       <second step>
+    assistant:  + or -          ...
+
+This is the layout of VisualPRM (arXiv 2503.10291). The turns are rendered by the tokenizer's own
+chat template. The label of step k is predicted at the token *before* the k-th assistant slot, so
+the sequence stops there for the last step: nothing behind it can change a score.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import torch
+from jinja2 import TemplateError
+from torch import Tensor
+
+from prm.inputs.tokens import ImageTokens, label_tokens
+from prm.schema import DataError, Step, StepExample
+
+SYSTEM_PROMPT = (
+    "You are a strict and careful judge of solutions to problems with pictures. The first turn "
+    "gives the question and the first step of a solution; every further turn gives the next step. "
+    "Look at the picture, follow the reasoning, and judge the newest step in the light of "
+    "everything before it: is what it reads off the picture true, is its calculation or inference "
+    "valid, and does it still lead to the right answer? Reply to every turn with one symbol and "
+    'nothing else: "+" if the step is right, "-" if it is wrong.'
+)
+"""System instruction used when no other is given."""
+
+Context = Literal["plus", "gold", "masked"]
+"""What stands in the assistant slots of earlier steps: "+" always (as when nothing is known),
+the step's gold label ("-" below 0.5; "+" where there is none), or the tokenizer's padding token,
+which says nothing."""
+
+_SLOT = "\ue000"  # private-use character that marks an assistant slot in the rendered template
+
+
+class PromptEncoder:
+    """Examples to token ids and label positions.
+
+    Args:
+        tokenizer: a fast tokenizer with a chat template.
+        image_tokens: None for a model that takes no images.
+        context: what stands in earlier assistant slots; use the same to train and to score.
+        system_prompt: text of the system turn; None: no system turn.
+        max_length: longest sequence that is accepted; None: any.
+        chat_template: of the model's processor; None: the tokenizer's own. One that takes lists of
+            typed parts as turns puts the images' placeholders where it wants them.
+
+    Raises:
+        ValueError: the tokenizer or its template cannot carry this layout.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Any,
+        *,
+        image_tokens: ImageTokens | None = None,
+        context: Context = "plus",
+        system_prompt: str | None = SYSTEM_PROMPT,
+        max_length: int | None = None,
+        chat_template: str | None = None,
+    ) -> None:
+        if not getattr(tokenizer, "is_fast", False):
+            raise ValueError(
+                f"expected a fast tokenizer (label tokens are located by their place in the text), "
+                f"found {type(tokenizer).__name__}"
+            )
+        if not (chat_template or tokenizer.chat_template):
+            raise ValueError(
+                "expected a tokenizer with a chat template, found none; set "
+                "tokenizer.chat_template to the one the model was trained with"
+            )
+        if context not in ("plus", "gold", "masked"):
+            raise ValueError(f"expected context 'plus', 'gold' or 'masked', found {context!r}")
+        if context == "masked" and tokenizer.pad_token is None:
+            raise ValueError(
+                "expected a tokenizer with a padding token for context='masked', found none; set "
+                "tokenizer.pad_token or choose another context"
+            )
+        self.tokenizer = tokenizer
+        self.labels = label_tokens(tokenizer)
+        self.image_tokens = image_tokens
+        self.context = context
+        self.system_prompt = system_prompt
+        self.max_length = max_length
+        self.chat_template = chat_template
+        self._typed = chat_template is not None and self._takes_parts()
+        self._structure = self._check_template()
+
+    def messages(self, example: StepExample) -> list[dict[str, Any]]:
+        """The conversation of an example, with what ``context`` puts into the assistant slots."""
+        return self._turns(example, [self._slot(step.label) for step in example.steps])
+
+    def text(self, example: StepExample) -> str:
+        """The rendered conversation up to the last scored position; images unexpanded."""
+        pieces = self._pieces(example)
+        slots = [self._slot(step.label) for step in example.steps[:-1]]
+        return "".join(a + b for a, b in zip(pieces, [*slots, ""], strict=True))
+
+    def encode(self, example: StepExample, images: Sequence[str] = ()) -> tuple[Tensor, Tensor]:
+        """Token ids and label positions.
+
+        Args:
+            example: the example.
+            images: each of its images, written out in tokens (``ImageTokens.expanded``).
+
+        Returns:
+            ``input_ids`` [seq] (int32) and ``label_positions`` [steps] (long): the logits at
+            position ``label_positions[k]`` predict the label of step k.
+
+        Raises:
+            DataError: the example cannot be laid out: text that imitates the template, images for
+                a model without, too long.
+        """
+        if len(images) != len(example.images):
+            raise ValueError(
+                f"expected each of the {len(example.images)} images of example {example.id!r}, "
+                f"found {len(images)}"
+            )
+        pieces = self._pieces(example)
+        if images:  # all stand in the first turn
+            pieces[0] = self._expand(pieces[0], images)
+        slots = [self._slot(step.label) for step in example.steps]
+        encoding = self.tokenizer(
+            "".join(piece + slot for piece, slot in zip(pieces, slots, strict=True)),
+            add_special_tokens=False,
+        )
+        ids = encoding["input_ids"]
+        positions = []
+        start = 0
+        for place, (piece, slot) in enumerate(zip(pieces, slots, strict=True)):
+            start += len(piece)
+            token = encoding.char_to_token(start)
+            if not token or ids[token] != self._slot_id(slot):
+                raise DataError(
+                    expected=f"the label {slot!r} to be a token of its own, after another token",
+                    found=f"{self.tokenizer.convert_ids_to_tokens(ids[token or 0])!r}",
+                    example=example.id,
+                    field=f"steps[{place}]",
+                    remedy="use a tokenizer and chat template that keep label and turn apart",
+                )
+            positions.append(token - 1)
+            start += len(slot)
+        ids = ids[: positions[-1] + 1]
+        self._check_images(ids, images)
+        if self.max_length is not None and len(ids) > self.max_length:
+            raise DataError(
+                expected=f"at most {self.max_length} tokens",
+                found=f"{len(ids)}",
+                example=example.id,
+                remedy="lower max_patches, shorten the solution, or raise max_length",
+            )
+        return torch.tensor(ids, dtype=torch.int32), torch.tensor(positions)
+
+    def _expand(self, text: str, images: Sequence[str]) -> str:
+        """Write out the images in place of their placeholders."""
+        assert self.image_tokens is not None
+        between = text.split(self.image_tokens.context)
+        if len(between) != len(images) + 1:
+            raise ValueError(
+                f"expected a chat template that renders {len(images)} image placeholders "
+                f"{self.image_tokens.context!r} once each, found {len(between) - 1}; set "
+                "tokenizer.chat_template to one that leaves the text of a turn as it is"
+            )
+        return "".join(a + b for a, b in zip(between, [*images, ""], strict=True))
+
+    def _check_images(self, ids: list[int], images: Sequence[str]) -> None:
+        tokens = self.image_tokens
+        if tokens is None or not tokens.per_tile:
+            return
+        expected = sum(image.count(tokens.context) for image in images)
+        found = ids.count(tokens.context_id)
+        if found != expected:
+            raise ValueError(
+                f"expected {expected} tokens {tokens.context!r} for {len(images)} images, found "
+                f"{found} after tokenisation; check that the tokenizer has it as a special token"
+            )
+
+    def _turns(self, example: StepExample, slots: Sequence[str]) -> list[dict[str, Any]]:
+        if example.images and self.image_tokens is None:
+            raise DataError(
+                expected="an example without images (the model takes none)",
+                found=f"{len(example.images)}",
+                example=example.id,
+                field="images",
+                remedy="use an image-text-to-text model",
+            )
+        opening = f"### Question:\n{example.question}\n\n### Solution Process:\n"
+        turns = []
+        if self.system_prompt is not None:
+            turns.append(self._turn("system", self.system_prompt))
+        for place, (step, slot) in enumerate(zip(example.steps, slots, strict=True)):
+            if place == 0:
+                turns.append(self._turn("user", opening + step.text, len(example.images)))
+            else:
+                turns.append(self._turn("user", step.text))
+            turns.append(self._turn("assistant", slot))
+        return turns
+
+    def _turn(self, role: str, text: str, images: int = 0) -> dict[str, Any]:
+        if self._typed:
+            parts = [{"type": "image"}] * images
+            return {"role": role, "content": [*parts, {"type": "text", "text": text}]}
+        if images:
+            assert self.image_tokens is not None
+            text = (self.image_tokens.context + self.image_tokens.separator) * images + text
+        return {"role": role, "content": text}
+
+    def _pieces(self, example: StepExample) -> list[str]:
+        """The rendered text before each assistant slot, since the slot before."""
+        for field, text in _texts(example):
+            for token in self._structure:
+                if token in text:
+                    raise DataError(
+                        expected="text without the tokens that the chat template is made of",
+                        found=repr(token),
+                        example=example.id,
+                        field=field,
+                        remedy="remove it or write it differently",
+                    )
+        pieces = self._render(self._turns(example, [_SLOT] * len(example.steps))).split(_SLOT)
+        if len(pieces) != len(example.steps) + 1:
+            raise DataError(
+                expected=f"{len(example.steps)} scored positions, one per step",
+                found=f"{len(pieces) - 1}",
+                example=example.id,
+                remedy="use a chat template that renders every assistant turn once",
+            )
+        return pieces[:-1]
+
+    def _slot(self, label: float | None) -> str:
+        if self.context == "masked":
+            return self.tokenizer.pad_token
+        if self.context == "gold" and label is not None:
+            return "+" if label >= 0.5 else "-"
+        return "+"
+
+    def _slot_id(self, slot: str) -> int:
+        if self.context == "masked":
+            return self.tokenizer.pad_token_id
+        return self.labels.plus_id if slot == "+" else self.labels.minus_id
+
+    def _render(self, turns: list[dict[str, Any]], *, generate: bool = False) -> str:
+        rendered: str = self.tokenizer.apply_chat_template(
+            turns,
+            chat_template=self.chat_template,
+            tokenize=False,
+            add_generation_prompt=generate,
+        )
+        return rendered
+
+    def _takes_parts(self) -> bool:
+        """Whether the template renders turns that are lists of typed parts."""
+        turn = {"role": "user", "content": [{"type": "text", "text": "probe"}]}
+        try:
+            rendered = self._render([turn])
+        except (TemplateError, TypeError):
+            return False
+        return "probe" in rendered and "'text'" not in rendered
+
+    def _check_template(self) -> tuple[str, ...]:
+        """Check that turns do not change when turns are added; returns the structure's tokens.
+
+        Then the text before a slot is what a chat would show just before the model answers.
+        """
+        probe = StepExample("probe", "q", (), (Step("first"), Step("second"), Step("third")))
+        turns = self._turns(probe, [_SLOT] * 3)
+        try:
+            whole = self._render(turns)
+            pieces = whole.split(_SLOT)
+            before = [
+                self._render(turns[:-place], generate=True)
+                for place in (5, 3, 1)  # up to the first, second, third user turn
+            ]
+        except TemplateError as error:
+            raise ValueError(
+                f"expected a chat template for system, user and assistant turns; it refused: "
+                f"{error}; try system_prompt=None, or another tokenizer.chat_template"
+            ) from error
+        for steps, prompt in enumerate(before, start=1):
+            if len(pieces) != 4 or _SLOT.join(pieces[:steps]) != prompt:
+                raise ValueError(
+                    "expected a chat template that leaves earlier turns as they are when turns "
+                    f"are added and ends with the assistant's header; before step {steps} it "
+                    f"renders {prompt[-80:]!r} when it generates, but "
+                    f"{_SLOT.join(pieces[:steps])[-80:]!r} in the whole conversation; set "
+                    "tokenizer.chat_template to one without such rules"
+                )
+        added = self.tokenizer.added_tokens_decoder.values()
+        special = {token.content for token in added if token.special and token.content in whole}
+        if self.image_tokens is not None:
+            special |= self.image_tokens.reserved
+        return (_SLOT, *sorted(special))
+
+
+def _texts(example: StepExample) -> list[tuple[str, str]]:
+    steps = [(f"steps[{place}].text", step.text) for place, step in enumerate(example.steps)]
+    return [("question", example.question), *steps]

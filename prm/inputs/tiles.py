@@ -1,0 +1,282 @@
+"""Image files to tiles: decode, tile with the image processor of transformers, keep what fits."""
+
+from __future__ import annotations
+
+import struct
+import warnings
+import zlib
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from PIL import Image, ImageOps, UnidentifiedImageError
+from torch import Tensor
+
+from prm.inputs.tokens import ImageTokens
+from prm.schema import DataError
+
+CACHE_BYTES = 256 * 2**20
+"""Default limit of a cache of image inputs."""
+IMAGE_FORMATS = ("BMP", "GIF", "JPEG", "PNG", "TIFF", "WEBP")
+"""What files may hold, whatever their names end in. Other decoders of Pillow are not tried: some of
+them start programs (EPS) or are hardly ever used, and so hardly ever tested, on files of others."""
+MOST_PIXELS = 80_000_000
+"""Of an image that is read, by its header: a few bytes can claim to be gigabytes of pixels."""
+_MOST_CHUNKS = 100_000
+_ORIENTATION = 274  # EXIF tag; 5 to 8 exchange width and height
+_DECODE_ERRORS = (
+    OSError,
+    SyntaxError,
+    ValueError,
+    EOFError,
+    # Pillow computes with what a damaged header says, whatever its type.
+    LookupError,
+    TypeError,
+    AttributeError,
+    ArithmeticError,
+    AssertionError,
+    struct.error,
+    zlib.error,
+    Image.DecompressionBombError,
+    Image.DecompressionBombWarning,
+)
+_MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr", "HSV", "LAB", "La")
+
+
+def read_image(path: Path) -> Image.Image:
+    """Decode ``path`` completely, upright (EXIF orientation applied), as RGB.
+
+    Raises:
+        DataError: missing, truncated, none of ``IMAGE_FORMATS``, of more than ``MOST_PIXELS``, or
+            of more than 8 bits per channel (which a conversion to RGB would clip without a word).
+    """
+    with _opened(path) as image:
+        if image.mode not in _MODES:
+            raise DataError(
+                expected="an image of 8 bits per channel",
+                found=f"Pillow mode {image.mode!r}",
+                file=path,
+                remedy="convert it to 8-bit RGB or grey values first",
+            )
+        upright = ImageOps.exif_transpose(image)
+        if upright.mode == "P" and "transparency" in upright.info:
+            upright = upright.convert("RGBA")
+        return upright.convert("RGB")
+
+
+def image_size(path: Path) -> tuple[int, int]:
+    """(height, width) of the upright image, from the file's header.
+
+    Raises:
+        DataError: missing, none of ``IMAGE_FORMATS``, or of more than ``MOST_PIXELS``.
+    """
+    with _opened(path) as image:
+        width, height = image.size
+        # Pillow decodes the whole of a PNG file to see what stands behind its pixels.
+        header_only = image.format == "PNG" and _nothing_behind_pixels(path)
+        exif = Image.Image.getexif(image) if header_only else image.getexif()
+        turned = exif.get(_ORIENTATION, 1) in (5, 6, 7, 8)
+    return (width, height) if turned else (height, width)
+
+
+def _nothing_behind_pixels(path: Path) -> bool:
+    """Whether nothing but the end comes behind the pixels of a PNG file, by its chunks' headers."""
+    behind = False
+    with path.open("rb") as file:
+        file.seek(8)
+        for _ in range(_MOST_CHUNKS):
+            head = file.read(8)
+            kind = head[4:]
+            if len(head) < 8 or kind == b"IEND":
+                return True
+            if behind and kind != b"IDAT":
+                return False
+            behind = behind or kind == b"IDAT"
+            file.seek(int.from_bytes(head[:4], "big") + 4, 1)
+    return False
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Image.Image]:
+    """An image whose header is read; what goes wrong with it becomes a ``DataError``."""
+    _check_exists(path)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            image = Image.open(path, formats=IMAGE_FORMATS)
+        with image:
+            if image.width * image.height > MOST_PIXELS:
+                raise DataError(
+                    expected=f"an image of at most {MOST_PIXELS:,} pixels",
+                    found=f"{image.width} x {image.height}",
+                    file=path,
+                    remedy="scale it down; a model sees far fewer",
+                )
+            yield image
+    except DataError:
+        raise
+    except UnidentifiedImageError as error:
+        raise DataError(
+            expected=f"an image file ({', '.join(IMAGE_FORMATS)})",
+            found="none of these by its content",
+            file=path,
+            remedy="replace or re-download the file, or convert it to PNG",
+        ) from error
+    except _DECODE_ERRORS as error:
+        raise _unreadable(path, error) from error
+
+
+class ImageInputs(Protocol):
+    """What an image becomes for one kind of model."""
+
+    def count(self, path: Path) -> int:
+        """Number of tiles of an image: what ``ImageTokens.per_tile`` and ``num_patches`` count."""
+
+    def expanded(self, path: Path, tokens: ImageTokens) -> str:
+        """The image, written out in tokens."""
+
+    def inputs(self, path: Path) -> Mapping[str, Tensor]:
+        """Model inputs; a batch holds those of its images, concatenated along the first axis."""
+
+
+class Tiler:
+    """Cuts images into tiles with a PIL image processor of the GotOcr2/InternVL kind.
+
+    Of the grids of 1 to ``max_patches`` square tiles the one whose aspect ratio is nearest to the
+    image's; at equal distance the larger one if the image has more than half its pixels. The image
+    is resized to the grid (bicubic), cut row by row, and, if there is more than one tile, a
+    thumbnail follows as the last: the rule of InternVL's ``dynamic_preprocess``.
+
+    The tiles of recently used files are kept, least recently used dropped first, up to
+    ``cache_bytes`` (float32: an image of 7 tiles of 448 x 448 pixels takes 17 MB). Data loader
+    workers each hold a cache of their own. A file that changes while the tiler lives is not reread.
+
+    Args:
+        image_processor: has ``get_number_of_image_patches`` and ``crop_to_patches``.
+        max_patches: most tiles per image, thumbnail apart; None: the processor's own number.
+        cache_bytes: limit of the tile cache; 0 keeps nothing.
+    """
+
+    def __init__(
+        self,
+        image_processor: Any,
+        *,
+        max_patches: int | None = None,
+        cache_bytes: int = CACHE_BYTES,
+    ) -> None:
+        if not hasattr(image_processor, "crop_to_patches"):
+            raise ValueError(
+                "expected an image processor that tiles (crop_to_patches), such as the one of "
+                f"InternVL checkpoints; found {type(image_processor).__name__}"
+            )
+        check_max_patches(max_patches)
+        self.image_processor = image_processor
+        most = image_processor.max_patches if max_patches is None else max_patches
+        # Checkpoints store crop_to_patches=False and leave it to InternVLProcessor to switch it on.
+        self._options = {
+            "crop_to_patches": True,
+            "min_patches": min(image_processor.min_patches, most),
+            "max_patches": most,
+        }
+        self._cache = RecentImages(cache_bytes)
+        self._counts: dict[Path, int] = {}
+
+    def count(self, path: Path) -> int:
+        """Number of tiles of ``path``, thumbnail included, from the file's header."""
+        if path not in self._counts:
+            self._counts[path] = self.image_processor.get_number_of_image_patches(
+                *image_size(path), self._options
+            )
+        return self._counts[path]
+
+    def expanded(self, path: Path, tokens: ImageTokens) -> str:
+        """The image, written out in tokens."""
+        return tokens.expanded(self.count(path))
+
+    def inputs(self, path: Path) -> Mapping[str, Tensor]:
+        """``pixel_values`` [tiles, channels, height, width]; do not write into them.
+
+        Raises:
+            DataError: the file cannot be decoded, or changed since it was counted.
+        """
+        return self._cache.get(path, self._read)
+
+    def tiles(self, path: Path) -> Tensor:
+        """Pixel values [tiles, channels, height, width] of ``path``: see ``inputs``."""
+        return self.inputs(path)["pixel_values"]
+
+    def _read(self, path: Path) -> Mapping[str, Tensor]:
+        processed = self.image_processor([read_image(path)], return_tensors="pt", **self._options)
+        tiles = torch.as_tensor(processed["pixel_values"])
+        check_count(path, self.count(path), len(tiles))
+        return {"pixel_values": tiles}
+
+
+class RecentImages:
+    """Model inputs of recently used images, least recently used dropped first.
+
+    Args:
+        limit: most bytes held; 0 keeps nothing.
+    """
+
+    def __init__(self, limit: int) -> None:
+        self._limit = limit
+        self._held = 0
+        self._images: OrderedDict[Path, Mapping[str, Tensor]] = OrderedDict()
+
+    def get(self, path: Path, read: Callable[[Path], Mapping[str, Tensor]]) -> Mapping[str, Tensor]:
+        """What ``read`` returned for ``path``, or returns now."""
+        if path in self._images:
+            self._images.move_to_end(path)
+            return self._images[path]
+        inputs = read(path)
+        if _bytes(inputs) <= self._limit:
+            self._images[path] = inputs
+            self._held += _bytes(inputs)
+            while self._held > self._limit:
+                self._held -= _bytes(self._images.popitem(last=False)[1])
+        return inputs
+
+
+def check_max_patches(max_patches: int | None) -> None:
+    """Raise ValueError if it is less than 1."""
+    if max_patches is not None and max_patches < 1:
+        raise ValueError(f"expected max_patches >= 1, found {max_patches}")
+
+
+def check_count(path: Path, expected: int, found: int) -> None:
+    """Raise DataError if an image has other than the number of tiles that it was counted with."""
+    if found != expected:
+        raise DataError(
+            expected=f"{expected} tiles, as counted when the example was encoded",
+            found=f"{found}",
+            file=path,
+            remedy="do not change image files during a run",
+        )
+
+
+def _bytes(inputs: Mapping[str, Tensor]) -> int:
+    return sum(tensor.nbytes for tensor in inputs.values())
+
+
+def _check_exists(path: Path) -> None:
+    if not path.is_file():
+        raise DataError(
+            expected="an image file",
+            found="a folder" if path.is_dir() else "no such file",
+            file=path,
+            remedy="check the path and image_root",
+        )
+
+
+def _unreadable(path: Path, error: BaseException) -> DataError:
+    reason = " ".join(str(error).split()) or type(error).__name__
+    return DataError(
+        expected="a complete, readable image",
+        found=reason,
+        file=path,
+        remedy="replace or re-download the file",
+    )

@@ -1,0 +1,97 @@
+"""Activation checkpointing: a layer keeps its inputs only, and runs again in the backward pass.
+
+transformers has this, too (``gradient_checkpointing_enable``), but for modules that own their
+parameters. Here parameters are passed to the model (``functional_call``) and are back in nobody's
+hands when the backward pass runs a layer again: transformers' recomputation would silently take the
+module's own values. Layers here are therefore run again with the parameters, and under the torch
+function modes (such as the taps of `bilevel.lower.ghost`), that they were first run with.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+from torch.func import functional_call
+from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
+from torch.utils.checkpoint import checkpoint
+
+
+@contextmanager
+def checkpointed(model: nn.Module) -> Iterator[None]:
+    """While this is open, the layers of a transformers model keep nothing but their inputs.
+
+    Cost: one more forward pass of the layers in every backward pass; memory: the inputs of all
+    layers and the activations of one. Passes without a backward pass, and those inside a transform
+    of ``torch.func`` (forward mode stores nothing anyway), run as without.
+
+    Args:
+        model: its layers are the modules that transformers would checkpoint.
+
+    Raises:
+        ValueError: the model has no such layers.
+    """
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    layers = [
+        module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)
+    ]
+    if not layers:
+        raise ValueError(
+            f"{type(model).__name__} does not say which of its modules are layers "
+            "(GradientCheckpointingLayer): switch activation checkpointing off"
+        )
+    with ExitStack() as stack:
+        for layer in layers:
+            stack.callback(_put_back, layer, layer.__dict__.get("forward"))
+            layer.forward = partial(_keeping_inputs, layer, layer.forward)
+        yield
+
+
+def _put_back(layer: nn.Module, forward: Callable[..., Any] | None) -> None:
+    del layer.forward
+    if forward is not None:
+        layer.forward = forward
+
+
+def _keeping_inputs(
+    layer: nn.Module, forward: Callable[..., Any], *args: Any, **kwargs: Any
+) -> Any:
+    # Saved-tensor hooks, which checkpoint is made of, do not go through torch.func's transforms.
+    transformed = torch._C._functorch.peek_interpreter_stack() is not None
+    if transformed or not torch.is_grad_enabled():
+        return forward(*args, **kwargs)
+    params = {f"layer.{name}": value for name, value in layer.named_parameters()}
+    again = partial(_run, _Layer(layer, forward), params, _get_current_function_mode_stack())
+    return checkpoint(again, *args, use_reentrant=False, **kwargs)
+
+
+def _run(
+    layer: _Layer,
+    params: dict[str, Any],
+    modes: Sequence[TorchFunctionMode],
+    *args: Any,
+    **kwargs: Any,
+) -> Any:
+    present = _get_current_function_mode_stack()
+    with ExitStack() as stack:
+        for mode in modes:
+            if not any(mode is one for one in present):
+                stack.enter_context(mode)
+        return functional_call(layer, params, args, kwargs)
+
+
+class _Layer(nn.Module):
+    """A layer whose forward pass is given: that of its class, while the layer's own is hidden."""
+
+    def __init__(self, layer: nn.Module, forward: Callable[..., Any]) -> None:
+        super().__init__()
+        self.layer = layer
+        self.run = forward
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.run(*args, **kwargs)

@@ -1,0 +1,346 @@
+"""The judge: a transformers model, its tokenizer and image processor, and its step logits."""
+
+from __future__ import annotations
+
+import inspect
+import os
+import re
+import shutil
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from prm.inputs.collate import Collator
+from prm.inputs.image_inputs import image_tokens
+from prm.inputs.tokens import ImageTokens, label_tokens
+from prm.models.activation_checkpointing import checkpointed
+from prm.models.adapters import merged
+from prm.models.native import load_image_processor, refuse_remote_code
+
+Params = dict[str, Tensor]
+
+TOKEN_TYPES = ("mm_token_type_ids", "token_type_ids")
+"""Names of the model input that says which tokens are part of an image; few models have it."""
+_TARGETS = frozenset({"labels"})  # of a batch; some base models would take them, too
+
+
+@dataclass(frozen=True, eq=False)
+class PRM:
+    """A process reward model. Parameters are passed to functions beside it, as a dict by name.
+
+    Attributes:
+        model: ``AutoModelForImageTextToText`` or ``AutoModelForCausalLM``; its own parameters do
+            not require gradients and stay as loaded.
+        tokenizer: fast tokenizer with a chat template.
+        image_processor: image processor, or whole processor of a model of another kind than
+            InternVL and Qwen2-VL; None for a text-only model.
+        image_tokens: how images stand in the text; None for a text-only model.
+        plus_id: token id of "+".
+        minus_id: token id of "-".
+        autocast: dtype in which the body of the model computes, whatever its parameters are; the
+            head stays in theirs. None: in the dtype of the parameters.
+        activation_checkpointing: layers run again in the backward pass in place of keeping their
+            activations (``prm.models.activation_checkpointing``).
+    """
+
+    model: Any
+    tokenizer: Any
+    image_processor: Any
+    image_tokens: ImageTokens | None
+    plus_id: int
+    minus_id: int
+    autocast: torch.dtype | None = None
+    activation_checkpointing: bool = False
+
+    def collator(self, **options: Any) -> Collator:
+        """A ``Collator`` for this model; ``options`` are those of ``Collator``."""
+        text_config = self.model.config.get_text_config()
+        longest = getattr(text_config, "max_position_embeddings", None)
+        options.setdefault("max_length", longest)
+        accepted = inspect.signature(self.model.base_model.forward).parameters
+        names = [name for name in TOKEN_TYPES if name in accepted]
+        options.setdefault("token_types", names[0] if names and self.image_tokens else None)
+        return Collator(self.tokenizer, self.image_processor, self.image_tokens, **options)
+
+
+def load_prm(
+    path_or_name: str | Path,
+    *,
+    dtype: torch.dtype = torch.float32,
+    attn_implementation: str | None = None,
+) -> PRM:
+    """Load a checkpoint folder or a hub name; remote code is never run.
+
+    Args:
+        path_or_name: what ``from_pretrained`` takes; needs model, tokenizer and, for a model that
+            sees images, image processor.
+        dtype: of the parameters. float32 keeps small updates that bfloat16 would round away.
+        attn_implementation: "eager", "sdpa", ...; None: transformers' choice.
+
+    A name is looked up on the hub only if it is written ``organisation/model`` and there is no
+    local folder ``organisation``: a mistyped path must not reach the network.
+
+    Raises:
+        FileNotFoundError: there is no such folder, and the name is none of a hub.
+        ValueError: the checkpoint cannot serve as a process reward model; says why.
+    """
+    from transformers import (
+        AutoConfig,
+        AutoModelForCausalLM,
+        AutoModelForImageTextToText,
+        AutoTokenizer,
+    )
+    from transformers.models.auto.modeling_auto import (
+        MODEL_FOR_CAUSAL_LM_MAPPING,
+        MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+    )
+
+    name = str(path_or_name)
+    is_path = isinstance(path_or_name, Path) or not is_hub_name(name)
+    if is_path and not (name and Path(name).is_dir()):
+        found = "a file" if Path(name).exists() else "nothing there"
+        raise FileNotFoundError(
+            f"expected a checkpoint folder at {name}, found {found}; a name on a hub is written "
+            "organisation/model"
+        )
+    refuse_remote_code(name)
+    config = AutoConfig.from_pretrained(name)
+    sees = type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+    if not sees and type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise ValueError(
+            f"expected an image-text-to-text or causal language model, found {name} of type "
+            f"{config.model_type!r}"
+        )
+    model_class = AutoModelForImageTextToText if sees else AutoModelForCausalLM
+    model = model_class.from_pretrained(name, dtype=dtype, attn_implementation=attn_implementation)
+    tokenizer = AutoTokenizer.from_pretrained(name)
+    image_processor = load_image_processor(name, tokenizer) if sees else None
+    return make_prm(model, tokenizer, image_processor)
+
+
+def is_hub_name(name: str) -> bool:
+    """Whether ``name`` can only mean a model on a hub, not a local path that does not exist."""
+    if not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", name):
+        return False
+    return not Path(name.partition("/")[0]).exists()
+
+
+def make_prm(model: Any, tokenizer: Any, image_processor: Any = None) -> PRM:
+    """A ``PRM`` of parts that exist already.
+
+    Sets the model to evaluation mode (no dropout) and its parameters to not require gradients:
+    gradients flow to the parameters that are passed to ``step_logits``.
+
+    Raises:
+        ValueError: "+" or "-" is not one token, the image tokens are not known, or the model does
+            more than apply its head to the last hidden state.
+    """
+    labels = label_tokens(tokenizer)
+    model.eval().requires_grad_(False)
+    _check_head(model, labels.plus_id)
+    return PRM(
+        model=model,
+        tokenizer=tokenizer,
+        image_processor=image_processor,
+        image_tokens=(
+            None
+            if image_processor is None
+            else image_tokens(image_processor, tokenizer, model.config)
+        ),
+        plus_id=labels.plus_id,
+        minus_id=labels.minus_id,
+    )
+
+
+def save_prm(prm: PRM, params: Mapping[str, Tensor], directory: str | Path) -> None:
+    """Write a folder that plain transformers ``from_pretrained`` loads; adapters are merged.
+
+    Args:
+        prm: model, tokenizer and image processor.
+        params: values by parameter name; parameters that are not named keep the model's values.
+            Written in the dtype of ``prm.models.model``, which is not changed.
+        directory: must not exist or be empty; appears only when complete.
+
+    Raises:
+        FileExistsError: ``directory`` holds something.
+        ValueError: a name that is no parameter of the model; or a tokenizer that transformers
+            would not load back as it is.
+    """
+    directory = Path(directory)
+    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
+        raise FileExistsError(f"{directory} exists and is not empty; remove it or choose another")
+    unfinished = directory.with_name(f".{directory.name}.{os.getpid()}.unfinished")
+    state = prm.model.state_dict()
+    for name, aliases in _named_tensors(prm.model, params).items():
+        for alias in aliases:
+            state[alias] = params[name].detach().to(state[alias].dtype)
+    try:
+        prm.model.save_pretrained(unfinished, state_dict=merged(prm.model, state))
+        prm.tokenizer.save_pretrained(unfinished)
+        if prm.image_processor is not None:
+            prm.image_processor.save_pretrained(unfinished)
+        _check_saved_tokenizer(prm.tokenizer, unfinished)
+        os.replace(unfinished, directory)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def split_parameters(model: nn.Module, freeze: Sequence[str] = ()) -> tuple[Params, Params]:
+    """(trainable, frozen) parameters of ``model`` by name, detached, each tensor once.
+
+    Args:
+        model: the model, such as ``prm.models.model``.
+        freeze: parts to freeze by dotted name, from any level: "vision_tower" freezes
+            ``model.vision_tower.*``, "language_model.layers.0" one layer. A tensor with several
+            names (tied head) goes by its first name and is frozen if any of its names is.
+
+    Raises:
+        ValueError: an entry of ``freeze`` names nothing in the model.
+    """
+    trainable: Params = {}
+    frozen: Params = {}
+    used: set[str] = set()
+    for names, parameter in _aliases(model):
+        hits = {part for part in freeze for name in names if f".{part}." in f".{name}."}
+        used |= hits
+        (frozen if hits else trainable)[names[0]] = parameter.detach()
+    unused = [part for part in freeze if part not in used]
+    if unused:
+        parts = sorted({name.rpartition(".")[0] for names, _ in _aliases(model) for name in names})
+        raise ValueError(
+            f"expected names of parts of the model, found {', '.join(map(repr, unused))}; "
+            f"its parts are {', '.join(parts[:12])}{', ...' if len(parts) > 12 else ''}"
+        )
+    return trainable, frozen
+
+
+def step_logits(
+    prm: PRM,
+    params: Mapping[str, Tensor],
+    batch: Mapping[str, Tensor],
+    *,
+    full_vocab: bool = False,
+    label_rows: bool = False,
+) -> Tensor:
+    """Logits of "+" and "-" at every step: one forward pass, the head only where it is read.
+
+    Args:
+        prm: the model.
+        params: values by parameter name; parameters that are not named keep the model's values.
+        batch: of ``Collator``.
+        full_vocab: normalise over the whole vocabulary (log-probabilities of the two labels), as
+            DreamPRM-1.5 does, instead of leaving the two logits as they are.
+        label_rows: multiply by the head's two rows of "+" and "-" only, in float32 or wider: saves
+            the whole vocabulary but two, for scoring. In training the head stays one call of its
+            module, which per-example rules can hook. The same up to rounding; without effect where
+            the head is no plain linear layer.
+
+    Returns:
+        [batch, steps, 2], columns "+" and "-", float32 or the model's dtype if wider. Padded
+        steps hold finite values without meaning; ``batch["step_mask"]`` tells them apart.
+    """
+    if full_vocab and label_rows:
+        raise ValueError("label_rows leaves out the vocabulary that full_vocab is over; give one")
+    labels = [prm.plus_id, prm.minus_id]
+    keep_all = not (prm.activation_checkpointing and torch.is_grad_enabled())
+    with nullcontext() if keep_all else checkpointed(prm.model):
+        logits = functional_call(
+            _StepHead(prm.model, labels if label_rows else None, prm.autocast),
+            {f"model.{name}": value for name, value in params.items()},
+            (batch,),
+        )
+    wide = torch.promote_types(logits.dtype, torch.float32)
+    if logits.shape[-1] == len(labels):
+        return logits.to(wide)
+    if full_vocab:
+        logits = logits.log_softmax(-1, dtype=wide)
+    return torch.stack([logits[..., label] for label in labels], dim=-1).to(wide)
+
+
+class _StepHead(nn.Module):
+    """Base model, then the head at the label positions, as one module for ``functional_call``."""
+
+    def __init__(
+        self, model: Any, rows: list[int] | None = None, autocast: torch.dtype | None = None
+    ) -> None:
+        super().__init__()
+        self.model = model
+        self.rows = rows
+        self.autocast = autocast
+
+    def forward(self, batch: Mapping[str, Tensor]) -> Tensor:
+        base = self.model.base_model
+        accepted = inspect.signature(base.forward).parameters
+        inputs = {key: batch[key] for key in batch if key in accepted and key not in _TARGETS}
+        with self._autocast():
+            hidden = base(**inputs, use_cache=False).last_hidden_state  # [batch, seq, hidden]
+        read = torch.take_along_dim(hidden, batch["label_positions"][..., None], dim=1)
+        head = self.model.get_output_embeddings()
+        if self.autocast is not None:
+            read = read.to(self.model.dtype)  # scores of 8 bits would tie
+        if self.rows is not None and type(head) is nn.Linear:
+            wide = torch.promote_types(read.dtype, torch.float32)
+            bias = None if head.bias is None else head.bias[self.rows].to(wide)
+            weight = head.weight[self.rows].to(wide)
+            return nn.functional.linear(read.to(wide), weight, bias)  # [batch, steps, 2]
+        return head(read)  # [batch, steps, vocab]
+
+    def _autocast(self) -> AbstractContextManager[Any]:
+        if self.autocast is None:
+            return nullcontext()
+        return torch.autocast(self.model.device.type, dtype=self.autocast)
+
+
+def _check_head(model: Any, token_id: int) -> None:
+    """Refuse models that do more to a hidden state than the head (logit scaling, soft caps)."""
+    ids = torch.tensor([[token_id, token_id]], device=model.device)
+    with torch.no_grad():
+        whole = model(input_ids=ids, use_cache=False).logits
+        head = model.get_output_embeddings()
+        direct = head(model.base_model(input_ids=ids, use_cache=False).last_hidden_state)
+    if not torch.equal(whole.to(direct.dtype), direct):
+        raise ValueError(
+            f"expected a model whose logits are its head applied to its last hidden state; "
+            f"{type(model).__name__} changes them further; such models are not supported"
+        )
+
+
+def _check_saved_tokenizer(tokenizer: Any, directory: Path) -> None:
+    """For some model types transformers loads a class of its own choice, whatever was saved."""
+    from transformers import AutoTokenizer
+
+    probe = [{"role": "user", "content": "### Question:\nWhat is 3 + 4?\n\nIt is 7."}]
+    text = tokenizer.apply_chat_template(probe, tokenize=False, add_generation_prompt=True)
+    loaded = AutoTokenizer.from_pretrained(directory)
+    before, after = (
+        each(text, add_special_tokens=False)["input_ids"] for each in (tokenizer, loaded)
+    )
+    if before != after:
+        raise ValueError(
+            f"expected a tokenizer that loads back as it is, but from_pretrained makes a "
+            f"{type(loaded).__name__} of it for this type of model and tokenizes differently; use "
+            "the tokenizer class that belongs to the model type"
+        )
+
+
+def _aliases(model: nn.Module) -> list[tuple[list[str], Tensor]]:
+    """Every parameter with all its names, in the model's order."""
+    by_identity: dict[int, tuple[list[str], Tensor]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        by_identity.setdefault(id(parameter), ([], parameter))[0].append(name)
+    return list(by_identity.values())
+
+
+def _named_tensors(model: nn.Module, params: Mapping[str, Tensor]) -> dict[str, list[str]]:
+    """For every name in ``params``, all names of that tensor."""
+    aliases = {name: names for names, _ in _aliases(model) for name in names}
+    unknown = [name for name in params if name not in aliases]
+    if unknown:
+        raise ValueError(f"expected names of parameters of the model, found {unknown[0]!r}")
+    return {name: aliases[name] for name in params}

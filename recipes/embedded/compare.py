@@ -1,0 +1,241 @@
+"""Every method and control of the embedded task over several seeds: the README's table.
+
+Each seed has a data set of its own (test set included), a cold start of its own, and one run per
+row; a run that is complete already is not repeated, so an interrupted comparison goes on where it
+stopped. Every row trains for the same number of lower steps with the same options.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from recipes.embedded.build import build
+from recipes.evaluation.table import comparison_table
+from recipes.options.embedded import CompareOptions
+from recipes.options.train import ColdStartOptions, OptionError, TrainOptions, resolve
+from recipes.run.directory import environment, write_json, write_text
+from recipes.train.training import run_cold_start, run_training
+
+_RESAMPLES = 10_000
+_KEPT_WEIGHT = 0.5  # an instance counts as kept by a weighting above this weight
+
+Values = dict[str, np.ndarray]
+
+
+def compare(options: CompareOptions) -> dict[str, Any]:
+    """Run what is missing, then write and print ``compare.json``.
+
+    Raises:
+        OptionError: an unknown method.
+    """
+    wanted = options.methods or tuple(_METHODS)
+    for method in wanted:
+        if method not in _METHODS:
+            raise OptionError(
+                f"--methods: unknown {method!r}; expected among {', '.join(_METHODS)}"
+            )
+    per_seed: list[Values] = []
+    details: dict[str, list[dict[str, Any]]] = {}
+    for seed in range(options.seeds):
+        seed_dir = Path(options.work_dir) / f"seed-{seed}"
+        if not (seed_dir / "data").exists():
+            build(seed_dir / "data", seed=seed)
+        make = _Maker(options, seed_dir, seed)
+        if not (seed_dir / "cold-start" / "results.json").exists():
+            run_cold_start(make.cold_start())
+        values: Values = {}
+        for method in wanted:
+            print(f"\nseed {seed}: {method}")
+            directory = _METHODS[method](make)
+            values |= _questions(directory, method)
+            results = json.loads((directory / "results.json").read_text())
+            kept = ("weight_auc", "sources", "step_auc", "step_macro_f1", "seconds", "dev")
+            details.setdefault(method, []).append(
+                {"seed": seed, "accuracy": results["rows"].get(_own_row(results))}
+                | {name: results[name] for name in kept if name in results}
+            )
+        per_seed.append(values)
+    report = {**statistics(per_seed), "runs": details, "environment": environment()}
+    write_json(Path(options.output_dir) / "compare.json", report)
+    print("\n" + comparison_table(report))
+    return report
+
+
+def statistics(per_seed: list[Values]) -> dict[str, Any]:
+    """Means over seeds, 95 % intervals, and paired differences to No Selection.
+
+    Args:
+        per_seed: for every seed, row name -> whether the selected candidate is right, [questions].
+
+    Returns:
+        ``rows``, ``ci95``; ``difference`` and ``difference_ci95`` to ``no_selection`` on the same
+        questions; ``gap_closed`` = (row - no_selection) / (clean_oracle - no_selection) and its
+        interval over the resamples with a gap, where both rows are there and there is a gap.
+        Intervals: percentile bootstrap that draws seeds with replacement and, within each drawn
+        seed, questions with replacement.
+    """
+    names = list(per_seed[0])
+    rng = np.random.default_rng(0)
+    draws: dict[str, list[float]] = {name: [] for name in names}
+    for _ in range(_RESAMPLES):
+        seeds = rng.integers(0, len(per_seed), len(per_seed))
+        means: dict[str, list[float]] = {name: [] for name in names}
+        for seed in seeds:
+            questions = len(per_seed[seed][names[0]])
+            counts = rng.multinomial(questions, np.full(questions, 1 / questions)) / questions
+            for name in names:
+                means[name].append(float(counts @ per_seed[seed][name]))
+        for name in names:
+            draws[name].append(float(np.mean(means[name])))
+    sample = {name: np.array(values) for name, values in draws.items()}
+    mean = {name: float(np.mean([np.mean(values[name]) for values in per_seed])) for name in names}
+    report: dict[str, Any] = {
+        "seeds": len(per_seed),
+        "n_questions": [len(values[names[0]]) for values in per_seed],
+        "rows": {name: round(mean[name], 4) for name in names},
+        "ci95": {name: _interval(sample[name]) for name in names},
+        "per_seed": {
+            name: [round(float(np.mean(values[name])), 4) for values in per_seed] for name in names
+        },
+    }
+    if "no_selection" not in names:
+        return report
+    base, base_sample = mean["no_selection"], sample["no_selection"]
+    others = [name for name in names if name != "no_selection"]
+    report["difference"] = {name: round(mean[name] - base, 4) for name in others}
+    report["difference_ci95"] = {name: _interval(sample[name] - base_sample) for name in others}
+    if "clean_oracle" in names and mean["clean_oracle"] > base:
+        gap = mean["clean_oracle"] - base
+        gap_sample = sample["clean_oracle"] - base_sample
+        open_gap = gap_sample > 0  # a share of no gap is no number
+        report["gap_closed"] = {name: round((mean[name] - base) / gap, 3) for name in others}
+        report["gap_closed_ci95"] = {
+            name: _interval((sample[name] - base_sample)[open_gap] / gap_sample[open_gap])
+            for name in others
+        }
+    return report
+
+
+def _interval(sample: np.ndarray) -> list[float]:
+    return [round(float(end), 4) for end in np.quantile(sample, (0.025, 0.975))]
+
+
+class _Maker:
+    """Options of the runs of one seed."""
+
+    def __init__(self, options: CompareOptions, directory: Path, seed: int) -> None:
+        self.directory = directory
+        self.common: dict[str, Any] = {
+            "seed": seed,
+            "threads": options.threads,
+            "progress": options.progress,
+        }
+
+    def cold_start(self) -> ColdStartOptions:
+        return replace(
+            resolve(ColdStartOptions, {"config": "cold-start"}),
+            train_file=str(self.directory / "data" / "cold-start.jsonl"),
+            output_dir=str(self.directory / "cold-start"),
+            **self.common,
+        )
+
+    def run(self, name: str, preset: str, *, train: str = "train", **more: Any) -> Path:
+        """The directory of the run ``name``, which is made unless it is complete."""
+        data, directory = self.directory / "data", self.directory / name
+        if (directory / "results.json").exists():
+            return directory
+        options = resolve(TrainOptions, {"config": preset})
+        files = {"dev_file": None, "test_file": str(data / "test.jsonl")}
+        meta = {} if options.meta_file is None else {"meta_file": str(data / "meta.jsonl")}
+        return run_training(
+            replace(
+                options,
+                train_file=str(data / f"{train}.jsonl"),
+                output_dir=str(directory),
+                on_existing="refuse",
+                **{
+                    "init_from": str(self.directory / "cold-start" / "model"),
+                    **files,
+                    **meta,
+                    **self.common,
+                    **more,
+                },
+            )
+        )
+
+    def weights(self, run: Path) -> list[dict[str, Any]]:
+        """What ``weights.jsonl`` of a run says."""
+        return [json.loads(line) for line in (run / "weights.jsonl").read_text().splitlines()]
+
+    def with_weights(self, name: str, weights: Mapping[str, float]) -> Path:
+        """Plain training with given weights by id."""
+        file = self.directory / f"{name}-weights.jsonl"
+        lines = [json.dumps({"id": key, "weight": value}) for key, value in weights.items()]
+        write_text(file, "\n".join(lines) + "\n")
+        return self.run(name, "baseline", weights_file=str(file))
+
+
+def _shuffled(make: _Maker, source: str, name: str) -> Path:
+    """The weights that a run learned, dealt out to other instances."""
+    learned = make.weights(_METHODS[source](make))
+    dealt = np.random.default_rng(make.common["seed"]).permutation([e["weight"] for e in learned])
+    return make.with_weights(
+        name, {entry["id"]: float(w) for entry, w in zip(learned, dealt, strict=True)}
+    )
+
+
+def _small_loss(make: _Maker) -> Path:
+    """Keep the examples of smallest loss under the cold start, as many as the Table keeps."""
+    table = _METHODS["instance_table"](make)
+    entries = make.weights(table)
+    kept = sum(entry["weight"] > _KEPT_WEIGHT for entry in entries)
+    by_loss = sorted(entries, key=lambda entry: entry["initial_loss"])
+    return make.with_weights(
+        "small-loss", {entry["id"]: float(place < kept) for place, entry in enumerate(by_loss)}
+    )
+
+
+_METHODS: Mapping[str, Callable[[_Maker], Path]] = {
+    "cold_start": lambda make: make.run("cold-start-evaluated", "baseline", steps=0),
+    "no_selection": lambda make: make.run("no-selection", "baseline"),
+    "instance_table": lambda make: make.run("table", "train-table"),
+    "instance_net": lambda make: make.run("net", "train-net"),
+    "domain_table": lambda make: make.run("domain", "train-domain"),
+    "clean_oracle": lambda make: make.run("clean", "baseline", train="clean"),
+    "shuffled_table": lambda make: _shuffled(make, "instance_table", "shuffled-table"),
+    "shuffled_net": lambda make: _shuffled(make, "instance_net", "shuffled-net"),
+    "small_loss": _small_loss,
+    "meta_only": lambda make: make.run(
+        "meta-only",
+        "baseline",
+        lower_data="meta",
+        meta_file=str(make.directory / "data" / "meta.jsonl"),
+    ),
+    "stopped_early": lambda make: make.run("stopped-early", "baseline", init_from=None, steps=20),
+}
+
+
+def _own_row(results: Mapping[str, Any]) -> str:
+    return next(
+        name
+        for name in results["rows"]
+        if not name.startswith("pass@") and name != "self_consistency"
+    )
+
+
+def _questions(directory: Path, method: str) -> Values:
+    """Per-question values of a run; its own row under the name of the method."""
+    lines = (directory / "test_questions.jsonl").read_text().splitlines()
+    entries = [json.loads(line) for line in lines]
+    names = [name for name in entries[0] if name != "question"]
+    shared = {name for name in names if name.startswith("pass@") or name == "self_consistency"}
+    return {
+        name if name in shared else method: np.array([entry[name] for entry in entries])
+        for name in names
+    }

@@ -1,0 +1,1 @@
+"""Best-of-N figures of a model: candidates, leaks, results table."""

@@ -1,0 +1,234 @@
+"""Candidates, tied together by question; what a model selects among them, and how sure that is."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from prm.aggregations import Aggregation
+from prm.evaluation.answers import answer_classes
+from prm.evaluation.metrics import bootstrap_interval, macro_f1, roc_auc
+from prm.evaluation.select import TieRule, best_of_n, self_consistency, weighted_vote
+from prm.models.model import PRM
+from prm.schema import DataError
+from prm.scoring import aggregate, score_examples
+from recipes.options.train import PrmOptions, ScoringOptions, TrainOptions
+from recipes.options.use import WeighOptions
+from recipes.session import AGGREGATIONS, Examples, Solutions, read_examples, read_solutions
+
+
+@dataclass(frozen=True)
+class Candidates:
+    """A file of candidate solutions, tied together by question.
+
+    Attributes:
+        data: the candidates.
+        groups: rows of each question, in file order.
+    """
+
+    data: Examples | Solutions
+    groups: tuple[tuple[int, ...], ...]
+
+    @property
+    def pass_at_one(self) -> np.ndarray:
+        """Share of right candidates of each question."""
+        return np.array([np.mean(self.correct(rows)) for rows in self.groups])
+
+    @property
+    def pass_at_n(self) -> np.ndarray:
+        """Whether any candidate of each question is right: the oracle."""
+        return np.array([np.max(self.correct(rows)) for rows in self.groups])
+
+    @property
+    def majority(self) -> np.ndarray:
+        """Whether the most frequent answer is right (expected value over tied answers)."""
+        return self.vote()
+
+    def vote(self, scores: Tensor | None = None, tie: TieRule = "expected") -> np.ndarray:
+        """Whether the answer with the most votes is right; with ``scores`` votes are weighted.
+
+        Answers count as equal by ``prm.evaluation.answers.answer_classes``.
+        """
+        values = []
+        for rows in self.groups:
+            answers = answer_classes([self.data.examples[row].answer for row in rows])
+            correct = self.correct(rows)
+            if scores is None:
+                values.append(self_consistency(answers, correct, tie=tie))
+            else:
+                weights = scores[list(rows)].tolist()
+                values.append(weighted_vote(answers, weights, correct, tie=tie))
+        return np.array(values)
+
+    def best(self, scores: Tensor, tie: TieRule = "expected") -> np.ndarray:
+        """Whether the best-scored candidate is right (by default on average over tied ones)."""
+        return np.array(
+            [
+                best_of_n(scores[list(rows)].tolist(), self.correct(rows), tie=tie)
+                for rows in self.groups
+            ]
+        )
+
+    def correct(self, rows: Sequence[int]) -> list[float]:
+        """1 or 0 for each of the rows."""
+        return [float(bool(self.data.examples[row].correct)) for row in rows]
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What a process reward model does on a file of candidates.
+
+    Attributes:
+        selected: whether the selected candidate is right, per question.
+        step_auc: AUC of step scores against step labels; None without labels.
+        step_macro_f1: macro F1 at threshold 0.5; None without labels.
+    """
+
+    selected: np.ndarray
+    step_auc: float | None
+    step_macro_f1: float | None
+
+
+def read_candidates(prm: PRM, options: PrmOptions, path: str) -> Candidates:
+    """Candidates of a JSONL file, tokenised for ``prm``.
+
+    Raises:
+        OptionError: no such file.
+        DataError: a row without ``group``, ``answer`` or ``correct``.
+    """
+    return tie_together(read_examples(prm, options, path))
+
+
+def read_scored_candidates(options: PrmOptions, path: str) -> Candidates:
+    """Candidates of a file that are scored already; errors as in ``read_candidates``."""
+    return tie_together(read_solutions(options, path))
+
+
+def tie_together(data: Examples | Solutions) -> Candidates:
+    """Candidates of one ``group`` become one question.
+
+    Raises:
+        DataError: a row without ``group``, ``answer`` or ``correct``.
+    """
+    groups: dict[str, list[int]] = {}
+    for row, example in enumerate(data.examples):
+        for name in ("group", "answer", "correct"):
+            if getattr(example, name) is None:
+                raise DataError(
+                    file=data.path,
+                    line=row + 1,
+                    field=name,
+                    expected="a value (candidates are compared within a group)",
+                    found="nothing",
+                    remedy=f"give every candidate the field {name}",
+                )
+        groups.setdefault(str(example.group), []).append(row)
+    return Candidates(data, tuple(map(tuple, groups.values())))
+
+
+def evaluate(
+    prm: PRM, params: Mapping[str, Tensor], candidates: Candidates, options: TrainOptions
+) -> Evaluation:
+    """Score every candidate and select the best of each question."""
+    data = cast(Examples, candidates.data)
+    full_vocab = options.probability == "vocabulary"
+    scores, mask = step_scores_of(prm, params, data, options, full_vocab=full_vocab)
+    rows = [steps[there] for steps, there in zip(scores, mask, strict=True)]
+    truth, said = judged_steps(candidates, rows)
+    has_both = truth.any() and not truth.all()
+    return Evaluation(
+        selected=candidates.best(solution_scores_of(rows, AGGREGATIONS[options.aggregation])),
+        step_auc=float(roc_auc(truth, said)) if has_both else None,
+        step_macro_f1=float(macro_f1(truth, said > 0.5)) if has_both else None,
+    )
+
+
+def solution_scores_of(rows: Sequence[Tensor], how: Aggregation) -> Tensor:
+    """Score of every solution, [solutions], from its step scores, [steps] each.
+
+    One at a time: the last bits, and so ties, do not depend on what else is scored.
+    """
+    there = [torch.ones_like(row, dtype=torch.bool) for row in rows]
+    return torch.stack([aggregate(row, mask, how) for row, mask in zip(rows, there, strict=True)])
+
+
+def judged_steps(candidates: Candidates, rows: Sequence[Tensor]) -> tuple[np.ndarray, np.ndarray]:
+    """(whether it is right, its score) of every labelled step; soft labels are right above 1/2."""
+    truth, said = [], []
+    for example, scores in zip(candidates.data.examples, rows, strict=True):
+        for step, score in zip(example.steps, scores.tolist(), strict=True):
+            if step.label is not None:
+                truth.append(step.label > 0.5)
+                said.append(score)
+    return np.array(truth, dtype=bool), np.array(said)
+
+
+def step_scores_of(
+    prm: PRM,
+    params: Mapping[str, Tensor],
+    data: Examples,
+    options: ScoringOptions | WeighOptions,
+    *,
+    full_vocab: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """Step scores [examples, steps] (0 where there is no step) and mask [examples, steps]."""
+    scored = score_examples(
+        prm,
+        params,
+        data.encoded,
+        data.collator,
+        options.eval_batch_size,
+        full_vocab=full_vocab,
+        workers=options.workers,
+    )
+    steps = max(len(row) for row in scored)
+    scores = torch.zeros(len(scored), steps)
+    mask = torch.zeros(len(scored), steps, dtype=torch.bool)
+    for row, values in enumerate(scored):
+        scores[row, : len(values)] = torch.as_tensor(values)
+        mask[row, : len(values)] = True
+    return scores, mask
+
+
+def interval(values: np.ndarray, seed: int = 0) -> tuple[float, float]:
+    """95 % bootstrap interval of the mean over questions."""
+    low, high = bootstrap_interval(values, seed=seed)
+    return float(low), float(high)
+
+
+def summary(values: Mapping[str, np.ndarray]) -> dict[str, Any]:
+    """Means and intervals of per-question values by row name, as ``results.json`` holds them."""
+    return {
+        "rows": {name: round(float(np.mean(value)), 4) for name, value in values.items()},
+        "ci95": {
+            name: [round(end, 4) for end in interval(value)] for name, value in values.items()
+        },
+    }
+
+
+def values_of(candidates: Candidates, found: Evaluation, row: str) -> dict[str, np.ndarray]:
+    """Per-question values of every row of a results table, the model's own row named ``row``."""
+    size = max(map(len, candidates.groups))
+    return {
+        "pass@1": candidates.pass_at_one,
+        "self_consistency": candidates.majority,
+        row: found.selected,
+        f"pass@{size}": candidates.pass_at_n,
+    }
+
+
+def report_of(
+    candidates: Candidates, found: Evaluation, values: Mapping[str, np.ndarray]
+) -> dict[str, Any]:
+    """What ``results.json`` says of one file of candidates."""
+    return {
+        **summary(values),
+        "n_questions": len(candidates.groups),
+        "step_auc": found.step_auc,
+        "step_macro_f1": found.step_macro_f1,
+    }

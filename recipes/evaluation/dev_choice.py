@@ -1,0 +1,62 @@
+"""Aggregation and threshold chosen on a dev set, so that the test set need not choose anything."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from prm.aggregations import AggregationName
+from prm.evaluation.select import TieRule
+from prm.evaluation.step_benchmarks import best_threshold
+from recipes.evaluation.candidates import Candidates, judged_steps, solution_scores_of
+from recipes.session import AGGREGATIONS
+
+
+@dataclass(frozen=True)
+class Choice:
+    """How step scores are used.
+
+    Attributes:
+        aggregation: step scores to solution score.
+        threshold: a step whose score exceeds it is judged right.
+        dev: what the choice rests on; None if it was given, not chosen.
+    """
+
+    aggregation: AggregationName
+    threshold: float
+    dev: Mapping[str, Any] | None = None
+
+
+def choose_on_dev(candidates: Candidates, rows: Sequence[Tensor], tie: TieRule) -> Choice:
+    """The aggregation of the highest best-of-N accuracy and the threshold of the highest macro F1.
+
+    Of several best aggregations the first listed is taken, so the mean unless another beats it.
+    Without both right and wrong labelled steps the threshold stays 1/2.
+
+    Args:
+        candidates: the dev set.
+        rows: step scores of every candidate, [steps] each.
+        tie: value of tied candidates.
+    """
+    accuracy = {
+        name: float(np.mean(candidates.best(solution_scores_of(rows, how), tie)))
+        for name, how in AGGREGATIONS.items()
+    }
+    truth, said = judged_steps(candidates, rows)
+    threshold, figure = 0.5, None
+    if truth.any() and not truth.all():
+        threshold, figure = best_threshold(truth, said)
+    return Choice(
+        aggregation=max(accuracy, key=lambda name: accuracy[name]),
+        threshold=threshold,
+        dev={
+            "file": str(candidates.data.path),
+            "n_questions": len(candidates.groups),
+            "accuracy": {name: round(value, 4) for name, value in accuracy.items()},
+            "step_macro_f1": None if figure is None else round(figure, 4),
+        },
+    )

@@ -1,0 +1,183 @@
+"""Every figure that ``evaluate`` reports of step scores on a file of candidates."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+from prm.evaluation.calibration import brier, expected_calibration_error
+from prm.evaluation.metrics import (
+    best_of_k_curve,
+    macro_f1,
+    mcnemar,
+    paired_interval,
+    pass_at_k,
+    roc_auc,
+)
+from prm.evaluation.select import TieRule
+from prm.evaluation.step_benchmarks import first_error, process_bench, visual_process_bench
+from recipes.evaluation.candidates import Candidates, judged_steps, solution_scores_of, summary
+from recipes.evaluation.dev_choice import Choice
+from recipes.session import AGGREGATIONS
+
+Values = dict[str, NDArray[np.float64]]
+_UNNAMED = "no domain"
+
+
+def selection_values(candidates: Candidates, scores: Tensor, row: str, tie: TieRule) -> Values:
+    """Per-question values of every selector; the model's own row is named ``row``."""
+    size = max(map(len, candidates.groups))
+    return {
+        "pass@1": candidates.pass_at_one,
+        "self_consistency": candidates.vote(tie=tie),
+        "weighted_vote": candidates.vote(scores, tie),
+        row: candidates.best(scores, tie),
+        f"pass@{size}": candidates.pass_at_n,
+    }
+
+
+def all_figures(
+    candidates: Candidates,
+    rows: Sequence[Tensor],
+    choice: Choice,
+    tie: TieRule,
+    row: str,
+    baseline: Sequence[Tensor] | None = None,
+) -> dict[str, Any]:
+    """What the results file of ``evaluate`` says.
+
+    Args:
+        candidates: the questions.
+        rows: step scores of every candidate, [steps] each.
+        choice: aggregation and threshold.
+        tie: value of tied candidates.
+        row: name of the model's row.
+        baseline: step scores of another model; becomes a row, with the same choice.
+    """
+    scores = solution_scores_of(rows, AGGREGATIONS[choice.aggregation])
+    values = selection_values(candidates, scores, row, tie)
+    rivals = ["self_consistency", "weighted_vote"]
+    if baseline is not None:
+        theirs = solution_scores_of(baseline, AGGREGATIONS[choice.aggregation])
+        values["baseline"] = candidates.best(theirs, tie)
+        rivals.insert(0, "baseline")
+    steps = step_figures(candidates, rows, choice.threshold)
+    return {
+        **summary(values),
+        "n_questions": len(candidates.groups),
+        "aggregation": choice.aggregation,
+        "threshold": choice.threshold,
+        "tie": tie,
+        "dev": choice.dev,
+        "difference": {name: compared(values[row], values[name]) for name in rivals},
+        **curves(candidates, scores),
+        "step_auc": steps["auc"],
+        "step_macro_f1": steps["macro_f1"],
+        "steps": steps,
+        "solutions": solution_figures(candidates, scores),
+    }
+
+
+def compared(values: NDArray[np.float64], baseline: NDArray[np.float64]) -> dict[str, Any]:
+    """Difference of two selectors on the same questions: paired bootstrap and McNemar's test."""
+    test = mcnemar(values, baseline)
+    return {
+        "difference": _short(float(np.mean(values - baseline))),
+        "ci95": [_short(end) for end in paired_interval(values, baseline)],
+        "better": test.better,
+        "worse": test.worse,
+        "mcnemar_p": float(f"{test.p_value:.3g}"),
+    }
+
+
+def curves(candidates: Candidates, scores: Tensor) -> dict[str, list[float]]:
+    """Expected best-of-k and pass@k, exactly, for k up to the fewest candidates of a question."""
+    most = min(map(len, candidates.groups))
+    best, oracle = [], []
+    for group in candidates.groups:
+        right = candidates.correct(group)
+        best.append(best_of_k_curve(scores[list(group)].tolist(), right)[:most])
+        oracle.append([pass_at_k(right, k) for k in range(1, most + 1)])
+    return {
+        "best_of_k": [_short(value) for value in np.mean(best, axis=0)],
+        "pass_at_k": [_short(value) for value in np.mean(oracle, axis=0)],
+    }
+
+
+def step_figures(
+    candidates: Candidates, rows: Sequence[Tensor], threshold: float
+) -> dict[str, Any]:
+    """Figures of step scores against step labels; None where the labels do not allow them."""
+    truth, said = judged_steps(candidates, rows)
+    figures: dict[str, Any] = {"labelled": len(truth), "right": int(truth.sum())}
+    both = bool(truth.any() and not truth.all())
+    figures["auc"] = roc_auc(truth, said) if both else None
+    figures["macro_f1"] = macro_f1(truth, said > threshold) if both else None
+    figures["ece"] = expected_calibration_error(said, truth) if len(truth) else None
+    figures["brier"] = brier(said, truth) if len(truth) else None
+    figures = {name: _short(value) for name, value in figures.items()}
+    figures["visual_process_bench"] = None
+    if both:
+        found = visual_process_bench(truth, said > threshold, _domains(candidates))
+        figures["visual_process_bench"] = {
+            "macro_f1": _short(found.pooled),
+            "per_domain": {name: _short(value) for name, value in found.per_source.items()},
+            "mean_over_domains": _short(found.mean),
+        }
+    figures["process_bench"] = _process_bench(candidates, rows, threshold)
+    return figures
+
+
+def solution_figures(candidates: Candidates, scores: Tensor) -> dict[str, float | None]:
+    """Figures of solution scores against whether the answer is right, over all candidates."""
+    truth = np.array(candidates.correct(range(len(scores))))
+    said = np.array(scores.tolist())
+    both = bool(truth.any() and not truth.all())
+    return {
+        "auc": _short(roc_auc(truth, said)) if both else None,
+        "ece": _short(expected_calibration_error(said, truth)),
+        "brier": _short(brier(said, truth)),
+    }
+
+
+def _domains(candidates: Candidates) -> list[str]:
+    """Domain of every labelled step."""
+    return [
+        example.domain or _UNNAMED
+        for example in candidates.data.examples
+        for step in example.steps
+        if step.label is not None
+    ]
+
+
+def _process_bench(
+    candidates: Candidates, rows: Sequence[Tensor], threshold: float
+) -> dict[str, Any] | None:
+    """ProcessBench per domain and the plain mean; None if no domain has both kinds of solution."""
+    by_domain: dict[str, tuple[list[int], list[int]]] = {}
+    for example, scores in zip(candidates.data.examples, rows, strict=True):
+        truth = first_error(
+            [None if step.label is None else step.label > 0.5 for step in example.steps]
+        )
+        said = first_error([score > threshold for score in scores.tolist()])
+        if truth is not None and said is not None:
+            labels, judgements = by_domain.setdefault(example.domain or _UNNAMED, ([], []))
+            labels.append(truth)
+            judgements.append(said)
+    found: dict[str, Mapping[str, Any]] = {}
+    for name, (labels, judgements) in by_domain.items():
+        if min(labels) < 0 <= max(labels):
+            one = process_bench(labels, judgements)
+            found[name] = {field: _short(value) for field, value in one._asdict().items()}
+    if not found:
+        return None
+    mean = sum(entry["f1"] for entry in found.values()) / len(found)
+    return {"mean_f1": _short(mean), "per_domain": found}
+
+
+def _short(value: Any) -> Any:
+    return round(float(value), 4) if isinstance(value, float | np.floating) else value

@@ -1,0 +1,90 @@
+"""Whether two sets share questions: a test set must not be what weights are tuned on."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from prm.schema import StepExample
+from recipes.options.values import OptionError
+
+
+@dataclass(frozen=True)
+class Overlap:
+    """What two sets have in common.
+
+    Attributes:
+        same_file: they are one file.
+        ids: ids in both, sorted.
+        questions: questions in both, in the order of the first: the same words (case and white
+            space apart) about images of the same content, whatever ids and paths are called.
+    """
+
+    same_file: bool
+    ids: tuple[str, ...]
+    questions: tuple[str, ...]
+
+    def __bool__(self) -> bool:
+        return self.same_file or bool(self.ids or self.questions)
+
+    def __str__(self) -> str:
+        if self.same_file:
+            return "is the same file"
+        if self.ids:
+            return f"shares {len(self.ids)} ids, for example {self.ids[0]!r}"
+        shown = self.questions[0]
+        shown = shown if len(shown) <= 60 else shown[:57] + "..."
+        return f"shares {len(self.questions)} questions, for example {shown!r}"
+
+
+def overlap(
+    first: Sequence[StepExample], second: Sequence[StepExample], first_path: Path, second_path: Path
+) -> Overlap:
+    """What two sets of examples have in common.
+
+    Image files are read only for questions whose words occur in both sets.
+    """
+    ids = {example.id for example in first} & {example.id for example in second}
+    texts = {_words(example) for example in first} & {_words(example) for example in second}
+    digests: dict[Path, str] = {}
+    there = {_question(example, digests) for example in second if _words(example) in texts}
+    shared = {
+        example.question: None
+        for example in first
+        if _words(example) in texts and _question(example, digests) in there
+    }
+    same = first_path.resolve() == second_path.resolve()
+    return Overlap(same, tuple(sorted(ids)), tuple(shared))
+
+
+def refuse_overlap(found: Overlap, tuned: str, held_out: str, *, sanity_check: bool) -> None:
+    """Refuse to judge by questions that something was tuned on, unless that is the purpose.
+
+    Args:
+        found: what the two sets have in common.
+        tuned: option and file that something was, or will be, tuned on.
+        held_out: option and file that is to tell how well that went.
+        sanity_check: it is the purpose; the caller labels the results.
+
+    Raises:
+        OptionError: they overlap.
+    """
+    if found and not sanity_check:
+        raise OptionError(
+            f"{tuned} {found} with {held_out}: what is tuned on the questions that it is judged by "
+            "looks better than it is. Give data of its own, or mark the results as an upper bound "
+            "with --sanity-check"
+        )
+
+
+def _words(example: StepExample) -> str:
+    return " ".join(example.question.casefold().split())
+
+
+def _question(example: StepExample, digests: dict[Path, str]) -> tuple[str, ...]:
+    for image in example.images:
+        if image not in digests:
+            digests[image] = hashlib.sha256(image.read_bytes()).hexdigest()
+    return (_words(example), *(digests[image] for image in example.images))

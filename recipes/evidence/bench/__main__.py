@@ -1,0 +1,25 @@
+"""``python -m recipes.evidence.bench [core|embedded] ...``; core if nothing is said."""
+
+from __future__ import annotations
+
+import sys
+
+
+def main() -> None:
+    """Run the benchmark that is asked for."""
+    arguments = sys.argv[1:]
+    name = arguments.pop(0) if arguments and not arguments[0].startswith("-") else "core"
+    if name == "embedded":
+        from recipes.evidence.bench import embedded
+
+        embedded.main(arguments)
+    elif name == "core":
+        from recipes.evidence.bench import core
+
+        core.main(arguments)
+    else:
+        sys.exit(f"python -m recipes.evidence.bench: expected core or embedded, found {name!r}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,242 @@
+"""Cost of hypergradients on a small decoder: ``make bench``, ``python -m recipes.evidence.bench``.
+
+Everything is timed in one process, in rounds: one call of each, in turns, so that a slow moment of
+the machine meets all alike. Long windows are due in some of the rounds only. Every ratio is formed
+within a round and the median over the rounds is reported. Peak memory, arithmetic and the error
+come from one further evaluation, outside the timing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, replace
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from recipes.evidence.bench import report
+from recipes.evidence.bench.case import Case, make_case
+from recipes.evidence.bench.contenders import (
+    FLOOR,
+    FORWARD,
+    LOWER,
+    TORCHOPT,
+    baselines,
+    contenders,
+    long_contenders,
+)
+from recipes.evidence.bench.decoder import Sizes
+from recipes.evidence.bench.evaluate import Evaluated, errors, evaluate
+from recipes.evidence.bench.measure import (
+    Timed,
+    in_rounds,
+    keep_freed_memory,
+    median_of,
+    with_flops,
+)
+from recipes.run.directory import environment, write_json
+from recipes.run.machine import machine
+
+WINDOWS = [1, 4, 16, 64]
+
+
+def measure(
+    sizes: Sizes,
+    windows: Sequence[int],
+    rounds: int,
+    cap: int,
+    reference_steps: int,
+    say: Callable[[str], None] = lambda _: None,
+) -> dict[str, Any]:
+    """Measure everything; returns what ``results/bench.json`` holds, but for command and machine.
+
+    Args:
+        sizes: Of the model and the batches.
+        windows: Lower steps of the unrolls.
+        rounds: Of the timing; see `Contender.every`.
+        cap: Bytes of resident memory that TorchOpt's process may take.
+        reference_steps: The longest window that is also computed in float64.
+        say: Gets a line of progress now and then.
+    """
+    case = make_case(sizes, max(windows, default=1))
+    long = make_case(longer(sizes), 1)
+    cases = [case, case.cast(torch.bfloat16), long]
+    rows_of = [contenders(at, windows, cap) for at in cases[:2]] + [long_contenders(long)]
+    evaluated: list[Evaluated] = []
+    for contender in chain.from_iterable(rows_of):
+        started = time.perf_counter()
+        evaluated.append(evaluate(contender))
+        say(f"{evaluated[-1].name}: evaluated in {time.perf_counter() - started:.1f} s")
+    distances, cosines = errors(evaluated, reference_steps, say)
+    units = {(at.name, name): run for at in cases for name, run in baselines(at).items()}
+    timed = {_unit(*unit): Timed(run) for unit, run in units.items()}
+    for one in evaluated:
+        if one.peak is not None:
+            timed[one.name] = Timed(one.contender.run, one.contender.every)
+    seconds = in_rounds(timed, rounds, say)
+    unit_flops = {unit: with_flops(run)[1] for unit, run in units.items()}
+    rows, details = [], []
+    for one in evaluated:
+        times = None if one.peak is None else _times(one, seconds)
+        rows.append(_row(one, times, distances.get(one.name)))
+        details.append(
+            {
+                "route": one.contender.route,
+                "unroll_steps": one.contender.steps,
+                "dtype": rows[-1]["dtype"],
+                "batch": one.contender.case.batch,
+                "seconds": None if times is None else _digits(times["seconds"], 4),
+                "forwards_by_flops": None
+                if one.flops is None
+                else _digits(one.flops / unit_flops[one.contender.case.name, FORWARD], 4),
+                "extra_forwards": None if times is None else _digits(times["extra"], 3),
+                "over_torchopt": None if times is None else _digits(times.get("over"), 3),
+                "cosine_to_exact": _digits(cosines.get(one.name), 6),
+                "notes": "; ".join(one.notes),
+            }
+        )
+    return {
+        "rounds": rounds,
+        "model": {
+            "description": "decoder: RMSNorm, rotary attention, gated SiLU; random weights after "
+            f"{int(case.state.steps)} AdamW steps",
+            "sizes": asdict(sizes),
+            "parameters": sum(leaf.numel() for leaf in case.lower.values()),
+            "parameter_bytes": case.parameter_bytes,
+            "parameter_and_optimizer_bytes": case.state_bytes,
+        },
+        "floor": {
+            at.name: {
+                "milliseconds": _digits(1e3 * _median(seconds, at, FLOOR), 4),
+                "lower_step_milliseconds": _digits(1e3 * _median(seconds, at, LOWER), 4),
+                "forward_milliseconds": _digits(1e3 * _median(seconds, at, FORWARD), 4),
+            }
+            for at in cases
+        },
+        "memory_cap_bytes": cap,
+        "definitions": report.DEFINITIONS,
+        "rows": rows,
+        "details": details,
+        "targets": report.targets(rows, details, case.state_bytes),
+    }
+
+
+def longer(sizes: Sizes) -> Sizes:
+    """Half as many sequences, of four times the length."""
+    return replace(sizes, examples=max(sizes.examples // 2, 1), tokens=4 * sizes.tokens)
+
+
+def _unit(case: str, name: str) -> str:
+    return f"{name}, {case}"
+
+
+def _key(case: Case, name: str) -> str:
+    return f"{name}, 1, {case.name}" if name.startswith("floor") else _unit(case.name, name)
+
+
+def _median(seconds: Sequence[dict[str, float]], case: Case, name: str) -> float:
+    return median_of(seconds, lambda one: one[_key(case, name)])
+
+
+def _times(one: Evaluated, seconds: Sequence[dict[str, float]]) -> dict[str, float]:
+    """Medians over the rounds of seconds, and of ratios formed within a round."""
+    at, steps = one.contender.case, one.contender.steps
+    lower, forward = _key(at, LOWER), _key(at, FORWARD)
+    floor = _key(at, one.contender.floor)
+    theirs = f"{TORCHOPT}, {steps}, {at.name}"
+
+    def least(found: Mapping[str, float]) -> float:
+        return found[floor] + (steps - 1) * found[lower]
+
+    times = {
+        "seconds": median_of(seconds, lambda found: found[one.name]),
+        "forwards": median_of(seconds, lambda found: found[one.name] / found[forward]),
+        "overhead": median_of(seconds, lambda found: found[one.name] / least(found)),
+        "extra": median_of(
+            seconds, lambda found: (found[one.name] - least(found)) / found[forward]
+        ),
+    }
+    if one.contender.route.startswith("unrolled") and theirs in seconds[0]:
+        times["over"] = median_of(seconds, lambda found: found[one.name] / found[theirs])
+    return times
+
+
+def _row(one: Evaluated, times: dict[str, float] | None, error: float | None) -> dict[str, Any]:
+    contender = one.contender
+    refused = [note for note in one.notes if note.startswith(("refused", "out of memory"))]
+    return {
+        "route": contender.route + (f" ({refused[0]})" if refused else ""),
+        "model": _model_name(contender.case),
+        "dtype": str(contender.case.dtype).removeprefix("torch."),
+        "forwards": None if times is None else _digits(times["forwards"], 4),
+        "overhead_vs_floor": None if times is None else _digits(times["overhead"], 4),
+        "peak_saved_bytes": one.peak,
+        "rel_error": _digits(error, 2),
+        "unroll_steps": contender.steps,
+    }
+
+
+def _model_name(case: Case) -> str:
+    millions = sum(leaf.numel() for leaf in case.lower.values()) / 1e6
+    return f"decoder, {millions:.1f} M parameters, batch {case.batch} tokens"
+
+
+def _digits(value: float | None, digits: int) -> float | None:
+    return None if value is None else float(f"{value:.{digits}g}")
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Measure, print the table and, if asked to, write it."""
+    parser = argparse.ArgumentParser(
+        prog="python -m recipes.evidence.bench", description=(__doc__ or "").splitlines()[0]
+    )
+    parser.add_argument("--rounds", type=int, help="of the timing; 5, or 2 with --quick")
+    parser.add_argument("--windows", type=int, nargs="*", help="1 4 16 64, or 1 4 with --quick")
+    parser.add_argument(
+        "--reference-steps", type=int, default=16, help="longest window computed in float64"
+    )
+    parser.add_argument("--examples", type=int, default=Sizes.examples, help="sequences in a batch")
+    parser.add_argument("--tokens", type=int, default=Sizes.tokens, help="of each sequence")
+    parser.add_argument("--quick", action="store_true", help="fewer rounds, short windows")
+    parser.add_argument("--threads", type=int, default=0, help="0: what torch chooses")
+    parser.add_argument("--memory-cap-gb", type=float, default=6.0, help="for TorchOpt's process")
+    parser.add_argument(
+        "--output",
+        help="JSON of the rows, e.g. results/bench.json; beside it the rest, in *_details.json",
+    )
+    given = parser.parse_args(arguments)
+    rounds = given.rounds or (2 if given.quick else 5)
+    windows = given.windows if given.windows is not None else ([1, 4] if given.quick else WINDOWS)
+    if given.threads:
+        torch.set_num_threads(given.threads)
+    kept = keep_freed_memory()
+    started = time.perf_counter()
+    cap = round(given.memory_cap_gb * 2**30)
+    measured = measure(
+        Sizes(examples=given.examples, tokens=given.tokens),
+        windows,
+        rounds,
+        cap,
+        given.reference_steps,
+        lambda line: print(line, file=sys.stderr),
+    )
+    print(report.table(measured))
+    found = machine()
+    seconds = round(time.perf_counter() - started)
+    print(f"{seconds} s in all, {found}")
+    if given.output:
+        path = Path(given.output)
+        rows = measured.pop("rows")
+        write_json(path, [row | {"machine": found} for row in rows])
+        about = {
+            "command": " ".join(["python -m recipes.evidence.bench", *arguments]),
+            "environment": environment(),
+            "seconds": seconds,
+            "freed_memory_kept": kept,
+        }
+        write_json(path.with_stem(f"{path.stem}_details"), about | measured)

@@ -1,0 +1,78 @@
+"""TorchOpt's unroll in a process of its own, ended when it takes more memory than it may.
+
+``python -m recipes.evidence.bench.memory_cap SIZES WINDOW STEPS THREADS`` is that process.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from recipes.evidence.bench.case import make_case
+from recipes.evidence.bench.decoder import Sizes
+from recipes.evidence.bench.measure import with_flops, with_peak
+from recipes.evidence.bench.peers import torchopt_unroll
+
+
+def capped(command: Sequence[str], cap: int) -> str | None:
+    """Standard output of a command, or None if its resident memory grew beyond `cap` bytes.
+
+    Raises:
+        RuntimeError: The command failed, with the end of what it said; or there is no /proc to
+            read its memory from (other systems than Linux).
+    """
+    if not Path("/proc/self/status").is_file():
+        raise RuntimeError("resident memory is read from /proc, which this system does not have")
+    with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as errors:
+        process = subprocess.Popen(command, stdout=out, stderr=errors, text=True)
+        try:
+            while process.poll() is None:
+                if _resident(process.pid) > cap:
+                    return None
+                time.sleep(0.01)
+        finally:
+            process.kill()
+            process.wait()
+        out.seek(0)
+        errors.seek(0)
+        if process.returncode != 0:
+            raise RuntimeError(f"{' '.join(command)}: {errors.read()[-2000:]}")
+        return out.read()
+
+
+def _resident(pid: int) -> int:
+    try:
+        status = Path(f"/proc/{pid}/status").read_text()
+    except (FileNotFoundError, ProcessLookupError):  # it has just ended
+        return 0
+    lines = [line for line in status.splitlines() if line.startswith("VmRSS:")]
+    return 1024 * int(lines[0].split()[1]) if lines else 0
+
+
+def measure_torchopt(sizes: Sizes, window: int, steps: int, cap: int) -> dict[str, Any] | None:
+    """Hypergradient, peak and arithmetic of `torchopt_unroll`; None if it outgrew `cap` bytes."""
+    arguments = [json.dumps(asdict(sizes)), str(window), str(steps), str(torch.get_num_threads())]
+    output = capped([sys.executable, "-m", "recipes.evidence.bench.memory_cap", *arguments], cap)
+    return None if output is None else json.loads(output.splitlines()[-1])
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Evaluate `torchopt_unroll` and print what `measure_torchopt` returns."""
+    sizes, window, steps, threads = json.loads(arguments[0]), *map(int, arguments[1:])
+    torch.set_num_threads(threads)
+    case = make_case(Sizes(**sizes), window)
+    (found, flops), peak = with_peak(lambda: with_flops(lambda: torchopt_unroll(case, steps)))
+    print(json.dumps({"hypergradient": found.tolist(), "flops": flops, "peak": peak}))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,305 @@
+"""Runs that are killed again and again, and whether what comes out is what had to: ``make chaos``.
+
+Tiny training runs of every weighting and every hypergradient are killed with SIGKILL and resumed,
+over and over, until they end; then each is compared, bit for bit, with the same run uninterrupted:
+model, weights, weighting, answers and every line of the log.
+
+Half of the kills come at a random moment, counted in processor time of the process, so anywhere
+from reading the options to the last result. The other half come just before a random change of the
+file system within the run directory (a file opened for writing, made, renamed or removed), because
+that is where a half-written state would show; many of these are inside the writing of a checkpoint.
+The random choices follow from the seed.
+
+Every attempt is a process of its own, started by a server process that has imported everything and
+trained nothing (``multiprocessing``'s forkserver): a fresh interpreter spends ten times as long on
+imports as such a run on all of its steps. It trains on one thread.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import os
+import platform
+import random
+import re
+import shutil
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from multiprocessing.context import ForkServerContext
+from pathlib import Path
+from typing import Any
+
+from recipes.embedded.tiny import write_tiny
+from recipes.evidence.chaos_attempt import attempt
+from recipes.run.directory import write_json
+
+SAVE_EVERY = 2
+_COMMON = (
+    "--steps 8 --batch-size 6 --meta-batch-size 6 --upper-start 1 --freeze vision_tower "
+    f"--log-every 1 --save-every {SAVE_EVERY} --no-progress --threads 1 --lower-lr 0.002"
+)
+CASES = {
+    "net": "--weighting net --loss-target pairs",
+    "table": "--weighting table --bound clip --upper-optimizer lazy-adam --batch-size 3 "
+    "--accumulation 2 --unroll-steps 2 --rollback",
+    "domain": "--weighting domain --bound softplus --order lower-first",
+    "unrolled": "--weighting table --bound clip --hypergradient unrolled --unroll-steps 2",
+    "implicit": "--weighting net --hypergradient implicit --solver-iterations 2 "
+    "--lower-weight-decay 0",
+    "penalty": "--weighting domain --bound softplus --hypergradient penalty --unroll-steps 2 "
+    "--batch-size 3 --accumulation 2",
+}
+_COMPARED = (
+    *("log.jsonl", "weights.jsonl", "test_questions.jsonl"),
+    *("model/model.safetensors", "weighting/params.safetensors"),
+)
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How an attempt ended.
+
+    Attributes:
+        killed: by our SIGKILL.
+        code: exit status; -9 for the kill.
+        cpu: processor seconds that it took.
+        said: its output.
+    """
+
+    killed: bool
+    code: int
+    cpu: float
+    said: str
+
+
+class Harness:
+    """Starts attempts and kills them.
+
+    Attributes:
+        folder: where data, model and runs are.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        """Write the task; start nothing."""
+        self.folder = folder
+        write_tiny(folder / "data", folder / "model")
+        # Read by torch when the server imports it, before a process could set its own number.
+        os.environ["OMP_NUM_THREADS"] = "1"
+        self._context: ForkServerContext = multiprocessing.get_context("forkserver")
+        self._context.set_forkserver_preload(["recipes.evidence.chaos_attempt"])
+
+    def words(self, case: str, run: Path) -> list[str]:
+        """The command of a case."""
+        data = self.folder / "data"
+        files = [f"--{n}-file={data / n}.jsonl" for n in ("train", "meta", "test")]
+        chosen = [f"--model={self.folder / 'model'}", f"--output-dir={run}", *files]
+        return ["train", *chosen, *_COMMON.split(), *CASES[case].split()]
+
+    def attempt(
+        self,
+        run: Path,
+        words: Sequence[str],
+        *,
+        cpu: float | None = None,
+        event: int | None = None,
+    ) -> Ended:
+        """Run a command, killed after ``cpu`` seconds of its own or before its ``event``-th change.
+
+        Args:
+            run: directory whose changes count.
+            words: of the command.
+            cpu: None: no such kill.
+            event: None: no such kill.
+        """
+        output = self.folder / "output.txt"
+        output.write_bytes(b"")
+        process = self._context.Process(
+            target=attempt, args=(list(words), str(run), event, str(output))
+        )
+        process.start()
+        assert process.pid is not None
+        spent = 0.0
+        while process.is_alive():
+            spent = max(spent, _cpu_seconds(process.pid))
+            if cpu is not None and spent >= cpu:
+                os.kill(process.pid, signal.SIGKILL)
+                break
+            process.join(0.002)
+        process.join()
+        assert process.exitcode is not None
+        said = output.read_text(encoding="utf-8", errors="replace")
+        return Ended(process.exitcode == -signal.SIGKILL, process.exitcode, spent, said)
+
+
+def _cpu_seconds(pid: int) -> float:
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()
+    except OSError:
+        return 0.0
+    return (int(stat[11]) + int(stat[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def outcome(run: Path) -> dict[str, Any]:
+    """All that a finished run says, but for how long it took."""
+    found: dict[str, Any] = {name: (run / name).read_bytes() for name in _COMPARED}
+    results = json.loads((run / "results.json").read_text(encoding="utf-8"))
+    del results["seconds"]
+    return found | {"results.json": results}
+
+
+def _position(run: Path) -> tuple[int, int, bool]:
+    """Steps logged, steps in the newest checkpoint, and whether one was being written."""
+    logged = 0
+    if (run / "log.jsonl").is_file():
+        text = (run / "log.jsonl").read_text(encoding="utf-8")
+        lines = text[: text.rfind("\n") + 1].splitlines()
+        logged = json.loads(lines[-1])["step"] if lines else 0
+    names = [path.name for path in (run / "checkpoints").glob("step-*")]
+    saved = [int(m[1]) for name in names if (m := re.fullmatch(r"step-(\d+)", name))]
+    return logged, max(saved, default=0), any(name.endswith(".tmp") for name in names)
+
+
+@dataclass
+class Counts:
+    """What has been seen.
+
+    Attributes:
+        kills: attempts that were killed.
+        inside_checkpoint: of these, while a checkpoint was being written.
+        resumed: of these, after which the run went on from its newest complete checkpoint, or
+            from the beginning where there was none yet.
+        lost: the most steps that were logged and had to be taken again.
+        runs: runs that came to their end.
+        different: of these, not the uninterrupted one to the last bit.
+        harmless: kills in runs that were.
+    """
+
+    kills: int = 0
+    inside_checkpoint: int = 0
+    resumed: int = 0
+    lost: int = 0
+    runs: int = 0
+    different: int = 0
+    harmless: int = 0
+
+
+def torment(
+    harness: Harness, case: str, whole: dict[str, Any], cpu: float, events: int, dice: random.Random
+) -> Counts:
+    """One run of a case, killed until it happens to end; compared with the uninterrupted one.
+
+    Args:
+        harness: starts the attempts.
+        case: of ``CASES``.
+        whole: ``outcome`` of the uninterrupted run.
+        cpu: processor seconds of the uninterrupted run.
+        events: and how often it changed the file system.
+        dice: chooses the kills.
+    """
+    run = harness.folder / "runs" / case
+    shutil.rmtree(run, ignore_errors=True)
+    counts = Counts()
+    expected: int | None = None
+    while not (run / "results.json").exists():
+        resume = (run / "args.yaml").exists()
+        words = ["train", "--resume", str(run)] if resume else harness.words(case, run)
+        # Nothing beyond three quarters: what a resumed run has left is shorter, so that its end is
+        # reached all the same, and fewer attempts end unkilled.
+        place = 0.75 * dice.random()
+        if dice.random() < 0.5:
+            ended = harness.attempt(run, words, cpu=place * cpu)
+        else:
+            ended = harness.attempt(run, words, event=1 + int(place * events))
+        if ended.code not in (0, -signal.SIGKILL):
+            raise RuntimeError(f"{' '.join(words)}: exit status {ended.code}\n{ended.said}")
+        if expected is not None and _went_on(ended, run, expected, resume):
+            counts.resumed += 1
+        expected = None
+        if ended.killed:
+            logged, saved, writing = _position(run)
+            counts.kills += 1
+            counts.inside_checkpoint += writing
+            counts.lost = max(counts.lost, logged - saved)
+            expected = saved
+    if expected is not None:  # killed after the last file
+        counts.resumed += 1
+    counts.runs = 1
+    counts.different = int(outcome(run) != whole)
+    counts.harmless = 0 if counts.different else counts.kills
+    return counts
+
+
+def _went_on(ended: Ended, run: Path, expected: int, resume: bool) -> bool:
+    """Whether an attempt started where it had to; one killed before it could say so counts too."""
+    said = re.search(r"resumed after (\d+) of|(from the beginning)", ended.said)
+    if said is None:
+        return ended.killed or not resume
+    return int(said[1] or 0) == expected
+
+
+def chaos(
+    folder: Path, kills: int, seed: int, cases: Sequence[str] = tuple(CASES)
+) -> dict[str, Any]:
+    """Kill until there were ``kills`` and every case as many runs; returns the figures."""
+    started = time.perf_counter()
+    harness, dice = Harness(folder), random.Random(seed)
+    whole: dict[str, tuple[dict[str, Any], float, int]] = {}
+    total = Counts()
+    while total.kills < kills or total.runs % len(cases):
+        case = cases[total.runs % len(cases)]
+        if case not in whole:
+            run = folder / "whole" / case
+            ended = harness.attempt(run, harness.words(case, run))
+            if ended.code != 0:
+                raise RuntimeError(f"{case}: exit status {ended.code}\n{ended.said}")
+            changes = int(ended.said.rpartition("changes: ")[2])
+            whole[case] = outcome(run), ended.cpu, changes
+        found = torment(harness, case, *whole[case], dice)
+        for name in ("kills", "inside_checkpoint", "resumed", "runs", "different", "harmless"):
+            setattr(total, name, getattr(total, name) + getattr(found, name))
+        total.lost = max(total.lost, found.lost)
+        verdict = "DIFFERENT" if found.different else "identical"
+        print(f"{case}: {found.kills} kills, {verdict}; {total.kills} in all", flush=True)
+    return {
+        "kills": total.kills,
+        "resumed": total.resumed,
+        "identical": total.harmless,
+        "lost_steps_max": total.lost,
+        "runs": total.runs,
+        "runs_identical": total.runs - total.different,
+        "inside_checkpoint": total.inside_checkpoint,
+        "save_every": SAVE_EVERY,
+        "cases": list(cases),
+        "seed": seed,
+        "seconds": round(time.perf_counter() - started, 1),
+        "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores, "
+        f"Python {platform.python_version()}",
+    }
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command; exit status 1 if a run did not come out as it had to."""
+    parser = argparse.ArgumentParser(description="Kill training runs and compare what they become.")
+    parser.add_argument("--output", default="results/chaos.json", help="where the figures go")
+    parser.add_argument("--kills", type=int, default=60, help="at least so many")
+    parser.add_argument("--seed", type=int, default=0, help="fixes when the kills come")
+    given = parser.parse_args(arguments)
+    with tempfile.TemporaryDirectory(prefix="chaos-") as folder:
+        figures = chaos(Path(folder), given.kills, given.seed)
+    figures["command"] = (
+        f"python -m recipes.evidence.chaos --kills {given.kills} --seed {given.seed}"
+    )
+    write_json(Path(given.output), figures)
+    print(json.dumps(figures, indent=1))
+    good = figures["identical"] == figures["resumed"] == figures["kills"]
+    return 0 if good else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,71 @@
+"""One attempt of ``recipes.evidence.chaos``: a command in a process that may kill itself.
+
+Importing this module imports all that a run imports, so that the server from which the processes
+are forked has done so once.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+from transformers import (  # noqa: F401 - transformers imports them when they are first named
+    AutoImageProcessor,
+    AutoTokenizer,
+    GenerationConfig,
+    InternVLForConditionalGeneration,
+)
+
+import recipes.train.training  # noqa: F401
+from recipes.__main__ import main
+
+_CHANGES = {"os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.truncate", "os.link"}
+_WRITES = os.O_WRONLY | os.O_RDWR
+
+
+def attempt(words: list[str], run: str, event: int | None, output: str) -> None:
+    """Run a command with its output in a file; ends the process with the command's exit status.
+
+    Args:
+        words: of the command line.
+        run: directory whose changes are counted.
+        event: SIGKILL this process before the change of that number, from 1; None: never.
+        output: file; ends with ``changes: <how many>`` if the command comes to its end.
+    """
+    with open(output, "wb", buffering=0) as file:
+        for stream in (1, 2):
+            os.dup2(file.fileno(), stream)
+    tqdm.set_lock(threading.RLock())  # its own is a semaphore, which a killed process leaves behind
+    changes = 0
+
+    def count(name: str, details: tuple[Any, ...]) -> None:
+        nonlocal changes
+        if _is_change(name, details, run):
+            changes += 1
+            if changes == event:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    sys.stdout = open(1, "w", buffering=1, encoding="utf-8", closefd=False)  # noqa: SIM115
+    sys.stderr = open(2, "w", buffering=1, encoding="utf-8", closefd=False)  # noqa: SIM115
+    sys.addaudithook(count)
+    status = main(words)
+    print(f"changes: {changes}")
+    sys.exit(status)
+
+
+def _is_change(name: str, details: tuple[Any, ...], run: str) -> bool:
+    """Whether an audit event is about to change a file below ``run``."""
+    if name == "open":
+        path, mode, flags = details
+        if not (flags & _WRITES if mode is None else set(mode) & set("wax+")):
+            return False
+    elif name in _CHANGES:
+        path = details[0]
+    else:
+        return False
+    return isinstance(path, str | Path) and os.fspath(path).startswith(run)

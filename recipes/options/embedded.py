@@ -1,0 +1,37 @@
+"""Options of the commands of the embedded task: its data, its base model, the comparison."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from recipes.options.train import option
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompareOptions:
+    """Every method and control of the embedded task, over several seeds."""
+
+    output_dir: str = option("results", "where compare.json is written")
+    work_dir: str = option("runs/compare", "where data sets and runs of each seed are kept")
+    seeds: int = option(3, "seeds 0, 1, ...; each has its own data set, test set included")
+    methods: tuple[str, ...] = option((), "rows to compute; default: all")
+    threads: int = option(0, "CPU threads of torch (0: all cores)")
+    progress: bool = option(True, "show progress bars")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataOptions:
+    """The embedded data set."""
+
+    out: str = option("data/embedded", "directory to write; must not exist")
+    seed: int = option(0, "fixes questions, pictures, mistakes and labels")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PretrainOptions:
+    """The tiny base model."""
+
+    out: str = option(..., "directory to write the model, tokenizer and image processor to")
+    seed: int = option(0, "fixes initial weights and data")
+    scale: float = option(1.0, "multiplies the number of steps of every stage")
+    threads: int = option(0, "CPU threads of torch (0: all cores)")

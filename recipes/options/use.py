@@ -1,0 +1,109 @@
+"""Options of the commands around training: score, select, evaluate, weigh, convert-model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from recipes.options.train import LoaderOptions, ScoringOptions, option
+
+_PROBABILITY = (
+    "softmax that a step's score is read from, over the two labels or, as in DreamPRM-1.5, over "
+    "the whole vocabulary"
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScoreOptions(LoaderOptions):
+    """Score every candidate of a file, step by step, and write the scores as they come."""
+
+    file: str = option(..., "JSONL of solutions")
+    output: str = option(
+        ...,
+        "scores.jsonl to write; if it holds scores of the same model, file and settings already, "
+        "go on behind them",
+    )
+    probability: Literal["labels", "vocabulary"] = option("labels", _PROBABILITY)
+    eval_batch_size: int = option(64, "solutions per forward pass")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SelectOptions:
+    """Take the best candidate of every question."""
+
+    scores: str = option(..., "scores.jsonl of `score`")
+    output: str = option(..., "JSONL to write, one line a question")
+    aggregation: str = option("mean", "which of the scores of a line decides")
+    tie: Literal["random", "first", "last"] = option(
+        "random", "which of several best candidates is taken"
+    )
+    seed: int = option(0, "fixes the draw among tied candidates")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateOptions(ScoringOptions):
+    """Score a file of candidates with a model and select the best of each question."""
+
+    file: str = option(..., "JSONL of candidates with `group`, `answer` and `correct`")
+    output: str | None = option(None, "write the figures to this JSON file")
+    scores: str | None = option(
+        None, "scores.jsonl of `score` for --file: read, no model is loaded for it"
+    )
+    dev: str | None = option(
+        None, "candidates on which aggregation and threshold are chosen before --file is looked at"
+    )
+    dev_scores: str | None = option(None, "scores.jsonl of `score` for --dev")
+    baseline_scores: str | None = option(
+        None, "scores.jsonl of another model for --file, to compare with"
+    )
+    threshold: float = option(0.5, "a step whose score exceeds it is judged right")
+    tie: Literal["expected", "first", "last"] = option(
+        "expected", "value of tied candidates: on average over a fair draw, the first's, the last's"
+    )
+    probability: Literal["labels", "vocabulary"] = option("labels", _PROBABILITY)
+    meta_file: str | None = option(
+        None,
+        "meta set that the model's training weights were learned on, which --file must not share "
+        "questions with (default: the one in the args.yaml of the model's run)",
+    )
+    sanity_check: bool = option(
+        False, "allow --file to be the meta or dev set: an upper bound, labelled as such"
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class WeighOptions(LoaderOptions):
+    """Weights that a saved weighting, or a rule, gives the examples of a file."""
+
+    by: Literal["weighting", "bis", "small-loss", "random"] = option(
+        "weighting",
+        "what weighs: a learned --weighting; or a rule that keeps a share of the examples: those "
+        "of highest Balanced-Information Score (arXiv 2602.04145), of smallest loss under --model, "
+        "or drawn at random",
+    )
+    weighting: str | None = option(None, "weighting directory of a run (by weighting)")
+    keep: float = option(0.25, "share of the examples that a rule keeps")
+    within: Literal["file", "domain"] = option(
+        "file", "what the share is of; bis was published with domain"
+    )
+    alpha: float = option(0.05, "what examples whose labels are all alike still count (bis)")
+    file: str = option(..., "JSONL; with step labels for an Instance Net and for rules")
+    output: str = option(..., "weights.jsonl to write")
+    reference_model: str | None = option(
+        None,
+        "model that the run started from, for an Instance Net with reference features (default: "
+        "that of the run's args.yaml)",
+    )
+    eval_batch_size: int = option(64, "solutions per forward pass")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConvertModelOptions:
+    """Rewrite an InternVL checkpoint that needs code of its own; that code is not run."""
+
+    input: str = option(
+        ...,
+        "folder of an InternVL checkpoint in its original layout (InternVL2.5, InternVL3, "
+        "VisualPRM, DreamPRM-1.5), downloaded",
+    )
+    output: str = option(..., "folder to write; takes the place of a model everywhere")

@@ -1,0 +1,68 @@
+"""YAML of presets and of ``args.yaml``: plain ``option: value`` files, read as nothing more."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from recipes.options.values import OptionError
+
+_LARGEST = 2**20
+_MISTAKES = (
+    yaml.YAMLError,
+    ValueError,  # of a date or a number that only looks like one, and of bytes that are no UTF-8
+    TypeError,
+    LookupError,
+    AttributeError,
+    OverflowError,
+    RecursionError,
+)
+"""What PyYAML raises for what it cannot read; not all of it is its own."""
+
+
+class _PlainLoader(yaml.SafeLoader):
+    """Builds nothing but plain values, without aliases (ten lines can expand to gigabytes)."""
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.AliasEvent):
+            event = self.peek_event()
+            raise yaml.MarkedYAMLError(
+                problem=f"alias *{event.anchor}: write the value out", problem_mark=event.start_mark
+            )
+        return super().compose_node(parent, index)
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> Any:
+        made = super().construct_mapping(node, deep)
+        if isinstance(node, yaml.MappingNode) and len(made) < len(node.value):
+            raise yaml.MarkedYAMLError(
+                problem="a key that is there twice", problem_mark=node.start_mark
+            )
+        return made
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The keys and values of a file; empty for an empty file.
+
+    Raises:
+        OptionError: not to be read, not YAML, more than 1 MiB, with aliases or a key twice, or
+            something else than keys and values.
+    """
+    try:
+        with path.open("rb") as file:
+            raw = file.read(_LARGEST + 1)
+    except OSError as error:
+        raise OptionError(f"{path}: cannot be read ({error.strerror})") from error
+    if len(raw) > _LARGEST:
+        raise OptionError(f"{path}: expected a file of options, found more than {_LARGEST:,} bytes")
+    try:
+        content = yaml.load(raw.decode(), _PlainLoader)
+    except _MISTAKES as error:
+        reason = " ".join(str(error).split())
+        raise OptionError(f"{path}: not valid YAML: {reason[:400]}") from error
+    if content is None:
+        return {}
+    if not isinstance(content, dict):
+        raise OptionError(f"{path}: expected `option: value` lines, found {type(content).__name__}")
+    return {str(key): value for key, value in content.items()}

@@ -1,0 +1,275 @@
+"""Checkpoints of a run: all that it needs to go on as if it had never been interrupted.
+
+``checkpoints/step-<n>/`` holds, after n lower steps,
+
+* ``state.safetensors``: the state of both levels (parameters, optimizers, what the hypergradient
+  remembers, counts) and torch's random states;
+* ``run.json``: n, what the run is (options, digests of model and data), what happened since the
+  last line of ``log.jsonl``, and the troubles so far.
+
+Order of data, schedules and visits are functions of the step; there is nothing to store. A
+checkpoint is complete or it is not there: it is written under a temporary name, flushed to disk,
+and renamed; the oldest are removed only then.
+
+With a hypergradient through a window of several lower steps the state between its steps is none
+that training could go on from: a checkpoint that falls due inside is written at the window's end.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from bilevel import BilevelState, tree
+from bilevel.autodiff.random_state import RandomState
+from recipes.options.values import OptionError
+from recipes.run.directory import write_text
+from recipes.run.errors import WriteError
+from recipes.run.identity import differences, digest_file
+from recipes.run.step_log import Unlogged
+from recipes.run.trouble import Seen
+
+_STATE, _RUN = "state.safetensors", "run.json"
+_UNFINISHED = ".tmp"
+
+
+@dataclass(frozen=True)
+class Progress:
+    """What of a run changes from step to step.
+
+    Attributes:
+        state: of both levels.
+        random: torch's random states after the step.
+        unlogged: what happened since the last line of the log.
+        seen: troubles so far.
+    """
+
+    state: BilevelState
+    random: RandomState
+    unlogged: Unlogged = Unlogged({})
+    seen: Seen = Seen({})
+
+
+@dataclass(frozen=True)
+class Checkpoints:
+    """Where the checkpoints of a run are, when they are due, and which run it is.
+
+    Attributes:
+        directory: ``<run directory>/checkpoints``.
+        every: lower steps between checkpoints; 0: none.
+        keep: how many of the newest to keep; 0: all. The newest that was due stays in any case.
+        identity: of the run (``recipes.run.identity``).
+    """
+
+    directory: Path
+    every: int
+    keep: int
+    identity: Mapping[str, Any]
+
+    def due(self, before: int, after: int) -> bool:
+        """Whether a multiple of ``every`` lies in the steps ``before`` + 1 to ``after``."""
+        return self.every > 0 and after // self.every > before // self.every
+
+    def save(self, progress: Progress, *, due: bool = True) -> Path:
+        """Write a checkpoint, then remove the oldest beyond ``keep``; returns its directory.
+
+        The run has one state at a step: a checkpoint of it that is there already stays.
+        Costs one copy of the state in memory.
+
+        Args:
+            progress: the state and what belongs to it.
+            due: whether it is one of those of ``every``; ``--on-trouble rollback`` returns to such.
+
+        Raises:
+            WriteError: something cannot be written; what was complete before still is.
+        """
+        path = self.directory / f"step-{int(progress.state.lower_steps)}"
+        try:
+            if not path.is_dir():
+                self._write(path, progress, due)
+            if self.keep:
+                complete = self._complete()
+                stays = {*complete[-self.keep :], next(self._due(), path)}
+                _remove(old for old in complete if old not in stays)
+        except (OSError, SafetensorError) as error:
+            # Half a checkpoint must not take the space that the rest of the run needs.
+            shutil.rmtree(path.with_name(path.name + _UNFINISHED), ignore_errors=True)
+            raise WriteError(f"{path}: cannot be written ({error})") from error
+        return path
+
+    def _write(self, path: Path, progress: Progress, due: bool) -> None:
+        for leftover in self.directory.glob(f"step-*{_UNFINISHED}"):
+            shutil.rmtree(leftover)
+        unfinished = path.with_name(path.name + _UNFINISHED)
+        unfinished.mkdir(parents=True)
+        save_file(_tensors(progress), unfinished / _STATE)
+        content = {
+            "step": int(progress.state.lower_steps),
+            "due": due,
+            "identity": self.identity,
+            "unlogged": asdict(progress.unlogged),
+            "seen": asdict(progress.seen),
+        }
+        content["sha256"] = _seal(unfinished / _STATE, content)
+        write_text(unfinished / _RUN, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+        _flush(unfinished / _STATE)
+        _flush(unfinished)
+        os.replace(unfinished, path)
+        _flush(self.directory)
+
+    def newest(self) -> Path | None:
+        """The newest complete checkpoint."""
+        return next(reversed(self._complete()), None)
+
+    def newest_due(self) -> Path | None:
+        """The newest complete one of those of ``every``."""
+        return next(self._due(), None)
+
+    def named(self, steps: int) -> Path:
+        """The checkpoint after ``steps``.
+
+        Raises:
+            OptionError: there is none, or it is not complete.
+        """
+        path = self.directory / f"step-{steps}"
+        if not path.is_dir():
+            there = ", ".join(p.name for p in self._complete()) or "none"
+            raise OptionError(f"--resume {path}: no complete checkpoint (there are: {there})")
+        return path
+
+    def remove_after(self, steps: int) -> list[str]:
+        """Remove the checkpoints of later steps; returns their names."""
+        later = [path for path in self._complete() if _steps(path) > steps]
+        _remove(later)
+        return [path.name for path in later]
+
+    def load(self, path: Path, example: BilevelState) -> Progress:
+        """What a checkpoint holds, on the devices of ``example``.
+
+        Args:
+            path: of the checkpoint.
+            example: a state of this run, for the structure: ``solver.init(...)``.
+
+        Raises:
+            OptionError: it cannot be read, some of it has changed since it was written, or it is
+                of another run; the message lists what differs.
+        """
+        with _readable(path):
+            run = json.loads((path / _RUN).read_text(encoding="utf-8"))
+            if run.pop("sha256") != _seal(path / _STATE, run):
+                raise ValueError("something in it is not as it was written")
+            different = differences(run["identity"], self.identity)
+        if different:
+            raise OptionError(
+                f"--resume: {path} is of another run: {'; '.join(different)}. Give the run's own "
+                "options and files, or start a new run in another directory"
+            )
+        with _readable(path):
+            tensors = load_file(path / _STATE)
+            try:
+                state, random = _levels_and_random(tensors, example)
+            except ValueError as error:
+                raise OptionError(f"--resume: {path}: {error}") from error
+            return Progress(state, random, Unlogged(**run["unlogged"]), Seen(**run["seen"]))
+
+    def _due(self) -> Iterator[Path]:
+        """Directories of complete checkpoints that were due, newest first."""
+        for path in reversed(self._complete()):
+            with suppress(OptionError), _readable(path):
+                if json.loads((path / _RUN).read_text(encoding="utf-8"))["due"]:
+                    yield path
+
+    def _complete(self) -> list[Path]:
+        """Directories of complete checkpoints, oldest first."""
+        found = [p for p in self.directory.glob("step-*") if re.fullmatch(r"step-\d+", p.name)]
+        return sorted(found, key=_steps)
+
+
+def _seal(state: Path, content: Mapping[str, Any]) -> str:
+    """SHA-256 of a checkpoint: of the state's bytes, and of everything else that ``run.json`` says.
+
+    A disk or a copy that changed a bit must not change a run without a word.
+    """
+    text = digest_file(state) + json.dumps(content, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+@contextmanager
+def _readable(path: Path) -> Iterator[None]:
+    """Whatever is wrong with the content of a checkpoint becomes an ``OptionError``."""
+    try:
+        yield
+    except OptionError:
+        raise
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, SafetensorError) as error:
+        reason = f"{type(error).__name__} {error}" if isinstance(error, LookupError) else error
+        raise OptionError(
+            f"--resume: {path} cannot be read ({reason}); remove it to go on from the "
+            "checkpoint before it"
+        ) from error
+    except (RecursionError, RuntimeError) as error:
+        raise OptionError(f"--resume: {path} cannot be read ({error}); remove it") from error
+
+
+def _steps(path: Path) -> int:
+    return int(path.name.removeprefix("step-"))
+
+
+def _tensors(progress: Progress) -> dict[str, Tensor]:
+    random = {"cpu": progress.random.cpu} | {str(d): s for d, s in progress.random.devices}
+    parts = {"state": tree.flatten(progress.state), "random": random}
+    # Cloned: the file format refuses tensors that share memory.
+    return {
+        f"{part}/{name}": tensor.detach().cpu().contiguous().clone()
+        for part, tensors in parts.items()
+        for name, tensor in tensors.items()
+    }
+
+
+def _levels_and_random(
+    tensors: Mapping[str, Tensor], example: BilevelState
+) -> tuple[BilevelState, RandomState]:
+    parts: dict[str, dict[str, Tensor]] = {"state": {}, "random": {}}
+    for path, tensor in tensors.items():
+        part, _, name = path.partition("/")
+        parts[part][name] = tensor
+    # Copied into memory of torch's own alignment, on which sums may depend.
+    state = tree.map(
+        lambda like, tensor: torch.empty_like(like).copy_(tensor),
+        example,
+        tree.unflatten(parts["state"], example),
+    )
+    random = {name: tensor.clone() for name, tensor in parts["random"].items()}
+    cpu = random.pop("cpu")
+    return state, RandomState(cpu, tuple((torch.device(name), s) for name, s in random.items()))
+
+
+def _flush(path: Path) -> None:
+    """Bring a file, or the names in a directory, to the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _remove(paths: Iterable[Path]) -> None:
+    """Remove directories, each under a temporary name, so that no half of one looks complete."""
+    for path in paths:
+        if path.is_dir():
+            doomed = path.with_name(path.name + _UNFINISHED)
+            os.replace(path, doomed)
+            shutil.rmtree(doomed)

@@ -1,0 +1,197 @@
+"""Where a run starts: at the beginning, in a new directory, or where it was interrupted."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+
+from bilevel import BilevelState
+from bilevel.autodiff.random_state import capture
+from recipes.options.resume_point import resume_point
+from recipes.options.train import LowerOptions, OptionError, TrainOptions, to_yaml
+from recipes.run.checkpoints import Checkpoints, Progress
+from recipes.run.directory import (
+    describe_run,
+    environment,
+    free_directory,
+    make_directory,
+    write_json,
+    write_text,
+)
+from recipes.run.errors import RunError, WriteError
+from recipes.run.identity import identity
+from recipes.run.lock import locked
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run that is under way.
+
+    Attributes:
+        command: that takes it up again.
+        directory: of the run.
+        checkpoints: in it.
+        beginning: before the first step.
+        start: where it stands.
+    """
+
+    command: str
+    directory: Path
+    checkpoints: Checkpoints
+    beginning: Progress
+    start: Progress
+
+    @property
+    def log(self) -> Path:
+        """``log.jsonl``."""
+        return self.directory / "log.jsonl"
+
+    def before_trouble(self) -> Progress:
+        """What ``--on-trouble rollback`` returns to: the newest checkpoint that was due, if any."""
+        path = self.checkpoints.newest_due()
+        return self.beginning if path is None else self.checkpoints.load(path, self.start.state)
+
+    def keep(self, progress: Progress) -> str:
+        """Save the state, due or not; returns where it is and how to go on, in words.
+
+        What cannot be written does not raise here: the words say so.
+        """
+        steps, failed = int(progress.state.lower_steps), ""
+        if steps:
+            try:
+                self.checkpoints.save(progress, due=False)
+            except WriteError as error:
+                failed = f"{error}; "
+        return failed + self._kept()
+
+    def _kept(self) -> str:
+        newest = self.checkpoints.newest()
+        kept = "no step is saved" if newest is None else f"the state is in {newest}"
+        return f"{kept}; go on with: {self.command}"
+
+    @contextmanager
+    def keeping(self, progress: Progress) -> Iterator[None]:
+        """Save ``progress`` if the body fails or is interrupted, and let its error say so."""
+        try:
+            yield
+        except KeyboardInterrupt:
+            self.keep(progress)
+            raise
+        except Exception as error:
+            raise self.explained(error, progress) from error
+
+    def explained(self, error: Exception, progress: Progress) -> Exception:
+        """Save ``progress``, and return the error with words on where it is and how to go on."""
+        if isinstance(error, WriteError):  # another try would fail likewise
+            return WriteError(f"{error}; {self._kept()}")
+        kept = self.keep(progress)
+        if isinstance(error, RunError):
+            return type(error)(f"{error}. After {_steps(progress)}: {kept}")
+        if isinstance(error, OSError | SafetensorError):
+            return RunError(f"{error}. After {_steps(progress)}: {kept}")
+        error.add_note(f"After {_steps(progress)}: {kept}")
+        return error
+
+
+@contextmanager
+def open_run(options: LowerOptions, model: torch.nn.Module, state: BilevelState) -> Iterator[Run]:
+    """The run directory, locked while the body runs, and where the run stands.
+
+    A new run gets a new directory. A resumed one keeps its own: what was logged after the
+    checkpoint is dropped (those steps are taken again), and so are later checkpoints and a model
+    that was saved already; ``args.yaml`` says what the run goes on with. Without any checkpoint it
+    starts at the beginning again.
+
+    Args:
+        options: of the run.
+        model: as it is before the first step.
+        state: before the first step.
+
+    Raises:
+        OptionError: the directory of a new run holds something; another process works in it; the
+            run is complete; the checkpoint is not there or of another run.
+        WriteError: the directory cannot be written.
+    """
+    if options.resume is None:
+        directory, steps = free_directory(Path(options.output_dir), options.on_existing), None
+    else:
+        directory, steps = resume_point(options.resume)
+    beginning = Progress(state, capture(state.lower_params))
+    try:
+        make_directory(directory)
+        with locked(directory):
+            if options.resume is None:
+                describe_run(directory, options)
+            elif (directory / "results.json").exists():
+                raise OptionError(
+                    f"--resume {directory}: the run is complete, it has its results.json"
+                )
+            checkpoints = Checkpoints(
+                directory / "checkpoints",
+                every=options.save_every,
+                keep=options.keep_checkpoints,
+                identity=identity(options, model),
+            )
+            start = beginning
+            if options.resume is not None:
+                start = _resumed(options, directory, checkpoints, steps, beginning)
+            yield Run(_command(options, directory), directory, checkpoints, beginning, start)
+    except (OSError, SafetensorError) as error:
+        raise WriteError(f"{directory}: {error}") from error
+
+
+def _resumed(
+    options: LowerOptions,
+    directory: Path,
+    checkpoints: Checkpoints,
+    steps: int | None,
+    beginning: Progress,
+) -> Progress:
+    path = checkpoints.newest() if steps is None else checkpoints.named(steps)
+    start = beginning if path is None else checkpoints.load(path, beginning.state)
+    where = "no complete checkpoint: from the beginning"
+    if path is not None:
+        where = f"resumed after {_steps(start)} of {options.steps} lower steps"
+    if later := checkpoints.remove_after(int(start.state.lower_steps)):
+        where += f"; removed {', '.join(later)}, which come again"
+    cut_log(directory / "log.jsonl", int(start.state.lower_steps))
+    for saved in (directory / "model", *directory.glob(".model.*.unfinished")):
+        shutil.rmtree(saved, ignore_errors=True)
+    if not (directory / "env.json").exists():
+        write_json(directory / "env.json", environment())
+    own = replace(options, resume=None, output_dir=str(directory))
+    write_text(directory / "args.yaml", to_yaml(own))
+    print(f"{directory}: {where}")
+    return start
+
+
+def _steps(progress: Progress) -> str:
+    return f"{int(progress.state.lower_steps)}"
+
+
+def _command(options: LowerOptions, directory: Path) -> str:
+    name = "train" if isinstance(options, TrainOptions) else "cold-start"
+    return f"bilevel-prm {name} --resume {directory}"
+
+
+def cut_log(path: Path, steps: int) -> None:
+    """Drop the lines of ``log.jsonl`` after ``steps``, and a last line that was cut short."""
+    if not path.is_file():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            entry = json.loads(line)
+        except ValueError:
+            break
+        if entry["step"] > steps:
+            break
+        kept.append(line + "\n")
+    write_text(path, "".join(kept))

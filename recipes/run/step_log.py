@@ -1,0 +1,108 @@
+"""What ``log.jsonl`` says of the steps since its last line: means, notes, troubles."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from bilevel import StepInfo
+from recipes.run.errors import WriteError
+from recipes.run.trouble import Trouble, added
+from weighting import effective_sample_size
+
+_NOTES_PER_LINE = 5
+
+
+@dataclass(frozen=True)
+class Unlogged:
+    """What happened since the last line, in order; JSON, so that a checkpoint can hold it.
+
+    Attributes:
+        figures: values of the steps, by name; a line has their means.
+        notes: of the core, each once, the first five.
+        troubles: how many of each kind (``recipes.run.trouble``).
+        skipped: numbers of the steps that were not taken, or taken back, because of one.
+    """
+
+    figures: Mapping[str, Sequence[float]]
+    notes: Sequence[str] = field(default_factory=list)
+    troubles: Mapping[str, int] = field(default_factory=dict)
+    skipped: Sequence[int] = field(default_factory=list)
+
+    def after(self, info: StepInfo) -> Unlogged:
+        """With a step that was taken."""
+        figures = {name: list(values) for name, values in self.figures.items()}
+        for name, value in figures_of(info).items():
+            figures.setdefault(name, []).append(value)
+        notes = list(dict.fromkeys([*self.notes, *info.notes]))[:_NOTES_PER_LINE]
+        return Unlogged(figures, notes, self.troubles, self.skipped)
+
+    def with_troubles(self, found: Sequence[Trouble], skipped: Sequence[int]) -> Unlogged:
+        """With troubles, and the numbers (from 1) of the steps that they cost."""
+        counts = added(self.troubles, found)
+        return Unlogged(self.figures, self.notes, counts, [*self.skipped, *skipped])
+
+    def means(self) -> dict[str, float]:
+        """Mean of every figure over the steps that have it."""
+        return {name: sum(values) / len(values) for name, values in self.figures.items()}
+
+    def line(self, title: str, step: int, upper_skipped: int, rates: Mapping[str, float]) -> str:
+        """The line of the log after ``step`` steps; a figure that is not finite is null."""
+        entry: dict[str, Any] = {"phase": title, "step": step, **self.means(), **rates}
+        entry = {
+            name: None if isinstance(value, float) and not math.isfinite(value) else value
+            for name, value in entry.items()
+        }
+        if upper_skipped:
+            entry["upper_skipped"] = upper_skipped
+        for name, what in (
+            ("troubles", self.troubles),
+            ("skipped_steps", self.skipped),
+            ("notes", self.notes),
+        ):
+            if what:
+                entry[name] = what
+        return json.dumps(entry, ensure_ascii=False)
+
+
+def append_line(path: Path, line: str) -> None:
+    """Append a line.
+
+    Raises:
+        WriteError: it cannot be written. What was written of it is dropped when the run resumes.
+    """
+    try:
+        with path.open("a", encoding="utf-8") as file:
+            file.write(line + "\n")
+    except OSError as error:
+        raise WriteError(f"{path}: cannot be written ({error.strerror})") from error
+
+
+def figures_of(info: StepInfo) -> dict[str, float]:
+    """The scalars of a step, by the names that they have in the log."""
+    figures = {
+        "lower_loss": float(info.lower_loss),
+        "lower_grad_norm": float(info.lower_grad_norm),
+    }
+    if info.weights is not None:
+        figures |= _weight_figures(info.weights)
+    if info.upper_loss is not None:
+        figures["upper_loss"] = float(info.upper_loss)
+    if info.hypergradient_norm is not None:
+        figures["hypergradient_norm"] = float(info.hypergradient_norm)
+    return figures | {f"hypergradient/{name}": float(v) for name, v in info.figures.items()}
+
+
+def _weight_figures(weights: Tensor) -> dict[str, float]:
+    return {
+        "weights/mean": float(weights.mean()),
+        "weights/min": float(weights.min()),
+        "weights/max": float(weights.max()),
+        "weights/ess": effective_sample_size(weights) / max(1, weights.numel()),
+    }

@@ -1,0 +1,1 @@
+"""Training: cold start, bilevel training, weights."""

@@ -1,0 +1,191 @@
+"""What a training run reads, checked before anything is trained."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from prm.data.json_rows import json_rows
+from prm.data.record_fields import Place
+from prm.models.model import PRM
+from prm.schema import DataError, StepExample
+from recipes.evaluation.candidates import Candidates, read_candidates
+from recipes.evaluation.leaks import overlap, refuse_overlap
+from recipes.options.train import OptionError, TrainOptions
+from recipes.session import Examples, Solutions, read_examples
+from weighting import row_index
+
+_MOST = float(torch.finfo(torch.float32).max)
+
+
+@dataclass(frozen=True)
+class TrainData:
+    """Everything a training run reads.
+
+    Attributes:
+        train: step-labelled examples, with rows in the weight table.
+        meta: outcome-labelled examples; None where nothing needs them.
+        evaluations: candidate files by name ("dev", "test").
+        domains: number of every domain of ``train``; empty if some example has none.
+        fixed_weights: weight of every row of ``train`` from a weights file, [train]; or None.
+    """
+
+    train: Examples
+    meta: Examples | None
+    evaluations: Mapping[str, Candidates]
+    domains: Mapping[str, int]
+    fixed_weights: Tensor | None
+
+
+def read_train_data(prm: PRM, options: TrainOptions) -> TrainData:
+    """Read and check the files of a training run.
+
+    Raises:
+        OptionError: a file is missing, or the meta set shares questions with the test set and
+            the run is not marked as a sanity check.
+        DataError: a record that cannot be used.
+    """
+    plain = read_examples(prm, options, options.train_file)
+    require(plain, "labels")
+    if options.weighting == "domain" or _weighs_by_domain(options):
+        require(plain, "domain")
+    ids = row_index([example.id for example in plain.examples])
+    names = [example.domain for example in plain.examples]
+    domains = {} if None in names else {str(n): i for i, n in enumerate(dict.fromkeys(names))}
+    meta = None
+    if options.meta_file is not None:
+        meta = read_examples(prm, options, options.meta_file)
+        require(meta, "correct")
+        if options.loss_target == "pairs":
+            require(meta, "group")
+    evaluations = {
+        name: read_candidates(prm, options, path)
+        for name, path in (("dev", options.dev_file), ("test", options.test_file))
+        if path
+    }
+    if meta is not None and "test" in evaluations:
+        test = evaluations["test"].data
+        refuse_overlap(
+            overlap(meta.examples, test.examples, meta.path, test.path),
+            f"--meta-file {meta.path}",
+            f"--test-file {test.path}",
+            sanity_check=options.sanity_check,
+        )
+    return TrainData(
+        train=plain.with_rows(index=ids, domains=domains or None),
+        meta=meta,
+        evaluations=evaluations,
+        domains=domains,
+        fixed_weights=_read_weights(options.weights_file, ids) if options.weights_file else None,
+    )
+
+
+def _weighs_by_domain(options: TrainOptions) -> bool:
+    return options.weighting == "net" and "domain" in options.features
+
+
+def lower_examples(options: TrainOptions, data: TrainData) -> Examples:
+    """What the lower level trains on: the training set, or with ``lower_data`` "meta" that."""
+    if options.lower_data == "meta":
+        assert data.meta is not None
+        return data.meta
+    return data.train
+
+
+@dataclass(frozen=True)
+class _Need:
+    """A field that a use of the data cannot do without, and the words for its absence."""
+
+    has: Callable[[StepExample], bool]
+    field: str
+    expected: str
+    found: str
+    remedy: str
+
+
+_NEEDS: Mapping[str, _Need] = {
+    "labels": _Need(
+        has=lambda example: any(step.label is not None for step in example.steps),
+        field="steps[].label",
+        expected="at least one labelled step",
+        found="none",
+        remedy="label a step or remove the example",
+    ),
+    "correct": _Need(
+        has=lambda example: example.correct is not None,
+        field="correct",
+        expected="true or false",
+        found="nothing",
+        remedy="meta examples must say whether the solution's answer is right",
+    ),
+    "group": _Need(
+        has=lambda example: example.group is not None,
+        field="group",
+        expected="the name of the question",
+        found="nothing",
+        remedy='loss_target "pairs" compares solutions of one question; name it, or use "both"',
+    ),
+    "domain": _Need(
+        has=lambda example: example.domain is not None,
+        field="domain",
+        expected="a name",
+        found="nothing",
+        remedy="--weighting domain and the feature domain need one: name the example's, or use "
+        "another weighting or other features",
+    ),
+}
+
+
+def require(
+    data: Examples | Solutions, what: Literal["labels", "correct", "group", "domain"]
+) -> None:
+    """Refuse examples without ``labels``, ``correct``, ``group`` or ``domain``.
+
+    Raises:
+        DataError: naming the first such line.
+    """
+    need = _NEEDS[what]
+    for line, example in enumerate(data.examples, start=1):
+        if not need.has(example):
+            raise DataError(
+                file=data.path,
+                line=line,
+                field=need.field,
+                expected=need.expected,
+                found=need.found,
+                remedy=need.remedy,
+            )
+
+
+def _read_weights(path: str, ids: Mapping[str, int]) -> Tensor:
+    file = Path(path)
+    if not file.is_file():
+        raise OptionError(f"--weights-file {path}: no such file")
+    found: dict[int, float] = {}
+    for line, entry in json_rows(file):
+        if isinstance(entry, DataError):
+            raise entry
+        place = Place(file.parent, file, line)
+        remedy = "use the weights.jsonl of a run on the same training file"
+        if not isinstance(entry, dict):
+            place.refuse(None, '{"id": ..., "weight": a number}', entry, remedy)
+        name, weight = entry.get("id"), entry.get("weight")
+        if not isinstance(name, str) or name not in ids:
+            place.refuse("id", "an id of the training file", name, remedy)
+        if isinstance(weight, bool) or not isinstance(weight, int | float) or abs(weight) > _MOST:
+            place.refuse("weight", "a number", weight, remedy)
+        if ids[name] in found:
+            place.refuse("id", "an id that no other line has", name, remedy)
+        found[ids[name]] = float(weight)
+    missing = [name for name, row in ids.items() if row not in found]
+    if missing:
+        raise OptionError(
+            f"--weights-file {path}: no weight for {len(missing)} of {len(ids)} training "
+            f"examples, for example {missing[0]!r}"
+        )
+    return torch.tensor([found[row] for row in range(len(ids))])

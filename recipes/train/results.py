@@ -1,0 +1,87 @@
+"""What a training run found: its row, the questions it answered, ``results.json``, the summary."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from prm.models.model import PRM
+from recipes.evaluation.candidates import evaluate, report_of, values_of
+from recipes.evaluation.table import SANITY_CHECK, results_table
+from recipes.options.train import TrainOptions
+from recipes.run.directory import write_text
+from recipes.train.data import TrainData
+
+
+def row_name(options: TrainOptions) -> str:
+    """The row of ``results.json`` that a run fills; that of a sanity check says so."""
+    if options.weights_file is not None:
+        return "fixed_weights"
+    if options.lower_data == "meta":
+        name = "meta_only"
+    else:
+        name = {
+            "net": "instance_net",
+            "table": "instance_table",
+            "domain": "domain_table",
+            "none": "no_selection",
+        }[options.weighting]
+    return name + SANITY_CHECK if options.sanity_check else name
+
+
+def evaluate_all(
+    prm: PRM,
+    lower: Mapping[str, Tensor],
+    data: TrainData,
+    options: TrainOptions,
+    directory: Path,
+) -> dict[str, Any]:
+    """Score every file of candidates; writes ``<file>_questions.jsonl``.
+
+    Returns:
+        What ``results.json`` says of them: the test set at the top, others under their names.
+    """
+    row = row_name(options)
+    results: dict[str, Any] = {"sanity_check": True} if options.sanity_check else {}
+    for name, candidates in data.evaluations.items():
+        found = evaluate(prm, lower, candidates, options)
+        values = values_of(candidates, found, row)
+        report = report_of(candidates, found, values)
+        results |= report if name == "test" else {name: report}
+        lines = [
+            json.dumps(
+                {"question": str(candidates.data.examples[rows[0]].group)}
+                | {key: float(value[place]) for key, value in values.items()}
+            )
+            for place, rows in enumerate(candidates.groups)
+        ]
+        write_text(directory / f"{name}_questions.jsonl", "\n".join(lines) + "\n")
+    return results
+
+
+def print_summary(results: Mapping[str, Any], directory: Path) -> None:
+    """Show ``results.json`` of a finished run."""
+    if results["rows"]:
+        print(f"\n{results['n_questions']} test questions")
+        print(results_table(results))
+        if results["step_auc"] is not None:
+            print(f"step AUC {results['step_auc']:.3f}, macro F1 {results['step_macro_f1']:.3f}")
+    if "weight_auc" in results:
+        print(f"\nAUC of the weights, right against wrong labels: {results['weight_auc']:.3f}")
+        for source, entry in results["sources"].items():
+            auc = f", AUC {entry['auc']:.3f}" if "auc" in entry else ""
+            print(f"  {source:<12}mean weight {entry['mean_weight']:.2f}{auc}")
+    print_troubles(results["troubles"])
+    parts = ", ".join(f"{name.replace('_', ' ')} {s:.0f}" for name, s in results["seconds"].items())
+    print(f"\nseconds: {parts}\nrun directory: {directory}")
+
+
+def print_troubles(counts: Mapping[str, int]) -> None:
+    """Show how many numerical troubles of each kind there were, if any."""
+    if counts:
+        found = ", ".join(f"{kind.replace('_', ' ')} {count}" for kind, count in counts.items())
+        print(f"\ntroubles: {found}")

@@ -1,0 +1,27 @@
+"""``bilevel-prm convert-model``: an InternVL checkpoint for transformers' own classes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from prm.models.convert import convert_internvl
+from recipes.options.use import ConvertModelOptions
+from recipes.options.values import OptionError
+
+
+def run_convert_model(options: ConvertModelOptions) -> Path:
+    """Convert a local folder; prints how much was written, returns where.
+
+    Raises:
+        OptionError: the folder is no such checkpoint; says what it lacks.
+        FileExistsError: there is something at the output.
+    """
+    try:
+        count = convert_internvl(options.input, options.output)
+    except (FileNotFoundError, ValueError) as error:
+        raise OptionError(f"--input {options.input}: {' '.join(str(error).split())}") from error
+    print(
+        f"{options.output}: {count['tensors']} tensors, {count['parameters']} parameters; load "
+        f"with --model {options.output}"
+    )
+    return Path(options.output)

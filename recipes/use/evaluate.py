@@ -1,0 +1,201 @@
+"""``bilevel-prm evaluate``: read or score candidates, choose on dev, report."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import fields
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from prm.models.model import PRM
+from prm.schema import DataError
+from prm.scoring import score_examples
+from recipes.evaluation.candidates import Candidates, read_candidates, read_scored_candidates
+from recipes.evaluation.dev_choice import Choice, choose_on_dev
+from recipes.evaluation.figures import all_figures
+from recipes.evaluation.leaks import overlap, refuse_overlap
+from recipes.evaluation.table import SANITY_CHECK, results_table
+from recipes.options.use import EvaluateOptions
+from recipes.options.values import OptionError
+from recipes.run.directory import write_json
+from recipes.session import Examples, load_model, read_solutions, set_up
+from recipes.use.model_run import note_differences, run_of
+from recipes.use.score import read_settings
+from recipes.use.scores_file import scores_for
+
+_JUDGE = (
+    "model",
+    "system_prompt",
+    "context",
+    "max_patches",
+    "eval_batch_size",
+    "probability",
+    "workers",
+)
+
+
+class _Judge:
+    """The model, loaded when it is first needed."""
+
+    def __init__(self, options: EvaluateOptions) -> None:
+        self.options = options
+
+    @cached_property
+    def loaded(self) -> tuple[PRM, dict[str, Tensor]]:
+        note_differences(self.options, self.options.model)
+        return load_model(self.options)
+
+    def read(self, path: str, scores: str | None) -> Candidates:
+        """Candidates, tokenised only if they have to be scored."""
+        if scores is not None:
+            return read_scored_candidates(self.options, path)
+        return read_candidates(self.loaded[0], self.options, path)
+
+    def rows(self, candidates: Candidates, scores: str | None) -> list[Tensor]:
+        """Step scores of every candidate, read or computed."""
+        data = candidates.data
+        if scores is not None:
+            return _read_rows(Path(scores), candidates)
+        assert isinstance(data, Examples)
+        options = self.options
+        return score_examples(
+            *self.loaded,
+            data.encoded,
+            data.collator,
+            options.eval_batch_size,
+            full_vocab=options.probability == "vocabulary",
+            workers=options.workers,
+        )
+
+
+def run_evaluate(options: EvaluateOptions) -> dict[str, Any]:
+    """Report on ``--file``; returns what the results file holds.
+
+    Raises:
+        OptionError: options that contradict each other, or questions shared with the dev or meta
+            set.
+        DataError: a record, or a line of scores, that cannot be used.
+    """
+    _check(options)
+    set_up(options)
+    output = None if options.output is None else Path(options.output)
+    if output is not None and output.is_dir():
+        raise OptionError(f"--output {output}: is a directory; name a file")
+    judge = _Judge(options)
+    candidates = judge.read(options.file, options.scores)
+    dev = None if options.dev is None else judge.read(options.dev, options.dev_scores)
+    tuned_on = _tuned_on(options, candidates, dev)
+    choice = Choice(options.aggregation, options.threshold)
+    if dev is not None:
+        choice = choose_on_dev(dev, judge.rows(dev, options.dev_scores), options.tie)
+    baseline = None
+    if options.baseline_scores is not None:
+        baseline = _read_rows(Path(options.baseline_scores), candidates)
+    row = f"prm{SANITY_CHECK}" if options.sanity_check else "prm"
+    rows = judge.rows(candidates, options.scores)
+    results = all_figures(candidates, rows, choice, options.tie, row, baseline)
+    results |= {"sanity_check": options.sanity_check, "tuned_on_these_questions": tuned_on}
+    print(results_table(results))
+    print(_summary(results))
+    if output is not None:
+        write_json(output, results)
+    else:
+        print(json.dumps({k: v for k, v in results.items() if k not in ("rows", "ci95")}))
+    return results
+
+
+def _tuned_on(
+    options: EvaluateOptions, candidates: Candidates, dev: Candidates | None
+) -> list[str]:
+    """Sets that share questions with ``--file``, none unless it is a sanity check."""
+    held_out = f"--file {options.file}"
+    others = [] if dev is None else [(f"--dev {options.dev}", dev.data)]
+    meta = options.meta_file
+    if meta is None:
+        model = options.model
+        if options.scores is not None:
+            model = str(read_settings(Path(options.scores)).get("model", {}).get("path", ""))
+        meta = run_of(model).get("meta_file") if model else None
+        if meta is not None and not Path(meta).is_file():
+            print(f"note: {meta}, the meta set of the model's run, is not there to compare with")
+            meta = None
+    if meta is not None:
+        others.append((f"meta set {meta}", read_solutions(options, meta)))
+    shared = []
+    for name, data in others:
+        found = overlap(data.examples, candidates.data.examples, data.path, candidates.data.path)
+        refuse_overlap(found, name, held_out, sanity_check=options.sanity_check)
+        if found:
+            shared.append(f"{name} {found}")
+    return shared
+
+
+def _read_rows(path: Path, candidates: Candidates) -> list[Tensor]:
+    """Step scores of every candidate from a scores file, in float32 as they were computed."""
+    examples = candidates.data.examples
+    found = scores_for(path, [example.id for example in examples], candidates.data.path)
+    for row, example in zip(found, examples, strict=True):
+        if len(row.step_scores) != len(example.steps):
+            raise DataError(
+                expected=f"{len(example.steps)} step scores for {row.id!r}, one per step",
+                found=f"{len(row.step_scores)}",
+                file=path,
+                remedy="score this file again; its solutions have changed",
+            )
+    return [torch.tensor(row.step_scores, dtype=torch.float32) for row in found]
+
+
+def _check(options: EvaluateOptions) -> None:
+    """Refuse options that would do nothing.
+
+    Raises:
+        OptionError: names them and what to change.
+    """
+    given = {f.name for f in fields(options) if getattr(options, f.name) != f.default}
+    if not 0 <= options.threshold <= 1:
+        raise OptionError(f"--threshold: expected a number in [0, 1], found {options.threshold}")
+    if options.dev is None and options.dev_scores is not None:
+        raise OptionError("--dev-scores has no effect without --dev: name the candidates too")
+    if options.dev is not None:
+        _refuse(given & {"aggregation", "threshold"}, "with --dev, which chooses: leave out one")
+    if options.scores is not None and (options.dev is None or options.dev_scores is not None):
+        _refuse(given & set(_JUDGE), "with --scores: nothing is scored. Leave out one")
+
+
+def _refuse(names: Sequence[str] | set[str], why: str) -> None:
+    if names:
+        flags = ", ".join(f"--{name.replace('_', '-')}" for name in sorted(names))
+        raise OptionError(f"{flags}: no effect {why}")
+
+
+def _summary(results: dict[str, Any]) -> str:
+    chosen = results["dev"]
+    lines = [
+        f"{results['n_questions']} questions, aggregation {results['aggregation']}, threshold "
+        f"{results['threshold']:.3g}"
+        + (f", chosen on {chosen['file']}" if chosen else "")
+        + f", ties {results['tie']}"
+    ]
+    for name, entry in results["difference"].items():
+        low, high = entry["ci95"]
+        lines.append(
+            f"minus {name}: {entry['difference']:+.3f} [{low:+.3f}, {high:+.3f}], better on "
+            f"{entry['better']}, worse on {entry['worse']} (McNemar p = {entry['mcnemar_p']:g})"
+        )
+    lines.append("best of k: " + " ".join(f"{value:.3f}" for value in results["best_of_k"]))
+    steps = results["steps"]
+    if steps["auc"] is not None:
+        lines.append(
+            f"steps: AUC {steps['auc']:.3f}, macro F1 {steps['macro_f1']:.3f}, "
+            f"ECE {steps['ece']:.3f}, Brier {steps['brier']:.3f}"
+        )
+    if steps["process_bench"] is not None:
+        lines.append(f"ProcessBench F1, mean over domains: {steps['process_bench']['mean_f1']:.3f}")
+    for shared in results["tuned_on_these_questions"]:
+        lines.append(f"SANITY CHECK, an upper bound: {shared} with the questions judged here")
+    return "\n".join(lines)

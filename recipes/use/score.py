@@ -1,0 +1,187 @@
+"""``bilevel-prm score``: step scores and all aggregates of every solution of a file, resumable."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from prm.inputs.prompt import SYSTEM_PROMPT
+from prm.models.model import PRM
+from prm.schema import DataError, StepExample
+from prm.scoring import aggregate, score_examples
+from recipes.options.use import ScoreOptions
+from recipes.options.values import OptionError
+from recipes.run.directory import write_json
+from recipes.run.identity import digest_file, digest_model
+from recipes.session import AGGREGATIONS, load_model, read_examples, set_up
+from recipes.use.model_run import note_differences
+from recipes.use.scores_file import ScoredSolution, complete_lines, settings_path
+
+_FORMAT = 1
+_WINDOW = 8
+"""Batches that are sorted by length together and written together, in the order of the data."""
+
+
+def run_score(options: ScoreOptions) -> Path:
+    """Score what is not scored yet; returns the scores file.
+
+    Raises:
+        OptionError: the output exists and is not a scores file of this model, data and settings.
+        DataError: a record, or a line of the output, that cannot be used.
+    """
+    set_up(options)
+    output = Path(options.output)
+    if output.is_dir():
+        raise OptionError(f"--output {output}: is a directory; name a file")
+    note_differences(options, options.model)
+    prm, params = load_model(options)
+    data = read_examples(prm, options, options.file)
+    ids = [example.id for example in data.examples]
+    done = _begin(output, settings_of(prm, options), ids, Path(options.file))
+    started = time.perf_counter()
+    window = _WINDOW * options.eval_batch_size
+    # A window that was cut off is scored again as a whole, so that its batches are the same.
+    first = done // window * window if done < len(ids) else len(ids)
+    with output.open("a", encoding="utf-8", newline="\n") as file:
+        for start in range(first, len(ids), window):
+            encoded = data.encoded[start : start + window]
+            scores = score_examples(
+                prm,
+                params,
+                encoded,
+                data.collator,
+                options.eval_batch_size,
+                full_vocab=options.probability == "vocabulary",
+                workers=options.workers,
+            )
+            for place, (row, steps) in enumerate(zip(encoded, scores, strict=True), start=start):
+                if not steps.isfinite().all():
+                    raise DataError(
+                        expected="numbers as step scores",
+                        found=f"{steps.tolist()}",
+                        file=options.file,
+                        example=row.example.id,
+                        remedy="the model's parameters are not finite, or overflow in use",
+                    )
+                if place >= done:
+                    file.write(scored_solution(row.example, steps).line())
+            file.flush()
+            os.fsync(file.fileno())
+    seconds = time.perf_counter() - started
+    print(
+        f"{output}: {len(ids) - done} solutions scored in {seconds:.1f} s"
+        + (f", {done} were there" if done else "")
+    )
+    return output
+
+
+def scored_solution(example: StepExample, step_scores: Tensor) -> ScoredSolution:
+    """The line of an example with step scores [steps]."""
+    return ScoredSolution(
+        id=example.id,
+        step_scores=tuple(step_scores.tolist()),
+        scores=all_aggregates(step_scores),
+        group=example.group,
+        answer=example.answer,
+        correct=example.correct,
+    )
+
+
+def all_aggregates(step_scores: Tensor) -> dict[str, float]:
+    """Score of a solution with step scores [steps], by every aggregation."""
+    mask = torch.ones(step_scores.shape, dtype=torch.bool)
+    return {name: float(aggregate(step_scores, mask, how)) for name, how in AGGREGATIONS.items()}
+
+
+def settings_of(prm: PRM, options: ScoreOptions) -> dict[str, Any]:
+    """What decides the scores: model, tokenizer and image processor, data, prompt, probability.
+
+    Batch size and threads change the last bits only and are left out; the content of images, which
+    the data name by path, is not looked at.
+    """
+    return {
+        "format": _FORMAT,
+        "model": {"path": options.model, "sha256": digest_judge(prm)},
+        "file": {"path": options.file, "sha256": digest_file(options.file)},
+        "system_prompt": SYSTEM_PROMPT if options.system_prompt is None else options.system_prompt,
+        "context": options.context,
+        "max_patches": options.max_patches,
+        "probability": options.probability,
+    }
+
+
+def digest_judge(prm: PRM) -> str:
+    """SHA-256 of the parameters and of how text and images are prepared."""
+    processor = prm.image_processor
+    parts = [
+        digest_model(prm.model),
+        prm.tokenizer.backend_tokenizer.to_str(),
+        str(prm.tokenizer.chat_template),
+        "" if processor is None else json.dumps(processor.to_dict(), sort_keys=True, default=str),
+    ]
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()
+
+
+def read_settings(scores: Path) -> Mapping[str, Any]:
+    """The settings beside a scores file; empty where there are none.
+
+    Raises:
+        DataError: a settings file that is not one.
+    """
+    path = settings_path(scores)
+    if not path.is_file():
+        return {}
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise DataError(expected="JSON", found=str(error), file=path) from error
+    if not isinstance(found, dict) or not isinstance(found.get("model", {}), dict):
+        raise DataError(
+            expected='a JSON object with an object "model"',
+            found=type(found).__name__,
+            file=path,
+            remedy="write scores and settings with `bilevel-prm score`",
+        )
+    return found
+
+
+def _begin(output: Path, settings: Mapping[str, Any], ids: Sequence[str], data: Path) -> int:
+    """Make the output ready to be appended to; how many solutions it holds."""
+    if not output.exists():
+        write_json(settings_path(output), settings)
+        output.touch()
+        return 0
+    earlier = read_settings(output)
+    if not earlier:
+        raise OptionError(
+            f"--output {output}: exists, without {settings_path(output).name} beside it that says "
+            "what it is; choose another file"
+        )
+    differ = [name for name in settings if _decisive(settings, name) != _decisive(earlier, name)]
+    if differ:
+        said = "; ".join(f"{name}: {_shown(earlier, name)}" for name in differ)
+        raise OptionError(
+            f"--output {output}: holds scores made with other settings ({said}); nothing was "
+            "changed. Choose another file, or remove this one"
+        )
+    return complete_lines(output, ids, data)
+
+
+def _decisive(settings: Mapping[str, Any], name: str) -> Any:
+    value = settings.get(name)
+    return value.get("sha256") if isinstance(value, dict) else value
+
+
+def _shown(settings: Mapping[str, Any], name: str) -> str:
+    value = settings.get(name)
+    if isinstance(value, dict):
+        return f"{value.get('path')} of other content"
+    return repr(value)

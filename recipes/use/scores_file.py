@@ -1,0 +1,198 @@
+"""``scores.jsonl``: what a model said of every step of every solution, one line a solution.
+
+    {"id": ..., "group": ..., "answer": ..., "correct": ..., "step_scores": [...], "scores": {...}}
+
+``scores`` holds the solution's score by every aggregation. Beside the file stands
+``<name>.settings.json``: which model, data and settings the scores are of. Lines are in the order
+of the data and complete once they end in a line break: an interrupted file can be continued.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn
+
+from prm.data.json_rows import json_line
+from prm.schema import DataError
+from recipes.options.values import OptionError
+
+_REMEDY = "write the file with `bilevel-prm score`"
+
+
+@dataclass(frozen=True)
+class ScoredSolution:
+    """One line.
+
+    Attributes:
+        id: of the solution.
+        step_scores: p("+") of every step.
+        scores: score of the solution, by name of the aggregation.
+        group: its question; None where the data do not say.
+        answer: likewise.
+        correct: likewise.
+    """
+
+    id: str
+    step_scores: tuple[float, ...]
+    scores: Mapping[str, float]
+    group: str | None = None
+    answer: str | None = None
+    correct: bool | None = None
+
+    def line(self) -> str:
+        """As it stands in the file. Floats are written so that they read back exactly."""
+        optional = {"group": self.group, "answer": self.answer, "correct": self.correct}
+        record = {
+            "id": self.id,
+            **{name: value for name, value in optional.items() if value is not None},
+            "step_scores": list(self.step_scores),
+            "scores": dict(self.scores),
+        }
+        return json.dumps(record, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def settings_path(scores: Path) -> Path:
+    """Where the settings of a scores file stand."""
+    return scores.with_name(scores.name + ".settings.json")
+
+
+def read_scores(path: Path) -> list[ScoredSolution]:
+    """All lines of a scores file.
+
+    Raises:
+        OptionError: no such file.
+        DataError: a line that is none, naming file, line and field; or an id that occurs twice.
+    """
+    if not path.is_file():
+        raise OptionError(f"{path}: no such file; {_REMEDY}")
+    found: list[ScoredSolution] = []
+    first: dict[str, int] = {}
+    for line, row in _rows(path):
+        if row.id in first:
+            _fail(path, line, "id", f"an id of its own, not that of line {first[row.id]}", row.id)
+        first[row.id] = line
+        found.append(row)
+    if not found:
+        raise DataError(expected="a line per solution", found="an empty file", file=path)
+    return found
+
+
+def scores_for(path: Path, ids: Sequence[str], data: Path) -> list[ScoredSolution]:
+    """The lines of a scores file for the solutions ``ids`` of ``data``, in their order.
+
+    Raises:
+        DataError: a solution without scores, or scores of other solutions.
+    """
+    by_id = {row.id: row for row in read_scores(path)}
+    missing = [name for name in ids if name not in by_id]
+    more = len(by_id) - (len(ids) - len(missing))
+    if missing or more:
+        raise DataError(
+            expected=f"scores of the {len(ids)} solutions of {data}",
+            found=f"none for {len(missing)} of them"
+            + (f" (for example {missing[0]!r})" if missing else "")
+            + f", and {more} of other solutions",
+            file=path,
+            remedy="score this file, to the end",
+        )
+    return [by_id[name] for name in ids]
+
+
+def complete_lines(path: Path, ids: Sequence[str], data: Path) -> int:
+    """How many solutions a file begun earlier holds; an incomplete last line is cut off.
+
+    Args:
+        path: the scores file.
+        ids: of all solutions of the data, in order.
+        data: the data, for messages.
+
+    Raises:
+        DataError: a complete line that is none, or not of the solution in its place.
+    """
+    with path.open("rb+") as file:
+        content = file.read()
+        file.truncate(content.rfind(b"\n") + 1)
+    done = 0
+    for line, row in _rows(path):
+        if done == len(ids) or row.id != ids[done]:
+            expected = f"the scores of {ids[done]!r}" if done < len(ids) else "no further line"
+            _fail(path, line, "id", f"{expected}, by the order of {data}", row.id)
+        done += 1
+    return done
+
+
+def _rows(path: Path) -> Iterator[tuple[int, ScoredSolution]]:
+    with path.open("rb") as file:
+        for line, raw in enumerate(file, start=1):
+            try:
+                record = json_line(raw, path, line)
+            except DataError as error:
+                raise DataError(
+                    expected=error.expected,
+                    found=error.found,
+                    file=path,
+                    line=line,
+                    field=error.field,
+                    remedy=_REMEDY,
+                ) from error
+            yield line, _parse(record, path, line)
+
+
+def _parse(record: Any, path: Path, line: int) -> ScoredSolution:
+    def fail(field: str | None, expected: str, found: Any) -> NoReturn:
+        _fail(path, line, field, expected, found)
+
+    if not isinstance(record, dict):
+        fail(None, "a JSON object", record)
+    if not isinstance(record.get("id"), str) or not record["id"]:
+        fail("id", "a string", record.get("id"))
+    for name in ("group", "answer"):
+        if not isinstance(record.get(name), str | None):
+            fail(name, "a string, or no such field", record[name])
+    if not isinstance(record.get("correct"), bool | None):
+        fail("correct", "true, false, or no such field", record["correct"])
+    steps = record.get("step_scores")
+    if not isinstance(steps, list) or not steps:
+        fail("step_scores", "a list of at least one number", steps)
+    for place, value in enumerate(steps):
+        if not _is_number(value) or not 0 <= value <= 1:
+            fail(f"step_scores[{place}]", "a number in [0, 1]", value)
+    scores = record.get("scores")
+    if not isinstance(scores, dict) or not scores:
+        fail("scores", "an object with a number per aggregation", scores)
+    for name, value in scores.items():
+        if not _is_number(value):
+            fail(f"scores.{name}", "a finite number", value)
+    return ScoredSolution(
+        id=record["id"],
+        step_scores=tuple(map(float, steps)),
+        scores={name: float(value) for name, value in scores.items()},
+        group=record.get("group"),
+        answer=record.get("answer"),
+        correct=record.get("correct"),
+    )
+
+
+def _is_number(value: Any) -> bool:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # an integer beyond all floats
+        return False
+
+
+def _fail(path: Path, line: int, field: str | None, expected: str, found: Any) -> NoReturn:
+    shown = found if isinstance(found, str) and field is None else repr(found)
+    raise DataError(
+        expected=expected,
+        found="nothing" if found is None else shown[:80],
+        file=path,
+        line=line,
+        field=field,
+        remedy=_REMEDY,
+    )

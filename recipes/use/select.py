@@ -1,0 +1,68 @@
+"""``bilevel-prm select``: the best candidate of every question, from a scores file alone."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from prm.evaluation.select import best_candidate
+from prm.schema import DataError
+from recipes.options.use import SelectOptions
+from recipes.options.values import OptionError, did_you_mean
+from recipes.run.directory import write_text
+from recipes.use.scores_file import ScoredSolution, read_scores
+
+
+def run_select(options: SelectOptions) -> Path:
+    """Write one line a question, in the order in which questions begin in the scores file.
+
+    ``group`` and ``id`` of the selected candidate, its ``score``, its ``answer`` and ``correct``
+    where known, and ``tied``: the ids of all candidates with that score. A draw among them depends
+    on the seed and on the name of the question only.
+
+    Raises:
+        OptionError: no such file, or no such aggregation.
+        DataError: a line that is none, or one without ``group``.
+    """
+    scores, output = Path(options.scores), Path(options.output)
+    if output.is_dir() or output.resolve() == scores.resolve():
+        raise OptionError(f"--output {output}: is the scores file, or a directory; name another")
+    questions: dict[str, list[ScoredSolution]] = {}
+    for line, row in enumerate(read_scores(scores), start=1):
+        if row.group is None:
+            raise DataError(
+                expected="the name of the question (candidates are compared within one)",
+                found="nothing",
+                file=scores,
+                line=line,
+                field="group",
+                remedy="give the candidates the field group and score them again",
+            )
+        if options.aggregation not in row.scores:
+            raise OptionError(
+                f"--aggregation {options.aggregation}: line {line} of {scores} has "
+                f"{', '.join(row.scores)}" + did_you_mean(options.aggregation, row.scores)
+            )
+        questions.setdefault(row.group, []).append(row)
+    lines = []
+    several = 0
+    for group, rows in questions.items():
+        values = [row.scores[options.aggregation] for row in rows]
+        place, tied = best_candidate(values, tie=options.tie, seed=f"{options.seed} {group}")
+        best = rows[place]
+        several += len(tied) > 1
+        known = {"answer": best.answer, "correct": best.correct}
+        record = {
+            "group": group,
+            "id": best.id,
+            "score": values[place],
+            **{name: value for name, value in known.items() if value is not None},
+            "tied": [rows[other].id for other in tied],
+        }
+        lines.append(json.dumps(record, ensure_ascii=False))
+    write_text(output, "\n".join(lines) + "\n")
+    print(
+        f"{output}: {len(lines)} questions, best {options.aggregation} of "
+        f"{sum(map(len, questions.values()))} candidates; {several} ties settled by {options.tie!r}"
+    )
+    return output

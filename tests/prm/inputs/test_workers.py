@@ -1,0 +1,109 @@
+"""Batches of worker processes: the same, in order; errors as they were; crashes named."""
+
+from __future__ import annotations
+
+import os
+import signal
+
+import pytest
+import torch
+
+from prm.inputs.workers import made_in_order
+from prm.schema import DataError
+from prm.scoring import score_examples
+from tests.prm.tiny import example, internvl, save_image
+
+
+def test_the_same_in_order_whatever_the_workers():
+    def make(number):
+        return {"a": torch.arange(number), "b": [number, torch.get_num_threads() > 0], "c": "text"}
+
+    expected = [make(number) for number in (5, 2, 9, 2)]
+    for workers in (0, 1, 3):
+        before = torch.get_rng_state()
+        found = list(made_in_order(make, (5, 2, 9, 2), workers))
+        assert torch.equal(torch.get_rng_state(), before)
+        assert [row["b"] for row in found] == [row["b"] for row in expected]
+        assert all(
+            torch.equal(one["a"], two["a"]) for one, two in zip(found, expected, strict=True)
+        )
+
+
+def test_what_a_worker_does_stays_in_it():
+    seen = []
+    assert list(made_in_order(lambda number: seen.append(number) or len(seen), range(4), 2)) == [
+        1, 1, 2, 2,
+    ]  # fmt: skip
+    assert seen == []
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_an_error_comes_in_its_turn_as_it_was(workers):
+    def make(number):
+        if number == 2:
+            raise DataError(expected="a", found="b", file="x.png", line=7)
+        return number
+
+    made = made_in_order(make, range(4), workers)
+    assert [next(made), next(made)] == [0, 1]
+    with pytest.raises(DataError) as caught:
+        next(made)
+    assert str(caught.value) == "x.png:7: expected a, found b"
+
+
+def test_a_process_that_dies_is_named():
+    def make(number):
+        if number == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return number
+
+    with pytest.raises(
+        DataError, match=r"loader processes, found .* (killed by signal|exited)"
+    ) as e:
+        list(made_in_order(make, range(3), 1))
+    assert "fewer workers" in e.value.remedy
+
+
+def test_workers_leave_interrupts_to_the_main_process():
+    def make(number):
+        return signal.getsignal(signal.SIGINT) == signal.SIG_IGN
+
+    assert list(made_in_order(make, range(2), 2)) == [True, True]
+    assert signal.getsignal(signal.SIGINT) != signal.SIG_IGN
+
+
+def test_nothing_is_left_behind(tmp_path):
+    def handles():
+        return len(os.listdir("/proc/self/fd")) if os.path.isdir("/proc/self/fd") else 0
+
+    list(made_in_order(lambda number: torch.ones(3), range(4), 2))
+    before = handles()
+    after = []
+    for _ in range(8):
+        made = made_in_order(lambda number: torch.ones(3), range(40), 2)
+        next(made)
+        made.close()
+        after.append(handles())
+    # A thread of torch's queues may be closing its own; what is left behind would add up.
+    assert min(after[4:]) <= before + 1
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_scores_and_a_truncated_image(tmp_path, workers):
+    prm = internvl()
+    paths = [save_image(tmp_path / f"{n}.png", 56, 112 - 20 * n, n) for n in range(3)]
+    collator = prm.collator(system_prompt=None)
+    encoded = [collator.encode(example(images=(path,))) for path in paths]
+    expected = score_examples(prm, {}, encoded, collator, 1)
+    fresh = prm.collator(system_prompt=None)
+    for row in encoded:
+        fresh.encode(row.example)
+    found = score_examples(prm, {}, encoded, fresh, 1, workers=workers)
+    assert all(torch.equal(one, two) for one, two in zip(found, expected, strict=True))
+    paths[1].write_bytes(paths[1].read_bytes()[:-300])
+    third = prm.collator(system_prompt=None)
+    for row in encoded:
+        third.encode(row.example)
+    with pytest.raises(DataError, match="truncated") as caught:
+        score_examples(prm, {}, encoded, third, 1, workers=workers)
+    assert caught.value.file == paths[1]

@@ -1,0 +1,203 @@
+"""The embedded data set: what its files promise."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from recipes.embedded.build import Sizes, build
+from recipes.embedded.questions import (
+    FAMILIES,
+    Exact,
+    Question,
+    answer,
+    draw_question,
+    judged_by,
+    solve,
+    stated_answer,
+)
+from recipes.embedded.sheets import CELLS, PICTURES, SPLITS, draw_sheet, load_scans
+from recipes.embedded.sources import SOURCES, Mixture, judge, true_labels
+from recipes.embedded.student import Careless, draw_difficulty
+
+SMALL = Sizes(
+    train_questions=40,
+    train_solutions=2,
+    cold_questions=40,
+    meta_questions=6,
+    dev_questions=5,
+    test_questions=7,
+)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("embedded") / "data"
+    counts = build(directory, seed=3, sizes=SMALL)
+    rows = {
+        name: [json.loads(line) for line in (directory / f"{name}.jsonl").read_text().splitlines()]
+        for name in counts
+    }
+    assert counts == {name: len(content) for name, content in rows.items()}
+    return directory, rows
+
+
+def test_splits_share_no_scan_and_hold_every_digit():
+    scans = load_scans()
+    assert list(scans) == list(SPLITS)
+    assert sum(len(part.digits) for part in scans.values()) == 1797
+    seen = Counter(image.tobytes() for part in scans.values() for image in part.images)
+    # A few scans of the collection itself are identical; none of them may cross splits.
+    for content, times in seen.items():
+        if times > 1:
+            owners = [
+                name
+                for name, part in scans.items()
+                if any(image.tobytes() == content for image in part.images)
+            ]
+            assert len(owners) == 1
+    for part in scans.values():
+        assert set(part.digits) == set(range(10))
+
+
+@pytest.mark.parametrize("picture", PICTURES)
+def test_sheet_shows_each_value_in_its_own_cell(picture):
+    scans = load_scans()["test"]
+    values = dict(zip(CELLS, (0, 9, 9, 9), strict=True))
+    sheet = draw_sheet(values, scans, np.random.default_rng(0), picture)
+    assert sheet.shape == (32, 32)
+    assert sheet.dtype == np.uint8
+    again = draw_sheet(values, scans, np.random.default_rng(0), picture)
+    assert (sheet == again).all()
+    if picture == "dots":
+        bright = (sheet.reshape(2, 16, 2, 16) > 128).sum((1, 3))
+        assert bright[0, 0] == 0
+        assert (bright.flatten()[1:] == bright[1, 1]).all()
+
+
+def test_exact_solutions_are_right_and_have_five_steps():
+    values = {"A1": 7, "A2": 2, "B1": 5, "B2": 9}
+    texts = {}
+    for family, expected in (("sum", 14), ("gap", 4), ("largest", 7)):
+        question = Question(family, ("A1", "A2", "B1"), values)
+        steps, stated = solve(question, Exact(values))
+        assert stated == answer(question) == expected
+        assert len(steps) == 5
+        assert all(true_labels(steps))
+        texts[family] = [step.text for step in steps]
+    assert texts["gap"] == [
+        "A1= 7", "A2= 2", "7 plus 2 = 9", "B1= 5", "9 gap 5 = 4",
+    ]  # fmt: skip
+
+
+def test_right_labels_judge_every_step_on_its_own():
+    values = dict(zip(CELLS, (1, 2, 3, 4), strict=True))
+    question = Question("sum", ("A1", "A2", "B1"), values)
+
+    class Misreads(Exact):
+        def read(self, cell):
+            return 8 if cell == "A2" else self.values[cell]
+
+    steps, stated = solve(question, Misreads(values))
+    assert true_labels(steps) == [True, False, True, True, True]
+    assert stated == stated_answer(steps) == 12
+    assert true_labels(judged_by(steps, {**values, "A2": 8})) == [True] * 5
+
+
+def test_sources_err_as_they_say():
+    rng = np.random.default_rng(0)
+    mixture = Mixture()
+    seen = Counter()
+    for _ in range(12_000):
+        question = draw_question(rng)
+        difficulty = draw_difficulty(question, rng)
+        steps, stated = solve(question, Careless(question, difficulty, rng))
+        right, truth = stated == answer(question), true_labels(steps)
+        assert judge("verified", question, steps, difficulty, mixture, rng) == truth
+        crowd = judge("crowd", question, steps, difficulty, mixture, rng)
+        seen["flipped"] += sum(a != b for a, b in zip(crowd, truth, strict=True))
+        seen["steps"] += len(steps)
+        rollout = judge("rollout", question, steps, difficulty, mixture, rng)
+        if not all(truth):
+            seen["wrong, right answer" if right else "wrong"] += 1
+            seen["wrong, right answer, passed" if right else "wrong, passed"] += all(rollout)
+        else:
+            seen["right steps"] += len(steps)
+            seen["right steps failed"] += rollout.count(False)
+        weak = judge("judge", question, steps, difficulty, mixture, rng)
+        for step, label in zip(steps, weak, strict=True):
+            if step.reading is None:
+                seen["slips"] += not step.true
+                seen["slips passed"] += not step.true and label
+                assert label or not step.true
+            elif difficulty.misread[step.reading[0]] > 0.3:
+                # On a hard cell the judge sees what the solver is tempted to see.
+                cell, value = step.reading
+                assert label == (value == difficulty.taken_for[cell])
+    assert seen["flipped"] / seen["steps"] == pytest.approx(mixture.flip, abs=0.015)
+    assert seen["wrong, right answer, passed"] == seen["wrong, right answer"] > 0
+    assert seen["wrong, passed"] / seen["wrong"] == pytest.approx(mixture.recovery, abs=0.02)
+    assert seen["right steps failed"] / seen["right steps"] == pytest.approx(
+        mixture.failure, abs=0.02
+    )
+    assert seen["slips passed"] / seen["slips"] == pytest.approx(mixture.lenience, abs=0.04)
+
+
+def test_candidates_err_together():
+    """Majority vote must be beatable: wrong answers agree far more often than by chance."""
+    rng = np.random.default_rng(1)
+    wrong_majority = mixed = 0
+    for _ in range(300):
+        question = draw_question(rng)
+        difficulty = draw_difficulty(question, rng)
+        stated = [solve(question, Careless(question, difficulty, rng))[1] for _ in range(8)]
+        right = stated.count(answer(question))
+        mixed += 0 < right < 8
+        wrong_majority += right > 0 and Counter(stated).most_common(1)[0][1] > right
+    assert mixed / 300 > 0.6
+    assert wrong_majority / 300 > 0.2
+
+
+def test_files_hold_what_they_promise(data):
+    directory, rows = data
+    assert {row["domain"] for row in rows["train"]} == {*FAMILIES, "dots"}
+    assert {row["source"] for row in rows["train"]} == set(SOURCES)
+    assert all(row["wrong_labels"] == 0 for row in rows["train"] if row["source"] == "verified")
+    assert rows["clean"] == [row for row in rows["train"] if row["source"] == "verified"]
+    correct = [row["correct"] for row in rows["meta"]]
+    assert correct.count(True) == correct.count(False) == len(correct) // 2
+    assert all(step["label"] is None for row in rows["meta"] for step in row["steps"])
+    for name in ("dev", "test"):
+        assert set(Counter(row["group"] for row in rows[name]).values()) == {8}
+        assert "source" not in rows[name][0]
+    shares = {source: 80 * share for source, share in zip(SOURCES, Mixture().shares(), strict=True)}
+    for name in ("train", "cold-start"):
+        found = Counter(row["source"] for row in rows[name])
+        assert all(abs(found[source] - share) <= 2 for source, share in shares.items())
+    names = ("train", "cold-start", "meta", "dev", "test")
+    ids = [row["id"] for name in names for row in rows[name]]
+    assert len(ids) == len(set(ids))
+    for row in rows["test"]:
+        with Image.open(directory / row["images"][0]) as image:
+            assert image.size == (32, 32)
+
+
+def test_same_seed_same_bytes_and_no_overwriting(data, tmp_path):
+    directory, _ = data
+    build(tmp_path / "again", seed=3, sizes=SMALL)
+    for path in sorted(directory.rglob("*")):
+        if path.is_file():
+            assert (
+                path.read_bytes() == (tmp_path / "again" / path.relative_to(directory)).read_bytes()
+            )
+    with pytest.raises(FileExistsError, match="exists; remove it"):
+        build(tmp_path / "again", seed=3, sizes=SMALL)
+
+
+def test_mixture_must_sum_to_one():
+    with pytest.raises(ValueError, match="sum to 1"):
+        Mixture(verified=0.9).shares()

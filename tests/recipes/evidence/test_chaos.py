@@ -1,0 +1,62 @@
+"""A handful of kills; ``make chaos`` does many."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from recipes.__main__ import make_parser
+from recipes.evidence.chaos import CASES, SAVE_EVERY, chaos
+from recipes.evidence.chaos_attempt import _is_change
+from recipes.options.rules import check_together
+from recipes.options.train import TrainOptions, resolve
+
+
+@pytest.mark.timeout(900)  # some 15 processes, one after the other; seconds each on a free core
+def test_runs_that_are_killed_are_the_uninterrupted_ones(tmp_path, monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    found = chaos(tmp_path, kills=4, seed=3, cases=("net", "unrolled"))
+    json.dumps(found, allow_nan=False)
+    assert found["kills"] >= 4
+    assert found["resumed"] == found["identical"] == found["kills"]
+    assert found["runs_identical"] == found["runs"] >= 2
+    assert found["lost_steps_max"] <= SAVE_EVERY + 1  # to the end of a window of two
+
+
+def given(words):
+    found = vars(make_parser().parse_args(["train", *words.split()]))
+    return {name: value for name, value in found.items() if name not in ("command", "options")}
+
+
+def test_every_weighting_and_every_hypergradient_is_killed():
+    seen = []
+    for words in CASES.values():
+        options = resolve(
+            TrainOptions,
+            {"train_file": "t", "meta_file": "m", "output_dir": "o", "save_every": SAVE_EVERY}
+            | given(words),
+        )
+        check_together(options)
+        seen.append((options.weighting, options.hypergradient))
+    assert {weighting for weighting, _ in seen} == {"net", "table", "domain"}
+    assert {method for _, method in seen} == {"one-step", "unrolled", "implicit", "penalty"}
+
+
+def test_what_counts_as_a_change():
+    run = "/runs/x"
+    changes = [
+        ("open", (f"{run}/log.jsonl", "a", 0)),
+        ("open", (f"{run}/state", None, 0o102)),
+        ("os.mkdir", (f"{run}/checkpoints", 511, -1)),
+        ("os.rename", (f"{run}/a", f"{run}/b", -1, -1)),
+    ]
+    others = [
+        ("open", (f"{run}/log.jsonl", "r", 0)),
+        ("open", ("/elsewhere", "w", 0)),
+        ("open", (3, "w", 0)),
+        ("os.listdir", (run,)),
+        ("import", ("x",)),
+    ]
+    assert all(_is_change(*event, run) for event in changes)
+    assert not any(_is_change(*event, run) for event in others)

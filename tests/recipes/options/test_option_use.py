@@ -1,0 +1,494 @@
+"""No option that does nothing, no choice that its consumer does not take."""
+
+from __future__ import annotations
+
+import ast
+import math
+from collections.abc import Iterator
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Literal, get_args, get_origin, get_type_hints
+
+import pytest
+import torch
+
+import recipes.run.directory
+import recipes.run.resume
+import recipes.train.training
+import recipes.use.weigh
+from bilevel import SGD, AdamW, LazyRowAdam, OneStep, Projected, WarmupCosine
+from bilevel.optimizers.schedule import Constant, StepDecay
+from bilevel.routes import CentralDifference, Route
+from prm.models.model import load_prm
+from recipes import commands
+from recipes.embedded.vocabulary import SYSTEM_PROMPT
+from recipes.evaluation.table import NAMES
+from recipes.options.embedded import CompareOptions, DataOptions, PretrainOptions
+from recipes.options.train import (
+    ColdStartOptions,
+    OptionError,
+    TrainOptions,
+)
+from recipes.options.use import (
+    ConvertModelOptions,
+    EvaluateOptions,
+    ScoreOptions,
+    SelectOptions,
+    WeighOptions,
+)
+from recipes.run.directory import free_directory
+from recipes.session import AGGREGATIONS, read_examples
+from recipes.train.make_solver import (
+    lower_schedule,
+    make_bound,
+    make_solver,
+    make_weighting,
+    time_scale,
+    upper_optimizer,
+    upper_schedule,
+)
+from recipes.train.objective import Objective
+from recipes.train.results import row_name
+from recipes.train.training import run_cold_start, run_training
+from tests.tiny_task import FORWARD_MODE
+from weighting import FEATURES, DomainTable, InstanceNet, InstanceTable
+
+PACKAGE = Path(recipes.__file__).parent
+OPTIONS = [
+    ColdStartOptions,
+    CompareOptions,
+    ConvertModelOptions,
+    DataOptions,
+    EvaluateOptions,
+    PretrainOptions,
+    ScoreOptions,
+    SelectOptions,
+    TrainOptions,
+    WeighOptions,
+]
+BASE = TrainOptions(train_file="t", output_dir="o", batch_size=4, steps=20, upper_start=0)
+
+
+def choices(name: str) -> tuple[str, ...]:
+    hint = get_type_hints(TrainOptions)[name]
+    assert get_origin(hint) is Literal
+    return get_args(hint)
+
+
+def read_attributes() -> Iterator[str]:
+    for path in PACKAGE.rglob("*.py"):
+        if path.name in ("options.py", "option_rules.py") or path.parent.name == "bench":
+            continue
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load):
+                owner = node.value
+                if isinstance(owner, ast.Name) and owner.id == "options":
+                    yield node.attr
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+def test_every_option_is_read(options):
+    assert {f.name for f in fields(options)} <= set(read_attributes())
+
+
+@pytest.fixture
+def recording(monkeypatch):
+    """Options of a class, and the set of those that have been read since."""
+    monkeypatch.setattr(recipes.run.directory, "to_yaml", lambda options: "")
+    monkeypatch.setattr(recipes.run.resume, "identity", lambda options, model: {})
+    monkeypatch.setattr(recipes.train.training, "check_together", lambda options: None)
+
+    def make(kind, given):
+        seen = set()
+
+        class Recording(kind):
+            def __getattribute__(self, name):
+                seen.add(name)
+                return super().__getattribute__(name)
+
+        made = Recording(**{f.name: getattr(given, f.name) for f in fields(kind)})
+        seen.clear()
+        return made, seen
+
+    return make
+
+
+def unread(kind, *seen):
+    return {f.name for f in fields(kind)} - set().union(*seen)
+
+
+def test_cold_start_reads_each_of_its_options(task, tmp_path, recording):
+    options, seen = recording(ColdStartOptions, task.cold_start(tmp_path / "run"))
+    run_cold_start(options)
+    assert unread(ColdStartOptions, seen) == set()
+
+
+@FORWARD_MODE
+def test_training_reads_each_of_its_options(task, tmp_path, recording):
+    read = []
+    implicit = {"hypergradient": "implicit", "solver_iterations": 1, "lower_weight_decay": 0.0}
+    for name, more in (
+        ("net", {}),
+        ("table", {"weighting": "table"}),
+        ("implicit", implicit),
+        ("penalty", {"hypergradient": "penalty"}),
+    ):
+        given = task.train(tmp_path / name, bound="clip", **more)
+        options, seen = recording(TrainOptions, given)
+        run_training(options)
+        read.append(seen)
+    assert unread(TrainOptions, *read) == set()
+    # What only one of them has to do with.
+    assert "hidden" in read[0] - read[1]
+
+
+def test_evaluation_reads_each_of_its_options(task, tmp_path, recording):
+    given = EvaluateOptions(
+        model=str(task.model),
+        file=str(task.data / "test.jsonl"),
+        output=str(tmp_path / "out.json"),
+        system_prompt=SYSTEM_PROMPT,
+    )
+    options, seen = recording(EvaluateOptions, given)
+    assert commands.run("evaluate", options) == 0
+    assert unread(EvaluateOptions, seen) == set()
+
+
+@pytest.mark.parametrize(("command", "kind"), [("score", ScoreOptions), ("select", SelectOptions)])
+def test_use_reads_each_of_its_options(task, tmp_path, recording, command, kind):
+    scores = tmp_path / "scores.jsonl"
+    given = {
+        "score": {"model": str(task.model), "file": str(task.data / "dev.jsonl")},
+        "select": {"scores": str(scores), "output": str(tmp_path / "best.jsonl")},
+    }
+    for name, kind_of in (("score", ScoreOptions), ("select", SelectOptions)):
+        more = {"output": str(scores)} if name == "score" else {}
+        options, seen = recording(kind_of, kind_of(**given[name], **more))
+        assert commands.run(name, options) == 0
+        if name == command:
+            assert unread(kind, seen) == set()
+            return
+
+
+RULES = get_args(get_type_hints(WeighOptions)["by"])
+
+
+@pytest.mark.parametrize("by", RULES)
+def test_weigh_reads_what_it_does_not_refuse(task, tmp_path, recording, by):
+    given = {"file": str(task.data / "train.jsonl"), "output": str(tmp_path / "w"), "by": by}
+    if by == "weighting":
+        run = run_training(task.train(tmp_path / "run", weighting="table", bound="clip", steps=2))
+        given["weighting"] = str(run / "weighting")
+    options, seen = recording(
+        WeighOptions,
+        WeighOptions(**given, model=str(task.model))
+        if by == "small-loss"
+        else WeighOptions(**given),
+    )
+    # The check of what was given looks at every field; it is not what uses one.
+    recipes.use.weigh._check_unread, check = (lambda *_: None), recipes.use.weigh._check_unread
+    try:
+        assert commands.run("weigh", options) == 0
+    finally:
+        recipes.use.weigh._check_unread = check
+    refused = set(recipes.use.weigh._UNREAD[by])
+    if by == "weighting":  # a table, which asks no model
+        refused |= set(recipes.use.weigh._JUDGE)
+    assert not refused & (seen - {"seed"})
+    assert unread(WeighOptions, seen) <= refused
+
+
+def test_every_choice_is_tested_below():
+    hints = get_type_hints(TrainOptions)
+    found = {name for name, hint in hints.items() if get_origin(hint) is Literal}
+    assert found == {
+        "aggregation",
+        "bound",
+        "context",
+        "hypergradient",
+        "linear_solver",
+        "loss_target",
+        "lower_data",
+        "lower_loss",
+        "lower_schedule",
+        "normalise",
+        "on_existing",
+        "on_trouble",
+        "order",
+        "probability",
+        "route",
+        "upper_optimizer",
+        "upper_schedule",
+        "weighting",
+    }
+
+
+@pytest.mark.parametrize("name", choices("bound"))
+def test_bounds(name):
+    bound = make_bound(replace(BASE, bound=name, bound_low=-1.0, bound_high=3.0))
+    expected = {
+        "clip": (-1.0, 3.0),
+        "clamp": (-1.0, 3.0),
+        "sigmoid": (0.0, 3.0),
+        "softplus": (0.0, math.inf),
+        "leaky-relu": (-math.inf, math.inf),
+        "relu": (0.0, math.inf),
+        "none": (-math.inf, math.inf),
+    }
+    assert bound.range == expected[name]
+    assert float(bound(torch.tensor(bound.raw(1.0)))) == pytest.approx(1.0)
+    assert float(bound(torch.tensor(-0.5))) == pytest.approx(
+        {
+            "clip": -0.5,
+            "clamp": -0.5,
+            "sigmoid": 3 / (1 + math.exp(0.5)),
+            "softplus": math.log1p(math.exp(-0.5)),
+            "leaky-relu": -0.005,
+            "relu": 0.0,
+            "none": -0.5,
+        }[name],
+        abs=1e-6,
+    )
+    if name in ("clip", "clamp"):  # the pull back inside, from beyond the upper end
+        raw = torch.tensor(4.0, requires_grad=True)
+        bound(raw).backward()
+        assert float(raw.grad) == (1.0 if name == "clip" else 0.0)
+        table = make_weighting(replace(BASE, weighting="table", bound=name, bound_high=3.0), 2, 0)
+        kept = table.project({"deviation": torch.tensor([-9.0, 9.0])})["deviation"].tolist()
+        assert kept == ([-1.0, 2.0] if name == "clip" else [-9.0, 9.0])
+
+
+@pytest.mark.parametrize("name", choices("weighting"))
+@pytest.mark.parametrize("bound", choices("bound"))
+@pytest.mark.parametrize("normalise", choices("normalise"))
+def test_weightings(name, bound, normalise):
+    options = replace(BASE, weighting=name, bound=bound, normalise=normalise)
+    if name == "domain" and bound not in ("softplus", "sigmoid"):
+        with pytest.raises(OptionError):
+            make_weighting(options, 8, 3)
+        return
+    weighting = make_weighting(options, 8, 3)
+    if name == "none":
+        assert weighting is None
+        return
+    kind = {"net": InstanceNet, "table": InstanceTable, "domain": DomainTable}[name]
+    assert type(weighting) is kind
+    assert weighting.bound == make_bound(options)
+    assert time_scale(options, weighting).upper_lr > 0
+    if name == "table":
+        assert (weighting.size, weighting.prior, weighting.normalise) == (8, 1.0, normalise)
+    elif name == "domain":
+        assert weighting.size == 3
+    else:
+        assert weighting.normalise == (normalise == "batch")
+        assert (weighting.features, weighting.hidden, weighting.layers) == (5, 10, 1)
+
+
+@pytest.mark.parametrize(
+    ("features", "reference", "inputs"),
+    [
+        (("label",), True, 1),
+        (("label", "loss"), True, 3),
+        (("p_plus", "p_minus"), False, 2),
+        (tuple(FEATURES), True, 9),
+        (("steps", "label", "loss", "domain"), True, 7),
+    ],
+)
+def test_features_are_counted_as_they_are_made(features, reference, inputs):
+    options = replace(BASE, features=features, reference_features=reference)
+    weighting = make_weighting(options, 8, 3)
+    assert weighting.features == inputs
+    objective = Objective(None, AGGREGATIONS["mean"], "both", weighting, features, reference, 3)
+    batch = {
+        "labels": torch.tensor([[1.0, 0.0], [1.0, float("nan")]]),
+        "step_mask": torch.ones(2, 2, dtype=torch.bool),
+        "reference_probs": torch.full((2, 2), 0.25),
+        "domain": torch.tensor([2, 0]),
+    }
+    found, known = objective.net_inputs(batch, {"step_probs": torch.full((2, 2), 0.5)})
+    assert found.shape == (2, 2, inputs)
+    assert known.tolist() == [[True, True], [True, False]]
+
+
+@pytest.mark.parametrize("route", choices("route"))
+@pytest.mark.parametrize("order", choices("order"))
+@pytest.mark.parametrize("rollback", [False, True])
+def test_routes_and_orders(route, order, rollback):
+    more = {"weighting": "table", "normalise": "table", "bound": "clip", "batch_size": 1}
+    options = replace(BASE, route=route, order=order, rollback=rollback, **more)
+    objective = Objective(None, AGGREGATIONS["mean"], "both", make_weighting(options, 8, 0))
+    if route == "ghost" and order == "lower-first":
+        with pytest.raises(OptionError, match="--route ghost, --order lower-first"):
+            make_solver(options, objective, 0.1)
+        return
+    solver = make_solver(options, objective, 0.1)
+    assert isinstance(solver.hypergradient, OneStep)
+    assert isinstance(solver.hypergradient.route, Route)
+    assert type(solver.hypergradient.route).__name__.lower() == route.replace("-", "")
+    assert (solver.hypergradient.order, solver.rollback) == (order, rollback)
+    if route == "central-difference":
+        assert solver.hypergradient.route == CentralDifference()
+        solver = make_solver(replace(options, difference_radius=0.01), objective, 0.1)
+        assert solver.hypergradient.route == CentralDifference(radius=0.01)
+
+
+def test_every_number_of_the_levels_arrives():
+    options = replace(
+        BASE,
+        weighting="table",
+        lower_betas=(0.7, 0.8),
+        lower_weight_decay=0.3,
+        lower_max_norm=None,
+        upper_betas=(0.6, 0.9),
+        upper_weight_decay=0.2,
+        unroll_steps=3,
+        upper_start=5,
+        accumulation=4,
+        direction_decay=0.5,
+    )
+    objective = Objective(None, AGGREGATIONS["mean"], "both", make_weighting(options, 8, 0))
+    solver = make_solver(options, objective, 0.125)
+    lower = AdamW(WarmupCosine(5e-4, 1, 20), betas=(0.7, 0.8), weight_decay=0.3, max_norm=None)
+    adam = AdamW(WarmupCosine(0.125, 0, 5), betas=(0.6, 0.9), weight_decay=0.2)
+    upper = Projected(adam, objective.weighting.project)
+    assert (solver.lower_optimizer, solver.upper_optimizer) == (lower, upper)
+    counts = (solver.unroll_steps, solver.upper_start, solver.accumulation)
+    assert counts == (3, 5, 4)
+    assert solver.hypergradient.direction_decay == 0.5
+
+
+@pytest.mark.parametrize("name", choices("upper_optimizer"))
+def test_upper_optimizers(name):
+    options = replace(BASE, upper_optimizer=name, upper_schedule="constant", upper_max_norm=0.5)
+    made = upper_optimizer(options, 0.25)
+    adam = {"betas": (0.9, 0.999), "weight_decay": 0.0, "max_norm": 0.5}
+    expected = {
+        "adam": AdamW(Constant(0.25), **adam),
+        "lazy-adam": LazyRowAdam(Constant(0.25), **adam),
+        "sgd": SGD(Constant(0.25), max_norm=0.5),
+    }
+    assert made == expected[name]
+    table = make_weighting(replace(options, weighting="table", bound="clip"), 8, 0)
+    # One row of eight, seen every other of 20 steps: auto lets it travel the width of 1.
+    scale = time_scale(replace(options, weighting="table"), table)
+    assert (scale.visits, scale.reachable) == (10.0, pytest.approx(1.0))
+
+
+@pytest.mark.parametrize("name", choices("lower_schedule"))
+def test_lower_schedules(name):
+    expected = {
+        "cosine": WarmupCosine(5e-4, 1, 20),
+        "step": StepDecay(5e-4, 7, 0.5),
+        "constant": Constant(5e-4),
+    }
+    options = replace(BASE, lower_schedule=name, lower_step_size=7, lower_gamma=0.5)
+    assert lower_schedule(options) == expected[name]
+
+
+@pytest.mark.parametrize("name", choices("upper_schedule"))
+def test_upper_schedules(name):
+    options = replace(BASE, upper_schedule=name, upper_start=4, unroll_steps=2)
+    options = replace(options, upper_warmup=0.25, upper_step_size=3, upper_gamma=0.9)
+    expected = {
+        "cosine": WarmupCosine(0.5, 2, 8),
+        "step": StepDecay(0.5, 3, 0.9),
+        "constant": Constant(0.5),
+    }
+    assert upper_schedule(options, 0.5) == expected[name]
+
+
+def test_aggregations():
+    assert set(choices("aggregation")) == set(AGGREGATIONS)
+    scores, mask = torch.tensor([[0.5, 0.8, 0.9]]), torch.tensor([[True, True, False]])
+    found = {name: float(how(scores, mask)) for name, how in AGGREGATIONS.items()}
+    assert found == pytest.approx(
+        {
+            "mean": 0.65,
+            "min": 0.5,
+            "max": 0.8,
+            "last": 0.8,
+            "product": 0.4,
+            "log_mean": math.sqrt(0.4),
+            "logit_mean": 1 / (1 + math.exp(-math.log(4) / 2)),
+            "logit_sum": 0.8,
+        }
+    )
+
+
+@pytest.mark.parametrize("name", choices("loss_target"))
+@pytest.mark.parametrize("aggregation", choices("aggregation"))
+def test_loss_targets(task, tmp_path, name, aggregation):
+    options = task.train(tmp_path)
+    prm = load_prm(task.model)
+    batch = read_examples(prm, options, options.meta_file).batch(range(4))
+    batch["group"] = torch.tensor([0, 0, 1, 1])
+    objective = Objective(prm, AGGREGATIONS[aggregation], name, None)
+    with torch.no_grad():
+        assert 0 < float(objective.upper_loss({}, {}, batch)) < 4
+
+
+@pytest.mark.parametrize("loss", choices("lower_loss"))
+@pytest.mark.parametrize("probability", choices("probability"))
+def test_lower_losses_and_probabilities(task, tmp_path, loss, probability):
+    """Against the logits of a plain forward pass, at the positions of the labels."""
+    prm = load_prm(task.model, dtype=torch.float64)
+    batch = read_examples(prm, task.train(tmp_path), task.data / "train.jsonl").batch(range(3))
+    objective = Objective(
+        prm,
+        AGGREGATIONS["mean"],
+        "both",
+        None,
+        full_vocab=probability == "vocabulary",
+        lower_loss=loss,
+    )
+    inputs = {k: batch[k] for k in ("input_ids", "attention_mask", "pixel_values")}
+    inputs["pixel_values"] = inputs["pixel_values"].double()
+    labels = [prm.plus_id, prm.minus_id]
+    with torch.no_grad():
+        found, features = objective.per_example_loss({}, batch)
+        logits = prm.model(**inputs).logits
+    for row, positions in enumerate(batch["label_positions"]):
+        at = logits[row, positions[batch["step_mask"][row]]]
+        two_way = at[:, labels].softmax(-1)
+        probs = two_way if probability == "labels" else at.softmax(-1)[:, labels]
+        truth = batch["labels"][row, : len(at)]
+        likelihood = torch.where(truth == 1, probs[:, 0], probs[:, 1])
+        expected = (probs[:, 0] - truth) ** 2 if loss == "squared" else -likelihood.log()
+        torch.testing.assert_close(found[row], expected.mean())
+        torch.testing.assert_close(features["step_probs"][row, : len(at)], two_way[:, 0])
+
+
+@pytest.mark.parametrize("name", choices("context"))
+def test_contexts(task, tmp_path, name):
+    options = replace(task.train(tmp_path), context=name)
+    prm = load_prm(task.model)
+    data = read_examples(prm, options, options.train_file)
+    tokens = data.batch(range(6))["input_ids"]
+    signs = [int((tokens == at).sum()) for at in (prm.plus_id, prm.minus_id)]
+    labels = [step.label for example in data.examples[:6] for step in example.steps[:-1]]
+    expected = {
+        "plus": [len(labels), 0],
+        "gold": [labels.count(1.0), labels.count(0.0)],
+        "masked": [0, 0],
+    }
+    assert signs == expected[name]
+
+
+@pytest.mark.parametrize("name", choices("on_existing"))
+def test_on_existing(tmp_path, name):
+    full = tmp_path / "run"
+    full.mkdir()
+    (full / "args.yaml").write_text("")
+    (tmp_path / "run-2").write_text("")
+    expected = {"refuse": full, "number": tmp_path / "run-3"}
+    assert free_directory(full, name) == expected[name]
+    assert free_directory(tmp_path / "new", name) == tmp_path / "new"
+
+
+def test_every_kind_of_run_has_a_row_of_its_own_name():
+    rows = [row_name(replace(BASE, weighting=name)) for name in choices("weighting")]
+    rows += [row_name(replace(BASE, weighting="none", lower_data="meta"))]
+    rows += [row_name(replace(BASE, weighting="none", weights_file="w"))]
+    assert len(set(rows)) == len(rows) == 6
+    assert set(rows) <= set(NAMES)
+    assert choices("lower_data") == ("train", "meta")

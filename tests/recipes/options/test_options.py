@@ -1,0 +1,95 @@
+"""Options: command line over preset over default, and every mistake named."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import fields
+
+import pytest
+
+from recipes.options.train import (
+    PRESETS,
+    ColdStartOptions,
+    OptionError,
+    TrainOptions,
+    build_parser,
+    resolve,
+    to_yaml,
+)
+
+REQUIRED = {"train_file": "t.jsonl", "output_dir": "out"}
+
+
+def parse(*words: str, options: type = TrainOptions) -> dict:
+    parser = argparse.ArgumentParser()
+    build_parser(parser, options)
+    return vars(parser.parse_args(words))
+
+
+def test_command_line_wins_over_preset_wins_over_default(tmp_path):
+    preset = tmp_path / "p.yaml"
+    preset.write_text("train_file: a.jsonl\noutput-dir: o\nsteps: 7\nlower_lr: 1e-4\nfreeze: [x]\n")
+    options = resolve(TrainOptions, parse("--config", str(preset), "--steps", "9"))
+    assert options.steps == 9
+    assert options.lower_lr == 1e-4
+    assert options.freeze == ("x",)
+    assert options.batch_size == TrainOptions.batch_size
+
+
+def test_both_spellings_and_every_kind_of_value():
+    words = "--train_file t --output-dir o --lower-betas 0.8 0.9 --no-progress"
+    words += " --lower-max-norm none --features loss label"
+    options = resolve(TrainOptions, parse(*words.split()))
+    assert options.lower_betas == (0.8, 0.9)
+    assert options.progress is False
+    assert options.lower_max_norm is None
+    assert options.features == ("loss", "label")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("step: 3\n", "unknown option 'step'; did you mean 'steps'?"),
+        ("steps: many\n", "steps: expected int, found 'many'"),
+        ("steps: 1.5\n", "steps: expected int, found 1.5"),
+        ("steps: true\n", "steps: expected int, found True"),
+        (
+            "weighting: nett\n",
+            "expected one of net, table, domain, none; found 'nett'; did you mean",
+        ),
+        ("progress: maybe\n", "progress: expected true or false, found 'maybe'"),
+        ("lower_betas: [0.9]\n", "lower_betas: expected 2 values, found 1"),
+        ("freeze: tower\n", "freeze: expected a list, found 'tower'"),
+        ("- a\n- b\n", "expected `option: value` lines, found list"),
+        ("a: [\n", "not valid YAML"),
+        ("", "missing --train-file, --output-dir"),
+    ],
+)
+def test_mistakes_in_a_preset_are_named(tmp_path, content, message):
+    preset = tmp_path / "p.yaml"
+    preset.write_text(content)
+    with pytest.raises(OptionError) as error:
+        resolve(TrainOptions, {"config": str(preset)})
+    assert message in str(error.value)
+
+
+def test_unknown_preset_names_the_nearest_shipped_one():
+    with pytest.raises(OptionError, match="did you mean 'train-net'"):
+        resolve(TrainOptions, {"config": "train-nett"})
+
+
+def test_yaml_of_a_run_reads_back_to_the_same_options(tmp_path):
+    options = TrainOptions(**REQUIRED, freeze=("a", "b"), lower_max_norm=None, seed=3)
+    (tmp_path / "args.yaml").write_text(to_yaml(options))
+    assert resolve(TrainOptions, {"config": str(tmp_path / "args.yaml")}) == options
+
+
+@pytest.mark.parametrize("preset", sorted(PRESETS.glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_shipped_preset_resolves(preset):
+    kind = ColdStartOptions if preset.stem.endswith("cold-start") else TrainOptions
+    resolve(kind, {"config": preset.stem})
+
+
+@pytest.mark.parametrize("options", [TrainOptions, ColdStartOptions])
+def test_every_option_has_help(options):
+    assert all(f.metadata["help"] for f in fields(options))

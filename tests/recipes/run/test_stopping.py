@@ -1,0 +1,165 @@
+"""A signal ends training after a complete step, with its state saved."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+
+import pytest
+
+from bilevel import BilevelSolver
+from recipes.__main__ import main
+from recipes.run.errors import Stopped
+from recipes.run.stopping import stop_requests
+from recipes.train.training import run_training
+from tests.tiny_task import model_bits
+
+HANDLED = (signal.SIGINT, signal.SIGTERM)
+
+
+def handlers():
+    return [signal.getsignal(number) for number in HANDLED]
+
+
+@pytest.fixture
+def send(monkeypatch):
+    """``send(number, step)``: the signal arrives during that lower step, counted from 1."""
+    original = BilevelSolver.step
+
+    def at(number, when):
+        steps = iter(range(1, when + 1))
+
+        def step(*args, **more):
+            if next(steps, 0) == when:
+                os.kill(os.getpid(), number)
+            return original(*args, **more)
+
+        monkeypatch.setattr(BilevelSolver, "step", step)
+
+    yield at
+    monkeypatch.undo()
+
+
+@pytest.mark.parametrize(
+    ("number", "name", "status"), [(signal.SIGINT, "SIGINT", 130), (signal.SIGTERM, "SIGTERM", 143)]
+)
+@pytest.mark.parametrize("save_every", [0, 2])
+def test_the_step_is_finished_the_state_saved_and_the_way_on_said(
+    task, tmp_path, send, monkeypatch, capsys, number, name, status, save_every
+):
+    options = task.train(tmp_path / "whole", steps=5)
+    whole = run_training(options)
+    run = tmp_path / "run"
+    words = ["train", "--config", str(whole / "args.yaml"), "--output-dir", str(run)]
+    before = handlers()
+    send(number, 3)
+    assert main([*words, "--save-every", str(save_every)]) == status
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert said == (
+        f"bilevel-prm train: instance_net: stopped by {name} after 3 of 5 lower steps; the state "
+        f"is in {run}/checkpoints/step-3; go on with: bilevel-prm train --resume {run}"
+    )
+    assert handlers() == before
+    monkeypatch.undo()
+    assert main(said.partition("go on with: bilevel-prm ")[2].split()) == 0
+    assert model_bits(run) == model_bits(whole)
+    for file in ("log.jsonl", "weights.jsonl", "test_questions.jsonl"):
+        assert (run / file).read_bytes() == (whole / file).read_bytes()
+    assert not (run / "lock").exists()
+
+
+def test_loader_processes_that_the_signal_ended_are_no_fault(task, tmp_path, monkeypatch):
+    """A signal to all processes of a job; torch says that its workers died, wherever we are."""
+    original = BilevelSolver.step
+
+    def step(self, state, *rest):
+        if int(state.lower_steps) == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+            raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Terminated. ")
+        return original(self, state, *rest)
+
+    monkeypatch.setattr(BilevelSolver, "step", step)
+    with pytest.raises(Stopped, match="stopped by SIGTERM after 2 of 4 lower steps"):
+        run_training(task.train(tmp_path / "run"))
+    assert (tmp_path / "run" / "checkpoints" / "step-2").is_dir()
+
+
+def test_after_the_last_step_only_the_evaluation_is_left(task, tmp_path, send, monkeypatch):
+    options = task.train(tmp_path / "run", steps=3)
+    send(signal.SIGTERM, 3)
+    with pytest.raises(Stopped, match="after 3 of 3 lower steps"):
+        run_training(options)
+    monkeypatch.undo()
+    monkeypatch.setattr(BilevelSolver, "step", None)  # none is taken any more
+    assert main(["train", "--resume", str(tmp_path / "run")]) == 0
+    assert (tmp_path / "run" / "results.json").exists()
+
+
+def test_the_first_is_remembered_and_the_handlers_come_back(capfd):
+    before = handlers()
+
+    def body():
+        with stop_requests() as asked:
+            assert asked() is None
+            os.kill(os.getpid(), signal.SIGTERM)
+            assert asked() is signal.SIGTERM
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        body()
+    assert handlers() == before
+    assert "SIGTERM: stopping after this step" in capfd.readouterr().err
+
+
+def test_one_that_nobody_looked_at_is_not_lost(capfd):
+    with pytest.raises(KeyboardInterrupt), stop_requests():
+        os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_what_is_ignored_stays_ignored():
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with stop_requests() as asked:
+            os.kill(os.getpid(), signal.SIGINT)
+            assert asked() is None
+            assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def test_another_thread_listens_to_nothing():
+    seen = []
+
+    def body():
+        with stop_requests() as asked:
+            seen.append((handlers(), asked()))
+
+    before = handlers()
+    thread = threading.Thread(target=body)
+    thread.start()
+    thread.join()
+    assert seen == [(before, None)]
+
+
+_SECOND = """
+import os, signal
+from recipes.run.stopping import stop_requests
+before = signal.getsignal(signal.SIGTERM)
+assert before is signal.SIG_DFL
+with stop_requests():
+    os.kill(os.getpid(), signal.{number})
+    print("first survived", flush=True)
+    os.kill(os.getpid(), signal.{number})
+    print("second survived", flush=True)
+"""
+
+
+@pytest.mark.parametrize("number", HANDLED)
+def test_the_second_ends_the_process_at_once(number):
+    code = _SECOND.format(number=number.name)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == -number
+    assert done.stdout == "first survived\n"

@@ -1,0 +1,30 @@
+"""``convert-model``: the folder that it writes is a model; mistakes are one line."""
+
+from __future__ import annotations
+
+from prm.models.model import load_prm
+from recipes.__main__ import main
+from tests.prm.models.test_convert import make_original, state_of, write
+
+
+def test_the_written_folder_is_a_model(tmp_path, capsys):
+    config, model, tokenizer = make_original("qwen2")
+    source = write(tmp_path / "old", config, state_of(model), tokenizer)
+    target = tmp_path / "new"
+    assert main(["convert-model", "--input", str(source), "--output", str(target)]) == 0
+    count = sum(value.numel() for value in model.parameters())
+    assert f"{count} parameters" in capsys.readouterr().out
+    assert sum(value.numel() for value in load_prm(target).model.parameters()) == count
+
+
+def test_mistakes_are_one_line(tmp_path, capsys):
+    config, model, tokenizer = make_original("qwen2")
+    state = state_of(model)
+    del state["mlp1.3.bias"]
+    source = write(tmp_path / "old", config, state, tokenizer)
+    words = ["convert-model", "--input", str(source), "--output"]
+    assert main([*words, str(tmp_path / "new")]) == 2
+    assert "missing: model.multi_modal_projector.linear_2.bias" in capsys.readouterr().err
+    assert main([*words, str(source)]) == 1
+    (said,) = capsys.readouterr().err.splitlines()
+    assert said.endswith("is not empty; remove it or choose another")

@@ -1,0 +1,208 @@
+"""``score`` and ``select`` on the tiny task: values, resumption to the same bytes, refusals."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+import recipes.use.score
+from prm.scoring import score_examples
+from recipes import commands
+from recipes.__main__ import main
+from recipes.embedded.vocabulary import SYSTEM_PROMPT
+from recipes.options.use import ScoreOptions, SelectOptions
+from recipes.session import load_model, read_examples
+from recipes.use.score import all_aggregates, run_score
+from recipes.use.scores_file import read_scores
+from tests.tiny_task import read_lines
+
+
+@pytest.fixture
+def options(task, tmp_path):
+    def make(name="scores.jsonl", **more) -> ScoreOptions:
+        common = {"model": str(task.model), "file": str(task.data / "test.jsonl")}
+        common |= {"system_prompt": SYSTEM_PROMPT, "eval_batch_size": 3}
+        return ScoreOptions(**{**common, "output": str(tmp_path / name), **more})
+
+    return make
+
+
+def test_every_candidate_has_step_scores_and_all_aggregates(options):
+    made = options()
+    rows = read_scores(run_score(made))
+    prm, params = load_model(made)
+    data = read_examples(prm, made, made.file)
+    assert [row.id for row in rows] == [example.id for example in data.examples]
+    for row, encoded in zip(rows, data.encoded, strict=True):
+        (alone,) = score_examples(prm, params, [encoded], data.collator, 1)
+        assert row.step_scores == pytest.approx(alone.tolist(), abs=1e-6)
+        assert row.scores["mean"] == pytest.approx(sum(row.step_scores) / len(row.step_scores))
+        assert row.scores["min"] == min(row.step_scores)
+        assert row.scores["last"] == row.step_scores[-1]
+        assert (row.group, row.answer, row.correct) == (
+            encoded.example.group, encoded.example.answer, encoded.example.correct
+        )  # fmt: skip
+
+
+def test_all_aggregates_by_hand():
+    assert all_aggregates(torch.tensor([0.5, 0.8])) == pytest.approx(
+        {
+            "mean": 0.65,
+            "min": 0.5,
+            "max": 0.8,
+            "last": 0.8,
+            "product": 0.4,
+            "log_mean": 0.4**0.5,
+            "logit_mean": 2 / 3,  # odds 1 and 4
+            "logit_sum": 0.8,
+        }
+    )
+
+
+def test_vocabulary_probabilities_are_smaller(options):
+    two_way = read_scores(run_score(options()))
+    whole = read_scores(run_score(options("other.jsonl", probability="vocabulary")))
+    for row, other in zip(two_way, whole, strict=True):
+        assert all(a > b > 0 for a, b in zip(row.step_scores, other.step_scores, strict=True))
+
+
+@pytest.mark.parametrize("cut", [0, 7, -40])
+def test_an_interrupted_file_is_continued_to_the_same_bytes(options, monkeypatch, capsys, cut):
+    monkeypatch.setattr(recipes.use.score, "_WINDOW", 2)  # 6 of the 20 candidates
+    whole = run_score(options("whole.jsonl")).read_bytes()
+    calls = []
+
+    def interrupted(*args, **more):
+        calls.append(args)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return score_examples(*args, **more)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(recipes.use.score, "score_examples", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            run_score(options())
+    output = Path(options().output)
+    assert output.read_bytes() == b"".join(whole.splitlines(keepends=True)[:12])
+    if cut > 0:  # the machine died in the middle of the next line
+        output.write_bytes(whole[: len(output.read_bytes()) + cut])
+    elif cut < 0:  # ... or before the last line reached the disk
+        output.write_bytes(output.read_bytes()[:cut])
+    assert run_score(options()).read_bytes() == whole
+    there = 12 if cut >= 0 else 11
+    assert f"{20 - there} solutions scored in " in capsys.readouterr().out
+    monkeypatch.setattr(recipes.use.score, "score_examples", None)  # nothing is left to do
+    assert run_score(options()).read_bytes() == whole
+    assert ": 0 solutions scored in 0.0 s, 20 were there" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"context": "gold"}, "context: 'plus'"),
+        ({"probability": "vocabulary"}, "probability: 'labels'"),
+        ({"system_prompt": "judge"}, f"system_prompt: {SYSTEM_PROMPT!r}"),
+        ({"model": "embedded"}, "of other content"),
+    ],
+)
+def test_a_file_made_with_other_settings_is_refused(task, options, capsys, change, said):
+    before = run_score(options()).read_bytes()
+    assert commands.run("score", options(**change)) == 2
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert "holds scores made with other settings (" in line
+    assert said in line
+    assert Path(options().output).read_bytes() == before
+
+
+def test_a_file_of_other_data_is_refused(task, options, capsys):
+    run_score(options())
+    assert commands.run("score", options(file=str(task.data / "dev.jsonl"))) == 2
+    assert "test.jsonl of other content" in capsys.readouterr().err
+
+
+def test_a_file_of_unknown_origin_is_refused(options, tmp_path, capsys):
+    Path(options().output).write_text("{}\n")
+    assert commands.run("score", options()) == 2
+    assert "exists, without scores.jsonl.settings.json beside it" in capsys.readouterr().err
+    assert commands.run("score", options(output=str(tmp_path))) == 2
+
+
+def test_scores_that_are_no_numbers_are_named(options, monkeypatch, capsys):
+    def diverged(*args, **more):
+        return [row * float("nan") for row in score_examples(*args, **more)]
+
+    monkeypatch.setattr(recipes.use.score, "score_examples", diverged)
+    assert commands.run("score", options()) == 1
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert "test.jsonl: example 'test-0000-0': expected numbers as step scores, found [nan" in line
+
+
+@pytest.fixture
+def scores(tmp_path) -> Path:
+    path = tmp_path / "scores.jsonl"
+    rows = [
+        ("q1", "a", 0.9, 0.1), ("q2", "b", 0.5, 0.5), ("q1", "c", 0.2, 0.8), ("q1", "d", 0.9, 0.3),
+    ]  # fmt: skip
+    lines = [
+        {"id": name, "group": group, "answer": name.upper(), "correct": name == "d",
+         "step_scores": [0.5], "scores": {"mean": mean, "orm": orm}}
+        for group, name, mean, orm in rows
+    ]  # fmt: skip
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return path
+
+
+def selected(scores: Path, **more) -> list[dict]:
+    output = scores.with_name("selected.jsonl")
+    options = SelectOptions(scores=str(scores), output=str(output), **more)
+    assert commands.run("select", options) == 0
+    return read_lines(output)
+
+
+def test_select_takes_the_best_of_every_question(scores):
+    first = {"group": "q1", "id": "a", "score": 0.9, "answer": "A", "correct": False}
+    second = {"group": "q2", "id": "b", "score": 0.5, "answer": "B", "correct": False}
+    second["tied"] = ["b"]
+    assert selected(scores, tie="first") == [first | {"tied": ["a", "d"]}, second]
+    last = {"id": "d", "answer": "D", "correct": True, "tied": ["a", "d"]}
+    assert selected(scores, tie="last") == [first | last, second]
+    (best, _) = selected(scores, aggregation="orm")
+    assert (best["id"], best["score"], best["tied"]) == ("c", 0.8, ["c"])
+
+
+def test_a_draw_depends_on_seed_and_question_only(scores):
+    drawn = [selected(scores, seed=seed)[0]["id"] for seed in range(12)]
+    assert set(drawn) == {"a", "d"}
+    lines = scores.read_text().splitlines(keepends=True)
+    scores.write_text("".join([lines[1], lines[0], *lines[2:]]))
+    assert [selected(scores, seed=seed)[1]["id"] for seed in range(12)] == drawn
+
+
+@pytest.mark.parametrize(
+    ("words", "status", "message"),
+    [
+        ("--aggregation men", 2, "line 1 of {scores} has mean, orm; did you mean 'mean'?"),
+        ("--output {scores}", 2, "is the scores file, or a directory; name another"),
+        ("--scores ./none.jsonl", 2, "none.jsonl: no such file"),
+        ("--tie expected", None, "invalid choice: 'expected'"),
+    ],
+)
+def test_select_refuses(scores, capsys, words, status, message):
+    command = ["select", "--scores", str(scores), "--output", str(scores.with_name("o.jsonl"))]
+    command += words.format(scores=scores).split()
+    if status is None:
+        with pytest.raises(SystemExit):
+            main(command)
+    else:
+        assert main(command) == status
+    assert message.format(scores=scores) in capsys.readouterr().err
+
+
+def test_select_needs_questions(scores, capsys):
+    scores.write_text('{"id": "a", "step_scores": [0.5], "scores": {"mean": 0.5}}\n')
+    command = ["select", "--scores", str(scores), "--output", str(scores.with_name("o.jsonl"))]
+    assert main(command) == 1
+    assert "scores.jsonl:1: field group: expected the name of the" in capsys.readouterr().err
