@@ -45,10 +45,11 @@ def fingerprint(path: Path) -> dict[str, Any]:
 
 
 def _git(root: Path, *words: str) -> str | None:
+    # Waited for however busy the machine is: a time limit would leave out the commit by chance. And
+    # without git's optional locks, which would get into the way of a commit that is being made.
+    command = ["git", "--no-optional-locks", "-C", str(root), *words]
     try:
-        done = subprocess.run(
-            ["git", "-C", str(root), *words], capture_output=True, text=True, timeout=10, check=True
-        )
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
     except (OSError, subprocess.SubprocessError):
         return None
     return done.stdout.strip()

@@ -106,8 +106,11 @@ def run_cold_start(options: ColdStartOptions) -> Path:
     return directory
 
 
-def run_training(options: TrainOptions) -> Path:
-    """Train with instance weights, evaluate, and write the whole run directory; returns it."""
+def run_training(options: TrainOptions, logged: Callable[[int], None] | None = None) -> Path:
+    """Train with instance weights, evaluate, and write the whole run directory; returns it.
+
+    ``logged`` is called with the step after every line of the log.
+    """
     clock = _Clock()
     check_together(options)
     set_up(options)
@@ -153,6 +156,7 @@ def run_training(options: TrainOptions) -> Path:
             progress=options.progress,
             learning_rates=rates,
             on_trouble=options.on_trouble,
+            logged=logged,
         )
         clock.lap("train")
         with run.keeping(end):
