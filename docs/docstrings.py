@@ -20,11 +20,12 @@ class Readable(griffe.Extension):
 
     def on_object(self, *, obj: griffe.Object, **_: Any) -> None:
         """Rewrite the docstring of an object."""
-        if obj.docstring is not None:
+        if obj.docstring is not None and "```" not in obj.docstring.value:
             obj.docstring.value = markdown(obj.docstring.value)
 
     def on_package(self, *, pkg: griffe.Module, **_: Any) -> None:
         """Give a package without a literal ``__all__`` the names of its own that it imports."""
+        self.on_object(obj=pkg)
         if not pkg.exports:
             pkg.exports = [
                 name

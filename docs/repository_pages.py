@@ -14,7 +14,11 @@ from typing import Any
 
 from mkdocs.structure.files import File, Files
 
-PAGES = {"README.md": "index.md", "CONTRIBUTING.md": "CONTRIBUTING.md", "CHANGELOG.md": "CHANGELOG.md"}
+PAGES = {
+    "README.md": "index.md",
+    "CONTRIBUTING.md": "CONTRIBUTING.md",
+    "CHANGELOG.md": "CHANGELOG.md",
+}
 """Path in the repository -> path in the site, which has the paths of ``docs/``."""
 COPIES = ("LICENSE", "CITATION.cff")
 _LINK = re.compile(r"\]\((?!https?:|#|mailto:)([^)#\s]+)(#[^)\s]*)?\)")
