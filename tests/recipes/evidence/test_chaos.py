@@ -7,8 +7,6 @@ import multiprocessing
 import os
 from types import SimpleNamespace
 
-import pytest
-
 from recipes.__main__ import make_parser
 from recipes.evidence.chaos import CASES, SAVE_EVERY, Harness, chaos
 from recipes.evidence.chaos_attempt import _is_change
@@ -16,7 +14,6 @@ from recipes.options.rules import check_together
 from recipes.options.train import TrainOptions, resolve
 
 
-@pytest.mark.timeout(900)  # some 15 processes, one after the other; seconds each on a free core
 def test_runs_that_are_killed_are_the_uninterrupted_ones(tmp_path, monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     found = chaos(tmp_path, kills=4, seed=3, cases=("net", "unrolled"))

@@ -78,6 +78,23 @@ def test_the_run_itself_says_when_a_line_is_written(task, tmp_path):
     assert seen == [(step, step, "") for step in (3, 6, 7)]
 
 
+def test_a_run_that_writes_its_log_and_ends_at_once_is_seen_to_its_end(tmp_path, monkeypatch):
+    """Nothing of the harness gets to run in between."""
+
+    def whole(options, logged=None):
+        (tmp_path / "run").mkdir()
+        lines = [json.dumps({"step": step}) + "\n" for step in range(1, 101)]
+        (tmp_path / "run" / "log.jsonl").write_text("".join(lines), encoding="utf-8")
+        if logged is not None:
+            for step in range(1, 101):
+                logged(step)
+
+    monkeypatch.setattr("recipes.soak._options", lambda *_: None)
+    monkeypatch.setattr("recipes.runs.run_training", whole)
+    found = soak(tmp_path, 100)
+    assert (found["steps"], found["samples"]) == (100, 100)
+
+
 def test_three_hundred_steps(tmp_path):
     found = soak(tmp_path, 300)
     assert found["steps"] == 300
