@@ -27,7 +27,6 @@ if TYPE_CHECKING:  # the same names, for type checkers
         roc_auc,
     )
     from prm.evaluation.select import (
-        TieRule,
         best_candidate,
         best_of_n,
         self_consistency,
@@ -40,8 +39,8 @@ if TYPE_CHECKING:  # the same names, for type checkers
         visual_process_bench,
     )
     from prm.inputs.collate import Batch, Collator, EncodedExample
-    from prm.inputs.prompt import SYSTEM_PROMPT, Context, PromptEncoder
-    from prm.losses import LossTarget, outcome_loss, step_cross_entropy
+    from prm.inputs.prompt import SYSTEM_PROMPT, PromptEncoder
+    from prm.losses import outcome_loss, step_cross_entropy
     from prm.models.model import (
         PRM,
         load_prm,
@@ -50,6 +49,7 @@ if TYPE_CHECKING:  # the same names, for type checkers
         split_parameters,
         step_logits,
     )
+    from prm.names import Context, LossTarget, TieRule
     from prm.schema import DataError, Step, StepExample
     from prm.scoring import aggregate, score_examples, solution_scores, step_probs, step_scores
 
@@ -57,7 +57,7 @@ _PUBLIC = {
     "evaluation.answers": ("answer_classes", "canonical_answer"),
     "evaluation.calibration": ("brier", "expected_calibration_error", "reliability"),
     "inputs.collate": ("Batch", "Collator", "EncodedExample"),
-    "losses": ("LossTarget", "outcome_loss", "step_cross_entropy"),
+    "losses": ("outcome_loss", "step_cross_entropy"),
     "evaluation.metrics": (
         "best_of_k_curve",
         "bootstrap_interval",
@@ -70,12 +70,12 @@ _PUBLIC = {
         "roc_auc",
     ),
     "models.model": ("PRM", "load_prm", "make_prm", "save_prm", "split_parameters", "step_logits"),
-    "inputs.prompt": ("SYSTEM_PROMPT", "Context", "PromptEncoder"),
+    "inputs.prompt": ("SYSTEM_PROMPT", "PromptEncoder"),
     "data.reader": ("checked_rows", "iter_rows", "read_examples", "read_jsonl", "write_jsonl"),
+    "names": ("Context", "LossTarget", "TieRule"),
     "schema": ("DataError", "Step", "StepExample"),
     "scoring": ("aggregate", "score_examples", "solution_scores", "step_probs", "step_scores"),
     "evaluation.select": (
-        "TieRule",
         "best_candidate",
         "best_of_n",
         "self_consistency",

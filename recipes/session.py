@@ -13,8 +13,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from prm import aggregations
-from prm.aggregations import Aggregation, AggregationName
 from prm.data import reader
 from prm.inputs.collate import Batch, Collator, EncodedExample
 from prm.inputs.prompt import SYSTEM_PROMPT
@@ -22,16 +20,6 @@ from prm.models.model import PRM, is_hub_name, load_prm, split_parameters
 from prm.schema import StepExample
 from recipes.options.train import OptionError, PrmOptions
 
-AGGREGATIONS: Mapping[AggregationName, Aggregation] = {
-    "mean": aggregations.mean,
-    "min": aggregations.minimum,
-    "max": aggregations.maximum,
-    "last": aggregations.last,
-    "product": aggregations.product,
-    "log_mean": aggregations.log_mean,
-    "logit_mean": aggregations.logit_mean,
-    "logit_sum": aggregations.logit_sum,
-}
 EMBEDDED_BASE = Path(__file__).parent / "assets" / "base"
 
 

@@ -16,14 +16,9 @@ from torch import Tensor
 from bilevel import ReweightingProblem
 from prm.aggregations import Aggregation
 from prm.inputs.image_inputs import row_owners
-from prm.losses import (
-    LossTarget,
-    outcome_loss,
-    pair_loss,
-    step_cross_entropy,
-    step_squared_error,
-)
+from prm.losses import outcome_loss, pair_loss, step_cross_entropy, step_squared_error
 from prm.models.model import PRM, step_logits
+from prm.names import LossTarget
 from prm.scoring import solution_scores, step_scores
 from weighting import (
     EXAMPLE_FEATURES,

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from bilevel import BilevelProblem, BilevelSolver
+from prm.aggregations import AGGREGATIONS
 from prm.inputs.collate import Batch
 from prm.models.model import PRM, save_prm
 from recipes.evaluation.candidates import step_scores_of
@@ -19,7 +20,7 @@ from recipes.options.train import ColdStartOptions, TrainOptions
 from recipes.run.checkpoints import Progress
 from recipes.run.directory import write_json
 from recipes.run.resume import open_run
-from recipes.session import AGGREGATIONS, load_model, read_examples, set_up
+from recipes.session import load_model, read_examples, set_up
 from recipes.train.batches import (
     Draw,
     ahead,

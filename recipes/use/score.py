@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from prm.aggregations import AGGREGATIONS
 from prm.inputs.prompt import SYSTEM_PROMPT
 from prm.models.model import PRM
 from prm.schema import DataError, StepExample
@@ -21,7 +22,7 @@ from recipes.options.use import ScoreOptions
 from recipes.options.values import OptionError
 from recipes.run.directory import write_json
 from recipes.run.identity import digest_file, digest_model
-from recipes.session import AGGREGATIONS, load_model, read_examples, set_up
+from recipes.session import load_model, read_examples, set_up
 from recipes.use.model_run import note_differences
 from recipes.use.scores_file import ScoredSolution, complete_lines, settings_path
 

@@ -12,9 +12,9 @@ import torch
 
 from bilevel import tree
 from bilevel.autodiff.random_state import capture
-from prm.data.formats.table import FORMAT_NAMES
 from prm.data.reader import checked_rows
 from prm.inputs.tiles import image_size, read_image
+from prm.names import FORMAT_NAMES
 from prm.schema import DataError
 from recipes.options.train import TrainOptions, resolve, to_yaml
 from recipes.options.values import OptionError

@@ -11,11 +11,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from prm.data.formats.table import FORMAT_NAMES
 from prm.data.reader import checked_rows, iter_rows, read_jsonl, write_jsonl
 from prm.data.splitter import final_answer, solution_steps, split_steps
 from prm.evaluation.answers import answer_classes
 from prm.inputs.collate import Collator
+from prm.names import FORMAT_NAMES
 from prm.schema import DataError, StepExample
 from recipes.embedded.vocabulary import build_tokenizer
 from tests.fuzz.strategies import TEXTS, files

@@ -18,9 +18,9 @@ from bilevel import (
     PerExample,
     tree,
 )
+from prm.aggregations import AGGREGATIONS
 from prm.inputs.image_inputs import row_owners
 from prm.models.model import split_parameters
-from recipes.session import AGGREGATIONS
 from recipes.train.objective import Objective
 from tests.invariants.test_prm_hypergradient import (
     Setup,

@@ -14,6 +14,12 @@ def test_importing_the_package_is_cheap():
     assert done.stdout.strip() == "[]"
 
 
+def test_the_names_to_choose_from_are_cheap():
+    code = "import sys, prm.names; print([m for m in ('torch', 'numpy') if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
 def test_reading_and_selecting_need_no_transformers():
     code = (
         "import sys, prm; prm.read_jsonl, prm.best_of_n, prm.roc_auc, prm.Collator, prm.load_prm; "

@@ -25,8 +25,9 @@ import torch
 import yaml
 from torch import Tensor
 
-from prm.aggregations import AggregationName
+from prm.aggregations import AGGREGATIONS
 from prm.evaluation.metrics import paired_interval, roc_auc
+from prm.names import AggregationName
 from recipes.evaluation.candidates import (
     Candidates,
     interval,
@@ -41,7 +42,7 @@ from recipes.options.train import ColdStartOptions, LowerOptions, PrmOptions, Tr
 from recipes.options.use import ScoreOptions
 from recipes.run.directory import environment, write_json
 from recipes.run.machine import machine
-from recipes.session import AGGREGATIONS, read_solutions
+from recipes.session import read_solutions
 from recipes.train.training import run_cold_start, run_training
 from recipes.use.score import run_score
 from recipes.use.scores_file import scores_for

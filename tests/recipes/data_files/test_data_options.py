@@ -10,7 +10,7 @@ from typing import get_args
 import pytest
 
 import recipes.data_files
-from prm.data.formats.table import FORMAT_NAMES
+from prm.names import FORMAT_NAMES
 from recipes.__main__ import main
 from recipes.data_files.options import (
     ConvertOptions,

@@ -19,6 +19,7 @@ import recipes.use.weigh
 from bilevel import SGD, AdamW, LazyRowAdam, OneStep, Projected, WarmupCosine
 from bilevel.optimizers.schedule import Constant, StepDecay
 from bilevel.routes import CentralDifference, Route
+from prm.aggregations import AGGREGATIONS
 from prm.models.model import load_prm
 from recipes import commands
 from recipes.embedded.vocabulary import SYSTEM_PROMPT
@@ -37,7 +38,7 @@ from recipes.options.use import (
     WeighOptions,
 )
 from recipes.run.directory import free_directory
-from recipes.session import AGGREGATIONS, read_examples
+from recipes.session import read_examples
 from recipes.train.make_solver import (
     lower_schedule,
     make_bound,

@@ -8,10 +8,9 @@ from dataclasses import replace
 
 import pytest
 
-from prm.aggregations import logit_mean
+from prm.aggregations import AGGREGATIONS, logit_mean
 from recipes.embedded.vocabulary import SYSTEM_PROMPT
 from recipes.options.train import ColdStartOptions, TrainOptions, resolve
-from recipes.session import AGGREGATIONS
 from recipes.train.make_solver import make_weighting
 from recipes.train.training import run_cold_start, run_training
 from tests.tiny_task import read_lines

@@ -253,7 +253,7 @@ def test_a_net_far_from_its_run_needs_the_initial_model_named(runs, weigh, tmp_p
 
 
 def test_example_features_are_those_of_the_batch(task, tmp_path):
-    from recipes.session import AGGREGATIONS
+    from prm.aggregations import AGGREGATIONS
     from recipes.train.objective import Objective
 
     options = task.train(tmp_path)
