@@ -123,7 +123,7 @@ def _data_embedded(options: DataOptions) -> None:
 
 def _data_pretrain_base(options: PretrainOptions) -> None:
     from recipes.embedded.pretrain import pretrain_base
-    from recipes.session import set_up
+    from recipes.loading import set_up
 
     _quiet()
     set_up(options)

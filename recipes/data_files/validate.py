@@ -119,7 +119,7 @@ def _check(
 
 
 def _measure(options: ValidateOptions) -> Measure:
-    from recipes.session import load_model
+    from recipes.loading import load_model
 
     prm, _ = load_model(PrmOptions(model=str(options.model)))
     collator = prm.collator(max_patches=options.max_patches)

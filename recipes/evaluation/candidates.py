@@ -18,9 +18,9 @@ from prm.models.model import PRM
 from prm.names import TieRule
 from prm.schema import DataError
 from prm.scoring import aggregate, score_examples
+from recipes.loading import Examples, Solutions, read_examples, read_solutions
 from recipes.options.train import PrmOptions, ScoringOptions, TrainOptions
 from recipes.options.use import WeighOptions
-from recipes.session import Examples, Solutions, read_examples, read_solutions
 
 
 @dataclass(frozen=True)

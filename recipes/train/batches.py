@@ -14,8 +14,8 @@ from torch import Tensor
 
 from prm.inputs.collate import Batch
 from prm.inputs.workers import made_in_order
+from recipes.loading import Examples
 from recipes.options.train import ColdStartOptions, LowerOptions, TrainOptions
-from recipes.session import Examples
 from recipes.train.order import epoch_order
 
 Made = TypeVar("Made")

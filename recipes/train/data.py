@@ -16,8 +16,8 @@ from prm.models.model import PRM
 from prm.schema import DataError, StepExample
 from recipes.evaluation.candidates import Candidates, read_candidates
 from recipes.evaluation.leaks import overlap, refuse_overlap
+from recipes.loading import Examples, Solutions, read_examples
 from recipes.options.train import OptionError, TrainOptions
-from recipes.session import Examples, Solutions, read_examples
 from weighting import row_index
 
 _MOST = float(torch.finfo(torch.float32).max)

@@ -15,12 +15,12 @@ from prm.aggregations import AGGREGATIONS
 from prm.inputs.collate import Batch
 from prm.models.model import PRM, save_prm
 from recipes.evaluation.candidates import step_scores_of
+from recipes.loading import load_model, read_examples, set_up
 from recipes.options.rules import check_together
 from recipes.options.train import ColdStartOptions, TrainOptions
 from recipes.run.checkpoints import Progress
 from recipes.run.directory import write_json
 from recipes.run.resume import open_run
-from recipes.session import load_model, read_examples, set_up
 from recipes.train.batches import (
     Draw,
     ahead,

@@ -18,11 +18,11 @@ from prm.inputs.prompt import SYSTEM_PROMPT
 from prm.models.model import PRM
 from prm.schema import DataError, StepExample
 from prm.scoring import aggregate, score_examples
+from recipes.loading import load_model, read_examples, set_up
 from recipes.options.use import ScoreOptions
 from recipes.options.values import OptionError
 from recipes.run.directory import write_json
 from recipes.run.identity import digest_file, digest_model
-from recipes.session import load_model, read_examples, set_up
 from recipes.use.model_run import note_differences
 from recipes.use.scores_file import ScoredSolution, complete_lines, settings_path
 

@@ -13,9 +13,9 @@ from torch import Tensor
 from prm.aggregations import AGGREGATIONS
 from prm.schema import DataError
 from recipes.evaluation.candidates import step_scores_of
+from recipes.loading import Examples, Solutions, load_model, read_examples, read_solutions, set_up
 from recipes.options.use import WeighOptions
 from recipes.options.values import OptionError
-from recipes.session import Examples, Solutions, load_model, read_examples, read_solutions, set_up
 from recipes.train.data import require
 from recipes.train.objective import Objective
 from recipes.train.weight_report import net_weights, write_weights

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from recipes.evaluation.candidates import step_scores_of
+from recipes.loading import Examples, Solutions, load_model, read_examples, read_solutions
 from recipes.options.use import WeighOptions
 from recipes.options.values import OptionError
-from recipes.session import Examples, Solutions, load_model, read_examples, read_solutions
 from recipes.train.data import require
 from recipes.train.weight_report import initial_losses
 from weighting import balanced_information, keep_best

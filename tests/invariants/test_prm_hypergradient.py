@@ -12,7 +12,7 @@ from torch import Tensor
 from bilevel import AdamW, BilevelSolver, Ghost, Jvp, OneStep, PerExample, tree
 from prm.aggregations import AGGREGATIONS
 from prm.models.model import load_prm, split_parameters
-from recipes.session import read_examples
+from recipes.loading import read_examples
 from recipes.train.objective import Objective
 from tests.tiny_task import FORWARD_MODE, altered
 from weighting import Clip, InstanceNet, InstanceTable, Sigmoid

@@ -37,9 +37,9 @@ from prm.aggregations import AGGREGATIONS
 from prm.inputs.collate import Batch
 from recipes.embedded.build import Sizes, build
 from recipes.evidence.bench.measure import keep_freed_memory
+from recipes.loading import load_model
 from recipes.options.train import TrainOptions, resolve
 from recipes.run.directory import environment, write_json
-from recipes.session import load_model
 from recipes.train.data import read_train_data
 from recipes.train.make_solver import lower_optimizer
 from recipes.train.objective import Objective

@@ -38,11 +38,11 @@ from recipes.evaluation.candidates import (
 from recipes.evidence.smollm2.game24 import FILE, Sizes, write_parts
 from recipes.evidence.smollm2.position import auc_by_place, position_scores
 from recipes.evidence.smollm2.weights import gguf_file, write_model
+from recipes.loading import read_solutions
 from recipes.options.train import ColdStartOptions, LowerOptions, PrmOptions, TrainOptions, to_yaml
 from recipes.options.use import ScoreOptions
 from recipes.run.directory import environment, write_json
 from recipes.run.machine import machine
-from recipes.session import read_solutions
 from recipes.train.training import run_cold_start, run_training
 from recipes.use.score import run_score
 from recipes.use.scores_file import scores_for

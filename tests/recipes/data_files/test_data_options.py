@@ -52,7 +52,7 @@ def test_every_option_is_read(kind):
             if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
                 read |= {node.attr} if node.value.id == "options" else set()
     named = {"meta", "test"}  # by getattr, in validate.py
-    shared = {f.name for f in fields(PrmOptions)}  # recipes.session reads the rest of these
+    shared = {f.name for f in fields(PrmOptions)}  # recipes.loading reads the rest of these
     assert {f.name for f in fields(KINDS[kind])} <= read | named | shared
 
 

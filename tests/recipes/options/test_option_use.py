@@ -24,6 +24,7 @@ from prm.models.model import load_prm
 from recipes import commands
 from recipes.embedded.vocabulary import SYSTEM_PROMPT
 from recipes.evaluation.table import NAMES
+from recipes.loading import read_examples
 from recipes.options.embedded import CompareOptions, DataOptions, PretrainOptions
 from recipes.options.train import (
     ColdStartOptions,
@@ -38,7 +39,6 @@ from recipes.options.use import (
     WeighOptions,
 )
 from recipes.run.directory import free_directory
-from recipes.session import read_examples
 from recipes.train.make_solver import (
     lower_schedule,
     make_bound,

@@ -18,8 +18,8 @@ from prm.models.model import load_prm
 from prm.scoring import score_examples, step_scores
 from recipes.__main__ import main
 from recipes.evaluation.candidates import step_scores_of
+from recipes.loading import load_model, read_examples
 from recipes.options.train import ColdStartOptions, TrainOptions, resolve
-from recipes.session import load_model, read_examples
 from recipes.train.training import run_cold_start, run_training
 from recipes.train.weight_report import initial_losses
 from tests.tiny_task import SIZES, model_bits, read_lines

@@ -12,8 +12,8 @@ import torch
 from prm.models.model import load_prm
 from recipes import commands
 from recipes.embedded.vocabulary import SYSTEM_PROMPT
+from recipes.loading import read_examples
 from recipes.options.use import WeighOptions
-from recipes.session import read_examples
 from recipes.train.training import run_training
 from tests.tiny_task import read_lines
 from weighting import load_weighting

@@ -1,4 +1,4 @@
-"""What every run starts with: threads and seed, the model, examples read and tokenised."""
+"""Load what a command works on: the model, the examples; set threads and seeds."""
 
 from __future__ import annotations
 
