@@ -15,7 +15,7 @@ from prm.data.record_fields import Place
 from prm.models.model import PRM
 from prm.schema import DataError, StepExample
 from recipes.evaluation.candidates import Candidates, read_candidates
-from recipes.evaluation.leaks import overlap, refuse_overlap
+from recipes.evaluation.leaks import find_leak, refuse_leak
 from recipes.loading import Examples, Solutions, read_examples
 from recipes.options.train import OptionError, TrainOptions
 from weighting import row_index
@@ -70,8 +70,8 @@ def read_train_data(prm: PRM, options: TrainOptions) -> TrainData:
     }
     if meta is not None and "test" in evaluations:
         test = evaluations["test"].data
-        refuse_overlap(
-            overlap(meta.examples, test.examples, meta.path, test.path),
+        refuse_leak(
+            find_leak(meta.examples, test.examples, meta.path, test.path),
             f"--meta-file {meta.path}",
             f"--test-file {test.path}",
             sanity_check=options.sanity_check,

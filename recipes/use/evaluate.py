@@ -18,7 +18,7 @@ from prm.scoring import score_examples
 from recipes.evaluation.candidates import Candidates, read_candidates, read_scored_candidates
 from recipes.evaluation.dev_choice import Choice, choose_on_dev
 from recipes.evaluation.figures import all_figures
-from recipes.evaluation.leaks import overlap, refuse_overlap
+from recipes.evaluation.leaks import find_leak, refuse_leak
 from recipes.evaluation.table import SANITY_CHECK, results_table
 from recipes.loading import Examples, load_model, read_solutions, set_up
 from recipes.options.use import EvaluateOptions
@@ -128,8 +128,8 @@ def _tuned_on(
         others.append((f"meta set {meta}", read_solutions(options, meta)))
     shared = []
     for name, data in others:
-        found = overlap(data.examples, candidates.data.examples, data.path, candidates.data.path)
-        refuse_overlap(found, name, held_out, sanity_check=options.sanity_check)
+        found = find_leak(data.examples, candidates.data.examples, data.path, candidates.data.path)
+        refuse_leak(found, name, held_out, sanity_check=options.sanity_check)
         if found:
             shared.append(f"{name} {found}")
     return shared
