@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +13,7 @@ from prm.data.image_files import ImageFiles
 from prm.data.json_rows import json_rows
 from prm.data.record_fields import Place, image_field
 from prm.data.records import parse_record, to_record
+from prm.files import write_lines
 from prm.names import ImageCheck
 from prm.schema import DataError, StepExample
 
@@ -215,19 +215,6 @@ def write_jsonl(
             for line, example in enumerate(examples, start=1)
         ),
     )
-
-
-def write_lines(path: Path, lines: Iterable[str]) -> None:
-    """Write lines (each with its line break) to ``path``: all of them, or the file stays as is."""
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}.unfinished")
-    try:
-        with unfinished.open("w", encoding="utf-8", newline="\n") as file:
-            file.writelines(lines)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(unfinished, path)
-    finally:
-        unfinished.unlink(missing_ok=True)
 
 
 def _to_line(example: StepExample, root: Path, ids: set[str], path: Path, line: int) -> str:

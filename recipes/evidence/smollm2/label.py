@@ -27,7 +27,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from prm.data.reader import write_lines
+from prm.files import write_lines
 
 _MOVE = re.compile(r"(\S+) ([-+*/]) (\S+) = (\S+) \(left: ([^()]*)\)")
 Numbers = tuple[Fraction, ...]
