@@ -8,7 +8,6 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
-from dataclasses import fields
 
 from recipes.data_files.options import (
     ConvertOptions,
@@ -18,13 +17,9 @@ from recipes.data_files.options import (
     build_data_parser,
 )
 from recipes.options.embedded import CompareOptions, DataOptions, PretrainOptions
-from recipes.options.train import (
-    ColdStartOptions,
-    OptionError,
-    TrainOptions,
-    build_parser,
-    resolve,
-)
+from recipes.options.flat import flat_options
+from recipes.options.parse import build_parser, resolve
+from recipes.options.train import ColdStartOptions, TrainOptions
 from recipes.options.use import (
     ConvertModelOptions,
     EvaluateOptions,
@@ -32,7 +27,7 @@ from recipes.options.use import (
     SelectOptions,
     WeighOptions,
 )
-from recipes.options.values import did_you_mean, shortened
+from recipes.options.values import OptionError, did_you_mean, shortened
 from recipes.run.show import RunsListOptions, RunsShowOptions, list_runs, show_run
 
 _DESCRIPTION = "Train process reward models with instance weights learned by bilevel optimization."
@@ -124,7 +119,7 @@ def _unknown(argument: str, options: type) -> str:
     """What is wrong with an argument that no option takes, and the nearest one."""
     if not argument.startswith("-"):
         return f"unexpected argument {shortened(argument)!r}"
-    flags = ["--config", *(f"--{field.name.replace('_', '-')}" for field in fields(options))]
+    flags = ["--config", *(entry.flag for entry in flat_options(options).values())]
     word = argument.split("=")[0]
     return f"unknown option {shortened(word)}{did_you_mean(word.replace('_', '-'), flags)}"
 

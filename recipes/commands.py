@@ -11,7 +11,6 @@ from typing import Any
 from prm.schema import DataError
 from recipes.data_files import commands as data_commands
 from recipes.options.embedded import DataOptions, PretrainOptions
-from recipes.options.train import OptionError
 from recipes.options.use import (
     ConvertModelOptions,
     EvaluateOptions,
@@ -19,6 +18,7 @@ from recipes.options.use import (
     SelectOptions,
     WeighOptions,
 )
+from recipes.options.values import OptionError
 from recipes.run.errors import RunError, Stopped
 
 _INTERRUPTED = 130

@@ -18,7 +18,8 @@ from prm.inputs.collate import Batch, Collator, EncodedExample
 from prm.inputs.prompt import SYSTEM_PROMPT
 from prm.models.model import PRM, is_hub_name, load_prm, split_parameters
 from prm.schema import StepExample
-from recipes.options.train import OptionError, PrmOptions
+from recipes.options.base import PrmOptions
+from recipes.options.values import OptionError
 
 EMBEDDED_BASE = Path(__file__).parent / "assets" / "base"
 

@@ -15,7 +15,7 @@ from prm.schema import DataError, StepExample
 from recipes.data_files.convert import existing_file
 from recipes.data_files.options import InspectOptions
 from recipes.loading import load_model, set_up
-from recipes.options.train import OptionError
+from recipes.options.values import OptionError
 
 _SHOWN = 100
 

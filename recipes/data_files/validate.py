@@ -12,7 +12,8 @@ from prm.schema import DataError, StepExample
 from recipes.data_files.findings import Findings, Tally, place_of, spread
 from recipes.data_files.options import ValidateOptions
 from recipes.data_files.overlap import Overlap, Rows, overlaps
-from recipes.options.train import OptionError, PrmOptions
+from recipes.options.base import PrmOptions
+from recipes.options.values import OptionError
 from recipes.run.directory import write_json
 
 _MISTAKES_SHOWN = 10

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,9 @@ import numpy as np
 from recipes.embedded.build import build
 from recipes.evaluation.table import comparison_table
 from recipes.options.embedded import CompareOptions
-from recipes.options.train import ColdStartOptions, OptionError, TrainOptions, resolve
+from recipes.options.parse import changed, resolve
+from recipes.options.train import ColdStartOptions, TrainOptions
+from recipes.options.values import OptionError
 from recipes.run.directory import environment, write_json, write_text
 from recipes.train.training import run_cold_start, run_training
 
@@ -138,7 +139,7 @@ class _Maker:
         }
 
     def cold_start(self) -> ColdStartOptions:
-        return replace(
+        return changed(
             resolve(ColdStartOptions, {"config": "cold-start"}),
             train_file=str(self.directory / "data" / "cold-start.jsonl"),
             output_dir=str(self.directory / "cold-start"),
@@ -152,9 +153,10 @@ class _Maker:
             return directory
         options = resolve(TrainOptions, {"config": preset})
         files = {"dev_file": None, "test_file": str(data / "test.jsonl")}
-        meta = {} if options.meta_file is None else {"meta_file": str(data / "meta.jsonl")}
+        trusted = options.data.meta_file is not None
+        meta = {"meta_file": str(data / "meta.jsonl")} if trusted else {}
         return run_training(
-            replace(
+            changed(
                 options,
                 train_file=str(data / f"{train}.jsonl"),
                 output_dir=str(directory),

@@ -19,7 +19,8 @@ from prm.names import TieRule
 from prm.schema import DataError
 from prm.scoring import aggregate, score_examples
 from recipes.loading import Examples, Solutions, read_examples, read_solutions
-from recipes.options.train import PrmOptions, ScoringOptions, TrainOptions
+from recipes.options.base import PrmOptions, ScoringOptions
+from recipes.options.train import TrainOptions
 from recipes.options.use import WeighOptions
 
 

@@ -161,7 +161,7 @@ def _options(directory: Path, run: Path, steps: int) -> Any:
         build_image_processor,
         build_tokenizer,
     )
-    from recipes.options.train import TrainOptions
+    from recipes.options.parse import train_options
 
     sizes = Sizes(
         train_questions=8, train_solutions=2, cold_questions=1, meta_questions=4, meta_solutions=2,
@@ -174,7 +174,7 @@ def _options(directory: Path, run: Path, steps: int) -> Any:
     InternVLForConditionalGeneration(config).save_pretrained(model)
     build_tokenizer().save_pretrained(model)
     build_image_processor().save_pretrained(model)
-    return TrainOptions(
+    return train_options(
         model=str(model),
         system_prompt=SYSTEM_PROMPT,
         train_file=str(directory / "data" / "train.jsonl"),

@@ -13,7 +13,8 @@ from typing import Any, NamedTuple, TypeVar
 
 import torch
 
-from recipes.options.train import OptionError, build_parser, resolve
+from recipes.options.parse import build_parser, resolve
+from recipes.options.values import OptionError
 from recipes.run.directory import environment, write_json
 
 Options = TypeVar("Options")

@@ -11,7 +11,9 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from recipes.options.train import OptionError, to_yaml
+from recipes.options.flat import flatten
+from recipes.options.parse import to_yaml
+from recipes.options.values import OptionError
 from recipes.run.provenance import data_fingerprints, git_state
 
 _PACKAGES = ("bilevel-prm", "torch", "transformers", "torchopt", "safetensors", "numpy", "pillow")
@@ -43,7 +45,7 @@ def describe_run(path: Path, options: Any) -> None:
             f"--output-dir {path}: {what}; nothing was overwritten. Choose another directory or "
             "remove this one"
         )
-    write_json(path / "env.json", {**environment(), "data": data_fingerprints(options)})
+    write_json(path / "env.json", {**environment(), "data": data_fingerprints(flatten(options))})
     write_text(path / "args.yaml", to_yaml(options))
 
 

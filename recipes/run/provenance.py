@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import subprocess
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +24,9 @@ def git_state(root: Path = _ROOT) -> dict[str, Any] | None:
     return {"commit": commit, "dirty": None if changed is None else bool(changed)}
 
 
-def data_fingerprints(options: Any) -> dict[str, dict[str, Any]]:
-    """Fingerprint of every data file that ``options`` name, by the option."""
-    named = {name: getattr(options, name, None) for name in _FILES}
+def data_fingerprints(options: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Fingerprint of every data file that options name, by the flat name of the option."""
+    named = {name: options.get(name) for name in _FILES}
     return {name: fingerprint(Path(path)) for name, path in named.items() if path is not None}
 
 

@@ -6,7 +6,7 @@ import json
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -14,8 +14,9 @@ from safetensors import SafetensorError
 
 from bilevel import BilevelState
 from bilevel.autodiff.random_state import capture
-from recipes.options.resume_point import resume_point
-from recipes.options.train import LowerOptions, OptionError, TrainOptions, to_yaml
+from recipes.options.parse import changed, to_yaml
+from recipes.options.train import LowerOptions, TrainOptions
+from recipes.options.values import OptionError, resume_point
 from recipes.run.checkpoints import Checkpoints, Progress
 from recipes.run.directory import (
     describe_run,
@@ -119,15 +120,15 @@ def open_run(options: LowerOptions, model: torch.nn.Module, state: BilevelState)
             run is complete; the checkpoint is not there or of another run.
         WriteError: the directory cannot be written.
     """
-    if options.resume is None:
+    if options.run.resume is None:
         directory, steps = free_directory(Path(options.output_dir), options.on_existing), None
     else:
-        directory, steps = resume_point(options.resume)
+        directory, steps = resume_point(options.run.resume)
     beginning = Progress(state, capture(state.lower_params))
     try:
         make_directory(directory)
         with locked(directory):
-            if options.resume is None:
+            if options.run.resume is None:
                 describe_run(directory, options)
             elif (directory / "results.json").exists():
                 raise OptionError(
@@ -135,12 +136,12 @@ def open_run(options: LowerOptions, model: torch.nn.Module, state: BilevelState)
                 )
             checkpoints = Checkpoints(
                 directory / "checkpoints",
-                every=options.save_every,
-                keep=options.keep_checkpoints,
+                every=options.run.save_every,
+                keep=options.run.keep_checkpoints,
                 identity=identity(options, model),
             )
             start = beginning
-            if options.resume is not None:
+            if options.run.resume is not None:
                 start = _resumed(options, directory, checkpoints, steps, beginning)
             yield Run(_command(options, directory), directory, checkpoints, beginning, start)
     except (OSError, SafetensorError) as error:
@@ -158,7 +159,7 @@ def _resumed(
     start = beginning if path is None else checkpoints.load(path, beginning.state)
     where = "no complete checkpoint: from the beginning"
     if path is not None:
-        where = f"resumed after {_steps(start)} of {options.steps} lower steps"
+        where = f"resumed after {_steps(start)} of {options.lower.steps} lower steps"
     if later := checkpoints.remove_after(int(start.state.lower_steps)):
         where += f"; removed {', '.join(later)}, which come again"
     cut_log(directory / "log.jsonl", int(start.state.lower_steps))
@@ -166,7 +167,7 @@ def _resumed(
         shutil.rmtree(saved, ignore_errors=True)
     if not (directory / "env.json").exists():
         write_json(directory / "env.json", environment())
-    own = replace(options, resume=None, output_dir=str(directory))
+    own = changed(options, resume=None, output_dir=str(directory))
     write_text(directory / "args.yaml", to_yaml(own))
     print(f"{directory}: {where}")
     return start

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from recipes.options.train import option
+from recipes.options.base import option
 from recipes.options.values import OptionError
 from recipes.options.yaml_file import read_yaml
 from recipes.run.lock import at_work

@@ -33,19 +33,19 @@ def cold_start_rows(options: ColdStartOptions, rows: int) -> list[int]:
 
 def lower_draw(options: LowerOptions, rows: Sequence[int]) -> Draw:
     """Micro-batches of the lower level: shuffled epochs over ``rows``, cut into batches."""
-    return _draw_examples(rows, options.batch_size, _seed(options, _LOWER))
+    return _draw_examples(rows, options.lower.batch_size, _seed(options, _LOWER))
 
 
 def lower_meta_draw(options: TrainOptions, meta: Examples) -> Draw:
     """Micro-batches of the lower level where that trains on the meta set."""
     if options.loss_target == "pairs":
-        return _draw_questions(meta, options.batch_size, _seed(options, _LOWER))
+        return _draw_questions(meta, options.lower.batch_size, _seed(options, _LOWER))
     return lower_draw(options, range(len(meta)))
 
 
 def upper_draw(options: TrainOptions, meta: Examples) -> Draw:
     """Meta batches; with loss target "pairs" made of whole questions."""
-    size, seed = min(options.meta_batch_size, len(meta)), _seed(options, _UPPER)
+    size, seed = min(options.upper.meta_batch_size, len(meta)), _seed(options, _UPPER)
     if options.loss_target == "pairs":
         return _draw_questions(meta, size, seed)
     return _draw_examples(range(len(meta)), size, seed)

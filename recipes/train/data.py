@@ -17,7 +17,8 @@ from prm.schema import DataError, StepExample
 from recipes.evaluation.candidates import Candidates, read_candidates
 from recipes.evaluation.leaks import find_leak, refuse_leak
 from recipes.loading import Examples, Solutions, read_examples
-from recipes.options.train import OptionError, TrainOptions
+from recipes.options.train import TrainOptions
+from recipes.options.values import OptionError
 from weighting import row_index
 
 _MOST = float(torch.finfo(torch.float32).max)
@@ -52,20 +53,20 @@ def read_train_data(prm: PRM, options: TrainOptions) -> TrainData:
     """
     plain = read_examples(prm, options, options.train_file)
     require(plain, "labels")
-    if options.weighting == "domain" or _weighs_by_domain(options):
+    if options.weighting.kind == "domain" or _weighs_by_domain(options):
         require(plain, "domain")
     ids = row_index([example.id for example in plain.examples])
     names = [example.domain for example in plain.examples]
     domains = {} if None in names else {str(n): i for i, n in enumerate(dict.fromkeys(names))}
     meta = None
-    if options.meta_file is not None:
-        meta = read_examples(prm, options, options.meta_file)
+    if options.data.meta_file is not None:
+        meta = read_examples(prm, options, options.data.meta_file)
         require(meta, "correct")
         if options.loss_target == "pairs":
             require(meta, "group")
     evaluations = {
         name: read_candidates(prm, options, path)
-        for name, path in (("dev", options.dev_file), ("test", options.test_file))
+        for name, path in (("dev", options.data.dev_file), ("test", options.data.test_file))
         if path
     }
     if meta is not None and "test" in evaluations:
@@ -74,24 +75,25 @@ def read_train_data(prm: PRM, options: TrainOptions) -> TrainData:
             find_leak(meta.examples, test.examples, meta.path, test.path),
             f"--meta-file {meta.path}",
             f"--test-file {test.path}",
-            sanity_check=options.sanity_check,
+            sanity_check=options.data.sanity_check,
         )
+    weights = options.weighting.weights_file
     return TrainData(
         train=plain.with_rows(index=ids, domains=domains or None),
         meta=meta,
         evaluations=evaluations,
         domains=domains,
-        fixed_weights=_read_weights(options.weights_file, ids) if options.weights_file else None,
+        fixed_weights=_read_weights(weights, ids) if weights else None,
     )
 
 
 def _weighs_by_domain(options: TrainOptions) -> bool:
-    return options.weighting == "net" and "domain" in options.features
+    return "domain" in options.weighting.features
 
 
 def lower_examples(options: TrainOptions, data: TrainData) -> Examples:
     """What the lower level trains on: the training set, or with ``lower_data`` "meta" that."""
-    if options.lower_data == "meta":
+    if options.weighting.lower_data == "meta":
         assert data.meta is not None
         return data.meta
     return data.train

@@ -18,7 +18,19 @@ from bilevel import (
 )
 from bilevel.optimizers.schedule import Constant, StepDecay
 from bilevel.problem import Problem
-from recipes.options.train import LowerOptions, OptionError, TrainOptions
+from recipes.options.groups import (
+    DomainOptions,
+    ImplicitOptions,
+    LearnedOptions,
+    NetOptions,
+    NoWeighting,
+    OneStepOptions,
+    PenaltyOptions,
+    TableOptions,
+    UnrolledOptions,
+)
+from recipes.options.train import LowerOptions, TrainOptions
+from recipes.options.values import OptionError
 from recipes.train.hypergradients import differentiated_steps, make_hypergradient
 from recipes.train.objective import Objective
 from recipes.train.time_scale import TimeScale, distance_to_lower_bound, match_time_scale
@@ -48,62 +60,70 @@ def _said_by(options: str) -> Iterator[None]:
         raise OptionError(f"{options}: {error}") from error
 
 
-def make_bound(options: TrainOptions) -> Bound:
-    """The bound that the options name."""
+def make_bound(settings: LearnedOptions) -> Bound:
+    """The bound that the options of a weighting name."""
+    low, high = settings.bound_low, settings.bound_high
     bounds: Mapping[str, Callable[[], Bound]] = {
-        "clip": lambda: Clip(options.bound_low, options.bound_high),
-        "clamp": lambda: Clip(options.bound_low, options.bound_high, recover=False),
-        "sigmoid": lambda: Sigmoid(options.bound_high),
+        "clip": lambda: Clip(low, high),
+        "clamp": lambda: Clip(low, high, recover=False),
+        "sigmoid": lambda: Sigmoid(high),
         "softplus": Softplus,
         "leaky-relu": LeakyReLU,
         "relu": lambda: LeakyReLU(0.0),
         "none": Unbounded,
     }
-    return bounds[options.bound]()
+    return bounds[settings.bound]()
 
 
 def make_weighting(options: TrainOptions, instances: int, domains: int) -> Weighting | None:
     """The weighting that the options name; None for "none".
 
     Raises:
-        OptionError: options that do not go together.
+        OptionError: Options that do not go together.
     """
-    with _said_by(f"--weighting {options.weighting}"):
-        bound = make_bound(options)
-        if options.weighting == "table":
-            _check_batches(options)
-            return InstanceTable(instances, options.prior, bound, options.normalise)
-        if options.weighting == "domain":
-            if not float(bound(torch.zeros(()))) > 0:
-                raise ValueError(
-                    f"domain weights start at bound(0), which is 0 for --bound {options.bound}; "
-                    "use softplus or sigmoid"
+    settings = options.weighting
+    if isinstance(settings, NoWeighting):
+        return None
+    with _said_by(f"--weighting {settings.kind}"):
+        bound = make_bound(settings)
+        match settings:
+            case TableOptions():
+                _check_batches(options)
+                return InstanceTable(instances, settings.prior, bound, settings.normalise)
+            case DomainOptions():
+                if not float(bound(torch.zeros(()))) > 0:
+                    raise ValueError(
+                        f"domain weights start at bound(0), which is 0 for --bound "
+                        f"{settings.bound}; use softplus or sigmoid"
+                    )
+                return DomainTable(domains, bound)
+            case NetOptions():
+                _check_batches(options)
+                return InstanceNet(
+                    _net_inputs(settings, domains),
+                    settings.hidden,
+                    settings.layers,
+                    settings.prior,
+                    bound,
+                    centre=settings.centre,
+                    normalise=settings.normalise == "batch",
                 )
-            return DomainTable(domains, bound)
-        if options.weighting == "net":
-            _check_batches(options)
-            return InstanceNet(
-                _net_inputs(options, domains),
-                options.hidden,
-                options.layers,
-                options.prior,
-                bound,
-                centre=options.centre,
-                normalise=options.normalise == "batch",
-            )
-    return None
 
 
-def _net_inputs(options: TrainOptions, domains: int) -> int:
+def _net_inputs(settings: NetOptions, domains: int) -> int:
     with _said_by("--features"):
         return feature_count(
-            options.features, reference=options.reference_features, domains=domains
+            settings.features, reference=settings.reference_features, domains=domains
         )
 
 
 def _check_batches(options: TrainOptions) -> None:
-    net = options.weighting == "net"
-    if options.batch_size == 1 and ((net and options.centre) or options.normalise == "batch"):
+    settings = options.weighting
+    net = isinstance(settings, NetOptions)
+    compared = settings.normalise == "batch" or (
+        isinstance(settings, NetOptions) and settings.centre
+    )
+    if options.lower.batch_size == 1 and compared:
         apart = "--normalise none --no-centre" if net else "--normalise table"
         remedy = f"use 2 or more, or {apart}"
         raise ValueError(
@@ -126,11 +146,11 @@ def lower_schedule(options: LowerOptions) -> Callable[[Any], Any]:
     """Learning rate of every lower step."""
     with _said_by("--lower-lr, --lower-warmup, --lower-gamma"):
         return _schedule(
-            options.lower_schedule,
-            options.lower_lr,
-            max(1, options.steps),
-            warmup=options.lower_warmup,
-            drops=(options.lower_step_size, options.lower_gamma),
+            options.lower.schedule,
+            options.lower.lr,
+            max(1, options.lower.steps),
+            warmup=options.lower.warmup,
+            drops=(options.lower.step_size, options.lower.gamma),
         )
 
 
@@ -139,26 +159,26 @@ def lower_optimizer(options: LowerOptions) -> AdamW:
     with _said_by("--lower-betas, --lower-max-norm"):
         return AdamW(
             lower_schedule(options),
-            betas=options.lower_betas,
-            weight_decay=options.lower_weight_decay,
-            max_norm=options.lower_max_norm,
+            betas=options.lower.betas,
+            weight_decay=options.lower.weight_decay,
+            max_norm=options.lower.max_norm,
         )
 
 
 def upper_steps(options: TrainOptions) -> int:
     """How many upper steps the run takes."""
-    return max(0, options.steps - options.upper_start) // options.unroll_steps
+    return max(0, options.lower.steps - options.upper.start) // options.upper.unroll_steps
 
 
 def upper_schedule(options: TrainOptions, peak: float) -> Callable[[Any], Any]:
     """Learning rate of every upper step."""
     with _said_by("--upper-lr, --upper-warmup, --upper-gamma"):
         return _schedule(
-            options.upper_schedule,
+            options.upper.schedule,
             peak,
             max(1, upper_steps(options)),
-            warmup=options.upper_warmup,
-            drops=(options.upper_step_size, options.upper_gamma),
+            warmup=options.upper.warmup,
+            drops=(options.upper.step_size, options.upper.gamma),
         )
 
 
@@ -169,20 +189,22 @@ def time_scale(options: TrainOptions, weighting: Weighting) -> TimeScale:
         OptionError: ``upper_lr`` is neither "auto" nor a number, or weight 1, where a domain's
             weight counts as starting, is outside the bound.
     """
-    if options.upper_lr == "auto":
+    if options.upper.lr == "auto":
         given = None
     else:
         try:
-            given = float(options.upper_lr)
+            given = float(options.upper.lr)
         except ValueError as error:
             raise OptionError(
-                f"--upper-lr: expected auto or a number, found {options.upper_lr!r}"
+                f"--upper-lr: expected auto or a number, found {options.upper.lr!r}"
             ) from error
     rows = weighting.size if isinstance(weighting, InstanceTable) else 1
-    per_step = options.batch_size * options.accumulation * differentiated_steps(options)
-    start = 1.0 if isinstance(weighting, DomainTable) else options.prior
-    with _said_by(f"--bound {options.bound}"):
-        to_bound = distance_to_lower_bound(weighting.bound.range, weighting.bound.raw, start)
+    per_step = options.lower.batch_size * options.lower.accumulation * differentiated_steps(options)
+    settings = options.weighting
+    assert not isinstance(settings, NoWeighting)
+    with _said_by(f"--bound {settings.bound}"):
+        bound = weighting.bound
+        to_bound = distance_to_lower_bound(bound.range, bound.raw, settings.prior)
     return match_time_scale(
         upper_lr=given,
         upper_steps=upper_steps(options),
@@ -190,8 +212,8 @@ def time_scale(options: TrainOptions, weighting: Weighting) -> TimeScale:
         rows_per_step=min(rows, per_step),
         to_bound=to_bound,
         schedule_of=lambda peak: upper_schedule(options, peak),
-        optimizer=options.upper_optimizer,
-        betas=options.upper_betas,
+        optimizer=options.upper.optimizer,
+        betas=options.upper.betas,
     )
 
 
@@ -199,21 +221,21 @@ def upper_optimizer(options: TrainOptions, peak: float) -> Any:
     """Optimizer of the upper level."""
     schedule = upper_schedule(options, peak)
     with _said_by("--upper-betas, --upper-max-norm"):
-        if options.upper_optimizer == "sgd":
-            return SGD(schedule, max_norm=options.upper_max_norm)
-        kind = LazyRowAdam if options.upper_optimizer == "lazy-adam" else AdamW
+        if options.upper.optimizer == "sgd":
+            return SGD(schedule, max_norm=options.upper.max_norm)
+        kind = LazyRowAdam if options.upper.optimizer == "lazy-adam" else AdamW
         return kind(
             schedule,
-            betas=options.upper_betas,
-            weight_decay=options.upper_weight_decay,
-            max_norm=options.upper_max_norm,
+            betas=options.upper.betas,
+            weight_decay=options.upper.weight_decay,
+            max_norm=options.upper.max_norm,
         )
 
 
 def make_plain_solver(options: LowerOptions, problem: Problem) -> BilevelSolver:
     """A solver that only ever takes lower steps."""
     return BilevelSolver(
-        problem, lower_optimizer(options), SGD(0.0), accumulation=options.accumulation
+        problem, lower_optimizer(options), SGD(0.0), accumulation=options.lower.accumulation
     )
 
 
@@ -232,21 +254,24 @@ def make_solver(options: TrainOptions, objective: Objective, upper_peak: float) 
             objective.problem(),
             lower_optimizer(options),
             upper,
-            make_hypergradient(options),
-            unroll_steps=options.unroll_steps,
-            accumulation=options.accumulation,
+            make_hypergradient(options.hypergradient),
+            unroll_steps=options.upper.unroll_steps,
+            accumulation=options.lower.accumulation,
             rollback=options.rollback,
-            upper_start=options.upper_start,
+            upper_start=options.upper.start,
         )
 
 
 def _names(options: TrainOptions) -> str:
     """The options that decide on the hypergradient, as they are."""
-    if options.hypergradient == "one-step":
-        return f"--route {options.route}, --order {options.order}"
-    name = f"--hypergradient {options.hypergradient}"
-    if options.hypergradient == "implicit":
-        return f"{name}, --linear-solver {options.linear_solver}, --damping {options.damping}"
-    if options.hypergradient == "penalty":
-        return f"{name}, --penalty-strength {options.penalty_strength}"
-    return name
+    settings = options.hypergradient
+    name = f"--hypergradient {settings.kind}"
+    match settings:
+        case OneStepOptions():
+            return f"--route {settings.route}, --order {settings.order}"
+        case UnrolledOptions():
+            return name
+        case ImplicitOptions():
+            return f"{name}, --linear-solver {settings.linear_solver}, --damping {settings.damping}"
+        case PenaltyOptions():
+            return f"{name}, --penalty-strength {settings.penalty_strength}"

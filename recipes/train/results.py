@@ -19,9 +19,9 @@ from recipes.train.data import TrainData
 
 def row_name(options: TrainOptions) -> str:
     """The row of ``results.json`` that a run fills; that of a sanity check says so."""
-    if options.weights_file is not None:
+    if options.weighting.weights_file is not None:
         return "fixed_weights"
-    if options.lower_data == "meta":
+    if options.weighting.lower_data == "meta":
         name = "meta_only"
     else:
         name = {
@@ -29,8 +29,8 @@ def row_name(options: TrainOptions) -> str:
             "table": "instance_table",
             "domain": "domain_table",
             "none": "no_selection",
-        }[options.weighting]
-    return name + SANITY_CHECK if options.sanity_check else name
+        }[options.weighting.kind]
+    return name + SANITY_CHECK if options.data.sanity_check else name
 
 
 def evaluate_all(
@@ -46,7 +46,7 @@ def evaluate_all(
         What ``results.json`` says of them: the test set at the top, others under their names.
     """
     row = row_name(options)
-    results: dict[str, Any] = {"sanity_check": True} if options.sanity_check else {}
+    results: dict[str, Any] = {"sanity_check": True} if options.data.sanity_check else {}
     for name, candidates in data.evaluations.items():
         found = evaluate(prm, lower, candidates, options)
         values = values_of(candidates, found, row)

@@ -64,7 +64,7 @@ def run_cold_start(options: ColdStartOptions) -> Path:
     started = time.perf_counter()
     check_together(options)
     set_up(options)
-    prm, lower = load_model(options, options.freeze)
+    prm, lower = load_model(options, options.lower.freeze)
     data = read_examples(prm, options, options.train_file)
     require(data, "labels")
     drawn = cold_start_rows(options, len(data))
@@ -74,7 +74,7 @@ def run_cold_start(options: ColdStartOptions) -> Path:
         "both",
         None,
         full_vocab=options.probability == "vocabulary",
-        lower_loss=options.lower_loss,
+        lower_loss=options.lower.loss,
     )
     solver = make_plain_solver(options, objective.problem())
     batch = train_batch(lower_draw(options, drawn), data)
@@ -82,17 +82,17 @@ def run_cold_start(options: ColdStartOptions) -> Path:
         end = train(
             solver,
             run,
-            steps=options.steps,
+            steps=options.lower.steps,
             lower_batches=ahead(
-                per_step(batch, options.accumulation), options.steps, options.workers
+                per_step(batch, options.lower.accumulation), options.lower.steps, options.workers
             ),
             upper_batch=None,
             weighting=None,
-            log_every=options.log_every,
+            log_every=options.run.log_every,
             title="cold start",
-            progress=options.progress,
+            progress=options.run.progress,
             learning_rates={"lower_lr": lower_schedule(options)},
-            on_trouble=options.on_trouble,
+            on_trouble=options.run.on_trouble,
         )
         directory = run.directory
         with run.keeping(end):
@@ -112,7 +112,7 @@ def run_training(options: TrainOptions) -> Path:
     clock = _Clock()
     check_together(options)
     set_up(options)
-    prm, lower = load_model(options, options.freeze, options.init_from)
+    prm, lower = load_model(options, options.lower.freeze, options.init_from)
     data = read_train_data(prm, options)
     weighting = make_weighting(options, len(data.train), len(data.domains))
     objective = Objective(
@@ -120,12 +120,12 @@ def run_training(options: TrainOptions) -> Path:
         AGGREGATIONS[options.aggregation],
         options.loss_target,
         weighting,
-        options.features,
-        options.reference_features,
+        options.weighting.features,
+        options.weighting.reference_features,
         len(data.domains),
         full_vocab=options.probability == "vocabulary",
-        lower_loss=options.lower_loss,
-        normalise_given=options.normalise == "batch",
+        lower_loss=options.lower.loss,
+        normalise_given=options.weighting.normalise == "batch",
     )
     solver, upper, rates = _solver(options, objective, data)
     with open_run(options, prm.model, solver.init(lower, upper)) as run:
@@ -136,24 +136,26 @@ def run_training(options: TrainOptions) -> Path:
         if weighting is not None and data.meta is not None:
             upper_batch = ahead(
                 meta_batch(upper_draw(options, data.meta), data.meta),
-                options.steps,
+                options.lower.steps,
                 options.workers,
-                every=options.unroll_steps,
+                every=options.upper.unroll_steps,
             )
         end = train(
             solver,
             run,
-            steps=options.steps,
+            steps=options.lower.steps,
             lower_batches=ahead(
-                per_step(lower_batch, options.accumulation), options.steps, options.workers
+                per_step(lower_batch, options.lower.accumulation),
+                options.lower.steps,
+                options.workers,
             ),
             upper_batch=upper_batch,
             weighting=weighting,
-            log_every=options.log_every,
+            log_every=options.run.log_every,
             title=row_name(options),
-            progress=options.progress,
+            progress=options.run.progress,
             learning_rates=rates,
-            on_trouble=options.on_trouble,
+            on_trouble=options.run.on_trouble,
         )
         clock.lap("train")
         with run.keeping(end):
@@ -186,7 +188,7 @@ def _finish(
         data,
         None if initial is None else initial.scores,
     )
-    visits = count_visits(draw, options.steps * options.accumulation, len(trained))
+    visits = count_visits(draw, options.lower.steps * options.lower.accumulation, len(trained))
     columns = {"weight": weights, "raw_weight": raw, "visits": visits}
     if initial is not None:
         columns["initial_loss"] = initial.losses
@@ -233,15 +235,21 @@ def _lower_level(
 ) -> tuple[Draw, Callable[[int], Batch]]:
     """Which rows the lower level draws, and its numbered micro-batches."""
     examples = lower_examples(options, data)
-    if options.lower_data == "meta":
+    if options.weighting.lower_data == "meta":
         draw = lower_meta_draw(options, examples)
         return draw, meta_batch(draw, examples)
     columns = {}
-    if initial is not None and isinstance(weighting, InstanceNet) and options.reference_features:
+    if (
+        initial is not None
+        and isinstance(weighting, InstanceNet)
+        and options.weighting.reference_features
+    ):
         columns["reference_probs"] = initial.scores
     if data.fixed_weights is not None:
         given = data.fixed_weights
-        columns["weights"] = mean_one_over(given, given) if options.normalise == "table" else given
+        columns["weights"] = (
+            mean_one_over(given, given) if options.weighting.normalise == "table" else given
+        )
     draw = lower_draw(options, range(len(examples)))
     return draw, train_batch(draw, examples, columns)
 
@@ -251,7 +259,7 @@ def _solver(
 ) -> tuple[BilevelSolver, dict[str, Tensor], dict[str, Any]]:
     """The solver, the initial upper parameters, and the learning rates to log."""
     rates: dict[str, Any] = {"lower_lr": lower_schedule(options)}
-    if options.lower_data == "meta":
+    if options.weighting.lower_data == "meta":
         problem = BilevelProblem(lower_loss=objective.upper_loss, upper_loss=objective.upper_loss)
         return make_plain_solver(options, problem), {}, rates
     weighting = objective.weighting
@@ -263,7 +271,7 @@ def _solver(
         print(f"warning: {scale.warning()}")
     schedule = upper_schedule(options, scale.upper_lr)
     rates["upper_lr"] = lambda step: schedule(
-        max(0, step - options.upper_start) // options.unroll_steps
+        max(0, step - options.upper.start) // options.upper.unroll_steps
     )
     if isinstance(weighting, InstanceNet):
         upper = weighting.init(torch.Generator().manual_seed(options.seed))

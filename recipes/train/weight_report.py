@@ -150,8 +150,11 @@ def write_weighting(
         names = [example.id for example in data.train.examples]
     extra: dict[str, Any] = {}
     if isinstance(weighting, InstanceNet):
-        extra = {"features": list(options.features), "reference": options.reference_features}
-        extra["domains"] = list(data.domains) if "domain" in options.features else []
+        extra = {
+            "features": list(options.weighting.features),
+            "reference": options.weighting.reference_features,
+        }
+        extra["domains"] = list(data.domains) if "domain" in options.weighting.features else []
     save_weighting(directory, weighting, params, names, extra)
 
 

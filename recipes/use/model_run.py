@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from recipes.options.train import PrmOptions
+from recipes.options.base import PrmOptions
 from recipes.options.yaml_file import read_yaml
 
 _PROMPT = ("system_prompt", "context", "max_patches")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from prm.aggregations import AGGREGATIONS
 from prm.schema import DataError
 from recipes.evaluation.candidates import step_scores_of
 from recipes.loading import Examples, Solutions, load_model, read_examples, read_solutions, set_up
+from recipes.options.rules import check_together, refuse_given
 from recipes.options.use import WeighOptions
 from recipes.options.values import OptionError
 from recipes.train.data import require
@@ -23,22 +24,7 @@ from recipes.use.model_run import prompt_differences, run_of
 from recipes.use.weigh_rules import rule_weights
 from weighting import DomainTable, InstanceNet, InstanceTable, load_weighting
 
-_JUDGE = (
-    "model",
-    "reference_model",
-    "system_prompt",
-    "context",
-    "max_patches",
-    "eval_batch_size",
-    "workers",
-)
 _SHOWN = 5
-_UNREAD = {
-    "weighting": ("keep", "within", "alpha"),
-    "bis": ("weighting", *_JUDGE, "seed"),
-    "small-loss": ("weighting", "reference_model", "alpha"),
-    "random": ("weighting", *_JUDGE, "alpha"),
-}
 
 
 def run_weigh(options: WeighOptions) -> Path:
@@ -54,7 +40,7 @@ def run_weigh(options: WeighOptions) -> Path:
         DataError: a record that cannot be used.
     """
     set_up(options)
-    _check_unread(options, _UNREAD[options.by], f"--by {options.by}")
+    check_together(options)
     output = Path(options.output)
     if output.is_dir():
         raise OptionError(f"--output {output}: is a directory; name a file")
@@ -88,7 +74,11 @@ def _by_table(
     names: Sequence[str],
 ) -> tuple[Solutions, Tensor, Tensor]:
     """Examples, weights and raw weights by the rows of a table."""
-    _check_unread(options, _JUDGE, f"a {type(table).__name__}, which asks no model")
+    refuse_given(
+        options,
+        WeighOptions.ASKS_MODEL,
+        f"{{flags}}: no effect with a {type(table).__name__}, which asks no model; leave out",
+    )
     data = read_solutions(options, options.file)
     if isinstance(table, InstanceTable):
         rows = _rows(options, [example.id for example in data.examples], names, "id")
@@ -177,11 +167,3 @@ def _rows(options: WeighOptions, keys: Sequence[str], names: Sequence[str], what
             "domain, to weigh unseen examples",
         )
     return torch.tensor([index[key] for key in keys])
-
-
-def _check_unread(options: WeighOptions, names: Sequence[str], because: str) -> None:
-    given = {f.name for f in fields(options) if getattr(options, f.name) != f.default}
-    unread = sorted(given & set(names))
-    if unread:
-        flags = ", ".join(f"--{name.replace('_', '-')}" for name in unread)
-        raise OptionError(f"{flags}: no effect with {because}; leave out")

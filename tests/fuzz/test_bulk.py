@@ -16,7 +16,8 @@ from prm.data.reader import checked_rows
 from prm.inputs.tiles import image_size, read_image
 from prm.names import FORMAT_NAMES
 from prm.schema import DataError
-from recipes.options.train import TrainOptions, resolve, to_yaml
+from recipes.options.parse import resolve, to_yaml
+from recipes.options.train import TrainOptions
 from recipes.options.values import OptionError
 from recipes.run.checkpoints import Checkpoints, Progress
 from recipes.train.data import _read_weights

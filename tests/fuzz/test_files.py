@@ -15,7 +15,8 @@ from safetensors.torch import save
 
 from prm.inputs.tiles import image_size, read_image
 from prm.schema import DataError
-from recipes.options.train import TrainOptions, resolve, to_yaml
+from recipes.options.parse import resolve, to_yaml, train_options
+from recipes.options.train import TrainOptions
 from recipes.options.values import OptionError
 from recipes.train.data import _read_weights
 from recipes.use.score import read_settings
@@ -210,7 +211,7 @@ def test_images(folder):
     run()
 
 
-PLAIN = TrainOptions(train_file="train.jsonl", output_dir="out")
+PLAIN = train_options(train_file="train.jsonl", output_dir="out")
 
 
 def _read(found: Any, path: Path) -> Any:

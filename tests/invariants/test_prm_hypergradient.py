@@ -60,7 +60,7 @@ def setup(request, task, tmp_path_factory):
     data = read_examples(prm, options, str(train))
     rows = data.with_rows({example.id: row for row, example in enumerate(data.examples)})
     batch = double(rows.batch(range(8)))
-    meta = read_examples(prm, options, options.meta_file)
+    meta = read_examples(prm, options, options.data.meta_file)
     weighting = WEIGHTINGS[request.param]
     generator = torch.Generator().manual_seed(2)
     batch["reference_probs"] = torch.rand(

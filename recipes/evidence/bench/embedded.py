@@ -38,7 +38,8 @@ from prm.inputs.collate import Batch
 from recipes.embedded.build import Sizes, build
 from recipes.evidence.bench.measure import keep_freed_memory
 from recipes.loading import load_model
-from recipes.options.train import TrainOptions, resolve
+from recipes.options.parse import changed, resolve
+from recipes.options.train import TrainOptions
 from recipes.run.directory import environment, write_json
 from recipes.train.data import read_train_data
 from recipes.train.make_solver import lower_optimizer
@@ -96,7 +97,7 @@ def make_setup(batch_size: int, meta_batch_size: int) -> Setup:
     with tempfile.TemporaryDirectory() as folder:
         data_dir = Path(folder) / "data"
         build(data_dir, sizes=Sizes(40, 3, 1, 40, 4, 2, 2))
-        preset = replace(
+        preset = changed(
             resolve(TrainOptions, {"config": "train-table"}),
             train_file=str(data_dir / "train.jsonl"),
             meta_file=str(data_dir / "meta.jsonl"),
@@ -104,7 +105,7 @@ def make_setup(batch_size: int, meta_batch_size: int) -> Setup:
             test_file=None,
         )
         torch.manual_seed(0)
-        prm, lower = load_model(preset, preset.freeze)
+        prm, lower = load_model(preset, preset.lower.freeze)
         data = read_train_data(prm, preset)
         assert data.meta is not None
         lower_batch = data.train.batch(range(batch_size))

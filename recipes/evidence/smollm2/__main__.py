@@ -39,7 +39,9 @@ from recipes.evidence.smollm2.game24 import FILE, Sizes, write_parts
 from recipes.evidence.smollm2.position import auc_by_place, position_scores
 from recipes.evidence.smollm2.weights import gguf_file, write_model
 from recipes.loading import read_solutions
-from recipes.options.train import ColdStartOptions, LowerOptions, PrmOptions, TrainOptions, to_yaml
+from recipes.options.base import PrmOptions
+from recipes.options.parse import cold_start_options, to_yaml, train_options
+from recipes.options.train import ColdStartOptions, LowerOptions, TrainOptions
 from recipes.options.use import ScoreOptions
 from recipes.run.directory import environment, write_json
 from recipes.run.machine import machine
@@ -52,7 +54,7 @@ _SYSTEM = "judge each step of the solution"
 _HOW: AggregationName = "mean"
 
 
-def train_options(
+def options_of_runs(
     work: Path, model: Path, given: argparse.Namespace
 ) -> tuple[ColdStartOptions, TrainOptions, TrainOptions]:
     """The three runs: cold start, No Selection, Instance Net."""
@@ -68,7 +70,7 @@ def train_options(
         "log_every": 4,
         "progress": False,
     }
-    cold = ColdStartOptions(
+    cold = cold_start_options(
         **common,
         output_dir=str(work / "cold-start"),
         draw=0,
@@ -82,8 +84,8 @@ def train_options(
         "steps": given.steps,
         "lower_lr": given.lower_lr,
     }
-    plain = TrainOptions(**second, output_dir=str(work / "no-selection"), weighting="none")
-    net = TrainOptions(
+    plain = train_options(**second, output_dir=str(work / "no-selection"), weighting="none")
+    net = train_options(
         **second,
         output_dir=str(work / "instance-net"),
         meta_file=str(work / "data" / "meta.jsonl"),
@@ -193,7 +195,7 @@ def check(given: argparse.Namespace) -> dict[str, Any]:
     work = Path(given.work_dir)
     counts = write_parts(Path(given.data), work / "data", Sizes(), given.seed)
     model = write_model(gguf_file(), work / "model")
-    cold, plain, net = train_options(work, model, given)
+    cold, plain, net = options_of_runs(work, model, given)
     runs: dict[str, LowerOptions] = {"cold start": cold, "No Selection": plain, "Instance Net": net}
     for options in runs.values():
         once(options, run_cold_start if options is cold else run_training)
@@ -212,7 +214,7 @@ def check(given: argparse.Namespace) -> dict[str, Any]:
         "trained_layers": given.layers,
         "cold_steps": given.cold_steps,
         "steps": given.steps,
-        "batch_size": cold.batch_size,
+        "batch_size": cold.lower.batch_size,
         "lower_lr": given.lower_lr,
         "aggregation": _HOW,
         "seed": given.seed,

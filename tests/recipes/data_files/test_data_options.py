@@ -10,16 +10,16 @@ from typing import get_args
 import pytest
 
 import recipes.data_files
-from prm.names import FORMAT_NAMES
+from prm.data.formats.table import FORMATS
+from prm.names import FORMAT_NAMES, FormatChoice
 from recipes.__main__ import main
 from recipes.data_files.options import (
     ConvertOptions,
-    FormatName,
     InspectOptions,
     SplitOptions,
     ValidateOptions,
 )
-from recipes.options.train import PrmOptions
+from recipes.options.base import PrmOptions
 
 KINDS = {
     "validate": ValidateOptions,
@@ -30,7 +30,8 @@ KINDS = {
 
 
 def test_formats_are_those_that_there_are():
-    assert get_args(FormatName) == ("auto", *FORMAT_NAMES)
+    assert get_args(FormatChoice) == ("auto", *FORMAT_NAMES)
+    assert tuple(format.name for format in FORMATS) == FORMAT_NAMES
 
 
 @pytest.mark.parametrize("kind", KINDS)

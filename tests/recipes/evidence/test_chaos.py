@@ -9,8 +9,9 @@ import pytest
 from recipes.__main__ import make_parser
 from recipes.evidence.chaos import CASES, SAVE_EVERY, chaos
 from recipes.evidence.chaos_attempt import _is_change
+from recipes.options.parse import resolve
 from recipes.options.rules import check_together
-from recipes.options.train import TrainOptions, resolve
+from recipes.options.train import TrainOptions
 
 
 @pytest.mark.timeout(900)  # some 15 processes, one after the other; seconds each on a free core
@@ -38,7 +39,7 @@ def test_every_weighting_and_every_hypergradient_is_killed():
             | given(words),
         )
         check_together(options)
-        seen.append((options.weighting, options.hypergradient))
+        seen.append((options.weighting.kind, options.hypergradient.kind))
     assert {weighting for weighting, _ in seen} == {"net", "table", "domain"}
     assert {method for _, method in seen} == {"one-step", "unrolled", "implicit", "penalty"}
 

@@ -3,19 +3,13 @@
 from __future__ import annotations
 
 import argparse
-from dataclasses import fields
 
 import pytest
 
-from recipes.options.train import (
-    PRESETS,
-    ColdStartOptions,
-    OptionError,
-    TrainOptions,
-    build_parser,
-    resolve,
-    to_yaml,
-)
+from recipes.options.flat import flat_options
+from recipes.options.parse import PRESETS, build_parser, resolve, to_yaml, train_options
+from recipes.options.train import ColdStartOptions, TrainOptions
+from recipes.options.values import OptionError
 
 REQUIRED = {"train_file": "t.jsonl", "output_dir": "out"}
 
@@ -30,20 +24,20 @@ def test_command_line_wins_over_preset_wins_over_default(tmp_path):
     preset = tmp_path / "p.yaml"
     preset.write_text("train_file: a.jsonl\noutput-dir: o\nsteps: 7\nlower_lr: 1e-4\nfreeze: [x]\n")
     options = resolve(TrainOptions, parse("--config", str(preset), "--steps", "9"))
-    assert options.steps == 9
-    assert options.lower_lr == 1e-4
-    assert options.freeze == ("x",)
-    assert options.batch_size == TrainOptions.batch_size
+    assert options.lower.steps == 9
+    assert options.lower.lr == 1e-4
+    assert options.lower.freeze == ("x",)
+    assert options.lower.batch_size == 32
 
 
 def test_both_spellings_and_every_kind_of_value():
     words = "--train_file t --output-dir o --lower-betas 0.8 0.9 --no-progress"
     words += " --lower-max-norm none --features loss label"
     options = resolve(TrainOptions, parse(*words.split()))
-    assert options.lower_betas == (0.8, 0.9)
-    assert options.progress is False
-    assert options.lower_max_norm is None
-    assert options.features == ("loss", "label")
+    assert options.lower.betas == (0.8, 0.9)
+    assert options.run.progress is False
+    assert options.lower.max_norm is None
+    assert options.weighting.features == ("loss", "label")
 
 
 @pytest.mark.parametrize(
@@ -79,7 +73,7 @@ def test_unknown_preset_names_the_nearest_shipped_one():
 
 
 def test_yaml_of_a_run_reads_back_to_the_same_options(tmp_path):
-    options = TrainOptions(**REQUIRED, freeze=("a", "b"), lower_max_norm=None, seed=3)
+    options = train_options(**REQUIRED, freeze=("a", "b"), lower_max_norm=None, seed=3)
     (tmp_path / "args.yaml").write_text(to_yaml(options))
     assert resolve(TrainOptions, {"config": str(tmp_path / "args.yaml")}) == options
 
@@ -92,4 +86,4 @@ def test_every_shipped_preset_resolves(preset):
 
 @pytest.mark.parametrize("options", [TrainOptions, ColdStartOptions])
 def test_every_option_has_help(options):
-    assert all(f.metadata["help"] for f in fields(options))
+    assert all(entry.help for entry in flat_options(options).values())

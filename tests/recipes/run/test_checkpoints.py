@@ -14,7 +14,9 @@ import recipes.run.checkpoints
 from bilevel import AdamW, BilevelProblem, BilevelSolver, LazyRowAdam, OneStep, Reverse, tree
 from bilevel.autodiff.random_state import capture
 from recipes.__main__ import main
-from recipes.options.train import OptionError, TrainOptions, resolve
+from recipes.options.parse import changed, resolve, train_options
+from recipes.options.train import TrainOptions
+from recipes.options.values import OptionError
 from recipes.run.checkpoints import Checkpoints, Progress
 from recipes.run.identity import differences, identity
 from recipes.run.resume import Run, cut_log
@@ -176,7 +178,7 @@ def test_what_decides_nothing_may_change_and_files_may_move(task, stopped, tmp_p
     words += ["--save-every", "5", "--log-every", "7", "--test-file", "none"]
     assert main(["train", "--resume", str(run), *words]) == 0
     options = resolve(TrainOptions, {"config": str(run / "args.yaml")})
-    assert (options.save_every, options.test_file, options.resume) == (5, None, None)
+    assert (options.run.save_every, options.data.test_file, options.run.resume) == (5, None, None)
     assert options.output_dir == str(run)
 
 
@@ -378,7 +380,13 @@ def test_a_state_of_another_shape_is_named(tmp_path):
 
 
 def test_identity_is_that_of_contents(tmp_path):
-    options = TrainOptions(train_file=str(tmp_path / "a"), output_dir="o", weighting="none")
+    options = train_options(
+        train_file=str(tmp_path / "a"),
+        output_dir="o",
+        weighting="none",
+        lower_data="meta",
+        meta_file=str(tmp_path / "a"),
+    )
     for name in ("a", "b"):
         (tmp_path / name).write_text("same")
     model = torch.nn.Linear(2, 2)
@@ -389,7 +397,7 @@ def test_identity_is_that_of_contents(tmp_path):
     assert differences(one, identity(moved, model)) == [
         "--train-file (checkpoint: a file of other content)"
     ]
-    assert differences(one, identity(replace(options, meta_file=str(tmp_path / "b")), model)) == [
+    assert differences(one, identity(changed(options, meta_file=str(tmp_path / "b")), model)) == [
         "--meta-file (checkpoint: a file of other content)"
     ]
     with torch.no_grad():

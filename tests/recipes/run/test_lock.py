@@ -10,7 +10,7 @@ import sys
 
 import pytest
 
-from recipes.options.train import OptionError
+from recipes.options.values import OptionError
 from recipes.run.directory import free_directory
 from recipes.run.lock import locked
 from recipes.train.training import run_training

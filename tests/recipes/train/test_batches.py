@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from recipes.options.train import ColdStartOptions, TrainOptions
+from recipes.options.parse import changed, cold_start_options, train_options
 from recipes.train.batches import (
     cold_start_rows,
     count_visits,
@@ -21,7 +21,7 @@ from recipes.train.batches import (
 )
 from recipes.train.order import epoch_order
 
-OPTIONS = TrainOptions(train_file="t", output_dir="o", batch_size=3, meta_batch_size=6)
+OPTIONS = train_options(train_file="t", output_dir="o", batch_size=3, meta_batch_size=6)
 
 
 @dataclass(frozen=True)
@@ -90,10 +90,10 @@ def test_solutions_are_drawn_one_by_one_or_by_question():
 
 
 def test_a_meta_batch_is_no_larger_than_the_meta_set_and_no_smaller_than_a_question():
-    assert len(flat(upper_draw(replace(OPTIONS, meta_batch_size=100), META)(0))) == 8
+    assert len(flat(upper_draw(changed(OPTIONS, meta_batch_size=100), META)(0))) == 8
     pairs = replace(OPTIONS, loss_target="pairs")
-    assert len(upper_draw(replace(pairs, meta_batch_size=100), META)(0)) == 3
-    assert len(upper_draw(replace(pairs, meta_batch_size=1), META)(0)) == 1
+    assert len(upper_draw(changed(pairs, meta_batch_size=100), META)(0)) == 3
+    assert len(upper_draw(changed(pairs, meta_batch_size=1), META)(0)) == 1
 
 
 def test_groups_are_told_apart_within_a_batch():
@@ -120,7 +120,7 @@ def test_visits_are_counted_over_the_batches_that_were_made():
 
 
 def test_cold_start_draws_without_repetition():
-    options = ColdStartOptions(train_file="t", output_dir="o", draw=4)
+    options = cold_start_options(train_file="t", output_dir="o", draw=4)
     assert cold_start_rows(options, 9) == epoch_order(9, 3)(0, 4)
     for draw in (0, 9, 100):
         assert sorted(cold_start_rows(replace(options, draw=draw), 9)) == list(range(9))

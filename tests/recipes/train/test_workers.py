@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 import shutil
-from dataclasses import replace
 
 import pytest
 
+from recipes.options.parse import changed
 from recipes.run.errors import StepError
 from recipes.train.batches import ahead
 from recipes.train.training import run_cold_start, run_training
@@ -37,7 +37,7 @@ def test_runs_have_the_same_bits_with_workers(task, tmp_path):
     (with_workers / "results.json").unlink()
     shutil.rmtree(with_workers / "model")
     shutil.rmtree(with_workers / "checkpoints" / "step-6")
-    options = replace(
+    options = changed(
         task.train(with_workers, save_every=3, **more), resume=str(with_workers), workers=1
     )
     resumed = run_training(options)
