@@ -13,7 +13,7 @@ from recipes.data_files.findings import Findings, Tally, place_of, spread
 from recipes.data_files.options import ValidateOptions
 from recipes.data_files.overlap import Overlap, Rows, overlaps
 from recipes.options.train import OptionError, PrmOptions
-from recipes.run.directory import write_json
+from recipes.run.files import write_json
 
 _MISTAKES_SHOWN = 10
 Measure = Callable[[StepExample], tuple[int, int]]

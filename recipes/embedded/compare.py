@@ -19,7 +19,8 @@ from recipes.embedded.build import build
 from recipes.evaluation.table import comparison_table
 from recipes.options.embedded import CompareOptions
 from recipes.options.train import ColdStartOptions, OptionError, TrainOptions, resolve
-from recipes.run.directory import environment, write_json, write_text
+from recipes.run.files import write_json, write_text
+from recipes.run.provenance import environment
 from recipes.train.training import run_cold_start, run_training
 
 _RESAMPLES = 10_000

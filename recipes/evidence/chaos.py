@@ -37,7 +37,7 @@ from typing import Any
 
 from recipes.embedded.tiny import write_tiny
 from recipes.evidence.chaos_attempt import attempt
-from recipes.run.directory import write_json
+from recipes.run.files import write_json
 
 SAVE_EVERY = 2
 _COMMON = (

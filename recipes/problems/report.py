@@ -14,7 +14,8 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 
 from recipes.options.train import OptionError, build_parser, resolve
-from recipes.run.directory import environment, write_json
+from recipes.run.files import write_json
+from recipes.run.provenance import environment
 
 Options = TypeVar("Options")
 

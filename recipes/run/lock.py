@@ -19,7 +19,8 @@ from pathlib import Path
 from typing import Any
 
 from recipes.options.values import OptionError
-from recipes.run.directory import LOCK, write_text
+from recipes.run.directory import LOCK
+from recipes.run.files import write_text
 
 
 @contextmanager

@@ -17,17 +17,12 @@ from bilevel.autodiff.random_state import capture
 from recipes.options.resume_point import resume_point
 from recipes.options.train import LowerOptions, OptionError, TrainOptions, to_yaml
 from recipes.run.checkpoints import Checkpoints, Progress
-from recipes.run.directory import (
-    describe_run,
-    environment,
-    free_directory,
-    make_directory,
-    write_json,
-    write_text,
-)
+from recipes.run.directory import describe_run, free_directory, make_directory
 from recipes.run.errors import RunError, WriteError
+from recipes.run.files import write_json, write_text
 from recipes.run.identity import identity
 from recipes.run.lock import locked
+from recipes.run.provenance import environment
 
 
 @dataclass(frozen=True)

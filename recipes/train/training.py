@@ -17,7 +17,7 @@ from recipes.evaluation.candidates import step_scores_of
 from recipes.options.rules import check_together
 from recipes.options.train import ColdStartOptions, TrainOptions
 from recipes.run.checkpoints import Progress
-from recipes.run.directory import write_json
+from recipes.run.files import write_json
 from recipes.run.resume import open_run
 from recipes.session import AGGREGATIONS, load_model, read_examples, set_up
 from recipes.train.batches import (

@@ -15,7 +15,7 @@ from prm.evaluation.metrics import roc_auc
 from prm.losses import step_cross_entropy
 from recipes.evaluation.candidates import step_scores_of
 from recipes.options.train import TrainOptions
-from recipes.run.directory import write_text
+from recipes.run.files import write_text
 from recipes.session import Examples, Solutions
 from recipes.train.data import TrainData, lower_examples
 from recipes.train.objective import Objective

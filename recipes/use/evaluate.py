@@ -22,7 +22,7 @@ from recipes.evaluation.leaks import overlap, refuse_overlap
 from recipes.evaluation.table import SANITY_CHECK, results_table
 from recipes.options.use import EvaluateOptions
 from recipes.options.values import OptionError
-from recipes.run.directory import write_json
+from recipes.run.files import write_json
 from recipes.session import Examples, load_model, read_solutions, set_up
 from recipes.use.model_run import note_differences, run_of
 from recipes.use.score import read_settings

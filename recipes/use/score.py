@@ -19,7 +19,7 @@ from prm.schema import DataError, StepExample
 from prm.scoring import aggregate, score_examples
 from recipes.options.use import ScoreOptions
 from recipes.options.values import OptionError
-from recipes.run.directory import write_json
+from recipes.run.files import write_json
 from recipes.run.identity import digest_file, digest_model
 from recipes.session import AGGREGATIONS, load_model, read_examples, set_up
 from recipes.use.model_run import note_differences

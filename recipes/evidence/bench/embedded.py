@@ -37,7 +37,8 @@ from prm.inputs.collate import Batch
 from recipes.embedded.build import Sizes, build
 from recipes.evidence.bench.measure import keep_freed_memory
 from recipes.options.train import TrainOptions, resolve
-from recipes.run.directory import environment, write_json
+from recipes.run.files import write_json
+from recipes.run.provenance import environment
 from recipes.session import AGGREGATIONS, load_model
 from recipes.train.data import read_train_data
 from recipes.train.make_solver import lower_optimizer

@@ -39,8 +39,8 @@ from recipes.evidence.smollm2.position import auc_by_place, position_scores
 from recipes.evidence.smollm2.weights import gguf_file, write_model
 from recipes.options.train import ColdStartOptions, LowerOptions, PrmOptions, TrainOptions, to_yaml
 from recipes.options.use import ScoreOptions
-from recipes.run.directory import environment, write_json
-from recipes.run.machine import machine
+from recipes.run.files import write_json
+from recipes.run.provenance import environment, machine
 from recipes.session import AGGREGATIONS, read_solutions
 from recipes.train.training import run_cold_start, run_training
 from recipes.use.score import run_score
