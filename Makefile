@@ -12,7 +12,7 @@ GAME24 := data/game24/candidates.jsonl
 .PHONY: help install train-net train-table train-domain baseline cold-start data results bench \
 	bench-scoring bench-validate check-smollm2 \
 	noisy-labels long-tail regularization learned-schedule \
-	chaos test fuzz soak lint format type clean-runs clean
+	chaos test fuzz soak docs lint format type clean-runs clean
 
 help: ## list the targets
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 20
@@ -25,6 +25,10 @@ $(VENV)/installed: setup.cfg pyproject.toml constraints.txt
 
 $(VENV)/installed-dev: $(VENV)/installed
 	$(VENV)/bin/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[demo,test,dev]'
+	touch $@
+
+$(VENV)/installed-docs: $(VENV)/installed
+	$(VENV)/bin/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[docs]'
 	touch $@
 
 install: $(VENV)/installed ## create .venv and install the pinned versions
@@ -91,6 +95,9 @@ fuzz: $(VENV)/installed-dev ## 10,000 malformed files of every format, other one
 
 soak: $(VENV)/installed ## 20,000 steps on a tiny model: does anything grow?
 	$(VENV)/bin/python -m recipes.evidence.soak
+
+docs: $(VENV)/installed-docs ## build the documentation pages into site/, links checked
+	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --strict --quiet
 
 lint: $(VENV)/installed-dev ## check style and types
 	$(VENV)/bin/ruff check .

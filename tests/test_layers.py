@@ -29,6 +29,44 @@ ALLOWED = {
 }
 
 
+LAYERS = {
+    "bilevel": (
+        ("tree", "checks"),
+        ("problem", "routes", "optimizers"),
+        ("autodiff", "state"),
+        ("lower",),
+        ("hypergradients",),
+        ("solver",),
+        ("audit",),
+    ),
+    "prm": (
+        ("schema", "losses", "aggregations", "evaluation"),
+        ("inputs",),
+        ("data", "models"),
+        ("scoring",),
+    ),
+    "weighting": (
+        ("bounds", "features", "heuristics", "normalise"),
+        ("instance_net", "stats", "tables"),
+        ("store",),
+    ),
+    "recipes": (
+        ("options",),
+        ("run", "session"),
+        ("data_files", "evaluation", "problems"),
+        ("train",),
+        ("embedded", "use"),
+        ("commands",),
+        ("__main__",),
+        ("evidence",),
+    ),
+}
+"""Modules and folders of a package, lowest first: each imports only what stands above its line."""
+
+MOST_MODULES = 12
+MOST_FLOORS = 8
+
+
 def name_of(path: Path) -> str:
     return str(path.relative_to(ROOT))
 
@@ -48,6 +86,89 @@ def imported(path: Path) -> Iterator[str]:
 def test_layers_import_what_they_may(path):
     package = path.relative_to(ROOT).parts[0]
     assert set(imported(path)) <= {package, *ALLOWED[package], *sys.stdlib_module_names}
+
+
+def rooms_of(folder: Path) -> dict[str, set[str]]:
+    """Modules and folders in a folder, each with those of the same folder that it imports."""
+    dotted = ".".join(folder.relative_to(ROOT).parts)
+    found: dict[str, set[str]] = {}
+    for path in sorted(folder.rglob("*.py")):
+        name = path.relative_to(folder).with_suffix("").parts[0]
+        if path == folder / "__init__.py":
+            continue  # it says what is public, of whatever layer
+        found.setdefault(name, set()).update(
+            rest.partition(".")[0]
+            for module in modules_imported(path)
+            if (rest := module.removeprefix(f"{dotted}.")) != module
+        )
+    return {name: others & (found.keys() - {name}) for name, others in found.items()}
+
+
+def modules_imported(path: Path) -> Iterator[str]:
+    """Dotted names that a module imports, wherever in it; of ``from a import b`` also ``a.b``."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module is not None:
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def floors(rooms: dict[str, set[str]]) -> list[set[str]]:
+    """The rooms in layers, each importing only from those before; a circle is an error."""
+    layers: list[set[str]] = []
+    remaining = dict(rooms)
+    while remaining:
+        free = {name for name, others in remaining.items() if not others & remaining.keys()}
+        assert free, f"these import each other in a circle: {sorted(remaining)}"
+        layers.append(free)
+        remaining = {name: others for name, others in remaining.items() if name not in free}
+    return layers
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_modules_import_only_lower_layers(package):
+    rooms, layers = rooms_of(ROOT / package), LAYERS[package]
+    assert sorted(rooms) == sorted(name for layer in layers for name in layer)
+    below: set[str] = set()
+    for layer in layers:
+        for name in layer:
+            assert rooms[name] <= below, f"{package}.{name} imports {sorted(rooms[name] - below)}"
+        below |= {*layer}
+
+
+FOLDERS = sorted({path.parent for path in MODULES})
+
+
+@pytest.mark.parametrize("folder", FOLDERS, ids=name_of)
+def test_no_folder_is_a_hall(folder):
+    modules = [path for path in folder.glob("*.py") if path.name != "__init__.py"]
+    assert len(modules) <= MOST_MODULES
+    assert len(floors(rooms_of(folder))) <= MOST_FLOORS
+
+
+def test_the_check_sees_floors_and_circles():
+    assert floors({"a": set(), "b": {"a"}, "c": {"a", "b"}}) == [{"a"}, {"b"}, {"c"}]
+    with pytest.raises(AssertionError, match="circle"):
+        floors({"a": {"b"}, "b": {"a"}})
+
+
+def test_tests_mirror_the_packages():
+    """A folder of tests is named like the folder whose modules it tests."""
+    apart = {"tests", "tests/fuzz", "tests/invariants", "tests/examples"}
+    for path in (ROOT / "tests").rglob("test_*.py"):
+        folder = name_of(path.parent)
+        if folder not in apart:
+            assert (ROOT / folder.removeprefix("tests/")).is_dir(), folder
+
+
+HELPERS = [path for path in (ROOT / "tests").rglob("*.py") if path.name.startswith("test_")]
+
+
+@pytest.mark.parametrize("path", HELPERS, ids=name_of)
+def test_no_test_module_is_imported(path):
+    """What several test modules share lies in a helper module, not in one of them."""
+    for module in modules_imported(path):
+        assert not re.search(r"\btests\b.*\.test_", module), module
 
 
 def test_the_check_sees_imports_inside_functions(tmp_path):

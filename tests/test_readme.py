@@ -1,10 +1,13 @@
-"""What the README says can be run, runs."""
+"""What README, CONTRIBUTING and docs/ say can be run, runs; their figures are those of results/."""
 
 from __future__ import annotations
 
+import argparse
+import contextlib
 import json
 import re
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -16,7 +19,39 @@ from tests.tiny_task import task
 __all__ = ["task"]
 
 ROOT = Path(__file__).parent.parent
-README = (ROOT / "README.md").read_text(encoding="utf-8")
+PAGES = {
+    str(path.relative_to(ROOT)): path.read_text(encoding="utf-8")
+    for path in (
+        ROOT / "README.md",
+        ROOT / "CONTRIBUTING.md",
+        *sorted((ROOT / "docs").rglob("*.md")),
+    )
+}
+README = PAGES["README.md"]
+EVERYTHING = "\n".join(PAGES.values())
+
+
+def blocks_of(text: str) -> str:
+    """Content of the code blocks of a page, continued lines joined."""
+    parts = re.split(r"^```(\w*)\n", text, flags=re.MULTILINE)
+    # parts: text, language of an opening fence, its content, "" of the closing fence, text, ...
+    return "\n".join(parts[2::4]).replace("\\\n", " ")
+
+
+def spans_of(text: str) -> list[str]:
+    """Code spans of a page, line breaks in them as spaces."""
+    prose = re.sub(r"^```.*?^```", "", text, flags=re.MULTILINE | re.DOTALL)
+    return [" ".join(span.split()) for span in re.findall(r"`([^`]+)`", prose)]
+
+
+def results(name: str) -> dict | list:
+    return json.loads((ROOT / "results" / name).read_text(encoding="utf-8"))
+
+
+def rows_of(page: str, header: str) -> list[list[str]]:
+    """Cells of the rows of the table of a page whose header begins so."""
+    lines = PAGES[page].split(f"\n{header}")[1].split("\n\n")[0].splitlines()[2:]
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
 
 
 def test_core_snippet_runs_and_its_audit_agrees():
@@ -45,46 +80,224 @@ def test_core_snippet_runs_and_its_audit_agrees():
     assert check, check.message
 
 
+def test_readme_is_one_page():
+    assert len(README.splitlines()) <= 150
+    (snippet,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    assert len(snippet.splitlines()) <= 20
+
+
+def parse(words: list[str]) -> None:
+    with (
+        contextlib.suppress(SystemExit)
+        if words[-1] in ("--help", "--version")
+        else (contextlib.nullcontext())
+    ):
+        make_parser().parse_args(words)
+
+
 def test_every_command_line_parses():
-    parts = re.split(r"^```(\w*)\n", README, flags=re.MULTILINE)
-    # parts: text, language of an opening fence, its content, "" of the closing fence, text, ...
-    blocks = parts[2::4]
-    text = "\n".join(blocks).replace("\\\n", " ")
-    lines = [line.strip() for line in text.splitlines() if line.startswith("bilevel-prm ")]
-    assert len(lines) >= 3
+    lines = [line.strip() for line in blocks_of(EVERYTHING).splitlines()]
+    lines = [line for line in lines if line.startswith("bilevel-prm ")]
+    assert len(lines) >= 10
     for line in lines:
-        make_parser().parse_args(line.split("#")[0].split()[1:])
+        parse(line.split("#")[0].split()[1:])
+
+
+def parsers(parser: argparse.ArgumentParser) -> Iterator[argparse.ArgumentParser]:
+    yield parser
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            for inner in action.choices.values():
+                yield from parsers(inner)
+
+
+def options(parser: argparse.ArgumentParser) -> set[str]:
+    return {flag for inner in parsers(parser) for flag in inner._option_string_actions}
+
+
+def command(words: list[str]) -> argparse.ArgumentParser:
+    """The parser of the command that these words begin with."""
+    parser = make_parser()
+    for word in words:
+        kinds = [a for a in parser._actions if isinstance(a, argparse._SubParsersAction)]
+        if not kinds or word.startswith("-"):
+            break
+        assert word in kinds[0].choices, f"no command {word!r}"
+        parser = kinds[0].choices[word]
+    return parser
+
+
+def test_commands_and_options_in_the_text_exist():
+    for page, text in PAGES.items():
+        for span in spans_of(text):
+            words = span.split()
+            if words[0] == "bilevel-prm":
+                known = options(command(words[1:]))
+            elif words[0].startswith("--"):
+                known = options(make_parser())
+            else:
+                continue
+            used = {word.partition("=")[0] for word in words if word.startswith("--")}
+            assert used <= known, f"{page}: {span}: {used - known}"
+
+
+def test_every_option_of_the_option_table_is_one_of_training():
+    train = options(command(["train"]))
+    cells = [row[1] for row in rows_of("docs/dreamprm.md", "| theirs (default) | ours")]
+    named = {flag for cell in cells for flag in re.findall(r"`(--[a-z-]+)", cell)}
+    assert len(named) > 30
+    assert named <= train
+
+
+def test_presets_exist():
+    for row in rows_of("docs/dreamprm.md", "| presets"):
+        for name in re.findall(r"`([a-z-]+)`", row[0]):
+            assert (ROOT / "recipes" / "presets" / f"{name}.yaml").is_file(), name
 
 
 def test_make_targets_exist():
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
-    targets = set(re.findall(r"make ([a-z0-9-]+)", README))
-    assert {"train-net", "test", "help"} <= targets
+    code = blocks_of(EVERYTHING) + "\n" + "\n".join(spans_of(EVERYTHING))
+    targets = set(re.findall(r"\bmake ([a-z0-9-]+)", code))
+    assert {"train-net", "test", "help", "docs", "results", "bench"} <= targets
     for target in targets:
         assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
 
 
-@pytest.mark.parametrize("name", re.findall(r"\b([a-z_]+\.py)\b", README))
-def test_files_of_the_tree_exist(name):
-    packages = ("bilevel", "weighting", "prm", "recipes")
-    assert any((ROOT / package / name).is_file() for package in packages), name
+FOLDERS = ("bilevel", "weighting", "prm", "recipes", "results", "tests", "docs")
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_files_that_are_named_exist(page):
+    for span in spans_of(PAGES[page]):
+        inside = re.fullmatch(rf"({'|'.join(FOLDERS)})/[\w./-]*", span)
+        if inside or re.fullmatch(r"[\w-]+\.(py|md|cfg|toml)", span):
+            assert (ROOT / span).exists(), f"{page}: {span}"
+    for module in re.findall(r"python -m ((?:recipes|bilevel|prm)[\w.]*)", PAGES[page]):
+        path = ROOT / module.replace(".", "/")
+        assert path.with_suffix(".py").is_file() or (path / "__main__.py").is_file(), module
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_links_lead_somewhere(page):
+    """Relative links: the file is there, and the heading of an anchor in it."""
+    links = re.findall(r"\]\((?!https?:)([^)\s#]*)(?:#([^)\s]*))?\)", PAGES[page])
+    for target, anchor in links:
+        path = ((ROOT / page).parent / target).resolve() if target else ROOT / page
+        assert path.is_file(), f"{page}: {target}"
+        if anchor:
+            headings = re.findall(r"^#+ (.*)$", path.read_text(encoding="utf-8"), re.MULTILINE)
+            assert anchor in [slug(heading) for heading in headings], f"{page}: {target}#{anchor}"
+
+
+def slug(heading: str) -> str:
+    return re.sub(r"\s+", "-", re.sub(r"[^\w\s-]", "", heading).strip().lower())
 
 
 def test_results_are_those_that_were_written():
-    """The table in the README is the one that `compare` made, digit for digit."""
+    """The table of the results is the one that `compare` made, digit for digit."""
     from recipes.evaluation.table import comparison_table
 
-    path = ROOT / "results" / "compare.json"
-    if not path.is_file():
-        pytest.skip("results/compare.json is not there: make results writes it")
-    assert comparison_table(json.loads(path.read_text())) in README
+    table = comparison_table(results("compare.json"))
+    assert table in PAGES["docs/results.md"]
+    header, rule, *rows = table.splitlines()
+    shown = README.split(f"{header}\n{rule}\n")[1].split("\n\n")[0].splitlines()
+    assert len(shown) <= 8
+    assert shown == [row for row in rows if row in shown]  # all are rows of it, in its order
 
 
-def commands_of(section: str) -> list[list[str]]:
-    """Words of every command of the README's section of that name, in order."""
-    text = README.split(f"\n## {section}\n")[1].split("\n## ")[0]
-    blocks = "\n".join(re.findall(r"^```\n(.*?)^```", text, re.DOTALL | re.MULTILINE))
-    lines = blocks.replace("\\\n", " ").splitlines()
+def digits(value: float | None, form: str) -> str:
+    return "" if value is None else f"{value:{form}}"
+
+
+def test_costs_are_those_that_were_written():
+    """Every row of the table of hypergradients, from the two files of `make bench`."""
+    found: dict[tuple[str, int, str, str], dict] = {}
+    details = results("bench_details.json")["details"]
+    for row, detail in zip(results("bench.json"), details, strict=True):
+        assert row["route"].removesuffix(" (out of memory)") == detail["route"]
+        found[row["route"], row["unroll_steps"], row["dtype"], detail["batch"]] = row
+    names = {
+        "(the floor, and its plain gradient)": "floor: lower step + upper gradient",
+    }
+    rows = rows_of("docs/cost.md", "| route | K |")
+    assert len(rows) == 26
+    for name, steps, *cells in rows:
+        name = names.get(name, name)
+        short, half, long = (
+            found.get((name, int(steps), dtype, batch), {})
+            for dtype, batch in (
+                *(("float32", "4 x 256"), ("bfloat16", "4 x 256"), ("float32", "2 x 1024")),
+            )
+        )
+        memory = short["peak_saved_bytes"]
+        assert cells == [
+            digits(short["overhead_vs_floor"], ".2f"),
+            digits(None if memory is None else memory / 1e6, ".0f"),
+            digits(short["rel_error"], ".0e"),
+            digits(half.get("rel_error"), ".0e"),
+            digits(long.get("overhead_vs_floor"), ".2f"),
+        ], name
+
+
+def test_costs_on_the_embedded_model_are_those_that_were_written():
+    found = {row["route"]: row for row in results("bench_embedded.json")["rows"]}
+    names = {"(lower step alone)": "lower step", "(upper gradient alone)": "upper gradient"}
+    for name, floor, error, memory in rows_of("docs/cost.md", "| route | × floor | relative"):
+        row = found[names.get(name, name)]
+        assert floor == digits(row.get("overhead_vs_floor"), ".2f"), name
+        assert error == digits(row.get("rel_error"), ".0e"), name
+        assert memory == digits(row["peak_memory_mb"], ".0f"), name
+
+
+def test_speeds_of_scoring_are_those_that_were_written():
+    rows = rows_of("docs/cost.md", "| way of scoring")
+    for (_, speed, memory), row in zip(rows, results("bench_scoring.json")["rows"], strict=True):
+        assert float(speed) == pytest.approx(row["speedup"], abs=0.05)
+        assert float(memory) == pytest.approx(row["peak_ratio"], abs=0.005)
+
+
+def test_other_problems_are_those_that_were_written():
+    """Accuracy, AUC and seconds of the rows with wrong labels and rare classes."""
+    from recipes.problems.noisy_labels import TITLES
+
+    wrong, rare = (results(name)["rows"] for name in ("noisy_labels.json", "long_tail.json"))
+    kinds = {title: name for name, title in TITLES.items()}
+    for title, *cells in rows_of("docs/problems.md", "| method | wrong labels"):
+        first, second = (rows.get(kinds[title], {}) for rows in (wrong, rare))
+        assert cells[0] == interval(first.get("test")), title
+        assert cells[1] == digits(first.get("weight_auc", {}).get("mean"), ".3f"), title
+        assert cells[2] == digits(first.get("seconds", {}).get("mean"), ".1f"), title
+        assert cells[5] == interval(second.get("test")), title
+        tail = second.get("tail_recall")
+        assert cells[6] == digits(None if tail is None else 100 * tail["mean"], ".1f"), title
+
+
+def interval(found: dict | None) -> str:
+    if found is None:
+        return ""
+    mean, low, high = (100 * found[key] for key in ("mean", "low", "high"))
+    return f"{mean:.1f} [{low:.1f}, {high:.1f}]"
+
+
+def test_faults_are_those_that_were_counted():
+    page = PAGES["docs/reliability.md"]
+    chaos, fuzz, soak = (results(f"{name}.json") for name in ("chaos", "fuzz", "soak"))
+    assert f"{chaos['kills']} kills in {chaos['runs']} runs" in page
+    assert f"{chaos['resumed']} of {chaos['kills']} resumed" in page
+    assert chaos["identical"] == chaos["kills"]
+    assert f"at most {chaos['lost_steps_max']} steps" in page
+    for key in ("parsed", "refused"):
+        assert f"{sum(row[key] for row in fuzz['rows']):,}" in page, key
+    memory = soak["trends"]["rss_mib"]
+    slope, low, high = (memory[key] for key in ("slope_per_1000_steps", "low", "high"))
+    assert f"memory + {slope:.2f} MiB per 1,000 steps [{low:.2f}, {high:.2f}]" in page
+
+
+def commands_of(page: str, section: str) -> list[list[str]]:
+    """Words of every command of the page's section of that name, in order."""
+    text = re.split(rf"\n##+ {section}\n", PAGES[page])[1]
+    lines = blocks_of(re.split(r"\n##+ ", text)[0]).splitlines()
     return [line.split()[1:] for line in lines if line.startswith("bilevel-prm ")]
 
 
@@ -93,7 +306,7 @@ def lines_of(path: Path) -> list[dict]:
 
 
 def test_a_users_files_become_selected_answers(task, tmp_path, monkeypatch):
-    """The section's commands, word for word, but for the model and for shorter training."""
+    """The commands, word for word, but for the model and for shorter training."""
     shutil.copytree(task.data, tmp_path, dirs_exist_ok=True)
     candidates = lines_of(tmp_path / "test.jsonl")
     for row in candidates:
@@ -107,7 +320,8 @@ def test_a_users_files_become_selected_answers(task, tmp_path, monkeypatch):
         "cold-start": [*short, "--draw", "6"],
         "train": [*short, "--upper-start", "1", "--meta-batch-size", "6"],
     }
-    commands = commands_of("From your files to selected answers")
+    commands = commands_of("README.md", "From your files to selected answers")
+    commands += commands_of("docs/use.md", "Measure and weigh")
     assert [words[0] for words in commands] == [
         *("data", "cold-start", "train", "score", "select", "evaluate", "weigh")
     ]
@@ -124,7 +338,4 @@ def test_a_users_files_become_selected_answers(task, tmp_path, monkeypatch):
 
 
 def test_the_check_with_real_weights_is_the_one_that_was_written():
-    path = ROOT / "results" / "smollm2.json"
-    if not path.is_file():
-        pytest.skip("results/smollm2.json is not there: make check-smollm2 writes it")
-    assert check_table(json.loads(path.read_text(encoding="utf-8"))) in README
+    assert check_table(results("smollm2.json")) in PAGES["docs/results.md"]

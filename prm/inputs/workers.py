@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -35,11 +36,7 @@ def made_in_order(
         return
     if not hasattr(signal, "SIGCHLD"):
         raise ValueError("expected workers 0: this system cannot fork processes")
-    with warnings.catch_warnings():
-        # How many there are is the caller's decision; and a worker uses no threads, next to which
-        # Python 3.12 warns of forking.
-        warnings.filterwarnings("ignore", "This DataLoader will create", UserWarning)
-        warnings.simplefilter("ignore", DeprecationWarning)
+    with _without_warnings():
         loader: DataLoader[Any] = DataLoader(
             _Numbered(make),
             batch_size=None,
@@ -50,8 +47,13 @@ def made_in_order(
             multiprocessing_context="fork",
             generator=torch.Generator(),  # else a seed is drawn from the global random state
         )
-        iterator = iter(loader)
+    iterator: Iterator[Any] | None = None
+    made: Any = None
+    died = ""
     try:
+        # A process may be dead before all are there: starting them is part of this, too.
+        with _without_warnings():
+            iterator = iter(loader)
         for made in iterator:
             if isinstance(made, _Failed):
                 raise made.error
@@ -59,12 +61,29 @@ def made_in_order(
     except RuntimeError as error:
         if "DataLoader worker" not in str(error):
             raise
+        died = " ".join(str(error).split())
+    finally:
+        # Now, while its queues work: an error holds this frame, in a cycle, and the processes of an
+        # iterator that the garbage collector finds never hear that they may go.
+        iterator = made = None
+    if died:
         raise DataError(
             expected="batches from the loader processes",
-            found=" ".join(str(error).split()),
+            found=died,
             remedy="out of memory, or a file that a decoder dies of: use fewer workers; with "
             "workers 0 the process itself shows where",
-        ) from error
+        )
+
+
+@contextmanager
+def _without_warnings() -> Iterator[None]:
+    """How many processes there are is the caller's decision; and they use no threads, next to which
+    Python 3.12 warns of forking.
+    """
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "This DataLoader will create", UserWarning)
+        warnings.simplefilter("ignore", DeprecationWarning)
+        yield
 
 
 @dataclass(frozen=True)

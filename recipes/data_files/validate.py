@@ -14,7 +14,7 @@ from recipes.data_files.options import ValidateOptions
 from recipes.data_files.overlap import Overlap, Rows, overlaps
 from recipes.options.base import PrmOptions
 from recipes.options.values import OptionError
-from recipes.run.directory import write_json
+from recipes.run.files import write_json
 
 _MISTAKES_SHOWN = 10
 Measure = Callable[[StepExample], tuple[int, int]]

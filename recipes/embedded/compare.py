@@ -20,7 +20,8 @@ from recipes.options.embedded import CompareOptions
 from recipes.options.parse import changed, resolve
 from recipes.options.train import ColdStartOptions, TrainOptions
 from recipes.options.values import OptionError
-from recipes.run.directory import environment, write_json, write_text
+from recipes.run.files import write_json, write_text
+from recipes.run.provenance import environment
 from recipes.train.training import run_cold_start, run_training
 
 _RESAMPLES = 10_000

@@ -37,7 +37,7 @@ from typing import Any
 
 from recipes.embedded.tiny import write_tiny
 from recipes.evidence.chaos_attempt import attempt
-from recipes.run.directory import write_json
+from recipes.run.files import write_json
 
 SAVE_EVERY = 2
 _COMMON = (
@@ -68,7 +68,8 @@ class Ended:
     Attributes:
         killed: by our SIGKILL.
         code: exit status; -9 for the kill.
-        cpu: processor seconds that it took.
+        cpu: processor seconds that it took, as far as they were seen: to the end if it was not
+            killed.
         said: its output.
     """
 
@@ -128,12 +129,15 @@ class Harness:
         while process.is_alive():
             spent = max(spent, _cpu_seconds(process.pid))
             if cpu is not None and spent >= cpu:
-                os.kill(process.pid, signal.SIGKILL)
+                process.kill()  # nothing if it has just ended by itself
                 break
             process.join(0.002)
         process.join()
         assert process.exitcode is not None
         said = output.read_text(encoding="utf-8", errors="replace")
+        # What a process says of itself is exact; how late we looked depends on who else computes.
+        whole = re.search(r"^processor seconds: (\S+)$", said, re.MULTILINE)
+        spent = float(whole[1]) if whole else spent
         return Ended(process.exitcode == -signal.SIGKILL, process.exitcode, spent, said)
 
 

@@ -10,6 +10,7 @@ import os
 import signal
 import sys
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,8 @@ def attempt(words: list[str], run: str, event: int | None, output: str) -> None:
         words: of the command line.
         run: directory whose changes are counted.
         event: SIGKILL this process before the change of that number, from 1; None: never.
-        output: file; ends with ``changes: <how many>`` if the command comes to its end.
+        output: file; ends with ``processor seconds: <how many>`` and ``changes: <how many>`` if the
+            command comes to its end.
     """
     with open(output, "wb", buffering=0) as file:
         for stream in (1, 2):
@@ -54,6 +56,7 @@ def attempt(words: list[str], run: str, event: int | None, output: str) -> None:
     sys.stderr = open(2, "w", buffering=1, encoding="utf-8", closefd=False)  # noqa: SIM115
     sys.addaudithook(count)
     status = main(words)
+    print(f"processor seconds: {time.process_time()}")
     print(f"changes: {changes}")
     sys.exit(status)
 

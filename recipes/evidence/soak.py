@@ -12,7 +12,6 @@ import json
 import os
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -104,48 +103,19 @@ def report(samples: Sequence[Sample]) -> dict[str, Any]:
     }
 
 
-class Watch:
-    """Samples the process in a thread whenever the run's log has new lines."""
-
-    def __init__(self, log: Path, seconds: float = 0.02) -> None:
-        self.samples: list[Sample] = []
-        self._log = log
-        self._seconds = seconds
-        self._done = threading.Event()
-        self._thread = threading.Thread(target=self._watch, daemon=True)
-
-    def __enter__(self) -> Watch:
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._done.set()
-        self._thread.join()
-
-    def _watch(self) -> None:
-        read = 0
-        while not self._done.wait(self._seconds):
-            if not self._log.is_file() or self._log.stat().st_size <= read:
-                continue
-            with self._log.open("rb") as file:
-                file.seek(read)
-                lines = file.read().split(b"\n")
-            complete = [line for line in lines[:-1] if line]
-            if complete:
-                read += sum(map(len, lines[:-1])) + len(lines) - 1
-                self.samples.append(sample(int(json.loads(complete[-1])["step"])))
-
-
 def soak(directory: Path, steps: int) -> dict[str, Any]:
     """Train for ``steps`` below ``directory`` and report."""
     from recipes.train.training import run_training
 
     run = directory / "run"
     options = _options(directory, run, steps)
+    samples: list[Sample] = []
     started = time.perf_counter()
-    with Watch(run / "log.jsonl") as watch:
-        run_training(options)
-    found = report(watch.samples)
+    # Sampled by the loop itself: a thread that reads the log would sample whenever it gets to run,
+    # miss what was written between its last look and the end, and see files half-way through a
+    # checkpoint.
+    run_training(options, logged=lambda step: samples.append(sample(step)))
+    found = report(samples)
     return {**found, "seconds": round(time.perf_counter() - started, 1)}
 
 

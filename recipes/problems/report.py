@@ -15,7 +15,8 @@ import torch
 
 from recipes.options.parse import build_parser, resolve
 from recipes.options.values import OptionError
-from recipes.run.directory import environment, write_json
+from recipes.run.files import write_json
+from recipes.run.provenance import environment
 
 Options = TypeVar("Options")
 

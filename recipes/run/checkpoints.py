@@ -19,10 +19,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -36,14 +35,13 @@ from torch import Tensor
 from bilevel import BilevelState, tree
 from bilevel.autodiff.random_state import RandomState
 from recipes.options.values import OptionError
-from recipes.run.directory import write_text
 from recipes.run.errors import WriteError
+from recipes.run.files import UNFINISHED, complete_directory, remove_directory, write_text
 from recipes.run.identity import differences, digest_file
 from recipes.run.step_log import Unlogged
 from recipes.run.trouble import Seen
 
 _STATE, _RUN = "state.safetensors", "run.json"
-_UNFINISHED = ".tmp"
 
 
 @dataclass(frozen=True)
@@ -103,32 +101,27 @@ class Checkpoints:
             if self.keep:
                 complete = self._complete()
                 stays = {*complete[-self.keep :], next(self._due(), path)}
-                _remove(old for old in complete if old not in stays)
+                for old in complete:
+                    if old not in stays:
+                        remove_directory(old)
         except (OSError, SafetensorError) as error:
-            # Half a checkpoint must not take the space that the rest of the run needs.
-            shutil.rmtree(path.with_name(path.name + _UNFINISHED), ignore_errors=True)
             raise WriteError(f"{path}: cannot be written ({error})") from error
         return path
 
     def _write(self, path: Path, progress: Progress, due: bool) -> None:
-        for leftover in self.directory.glob(f"step-*{_UNFINISHED}"):
+        for leftover in self.directory.glob(f"step-*{UNFINISHED}"):
             shutil.rmtree(leftover)
-        unfinished = path.with_name(path.name + _UNFINISHED)
-        unfinished.mkdir(parents=True)
-        save_file(_tensors(progress), unfinished / _STATE)
-        content = {
-            "step": int(progress.state.lower_steps),
-            "due": due,
-            "identity": self.identity,
-            "unlogged": asdict(progress.unlogged),
-            "seen": asdict(progress.seen),
-        }
-        content["sha256"] = _seal(unfinished / _STATE, content)
-        write_text(unfinished / _RUN, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
-        _flush(unfinished / _STATE)
-        _flush(unfinished)
-        os.replace(unfinished, path)
-        _flush(self.directory)
+        with complete_directory(path) as unfinished:
+            save_file(_tensors(progress), unfinished / _STATE)
+            content = {
+                "step": int(progress.state.lower_steps),
+                "due": due,
+                "identity": self.identity,
+                "unlogged": asdict(progress.unlogged),
+                "seen": asdict(progress.seen),
+            }
+            content["sha256"] = _seal(unfinished / _STATE, content)
+            write_text(unfinished / _RUN, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
 
     def newest(self) -> Path | None:
         """The newest complete checkpoint."""
@@ -153,7 +146,8 @@ class Checkpoints:
     def remove_after(self, steps: int) -> list[str]:
         """Remove the checkpoints of later steps; returns their names."""
         later = [path for path in self._complete() if _steps(path) > steps]
-        _remove(later)
+        for path in later:
+            remove_directory(path)
         return [path.name for path in later]
 
     def load(self, path: Path, example: BilevelState) -> Progress:
@@ -255,21 +249,3 @@ def _levels_and_random(
     random = {name: tensor.clone() for name, tensor in parts["random"].items()}
     cpu = random.pop("cpu")
     return state, RandomState(cpu, tuple((torch.device(name), s) for name, s in random.items()))
-
-
-def _flush(path: Path) -> None:
-    """Bring a file, or the names in a directory, to the disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def _remove(paths: Iterable[Path]) -> None:
-    """Remove directories, each under a temporary name, so that no half of one looks complete."""
-    for path in paths:
-        if path.is_dir():
-            doomed = path.with_name(path.name + _UNFINISHED)
-            os.replace(path, doomed)
-            shutil.rmtree(doomed)

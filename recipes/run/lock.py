@@ -19,7 +19,8 @@ from pathlib import Path
 from typing import Any
 
 from recipes.options.values import OptionError
-from recipes.run.directory import LOCK, write_text
+from recipes.run.directory import LOCK
+from recipes.run.files import write_text
 
 
 @contextmanager
@@ -41,11 +42,11 @@ def locked(directory: Path) -> Iterator[None]:
 
 def at_work(directory: Path) -> bool:
     """Whether a process holds the lock of a run directory; one on another host counts as there."""
-    path = directory / LOCK
-    if not path.exists():
+    try:
+        holder = _read(directory / LOCK)
+    except FileNotFoundError:
         return False
-    holder = _read(path)
-    return holder is None or holder.get("host") != socket.gethostname() or _lives(holder)
+    return _holds(holder)
 
 
 def _acquire(path: Path) -> None:
@@ -54,9 +55,10 @@ def _acquire(path: Path) -> None:
     try:
         with suppress(OSError):  # a file system without such locks: two starts at once may both win
             fcntl.flock(folder, fcntl.LOCK_EX)
-        if path.exists():
+        # Read, not looked for first: its owner removes it whenever its run ends.
+        with suppress(FileNotFoundError):
             holder = _read(path)
-            if holder is None or holder.get("host") != socket.gethostname() or _lives(holder):
+            if _holds(holder):
                 raise OptionError(
                     f"{path.parent}: another process works in this run directory "
                     f"({_spelled(holder)}). Wait for it or stop it; if it is gone, remove {path}"
@@ -67,7 +69,17 @@ def _acquire(path: Path) -> None:
         os.close(folder)
 
 
+def _holds(holder: dict[str, Any] | None) -> bool:
+    """Whether what a lock says keeps others out: its process lives, or nobody here can tell."""
+    return holder is None or holder.get("host") != socket.gethostname() or _lives(holder)
+
+
 def _read(path: Path) -> dict[str, Any] | None:
+    """What a lock says; None: it cannot be understood.
+
+    Raises:
+        FileNotFoundError: there is no lock.
+    """
     try:
         holder = json.loads(path.read_text(encoding="utf-8"))
     except ValueError:

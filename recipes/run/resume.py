@@ -18,17 +18,12 @@ from recipes.options.parse import changed, to_yaml
 from recipes.options.train import LowerOptions, TrainOptions
 from recipes.options.values import OptionError, resume_point
 from recipes.run.checkpoints import Checkpoints, Progress
-from recipes.run.directory import (
-    describe_run,
-    environment,
-    free_directory,
-    make_directory,
-    write_json,
-    write_text,
-)
+from recipes.run.directory import describe_run, free_directory, make_directory
 from recipes.run.errors import RunError, WriteError
+from recipes.run.files import write_json, write_text
 from recipes.run.identity import identity
 from recipes.run.lock import locked
+from recipes.run.provenance import environment
 
 
 @dataclass(frozen=True)

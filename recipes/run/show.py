@@ -75,6 +75,8 @@ def run_state(directory: Path) -> RunState:
     """
     if not (directory / "args.yaml").is_file():
         raise OptionError(f"{directory}: expected a run directory, found no args.yaml in it")
+    # Asked first: a run that ends from here on has written its results before it left.
+    working = at_work(directory)
     args = read_yaml(directory / "args.yaml")
     kind = "cold-start" if "draw" in args else "train"
     results = _json_object(directory / "results.json")
@@ -83,7 +85,7 @@ def run_state(directory: Path) -> RunState:
     state: State = "stopped"
     if results is not None:
         state = "complete"
-    elif at_work(directory):
+    elif working:
         state = "at work"
     return RunState(
         directory=str(directory),

@@ -27,7 +27,7 @@ def stop_requests() -> Iterator[Callable[[], signal.Signals | None]]:
     def handle(number: int, frame: FrameType | None) -> None:
         if asked:
             signal.signal(number, signal.SIG_DFL)
-            os.kill(os.getpid(), number)
+            signal.raise_signal(number)  # to this thread: it is delivered before this returns
             return
         asked.append(signal.Signals(number))
         # Not print: the signal may have arrived while print itself held the stream.
@@ -45,4 +45,4 @@ def stop_requests() -> Iterator[Callable[[], signal.Signals | None]]:
         for number, handler in before.items():
             signal.signal(number, handler)
     if asked:  # after the body last looked
-        os.kill(os.getpid(), asked[0])
+        signal.raise_signal(asked[0])

@@ -38,6 +38,7 @@ def train(
     progress: bool,
     learning_rates: Mapping[str, Callable[[int], float]],
     on_trouble: OnTrouble,
+    logged: Callable[[int], None] | None = None,
 ) -> Progress:
     """Take lower steps until there are ``steps``, and the upper steps of the solver between them.
 
@@ -55,6 +56,7 @@ def train(
         progress: show the bar.
         learning_rates: name -> schedule, logged.
         on_trouble: what a worthless step leads to, see ``recipes.run.trouble``.
+        logged: called with the step after every line of the log, which is in the file by then.
 
     Returns:
         Where the run stands at the end.
@@ -103,6 +105,8 @@ def train(
                     skipped = int(now.state.upper_skipped)
                     append_line(run.log, unlogged.line(title, step, skipped, rates))
                     unlogged = Unlogged({})
+                    if logged is not None:
+                        logged(step)
             return replace(now, unlogged=unlogged, seen=seen)
 
         def stop(now: Progress, signal: signals.Signals) -> Stopped:

@@ -13,7 +13,7 @@ from prm.models.model import PRM
 from recipes.evaluation.candidates import evaluate, report_of, values_of
 from recipes.evaluation.table import SANITY_CHECK, results_table
 from recipes.options.train import TrainOptions
-from recipes.run.directory import write_text
+from recipes.run.files import write_text
 from recipes.train.data import TrainData
 
 

@@ -19,7 +19,7 @@ from recipes.loading import load_model, read_examples, set_up
 from recipes.options.rules import check_together
 from recipes.options.train import ColdStartOptions, TrainOptions
 from recipes.run.checkpoints import Progress
-from recipes.run.directory import write_json
+from recipes.run.files import write_json
 from recipes.run.resume import open_run
 from recipes.train.batches import (
     Draw,
@@ -107,8 +107,11 @@ def run_cold_start(options: ColdStartOptions) -> Path:
     return directory
 
 
-def run_training(options: TrainOptions) -> Path:
-    """Train with instance weights, evaluate, and write the whole run directory; returns it."""
+def run_training(options: TrainOptions, logged: Callable[[int], None] | None = None) -> Path:
+    """Train with instance weights, evaluate, and write the whole run directory; returns it.
+
+    ``logged`` is called with the step after every line of the log.
+    """
     clock = _Clock()
     check_together(options)
     set_up(options)
@@ -156,6 +159,7 @@ def run_training(options: TrainOptions) -> Path:
             progress=options.run.progress,
             learning_rates=rates,
             on_trouble=options.run.on_trouble,
+            logged=logged,
         )
         clock.lap("train")
         with run.keeping(end):

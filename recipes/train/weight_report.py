@@ -16,7 +16,7 @@ from prm.losses import step_cross_entropy
 from recipes.evaluation.candidates import step_scores_of
 from recipes.loading import Examples, Solutions
 from recipes.options.train import TrainOptions
-from recipes.run.directory import write_text
+from recipes.run.files import write_text
 from recipes.train.data import TrainData, lower_examples
 from recipes.train.objective import Objective
 from weighting import DomainTable, InstanceNet, InstanceTable, Weighting, save_weighting

@@ -22,7 +22,7 @@ from recipes.loading import Examples, load_model, read_solutions, set_up
 from recipes.options.rules import check_together
 from recipes.options.use import EvaluateOptions
 from recipes.options.values import OptionError
-from recipes.run.directory import write_json
+from recipes.run.files import write_json
 from recipes.use.model_run import note_differences, run_of
 from recipes.use.score import read_settings
 from recipes.use.scores_file import scores_for

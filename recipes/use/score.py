@@ -21,7 +21,7 @@ from prm.scoring import aggregate, score_examples
 from recipes.loading import load_model, read_examples, set_up
 from recipes.options.use import ScoreOptions
 from recipes.options.values import OptionError
-from recipes.run.directory import write_json
+from recipes.run.files import write_json
 from recipes.run.identity import digest_file, digest_model
 from recipes.use.model_run import note_differences
 from recipes.use.scores_file import ScoredSolution, complete_lines, settings_path

@@ -9,7 +9,7 @@ from prm.evaluation.select import best_candidate
 from prm.schema import DataError
 from recipes.options.use import SelectOptions
 from recipes.options.values import OptionError, did_you_mean
-from recipes.run.directory import write_text
+from recipes.run.files import write_text
 from recipes.use.scores_file import ScoredSolution, read_scores
 
 

@@ -39,8 +39,8 @@ from recipes.evidence.bench.measure import (
     median_of,
     with_flops,
 )
-from recipes.run.directory import environment, write_json
-from recipes.run.machine import machine
+from recipes.run.files import write_json
+from recipes.run.provenance import environment, machine
 
 WINDOWS = [1, 4, 16, 64]
 

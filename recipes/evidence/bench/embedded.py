@@ -40,7 +40,8 @@ from recipes.evidence.bench.measure import keep_freed_memory
 from recipes.loading import load_model
 from recipes.options.parse import changed, resolve
 from recipes.options.train import TrainOptions
-from recipes.run.directory import environment, write_json
+from recipes.run.files import write_json
+from recipes.run.provenance import environment
 from recipes.train.data import read_train_data
 from recipes.train.make_solver import lower_optimizer
 from recipes.train.objective import Objective

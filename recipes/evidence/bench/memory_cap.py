@@ -13,7 +13,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -24,7 +24,10 @@ from recipes.evidence.bench.peers import torchopt_unroll
 
 
 def capped(command: Sequence[str], cap: int) -> str | None:
-    """Standard output of a command, or None if its resident memory grew beyond `cap` bytes.
+    """Standard output of a command, or None if its resident memory was seen beyond `cap` bytes.
+
+    It is looked at every now and then, so that a command which takes too much is ended before the
+    machine has none left; what it held between the last look and its end, only it can say.
 
     Raises:
         RuntimeError: The command failed, with the end of what it said; or there is no /proc to
@@ -36,7 +39,7 @@ def capped(command: Sequence[str], cap: int) -> str | None:
         process = subprocess.Popen(command, stdout=out, stderr=errors, text=True)
         try:
             while process.poll() is None:
-                if _resident(process.pid) > cap:
+                if _peak_resident(process.pid) > cap:
                     return None
                 time.sleep(0.01)
         finally:
@@ -49,12 +52,13 @@ def capped(command: Sequence[str], cap: int) -> str | None:
         return out.read()
 
 
-def _resident(pid: int) -> int:
+def _peak_resident(pid: int | Literal["self"]) -> int:
+    """The most that a process ever held; 0 if it has ended."""
     try:
         status = Path(f"/proc/{pid}/status").read_text()
     except (FileNotFoundError, ProcessLookupError):  # it has just ended
         return 0
-    lines = [line for line in status.splitlines() if line.startswith("VmRSS:")]
+    lines = [line for line in status.splitlines() if line.startswith("VmHWM:")]
     return 1024 * int(lines[0].split()[1]) if lines else 0
 
 
@@ -62,16 +66,20 @@ def measure_torchopt(sizes: Sizes, window: int, steps: int, cap: int) -> dict[st
     """Hypergradient, peak and arithmetic of `torchopt_unroll`; None if it outgrew `cap` bytes."""
     arguments = [json.dumps(asdict(sizes)), str(window), str(steps), str(torch.get_num_threads())]
     output = capped([sys.executable, "-m", "recipes.evidence.bench.memory_cap", *arguments], cap)
-    return None if output is None else json.loads(output.splitlines()[-1])
+    if output is None:
+        return None
+    found = json.loads(output.splitlines()[-1])
+    return None if found.pop("resident") > cap else found
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Evaluate `torchopt_unroll` and print what `measure_torchopt` returns."""
+    """Evaluate `torchopt_unroll`; print what `measure_torchopt` returns, and the resident peak."""
     sizes, window, steps, threads = json.loads(arguments[0]), *map(int, arguments[1:])
     torch.set_num_threads(threads)
     case = make_case(Sizes(**sizes), window)
     (found, flops), peak = with_peak(lambda: with_flops(lambda: torchopt_unroll(case, steps)))
-    print(json.dumps({"hypergradient": found.tolist(), "flops": flops, "peak": peak}))
+    said = {"hypergradient": found.tolist(), "flops": flops, "peak": peak}
+    print(json.dumps(said | {"resident": _peak_resident("self")}))
 
 
 if __name__ == "__main__":

@@ -43,8 +43,8 @@ from recipes.options.base import PrmOptions
 from recipes.options.parse import cold_start_options, to_yaml, train_options
 from recipes.options.train import ColdStartOptions, LowerOptions, TrainOptions
 from recipes.options.use import ScoreOptions
-from recipes.run.directory import environment, write_json
-from recipes.run.machine import machine
+from recipes.run.files import write_json
+from recipes.run.provenance import environment, machine
 from recipes.train.training import run_cold_start, run_training
 from recipes.use.score import run_score
 from recipes.use.scores_file import scores_for

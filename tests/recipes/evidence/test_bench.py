@@ -245,6 +245,15 @@ def test_torchopts_process_reports_and_is_ended_when_it_grows(case):
         memory_cap.capped([sys.executable, "-c", "1 / 0"], 8 * GIB)
 
 
+def test_memory_that_nobody_saw_in_time_counts(monkeypatch):
+    """The process ended before it was looked at; it says itself what it held."""
+    said = {"hypergradient": [0.0], "flops": 1, "peak": 1, "resident": GIB}
+    monkeypatch.setattr(memory_cap, "capped", lambda command, cap: json.dumps(said))
+    assert memory_cap.measure_torchopt(TINY, 1, 1, GIB - 1) is None
+    found = memory_cap.measure_torchopt(TINY, 1, 1, GIB)
+    assert found == {"hypergradient": [0.0], "flops": 1, "peak": 1}
+
+
 # Rows.
 
 

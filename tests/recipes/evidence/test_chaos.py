@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
+import os
+from types import SimpleNamespace
 
 import pytest
 
 from recipes.__main__ import make_parser
-from recipes.evidence.chaos import CASES, SAVE_EVERY, chaos
+from recipes.evidence.chaos import CASES, SAVE_EVERY, Harness, chaos
 from recipes.evidence.chaos_attempt import _is_change
 from recipes.options.parse import resolve
 from recipes.options.rules import check_together
@@ -23,6 +26,28 @@ def test_runs_that_are_killed_are_the_uninterrupted_ones(tmp_path, monkeypatch):
     assert found["resumed"] == found["identical"] == found["kills"]
     assert found["runs_identical"] == found["runs"] >= 2
     assert found["lost_steps_max"] <= SAVE_EVERY + 1  # to the end of a window of two
+
+
+class EndsWhileLookedAt:
+    """A process that is there when it is looked at, and gone before anything can be done to it."""
+
+    def __init__(self):
+        self._process = multiprocessing.get_context("spawn").Process(target=os.getpid)
+
+    def is_alive(self):
+        self._process.join()
+        return True
+
+    def __getattr__(self, name):
+        return getattr(self._process, name)
+
+
+def test_a_process_that_ends_before_it_can_be_killed_has_ended(tmp_path):
+    harness = Harness.__new__(Harness)
+    harness.folder = tmp_path
+    harness._context = SimpleNamespace(Process=lambda **_: EndsWhileLookedAt())
+    found = harness.attempt(tmp_path, [], cpu=0.0)
+    assert (found.killed, found.code) == (False, 0)
 
 
 def given(words):

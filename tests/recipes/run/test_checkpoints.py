@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-import recipes.run.checkpoints
+import recipes.run.files
 from bilevel import AdamW, BilevelProblem, BilevelSolver, LazyRowAdam, OneStep, Reverse, tree
 from bilevel.autodiff.random_state import capture
 from recipes.__main__ import main
@@ -337,17 +337,19 @@ def test_a_checkpoint_that_was_not_finished_does_not_count(tmp_path, monkeypatch
     _, state = toy()
     checkpoints = Checkpoints(tmp_path, every=1, keep=1, identity=TOY)
     checkpoints.save(Progress(state, capture(())))
+    killed = shutil.copytree(tmp_path / "step-0", tmp_path / "step-2.tmp")
 
-    def killed(path):
+    def interrupted(path):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(recipes.run.checkpoints, "_flush", killed)
+    monkeypatch.setattr(recipes.run.files, "flush", interrupted)
     later = Progress(state._replace(lower_steps=torch.tensor(1)), capture(()))
     with pytest.raises(KeyboardInterrupt):
         checkpoints.save(later)
     monkeypatch.undo()
-    assert {path.name for path in tmp_path.iterdir()} == {"step-0", "step-1.tmp"}
+    assert {path.name for path in tmp_path.iterdir()} == {"step-0"}
     assert checkpoints.newest().name == "step-0"
+    killed.mkdir()
     checkpoints.save(later)
     assert {path.name for path in tmp_path.iterdir()} == {"step-1"}
 

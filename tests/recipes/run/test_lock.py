@@ -7,12 +7,13 @@ import os
 import socket
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 from recipes.options.values import OptionError
 from recipes.run.directory import free_directory
-from recipes.run.lock import locked
+from recipes.run.lock import at_work, locked
 from recipes.train.training import run_training
 
 _HOLD = """
@@ -78,6 +79,14 @@ def test_a_killed_one_is_taken_over(tmp_path, holder, capsys, waited_for):
     assert capsys.readouterr().out.startswith(
         f"{tmp_path}: took over the lock of a killed run (process {holder.pid} on "
     )
+
+
+def test_one_that_is_removed_while_we_look_is_none(tmp_path, monkeypatch):
+    """Its owner ended between the look and the reading."""
+    monkeypatch.setattr(Path, "exists", lambda path: True)
+    assert not at_work(tmp_path)
+    with locked(tmp_path):
+        assert content(tmp_path)["pid"] == os.getpid()
 
 
 def test_the_same_number_with_another_start_is_another_process(tmp_path):

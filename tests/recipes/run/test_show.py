@@ -53,6 +53,17 @@ def test_complete_at_work_and_cold_start(run):
     assert run_state(run).kind == "cold-start"
 
 
+def test_a_run_that_ends_while_we_look_is_not_called_stopped(run, monkeypatch):
+    """Its results are written and its lock is removed between two looks."""
+
+    def ends(directory):
+        (directory / "results.json").write_text(json.dumps({"rows": {}}))
+        return False
+
+    monkeypatch.setattr("recipes.run.show.at_work", ends)
+    assert run_state(run).state == "complete"
+
+
 def test_a_run_that_was_killed_at_once(tmp_path):
     (tmp_path / "args.yaml").write_text("steps: 40\n")
     found = run_state(tmp_path)

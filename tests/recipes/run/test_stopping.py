@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import subprocess
 import sys
@@ -34,7 +33,7 @@ def send(monkeypatch):
 
         def step(*args, **more):
             if next(steps, 0) == when:
-                os.kill(os.getpid(), number)
+                signal.raise_signal(number)
             return original(*args, **more)
 
         monkeypatch.setattr(BilevelSolver, "step", step)
@@ -77,7 +76,7 @@ def test_loader_processes_that_the_signal_ended_are_no_fault(task, tmp_path, mon
 
     def step(self, state, *rest):
         if int(state.lower_steps) == 2:
-            os.kill(os.getpid(), signal.SIGTERM)
+            signal.raise_signal(signal.SIGTERM)
             raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Terminated. ")
         return original(self, state, *rest)
 
@@ -104,7 +103,7 @@ def test_the_first_is_remembered_and_the_handlers_come_back(capfd):
     def body():
         with stop_requests() as asked:
             assert asked() is None
-            os.kill(os.getpid(), signal.SIGTERM)
+            signal.raise_signal(signal.SIGTERM)
             assert asked() is signal.SIGTERM
             raise ZeroDivisionError
 
@@ -116,14 +115,14 @@ def test_the_first_is_remembered_and_the_handlers_come_back(capfd):
 
 def test_one_that_nobody_looked_at_is_not_lost(capfd):
     with pytest.raises(KeyboardInterrupt), stop_requests():
-        os.kill(os.getpid(), signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
 
 
 def test_what_is_ignored_stays_ignored():
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
         with stop_requests() as asked:
-            os.kill(os.getpid(), signal.SIGINT)
+            signal.raise_signal(signal.SIGINT)
             assert asked() is None
             assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
     finally:
@@ -145,14 +144,14 @@ def test_another_thread_listens_to_nothing():
 
 
 _SECOND = """
-import os, signal
+import signal
 from recipes.run.stopping import stop_requests
 before = signal.getsignal(signal.SIGTERM)
 assert before is signal.SIG_DFL
 with stop_requests():
-    os.kill(os.getpid(), signal.{number})
+    signal.raise_signal(signal.{number})
     print("first survived", flush=True)
-    os.kill(os.getpid(), signal.{number})
+    signal.raise_signal(signal.{number})
     print("second survived", flush=True)
 """
 
