@@ -23,6 +23,7 @@ from recipes.options.values import OptionError
 from recipes.train.hypergradients import differentiated_steps, make_hypergradient
 from recipes.train.make_solver import make_weighting, time_scale
 from recipes.train.training import run_training
+from tests.recipes.options.recorded import where_read
 from tests.tiny_task import FORWARD_MODE, model_bits, read_lines
 
 pytestmark = FORWARD_MODE
@@ -153,7 +154,8 @@ def test_figures_of_the_hypergradient_are_logged(task, tmp_path):
     ],
 )
 def test_options_become_the_hypergradient(given, expected):
-    assert make_hypergradient(changed(BASE, **given).hypergradient) == expected
+    options = where_read(BASE, order="lower-first", **given)
+    assert make_hypergradient(options.hypergradient) == expected
 
 
 @pytest.mark.parametrize(
