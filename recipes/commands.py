@@ -13,6 +13,7 @@ from recipes.data_files import commands as data_commands
 from recipes.options.embedded import DataOptions, PretrainOptions
 from recipes.options.use import (
     ConvertModelOptions,
+    EnvOptions,
     EvaluateOptions,
     ScoreOptions,
     SelectOptions,
@@ -107,6 +108,12 @@ def _convert_model(options: ConvertModelOptions) -> None:
     run_convert_model(options)
 
 
+def _env(options: EnvOptions) -> None:
+    from recipes.run.provenance import environment_text
+
+    print(environment_text())
+
+
 def _compare(options: Any) -> None:
     from recipes.embedded.compare import compare
 
@@ -150,6 +157,7 @@ _COMMANDS: Mapping[str, Callable[[Any], int | None]] = {
     "weigh": _weigh,
     "convert-model": _convert_model,
     "compare": _compare,
+    "env": _env,
     "data embedded": _data_embedded,
     "data pretrain-base": _data_pretrain_base,
     "data validate": _data_validate,

@@ -166,3 +166,8 @@ class ConvertModelOptions:
         "VisualPRM, DreamPRM-1.5), downloaded",
     )
     output: str = option(..., "folder to write; takes the place of a model everywhere")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EnvOptions:
+    """Versions, devices and the commit: what one pastes into a bug report."""

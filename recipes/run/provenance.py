@@ -12,31 +12,71 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-_PACKAGES = ("bilevel-prm", "torch", "transformers", "torchopt", "safetensors", "numpy", "pillow")
+PACKAGE = "bilevel-prm"
+_PACKAGES = ("torch", "transformers", "torchopt", "safetensors", "numpy", "pillow", "tokenizers")
+_EXTRAS = ("scikit-learn", "peft", "gguf", "accelerate")
 _BLOCK = 2**20
 _FILES = ("train_file", "meta_file", "dev_file", "test_file", "weights_file")
 _ROOT = Path(__file__).resolve().parents[2]
 
 
 def environment() -> dict[str, Any]:
-    """Versions and machine, for bug reports and for comparing runs."""
+    """Versions and machine, for bug reports and for comparing runs.
+
+    ``bilevel-prm env`` prints it; ``env.json`` of a run holds it.
+    """
     import torch
 
-    versions = {}
-    for name in _PACKAGES:
-        try:
-            versions[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            versions[name] = "not installed as a package"
     return {
         "python": sys.version.split()[0],
         "platform": f"{platform.system()} {platform.machine()}",
         "cpus": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "cuda": torch.version.cuda if torch.cuda.is_available() else None,
-        "packages": versions,
+        "devices": _devices(),
+        "packages": {name: version_of(name) for name in (PACKAGE, *_PACKAGES, *_EXTRAS)},
         "git": git_state(),
     }
+
+
+def environment_text() -> str:
+    """``environment`` as lines for a bug report."""
+    found = environment()
+    git = found["git"]
+    commit = "no checkout" if git is None else git["commit"]
+    if git is not None and git["dirty"]:
+        commit += ", with changes"
+    lines = {
+        PACKAGE: found["packages"].pop(PACKAGE),
+        "commit": commit,
+        "python": found["python"],
+        "platform": found["platform"],
+        "CPUs": f"{found['cpus']}, {found['threads']} threads of torch",
+        "devices": ", ".join(found["devices"]) or "none",
+        "CUDA": found["cuda"] or "none",
+        **found["packages"],
+    }
+    width = max(map(len, lines))
+    return "\n".join(f"{name:<{width}}  {value}" for name, value in lines.items())
+
+
+def version_of(package: str) -> str:
+    """Version of an installed distribution, or that it is not installed."""
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "not installed as a package" if package == PACKAGE else "not installed"
+
+
+def _devices() -> list[str]:
+    """Accelerators that torch can use, by kind and name."""
+    import torch
+
+    found = [f"cuda: {torch.cuda.get_device_name(n)}" for n in range(torch.cuda.device_count())]
+    if torch.backends.mps.is_available():
+        found.append("mps")
+    found += [f"xpu: {torch.xpu.get_device_name(n)}" for n in range(torch.xpu.device_count())]
+    return found
 
 
 def machine() -> dict[str, Any]:
