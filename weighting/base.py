@@ -49,26 +49,22 @@ class Weighting(Protocol):
     All fields but ``bound`` are numbers, booleans or strings: they are what ``save_weighting``
     writes, beside the parameters, the names of the rows, and what the caller needs to make the
     batches again (``extra``).
+
+    Attributes:
+        reads: Keys of a batch that ``batch_weights`` and ``file_weights`` read.
+        row_key: What the parameters hold a row for: every instance ("index"), every domain, or
+            None. The rows are named after the ids, or the domains, of the training file; without a
+            row an example cannot be weighed. An upper step visits few of the rows of instances, and
+            is taken to visit all other parameters.
     """
 
     __dataclass_fields__: ClassVar[dict[str, Any]]
+    reads: ClassVar[tuple[str, ...]]
+    row_key: ClassVar[Literal["index", "domain"] | None]
 
     @property
     def bound(self) -> Bound:
         """Map from raw weights to weights."""
-
-    @property
-    def reads(self) -> tuple[str, ...]:
-        """Keys of a batch that ``batch_weights`` and ``file_weights`` read."""
-
-    @property
-    def row_key(self) -> Literal["index", "domain"] | None:
-        """What the parameters hold a row for: every instance, every domain, or nothing.
-
-        The rows are named after the ids, or the domains, of the training file; without a row an
-        example cannot be weighed. A step visits few of the rows of instances, and is taken to
-        visit all of the others.
-        """
 
     @property
     def size(self) -> int:

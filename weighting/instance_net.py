@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 from jaxtyping import Bool, Float
@@ -38,7 +38,7 @@ class InstanceNet:
     """
 
     reads: ClassVar[tuple[str, ...]] = ("features", "feature_mask")
-    row_key: ClassVar[None] = None
+    row_key: ClassVar[Literal["index", "domain"] | None] = None
     size: ClassVar[int] = 0  # no row belongs to any example
 
     features: int

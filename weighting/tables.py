@@ -32,7 +32,7 @@ class InstanceTable:
     """
 
     reads: ClassVar[tuple[str, ...]] = ("index",)
-    row_key: ClassVar[Literal["index"]] = "index"
+    row_key: ClassVar[Literal["index", "domain"] | None] = "index"
 
     size: int
     prior: float = 1.0
@@ -124,7 +124,7 @@ class DomainTable:
     """
 
     reads: ClassVar[tuple[str, ...]] = ("domain",)
-    row_key: ClassVar[Literal["domain"]] = "domain"
+    row_key: ClassVar[Literal["index", "domain"] | None] = "domain"
     start: ClassVar[float] = 1.0  # normalised, whatever the bound makes of raw weight 0
 
     size: int

@@ -20,7 +20,8 @@ from recipes.evaluation.table import comparison_table
 from recipes.options.embedded import CompareOptions
 from recipes.options.train import ColdStartOptions, OptionError, TrainOptions, resolve
 from recipes.run.directory import environment, write_json, write_text
-from recipes.train.training import run_cold_start, run_training
+from recipes.train.cold_start import run_cold_start
+from recipes.train.training import run_training
 
 _RESAMPLES = 10_000
 _KEPT_WEIGHT = 0.5  # an instance counts as kept by a weighting above this weight

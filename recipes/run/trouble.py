@@ -26,14 +26,7 @@ import torch
 from torch import Tensor
 
 from bilevel import BilevelSolver, BilevelState, OneStep, StepInfo, Unrolled, tree
-from weighting import (
-    DomainTable,
-    InstanceNet,
-    InstanceTable,
-    Weighting,
-    effective_sample_size,
-    fraction_at_bound,
-)
+from weighting import Weighting, effective_sample_size
 
 _HISTORY, _ENOUGH = 20, 10  # hypergradients whose median is the measure, and how many it takes
 _EXPLODED, _VANISHED = 1e4, 1e-6  # times that median
@@ -178,7 +171,7 @@ def _of_weights(
     weighting: Weighting | None, upper: Mapping[str, Tensor], weights: Tensor
 ) -> list[Trouble]:
     found = []
-    if weighting is not None and share_at_bound(weighting, upper, weights) == 1.0:
+    if weighting is not None and weighting.share_at_bound(upper, weights, _AT_BOUND) == 1.0:
         text = f"all weights are at an end of {weighting.bound}; lower --upper-lr"
         found.append(Trouble("weights_at_bound", text, worthless=False))
     size, count = effective_sample_size(weights), weights.numel()
@@ -186,29 +179,3 @@ def _of_weights(
         text = f"{count} examples count as {size:.2g}"
         found.append(Trouble("effective_sample_size_collapsed", text, worthless=False))
     return found
-
-
-def share_at_bound(weighting: Weighting, upper: Mapping[str, Tensor], weights: Tensor) -> float:
-    """Share of weights within 1 % of the bound's width of one of its ends; 0 if that is infinite.
-
-    Of all rows of a table. Of a net, of the given weights of a batch; if they were normalised, what
-    is known of them is their ratio to the largest, which counts as at the upper end if some other
-    is at the lower one (a net is centred: its weights cannot all be at one end).
-    """
-    bound = weighting.bound
-    if isinstance(weighting, InstanceTable | DomainTable):
-        return fraction_at_bound(weighting.raw_weights(dict(upper)), bound, _AT_BOUND)
-    assert isinstance(weighting, InstanceNet)
-    low, high = bound.range
-    if math.isinf(high - low):
-        return 0.0
-    if weighting.normalise:
-        largest = float(weights.max())
-        if high <= 0 or largest <= 0:
-            return 0.0
-        low, high, weights = low / high, 1.0, weights / largest
-    margin = _AT_BOUND * (high - low)
-    at_low, at_high = weights <= low + margin, weights >= high - margin
-    if weighting.normalise and not bool(at_low.any()):
-        return 0.0
-    return float((at_low | at_high).float().mean())

@@ -42,7 +42,8 @@ from recipes.options.use import ScoreOptions
 from recipes.run.directory import environment, write_json
 from recipes.run.machine import machine
 from recipes.session import AGGREGATIONS, read_solutions
-from recipes.train.training import run_cold_start, run_training
+from recipes.train.cold_start import run_cold_start
+from recipes.train.training import run_training
 from recipes.use.score import run_score
 from recipes.use.scores_file import scores_for
 

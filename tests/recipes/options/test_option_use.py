@@ -14,6 +14,7 @@ import torch
 
 import recipes.run.directory
 import recipes.run.resume
+import recipes.train.cold_start
 import recipes.train.training
 import recipes.use.weigh
 from bilevel import SGD, AdamW, LazyRowAdam, OneStep, Projected, WarmupCosine
@@ -38,18 +39,13 @@ from recipes.options.use import (
 )
 from recipes.run.directory import free_directory
 from recipes.session import AGGREGATIONS, read_examples
-from recipes.train.make_solver import (
-    lower_schedule,
-    make_bound,
-    make_solver,
-    make_weighting,
-    time_scale,
-    upper_optimizer,
-    upper_schedule,
-)
+from recipes.train.bounded_weights import make_bound, make_weighting
+from recipes.train.cold_start import run_cold_start
+from recipes.train.make_solver import lower_schedule, make_solver, upper_optimizer, upper_schedule
 from recipes.train.objective import Objective
 from recipes.train.results import row_name
-from recipes.train.training import run_cold_start, run_training
+from recipes.train.time_scale import time_scale
+from recipes.train.training import run_training
 from tests.tiny_task import FORWARD_MODE
 from weighting import FEATURES, DomainTable, InstanceNet, InstanceTable
 
@@ -96,7 +92,8 @@ def recording(monkeypatch):
     """Options of a class, and the set of those that have been read since."""
     monkeypatch.setattr(recipes.run.directory, "to_yaml", lambda options: "")
     monkeypatch.setattr(recipes.run.resume, "identity", lambda options, model: {})
-    monkeypatch.setattr(recipes.train.training, "check_together", lambda options: None)
+    for module in (recipes.train.training, recipes.train.cold_start):
+        monkeypatch.setattr(module, "check_together", lambda options: None)
 
     def make(kind, given):
         seen = set()

@@ -12,8 +12,9 @@ from prm.aggregations import logit_mean
 from recipes.embedded.vocabulary import SYSTEM_PROMPT
 from recipes.options.train import ColdStartOptions, TrainOptions, resolve
 from recipes.session import AGGREGATIONS
-from recipes.train.make_solver import make_weighting
-from recipes.train.training import run_cold_start, run_training
+from recipes.train.bounded_weights import make_weighting
+from recipes.train.cold_start import run_cold_start
+from recipes.train.training import run_training
 from tests.tiny_task import read_lines
 from weighting import Clip, Sigmoid
 
