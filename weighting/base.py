@@ -22,7 +22,7 @@ Keys of a batch that a weighting may read, each a tensor:
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Any, ClassVar, Literal, Protocol, TypeAlias
+from typing import Any, ClassVar, Literal, Protocol, TypeAlias, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -43,6 +43,7 @@ MODEL_KEYS = frozenset({"step_probs", "features", "feature_mask"})
 """Keys whose values come from a process reward model."""
 
 
+@runtime_checkable
 class Weighting(Protocol):
     """Maps examples to instance weights; a frozen dataclass of its configuration.
 

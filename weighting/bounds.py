@@ -9,13 +9,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 
+@runtime_checkable
 class Bound(Protocol):
     """An elementwise map from raw weights to weights; a frozen dataclass of its configuration."""
 
@@ -61,8 +62,9 @@ class _StraightThroughClamp(torch.autograd.Function):
         return grad[0], None, None
 
     @staticmethod
-    def jvp(ctx: Any, *tangent: Tensor) -> Tensor:
-        return tangent[0].view_as(tangent[0])
+    def jvp(ctx: Any, *tangents: Any) -> Tensor:
+        raw: Tensor = tangents[0]  # the ends of the bound have none
+        return raw.view_as(raw)
 
 
 @dataclass(frozen=True)

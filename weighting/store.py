@@ -94,7 +94,7 @@ def save_weighting(
 
 
 def load_weighting(
-    directory: Path | str, kinds: Sequence[type[Weighting]] = KINDS
+    directory: Path | str, kinds: Sequence[type[Any]] = KINDS
 ) -> tuple[Weighting, dict[str, Tensor], tuple[str, ...], dict[str, Any]]:
     """Read what ``save_weighting`` wrote into ``directory``.
 
