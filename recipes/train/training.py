@@ -54,7 +54,7 @@ from weighting import mean_one_over
 
 
 @dataclass(frozen=True)
-class _Training:
+class _Task:
     """What a run trains: its options, the data, and the losses of both levels."""
 
     options: TrainOptions
@@ -62,7 +62,7 @@ class _Training:
     objective: Objective
 
 
-class _Solving(NamedTuple):
+class _Method(NamedTuple):
     """How a run trains: the solver, the initial upper parameters, learning rates to log."""
 
     solver: BilevelSolver
@@ -89,14 +89,14 @@ def run_training(options: TrainOptions) -> Path:
     prm, lower = load_model(options, options.freeze, options.init_from)
     data = read_train_data(prm, options)
     objective = _objective(options, prm, data)
-    training = _Training(options, data, objective)
-    solver, upper, rates = _solving(training)
+    task = _Task(options, data, objective)
+    solver, upper, rates = _method(task)
     with open_run(options, prm.model, solver.init(lower, upper)) as run:
         initial = None
         if objective.weighting is not None:
             initial = _initial_scores(prm, lower, data, options)
         clock.lap("set_up")
-        draw, lower_batch = _lower_level(training, initial)
+        draw, lower_batch = _lower_level(task, initial)
         end = train(
             solver,
             run,
@@ -104,7 +104,7 @@ def run_training(options: TrainOptions) -> Path:
             lower_batches=ahead(
                 per_step(lower_batch, options.accumulation), options.steps, options.workers
             ),
-            upper_batch=_upper_level(training),
+            upper_batch=_upper_level(task),
             weighting=objective.weighting,
             log_every=options.log_every,
             title=row_name(options),
@@ -120,7 +120,7 @@ def run_training(options: TrainOptions) -> Path:
             visits = count_visits(
                 draw, options.steps * options.accumulation, len(lower_examples(options, data))
             )
-            results |= _report_weights(training, end.state, initial, visits, run.directory)
+            results |= _report_weights(task, end.state, initial, visits, run.directory)
             results |= evaluate_all(prm, end.state.lower_params, data, options, run.directory)
             clock.lap("evaluate")
             results["seconds"] = clock.laps
@@ -130,14 +130,14 @@ def run_training(options: TrainOptions) -> Path:
 
 
 def _report_weights(
-    training: _Training,
+    task: _Task,
     state: BilevelState,
     initial: _Initial | None,
     visits: Tensor,
     directory: Path,
 ) -> dict[str, Any]:
     """Write the weights and the weighting of a trained run; returns the results on them."""
-    options, data, objective = training.options, training.data, training.objective
+    options, data, objective = task.options, task.data, task.objective
     examples = lower_examples(options, data)
     reference = None if initial is None else initial.scores
     weights, raw = final_weights(options, objective, state, data, reference)
@@ -186,17 +186,15 @@ def _initial_scores(
     return _Initial(scores, initial_losses(scores, mask, data.train))
 
 
-def _lower_level(
-    training: _Training, initial: _Initial | None
-) -> tuple[Draw, Callable[[int], Batch]]:
+def _lower_level(task: _Task, initial: _Initial | None) -> tuple[Draw, Callable[[int], Batch]]:
     """Which rows the lower level draws, and its numbered micro-batches."""
-    options, data = training.options, training.data
+    options, data = task.options, task.data
     examples = lower_examples(options, data)
     if options.lower_data == "meta":
         draw = lower_meta_draw(options, examples)
         return draw, meta_batch(draw, examples)
     columns = {}
-    if initial is not None and training.objective.reads_reference:
+    if initial is not None and task.objective.reads_reference:
         columns["reference_probs"] = initial.scores
     if data.fixed_weights is not None:
         given = data.fixed_weights
@@ -205,10 +203,10 @@ def _lower_level(
     return draw, train_batch(draw, examples, columns)
 
 
-def _upper_level(training: _Training) -> Callable[[int], Batch] | None:
+def _upper_level(task: _Task) -> Callable[[int], Batch] | None:
     """The meta batch of every step that may take an upper step; None without an upper level."""
-    options, meta = training.options, training.data.meta
-    if training.objective.weighting is None or meta is None:
+    options, meta = task.options, task.data.meta
+    if task.objective.weighting is None or meta is None:
         return None
     return ahead(
         meta_batch(upper_draw(options, meta), meta),
@@ -218,17 +216,17 @@ def _upper_level(training: _Training) -> Callable[[int], Batch] | None:
     )
 
 
-def _solving(training: _Training) -> _Solving:
-    options, objective = training.options, training.objective
+def _method(task: _Task) -> _Method:
+    options, objective = task.options, task.objective
     rates: dict[str, Callable[[int], float]] = {"lower_lr": lower_schedule(options)}
     if options.lower_data == "meta":
         problem = BilevelProblem(lower_loss=objective.upper_loss, upper_loss=objective.upper_loss)
-        return _Solving(make_plain_solver(options, problem), {}, rates)
+        return _Method(make_plain_solver(options, problem), {}, rates)
     weighting = objective.weighting
     if weighting is None:
-        return _Solving(make_plain_solver(options, objective.problem()), {}, rates)
+        return _Method(make_plain_solver(options, objective.problem()), {}, rates)
     scale = time_scale(options, weighting)
     print_time_scale(scale)
     rates["upper_lr"] = logged_upper_rate(options, scale.upper_lr)
     upper = weighting.init(torch.Generator().manual_seed(options.seed))
-    return _Solving(make_solver(options, objective, scale.upper_lr), upper, rates)
+    return _Method(make_solver(options, objective, scale.upper_lr), upper, rates)

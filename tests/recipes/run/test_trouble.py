@@ -53,7 +53,7 @@ def kinds(infos, *, after=None, seen=None, weighting=None, before=None, method=N
         solver = replace(solver, hypergradient=method)
     _, end = state_of(after or Found())
     found = find_troubles(solver, weighting, start, end, infos, seen or Seen({}))
-    return [(trouble.kind, trouble.worthless) for trouble in found]
+    return [(trouble.kind, trouble.rejects) for trouble in found]
 
 
 @pytest.mark.parametrize("bad", [NAN, INF, -INF])
@@ -146,12 +146,12 @@ def test_all_weights_at_the_bound_are_named():
 
 
 def test_what_is_remembered():
-    worthless, noted = Trouble("a", "", True), Trouble("b", "", False)
+    rejecting, noted = Trouble("a", "", True), Trouble("b", "", False)
     seen = Seen({}).after([], [info(), info(hypergradient_norm=2.0)])
     assert seen == Seen({}, [2.0], 0)
-    seen = seen.after([noted, worthless], [info(hypergradient_norm=7.0)])
+    seen = seen.after([noted, rejecting], [info(hypergradient_norm=7.0)])
     assert seen == Seen({"a": 1, "b": 1}, [2.0], 1)
-    seen = seen.after([worthless], [info()])
+    seen = seen.after([rejecting], [info()])
     assert (seen.counts, seen.in_a_row) == ({"a": 2, "b": 1}, 2)
     assert seen.after([noted], [info()]).in_a_row == 0
     for norm in range(30):
