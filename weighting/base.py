@@ -7,16 +7,17 @@ here, so a fourth one is one new module.
 
 Keys of a batch that a weighting may read, each a tensor:
 
-    =================  =================================  =======================================
-    ``index``          [batch] int64                      row of the example in the training file
-    ``domain``         [batch] int64                      number of the example's domain
-    ``labels``         [batch, steps] float               step labels in [0, 1]; NaN: none
-    ``step_mask``      [batch, steps] bool                which steps exist
-    ``attention_mask`` [batch, tokens] int64              1 for a token, 0 for padding
-    ``step_probs``     [batch, steps] float               p("+") under the model as it is now
-    ``features``       [batch, steps, features] float     chosen step and example features
-    ``feature_mask``   [batch, steps] bool                steps whose features count
-    =================  =================================  =======================================
+    ===================  ==============================  =======================================
+    ``index``            [batch] int64                   row of the example in the training file
+    ``domain``           [batch] int64                   number of the example's domain
+    ``labels``           [batch, steps] float            step labels in [0, 1]; NaN: none
+    ``step_mask``        [batch, steps] bool             which steps exist
+    ``attention_mask``   [batch, tokens] int64           1 for a token, 0 for padding
+    ``step_probs``       [batch, steps] float            p("+") under the model as it is now
+    ``reference_probs``  [batch, steps] float            p("+") under the initial model
+    ``features``         [batch, steps, features] float  chosen step and example features
+    ``feature_mask``     [batch, steps] bool             steps whose features count
+    ===================  ==============================  =======================================
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ Batch: TypeAlias = Mapping[str, Tensor]
 EXAMPLE_KEYS = frozenset({"index", "domain", "labels", "step_mask"})
 """Keys that are known of an example without tokenising it and without a model."""
 
-MODEL_KEYS = frozenset({"step_probs", "features", "feature_mask"})
+MODEL_KEYS = frozenset({"step_probs", "reference_probs", "features", "feature_mask"})
 """Keys whose values come from a process reward model."""
 
 

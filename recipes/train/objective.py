@@ -90,8 +90,10 @@ class Objective:
 
     @property
     def reads_reference(self) -> bool:
-        """Whether it reads features under the initial model, ``batch["reference_probs"]``."""
-        return self.reads_features and self.reference
+        """Whether it reads step scores of the initial model, ``batch["reference_probs"]``."""
+        if self.weighting is None:
+            return False
+        return "reference_probs" in self.weighting.reads or (self.reads_features and self.reference)
 
     @property
     def reads_domain(self) -> bool:
