@@ -61,7 +61,7 @@ def _quiet() -> None:
 
 
 def _cold_start(options: Any) -> None:
-    from recipes.train.training import run_cold_start
+    from recipes.train.cold_start import run_cold_start
 
     _quiet()
     run_cold_start(options)

@@ -22,7 +22,8 @@ from recipes.options.train import ColdStartOptions, TrainOptions
 from recipes.options.values import OptionError
 from recipes.run.files import write_json, write_text
 from recipes.run.provenance import environment
-from recipes.train.training import run_cold_start, run_training
+from recipes.train.cold_start import run_cold_start
+from recipes.train.training import run_training
 
 _RESAMPLES = 10_000
 _KEPT_WEIGHT = 0.5  # an instance counts as kept by a weighting above this weight

@@ -1,12 +1,9 @@
-"""From options to the pieces of a run: bound, weighting, optimizers, solver."""
+"""From options to the solver of a run: schedules, the optimizers of both levels, the solver."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
-
-import torch
 
 from bilevel import (
     SGD,
@@ -19,117 +16,15 @@ from bilevel import (
 from bilevel.optimizers.schedule import Constant, StepDecay
 from bilevel.problem import Problem
 from recipes.options.groups import (
-    DomainOptions,
     ImplicitOptions,
-    LearnedOptions,
-    NetOptions,
-    NoWeighting,
     OneStepOptions,
     PenaltyOptions,
-    TableOptions,
     UnrolledOptions,
 )
+from recipes.options.refusal import blaming
 from recipes.options.train import LowerOptions, TrainOptions
-from recipes.options.values import OptionError
-from recipes.train.hypergradients import differentiated_steps, make_hypergradient
+from recipes.train.hypergradients import make_hypergradient
 from recipes.train.objective import Objective
-from recipes.train.time_scale import TimeScale, distance_to_lower_bound, match_time_scale
-from weighting import (
-    Bound,
-    Clip,
-    DomainTable,
-    InstanceNet,
-    InstanceTable,
-    LeakyReLU,
-    Sigmoid,
-    Softplus,
-    Unbounded,
-    Weighting,
-    feature_count,
-)
-
-
-@contextmanager
-def _said_by(options: str) -> Iterator[None]:
-    """Turn what a constructor refuses into an ``OptionError`` that names the options behind it."""
-    try:
-        yield
-    except OptionError:
-        raise
-    except ValueError as error:
-        raise OptionError(f"{options}: {error}") from error
-
-
-def make_bound(settings: LearnedOptions) -> Bound:
-    """The bound that the options of a weighting name."""
-    low, high = settings.bound_low, settings.bound_high
-    bounds: Mapping[str, Callable[[], Bound]] = {
-        "clip": lambda: Clip(low, high),
-        "clamp": lambda: Clip(low, high, recover=False),
-        "sigmoid": lambda: Sigmoid(high),
-        "softplus": Softplus,
-        "leaky-relu": LeakyReLU,
-        "relu": lambda: LeakyReLU(0.0),
-        "none": Unbounded,
-    }
-    return bounds[settings.bound]()
-
-
-def make_weighting(options: TrainOptions, instances: int, domains: int) -> Weighting | None:
-    """The weighting that the options name; None for "none".
-
-    Raises:
-        OptionError: Options that do not go together.
-    """
-    settings = options.weighting
-    if isinstance(settings, NoWeighting):
-        return None
-    with _said_by(f"--weighting {settings.kind}"):
-        bound = make_bound(settings)
-        match settings:
-            case TableOptions():
-                _check_batches(options)
-                return InstanceTable(instances, settings.prior, bound, settings.normalise)
-            case DomainOptions():
-                if not float(bound(torch.zeros(()))) > 0:
-                    raise ValueError(
-                        f"domain weights start at bound(0), which is 0 for --bound "
-                        f"{settings.bound}; use softplus or sigmoid"
-                    )
-                return DomainTable(domains, bound)
-            case NetOptions():
-                _check_batches(options)
-                return InstanceNet(
-                    _net_inputs(settings, domains),
-                    settings.hidden,
-                    settings.layers,
-                    settings.prior,
-                    bound,
-                    centre=settings.centre,
-                    normalise=settings.normalise == "batch",
-                )
-
-
-def _net_inputs(settings: NetOptions, domains: int) -> int:
-    with _said_by("--features"):
-        return feature_count(
-            settings.features, reference=settings.reference_features, domains=domains
-        )
-
-
-def _check_batches(options: TrainOptions) -> None:
-    settings = options.weighting
-    net = isinstance(settings, NetOptions)
-    compared = settings.normalise == "batch" or (
-        isinstance(settings, NetOptions) and settings.centre
-    )
-    if options.lower.batch_size == 1 and compared:
-        apart = "--normalise none --no-centre" if net else "--normalise table"
-        remedy = f"use 2 or more, or {apart}"
-        raise ValueError(
-            "weights are compared within a micro-batch, and the only example of --batch-size 1 "
-            f"always gets the same weight; {remedy}"
-        )
 
 
 def _schedule(
@@ -144,7 +39,7 @@ def _schedule(
 
 def lower_schedule(options: LowerOptions) -> Callable[[Any], Any]:
     """Learning rate of every lower step."""
-    with _said_by("--lower-lr, --lower-warmup, --lower-gamma"):
+    with blaming("--lower-lr, --lower-warmup, --lower-gamma"):
         return _schedule(
             options.lower.schedule,
             options.lower.lr,
@@ -156,7 +51,7 @@ def lower_schedule(options: LowerOptions) -> Callable[[Any], Any]:
 
 def lower_optimizer(options: LowerOptions) -> AdamW:
     """AdamW of the lower level."""
-    with _said_by("--lower-betas, --lower-max-norm"):
+    with blaming("--lower-betas, --lower-max-norm"):
         return AdamW(
             lower_schedule(options),
             betas=options.lower.betas,
@@ -172,7 +67,7 @@ def upper_steps(options: TrainOptions) -> int:
 
 def upper_schedule(options: TrainOptions, peak: float) -> Callable[[Any], Any]:
     """Learning rate of every upper step."""
-    with _said_by("--upper-lr, --upper-warmup, --upper-gamma"):
+    with blaming("--upper-lr, --upper-warmup, --upper-gamma"):
         return _schedule(
             options.upper.schedule,
             peak,
@@ -182,45 +77,16 @@ def upper_schedule(options: TrainOptions, peak: float) -> Callable[[Any], Any]:
         )
 
 
-def time_scale(options: TrainOptions, weighting: Weighting) -> TimeScale:
-    """How far the weights can travel in this run.
-
-    Raises:
-        OptionError: ``upper_lr`` is neither "auto" nor a number, or weight 1, where a domain's
-            weight counts as starting, is outside the bound.
-    """
-    if options.upper.lr == "auto":
-        given = None
-    else:
-        try:
-            given = float(options.upper.lr)
-        except ValueError as error:
-            raise OptionError(
-                f"--upper-lr: expected auto or a number, found {options.upper.lr!r}"
-            ) from error
-    rows = weighting.size if isinstance(weighting, InstanceTable) else 1
-    per_step = options.lower.batch_size * options.lower.accumulation * differentiated_steps(options)
-    settings = options.weighting
-    assert not isinstance(settings, NoWeighting)
-    with _said_by(f"--bound {settings.bound}"):
-        bound = weighting.bound
-        to_bound = distance_to_lower_bound(bound.range, bound.raw, settings.prior)
-    return match_time_scale(
-        upper_lr=given,
-        upper_steps=upper_steps(options),
-        rows=rows,
-        rows_per_step=min(rows, per_step),
-        to_bound=to_bound,
-        schedule_of=lambda peak: upper_schedule(options, peak),
-        optimizer=options.upper.optimizer,
-        betas=options.upper.betas,
-    )
+def logged_upper_rate(options: TrainOptions, peak: float) -> Callable[[int], float]:
+    """Learning rate of the upper step that a lower step belongs to, by its number, for the log."""
+    schedule = upper_schedule(options, peak)
+    return lambda step: schedule(max(0, step - options.upper.start) // options.upper.unroll_steps)
 
 
 def upper_optimizer(options: TrainOptions, peak: float) -> Any:
     """Optimizer of the upper level."""
     schedule = upper_schedule(options, peak)
-    with _said_by("--upper-betas, --upper-max-norm"):
+    with blaming("--upper-betas, --upper-max-norm"):
         if options.upper.optimizer == "sgd":
             return SGD(schedule, max_norm=options.upper.max_norm)
         kind = LazyRowAdam if options.upper.optimizer == "lazy-adam" else AdamW
@@ -242,14 +108,18 @@ def make_plain_solver(options: LowerOptions, problem: Problem) -> BilevelSolver:
 def make_solver(options: TrainOptions, objective: Objective, upper_peak: float) -> BilevelSolver:
     """The bilevel solver of a run.
 
+    Args:
+        options: Options of the run.
+        objective: The two losses, with a weighting.
+        upper_peak: Peak learning rate of the upper level.
+
     Raises:
-        OptionError: a route that does not go with the order or the weighting.
+        OptionError: A route that does not go with the order or the weighting.
     """
-    upper = upper_optimizer(options, upper_peak)
-    if isinstance(objective.weighting, InstanceTable):
-        # A row that overshoots the clip must not have to travel back before its weight moves.
-        upper = Projected(upper, objective.weighting.project)
-    with _said_by(_names(options)):
+    assert objective.weighting is not None
+    # A row that overshoots a bound must not have to travel back before its weight moves.
+    upper = Projected(upper_optimizer(options, upper_peak), objective.weighting.project)
+    with blaming(_flags(options)):
         return BilevelSolver(
             objective.problem(),
             lower_optimizer(options),
@@ -262,8 +132,8 @@ def make_solver(options: TrainOptions, objective: Objective, upper_peak: float) 
         )
 
 
-def _names(options: TrainOptions) -> str:
-    """The options that decide on the hypergradient, as they are."""
+def _flags(options: TrainOptions) -> str:
+    """The options that decide on the hypergradient, with their values."""
     settings = options.hypergradient
     name = f"--hypergradient {settings.kind}"
     match settings:

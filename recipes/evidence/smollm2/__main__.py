@@ -45,7 +45,8 @@ from recipes.options.train import ColdStartOptions, LowerOptions, TrainOptions
 from recipes.options.use import ScoreOptions
 from recipes.run.files import write_json
 from recipes.run.provenance import environment, machine
-from recipes.train.training import run_cold_start, run_training
+from recipes.train.cold_start import run_cold_start
+from recipes.train.training import run_training
 from recipes.use.score import run_score
 from recipes.use.scores_file import scores_for
 

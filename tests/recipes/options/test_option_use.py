@@ -14,6 +14,7 @@ import torch
 
 import recipes.run.directory
 import recipes.run.resume
+import recipes.train.cold_start
 import recipes.train.training
 import recipes.use.evaluate
 import recipes.use.weigh
@@ -40,18 +41,18 @@ from recipes.options.use import (
 )
 from recipes.options.values import OptionError
 from recipes.run.directory import free_directory
+from recipes.train.bounded_weights import make_bound, make_weighting
+from recipes.train.cold_start import run_cold_start
 from recipes.train.make_solver import (
     lower_schedule,
-    make_bound,
     make_solver,
-    make_weighting,
-    time_scale,
     upper_optimizer,
     upper_schedule,
 )
 from recipes.train.objective import Objective
 from recipes.train.results import row_name
-from recipes.train.training import run_cold_start, run_training
+from recipes.train.time_scale import time_scale
+from recipes.train.training import run_training
 from tests.recipes.options.recorded import not_read, recorded, where_read
 from tests.tiny_task import FORWARD_MODE
 from weighting import FEATURES, DomainTable, InstanceNet, InstanceTable
@@ -111,7 +112,8 @@ def recording(monkeypatch):
     monkeypatch.setattr(recipes.run.directory, "flatten", lambda options: {})
     monkeypatch.setattr(recipes.run.resume, "identity", lambda options, model: {})
     # The check of what was given looks at every field; it is not what uses one.
-    monkeypatch.setattr(recipes.train.training, "check_together", lambda options: None)
+    for module in (recipes.train.training, recipes.train.cold_start):
+        monkeypatch.setattr(module, "check_together", lambda options: None)
     monkeypatch.setattr(recipes.use.evaluate, "check_together", lambda options: None)
     monkeypatch.setattr(recipes.use.weigh, "check_together", lambda options: None)
     monkeypatch.setattr(recipes.use.weigh, "refuse_given", lambda *_: None)

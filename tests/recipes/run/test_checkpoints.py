@@ -22,8 +22,9 @@ from recipes.run.identity import differences, identity
 from recipes.run.resume import Run, cut_log
 from recipes.run.step_log import Unlogged
 from recipes.run.trouble import Seen
+from recipes.train.cold_start import run_cold_start
 from recipes.train.loop import train
-from recipes.train.training import run_cold_start, run_training
+from recipes.train.training import run_training
 from tests.tiny_task import altered, model_bits, read_lines
 
 KINDS = {

@@ -21,7 +21,8 @@ from recipes.evaluation.candidates import step_scores_of
 from recipes.loading import load_model, read_examples
 from recipes.options.parse import resolve
 from recipes.options.train import ColdStartOptions, TrainOptions
-from recipes.train.training import run_cold_start, run_training
+from recipes.train.cold_start import run_cold_start
+from recipes.train.training import run_training
 from recipes.train.weight_report import initial_losses
 from tests.tiny_task import SIZES, model_bits, read_lines
 from weighting import Clip, DomainTable, InstanceNet, InstanceTable, Sigmoid, load_weighting
