@@ -14,8 +14,8 @@ from types import SimpleNamespace
 from typing import Any
 
 from recipes.options.base import Condition
+from recipes.options.conditions import has_meta_loss
 from recipes.options.flat import flat_options, flatten
-from recipes.options.groups import has_meta_loss
 from recipes.options.train import LowerOptions, TrainOptions
 from recipes.options.values import OptionError, resume_point
 

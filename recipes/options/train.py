@@ -7,24 +7,21 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from prm.names import LossTarget
-from recipes.options import groups
+from recipes.options import conditions
 from recipes.options.base import Condition, LoaderOptions, ScoringOptions, group, option, variants
-from recipes.options.groups import (
+from recipes.options.choices import (
     DomainOptions,
     HypergradientOptions,
     ImplicitOptions,
-    LowerLevel,
     NetOptions,
     NoWeighting,
     OneStepOptions,
     PenaltyOptions,
-    RunSettings,
     TableOptions,
-    TrustedData,
     UnrolledOptions,
-    UpperLevel,
     WeightingOptions,
 )
+from recipes.options.groups import LowerLevel, RunSettings, TrustedData, UpperLevel
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,10 +56,10 @@ class TrainOptions(LowerOptions, ScoringOptions):
     """Bilevel training with instance weights, then evaluation."""
 
     ONLY_WITH: ClassVar[Mapping[Condition, tuple[str, ...]]] = {
-        groups.ON_TRAIN_FILE: ("lower_loss",),
-        groups.AGGREGATED: ("aggregation",),
-        groups.SCORED: ("eval_batch_size",),
-        groups.FROM_MODEL: ("model",),
+        conditions.ON_TRAIN_FILE: ("lower_loss",),
+        conditions.AGGREGATED: ("aggregation",),
+        conditions.SCORED: ("eval_batch_size",),
+        conditions.FROM_MODEL: ("model",),
     }
 
     init_from: str | None = option(
@@ -75,12 +72,12 @@ class TrainOptions(LowerOptions, ScoringOptions):
         {"net": NetOptions, "table": TableOptions, "domain": DomainOptions, "none": NoWeighting},
         listed=("none", "domain", "table", "net"),
     )
-    upper: UpperLevel = group(UpperLevel, only_with=groups.WEIGHTED)
+    upper: UpperLevel = group(UpperLevel, only_with=conditions.WEIGHTED)
     loss_target: Literal[LossTarget, "pairs"] = option(
         "both",
         "meta loss: squared distance from right (both, +: as in DreamPRM-1.5), or of the "
         "difference of right and wrong candidates of a question from 1 (pairs)",
-        only_with=groups.META_LOSS,
+        only_with=conditions.META_LOSS,
     )
     hypergradient: HypergradientOptions = variants(
         "one-step",
@@ -92,10 +89,10 @@ class TrainOptions(LowerOptions, ScoringOptions):
             "implicit": ImplicitOptions,
             "penalty": PenaltyOptions,
         },
-        only_with=groups.WEIGHTED,
+        only_with=conditions.WEIGHTED,
     )
     rollback: bool = option(
         False,
         "redo the lower step (all of a window but with one-step) with the updated weights",
-        only_with=groups.WEIGHTED,
+        only_with=conditions.WEIGHTED,
     )

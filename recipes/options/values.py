@@ -6,7 +6,8 @@ import difflib
 import math
 import re
 import types
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin
 
@@ -15,6 +16,24 @@ _SHOWN = 200
 
 class OptionError(ValueError):
     """An option or preset that cannot be used; the message says what to change."""
+
+
+@contextmanager
+def blaming(flags: str) -> Iterator[None]:
+    """Turn the ``ValueError`` of a constructor into an ``OptionError`` that names ``flags``.
+
+    Args:
+        flags: The options behind the constructor's arguments, as on the command line.
+
+    Raises:
+        OptionError: The body raised a ``ValueError``.
+    """
+    try:
+        yield
+    except OptionError:
+        raise
+    except ValueError as error:
+        raise OptionError(f"{flags}: {error}") from error
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:

@@ -23,9 +23,9 @@ from dataclasses import dataclass
 
 import torch
 
-from recipes.options.groups import DomainOptions, LearnedOptions, NetOptions, TableOptions
-from recipes.options.refusal import blaming
+from recipes.options.choices import DomainOptions, LearnedOptions, NetOptions, TableOptions
 from recipes.options.train import TrainOptions
+from recipes.options.values import blaming
 from weighting import (
     Bound,
     Clip,

@@ -23,7 +23,7 @@ from bilevel import (
 from bilevel.hypergradients.base import Hypergradient
 from bilevel.hypergradients.linear.system import LinearSolver
 from bilevel.routes import Route
-from recipes.options.groups import (
+from recipes.options.choices import (
     HypergradientOptions,
     ImplicitOptions,
     OneStepOptions,

@@ -15,14 +15,9 @@ from bilevel import (
 )
 from bilevel.optimizers.schedule import Constant, StepDecay
 from bilevel.problem import Problem
-from recipes.options.groups import (
-    ImplicitOptions,
-    OneStepOptions,
-    PenaltyOptions,
-    UnrolledOptions,
-)
-from recipes.options.refusal import blaming
+from recipes.options.choices import ImplicitOptions, OneStepOptions, PenaltyOptions, UnrolledOptions
 from recipes.options.train import LowerOptions, TrainOptions
+from recipes.options.values import blaming
 from recipes.train.hypergradients import make_hypergradient
 from recipes.train.objective import Objective
 

@@ -24,10 +24,9 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from recipes.options.groups import NoWeighting
-from recipes.options.refusal import blaming
+from recipes.options.choices import NoWeighting
 from recipes.options.train import TrainOptions
-from recipes.options.values import OptionError
+from recipes.options.values import OptionError, blaming
 from recipes.train.hypergradients import differentiated_steps
 from recipes.train.make_solver import upper_schedule, upper_steps
 from weighting import Bound, Weighting

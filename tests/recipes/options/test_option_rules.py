@@ -10,8 +10,8 @@ import pytest
 import recipes.run.directory
 import recipes.run.resume
 import recipes.train.training
+from recipes.options.choices import NetOptions
 from recipes.options.flat import flat_options, flatten
-from recipes.options.groups import NetOptions
 from recipes.options.parse import PRESETS, cold_start_options, resolve, train_options
 from recipes.options.rules import check_together, unread
 from recipes.options.train import ColdStartOptions, TrainOptions

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from recipes import commands
 from recipes.embedded.vocabulary import SYSTEM_PROMPT
-from recipes.options.groups import DomainOptions
+from recipes.options.choices import DomainOptions
 from recipes.options.train import TrainOptions
 from recipes.options.use import WeighOptions
 from recipes.train.bounded_weights import WEIGHTINGS, Registration
