@@ -35,7 +35,7 @@ def compare(options: CompareOptions) -> dict[str, Any]:
     """Run what is missing, then write and print ``compare.json``.
 
     Raises:
-        OptionError: an unknown method.
+        OptionError: An unknown method.
     """
     wanted = options.methods or tuple(_METHODS)
     for method in wanted:
@@ -74,13 +74,13 @@ def statistics(per_seed: list[Values]) -> dict[str, Any]:
     """Means over seeds, 95 % intervals, and paired differences to No Selection.
 
     Args:
-        per_seed: for every seed, row name -> whether the selected candidate is right, [questions].
+        per_seed: For every seed, row name -> whether the selected candidate is right, [questions].
 
     Returns:
         ``rows``, ``ci95``; ``difference`` and ``difference_ci95`` to ``no_selection`` on the same
         questions; ``gap_closed`` = (row - no_selection) / (clean_oracle - no_selection) and its
         interval over the resamples with a gap, where both rows are there and there is a gap.
-        Intervals: percentile bootstrap that draws seeds with replacement and, within each drawn
+        Intervals: Percentile bootstrap that draws seeds with replacement and, within each drawn
         seed, questions with replacement.
     """
     names = list(per_seed[0])

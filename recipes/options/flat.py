@@ -45,11 +45,11 @@ class FlatOption:
 def flat_options(kind: type[Any]) -> Mapping[str, FlatOption]:
     """All options of a command by flat name, in the order of ``--help`` and of ``args.yaml``."""
     more: Mapping[Condition, tuple[str, ...]] = getattr(kind, "ONLY_WITH", {})
-    found: dict[str, FlatOption] = {}
+    entries: dict[str, FlatOption] = {}
     for entry in _walk(kind, (), tuple(more.items())):
-        found.pop(entry.name, None)  # an option of several variants stands with the last of them
-        found[entry.name] = entry
-    return found
+        entries.pop(entry.name, None)  # an option of several variants stands with the last of them
+        entries[entry.name] = entry
+    return entries
 
 
 def flatten(options: Any) -> dict[str, Any]:
@@ -67,16 +67,16 @@ def nest(kind: type[Options], values: Mapping[str, Any]) -> Options:
     Values of variants that are not chosen are dropped: see ``recipes.options.rules``, which
     refuses them.
     """
-    made: dict[str, Any] = {}
+    members: dict[str, Any] = {}
     for field in fields(kind):  # type: ignore[arg-type]
         name = field.metadata.get("name") or field.name
         if "group" in field.metadata:
-            made[field.name] = nest(field.metadata["group"], values)
+            members[field.name] = nest(field.metadata["group"], values)
         elif "variants" in field.metadata:
-            made[field.name] = nest(field.metadata["variants"][values[name]], values)
+            members[field.name] = nest(field.metadata["variants"][values[name]], values)
         else:
-            made[field.name] = values[name]
-    return kind(**made)
+            members[field.name] = values[name]
+    return kind(**members)
 
 
 def _walk(

@@ -96,12 +96,12 @@ def unread(kind: type[Any], values: Mapping[str, Any]) -> dict[str, Condition]:
         values: All of them by flat name.
     """
     given = SimpleNamespace(**values)
-    found = {}
+    reasons = {}
     for name, entry in flat_options(kind).items():
         failed = [condition for condition in entry.conditions if not condition.when(given)]
         if failed:
-            found[name] = failed[0]
-    return found
+            reasons[name] = failed[0]
+    return reasons
 
 
 def refuse_unread(kind: type[Any], values: Mapping[str, Any]) -> None:

@@ -41,20 +41,20 @@ def environment() -> dict[str, Any]:
 
 def environment_text() -> str:
     """``environment`` as lines for a bug report."""
-    found = environment()
-    git = found["git"]
+    values = environment()
+    git = values["git"]
     commit = "no checkout" if git is None else git["commit"]
     if git is not None and git["dirty"]:
         commit += ", with changes"
     lines = {
-        PACKAGE: found["packages"].pop(PACKAGE),
+        PACKAGE: values["packages"].pop(PACKAGE),
         "commit": commit,
-        "python": found["python"],
-        "platform": found["platform"],
-        "CPUs": f"{found['cpus']}, {found['threads']} threads of torch",
-        "devices": ", ".join(found["devices"]) or "none",
-        "CUDA": found["cuda"] or "none",
-        **found["packages"],
+        "python": values["python"],
+        "platform": values["platform"],
+        "CPUs": f"{values['cpus']}, {values['threads']} threads of torch",
+        "devices": ", ".join(values["devices"]) or "none",
+        "CUDA": values["cuda"] or "none",
+        **values["packages"],
     }
     width = max(map(len, lines))
     return "\n".join(f"{name:<{width}}  {value}" for name, value in lines.items())
@@ -72,11 +72,11 @@ def _devices() -> list[str]:
     """Accelerators that torch can use, by kind and name."""
     import torch
 
-    found = [f"cuda: {torch.cuda.get_device_name(n)}" for n in range(torch.cuda.device_count())]
+    devices = [f"cuda: {torch.cuda.get_device_name(n)}" for n in range(torch.cuda.device_count())]
     if torch.backends.mps.is_available():
-        found.append("mps")
-    found += [f"xpu: {torch.xpu.get_device_name(n)}" for n in range(torch.xpu.device_count())]
-    return found
+        devices.append("mps")
+    devices += [f"xpu: {torch.xpu.get_device_name(n)}" for n in range(torch.xpu.device_count())]
+    return devices
 
 
 def machine() -> dict[str, Any]:

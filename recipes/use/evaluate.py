@@ -66,9 +66,9 @@ def run_evaluate(options: EvaluateOptions) -> dict[str, Any]:
     """Report on ``--file``; returns what the results file holds.
 
     Raises:
-        OptionError: options that contradict each other, or questions shared with the dev or meta
+        OptionError: Options that contradict each other, or questions shared with the dev or meta
             set.
-        DataError: a record, or a line of scores, that cannot be used.
+        DataError: A record, or a line of scores, that cannot be used.
     """
     if not 0 <= options.threshold <= 1:
         raise OptionError(f"--threshold: expected a number in [0, 1], found {options.threshold}")
@@ -119,18 +119,18 @@ def _tuned_on(
         others.append((f"meta set {meta}", read_solutions(options, meta)))
     shared = []
     for name, data in others:
-        found = find_leak(data.examples, candidates.data.examples, data.path, candidates.data.path)
-        refuse_leak(found, name, held_out, sanity_check=options.sanity_check)
-        if found:
-            shared.append(f"{name} {found}")
+        leak = find_leak(data.examples, candidates.data.examples, data.path, candidates.data.path)
+        refuse_leak(leak, name, held_out, sanity_check=options.sanity_check)
+        if leak:
+            shared.append(f"{name} {leak}")
     return shared
 
 
 def _read_rows(path: Path, candidates: Candidates) -> list[Tensor]:
     """Step scores of every candidate from a scores file, in float32 as they were computed."""
     examples = candidates.data.examples
-    found = scores_for(path, [example.id for example in examples], candidates.data.path)
-    for row, example in zip(found, examples, strict=True):
+    rows = scores_for(path, [example.id for example in examples], candidates.data.path)
+    for row, example in zip(rows, examples, strict=True):
         if len(row.step_scores) != len(example.steps):
             raise DataError(
                 expected=f"{len(example.steps)} step scores for {row.id!r}, one per step",
@@ -138,7 +138,7 @@ def _read_rows(path: Path, candidates: Candidates) -> list[Tensor]:
                 file=path,
                 remedy="score this file again; its solutions have changed",
             )
-    return [torch.tensor(row.step_scores, dtype=torch.float32) for row in found]
+    return [torch.tensor(row.step_scores, dtype=torch.float32) for row in rows]
 
 
 def _summary(results: dict[str, Any]) -> str:

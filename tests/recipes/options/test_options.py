@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import argparse
+import re
 
 import pytest
 
-from recipes.options.flat import flat_options
-from recipes.options.parse import PRESETS, build_parser, resolve, to_yaml, train_options
+from recipes.options.choices import NetOptions, OneStepOptions, TableOptions
+from recipes.options.flat import flat_options, flatten
+from recipes.options.groups import LowerLevel, UpperLevel
+from recipes.options.parse import PRESETS, build_parser, changed, resolve, to_yaml, train_options
 from recipes.options.train import ColdStartOptions, TrainOptions
 from recipes.options.values import OptionError
+from weighting import EXAMPLE_FEATURES, FEATURES
 
 REQUIRED = {"train_file": "t.jsonl", "output_dir": "out"}
 
@@ -87,3 +91,34 @@ def test_every_shipped_preset_resolves(preset):
 @pytest.mark.parametrize("options", [TrainOptions, ColdStartOptions])
 def test_every_option_has_help(options):
     assert all(entry.help for entry in flat_options(options).values())
+
+
+def test_help_names_every_feature():
+    text = flat_options(TrainOptions)["features"].help
+    assert set(re.findall(r"\w+", text)) >= {*FEATURES, *EXAMPLE_FEATURES}
+
+
+def test_options_are_nested_for_the_code_and_flat_for_users():
+    options = train_options(**REQUIRED, weighting="table", lower_lr=0.5, upper_start=3)
+    assert (options.lower.lr, options.upper.start) == (0.5, 3)
+    assert options.weighting == TableOptions()
+    assert options.hypergradient == OneStepOptions()
+    assert options == TrainOptions(
+        **REQUIRED,
+        lower=LowerLevel(lr=0.5),
+        weighting=TableOptions(),
+        upper=UpperLevel(start=3),
+    )
+    flat = flatten(options)
+    assert (flat["weighting"], flat["lower_lr"], flat["hidden"]) == ("table", 0.5, 10)
+    assert list(flat) == list(flat_options(TrainOptions))
+    assert changed(options, weighting="net", hidden=3).weighting == NetOptions(hidden=3)
+
+
+def test_options_that_there_are_not_and_required_ones_are_named():
+    with pytest.raises(TypeError, match="TrainOptions has no option lr"):
+        train_options(**REQUIRED, lr=0.5)
+    with pytest.raises(TypeError, match="TrainOptions needs output_dir"):
+        train_options(train_file="t")
+    with pytest.raises(OptionError, match="--hidden 3 has no effect with --weighting table"):
+        train_options(**REQUIRED, weighting="table", hidden=3)
