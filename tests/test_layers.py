@@ -24,7 +24,7 @@ ALLOWED = {
     "prm": {"torch", "transformers", "jinja2", "PIL", "numpy", "safetensors", "peft"},
     "recipes": {
         *(*CORE, "torch", "torchopt", "optree", "transformers", "tokenizers", "safetensors"),
-        *("PIL", "numpy", "sklearn", "yaml", "tqdm"),
+        *("PIL", "numpy", "sklearn", "yaml", "tqdm", "filelock"),
     },
 }
 

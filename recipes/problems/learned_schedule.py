@@ -184,9 +184,9 @@ def train(task: Task, schedule: Schedule, run: int) -> Params:
 @torch.no_grad()
 def judge(theta: Params, rows: Scans) -> tuple[float, float]:
     """Loss and accuracy by the true labels."""
-    said = logits(theta, rows.x)
-    right = said.argmax(1) == rows.true
-    return float(cross_entropy(said, rows.true)), float(right.double().mean())
+    outputs = logits(theta, rows.x)
+    right = outputs.argmax(1) == rows.true
+    return float(cross_entropy(outputs, rows.true)), float(right.double().mean())
 
 
 def search_grid(

@@ -128,7 +128,7 @@ def read_splits(generator: torch.Generator) -> Splits:
     """A random split of scikit-learn's breast-cancer data, float64: 200, 150 and 219 rows.
 
     Raises:
-        ModuleNotFoundError: scikit-learn, which carries the data, is not installed.
+        ModuleNotFoundError: Scikit-learn, which carries the data, is not installed.
     """
     try:
         from sklearn.datasets import load_breast_cancer

@@ -1,4 +1,4 @@
-"""The run directory: what a run was, what it logged, what it found (design: the run contract)."""
+"""The run directory: make it, find a free one, and describe a new run in it."""
 
 from __future__ import annotations
 
@@ -11,14 +11,15 @@ from recipes.options.values import OptionError
 from recipes.run.files import UNFINISHED, write_json, write_text
 from recipes.run.provenance import data_fingerprints, environment
 
-LOCK = "lock"  # of the process that works in the directory: recipes.run.lock
+LOCK = "lock"
+"""Name of the file that names the process at work in the directory (``recipes.run.lock``)."""
 
 
 def make_directory(path: Path) -> None:
-    """Make ``path``, unless it is there.
+    """Make a directory, unless it is there.
 
     Raises:
-        OptionError: it is a file.
+        OptionError: ``path`` is a file.
     """
     if path.exists() and not path.is_dir():
         raise OptionError(f"--output-dir {path}: exists and is not a directory; choose another")
@@ -29,7 +30,7 @@ def describe_run(path: Path, options: Any) -> None:
     """Write ``args.yaml`` and ``env.json`` into the directory of a new run.
 
     Raises:
-        OptionError: ``path`` holds a run already, or anything else.
+        OptionError: ``path`` holds a run or anything else already.
     """
     if _holds_something(path):
         what = "already holds a run" if (path / "args.yaml").exists() else "is not empty"
@@ -42,7 +43,13 @@ def describe_run(path: Path, options: Any) -> None:
 
 
 def free_directory(path: Path, on_existing: str) -> Path:
-    """``path``, or with "number" the first of path, path-2, path-3, ... that holds nothing yet."""
+    """Return the directory for a new run.
+
+    Args:
+        path: The directory that was asked for.
+        on_existing: "refuse": ``path`` itself, whatever it holds; "number": the first of path,
+            path-2, path-3, ... that holds nothing yet.
+    """
     if on_existing == "refuse":
         return path
     number, candidate = 1, path
@@ -53,7 +60,7 @@ def free_directory(path: Path, on_existing: str) -> Path:
 
 
 def _holds_something(path: Path) -> bool:
-    """Whether there is more than what a run that was killed before its first line leaves behind."""
+    """Whether there is more than a run leaves that was killed before ``args.yaml`` was written."""
     return any(
         entry.name not in (LOCK, "env.json") and entry.suffix != UNFINISHED
         for entry in path.iterdir()

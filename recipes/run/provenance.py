@@ -1,4 +1,7 @@
-"""Where a run comes from: the commit of the code, fingerprints of the data. Without torch."""
+"""What a run or a measurement was made with: code, packages, machine, data.
+
+Importing this module does not import torch.
+"""
 
 from __future__ import annotations
 
@@ -80,7 +83,7 @@ def _devices() -> list[str]:
 
 
 def machine() -> dict[str, Any]:
-    """Architecture, processor, how many CPUs there are and how many threads torch takes."""
+    """Return the architecture, the processor, and the numbers of CPUs and of torch's threads."""
     import torch
 
     return {
@@ -99,7 +102,7 @@ def _processor() -> str:
 
 
 def git_state(root: Path = _ROOT) -> dict[str, Any] | None:
-    """Commit of the checkout that ``root`` is, and whether files of it differ; None: it is none."""
+    """Return the commit of a checkout and whether its files differ; None: it is no checkout."""
     top = _git(root, "rev-parse", "--show-toplevel")
     commit = _git(root, "rev-parse", "HEAD")
     # An installed package may lie in somebody else's repository.
@@ -116,7 +119,7 @@ def data_fingerprints(options: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
 
 
 def fingerprint(path: Path) -> dict[str, Any]:
-    """Path, size, SHA-256 of the first and the last MiB, and number of lines (one read)."""
+    """Read a file once: path, size, SHA-256 of its first and last MiB, and number of lines."""
     digest, lines = hashlib.sha256(), 0
     with path.open("rb") as file:
         first = last = block = file.read(_BLOCK)

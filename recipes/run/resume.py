@@ -1,4 +1,4 @@
-"""Where a run starts: at the beginning, in a new directory, or where it was interrupted."""
+"""Open a run: at its beginning, in a new directory, or where it was interrupted."""
 
 from __future__ import annotations
 
@@ -31,11 +31,11 @@ class Run:
     """A run that is under way.
 
     Attributes:
-        command: that takes it up again.
-        directory: of the run.
-        checkpoints: in it.
-        beginning: before the first step.
-        start: where it stands.
+        command: The command that resumes it.
+        directory: The run directory.
+        checkpoints: Its checkpoints.
+        beginning: The state before the first step.
+        start: The state that training starts from.
     """
 
     command: str
@@ -46,18 +46,23 @@ class Run:
 
     @property
     def log(self) -> Path:
-        """``log.jsonl``."""
+        """The file of the log, ``log.jsonl``."""
         return self.directory / "log.jsonl"
 
     def before_trouble(self) -> Progress:
-        """What ``--on-trouble rollback`` returns to: the newest checkpoint that was due, if any."""
+        """Return the state for ``--on-trouble rollback``.
+
+        It is that of the newest checkpoint that was due, or the beginning.
+        """
         path = self.checkpoints.newest_due()
         return self.beginning if path is None else self.checkpoints.load(path, self.start.state)
 
     def keep(self, progress: Progress) -> str:
-        """Save the state, due or not; returns where it is and how to go on, in words.
+        """Save the state, whether or not a checkpoint is due.
 
-        What cannot be written does not raise here: the words say so.
+        Returns:
+            A sentence on where the state is and how to go on. If the state cannot be written, the
+            sentence says so; nothing is raised.
         """
         steps, failed = int(progress.state.lower_steps), ""
         if steps:
@@ -74,7 +79,7 @@ class Run:
 
     @contextmanager
     def keeping(self, progress: Progress) -> Iterator[None]:
-        """Save ``progress`` if the body fails or is interrupted, and let its error say so."""
+        """Save ``progress`` if the body fails or is interrupted, and add that to its error."""
         try:
             yield
         except KeyboardInterrupt:
@@ -84,7 +89,7 @@ class Run:
             raise self.explained(error, progress) from error
 
     def explained(self, error: Exception, progress: Progress) -> Exception:
-        """Save ``progress``, and return the error with words on where it is and how to go on."""
+        """Save ``progress``, and return the error with a sentence on that and on how to go on."""
         if isinstance(error, WriteError):  # another try would fail likewise
             return WriteError(f"{error}; {self._kept()}")
         kept = self.keep(progress)
@@ -98,22 +103,22 @@ class Run:
 
 @contextmanager
 def open_run(options: LowerOptions, model: torch.nn.Module, state: BilevelState) -> Iterator[Run]:
-    """The run directory, locked while the body runs, and where the run stands.
+    """Open a run, and lock its directory while the body runs.
 
     A new run gets a new directory. A resumed one keeps its own: what was logged after the
     checkpoint is dropped (those steps are taken again), and so are later checkpoints and a model
-    that was saved already; ``args.yaml`` says what the run goes on with. Without any checkpoint it
-    starts at the beginning again.
+    that was saved already; ``args.yaml`` is written again with the options that the run goes on
+    with. Without any checkpoint it starts at the beginning again.
 
     Args:
-        options: of the run.
-        model: as it is before the first step.
-        state: before the first step.
+        options: The options of the run.
+        model: The model before the first step.
+        state: The state before the first step.
 
     Raises:
-        OptionError: the directory of a new run holds something; another process works in it; the
+        OptionError: The directory of a new run holds something; another process works in it; the
             run is complete; the checkpoint is not there or of another run.
-        WriteError: the directory cannot be written.
+        WriteError: The directory cannot be written.
     """
     if options.run.resume is None:
         directory, steps = free_directory(Path(options.output_dir), options.on_existing), None

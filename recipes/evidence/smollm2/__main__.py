@@ -104,7 +104,7 @@ def once(options: Any, run: Callable[[Any], Path]) -> None:
     """Run, unless the directory holds the finished run of the same options.
 
     Raises:
-        FileExistsError: it holds another.
+        FileExistsError: It holds a run of other options.
     """
     directory = Path(options.output_dir)
     if (directory / "results.json").is_file():
@@ -151,11 +151,11 @@ def figures(candidates: Candidates, judges: Mapping[str, Sequence[Tensor]]) -> l
     ]
     for name, scores in judges.items():
         selected = candidates.best(solution_scores_of(scores, AGGREGATIONS[_HOW]))
-        truth, said = judged_steps(candidates, scores)
+        labels, predictions = judged_steps(candidates, scores)
         rows.append(
             {
                 **_row(name, selected, majority),
-                "step_auc": float(roc_auc(truth, said)),
+                "step_auc": float(roc_auc(labels, predictions)),
                 "step_auc_same_place": auc_by_place(candidates.data.examples, scores),
             }
         )

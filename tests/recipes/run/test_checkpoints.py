@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 import recipes.run.files
-from bilevel import AdamW, BilevelProblem, BilevelSolver, LazyRowAdam, OneStep, Reverse, tree
+from bilevel import BilevelSolver, tree
 from bilevel.autodiff.random_state import capture
 from recipes.__main__ import main
 from recipes.options.parse import changed, resolve, train_options
@@ -25,6 +25,7 @@ from recipes.run.trouble import Seen
 from recipes.train.cold_start import run_cold_start
 from recipes.train.loop import train
 from recipes.train.training import run_training
+from tests.recipes.run.toy_problem import TOY, toy
 from tests.tiny_task import altered, model_bits, read_lines
 
 KINDS = {
@@ -43,7 +44,6 @@ KINDS = {
     "none": {"weighting": "none"},
     "meta": {"weighting": "none", "lower_data": "meta"},
 }
-TOY: dict = {"options": {}, "files": {}, "model": "toy"}
 WRITTEN = ("log.jsonl", "weights.jsonl", "test_questions.jsonl")
 
 
@@ -216,31 +216,6 @@ def test_a_checkpoint_is_tensors_and_json(stopped):
     tensors = load_file(path / "state.safetensors")
     assert {name.partition("/")[0] for name in tensors} == {"state", "random"}
     assert int(tensors["state/lower_steps"]) == 2
-
-
-# A problem with everything that may go wrong: random losses at both levels, an average of v,
-# moments of both optimizers, integer counts.
-
-
-def toy():
-    def lower_loss(theta, phi, batch):
-        noise = torch.rand(len(batch["x"]), dtype=torch.float64)
-        return (
-            torch.sigmoid(phi["raw"][batch["row"]]) * noise * (theta["w"] - batch["x"]) ** 2
-        ).mean()
-
-    def upper_loss(theta, phi, batch):
-        return ((theta["w"] - 1 + 0.1 * torch.rand(())) ** 2).mean()
-
-    solver = BilevelSolver(
-        BilevelProblem(lower_loss, upper_loss),
-        AdamW(0.05),
-        LazyRowAdam(0.1),
-        OneStep(Reverse(), direction_decay=0.5),
-        upper_start=1,
-    )
-    theta, phi = torch.zeros(1, dtype=torch.float64), torch.zeros(8, dtype=torch.float64)
-    return solver, solver.init({"w": theta}, {"raw": phi})
 
 
 def toy_batches(step):

@@ -14,7 +14,7 @@ from recipes.evidence.smollm2 import weights
 from recipes.evidence.smollm2.game24 import Sizes
 from recipes.options.base import PrmOptions
 from recipes.options.rules import check_together
-from tests.recipes.evidence.smollm2.test_game24 import write_source
+from tests.recipes.evidence.smollm2.puzzles import write_source
 
 GIVEN = {"threads": 1, "seed": 0, "layers": 8, "cold_steps": 3, "steps": 2, "lower_lr": 1e-3}
 
