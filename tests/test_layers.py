@@ -52,7 +52,7 @@ LAYERS = {
     ),
     "recipes": (
         ("options",),
-        ("run", "session"),
+        ("run", "loading"),
         ("data_files", "evaluation", "problems"),
         ("train",),
         ("embedded", "use"),
