@@ -1,104 +1,93 @@
-# ruff: noqa: F401 - the imports below are the public names
 """Process reward models: step-labelled examples in, step scores and selections out.
 
-Names are imported when first used, so ``import prm`` loads neither torch nor transformers.
+Names are imported when they are first used, so ``import prm`` loads neither torch nor transformers.
 """
 
 from __future__ import annotations
 
+import ast
+import pkgutil
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-if TYPE_CHECKING:  # the same names, for type checkers
-    from prm.data.reader import checked_rows, iter_rows, read_examples, read_jsonl, write_jsonl
-    from prm.data.splitter import final_answer, solution_steps, split_steps
-    from prm.data.stepwise_writer import read_weights, write_stepwise
-    from prm.evaluation.answers import answer_classes, canonical_answer
-    from prm.evaluation.calibration import brier, expected_calibration_error, reliability
-    from prm.evaluation.metrics import (
-        best_of_k_curve,
-        bootstrap_interval,
-        expected_best_of_k,
-        f1,
-        macro_f1,
-        mcnemar,
-        paired_interval,
-        pass_at_k,
-        roc_auc,
-    )
-    from prm.evaluation.select import (
-        TieRule,
-        best_candidate,
-        best_of_n,
-        self_consistency,
-        weighted_vote,
-    )
-    from prm.evaluation.step_benchmarks import (
-        best_threshold,
-        first_error,
-        process_bench,
-        visual_process_bench,
-    )
-    from prm.inputs.collate import Batch, Collator, EncodedExample
-    from prm.inputs.prompt import SYSTEM_PROMPT, Context, PromptEncoder
-    from prm.losses import LossTarget, outcome_loss, step_cross_entropy
-    from prm.models.model import (
-        PRM,
-        load_prm,
-        make_prm,
-        save_prm,
-        split_parameters,
-        step_logits,
-    )
-    from prm.schema import DataError, Step, StepExample
-    from prm.scoring import aggregate, score_examples, solution_scores, step_probs, step_scores
+# The one list of public names. Type checkers follow these imports (``as`` marks a re-export); at
+# run time nothing of them is executed: ``_homes`` reads from them where each name is defined.
+if TYPE_CHECKING:
+    from prm.data.reader import checked_rows as checked_rows
+    from prm.data.reader import iter_rows as iter_rows
+    from prm.data.reader import read_examples as read_examples
+    from prm.data.reader import read_jsonl as read_jsonl
+    from prm.data.reader import write_jsonl as write_jsonl
+    from prm.data.splitter import final_answer as final_answer
+    from prm.data.splitter import solution_steps as solution_steps
+    from prm.data.splitter import split_steps as split_steps
+    from prm.data.stepwise_writer import read_weights as read_weights
+    from prm.data.stepwise_writer import write_stepwise as write_stepwise
+    from prm.evaluation.answers import answer_classes as answer_classes
+    from prm.evaluation.answers import canonical_answer as canonical_answer
+    from prm.evaluation.calibration import brier as brier
+    from prm.evaluation.calibration import expected_calibration_error as expected_calibration_error
+    from prm.evaluation.calibration import reliability as reliability
+    from prm.evaluation.metrics import best_of_k_curve as best_of_k_curve
+    from prm.evaluation.metrics import bootstrap_interval as bootstrap_interval
+    from prm.evaluation.metrics import expected_best_of_k as expected_best_of_k
+    from prm.evaluation.metrics import f1 as f1
+    from prm.evaluation.metrics import macro_f1 as macro_f1
+    from prm.evaluation.metrics import mcnemar as mcnemar
+    from prm.evaluation.metrics import paired_interval as paired_interval
+    from prm.evaluation.metrics import pass_at_k as pass_at_k
+    from prm.evaluation.metrics import roc_auc as roc_auc
+    from prm.evaluation.select import best_candidate as best_candidate
+    from prm.evaluation.select import best_of_n as best_of_n
+    from prm.evaluation.select import self_consistency as self_consistency
+    from prm.evaluation.select import weighted_vote as weighted_vote
+    from prm.evaluation.step_benchmarks import best_threshold as best_threshold
+    from prm.evaluation.step_benchmarks import first_error as first_error
+    from prm.evaluation.step_benchmarks import process_bench as process_bench
+    from prm.evaluation.step_benchmarks import visual_process_bench as visual_process_bench
+    from prm.inputs.collate import Batch as Batch
+    from prm.inputs.collate import Collator as Collator
+    from prm.inputs.collate import EncodedExample as EncodedExample
+    from prm.inputs.prompt import SYSTEM_PROMPT as SYSTEM_PROMPT
+    from prm.inputs.prompt import PromptEncoder as PromptEncoder
+    from prm.losses import outcome_loss as outcome_loss
+    from prm.losses import step_cross_entropy as step_cross_entropy
+    from prm.models.model import PRM as PRM
+    from prm.models.model import load_prm as load_prm
+    from prm.models.model import make_prm as make_prm
+    from prm.models.model import save_prm as save_prm
+    from prm.models.model import split_parameters as split_parameters
+    from prm.models.model import step_logits as step_logits
+    from prm.names import Context as Context
+    from prm.names import LossTarget as LossTarget
+    from prm.names import TieRule as TieRule
+    from prm.schema import DataError as DataError
+    from prm.schema import Step as Step
+    from prm.schema import StepExample as StepExample
+    from prm.scoring import aggregate as aggregate
+    from prm.scoring import score_examples as score_examples
+    from prm.scoring import solution_scores as solution_scores
+    from prm.scoring import step_probs as step_probs
+    from prm.scoring import step_scores as step_scores
 
-_PUBLIC = {
-    "evaluation.answers": ("answer_classes", "canonical_answer"),
-    "evaluation.calibration": ("brier", "expected_calibration_error", "reliability"),
-    "inputs.collate": ("Batch", "Collator", "EncodedExample"),
-    "losses": ("LossTarget", "outcome_loss", "step_cross_entropy"),
-    "evaluation.metrics": (
-        "best_of_k_curve",
-        "bootstrap_interval",
-        "expected_best_of_k",
-        "f1",
-        "macro_f1",
-        "mcnemar",
-        "paired_interval",
-        "pass_at_k",
-        "roc_auc",
-    ),
-    "models.model": ("PRM", "load_prm", "make_prm", "save_prm", "split_parameters", "step_logits"),
-    "inputs.prompt": ("SYSTEM_PROMPT", "Context", "PromptEncoder"),
-    "data.reader": ("checked_rows", "iter_rows", "read_examples", "read_jsonl", "write_jsonl"),
-    "schema": ("DataError", "Step", "StepExample"),
-    "scoring": ("aggregate", "score_examples", "solution_scores", "step_probs", "step_scores"),
-    "evaluation.select": (
-        "TieRule",
-        "best_candidate",
-        "best_of_n",
-        "self_consistency",
-        "weighted_vote",
-    ),
-    "data.splitter": ("final_answer", "solution_steps", "split_steps"),
-    "evaluation.step_benchmarks": (
-        "best_threshold",
-        "first_error",
-        "process_bench",
-        "visual_process_bench",
-    ),
-    "data.stepwise_writer": ("read_weights", "write_stepwise"),
-}
-_HOME = {name: module for module, names in _PUBLIC.items() for name in names}
 
-__all__ = sorted(_HOME)
+def _homes() -> dict[str, str]:
+    """The module of every public name, read from the imports above."""
+    source = pkgutil.get_data(__name__, "__init__.py") or b""
+    (block,) = (node for node in ast.parse(source).body if isinstance(node, ast.If))
+    imports = [node for node in block.body if isinstance(node, ast.ImportFrom)]
+    return {alias.name: str(node.module) for node in imports for alias in node.names}
+
+
+_HOMES = _homes()
+
+__all__ = sorted(_HOMES)
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOME:
+    if name not in _HOMES:
         raise AttributeError(f"module 'prm' has no attribute {name!r}")
-    return getattr(import_module(f"prm.{_HOME[name]}"), name)
+    return getattr(import_module(_HOMES[name]), name)
 
 
 def __dir__() -> list[str]:

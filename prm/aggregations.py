@@ -8,18 +8,14 @@ The names are those of the literature: VisualPRM takes the mean, Math-Shepherd t
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Literal
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
 
+from prm.names import AggregationName
+
 Aggregation = Callable[[Tensor, Tensor], Tensor]
-AggregationName = Literal[
-    "mean", "min", "max", "last", "product", "log_mean", "logit_mean", "logit_sum"
-]
-"""Names of the functions below for a command line to map: "min" is ``minimum``, "max"
-``maximum``, all others are as they are written."""
 
 
 def mean(step_scores: Tensor, mask: Tensor) -> Tensor:
@@ -73,6 +69,19 @@ def logit_sum(step_scores: Tensor, mask: Tensor) -> Tensor:
     exceed about 17 (float32) or 37 (float64) tie at 1.
     """
     return _known(_logits(step_scores, mask).sum(-1).sigmoid(), mask)
+
+
+AGGREGATIONS: Mapping[AggregationName, Aggregation] = {
+    "mean": mean,
+    "min": minimum,
+    "max": maximum,
+    "last": last,
+    "product": product,
+    "log_mean": log_mean,
+    "logit_mean": logit_mean,
+    "logit_sum": logit_sum,
+}
+"""The functions by their names on a command line."""
 
 
 def _logits(step_scores: Tensor, mask: Tensor) -> Tensor:

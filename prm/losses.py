@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
 import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-LossTarget = Literal["both", "+"]
+from prm.names import LossTarget
 
 
 def step_cross_entropy(

@@ -8,7 +8,6 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
-from dataclasses import fields
 
 from recipes.data_files.options import (
     ConvertOptions,
@@ -18,21 +17,19 @@ from recipes.data_files.options import (
     build_data_parser,
 )
 from recipes.options.embedded import CompareOptions, DataOptions, PretrainOptions
-from recipes.options.train import (
-    ColdStartOptions,
-    OptionError,
-    TrainOptions,
-    build_parser,
-    resolve,
-)
+from recipes.options.flat import flat_options
+from recipes.options.parse import build_parser, resolve
+from recipes.options.train import ColdStartOptions, TrainOptions
 from recipes.options.use import (
     ConvertModelOptions,
+    EnvOptions,
     EvaluateOptions,
     ScoreOptions,
     SelectOptions,
     WeighOptions,
 )
-from recipes.options.values import did_you_mean, shortened
+from recipes.options.values import OptionError, did_you_mean, shortened
+from recipes.run.provenance import PACKAGE, version_of
 from recipes.run.show import RunsListOptions, RunsShowOptions, list_runs, show_run
 
 _DESCRIPTION = "Train process reward models with instance weights learned by bilevel optimization."
@@ -62,14 +59,32 @@ _RUN_COMMANDS = {
 }
 
 
+class _Version(argparse.Action):
+    """Look the version up only if it is asked for."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
+        print(f"{PACKAGE} {version_of(PACKAGE)}")
+        parser.exit()
+
+
 def make_parser() -> argparse.ArgumentParser:
     """The parser of the whole command."""
     parser = argparse.ArgumentParser(prog="bilevel-prm", description=_DESCRIPTION)
+    parser.add_argument(
+        "--version",
+        action=_Version,
+        nargs=0,
+        dest=argparse.SUPPRESS,
+        default=argparse.SUPPRESS,
+        help="print the version and end",
+    )
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
     for name, (options, text) in _COMMANDS.items():
         command = commands.add_parser(name, help=text, description=text)
         build_parser(command, options)
         command.set_defaults(options=options)
+    about = "versions, devices and commit, for a bug report"
+    commands.add_parser("env", help=about, description=about).set_defaults(options=EnvOptions)
     about = "make, check, convert and divide data"
     data = commands.add_parser("data", help=about, description=about)
     kinds = data.add_subparsers(dest="kind", required=True, metavar="kind")
@@ -124,7 +139,7 @@ def _unknown(argument: str, options: type) -> str:
     """What is wrong with an argument that no option takes, and the nearest one."""
     if not argument.startswith("-"):
         return f"unexpected argument {shortened(argument)!r}"
-    flags = ["--config", *(f"--{field.name.replace('_', '-')}" for field in fields(options))]
+    flags = ["--config", *(entry.flag for entry in flat_options(options).values())]
     word = argument.split("=")[0]
     return f"unknown option {shortened(word)}{did_you_mean(word.replace('_', '-'), flags)}"
 

@@ -11,14 +11,15 @@ from typing import Any
 from prm.schema import DataError
 from recipes.data_files import commands as data_commands
 from recipes.options.embedded import DataOptions, PretrainOptions
-from recipes.options.train import OptionError
 from recipes.options.use import (
     ConvertModelOptions,
+    EnvOptions,
     EvaluateOptions,
     ScoreOptions,
     SelectOptions,
     WeighOptions,
 )
+from recipes.options.values import OptionError
 from recipes.run.errors import RunError, Stopped
 
 _INTERRUPTED = 130
@@ -60,7 +61,7 @@ def _quiet() -> None:
 
 
 def _cold_start(options: Any) -> None:
-    from recipes.train.training import run_cold_start
+    from recipes.train.cold_start import run_cold_start
 
     _quiet()
     run_cold_start(options)
@@ -107,6 +108,12 @@ def _convert_model(options: ConvertModelOptions) -> None:
     run_convert_model(options)
 
 
+def _env(options: EnvOptions) -> None:
+    from recipes.run.provenance import environment_text
+
+    print(environment_text())
+
+
 def _compare(options: Any) -> None:
     from recipes.embedded.compare import compare
 
@@ -123,7 +130,7 @@ def _data_embedded(options: DataOptions) -> None:
 
 def _data_pretrain_base(options: PretrainOptions) -> None:
     from recipes.embedded.pretrain import pretrain_base
-    from recipes.session import set_up
+    from recipes.loading import set_up
 
     _quiet()
     set_up(options)
@@ -150,6 +157,7 @@ _COMMANDS: Mapping[str, Callable[[Any], int | None]] = {
     "weigh": _weigh,
     "convert-model": _convert_model,
     "compare": _compare,
+    "env": _env,
     "data embedded": _data_embedded,
     "data pretrain-base": _data_pretrain_base,
     "data validate": _data_validate,

@@ -13,6 +13,7 @@ import pytest
 from recipes.embedded.tiny import SIZES as SIZES
 from recipes.embedded.tiny import write_tiny
 from recipes.embedded.vocabulary import SYSTEM_PROMPT
+from recipes.options.parse import cold_start_options, train_options
 from recipes.options.train import ColdStartOptions, TrainOptions
 
 # torch itself scripts its decompositions when forward mode is first used.
@@ -29,7 +30,7 @@ class Task:
     model: Path
 
     def cold_start(self, output: Path, **more: Any) -> ColdStartOptions:
-        return ColdStartOptions(
+        return cold_start_options(
             **{**self._common(output), "steps": 3, "batch_size": 6, "draw": 10, **more}
         )
 
@@ -52,7 +53,7 @@ class Task:
         made = {**self._common(output), **short, **more}
         if "init_from" in made:
             del made["model"]
-        return TrainOptions(**made)
+        return train_options(**made)
 
     def _common(self, output: Path) -> dict[str, Any]:
         return {

@@ -1,9 +1,20 @@
 """Instance weights: from ids, domains or features of examples to weights in a bounded range."""
 
-from weighting.bounds import Bound, Clip, LeakyReLU, Sigmoid, Softplus, Unbounded
+from weighting.base import EXAMPLE_KEYS, MODEL_KEYS, Weighting, reads_model
+from weighting.bounds import (
+    Bound,
+    Clip,
+    LeakyReLU,
+    Sigmoid,
+    Softplus,
+    Unbounded,
+    effective_sample_size,
+    fraction_at_bound,
+)
 from weighting.features import (
     EXAMPLE_FEATURES,
     FEATURES,
+    batch_features,
     example_features,
     feature_count,
     is_model_feature,
@@ -12,13 +23,15 @@ from weighting.features import (
 from weighting.heuristics import balanced_information, keep_best
 from weighting.instance_net import InstanceNet
 from weighting.normalise import batch_mean_one, mean_one_over
-from weighting.stats import effective_sample_size, fraction_at_bound
-from weighting.store import Weighting, load_weighting, row_index, save_weighting
+from weighting.store import KINDS, load_weighting, row_index, save_weighting
 from weighting.tables import DomainTable, InstanceTable
 
 __all__ = [
     "EXAMPLE_FEATURES",
+    "EXAMPLE_KEYS",
     "FEATURES",
+    "KINDS",
+    "MODEL_KEYS",
     "Bound",
     "Clip",
     "DomainTable",
@@ -30,6 +43,7 @@ __all__ = [
     "Unbounded",
     "Weighting",
     "balanced_information",
+    "batch_features",
     "batch_mean_one",
     "effective_sample_size",
     "example_features",
@@ -39,6 +53,7 @@ __all__ = [
     "keep_best",
     "load_weighting",
     "mean_one_over",
+    "reads_model",
     "row_index",
     "save_weighting",
     "step_features",

@@ -7,25 +7,34 @@ an instance that was pushed to the edge can ever come back.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 
+@runtime_checkable
 class Bound(Protocol):
-    """A map from raw weights to weights."""
+    """An elementwise map from raw weights to weights; a frozen dataclass of its configuration."""
+
+    __dataclass_fields__: ClassVar[dict[str, Any]]
 
     @property
     def range(self) -> tuple[float, float]:
         """Infimum and supremum of the weights."""
 
-    def __call__(self, raw_weights: Tensor) -> Tensor:
+    def __call__(self, raw_weights: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
         """Weights, of the shape of ``raw_weights``."""
 
     def raw(self, weight: float) -> float:
-        """The raw weight whose weight is ``weight``; raises ValueError when there is none."""
+        """The raw weight whose weight is ``weight``.
+
+        Raises:
+            ValueError: There is none.
+        """
 
 
 def _outside(bound: Bound, weight: float) -> ValueError:
@@ -53,8 +62,9 @@ class _StraightThroughClamp(torch.autograd.Function):
         return grad[0], None, None
 
     @staticmethod
-    def jvp(ctx: Any, *tangent: Tensor) -> Tensor:
-        return tangent[0].view_as(tangent[0])
+    def jvp(ctx: Any, *tangents: Any) -> Tensor:
+        raw: Tensor = tangents[0]  # the ends of the bound have none
+        return raw.view_as(raw)
 
 
 @dataclass(frozen=True)
@@ -64,8 +74,8 @@ class Clip:
     Gradient 1 inside. Past an edge the exact derivative is 0, which would freeze an instance there
     for good (so it is in DreamPRM-1.5, whose bound is ``Clip(-1, 3, recover=False)``). With
     ``recover`` (default) it is taken as 1 there too, so that an instance can come back. That lets a
-    raw weight travel on outward as well: put the raw weights back to the edge after every upper
-    step, ``Projected(optimizer, table.project)`` of `bilevel`, which is projected gradient descent.
+    raw weight travel on outward as well: move the raw weights back to the edge after every upper
+    step, ``Projected(optimizer, table.project)`` of ``bilevel`` (projected gradient descent).
     (A derivative that is 1 only inward would have to know the sign of the whole hypergradient, and
     is handed parts of it, or none, by the second-order routes.)
     """
@@ -84,12 +94,12 @@ class Clip:
         """``(lo, hi)``."""
         return self.lo, self.hi
 
-    def __call__(self, raw_weights: Tensor) -> Tensor:
+    def __call__(self, raw_weights: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
         """Clamped raw weights."""
         if not self.recover:
             return raw_weights.clamp(self.lo, self.hi)
-        clamped: Tensor = _StraightThroughClamp.apply(raw_weights, self.lo, self.hi)
-        return clamped
+        clamp: Callable[[Tensor, float, float], Tensor] = _StraightThroughClamp.apply
+        return clamp(raw_weights, self.lo, self.hi)
 
     def raw(self, weight: float) -> float:
         """``weight`` itself."""
@@ -118,7 +128,7 @@ class Sigmoid:
         """``(0, scale)``, neither reached."""
         return 0.0, self.scale
 
-    def __call__(self, raw_weights: Tensor) -> Tensor:
+    def __call__(self, raw_weights: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
         """Scaled logistic function of the raw weights."""
         return self.scale * torch.sigmoid(raw_weights)
 
@@ -138,7 +148,7 @@ class Softplus:
         """``(0, inf)``."""
         return 0.0, math.inf
 
-    def __call__(self, raw_weights: Tensor) -> Tensor:
+    def __call__(self, raw_weights: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
         """Softplus of the raw weights."""
         return torch.nn.functional.softplus(raw_weights)
 
@@ -169,7 +179,7 @@ class LeakyReLU:
         """``(-inf, inf)``; ``(0, inf)`` with slope 0."""
         return (0.0 if self.slope == 0 else -math.inf), math.inf
 
-    def __call__(self, raw_weights: Tensor) -> Tensor:
+    def __call__(self, raw_weights: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
         """Leaky rectified raw weights."""
         return torch.nn.functional.leaky_relu(raw_weights, self.slope)
 
@@ -189,10 +199,40 @@ class Unbounded:
         """``(-inf, inf)``."""
         return -math.inf, math.inf
 
-    def __call__(self, raw_weights: Tensor) -> Tensor:
+    def __call__(self, raw_weights: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
         """The raw weights."""
         return raw_weights
 
     def raw(self, weight: float) -> float:
         """``weight`` itself."""
         return weight
+
+
+def effective_sample_size(weights: Float[Tensor, " examples"]) -> float:
+    """``(Σ w)² / Σ w²`` (Kish): how many equally weighted examples the weights are worth.
+
+    Between 1 and the number of examples for non-negative weights; 0 when all weights are 0.
+    """
+    total, squares = float(weights.sum()), float((weights * weights).sum())
+    return 0.0 if squares == 0 else total * total / squares
+
+
+def fraction_at_bound(
+    raw_weights: Float[Tensor, "*shape"], bound: Bound, tolerance: float = 0.01
+) -> float:
+    """Share of weights within ``tolerance`` × width of an end of the bound's range.
+
+    Args:
+        raw_weights: Raw weights, of any shape.
+        bound: Maps them to weights.
+        tolerance: Share of the width of the bound's range.
+
+    Returns:
+        The share, in [0, 1]; 0 for a bound with an infinite range.
+    """
+    lo, hi = bound.range
+    if hi - lo == float("inf"):
+        return 0.0
+    margin = tolerance * (hi - lo)
+    weights = bound(raw_weights.detach())
+    return float(((weights <= lo + margin) | (weights >= hi - margin)).float().mean())

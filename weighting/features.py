@@ -10,7 +10,10 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
+from jaxtyping import Bool, Float, Int64
 from torch import Tensor
+
+from weighting.base import Batch
 
 _PROBABILITY_FLOOR = 1e-6
 
@@ -56,13 +59,15 @@ def is_model_feature(name: str) -> bool:
 
 
 def feature_count(names: Sequence[str], *, reference: bool = False, domains: int = 0) -> int:
-    """How many inputs a net on these features has.
+    """How many inputs a net on these features has: the width of ``batch_features``.
 
-    One per name; with ``reference`` a second one for each that depends on the model; "domain" has
-    ``domains``.
+    Args:
+        names: Names of the features, one input each; "domain" has ``domains``.
+        reference: A second input for each feature that depends on the model.
+        domains: Number of domains.
 
     Raises:
-        ValueError: a name that is not a feature; "domain" without domains.
+        ValueError: A name that is not a feature; "domain" without domains.
     """
     for name in names:
         if name not in FEATURES and name not in EXAMPLE_FEATURES:
@@ -74,27 +79,65 @@ def feature_count(names: Sequence[str], *, reference: bool = False, domains: int
     return len(names) + twice + (domains - 1 if "domain" in names else 0)
 
 
-def example_features(
-    names: Sequence[str],
-    mask: Tensor,
-    *,
-    length: Tensor | None = None,
-    domain: Tensor | None = None,
-    domains: int = 0,
-) -> Tensor:
-    """Features [batch, steps, width] of each example, the same at each of its steps.
+def batch_features(
+    batch: Batch, names: Sequence[str], *, reference: bool = False, domains: int = 0
+) -> tuple[Float[Tensor, "batch steps features"], Bool[Tensor, "batch steps"]]:
+    """Features of a batch, the inputs of Instance Net, and the steps to average over.
+
+    Those of steps, then the same under the initial model, then those of examples; each in the order
+    of ``names``.
 
     Args:
-        names: which, in this order; those that are not in ``EXAMPLE_FEATURES`` are left out.
-            ``steps``: log₁₀(1 + number of steps); ``length``: log₁₀(tokens) / 4, so that 10,000
-            tokens are 1; ``domain``: one column per domain, 1 in its own.
-        mask: which steps exist, [batch, steps].
-        length: tokens of each example, [batch].
-        domain: number of each example's domain, [batch] int64.
-        domains: how many domains there are.
+        batch: Holds ``labels``, ``step_mask``, ``step_probs``; with ``reference`` also
+            ``reference_probs`` [batch, steps], p("+") under the initial model; ``attention_mask``
+            and ``domain`` where a feature is computed from them.
+        names: Names of the features, from ``FEATURES`` and ``EXAMPLE_FEATURES``.
+        reference: Also give those that depend on the model under the initial model.
+        domains: Number of domains.
 
     Raises:
-        ValueError: a feature without the argument that it is computed from.
+        ValueError: A name that is not a feature; a feature without what it is computed from.
+    """
+    labels, mask = batch["labels"], batch["step_mask"]
+    of_steps = tuple(name for name in names if name not in EXAMPLE_FEATURES)
+    features, known = step_features(of_steps, batch["step_probs"], labels, mask)
+    if reference:
+        of_model = tuple(filter(is_model_feature, names))
+        before, _ = step_features(of_model, batch["reference_probs"], labels, mask)
+        features = torch.cat([features, before], dim=-1)
+    if set(names) & set(EXAMPLE_FEATURES):
+        shared = example_features(
+            names,
+            mask,
+            length=batch["attention_mask"].sum(-1) if "attention_mask" in batch else None,
+            domain=batch.get("domain"),
+            domains=domains,
+        )
+        features = torch.cat([features, shared.to(features.dtype)], dim=-1)
+    return features, known
+
+
+def example_features(
+    names: Sequence[str],
+    mask: Bool[Tensor, "batch steps"],
+    *,
+    length: Int64[Tensor, " batch"] | None = None,
+    domain: Int64[Tensor, " batch"] | None = None,
+    domains: int = 0,
+) -> Float[Tensor, "batch steps width"]:
+    """Features of each example, the same at each of its steps.
+
+    Args:
+        names: Names of the features, in order; those that are not in ``EXAMPLE_FEATURES`` are left
+            out. ``steps``: log₁₀(1 + number of steps); ``length``: log₁₀(tokens) / 4, so that
+            10,000 tokens are 1; ``domain``: one column per domain, 1 in its own.
+        mask: Which steps exist.
+        length: Tokens of each example.
+        domain: Number of each example's domain.
+        domains: How many domains there are.
+
+    Raises:
+        ValueError: A feature without the argument that it is computed from.
     """
     columns = [torch.zeros(len(mask), 0, device=mask.device)]
     for name in names:
@@ -112,20 +155,23 @@ def example_features(
 
 
 def step_features(
-    names: Sequence[str], step_probs: Tensor, labels: Tensor, mask: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Features [batch, steps, len(names)] of each step and the mask [batch, steps] to average by.
+    names: Sequence[str],
+    step_probs: Float[Tensor, "batch steps"],
+    labels: Float[Tensor, "batch steps"],
+    mask: Bool[Tensor, "batch steps"],
+) -> tuple[Float[Tensor, "batch steps names"], Bool[Tensor, "batch steps"]]:
+    """Features of each step, one per name, and the steps to average over.
 
     Args:
-        names: which features, from ``FEATURES``: ``p_plus`` and ``p_minus`` (the original's two
-            inputs, blind to the label), ``label``, ``p_label`` (probability of the given label),
-            ``loss`` (cross-entropy of the given label, in nats).
-        step_probs: probability of "+" per step, [batch, steps].
-        labels: labels in [0, 1], [batch, steps]; NaN where there is none.
-        mask: which steps exist, [batch, steps]. Steps without a label are left out too.
+        names: Names of the features, from ``FEATURES``: ``p_plus`` and ``p_minus`` (the original's
+            two inputs, blind to the label), ``label``, ``p_label`` (probability of the given
+            label), ``loss`` (cross-entropy of the given label, in nats).
+        step_probs: Probability of "+" per step.
+        labels: Labels in [0, 1]; NaN where there is none.
+        mask: Which steps exist. Steps without a label are left out too.
 
     Raises:
-        ValueError: a name that is not a feature.
+        ValueError: A name that is not a feature.
     """
     for name in names:
         if name not in FEATURES:

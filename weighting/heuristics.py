@@ -9,10 +9,16 @@ import math
 from collections.abc import Hashable, Sequence
 
 import torch
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 
-def balanced_information(labels: Tensor, mask: Tensor, *, alpha: float = 0.05) -> Tensor:
+def balanced_information(
+    labels: Float[Tensor, "examples steps"],
+    mask: Bool[Tensor, "examples steps"],
+    *,
+    alpha: float = 0.05,
+) -> Float[Tensor, " examples"]:
     """Balanced-Information Score of every example: mixed labels, and reliable positive ones.
 
         y_t = [s_t > 0]    p = mean_t y_t    R = mean of s_t over y_t = 1 (1 where there is none)
@@ -22,13 +28,12 @@ def balanced_information(labels: Tensor, mask: Tensor, *, alpha: float = 0.05) -
     says how evenly "+" and "-" are mixed.
 
     Args:
-        labels: s, the share of completions that came out right, [examples, steps] in [0, 1]; NaN
-            where there is none.
-        mask: which steps exist, [examples, steps].
-        alpha: how much an example whose labels are all alike still counts.
+        labels: Share s of completions that came out right, in [0, 1]; NaN where there is none.
+        mask: Which steps exist.
+        alpha: How much an example whose labels are all alike still counts.
 
     Returns:
-        [examples]; NaN for an example without a labelled step.
+        The scores; NaN for an example without a labelled step.
 
     Raises:
         ValueError: ``alpha`` is not positive.
@@ -43,15 +48,17 @@ def balanced_information(labels: Tensor, mask: Tensor, *, alpha: float = 0.05) -
     return (share * (1 - share) + alpha) * reliability
 
 
-def keep_best(scores: Tensor, share: float, groups: Sequence[Hashable] | None = None) -> Tensor:
-    """1 for the ``share`` of the examples with the highest scores, 0 for the others, [examples].
+def keep_best(
+    scores: Float[Tensor, " examples"], share: float, groups: Sequence[Hashable] | None = None
+) -> Float[Tensor, " examples"]:
+    """Give 1 to the ``share`` of the examples with the highest scores, 0 to the others.
 
     max(1, ⌊share · n⌋) of n are kept; of equal scores the first.
 
     Args:
-        scores: [examples], none NaN.
-        share: in (0, 1].
-        groups: of the same length: rank within each group, the share of every one is kept.
+        scores: What the examples are ranked by, none NaN.
+        share: Share to keep, in (0, 1].
+        groups: Name of every example's group: rank within each, and keep the share of every one.
 
     Raises:
         ValueError: ``share`` is outside (0, 1], a score is NaN, or lengths differ.
@@ -71,5 +78,5 @@ def keep_best(scores: Tensor, share: float, groups: Sequence[Hashable] | None = 
         order = torch.argsort(scores[members], descending=True, stable=True)
         # The product of floats may fall short of a whole number by rounding.
         count = max(1, math.floor(share * len(members) + 1e-9))
-        kept[[members[place] for place in order[:count].tolist()]] = 1.0
+        kept[[members[rank] for rank in order[:count].tolist()]] = 1.0
     return kept

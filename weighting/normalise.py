@@ -8,19 +8,20 @@ NaN weights stay NaN: they come from a model that diverged, and its loss says so
 
 from __future__ import annotations
 
+from jaxtyping import Float
 from torch import Tensor
 
 _SMALLEST_MEAN = 1e-3
 
 
-def batch_mean_one(weights: Tensor) -> Tensor:
-    """``weights / mean(weights)`` over the batch, [batch]; the mean is part of the derivative.
+def batch_mean_one(weights: Float[Tensor, " batch"]) -> Float[Tensor, " batch"]:
+    """``weights / mean(weights)`` over the batch; the mean is part of the derivative.
 
     The hypergradient of a weight is then its own signal minus the batch's (weighted) mean signal:
     a common part that every instance of the batch shares cancels.
 
     Raises:
-        ValueError: for a batch of one (its weight would always be 1) or a mean near or below 0.
+        ValueError: A batch of one (its weight would always be 1) or a mean near or below 0.
     """
     if weights.numel() < 2:
         raise ValueError(
@@ -30,20 +31,25 @@ def batch_mean_one(weights: Tensor) -> Tensor:
     return _divided(weights, weights.mean(), "batch mean")
 
 
-def mean_one(weights: Tensor) -> Tensor:
+def mean_one(weights: Float[Tensor, " rows"]) -> Float[Tensor, " rows"]:
     """``weights / mean(weights)`` of a whole table, the mean being part of the derivative.
 
     Raises:
-        ValueError: for a mean near or below 0.
+        ValueError: A mean near or below 0.
     """
     return _divided(weights, weights.mean(), "mean")
 
 
-def mean_one_over(weights: Tensor, all_weights: Tensor) -> Tensor:
+def mean_one_over(
+    weights: Float[Tensor, " batch"], all_weights: Float[Tensor, " rows"]
+) -> Float[Tensor, " batch"]:
     """``weights / mean(all_weights)``, the mean held constant in the derivative.
 
     For tables: ``all_weights`` are the weights of every row, so that any batch size works and only
     the rows that were visited get a gradient.
+
+    Raises:
+        ValueError: A mean near or below 0.
     """
     return _divided(weights, all_weights.detach().mean(), "mean over the table")
 

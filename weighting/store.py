@@ -1,14 +1,12 @@
-"""Save and load weighting: ``config.json`` + ``params.safetensors`` + ``ids.json``.
+"""Save and load a weighting: ``config.json`` + ``params.safetensors`` + ``ids.json``.
 
-An Instance Table is worth nothing without the ids of its rows, so they are saved together and
-checked together.
+A table says nothing without the names of its rows, so they are saved together and checked together.
 """
 
 from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import MISSING, asdict, fields
@@ -20,12 +18,15 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from weighting.base import Params, Weighting
 from weighting.bounds import Bound, Clip, LeakyReLU, Sigmoid, Softplus, Unbounded
+from weighting.files import replacing, write_text
 from weighting.instance_net import InstanceNet
 from weighting.tables import DomainTable, InstanceTable
 
-Weighting = InstanceTable | InstanceNet | DomainTable
-_WEIGHTINGS: Mapping[str, type] = {c.__name__: c for c in (InstanceTable, InstanceNet, DomainTable)}
+KINDS: tuple[type[Weighting], ...] = (InstanceTable, InstanceNet, DomainTable)
+"""The weightings of this package."""
+
 _FILES = ("config.json", "params.safetensors", "ids.json")
 _BOUNDS: Mapping[str, type] = {
     c.__name__: c for c in (Clip, Sigmoid, Softplus, LeakyReLU, Unbounded)
@@ -33,10 +34,10 @@ _BOUNDS: Mapping[str, type] = {
 
 
 def row_index(ids: Sequence[str]) -> dict[str, int]:
-    """Id -> row, in the order given.
+    """Row of every id, in the order given.
 
     Raises:
-        ValueError: an id that occurs twice; the two instances would silently share one weight.
+        ValueError: An id that occurs twice; the two instances would silently share one weight.
     """
     rows: dict[str, int] = {}
     for row, name in enumerate(ids):
@@ -52,56 +53,63 @@ def row_index(ids: Sequence[str]) -> dict[str, int]:
 def save_weighting(
     directory: Path | str,
     weighting: Weighting,
-    params: Mapping[str, Tensor],
+    params: Params,
     ids: Sequence[str] = (),
     extra: Mapping[str, Any] | None = None,
 ) -> None:
     """Write ``weighting``, its ``params`` and the names of its rows into ``directory``.
 
     Args:
-        directory: created if absent; each file is written under another name and then renamed.
-        weighting: the configuration.
-        params: its parameters.
-        ids: names of the rows of a table (instances or domains); empty for a net.
-        extra: anything JSON can hold that is needed to apply the weighting again, for example the
+        directory: Created if absent; each file is either the old one or complete.
+        weighting: The configuration.
+        params: Its parameters.
+        ids: Names of its rows (instances or domains); empty for a net.
+        extra: Anything JSON can hold that is needed to apply the weighting again, for example the
             names of an Instance Net's features.
 
     Raises:
-        ValueError: a table whose number of rows is not the number of ids, or duplicate ids.
+        ValueError: Not as many names as rows, or a name twice.
     """
-    if not isinstance(weighting, InstanceNet) and len(ids) != weighting.size:
+    if len(ids) != weighting.size:
         raise ValueError(
             f"{type(weighting).__name__} has {weighting.size} rows but {len(ids)} ids were given"
         )
     row_index(ids)
+    bound = weighting.bound
     config = {
         "kind": type(weighting).__name__,
         "fields": {
             f.name: getattr(weighting, f.name) for f in fields(weighting) if f.name != "bound"
         },
-        "bound": {"kind": type(weighting.bound).__name__, "fields": asdict(weighting.bound)},  # type: ignore[call-overload]
+        "bound": {"kind": type(bound).__name__, "fields": asdict(bound)},
         "extra": dict(extra or {}),
     }
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     tensors = {name: tensor.detach().contiguous().cpu() for name, tensor in params.items()}
-    save_file(tensors, directory / "params.safetensors.tmp")
-    os.replace(directory / "params.safetensors.tmp", directory / "params.safetensors")
+    with replacing(directory / "params.safetensors") as temporary:
+        save_file(tensors, temporary)
     for name, content in (("config.json", config), ("ids.json", list(ids))):
-        (directory / f"{name}.tmp").write_text(json.dumps(content, indent=1) + "\n")
-        os.replace(directory / f"{name}.tmp", directory / name)
+        write_text(directory / name, json.dumps(content, indent=1) + "\n")
 
 
 def load_weighting(
-    directory: Path | str,
+    directory: Path | str, kinds: Sequence[type[Any]] = KINDS
 ) -> tuple[Weighting, dict[str, Tensor], tuple[str, ...], dict[str, Any]]:
-    """The ``(weighting, params, ids, extra)`` that ``save_weighting`` wrote into ``directory``.
+    """Read what ``save_weighting`` wrote into ``directory``.
 
-    Nothing of the files is taken unchecked: they may be damaged, or of others.
+    Nothing in the files is taken unchecked: they may be damaged, or come from others.
+
+    Args:
+        directory: Holds the three files.
+        kinds: Weightings that are known, by the names of their classes.
+
+    Returns:
+        Weighting, parameters, names of its rows, extra.
 
     Raises:
-        FileNotFoundError: a file is missing; the message names it.
-        ValueError: a file that is not what ``save_weighting`` writes, an unknown kind, or
+        FileNotFoundError: A file is missing; the message names it.
+        ValueError: A file that is not what ``save_weighting`` writes, an unknown kind, or
             parameters or ids that do not belong to the configuration; the message names the file.
     """
     directory = Path(directory)
@@ -121,22 +129,22 @@ def load_weighting(
         bound = _make(_BOUNDS, config["bound"])
         if (config["fields"] or {}).get("layers", 0) > len(params):
             raise ValueError(f"more layers than {path.name} has parameters")
-        weighting = _make(_WEIGHTINGS, config, bound=bound)
+        known = {kind.__name__: kind for kind in kinds}
+        weighting: Weighting = _make(known, config, bound=bound)
         with torch.device("meta"):  # a size that is wrong must not take memory
             expected = {name: tuple(tensor.shape) for name, tensor in weighting.init().items()}
         extra = dict(config["extra"])
-    found = {name: tuple(tensor.shape) for name, tensor in params.items()}
-    if expected != found:
-        raise ValueError(f"{path}: expected parameters {expected}, found {found}")
+    shapes = {name: tuple(tensor.shape) for name, tensor in params.items()}
+    if expected != shapes:
+        raise ValueError(f"{path}: expected parameters {expected}, found {shapes}")
     for name, tensor in params.items():
         if not (tensor.is_floating_point() and tensor.isfinite().all()):
             raise ValueError(f"{path}: expected finite numbers, found others in {name!r}")
     with _named(directory / "ids.json"):
-        rows = 0 if isinstance(weighting, InstanceNet) else weighting.size
         if not isinstance(ids, list) or not all(isinstance(name, str) for name in ids):
             raise ValueError("expected a list of strings")
-        if len(ids) != rows:
-            raise ValueError(f"expected {rows} ids, as many as the weighting has rows")
+        if len(ids) != weighting.size:
+            raise ValueError(f"expected {weighting.size} ids, as many as the weighting has rows")
         row_index(ids)
     return weighting, params, tuple(ids), extra
 

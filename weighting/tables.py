@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
+from jaxtyping import Float, Int64
 from torch import Tensor
 
-from weighting.bounds import Bound, Clip, Softplus
+from weighting.base import Batch, Params
+from weighting.bounds import Bound, Clip, Softplus, fraction_at_bound
 from weighting.normalise import batch_mean_one, mean_one, mean_one_over
-
-Params = dict[str, Tensor]
 
 
 @dataclass(frozen=True)
@@ -22,13 +23,16 @@ class InstanceTable:
     prior weight (that is 1, "as good as any"), not to weight 0.
 
     Attributes:
-        size: number of instances.
-        prior: weight of every instance at the start, and where decay pulls.
-        bound: map from raw weights to weights.
+        size: Number of instances.
+        prior: Weight of every instance at the start, and where decay pulls.
+        bound: Map from raw weights to weights.
         normalise: "batch" (mean 1 within the batch), "table" (mean 1 over all rows) or "none".
 
     Source: DreamPRM-1.5, arXiv 2509.05542, Instance Table.
     """
+
+    reads: ClassVar[tuple[str, ...]] = ("index",)
+    row_key: ClassVar[Literal["index", "domain"] | None] = "index"
 
     size: int
     prior: float = 1.0
@@ -46,12 +50,17 @@ class InstanceTable:
             )
         self.bound.raw(self.prior)
 
-    def init(self) -> Params:
-        """All weights at the prior: ``{"deviation": zeros [size]}``."""
+    @property
+    def start(self) -> float:
+        """The prior weight."""
+        return self.prior
+
+    def init(self, generator: torch.Generator | None = None) -> dict[str, Tensor]:
+        """All weights at the prior: ``{"deviation": zeros [size]}``; nothing is drawn."""
         return {"deviation": torch.zeros(self.size)}
 
-    def raw_weights(self, params: Params) -> Tensor:
-        """Raw weights of every row, [size]."""
+    def raw_weights(self, params: Params) -> Float[Tensor, " size"]:
+        """Raw weights of every row."""
         return self.bound.raw(self.prior) + params["deviation"]
 
     def project(self, params: Params) -> Params:
@@ -67,8 +76,12 @@ class InstanceTable:
             "deviation": params["deviation"].clamp(self.bound.lo - start, self.bound.hi - start)
         }
 
-    def weights(self, params: Params, index: Tensor) -> Tensor:
-        """Weights [batch] of the rows ``index`` [batch] (int64), normalised."""
+    def weights(self, params: Params, index: Int64[Tensor, " batch"]) -> Float[Tensor, " batch"]:
+        """Weights of the rows ``index``, normalised.
+
+        Raises:
+            ValueError: They cannot be normalised: a batch of one, or a mean near or below 0.
+        """
         weights = self.bound(self.raw_weights(params)[index])
         if self.normalise == "batch":
             return batch_mean_one(weights)
@@ -76,10 +89,27 @@ class InstanceTable:
             return mean_one_over(weights, self.bound(self.raw_weights(params)))
         return weights
 
-    def all_weights(self, params: Params) -> Tensor:
-        """Weights of every row, [size]: what training would give each, mean 1 if normalised."""
+    def all_weights(self, params: Params) -> Float[Tensor, " size"]:
+        """Weights of every row: what training would give each, mean 1 if normalised."""
         weights = self.bound(self.raw_weights(params).detach())
         return weights if self.normalise == "none" else mean_one(weights)
+
+    def batch_weights(self, params: Params, batch: Batch) -> Float[Tensor, " batch"]:
+        """``weights`` of the examples' rows ``batch["index"]``."""
+        return self.weights(params, batch["index"])
+
+    def file_weights(
+        self, params: Params, batches: Iterable[Batch]
+    ) -> tuple[Float[Tensor, " examples"], Float[Tensor, " examples"]]:
+        """Weights and raw weights of the examples' rows, normalised over the whole table."""
+        index = torch.cat([batch["index"] for batch in batches])
+        return self.all_weights(params)[index], self.raw_weights(params)[index]
+
+    def share_at_bound(
+        self, params: Params, weights: Float[Tensor, " batch"], tolerance: float = 0.01
+    ) -> float:
+        """``fraction_at_bound`` of all rows; ``weights`` are not looked at."""
+        return fraction_at_bound(self.raw_weights(params), self.bound, tolerance)
 
 
 @dataclass(frozen=True)
@@ -87,11 +117,15 @@ class DomainTable:
     """``weight_d = softplus(raw_d) / mean_d softplus(raw_d)``, one row per domain.
 
     Attributes:
-        size: number of domains.
-        bound: map from raw weights to weights before the normalisation over domains.
+        size: Number of domains.
+        bound: Map from raw weights to weights before the normalisation over domains.
 
     Source: DreamPRM, arXiv 2505.20241 (softplus, mean-normalised, raw weights start at 0).
     """
+
+    reads: ClassVar[tuple[str, ...]] = ("domain",)
+    row_key: ClassVar[Literal["index", "domain"] | None] = "domain"
+    start: ClassVar[float] = 1.0  # normalised, whatever the bound makes of raw weight 0
 
     size: int
     bound: Bound = Softplus()
@@ -107,18 +141,40 @@ class DomainTable:
                 "Sigmoid()"
             )
 
-    def init(self) -> Params:
-        """All domains alike: ``{"raw": zeros [size]}``."""
+    def init(self, generator: torch.Generator | None = None) -> dict[str, Tensor]:
+        """All domains alike: ``{"raw": zeros [size]}``; nothing is drawn."""
         return {"raw": torch.zeros(self.size)}
 
-    def raw_weights(self, params: Params) -> Tensor:
-        """Raw weights, [size]."""
+    def raw_weights(self, params: Params) -> Float[Tensor, " size"]:
+        """Raw weights of every domain."""
         return params["raw"]
 
-    def all_weights(self, params: Params) -> Tensor:
-        """Weights of every domain, [size], mean 1 over the domains."""
+    def project(self, params: Params) -> Params:
+        """``params``: no bound of a Domain Table is flat anywhere."""
+        return params
+
+    def all_weights(self, params: Params) -> Float[Tensor, " size"]:
+        """Weights of every domain, mean 1 over the domains."""
         return mean_one(self.bound(params["raw"]))
 
-    def weights(self, params: Params, domain: Tensor) -> Tensor:
-        """Weights [batch] of the examples' domains ``domain`` [batch] (int64)."""
+    def weights(self, params: Params, domain: Int64[Tensor, " batch"]) -> Float[Tensor, " batch"]:
+        """Weights of the examples whose domains are ``domain``."""
         return self.all_weights(params)[domain]
+
+    def batch_weights(self, params: Params, batch: Batch) -> Float[Tensor, " batch"]:
+        """``weights`` of the examples' domains ``batch["domain"]``."""
+        return self.weights(params, batch["domain"])
+
+    def file_weights(
+        self, params: Params, batches: Iterable[Batch]
+    ) -> tuple[Float[Tensor, " examples"], Float[Tensor, " examples"]]:
+        """Weights and raw weights of the examples' domains; weights have mean 1 over the file."""
+        domain = torch.cat([batch["domain"] for batch in batches])
+        weights = self.all_weights(params)[domain]
+        return weights / weights.mean(), self.raw_weights(params)[domain]
+
+    def share_at_bound(
+        self, params: Params, weights: Float[Tensor, " batch"], tolerance: float = 0.01
+    ) -> float:
+        """``fraction_at_bound`` of all domains; ``weights`` are not looked at."""
+        return fraction_at_bound(self.raw_weights(params), self.bound, tolerance)

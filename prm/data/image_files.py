@@ -12,13 +12,11 @@ from pathlib import Path
 from typing import Literal
 
 from prm.data.record_fields import is_below
+from prm.names import ImageCheck
 from prm.schema import DataError
 
-ImageCheck = Literal["exists", "header", "decode", "sample"]
-"""How closely an image is looked at: the file is there; its header tells a size and it does not
-look cut off; every pixel is decoded; the pixels of the first ``SAMPLE`` images, the headers of the
-others (about 0.1 ms each, where decoding a photo takes 10)."""
 SAMPLE = 1_000
+"""How many images the check "sample" decodes."""
 
 Fault = Literal["outside", "missing", "unreadable"]
 _ENDS = {b"\x89PNG": b"IEND", b"\xff\xd8\xff": b"\xff\xd9"}

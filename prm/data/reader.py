@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from prm.data.formats.table import Format, detect, format_named
-from prm.data.image_files import ImageCheck, ImageFiles
+from prm.data.image_files import ImageFiles
 from prm.data.json_rows import json_rows
 from prm.data.record_fields import Place, image_field
 from prm.data.records import parse_record, to_record
+from prm.files import write_lines
+from prm.names import ImageCheck
 from prm.schema import DataError, StepExample
 
 
@@ -45,7 +46,7 @@ def iter_rows(
     Args:
         path: the file.
         image_root: folder that image paths are relative to; None: the folder of ``path``.
-        format: a name of ``prm.data.formats.table.FORMAT_NAMES``; "auto": the format that the first
+        format: a name of ``prm.names.FORMAT_NAMES``; "auto": the format that the first
             record looks like. Records of several formats in one file are errors.
 
     Raises:
@@ -140,9 +141,9 @@ def read_jsonl(
     """Read a file of our own records; every line has to be right, nothing is skipped.
 
     Args:
-        path: UTF-8, one JSON object a line (see ``prm.data.record_fields.FIELDS``); labels are "+", "-",
-            a number in [0, 1], [right, all] rollouts or null. Keys that are no fields go to
-            ``StepExample.extra``.
+        path: UTF-8, one JSON object a line (see ``prm.data.record_fields.FIELDS``); labels are
+            "+", "-", a number in [0, 1], [right, all] rollouts or null. Keys that are no fields go
+            to ``StepExample.extra``.
         image_root: folder that image paths are relative to; None: the folder of ``path``.
         check_images: decode every image once, so that a truncated file is found now and not in
             the middle of a run. Otherwise only the existence of image files is checked.
@@ -214,19 +215,6 @@ def write_jsonl(
             for line, example in enumerate(examples, start=1)
         ),
     )
-
-
-def write_lines(path: Path, lines: Iterable[str]) -> None:
-    """Write lines (each with its line break) to ``path``: all of them, or the file stays as is."""
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}.unfinished")
-    try:
-        with unfinished.open("w", encoding="utf-8", newline="\n") as file:
-            file.writelines(lines)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(unfinished, path)
-    finally:
-        unfinished.unlink(missing_ok=True)
 
 
 def _to_line(example: StepExample, root: Path, ids: set[str], path: Path, line: int) -> str:

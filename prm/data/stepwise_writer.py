@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from prm.data.json_rows import json_rows
-from prm.data.reader import write_lines
 from prm.data.record_fields import describe
 from prm.data.records import relative
+from prm.files import write_lines
 from prm.schema import DataError, StepExample
 
 

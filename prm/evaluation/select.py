@@ -12,10 +12,8 @@ from __future__ import annotations
 import math
 from collections.abc import Hashable, Sequence
 from random import Random
-from typing import Literal
 
-TieRule = Literal["expected", "first", "last"]
-DrawRule = Literal["random", "first", "last"]
+from prm.names import DrawRule, TieRule
 
 
 def best_candidate(

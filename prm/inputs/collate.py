@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 
 from prm.inputs.image_inputs import concatenated, image_inputs
-from prm.inputs.prompt import SYSTEM_PROMPT, Context, PromptEncoder
+from prm.inputs.prompt import SYSTEM_PROMPT, PromptEncoder
 from prm.inputs.tiles import CACHE_BYTES
 from prm.inputs.tokens import ImageTokens
+from prm.names import Context
 from prm.schema import DataError, StepExample
 
 Batch = dict[str, Tensor]

@@ -14,13 +14,14 @@ the sequence stops there for the last step: nothing behind it can change a score
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from jinja2 import TemplateError
 from torch import Tensor
 
 from prm.inputs.tokens import ImageTokens, label_tokens
+from prm.names import Context
 from prm.schema import DataError, Step, StepExample
 
 SYSTEM_PROMPT = (
@@ -32,11 +33,6 @@ SYSTEM_PROMPT = (
     'nothing else: "+" if the step is right, "-" if it is wrong.'
 )
 """System instruction used when no other is given."""
-
-Context = Literal["plus", "gold", "masked"]
-"""What stands in the assistant slots of earlier steps: "+" always (as when nothing is known),
-the step's gold label ("-" below 0.5; "+" where there is none), or the tokenizer's padding token,
-which says nothing."""
 
 _SLOT = "\ue000"  # private-use character that marks an assistant slot in the rendered template
 

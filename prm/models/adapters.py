@@ -16,6 +16,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from prm.files import atomic_write, write_lines
+
 _ADAPTER = "default"  # peft's name of the only adapter
 _BASE = ".base_layer."
 
@@ -137,8 +139,9 @@ def save_adapter(
     config = model.peft_config[_ADAPTER].to_dict()
     config |= {"base_model_name_or_path": base, "inference_mode": True}
     content = {key: sorted(v) if isinstance(v, set) else v for key, v in config.items()}
-    (directory / "adapter_config.json").write_text(json.dumps(content, indent=2), encoding="utf-8")
-    save_file(files, file, metadata={"format": "pt"})
+    write_lines(directory / "adapter_config.json", [json.dumps(content, indent=2)])
+    with atomic_write(file) as unfinished:
+        save_file(files, unfinished, metadata={"format": "pt"})
 
 
 def _is_adapters(name: str) -> bool:

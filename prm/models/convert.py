@@ -8,7 +8,6 @@ before the first byte is written. What is renamed and taken apart: ``prm.models.
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -19,6 +18,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from prm.files import atomic_write
 from prm.models.internvl_layout import Layout, is_tied, layout_of, native_config
 
 _INDEX = "model.safetensors.index.json"
@@ -73,8 +73,7 @@ def convert_internvl(source: str | Path, target: str | Path) -> dict[str, int]:
     shards = _shards(source)
     expected = _expected_shapes(native)
     _check(layout, shards, expected, tied=tied)
-    unfinished = target.with_name(f".{target.name}.{os.getpid()}.unfinished")
-    try:
+    with atomic_write(target) as unfinished:
         unfinished.mkdir(parents=True)
         count, native.dtype = _write_weights(layout, shards, unfinished, drop_head=tied)
         native.save_pretrained(unfinished)
@@ -84,9 +83,6 @@ def convert_internvl(source: str | Path, target: str | Path) -> dict[str, int]:
             shutil.copyfile(
                 source / "generation_config.json", unfinished / "generation_config.json"
             )
-        os.replace(unfinished, target)
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
     return count
 
 

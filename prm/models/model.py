@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import inspect
-import os
 import re
-import shutil
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -16,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from prm.files import atomic_write
 from prm.inputs.collate import Collator
 from prm.inputs.image_inputs import image_tokens
 from prm.inputs.tokens import ImageTokens, label_tokens
@@ -175,20 +174,16 @@ def save_prm(prm: PRM, params: Mapping[str, Tensor], directory: str | Path) -> N
     directory = Path(directory)
     if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
         raise FileExistsError(f"{directory} exists and is not empty; remove it or choose another")
-    unfinished = directory.with_name(f".{directory.name}.{os.getpid()}.unfinished")
     state = prm.model.state_dict()
     for name, aliases in _named_tensors(prm.model, params).items():
         for alias in aliases:
             state[alias] = params[name].detach().to(state[alias].dtype)
-    try:
+    with atomic_write(directory) as unfinished:
         prm.model.save_pretrained(unfinished, state_dict=merged(prm.model, state))
         prm.tokenizer.save_pretrained(unfinished)
         if prm.image_processor is not None:
             prm.image_processor.save_pretrained(unfinished)
         _check_saved_tokenizer(prm.tokenizer, unfinished)
-        os.replace(unfinished, directory)
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
 
 
 def split_parameters(model: nn.Module, freeze: Sequence[str] = ()) -> tuple[Params, Params]:

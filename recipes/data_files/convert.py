@@ -9,7 +9,7 @@ from prm.data.reader import checked_rows, write_jsonl
 from prm.data.stepwise_writer import read_weights, write_stepwise
 from prm.schema import StepExample
 from recipes.data_files.options import ConvertOptions, FileOptions
-from recipes.options.train import OptionError
+from recipes.options.values import OptionError
 
 
 def convert(options: ConvertOptions) -> int:

@@ -14,8 +14,8 @@ from prm.inputs.tiles import image_size
 from prm.schema import DataError, StepExample
 from recipes.data_files.convert import existing_file
 from recipes.data_files.options import InspectOptions
-from recipes.options.train import OptionError
-from recipes.session import load_model, set_up
+from recipes.loading import load_model, set_up
+from recipes.options.values import OptionError
 
 _SHOWN = 100
 

@@ -6,31 +6,16 @@ import argparse
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from recipes.options.train import PrmOptions, build_parser, option
-
-FormatName = Literal[
-    "auto",
-    "prm-jsonl",
-    "visualprm",
-    "visualprm-raw",
-    "dreamprm-test",
-    "dreamprm-train",
-    "dreamprm-meta",
-    "stepwise",
-    "messages",
-    "processbench",
-    "visualprocessbench",
-    "mathcheck",
-    "mathcheck-candidates",
-    "game24",
-]
+from prm.names import FormatChoice
+from recipes.options.base import PrmOptions, option
+from recipes.options.parse import build_parser
 
 
 @dataclass(frozen=True, kw_only=True)
 class FileOptions:
     """What every command that reads data files needs."""
 
-    format: FormatName = option("auto", "format of the files; auto: what the first record is")
+    format: FormatChoice = option("auto", "format of the files; auto: what the first record is")
     image_root: str | None = option(
         None, "folder that image paths are relative to (default: the folder of each file)"
     )
@@ -52,7 +37,7 @@ class ValidateFlags(FileOptions):
     model: str | None = option(
         None, "count tokens and tiles for this model ('embedded', a directory or hub name)"
     )
-    max_patches: int = option(6, "at most this many tiles per image, when counting them")
+    max_patches: int = option(6, "at most this many tiles per image, when counting them", least=1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,7 +71,7 @@ class InspectFlags(PrmOptions):
 
     row: int = option(1, "line of a JSONL file, row of a JSON array, counted from 1")
     candidate: int = option(0, "which candidate of the row, counted from 0")
-    format: FormatName = option("auto", "format of the file; auto: what the first record is")
+    format: FormatChoice = option("auto", "format of the file; auto: what the first record is")
     weights: str | None = option(None, "weights.jsonl of a run on this file")
     tokens: bool = option(False, "list every token, too")
 
@@ -107,7 +92,7 @@ class SplitFlags(FileOptions):
         ..., "name=size of each part, one size may be 'rest', for example train=rest dev=100"
     )
     unit: Literal["groups", "rows"] = option("groups", "what the sizes count")
-    seed: int = option(0, "fixes which group goes where")
+    seed: int = option(0, "fixes which group goes where", least=0)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,7 +11,7 @@ from prm.data.reader import write_jsonl
 from recipes.data_files.convert import examples_of, existing_file, root_of
 from recipes.data_files.findings import digest
 from recipes.data_files.options import SplitOptions
-from recipes.options.train import OptionError
+from recipes.options.values import OptionError
 
 REST = "rest"
 

@@ -12,8 +12,9 @@ from prm.schema import DataError, StepExample
 from recipes.data_files.findings import Findings, Tally, place_of, spread
 from recipes.data_files.options import ValidateOptions
 from recipes.data_files.overlap import Overlap, Rows, overlaps
-from recipes.options.train import OptionError, PrmOptions
-from recipes.run.directory import write_json
+from recipes.options.base import PrmOptions
+from recipes.options.values import OptionError
+from recipes.run.files import write_json
 
 _MISTAKES_SHOWN = 10
 Measure = Callable[[StepExample], tuple[int, int]]
@@ -119,7 +120,7 @@ def _check(
 
 
 def _measure(options: ValidateOptions) -> Measure:
-    from recipes.session import load_model
+    from recipes.loading import load_model
 
     prm, _ = load_model(PrmOptions(model=str(options.model)))
     collator = prm.collator(max_patches=options.max_patches)

@@ -11,8 +11,6 @@
 from __future__ import annotations
 
 import json
-import os
-import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,6 +31,7 @@ from recipes.embedded.questions import (
 from recipes.embedded.sheets import SPLITS, Scans, draw_sheet, load_scans
 from recipes.embedded.sources import SOURCES, TRANSPOSED, Mixture, judge, true_labels
 from recipes.embedded.student import Careless, Difficulty, draw_difficulty
+from recipes.run.files import complete_directory
 
 IMPORTED_DOMAIN = "dots"
 
@@ -63,24 +62,30 @@ def build(
     """
     if directory.exists():
         raise FileExistsError(f"{directory} exists; remove it or choose another --out")
-    unfinished = directory.with_name(directory.name + ".unfinished")
-    shutil.rmtree(unfinished, ignore_errors=True)
-    (unfinished / "sheets").mkdir(parents=True)
+    with complete_directory(directory) as unfinished:
+        rows = _write_files(unfinished, seed, sizes, mixture)
+    return {name: len(content) for name, content in rows.items()}
+
+
+def _write_files(
+    directory: Path, seed: int, sizes: Sizes, mixture: Mixture
+) -> dict[str, list[dict[str, Any]]]:
+    """Write sheets and rows into an empty directory; returns the rows of every file."""
+    (directory / "sheets").mkdir()
     scans = load_scans()
     rows: dict[str, list[dict[str, Any]]] = {
-        **_noisy_rows(unfinished, scans["train"], sizes, mixture, seed),
-        "meta": list(_meta_rows(unfinished, scans["meta"], sizes, seed)),
+        **_noisy_rows(directory, scans["train"], sizes, mixture, seed),
+        "meta": list(_meta_rows(directory, scans["meta"], sizes, seed)),
     }
     for split, questions in (("dev", sizes.dev_questions), ("test", sizes.test_questions)):
         rows[split] = list(
-            _candidate_rows(unfinished, split, scans[split], questions, sizes.candidates, seed)
+            _candidate_rows(directory, split, scans[split], questions, sizes.candidates, seed)
         )
     rows["clean"] = [row for row in rows["train"] if row["source"] == "verified"]
     for name, content in rows.items():
-        with (unfinished / f"{name}.jsonl").open("w", encoding="utf-8") as file:
+        with (directory / f"{name}.jsonl").open("w", encoding="utf-8") as file:
             file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in content)
-    os.replace(unfinished, directory)
-    return {name: len(content) for name, content in rows.items()}
+    return rows
 
 
 def _rng(seed: int, split: str) -> np.random.Generator:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +17,13 @@ import numpy as np
 from recipes.embedded.build import build
 from recipes.evaluation.table import comparison_table
 from recipes.options.embedded import CompareOptions
-from recipes.options.train import ColdStartOptions, OptionError, TrainOptions, resolve
-from recipes.run.directory import environment, write_json, write_text
-from recipes.train.training import run_cold_start, run_training
+from recipes.options.parse import changed, resolve
+from recipes.options.train import ColdStartOptions, TrainOptions
+from recipes.options.values import OptionError
+from recipes.run.files import write_json, write_text
+from recipes.run.provenance import environment
+from recipes.train.cold_start import run_cold_start
+from recipes.train.training import run_training
 
 _RESAMPLES = 10_000
 _KEPT_WEIGHT = 0.5  # an instance counts as kept by a weighting above this weight
@@ -32,7 +35,7 @@ def compare(options: CompareOptions) -> dict[str, Any]:
     """Run what is missing, then write and print ``compare.json``.
 
     Raises:
-        OptionError: an unknown method.
+        OptionError: An unknown method.
     """
     wanted = options.methods or tuple(_METHODS)
     for method in wanted:
@@ -71,13 +74,13 @@ def statistics(per_seed: list[Values]) -> dict[str, Any]:
     """Means over seeds, 95 % intervals, and paired differences to No Selection.
 
     Args:
-        per_seed: for every seed, row name -> whether the selected candidate is right, [questions].
+        per_seed: For every seed, row name -> whether the selected candidate is right, [questions].
 
     Returns:
         ``rows``, ``ci95``; ``difference`` and ``difference_ci95`` to ``no_selection`` on the same
         questions; ``gap_closed`` = (row - no_selection) / (clean_oracle - no_selection) and its
         interval over the resamples with a gap, where both rows are there and there is a gap.
-        Intervals: percentile bootstrap that draws seeds with replacement and, within each drawn
+        Intervals: Percentile bootstrap that draws seeds with replacement and, within each drawn
         seed, questions with replacement.
     """
     names = list(per_seed[0])
@@ -138,7 +141,7 @@ class _Maker:
         }
 
     def cold_start(self) -> ColdStartOptions:
-        return replace(
+        return changed(
             resolve(ColdStartOptions, {"config": "cold-start"}),
             train_file=str(self.directory / "data" / "cold-start.jsonl"),
             output_dir=str(self.directory / "cold-start"),
@@ -152,9 +155,10 @@ class _Maker:
             return directory
         options = resolve(TrainOptions, {"config": preset})
         files = {"dev_file": None, "test_file": str(data / "test.jsonl")}
-        meta = {} if options.meta_file is None else {"meta_file": str(data / "meta.jsonl")}
+        trusted = options.data.meta_file is not None
+        meta = {"meta_file": str(data / "meta.jsonl")} if trusted else {}
         return run_training(
-            replace(
+            changed(
                 options,
                 train_file=str(data / f"{train}.jsonl"),
                 output_dir=str(directory),

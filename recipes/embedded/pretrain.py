@@ -57,9 +57,9 @@ def pretrain_base(directory: Path, *, seed: int = 0, scale: float = 1.0) -> dict
     """Run the stages and save model, tokenizer and image processor into ``directory``.
 
     Args:
-        directory: where the base model is written (loads with plain transformers).
-        seed: fixes initial weights, pictures and statements.
-        scale: multiplies every stage's number of steps (small for tests).
+        directory: Where the base model is written (loads with plain transformers).
+        seed: Fixes initial weights, pictures and statements.
+        scale: Multiplies every stage's number of steps (small for tests).
 
     Returns:
         Accuracy of each stage on scans of the ``dev`` split: digits, statements, chat verdicts.

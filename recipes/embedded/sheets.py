@@ -39,7 +39,7 @@ def load_scans() -> Mapping[str, Scans]:
     """All splits, each stratified by digit; the split of a scan depends on its index alone.
 
     Raises:
-        ModuleNotFoundError: scikit-learn, which carries the scans, is not installed.
+        ModuleNotFoundError: The scans come with scikit-learn, which is not installed.
     """
     try:
         from sklearn.datasets import load_digits

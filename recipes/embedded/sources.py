@@ -74,12 +74,12 @@ def judge(
     """The labels that ``source`` gives to the steps of one solution.
 
     Args:
-        source: one of ``SOURCES``.
-        question: what was asked, with the right values.
-        steps: the solution.
-        difficulty: what is hard about the question, for solver and judge alike.
-        mixture: how bad the sources are.
-        rng: randomness of the judgements.
+        source: One of ``SOURCES``.
+        question: What was asked, with the right values.
+        steps: The solution.
+        difficulty: What is hard about the question, for solver and judge alike.
+        mixture: How bad the sources are.
+        rng: Randomness of the judgements.
     """
     labels = true_labels(steps)
     if source == "judge":

@@ -10,16 +10,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from prm.aggregations import Aggregation
+from prm.aggregations import AGGREGATIONS, Aggregation
 from prm.evaluation.answers import answer_classes
 from prm.evaluation.metrics import bootstrap_interval, macro_f1, roc_auc
-from prm.evaluation.select import TieRule, best_of_n, self_consistency, weighted_vote
+from prm.evaluation.select import best_of_n, self_consistency, weighted_vote
 from prm.models.model import PRM
+from prm.names import TieRule
 from prm.schema import DataError
 from prm.scoring import aggregate, score_examples
-from recipes.options.train import PrmOptions, ScoringOptions, TrainOptions
+from recipes.loading import Examples, Solutions, read_examples, read_solutions
+from recipes.options.base import PrmOptions, ScoringOptions
+from recipes.options.train import TrainOptions
 from recipes.options.use import WeighOptions
-from recipes.session import AGGREGATIONS, Examples, Solutions, read_examples, read_solutions
 
 
 @dataclass(frozen=True)

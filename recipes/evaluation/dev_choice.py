@@ -9,11 +9,10 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from prm.aggregations import AggregationName
-from prm.evaluation.select import TieRule
+from prm.aggregations import AGGREGATIONS
 from prm.evaluation.step_benchmarks import best_threshold
+from prm.names import AggregationName, TieRule
 from recipes.evaluation.candidates import Candidates, judged_steps, solution_scores_of
-from recipes.session import AGGREGATIONS
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
+from prm.aggregations import AGGREGATIONS
 from prm.evaluation.calibration import brier, expected_calibration_error
 from prm.evaluation.metrics import (
     best_of_k_curve,
@@ -18,11 +19,10 @@ from prm.evaluation.metrics import (
     pass_at_k,
     roc_auc,
 )
-from prm.evaluation.select import TieRule
 from prm.evaluation.step_benchmarks import first_error, process_bench, visual_process_bench
+from prm.names import TieRule
 from recipes.evaluation.candidates import Candidates, judged_steps, solution_scores_of, summary
 from recipes.evaluation.dev_choice import Choice
-from recipes.session import AGGREGATIONS
 
 Values = dict[str, NDArray[np.float64]]
 _UNNAMED = "no domain"

@@ -12,7 +12,7 @@ from recipes.options.values import OptionError
 
 
 @dataclass(frozen=True)
-class Overlap:
+class Leak:
     """What two sets have in common.
 
     Attributes:
@@ -39,9 +39,9 @@ class Overlap:
         return f"shares {len(self.questions)} questions, for example {shown!r}"
 
 
-def overlap(
+def find_leak(
     first: Sequence[StepExample], second: Sequence[StepExample], first_path: Path, second_path: Path
-) -> Overlap:
+) -> Leak:
     """What two sets of examples have in common.
 
     Image files are read only for questions whose words occur in both sets.
@@ -56,10 +56,10 @@ def overlap(
         if _words(example) in texts and _question(example, digests) in there
     }
     same = first_path.resolve() == second_path.resolve()
-    return Overlap(same, tuple(sorted(ids)), tuple(shared))
+    return Leak(same, tuple(sorted(ids)), tuple(shared))
 
 
-def refuse_overlap(found: Overlap, tuned: str, held_out: str, *, sanity_check: bool) -> None:
+def refuse_leak(found: Leak, tuned: str, held_out: str, *, sanity_check: bool) -> None:
     """Refuse to judge by questions that something was tuned on, unless that is the purpose.
 
     Args:

@@ -40,8 +40,8 @@ from recipes.embedded.vocabulary import (
     build_tokenizer,
 )
 from recipes.evidence.bench.measure import Timed, in_rounds, median_of, with_peak
-from recipes.run.directory import environment, write_json
-from recipes.run.machine import machine
+from recipes.run.files import write_json
+from recipes.run.provenance import environment, machine
 
 VOCABULARY = 151_674
 _ORIGINAL = "original loop"

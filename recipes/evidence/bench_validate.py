@@ -23,8 +23,8 @@ from typing import Any
 
 from PIL import Image
 
-from recipes.run.directory import environment, write_json
-from recipes.run.machine import machine
+from recipes.run.files import write_json
+from recipes.run.provenance import environment, machine
 
 _SYSTEM = (
     "You are an advanced AI assistant, designed to serve as a process supervision model. " * 11

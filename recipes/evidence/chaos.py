@@ -1,4 +1,4 @@
-"""Runs that are killed again and again, and whether what comes out is what had to: ``make chaos``.
+"""Kill training runs again and again, and compare their results with undisturbed runs.
 
 Tiny training runs of every weighting and every hypergradient are killed with SIGKILL and resumed,
 over and over, until they end; then each is compared, bit for bit, with the same run uninterrupted:
@@ -8,7 +8,8 @@ Half of the kills come at a random moment, counted in processor time of the proc
 from reading the options to the last result. The other half come just before a random change of the
 file system within the run directory (a file opened for writing, made, renamed or removed), because
 that is where a half-written state would show; many of these are inside the writing of a checkpoint.
-The random choices follow from the seed.
+The random choices follow from the seed; when a kill meets the process does not, so that the number
+of kills differs a little from call to call. ``make chaos`` runs this module.
 
 Every attempt is a process of its own, started by a server process that has imported everything and
 trained nothing (``multiprocessing``'s forkserver): a fresh interpreter spends ten times as long on
@@ -37,7 +38,10 @@ from typing import Any
 
 from recipes.embedded.tiny import write_tiny
 from recipes.evidence.chaos_attempt import attempt
-from recipes.run.directory import write_json
+from recipes.run.files import write_json
+
+KILLS, SEED = 50, 0
+"""What ``make chaos`` asks for, and what ``results/chaos.json`` holds the figures of."""
 
 SAVE_EVERY = 2
 _COMMON = (
@@ -66,24 +70,23 @@ class Ended:
     """How an attempt ended.
 
     Attributes:
-        killed: by our SIGKILL.
-        code: exit status; -9 for the kill.
-        cpu: processor seconds that it took, as far as they were seen: to the end if it was not
-            killed.
-        said: its output.
+        killed: Whether our SIGKILL ended it.
+        code: Exit status; -9 for the kill.
+        cpu: Processor seconds that it took; up to the last look at them if it was killed.
+        output: What it printed.
     """
 
     killed: bool
     code: int
     cpu: float
-    said: str
+    output: str
 
 
 class Harness:
-    """Starts attempts and kills them.
+    """Start attempts and kill them.
 
     Attributes:
-        folder: where data, model and runs are.
+        folder: Where data, model and runs are.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -113,15 +116,15 @@ class Harness:
         """Run a command, killed after ``cpu`` seconds of its own or before its ``event``-th change.
 
         Args:
-            run: directory whose changes count.
-            words: of the command.
-            cpu: None: no such kill.
-            event: None: no such kill.
+            run: The directory whose changes count.
+            words: The command line.
+            cpu: Processor seconds before the kill; None: no such kill.
+            event: Number of the change, from 1; None: no such kill.
         """
-        output = self.folder / "output.txt"
-        output.write_bytes(b"")
+        file = self.folder / "output.txt"
+        file.write_bytes(b"")
         process = self._context.Process(
-            target=attempt, args=(list(words), str(run), event, str(output))
+            target=attempt, args=(list(words), str(run), event, str(file))
         )
         process.start()
         assert process.pid is not None
@@ -134,11 +137,11 @@ class Harness:
             process.join(0.002)
         process.join()
         assert process.exitcode is not None
-        said = output.read_text(encoding="utf-8", errors="replace")
-        # What a process says of itself is exact; how late we looked depends on who else computes.
-        whole = re.search(r"^processor seconds: (\S+)$", said, re.MULTILINE)
-        spent = float(whole[1]) if whole else spent
-        return Ended(process.exitcode == -signal.SIGKILL, process.exitcode, spent, said)
+        output = file.read_text(encoding="utf-8", errors="replace")
+        # A process knows its own time exactly; how late we looked depends on who else computes.
+        exact = re.search(r"^processor seconds: (\S+)$", output, re.MULTILINE)
+        spent = float(exact[1]) if exact else spent
+        return Ended(process.exitcode == -signal.SIGKILL, process.exitcode, spent, output)
 
 
 def _cpu_seconds(pid: int) -> float:
@@ -150,11 +153,11 @@ def _cpu_seconds(pid: int) -> float:
 
 
 def outcome(run: Path) -> dict[str, Any]:
-    """All that a finished run says, but for how long it took."""
-    found: dict[str, Any] = {name: (run / name).read_bytes() for name in _COMPARED}
+    """Return all that a finished run wrote, but for how long it took."""
+    files: dict[str, Any] = {name: (run / name).read_bytes() for name in _COMPARED}
     results = json.loads((run / "results.json").read_text(encoding="utf-8"))
     del results["seconds"]
-    return found | {"results.json": results}
+    return files | {"results.json": results}
 
 
 def _position(run: Path) -> tuple[int, int, bool]:
@@ -169,19 +172,34 @@ def _position(run: Path) -> tuple[int, int, bool]:
     return logged, max(saved, default=0), any(name.endswith(".tmp") for name in names)
 
 
-@dataclass
-class Counts:
-    """What has been seen.
+@dataclass(frozen=True)
+class Reference:
+    """A case's run without any kill.
 
     Attributes:
-        kills: attempts that were killed.
-        inside_checkpoint: of these, while a checkpoint was being written.
-        resumed: of these, after which the run went on from its newest complete checkpoint, or
+        outcome: What it wrote, see ``outcome``.
+        cpu: Processor seconds that it took.
+        events: How often it changed the file system.
+    """
+
+    outcome: dict[str, Any]
+    cpu: float
+    events: int
+
+
+@dataclass(frozen=True)
+class Counts:
+    """What was observed; counts of several runs add up.
+
+    Attributes:
+        kills: Attempts that were killed.
+        inside_checkpoint: Those of them that were writing a checkpoint.
+        resumed: Those of them after which the run went on from its newest complete checkpoint, or
             from the beginning where there was none yet.
-        lost: the most steps that were logged and had to be taken again.
-        runs: runs that came to their end.
-        different: of these, not the uninterrupted one to the last bit.
-        harmless: kills in runs that were.
+        lost: The most steps that were logged and had to be taken again.
+        runs: Runs that came to their end.
+        different: Those of them that differ from the run without kills in any bit.
+        harmless: Kills in runs that do not differ.
     """
 
     kills: int = 0
@@ -192,19 +210,43 @@ class Counts:
     different: int = 0
     harmless: int = 0
 
+    def __add__(self, other: Counts) -> Counts:
+        """Return the sums, and the larger of the losses."""
+        return Counts(
+            self.kills + other.kills,
+            self.inside_checkpoint + other.inside_checkpoint,
+            self.resumed + other.resumed,
+            max(self.lost, other.lost),
+            self.runs + other.runs,
+            self.different + other.different,
+            self.harmless + other.harmless,
+        )
 
-def torment(
-    harness: Harness, case: str, whole: dict[str, Any], cpu: float, events: int, dice: random.Random
-) -> Counts:
-    """One run of a case, killed until it happens to end; compared with the uninterrupted one.
+
+def reference_run(harness: Harness, case: str) -> Reference:
+    """Run a case once without killing it.
+
+    Raises:
+        RuntimeError: It failed; the message ends with its output.
+    """
+    run = harness.folder / "whole" / case
+    ended = harness.attempt(run, harness.words(case, run))
+    if ended.code != 0:
+        raise RuntimeError(f"{case}: exit status {ended.code}\n{ended.output}")
+    return Reference(outcome(run), ended.cpu, int(ended.output.rpartition("changes: ")[2]))
+
+
+def killed_run(harness: Harness, case: str, reference: Reference, rng: random.Random) -> Counts:
+    """Run a case, killed until it happens to end, and compare it with the reference.
 
     Args:
-        harness: starts the attempts.
-        case: of ``CASES``.
-        whole: ``outcome`` of the uninterrupted run.
-        cpu: processor seconds of the uninterrupted run.
-        events: and how often it changed the file system.
-        dice: chooses the kills.
+        harness: Starts the attempts.
+        case: A key of ``CASES``.
+        reference: The case's run without kills.
+        rng: Draws the kills.
+
+    Raises:
+        RuntimeError: An attempt failed by itself; the message ends with its output.
     """
     run = harness.folder / "runs" / case
     shutil.rmtree(run, ignore_errors=True)
@@ -215,61 +257,57 @@ def torment(
         words = ["train", "--resume", str(run)] if resume else harness.words(case, run)
         # Nothing beyond three quarters: what a resumed run has left is shorter, so that its end is
         # reached all the same, and fewer attempts end unkilled.
-        place = 0.75 * dice.random()
-        if dice.random() < 0.5:
-            ended = harness.attempt(run, words, cpu=place * cpu)
+        share = 0.75 * rng.random()
+        if rng.random() < 0.5:
+            ended = harness.attempt(run, words, cpu=share * reference.cpu)
         else:
-            ended = harness.attempt(run, words, event=1 + int(place * events))
+            ended = harness.attempt(run, words, event=1 + int(share * reference.events))
         if ended.code not in (0, -signal.SIGKILL):
-            raise RuntimeError(f"{' '.join(words)}: exit status {ended.code}\n{ended.said}")
-        if expected is not None and _went_on(ended, run, expected, resume):
-            counts.resumed += 1
+            raise RuntimeError(f"{' '.join(words)}: exit status {ended.code}\n{ended.output}")
+        if expected is not None and _went_on(ended, expected, resume):
+            counts += Counts(resumed=1)
         expected = None
         if ended.killed:
             logged, saved, writing = _position(run)
-            counts.kills += 1
-            counts.inside_checkpoint += writing
-            counts.lost = max(counts.lost, logged - saved)
+            counts += Counts(kills=1, inside_checkpoint=writing, lost=max(0, logged - saved))
             expected = saved
     if expected is not None:  # killed after the last file
-        counts.resumed += 1
-    counts.runs = 1
-    counts.different = int(outcome(run) != whole)
-    counts.harmless = 0 if counts.different else counts.kills
-    return counts
+        counts += Counts(resumed=1)
+    different = outcome(run) != reference.outcome
+    return counts + Counts(runs=1, different=different, harmless=0 if different else counts.kills)
 
 
-def _went_on(ended: Ended, run: Path, expected: int, resume: bool) -> bool:
-    """Whether an attempt started where it had to; one killed before it could say so counts too."""
-    said = re.search(r"resumed after (\d+) of|(from the beginning)", ended.said)
-    if said is None:
+def _went_on(ended: Ended, expected: int, resume: bool) -> bool:
+    """Whether an attempt started after ``expected`` steps; one killed before its note counts too.
+
+    The note is the line that a resumed run prints; ``resume``: whether the attempt was one.
+    """
+    note = re.search(r"resumed after (\d+) of|(from the beginning)", ended.output)
+    if note is None:
         return ended.killed or not resume
-    return int(said[1] or 0) == expected
+    return int(note[1] or 0) == expected
 
 
 def chaos(
     folder: Path, kills: int, seed: int, cases: Sequence[str] = tuple(CASES)
 ) -> dict[str, Any]:
-    """Kill until there were ``kills`` and every case as many runs; returns the figures."""
+    """Kill runs in ``folder`` until there were ``kills`` and every case had as many runs.
+
+    Returns:
+        The figures that ``results/chaos.json`` holds, but for the command.
+    """
     started = time.perf_counter()
-    harness, dice = Harness(folder), random.Random(seed)
-    whole: dict[str, tuple[dict[str, Any], float, int]] = {}
+    harness, rng = Harness(folder), random.Random(seed)
+    references: dict[str, Reference] = {}
     total = Counts()
     while total.kills < kills or total.runs % len(cases):
         case = cases[total.runs % len(cases)]
-        if case not in whole:
-            run = folder / "whole" / case
-            ended = harness.attempt(run, harness.words(case, run))
-            if ended.code != 0:
-                raise RuntimeError(f"{case}: exit status {ended.code}\n{ended.said}")
-            changes = int(ended.said.rpartition("changes: ")[2])
-            whole[case] = outcome(run), ended.cpu, changes
-        found = torment(harness, case, *whole[case], dice)
-        for name in ("kills", "inside_checkpoint", "resumed", "runs", "different", "harmless"):
-            setattr(total, name, getattr(total, name) + getattr(found, name))
-        total.lost = max(total.lost, found.lost)
-        verdict = "DIFFERENT" if found.different else "identical"
-        print(f"{case}: {found.kills} kills, {verdict}; {total.kills} in all", flush=True)
+        if case not in references:
+            references[case] = reference_run(harness, case)
+        counts = killed_run(harness, case, references[case], rng)
+        total += counts
+        verdict = "DIFFERENT" if counts.different else "identical"
+        print(f"{case}: {counts.kills} kills, {verdict}; {total.kills} in all", flush=True)
     return {
         "kills": total.kills,
         "resumed": total.resumed,
@@ -288,11 +326,23 @@ def chaos(
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """The command; exit status 1 if a run did not come out as it had to."""
+    """Run the command.
+
+    Returns:
+        The exit status: 1 if a run differs from the one without kills, or did not go on from its
+        newest checkpoint.
+    """
     parser = argparse.ArgumentParser(description="Kill training runs and compare what they become.")
     parser.add_argument("--output", default="results/chaos.json", help="where the figures go")
-    parser.add_argument("--kills", type=int, default=60, help="at least so many")
-    parser.add_argument("--seed", type=int, default=0, help="fixes when the kills come")
+    parser.add_argument(
+        "--kills",
+        type=int,
+        default=50,
+        help="at least so many; then to the end of the round of cases",
+    )
+    parser.add_argument(
+        "--seed", type=int, default=SEED, help="fixes the kinds and places of the kills"
+    )
     given = parser.parse_args(arguments)
     with tempfile.TemporaryDirectory(prefix="chaos-") as folder:
         figures = chaos(Path(folder), given.kills, given.seed)

@@ -30,14 +30,14 @@ _WRITES = os.O_WRONLY | os.O_RDWR
 
 
 def attempt(words: list[str], run: str, event: int | None, output: str) -> None:
-    """Run a command with its output in a file; ends the process with the command's exit status.
+    """Run a command with its output in a file, and end the process with its exit status.
 
     Args:
-        words: of the command line.
-        run: directory whose changes are counted.
-        event: SIGKILL this process before the change of that number, from 1; None: never.
-        output: file; ends with ``processor seconds: <how many>`` and ``changes: <how many>`` if the
-            command comes to its end.
+        words: The command line.
+        run: The directory whose changes are counted.
+        event: Number of the change, from 1, before which it kills itself with SIGKILL; None: never.
+        output: The file for its output, which ends with ``processor seconds: <how many>`` and
+            ``changes: <how many>`` if the command comes to its end.
     """
     with open(output, "wb", buffering=0) as file:
         for stream in (1, 2):

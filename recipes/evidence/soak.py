@@ -8,7 +8,6 @@ process holds on the step. Written to ``results/soak.json``.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import sys
 import tempfile
@@ -20,6 +19,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from recipes.run.files import write_json
 
 _BLOCKS = 20
 _T_95 = 2.101  # Student's t for 95 %, of 20 points and a line
@@ -39,7 +40,7 @@ class Sample:
 
 
 def sample(step: int) -> Sample:
-    """Of this process, now (Linux)."""
+    """Return what this process holds now (Linux)."""
     with open("/proc/self/statm", encoding="ascii") as file:
         pages = int(file.read().split()[1])
     rss = pages * os.sysconf("SC_PAGESIZE") / 2**20
@@ -74,7 +75,7 @@ def trend(steps: Sequence[float], values: Sequence[float]) -> dict[str, float]:
 
 
 def grows(name: str, found: dict[str, float]) -> bool:
-    """Whether it grows for certain, and by more than the limit."""
+    """Whether a quantity grows beyond its 95 % interval, and by more than its limit."""
     return found["growth_low"] > 0 and found["growth"] > LIMITS[name]
 
 
@@ -82,7 +83,7 @@ def report(samples: Sequence[Sample]) -> dict[str, Any]:
     """Trends of everything that was sampled, the first tenth of the steps left out.
 
     Raises:
-        ValueError: too few samples for a trend.
+        ValueError: Too few samples for a trend.
     """
     last = samples[-1].step
     rows = [row for row in samples if row.step >= _WARM_UP * last]
@@ -131,7 +132,7 @@ def _options(directory: Path, run: Path, steps: int) -> Any:
         build_image_processor,
         build_tokenizer,
     )
-    from recipes.options.train import TrainOptions
+    from recipes.options.parse import train_options
 
     sizes = Sizes(
         train_questions=8, train_solutions=2, cold_questions=1, meta_questions=4, meta_solutions=2,
@@ -144,7 +145,7 @@ def _options(directory: Path, run: Path, steps: int) -> Any:
     InternVLForConditionalGeneration(config).save_pretrained(model)
     build_tokenizer().save_pretrained(model)
     build_image_processor().save_pretrained(model)
-    return TrainOptions(
+    return train_options(
         model=str(model),
         system_prompt=SYSTEM_PROMPT,
         train_file=str(directory / "data" / "train.jsonl"),
@@ -178,8 +179,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logging.set_verbosity_error()
     with tempfile.TemporaryDirectory() as directory:
         found = soak(Path(directory), given.steps)
-    given.output.parent.mkdir(parents=True, exist_ok=True)
-    given.output.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    write_json(given.output, found)
     print(f"{found['steps']} steps in {found['seconds']} s")
     for name, line in found["trends"].items():
         slope = f"{line['slope_per_1000_steps']:+.5f} [{line['low']:+.5f}, {line['high']:+.5f}]"

@@ -2,15 +2,55 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, ClassVar, Literal
 
-from recipes.options.train import LoaderOptions, ScoringOptions, option
+from prm.names import DrawRule, TieRule
+from recipes.options.base import Condition, LoaderOptions, ScoringOptions, option
 
 _PROBABILITY = (
     "softmax that a step's score is read from, over the two labels or, as in DreamPRM-1.5, over "
     "the whole vocabulary"
 )
+
+
+_PROMPT = ("system_prompt", "context", "max_patches")
+
+
+def _scores_itself(given: Any) -> bool:
+    """Whether ``evaluate`` has to score a file."""
+    return given.scores is None or (given.dev is not None and given.dev_scores is None)
+
+
+DEV_NAMED = Condition(
+    lambda given: given.dev is not None,
+    text="{flags} has no effect without --dev: name the candidates too",
+)
+CHOSEN_BY_HAND = Condition(
+    lambda given: given.dev is None,
+    text="{flags}: no effect with --dev, which chooses: leave out one",
+)
+MODEL_ASKED = Condition(
+    _scores_itself, text="{flags}: no effect with --scores: nothing is scored. Leave out one"
+)
+
+
+def _by(*kinds: str, shown: str | None = None) -> Condition:
+    """Read by some ways of weighing."""
+    return Condition(
+        lambda given: given.by in kinds,
+        shown=shown,
+        text="{flags}: no effect with --by {by}; leave out",
+    )
+
+
+BY_WEIGHTING = _by("weighting", shown="by weighting")
+BY_A_RULE = _by("bis", "small-loss", "random")
+BY_BIS = _by("bis", shown="bis")
+BY_MODEL = _by("weighting", "small-loss")
+BY_REFERENCE = _by("weighting")
+BY_SEED = _by("weighting", "small-loss", "random")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,7 +64,7 @@ class ScoreOptions(LoaderOptions):
         "go on behind them",
     )
     probability: Literal["labels", "vocabulary"] = option("labels", _PROBABILITY)
-    eval_batch_size: int = option(64, "solutions per forward pass")
+    eval_batch_size: int = option(64, "solutions per forward pass", least=1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,15 +74,18 @@ class SelectOptions:
     scores: str = option(..., "scores.jsonl of `score`")
     output: str = option(..., "JSONL to write, one line a question")
     aggregation: str = option("mean", "which of the scores of a line decides")
-    tie: Literal["random", "first", "last"] = option(
-        "random", "which of several best candidates is taken"
-    )
-    seed: int = option(0, "fixes the draw among tied candidates")
+    tie: DrawRule = option("random", "which of several best candidates is taken")
+    seed: int = option(0, "fixes the draw among tied candidates", least=0)
 
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluateOptions(ScoringOptions):
     """Score a file of candidates with a model and select the best of each question."""
+
+    ONLY_WITH: ClassVar[Mapping[Condition, tuple[str, ...]]] = {
+        CHOSEN_BY_HAND: ("aggregation",),
+        MODEL_ASKED: ("model", *_PROMPT, "eval_batch_size", "workers"),
+    }
 
     file: str = option(..., "JSONL of candidates with `group`, `answer` and `correct`")
     output: str | None = option(None, "write the figures to this JSON file")
@@ -52,15 +95,19 @@ class EvaluateOptions(ScoringOptions):
     dev: str | None = option(
         None, "candidates on which aggregation and threshold are chosen before --file is looked at"
     )
-    dev_scores: str | None = option(None, "scores.jsonl of `score` for --dev")
+    dev_scores: str | None = option(None, "scores.jsonl of `score` for --dev", only_with=DEV_NAMED)
     baseline_scores: str | None = option(
         None, "scores.jsonl of another model for --file, to compare with"
     )
-    threshold: float = option(0.5, "a step whose score exceeds it is judged right")
-    tie: Literal["expected", "first", "last"] = option(
+    threshold: float = option(
+        0.5, "a step whose score exceeds it is judged right", only_with=CHOSEN_BY_HAND
+    )
+    tie: TieRule = option(
         "expected", "value of tied candidates: on average over a fair draw, the first's, the last's"
     )
-    probability: Literal["labels", "vocabulary"] = option("labels", _PROBABILITY)
+    probability: Literal["labels", "vocabulary"] = option(
+        "labels", _PROBABILITY, only_with=MODEL_ASKED
+    )
     meta_file: str | None = option(
         None,
         "meta set that the model's training weights were learned on, which --file must not share "
@@ -75,26 +122,38 @@ class EvaluateOptions(ScoringOptions):
 class WeighOptions(LoaderOptions):
     """Weights that a saved weighting, or a rule, gives the examples of a file."""
 
+    ONLY_WITH: ClassVar[Mapping[Condition, tuple[str, ...]]] = {
+        BY_MODEL: ("model", *_PROMPT, "workers"),
+        BY_SEED: ("seed",),
+    }
+    ASKS_MODEL: ClassVar[tuple[str, ...]] = (
+        *("model", "reference_model", *_PROMPT, "eval_batch_size", "workers"),
+    )
+    """What only a weighting that asks the model reads."""
+
     by: Literal["weighting", "bis", "small-loss", "random"] = option(
         "weighting",
         "what weighs: a learned --weighting; or a rule that keeps a share of the examples: those "
         "of highest Balanced-Information Score (arXiv 2602.04145), of smallest loss under --model, "
         "or drawn at random",
     )
-    weighting: str | None = option(None, "weighting directory of a run (by weighting)")
-    keep: float = option(0.25, "share of the examples that a rule keeps")
+    weighting: str | None = option(None, "weighting directory of a run", only_with=BY_WEIGHTING)
+    keep: float = option(0.25, "share of the examples that a rule keeps", only_with=BY_A_RULE)
     within: Literal["file", "domain"] = option(
-        "file", "what the share is of; bis was published with domain"
+        "file", "what the share is of; bis was published with domain", only_with=BY_A_RULE
     )
-    alpha: float = option(0.05, "what examples whose labels are all alike still count (bis)")
+    alpha: float = option(
+        0.05, "what examples whose labels are all alike still count", only_with=BY_BIS
+    )
     file: str = option(..., "JSONL; with step labels for an Instance Net and for rules")
     output: str = option(..., "weights.jsonl to write")
     reference_model: str | None = option(
         None,
         "model that the run started from, for an Instance Net with reference features (default: "
         "that of the run's args.yaml)",
+        only_with=BY_REFERENCE,
     )
-    eval_batch_size: int = option(64, "solutions per forward pass")
+    eval_batch_size: int = option(64, "solutions per forward pass", least=1, only_with=BY_MODEL)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,3 +166,8 @@ class ConvertModelOptions:
         "VisualPRM, DreamPRM-1.5), downloaded",
     )
     output: str = option(..., "folder to write; takes the place of a model everywhere")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EnvOptions:
+    """Versions, devices and the commit: what one pastes into a bug report."""

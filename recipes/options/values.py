@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import difflib
 import math
+import re
 import types
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin
 
 _SHOWN = 200
@@ -13,6 +16,24 @@ _SHOWN = 200
 
 class OptionError(ValueError):
     """An option or preset that cannot be used; the message says what to change."""
+
+
+@contextmanager
+def blaming(flags: str) -> Iterator[None]:
+    """Turn the ``ValueError`` of a constructor into an ``OptionError`` that names ``flags``.
+
+    Args:
+        flags: The options behind the constructor's arguments, as on the command line.
+
+    Raises:
+        OptionError: The body raised a ``ValueError``.
+    """
+    try:
+        yield
+    except OptionError:
+        raise
+    except ValueError as error:
+        raise OptionError(f"{flags}: {error}") from error
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
@@ -24,6 +45,21 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
 def shortened(text: str) -> str:
     """``text`` as it goes into a message."""
     return text if len(text) <= _SHOWN else text[: _SHOWN - 3] + "..."
+
+
+def resume_point(resume: str) -> tuple[Path, int | None]:
+    """What ``--resume`` names: a run directory and the step of a checkpoint in it.
+
+    ``runs/x`` is a run, ``runs/x/checkpoints/step-40`` a checkpoint of it.
+
+    Returns:
+        The run directory, and the step of the named checkpoint; None: the newest.
+    """
+    path = Path(resume)
+    named = re.fullmatch(r"step-(\d+)", path.name)
+    if named is None or path.parent.name != "checkpoints":
+        return path, None
+    return path.parent.parent, int(named[1])
 
 
 def element(hint: Any) -> tuple[Any, bool]:
@@ -39,7 +75,7 @@ def convert(value: Any, hint: Any, where: str) -> Any:
     """``value``, a word of the command line or what YAML read, as the type ``hint`` of a field.
 
     Raises:
-        OptionError: of another type, outside the choices, or not as many as expected; ``where``
+        OptionError: Of another type, outside the choices, or not as many as expected; ``where``
             says whose value it is.
     """
     optional = get_origin(hint) in (Union, types.UnionType)
@@ -76,11 +112,11 @@ def _convert_one(value: Any, kind: Any, where: str) -> Any:
     try:
         if kind is int and isinstance(value, float):
             raise ValueError
-        made = kind(value)
-        if kind is float and not math.isfinite(made):
+        converted = kind(value)
+        if kind is float and not math.isfinite(converted):
             raise ValueError
         if kind is str:
-            made.encode()
-        return made
+            converted.encode()
+        return converted
     except (ValueError, OverflowError) as error:
         raise refused from error

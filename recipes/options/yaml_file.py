@@ -34,19 +34,19 @@ class _PlainLoader(yaml.SafeLoader):
         return super().compose_node(parent, index)
 
     def construct_mapping(self, node: Any, deep: bool = False) -> Any:
-        made = super().construct_mapping(node, deep)
-        if isinstance(node, yaml.MappingNode) and len(made) < len(node.value):
+        mapping = super().construct_mapping(node, deep)
+        if isinstance(node, yaml.MappingNode) and len(mapping) < len(node.value):
             raise yaml.MarkedYAMLError(
                 problem="a key that is there twice", problem_mark=node.start_mark
             )
-        return made
+        return mapping
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """The keys and values of a file; empty for an empty file.
+    """Read the keys and values of a file; none of an empty file.
 
     Raises:
-        OptionError: not to be read, not YAML, more than 1 MiB, with aliases or a key twice, or
+        OptionError: Not to be read, not YAML, more than 1 MiB, with aliases or a key twice, or
             something else than keys and values.
     """
     try:

@@ -18,10 +18,10 @@ class Scans:
     """Some scans.
 
     Attributes:
-        x: pixels in [0, 1], [rows, 64].
-        y: the digit that the label says, int64 [rows].
-        true: the digit that it is, int64 [rows].
-        source: row of scikit-learn's data set, int64 [rows].
+        x: Pixels in [0, 1], [rows, 64].
+        y: The label, which may be wrong, int64 [rows].
+        true: The digit in the picture, int64 [rows].
+        source: Row of scikit-learn's data set, int64 [rows].
     """
 
     x: Tensor
@@ -54,7 +54,7 @@ def read_splits(generator: torch.Generator) -> Splits:
     """A random split: 10 scans of each digit for meta, 200 dev, 397 test, the rest for training.
 
     Raises:
-        ModuleNotFoundError: scikit-learn, which carries the scans, is not installed.
+        ModuleNotFoundError: Scikit-learn, which carries the scans, is not installed.
     """
     try:
         from sklearn.datasets import load_digits

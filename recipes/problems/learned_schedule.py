@@ -26,7 +26,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from bilevel import SGD, Adam, BilevelProblem, BilevelSolver, Unrolled, WarmupCosine
-from recipes.options.train import option
+from recipes.options.base import option
 from recipes.problems.digit_reweighting import init_network, logits
 from recipes.problems.digit_scans import Scans, read_splits, with_wrong_labels
 from recipes.problems.report import check_options, mean_interval, percent, run_recipe, text_table
@@ -99,19 +99,19 @@ def learn(solver: BilevelSolver, task: Task, schedule: Schedule, runs: int) -> S
 class ScheduleOptions:
     """Options of the command."""
 
-    seed: int = option(0, "fixes rows, wrong labels, networks and order")
-    steps: int = option(40, "K, lower steps of a training run")
+    seed: int = option(0, "fixes rows, wrong labels, networks and order", least=0)
+    steps: int = option(40, "K, lower steps of a training run", least=0)
     runs: int = option(100, "training runs to learn the schedule from")
     upper_lr: float = option(0.05, "learning rate of Adam on the logarithms of rates and decays")
     start_rate: float = option(0.1, "rate of every step before learning")
     start_decay: float = option(1e-3, "decay of every step before learning")
     rows: int = option(300, "training rows")
     wrong_share: float = option(0.3, "share of their labels that are wrong")
-    batch_size: int = option(50, "rows per lower step")
+    batch_size: int = option(50, "rows per lower step", least=1)
     hidden: int = option(64, "units in the hidden layer of the classifier")
     grid_runs: int = option(5, "training runs per schedule of the grid")
     test_runs: int = option(10, "fresh training runs that each schedule is judged by")
-    threads: int = option(1, "CPU threads of torch (0: all cores)")
+    threads: int = option(1, "CPU threads of torch (0: all cores)", least=0)
     output: str | None = option(None, "write every figure to this JSON file")
 
     def __post_init__(self) -> None:
@@ -184,9 +184,9 @@ def train(task: Task, schedule: Schedule, run: int) -> Params:
 @torch.no_grad()
 def judge(theta: Params, rows: Scans) -> tuple[float, float]:
     """Loss and accuracy by the true labels."""
-    said = logits(theta, rows.x)
-    right = said.argmax(1) == rows.true
-    return float(cross_entropy(said, rows.true)), float(right.double().mean())
+    outputs = logits(theta, rows.x)
+    right = outputs.argmax(1) == rows.true
+    return float(cross_entropy(outputs, rows.true)), float(right.double().mean())
 
 
 def search_grid(

@@ -37,7 +37,7 @@ from bilevel import (
     Unrolled,
     WarmupCosine,
 )
-from recipes.options.train import option
+from recipes.options.base import option
 from recipes.problems.report import check_options, mean_interval, percent, run_recipe, text_table
 
 START, PRIOR = -4.0, 0.03  # λ₀, where the search starts, and the strength of the prior
@@ -97,13 +97,13 @@ def search(
 class RegularizationOptions:
     """Options of the command."""
 
-    seed: int = option(0, "the first seed")
-    seeds: int = option(3, "how many; each splits the rows in its own way")
+    seed: int = option(0, "the first seed", least=0)
+    seeds: int = option(3, "how many; each splits the rows in its own way", least=1)
     lower_steps: int = option(40, "steps on w per step on the penalties")
     truncated: int = option(10, "how many of them the truncated unroll goes through")
     upper_steps: int = option(100, "steps on the penalties")
     cg_iterations: int = option(10, "of the implicit hypergradient; each starts at the last answer")
-    threads: int = option(1, "CPU threads of torch (0: all cores)")
+    threads: int = option(1, "CPU threads of torch (0: all cores)", least=0)
     output: str | None = option(None, "write every figure to this JSON file")
 
     def __post_init__(self) -> None:
@@ -128,7 +128,7 @@ def read_splits(generator: torch.Generator) -> Splits:
     """A random split of scikit-learn's breast-cancer data, float64: 200, 150 and 219 rows.
 
     Raises:
-        ModuleNotFoundError: scikit-learn, which carries the data, is not installed.
+        ModuleNotFoundError: Scikit-learn, which carries the data, is not installed.
     """
     try:
         from sklearn.datasets import load_breast_cancer

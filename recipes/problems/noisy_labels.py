@@ -18,7 +18,7 @@ from torch import Tensor
 
 from bilevel import BilevelSolver, BilevelState, ReweightingProblem, WarmupCosine
 from prm.evaluation.metrics import roc_auc
-from recipes.options.train import option
+from recipes.options.base import option
 from recipes.problems.digit_reweighting import (
     Batch,
     Params,
@@ -65,10 +65,12 @@ class NoisyLabelOptions:
     long_tail: bool = option(False, "rare classes with right labels, instead of wrong labels")
     wrong_share: float = option(0.4, "share of the training labels that are wrong")
     imbalance: float = option(20.0, "long tail: rows of the fullest class per row of the rarest")
-    seed: int = option(0, "the first seed")
-    seeds: int = option(4, "how many; each has its own split, damage, network and order of rows")
-    steps: int = option(1000, "lower steps of every method")
-    batch_size: int = option(50, "rows per lower step")
+    seed: int = option(0, "the first seed", least=0)
+    seeds: int = option(
+        4, "how many; each has its own split, damage, network and order of rows", least=1
+    )
+    steps: int = option(1000, "lower steps of every method", least=0)
+    batch_size: int = option(50, "rows per lower step", least=1)
     hidden: int = option(256, "units in the hidden layer of the classifier")
     lower_lr: float = option(1e-3, "learning rate of AdamW")
     table_lr: float = option(0.05, "Instance Table: how far one visit can move a weight")
@@ -80,7 +82,7 @@ class NoisyLabelOptions:
         (0.95, 0.99), "shares of the ceiling's dev score, the times to which are taken"
     )
     methods: tuple[str, ...] = option((), "rows of the table; default: all")
-    threads: int = option(1, "CPU threads of torch (0: all cores)")
+    threads: int = option(1, "CPU threads of torch (0: all cores)", least=0)
     output: str | None = option(None, "write every figure to this JSON file")
 
     def __post_init__(self) -> None:

@@ -13,8 +13,10 @@ from typing import Any, NamedTuple, TypeVar
 
 import torch
 
-from recipes.options.train import OptionError, build_parser, resolve
-from recipes.run.directory import environment, write_json
+from recipes.options.parse import build_parser, resolve
+from recipes.options.values import OptionError
+from recipes.run.files import write_json
+from recipes.run.provenance import environment
 
 Options = TypeVar("Options")
 
@@ -84,10 +86,10 @@ def run_recipe(
     """Read the options, run, print the table, write ``--output``; returns the exit status.
 
     Args:
-        module: name of the recipe's module, run by ``python -m``.
-        kind: dataclass of its options, with ``threads`` and ``output`` among them.
-        run: options -> (text to print, content of the JSON file).
-        arguments: of the command line; None: those of this process.
+        module: Name of the recipe's module, run by ``python -m``.
+        kind: The dataclass of its options, with ``threads`` and ``output`` among them.
+        run: Function from the options to the text to print and the content of the JSON file.
+        arguments: The command line; None: that of this process.
     """
     given = list(sys.argv[1:] if arguments is None else arguments)
     assert run.__doc__ is not None

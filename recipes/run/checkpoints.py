@@ -1,4 +1,4 @@
-"""Checkpoints of a run: all that it needs to go on as if it had never been interrupted.
+"""Checkpoints of a run: all that it needs to go on as if nothing had interrupted it.
 
 ``checkpoints/step-<n>/`` holds, after n lower steps,
 
@@ -8,21 +8,20 @@
   last line of ``log.jsonl``, and the troubles so far.
 
 Order of data, schedules and visits are functions of the step; there is nothing to store. A
-checkpoint is complete or it is not there: it is written under a temporary name, flushed to disk,
-and renamed; the oldest are removed only then.
+checkpoint is complete or it is not there (``recipes.run.files.complete_directory``); the oldest are
+removed only then.
 
-With a hypergradient through a window of several lower steps the state between its steps is none
-that training could go on from: a checkpoint that falls due inside is written at the window's end.
+With a hypergradient through a window of several lower steps, training cannot go on from a state
+within the window: a checkpoint that falls due there is written at the window's end.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -36,25 +35,24 @@ from torch import Tensor
 from bilevel import BilevelState, tree
 from bilevel.autodiff.random_state import RandomState
 from recipes.options.values import OptionError
-from recipes.run.directory import write_text
 from recipes.run.errors import WriteError
+from recipes.run.files import UNFINISHED, complete_directory, remove_directory, write_text
 from recipes.run.identity import differences, digest_file
 from recipes.run.step_log import Unlogged
 from recipes.run.trouble import Seen
 
 _STATE, _RUN = "state.safetensors", "run.json"
-_UNFINISHED = ".tmp"
 
 
 @dataclass(frozen=True)
 class Progress:
-    """What of a run changes from step to step.
+    """The part of a run that changes from step to step.
 
     Attributes:
-        state: of both levels.
-        random: torch's random states after the step.
-        unlogged: what happened since the last line of the log.
-        seen: troubles so far.
+        state: The state of both levels.
+        random: The random states of torch after the step.
+        unlogged: What happened since the last line of the log.
+        seen: The troubles so far.
     """
 
     state: BilevelState
@@ -69,9 +67,9 @@ class Checkpoints:
 
     Attributes:
         directory: ``<run directory>/checkpoints``.
-        every: lower steps between checkpoints; 0: none.
-        keep: how many of the newest to keep; 0: all. The newest that was due stays in any case.
-        identity: of the run (``recipes.run.identity``).
+        every: Lower steps between checkpoints; 0: none are due.
+        keep: How many of the newest to keep; 0: all. The newest that was due stays in any case.
+        identity: The identity of the run (``recipes.run.identity``).
     """
 
     directory: Path
@@ -84,17 +82,20 @@ class Checkpoints:
         return self.every > 0 and after // self.every > before // self.every
 
     def save(self, progress: Progress, *, due: bool = True) -> Path:
-        """Write a checkpoint, then remove the oldest beyond ``keep``; returns its directory.
+        """Write a checkpoint, then remove the oldest beyond ``keep``.
 
-        The run has one state at a step: a checkpoint of it that is there already stays.
-        Costs one copy of the state in memory.
+        A run has one state at a step: if there is a checkpoint of that step, it stays. Writing
+        takes one copy of the state in memory.
 
         Args:
-            progress: the state and what belongs to it.
-            due: whether it is one of those of ``every``; ``--on-trouble rollback`` returns to such.
+            progress: The state and what belongs to it.
+            due: Whether it is one of those of ``every``; ``--on-trouble rollback`` returns to such.
+
+        Returns:
+            The checkpoint's directory.
 
         Raises:
-            WriteError: something cannot be written; what was complete before still is.
+            WriteError: Something cannot be written; complete checkpoints are as they were.
         """
         path = self.directory / f"step-{int(progress.state.lower_steps)}"
         try:
@@ -103,46 +104,41 @@ class Checkpoints:
             if self.keep:
                 complete = self._complete()
                 stays = {*complete[-self.keep :], next(self._due(), path)}
-                _remove(old for old in complete if old not in stays)
+                for old in complete:
+                    if old not in stays:
+                        remove_directory(old)
         except (OSError, SafetensorError) as error:
-            # Half a checkpoint must not take the space that the rest of the run needs.
-            shutil.rmtree(path.with_name(path.name + _UNFINISHED), ignore_errors=True)
             raise WriteError(f"{path}: cannot be written ({error})") from error
         return path
 
     def _write(self, path: Path, progress: Progress, due: bool) -> None:
-        for leftover in self.directory.glob(f"step-*{_UNFINISHED}"):
+        for leftover in self.directory.glob(f"step-*{UNFINISHED}"):
             shutil.rmtree(leftover)
-        unfinished = path.with_name(path.name + _UNFINISHED)
-        unfinished.mkdir(parents=True)
-        save_file(_tensors(progress), unfinished / _STATE)
-        content = {
-            "step": int(progress.state.lower_steps),
-            "due": due,
-            "identity": self.identity,
-            "unlogged": asdict(progress.unlogged),
-            "seen": asdict(progress.seen),
-        }
-        content["sha256"] = _seal(unfinished / _STATE, content)
-        write_text(unfinished / _RUN, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
-        _flush(unfinished / _STATE)
-        _flush(unfinished)
-        os.replace(unfinished, path)
-        _flush(self.directory)
+        with complete_directory(path) as unfinished:
+            save_file(_tensors(progress), unfinished / _STATE)
+            content = {
+                "step": int(progress.state.lower_steps),
+                "due": due,
+                "identity": self.identity,
+                "unlogged": asdict(progress.unlogged),
+                "seen": asdict(progress.seen),
+            }
+            content["sha256"] = _seal(unfinished / _STATE, content)
+            write_text(unfinished / _RUN, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
 
     def newest(self) -> Path | None:
-        """The newest complete checkpoint."""
+        """Return the newest complete checkpoint, if any."""
         return next(reversed(self._complete()), None)
 
     def newest_due(self) -> Path | None:
-        """The newest complete one of those of ``every``."""
+        """Return the newest complete checkpoint that was due, if any."""
         return next(self._due(), None)
 
     def named(self, steps: int) -> Path:
-        """The checkpoint after ``steps``.
+        """Return the checkpoint after ``steps`` lower steps.
 
         Raises:
-            OptionError: there is none, or it is not complete.
+            OptionError: There is none, or it is not complete.
         """
         path = self.directory / f"step-{steps}"
         if not path.is_dir():
@@ -151,21 +147,22 @@ class Checkpoints:
         return path
 
     def remove_after(self, steps: int) -> list[str]:
-        """Remove the checkpoints of later steps; returns their names."""
+        """Remove the checkpoints after more than ``steps`` lower steps, and return their names."""
         later = [path for path in self._complete() if _steps(path) > steps]
-        _remove(later)
+        for path in later:
+            remove_directory(path)
         return [path.name for path in later]
 
     def load(self, path: Path, example: BilevelState) -> Progress:
-        """What a checkpoint holds, on the devices of ``example``.
+        """Read a checkpoint onto the devices of ``example``.
 
         Args:
-            path: of the checkpoint.
-            example: a state of this run, for the structure: ``solver.init(...)``.
+            path: The checkpoint's directory.
+            example: A state of this run, for the structure: ``solver.init(...)``.
 
         Raises:
-            OptionError: it cannot be read, some of it has changed since it was written, or it is
-                of another run; the message lists what differs.
+            OptionError: It cannot be read, some of it has changed since it was written, or it is
+                of another run; the message lists the differences.
         """
         with _readable(path):
             run = json.loads((path / _RUN).read_text(encoding="utf-8"))
@@ -186,22 +183,22 @@ class Checkpoints:
             return Progress(state, random, Unlogged(**run["unlogged"]), Seen(**run["seen"]))
 
     def _due(self) -> Iterator[Path]:
-        """Directories of complete checkpoints that were due, newest first."""
+        """Yield the directories of complete checkpoints that were due, newest first."""
         for path in reversed(self._complete()):
             with suppress(OptionError), _readable(path):
                 if json.loads((path / _RUN).read_text(encoding="utf-8"))["due"]:
                     yield path
 
     def _complete(self) -> list[Path]:
-        """Directories of complete checkpoints, oldest first."""
-        found = [p for p in self.directory.glob("step-*") if re.fullmatch(r"step-\d+", p.name)]
-        return sorted(found, key=_steps)
+        """Return the directories of complete checkpoints, oldest first."""
+        paths = [p for p in self.directory.glob("step-*") if re.fullmatch(r"step-\d+", p.name)]
+        return sorted(paths, key=_steps)
 
 
 def _seal(state: Path, content: Mapping[str, Any]) -> str:
-    """SHA-256 of a checkpoint: of the state's bytes, and of everything else that ``run.json`` says.
+    """Return the SHA-256 of the state's bytes and of everything else in ``run.json``.
 
-    A disk or a copy that changed a bit must not change a run without a word.
+    With it, a bit that a disk or a copy changed is an error; else it would change the run.
     """
     text = digest_file(state) + json.dumps(content, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
@@ -209,7 +206,7 @@ def _seal(state: Path, content: Mapping[str, Any]) -> str:
 
 @contextmanager
 def _readable(path: Path) -> Iterator[None]:
-    """Whatever is wrong with the content of a checkpoint becomes an ``OptionError``."""
+    """Turn any error of reading a checkpoint into an ``OptionError``."""
     try:
         yield
     except OptionError:
@@ -255,21 +252,3 @@ def _levels_and_random(
     random = {name: tensor.clone() for name, tensor in parts["random"].items()}
     cpu = random.pop("cpu")
     return state, RandomState(cpu, tuple((torch.device(name), s) for name, s in random.items()))
-
-
-def _flush(path: Path) -> None:
-    """Bring a file, or the names in a directory, to the disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def _remove(paths: Iterable[Path]) -> None:
-    """Remove directories, each under a temporary name, so that no half of one looks complete."""
-    for path in paths:
-        if path.is_dir():
-            doomed = path.with_name(path.name + _UNFINISHED)
-            os.replace(path, doomed)
-            shutil.rmtree(doomed)

@@ -1,30 +1,25 @@
-"""The run directory: what a run was, what it logged, what it found (design: the run contract)."""
+"""The run directory: make it, find a free one, and describe a new run in it."""
 
 from __future__ import annotations
 
-import json
-import os
-import platform
-import sys
-from collections.abc import Mapping, Sequence
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from recipes.options.train import OptionError, to_yaml
-from recipes.run.provenance import data_fingerprints, git_state
+from recipes.options.flat import flatten
+from recipes.options.parse import to_yaml
+from recipes.options.values import OptionError
+from recipes.run.files import UNFINISHED, write_json, write_text
+from recipes.run.provenance import data_fingerprints, environment
 
-_PACKAGES = ("bilevel-prm", "torch", "transformers", "torchopt", "safetensors", "numpy", "pillow")
-
-
-LOCK = "lock"  # of the process that works in the directory: recipes.run.lock
+LOCK = "lock"
+"""Name of the file that names the process at work in the directory (``recipes.run.lock``)."""
 
 
 def make_directory(path: Path) -> None:
-    """Make ``path``, unless it is there.
+    """Make a directory, unless it is there.
 
     Raises:
-        OptionError: it is a file.
+        OptionError: ``path`` is a file.
     """
     if path.exists() and not path.is_dir():
         raise OptionError(f"--output-dir {path}: exists and is not a directory; choose another")
@@ -35,7 +30,7 @@ def describe_run(path: Path, options: Any) -> None:
     """Write ``args.yaml`` and ``env.json`` into the directory of a new run.
 
     Raises:
-        OptionError: ``path`` holds a run already, or anything else.
+        OptionError: ``path`` holds a run or anything else already.
     """
     if _holds_something(path):
         what = "already holds a run" if (path / "args.yaml").exists() else "is not empty"
@@ -43,12 +38,18 @@ def describe_run(path: Path, options: Any) -> None:
             f"--output-dir {path}: {what}; nothing was overwritten. Choose another directory or "
             "remove this one"
         )
-    write_json(path / "env.json", {**environment(), "data": data_fingerprints(options)})
+    write_json(path / "env.json", {**environment(), "data": data_fingerprints(flatten(options))})
     write_text(path / "args.yaml", to_yaml(options))
 
 
 def free_directory(path: Path, on_existing: str) -> Path:
-    """``path``, or with "number" the first of path, path-2, path-3, ... that holds nothing yet."""
+    """Return the directory for a new run.
+
+    Args:
+        path: The directory that was asked for.
+        on_existing: "refuse": ``path`` itself, whatever it holds; "number": the first of path,
+            path-2, path-3, ... that holds nothing yet.
+    """
     if on_existing == "refuse":
         return path
     number, candidate = 1, path
@@ -59,44 +60,8 @@ def free_directory(path: Path, on_existing: str) -> Path:
 
 
 def _holds_something(path: Path) -> bool:
-    """Whether there is more than what a run that was killed before its first line leaves behind."""
+    """Whether there is more than a run leaves that was killed before ``args.yaml`` was written."""
     return any(
-        entry.name not in (LOCK, "env.json") and entry.suffix != ".tmp" for entry in path.iterdir()
+        entry.name not in (LOCK, "env.json") and entry.suffix != UNFINISHED
+        for entry in path.iterdir()
     )
-
-
-def environment() -> dict[str, Any]:
-    """Versions and machine, for bug reports and for comparing runs."""
-    import torch
-
-    versions = {}
-    for name in _PACKAGES:
-        try:
-            versions[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            versions[name] = "not installed as a package"
-    return {
-        "python": sys.version.split()[0],
-        "platform": f"{platform.system()} {platform.machine()}",
-        "cpus": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "cuda": torch.version.cuda if torch.cuda.is_available() else None,
-        "packages": versions,
-        "git": git_state(),
-    }
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a file so that it is either the old one or complete: other name first, then rename."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(path.name + ".tmp")
-    with unfinished.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(unfinished, path)
-
-
-def write_json(path: Path, content: Mapping[str, Any] | Sequence[Any]) -> None:
-    """``write_text`` of indented JSON; NaN is refused, it is not JSON."""
-    write_text(path, json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False) + "\n")

@@ -1,4 +1,4 @@
-"""How a run ends early: what went wrong, in words that say what is kept and how to go on."""
+"""Errors that end a run early; their messages say what is kept and how to go on."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Stopped(RunError):
     """The run was asked to stop (a signal), and did, after a complete step.
 
     Attributes:
-        status: exit status for the command: 128 + number of the signal, as shells count.
+        status: Exit status for the command: 128 + number of the signal, as shells count.
     """
 
     def __init__(self, message: str, status: int) -> None:

@@ -1,25 +1,58 @@
-"""One process per run directory: a file that says who is at work there.
+"""One process per run directory: a file that names the process at work there.
 
-``lock`` holds the process id, the host and when the process started. It is removed when the run
-ends, however it ends, unless the process is killed: then the next run finds that no such process is
-there any more (the same id with another start counts as another process) and takes the lock over.
-Across hosts nobody can look; a lock of another host is respected until somebody removes it.
+The file ``lock`` is a ``filelock.SoftFileLock``: it holds the process id, the host and, where the
+system tells it, the start of the process. It is removed when the run ends, however it ends, unless
+the process is killed. The next run then finds that this process is gone (the same id with another
+start is another process) and takes the lock over. Nobody can see the processes of another host: its
+lock is respected until somebody removes the file.
+
+Three things here are not in ``SoftFileLock`` (4.2.11):
+
+* Looking without locking. ``runs show`` must not write into a run directory.
+* Processes that have ended and that their parent has not waited for yet. They still have their id,
+  and in a container whose first process waits for nobody they keep it for ever.
+* Taking over where the file system cannot exchange two names (NFS, SMB).
 """
 
 from __future__ import annotations
 
 import fcntl
-import json
 import os
-import socket
+import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+
+from filelock import SoftFileLock, Timeout
 
 from recipes.options.values import OptionError
-from recipes.run.directory import LOCK, write_text
+from recipes.run.directory import LOCK
+
+_NO_PROCESS = 2**31 - 1
+"""A process id that no system gives."""
+
+
+@dataclass(frozen=True)
+class _Record:
+    """A lock file as it was read.
+
+    Attributes:
+        text: Process id, host and start of the process, a line each.
+        since: When it was written, in seconds since the epoch.
+    """
+
+    text: str
+    since: float
+
+    def __str__(self) -> str:
+        lines = self.text.splitlines()
+        if len(lines) < 2 or not lines[0].isdecimal():
+            return "its lock cannot be read"
+        host = lines[1].partition("?pidns-")[0]  # filelock adds the namespace of process ids
+        since = time.strftime("%Y-%m-%d %H:%M:%S %z", time.localtime(self.since))
+        return f"process {lines[0]} on {host}, since {since}"
 
 
 @contextmanager
@@ -27,98 +60,89 @@ def locked(directory: Path) -> Iterator[None]:
     """Hold the lock of a run directory, which must exist, while the body runs.
 
     Raises:
-        OptionError: another process holds it.
-        OSError: the lock cannot be written.
+        OptionError: Another process holds it.
+        OSError: The lock cannot be written.
     """
     path = directory / LOCK
-    _acquire(path)
+    lock = SoftFileLock(path, timeout=0)
+    with _one_starts(directory):
+        record = _read(path)
+        if record is not None:
+            if _is_held(record):
+                raise _refused(path, record)
+            lock.break_lock()
+            print(f"{directory}: took over the lock of a killed run ({record})")
+        try:
+            lock.acquire()
+        except Timeout:
+            raise _refused(path, _read(path)) from None
     try:
         yield
     finally:
         with suppress(OSError):
-            path.unlink()
+            lock.release()
 
 
 def at_work(directory: Path) -> bool:
     """Whether a process holds the lock of a run directory; one on another host counts as there."""
-    try:
-        holder = _read(directory / LOCK)
-    except FileNotFoundError:
-        return False
-    return _holds(holder)
+    record = _read(directory / LOCK)
+    return record is not None and _is_held(record)
 
 
-def _acquire(path: Path) -> None:
-    """Write the lock, unless somebody has it; looking and writing are one to other processes."""
-    folder = os.open(path.parent, os.O_RDONLY)
+@contextmanager
+def _one_starts(directory: Path) -> Iterator[None]:
+    """Let one process at a time look at the lock of a directory and write its own."""
+    folder = os.open(directory, os.O_RDONLY)
     try:
         with suppress(OSError):  # a file system without such locks: two starts at once may both win
             fcntl.flock(folder, fcntl.LOCK_EX)
-        # Read, not looked for first: its owner removes it whenever its run ends.
-        with suppress(FileNotFoundError):
-            holder = _read(path)
-            if _holds(holder):
-                raise OptionError(
-                    f"{path.parent}: another process works in this run directory "
-                    f"({_spelled(holder)}). Wait for it or stop it; if it is gone, remove {path}"
-                )
-            print(f"{path.parent}: took over the lock of a killed run ({_spelled(holder)})")
-        write_text(path, json.dumps(_myself()) + "\n")
+        yield
     finally:
         os.close(folder)
 
 
-def _holds(holder: dict[str, Any] | None) -> bool:
-    """Whether what a lock says keeps others out: its process lives, or nobody here can tell."""
-    return holder is None or holder.get("host") != socket.gethostname() or _lives(holder)
+def _read(path: Path) -> _Record | None:
+    """Return what a lock says; None: there is no lock."""
+    # Not looked for first: its owner removes it whenever its run ends.
+    try:
+        with path.open("rb") as file:
+            text, since = file.read(2**10), os.fstat(file.fileno()).st_mtime
+    except FileNotFoundError:
+        return None
+    return _Record(text.decode("utf-8", "replace"), since)
 
 
-def _read(path: Path) -> dict[str, Any] | None:
-    """What a lock says; None: it cannot be understood.
+def _is_held(record: _Record) -> bool:
+    """Whether a lock keeps others out: its process lives, or nobody here can tell.
 
-    Raises:
-        FileNotFoundError: there is no lock.
+    Whether the process lives is for ``SoftFileLock`` to say, which can only be asked by acquiring:
+    here a copy of the lock, in another directory.
     """
+    text, (pid, _, rest) = record.text, record.text.partition("\n")
+    if _has_ended(pid):
+        text = f"{_NO_PROCESS}\n{rest}"
+    with tempfile.TemporaryDirectory() as folder:
+        copy = Path(folder) / LOCK
+        copy.write_bytes(text.encode())
+        try:
+            with SoftFileLock(copy, timeout=0):
+                return False
+        except Timeout:
+            return True
+
+
+def _has_ended(pid: str) -> bool:
+    """Whether a process of this host has ended and only waits for its parent to see that."""
     try:
-        holder = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError:
-        return None
-    return holder if isinstance(holder, dict) and isinstance(holder.get("pid"), int) else None
-
-
-def _spelled(holder: dict[str, Any] | None) -> str:
-    if holder is None:
-        return "its lock cannot be read"
-    return f"process {holder['pid']} on {holder.get('host')}, since {holder.get('since')}"
-
-
-def _myself() -> dict[str, Any]:
-    return {
-        "pid": os.getpid(),
-        "host": socket.gethostname(),
-        "since": time.strftime("%Y-%m-%d %H:%M:%S %z"),
-        "started": _started(os.getpid()),
-    }
-
-
-def _lives(holder: dict[str, Any]) -> bool:
-    """Whether the process is there, and is the one that wrote the lock."""
-    pid = holder["pid"]
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
+        stat = Path(f"/proc/{int(pid)}/stat").read_text(encoding="utf-8", errors="replace")
+    except (OSError, ValueError):
         return False
-    except PermissionError:
-        pass  # somebody else's, so it is there
-    started = _started(pid)
-    return started != "ended" and started == holder.get("started", started)
+    return stat.rpartition(")")[2].split()[0] in "ZX"
 
 
-def _started(pid: int) -> str | None:
-    """Clock ticks from boot to the start of a process; "ended": only waited for; None: unknown."""
-    try:
-        stat = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        return None
-    after_name = stat.rpartition(")")[2].split()
-    return "ended" if after_name[0] in "ZX" else after_name[19]
+def _refused(path: Path, record: _Record | None) -> OptionError:
+    holder = "it has just started" if record is None else record
+    return OptionError(
+        f"{path.parent}: another process works in this run directory ({holder}). Wait for it or "
+        f"stop it; if it is gone, remove {path}"
+    )

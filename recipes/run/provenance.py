@@ -1,19 +1,108 @@
-"""Where a run comes from: the commit of the code, fingerprints of the data. Without torch."""
+"""What a run or a measurement was made with: code, packages, machine, data.
+
+Importing this module does not import torch.
+"""
 
 from __future__ import annotations
 
 import hashlib
+import os
+import platform
 import subprocess
+import sys
+from collections.abc import Mapping
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+PACKAGE = "bilevel-prm"
+_PACKAGES = ("torch", "transformers", "torchopt", "safetensors", "numpy", "pillow", "tokenizers")
+_EXTRAS = ("scikit-learn", "peft", "gguf", "accelerate")
 _BLOCK = 2**20
 _FILES = ("train_file", "meta_file", "dev_file", "test_file", "weights_file")
 _ROOT = Path(__file__).resolve().parents[2]
 
 
+def environment() -> dict[str, Any]:
+    """Versions and machine, for bug reports and for comparing runs.
+
+    ``bilevel-prm env`` prints it; ``env.json`` of a run holds it.
+    """
+    import torch
+
+    return {
+        "python": sys.version.split()[0],
+        "platform": f"{platform.system()} {platform.machine()}",
+        "cpus": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "cuda": torch.version.cuda if torch.cuda.is_available() else None,
+        "devices": _devices(),
+        "packages": {name: version_of(name) for name in (PACKAGE, *_PACKAGES, *_EXTRAS)},
+        "git": git_state(),
+    }
+
+
+def environment_text() -> str:
+    """``environment`` as lines for a bug report."""
+    values = environment()
+    git = values["git"]
+    commit = "no checkout" if git is None else git["commit"]
+    if git is not None and git["dirty"]:
+        commit += ", with changes"
+    lines = {
+        PACKAGE: values["packages"].pop(PACKAGE),
+        "commit": commit,
+        "python": values["python"],
+        "platform": values["platform"],
+        "CPUs": f"{values['cpus']}, {values['threads']} threads of torch",
+        "devices": ", ".join(values["devices"]) or "none",
+        "CUDA": values["cuda"] or "none",
+        **values["packages"],
+    }
+    width = max(map(len, lines))
+    return "\n".join(f"{name:<{width}}  {value}" for name, value in lines.items())
+
+
+def version_of(package: str) -> str:
+    """Version of an installed distribution, or that it is not installed."""
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "not installed as a package" if package == PACKAGE else "not installed"
+
+
+def _devices() -> list[str]:
+    """Accelerators that torch can use, by kind and name."""
+    import torch
+
+    devices = [f"cuda: {torch.cuda.get_device_name(n)}" for n in range(torch.cuda.device_count())]
+    if torch.backends.mps.is_available():
+        devices.append("mps")
+    devices += [f"xpu: {torch.xpu.get_device_name(n)}" for n in range(torch.xpu.device_count())]
+    return devices
+
+
+def machine() -> dict[str, Any]:
+    """Return the architecture, the processor, and the numbers of CPUs and of torch's threads."""
+    import torch
+
+    return {
+        "architecture": platform.machine(),
+        "processor": _processor(),
+        "cpus": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+    }
+
+
+def _processor() -> str:
+    path = Path("/proc/cpuinfo")
+    lines = path.read_text().splitlines() if path.is_file() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor()
+
+
 def git_state(root: Path = _ROOT) -> dict[str, Any] | None:
-    """Commit of the checkout that ``root`` is, and whether files of it differ; None: it is none."""
+    """Return the commit of a checkout and whether its files differ; None: it is no checkout."""
     top = _git(root, "rev-parse", "--show-toplevel")
     commit = _git(root, "rev-parse", "HEAD")
     # An installed package may lie in somebody else's repository.
@@ -23,14 +112,14 @@ def git_state(root: Path = _ROOT) -> dict[str, Any] | None:
     return {"commit": commit, "dirty": None if changed is None else bool(changed)}
 
 
-def data_fingerprints(options: Any) -> dict[str, dict[str, Any]]:
-    """Fingerprint of every data file that ``options`` name, by the option."""
-    named = {name: getattr(options, name, None) for name in _FILES}
+def data_fingerprints(options: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Fingerprint of every data file that options name, by the flat name of the option."""
+    named = {name: options.get(name) for name in _FILES}
     return {name: fingerprint(Path(path)) for name, path in named.items() if path is not None}
 
 
 def fingerprint(path: Path) -> dict[str, Any]:
-    """Path, size, SHA-256 of the first and the last MiB, and number of lines (one read)."""
+    """Read a file once: path, size, SHA-256 of its first and last MiB, and number of lines."""
     digest, lines = hashlib.sha256(), 0
     with path.open("rb") as file:
         first = last = block = file.read(_BLOCK)

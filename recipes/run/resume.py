@@ -1,4 +1,4 @@
-"""Where a run starts: at the beginning, in a new directory, or where it was interrupted."""
+"""Open a run: at its beginning, in a new directory, or where it was interrupted."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import json
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -14,20 +14,16 @@ from safetensors import SafetensorError
 
 from bilevel import BilevelState
 from bilevel.autodiff.random_state import capture
-from recipes.options.resume_point import resume_point
-from recipes.options.train import LowerOptions, OptionError, TrainOptions, to_yaml
+from recipes.options.parse import changed, to_yaml
+from recipes.options.train import LowerOptions, TrainOptions
+from recipes.options.values import OptionError, resume_point
 from recipes.run.checkpoints import Checkpoints, Progress
-from recipes.run.directory import (
-    describe_run,
-    environment,
-    free_directory,
-    make_directory,
-    write_json,
-    write_text,
-)
+from recipes.run.directory import describe_run, free_directory, make_directory
 from recipes.run.errors import RunError, WriteError
+from recipes.run.files import write_json, write_text
 from recipes.run.identity import identity
 from recipes.run.lock import locked
+from recipes.run.provenance import environment
 
 
 @dataclass(frozen=True)
@@ -35,11 +31,11 @@ class Run:
     """A run that is under way.
 
     Attributes:
-        command: that takes it up again.
-        directory: of the run.
-        checkpoints: in it.
-        beginning: before the first step.
-        start: where it stands.
+        command: The command that resumes it.
+        directory: The run directory.
+        checkpoints: Its checkpoints.
+        beginning: The state before the first step.
+        start: The state that training starts from.
     """
 
     command: str
@@ -50,18 +46,23 @@ class Run:
 
     @property
     def log(self) -> Path:
-        """``log.jsonl``."""
+        """The file of the log, ``log.jsonl``."""
         return self.directory / "log.jsonl"
 
     def before_trouble(self) -> Progress:
-        """What ``--on-trouble rollback`` returns to: the newest checkpoint that was due, if any."""
+        """Return the state for ``--on-trouble rollback``.
+
+        It is that of the newest checkpoint that was due, or the beginning.
+        """
         path = self.checkpoints.newest_due()
         return self.beginning if path is None else self.checkpoints.load(path, self.start.state)
 
     def keep(self, progress: Progress) -> str:
-        """Save the state, due or not; returns where it is and how to go on, in words.
+        """Save the state, whether or not a checkpoint is due.
 
-        What cannot be written does not raise here: the words say so.
+        Returns:
+            A sentence on where the state is and how to go on. If the state cannot be written, the
+            sentence says so; nothing is raised.
         """
         steps, failed = int(progress.state.lower_steps), ""
         if steps:
@@ -78,7 +79,7 @@ class Run:
 
     @contextmanager
     def keeping(self, progress: Progress) -> Iterator[None]:
-        """Save ``progress`` if the body fails or is interrupted, and let its error say so."""
+        """Save ``progress`` if the body fails or is interrupted, and add that to its error."""
         try:
             yield
         except KeyboardInterrupt:
@@ -88,7 +89,7 @@ class Run:
             raise self.explained(error, progress) from error
 
     def explained(self, error: Exception, progress: Progress) -> Exception:
-        """Save ``progress``, and return the error with words on where it is and how to go on."""
+        """Save ``progress``, and return the error with a sentence on that and on how to go on."""
         if isinstance(error, WriteError):  # another try would fail likewise
             return WriteError(f"{error}; {self._kept()}")
         kept = self.keep(progress)
@@ -102,32 +103,32 @@ class Run:
 
 @contextmanager
 def open_run(options: LowerOptions, model: torch.nn.Module, state: BilevelState) -> Iterator[Run]:
-    """The run directory, locked while the body runs, and where the run stands.
+    """Open a run, and lock its directory while the body runs.
 
     A new run gets a new directory. A resumed one keeps its own: what was logged after the
     checkpoint is dropped (those steps are taken again), and so are later checkpoints and a model
-    that was saved already; ``args.yaml`` says what the run goes on with. Without any checkpoint it
-    starts at the beginning again.
+    that was saved already; ``args.yaml`` is written again with the options that the run goes on
+    with. Without any checkpoint it starts at the beginning again.
 
     Args:
-        options: of the run.
-        model: as it is before the first step.
-        state: before the first step.
+        options: The options of the run.
+        model: The model before the first step.
+        state: The state before the first step.
 
     Raises:
-        OptionError: the directory of a new run holds something; another process works in it; the
+        OptionError: The directory of a new run holds something; another process works in it; the
             run is complete; the checkpoint is not there or of another run.
-        WriteError: the directory cannot be written.
+        WriteError: The directory cannot be written.
     """
-    if options.resume is None:
+    if options.run.resume is None:
         directory, steps = free_directory(Path(options.output_dir), options.on_existing), None
     else:
-        directory, steps = resume_point(options.resume)
+        directory, steps = resume_point(options.run.resume)
     beginning = Progress(state, capture(state.lower_params))
     try:
         make_directory(directory)
         with locked(directory):
-            if options.resume is None:
+            if options.run.resume is None:
                 describe_run(directory, options)
             elif (directory / "results.json").exists():
                 raise OptionError(
@@ -135,12 +136,12 @@ def open_run(options: LowerOptions, model: torch.nn.Module, state: BilevelState)
                 )
             checkpoints = Checkpoints(
                 directory / "checkpoints",
-                every=options.save_every,
-                keep=options.keep_checkpoints,
+                every=options.run.save_every,
+                keep=options.run.keep_checkpoints,
                 identity=identity(options, model),
             )
             start = beginning
-            if options.resume is not None:
+            if options.run.resume is not None:
                 start = _resumed(options, directory, checkpoints, steps, beginning)
             yield Run(_command(options, directory), directory, checkpoints, beginning, start)
     except (OSError, SafetensorError) as error:
@@ -158,7 +159,7 @@ def _resumed(
     start = beginning if path is None else checkpoints.load(path, beginning.state)
     where = "no complete checkpoint: from the beginning"
     if path is not None:
-        where = f"resumed after {_steps(start)} of {options.steps} lower steps"
+        where = f"resumed after {_steps(start)} of {options.lower.steps} lower steps"
     if later := checkpoints.remove_after(int(start.state.lower_steps)):
         where += f"; removed {', '.join(later)}, which come again"
     cut_log(directory / "log.jsonl", int(start.state.lower_steps))
@@ -166,7 +167,7 @@ def _resumed(
         shutil.rmtree(saved, ignore_errors=True)
     if not (directory / "env.json").exists():
         write_json(directory / "env.json", environment())
-    own = replace(options, resume=None, output_dir=str(directory))
+    own = changed(options, resume=None, output_dir=str(directory))
     write_text(directory / "args.yaml", to_yaml(own))
     print(f"{directory}: {where}")
     return start

@@ -1,4 +1,4 @@
-"""``bilevel-prm runs``: what a run was, where it stands, how to go on. Does not import torch."""
+"""``bilevel-prm runs``: the state of a run and how to go on with it. Does not import torch."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from recipes.options.train import option
+from recipes.options.base import option
 from recipes.options.values import OptionError
 from recipes.options.yaml_file import read_yaml
 from recipes.run.lock import at_work
@@ -18,39 +18,39 @@ State = Literal["complete", "at work", "stopped"]
 
 @dataclass(frozen=True, kw_only=True)
 class RunsFlags:
-    """What ``bilevel-prm runs`` prints."""
+    """Options of both ``bilevel-prm runs`` commands."""
 
     json: bool = option(False, "print JSON")
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunsShowOptions(RunsFlags):
-    """One run."""
+    """Options of ``bilevel-prm runs show``, which describes one run."""
 
     directory: str = option(..., "run directory")
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunsListOptions(RunsFlags):
-    """All runs below a folder."""
+    """Options of ``bilevel-prm runs list``, which lists all runs below a folder."""
 
     directory: str = option("runs", "folder to look in")
 
 
 @dataclass(frozen=True)
 class RunState:
-    """Where a run stands.
+    """The state of a run.
 
     Attributes:
-        directory: of the run.
-        kind: the command that it is of, "cold-start" or "train".
+        directory: The run directory.
+        kind: The command that started it, "cold-start" or "train".
         state: "complete" (it has its results), "at work" (a process holds its lock), or
             "stopped".
-        steps: of the whole run.
-        logged: step of the last complete line of the log; 0 without one.
-        last_line: that line.
-        checkpoint: step of the newest complete checkpoint; None: there is none.
-        resume: the command that goes on; None for a complete run.
+        steps: Lower steps of the whole run.
+        logged: Step of the last complete line of the log; 0 without one.
+        last_line: That line.
+        checkpoint: Step of the newest complete checkpoint; None: there is none.
+        resume: The command that goes on; None for a complete run.
         results: ``rows`` of ``results.json``.
         environment: ``env.json``.
     """
@@ -68,14 +68,14 @@ class RunState:
 
 
 def run_state(directory: Path) -> RunState:
-    """What the files of a run directory say.
+    """Read the state of a run from the files in its directory.
 
     Raises:
-        OptionError: it is none.
+        OptionError: It is no run directory.
     """
     if not (directory / "args.yaml").is_file():
         raise OptionError(f"{directory}: expected a run directory, found no args.yaml in it")
-    # Asked first: a run that ends from here on has written its results before it left.
+    # Looked at first: a run that ends after this has written its results by then.
     working = at_work(directory)
     args = read_yaml(directory / "args.yaml")
     kind = "cold-start" if "draw" in args else "train"
@@ -102,36 +102,36 @@ def run_state(directory: Path) -> RunState:
 
 
 def runs_below(root: Path) -> list[Path]:
-    """Run directories below ``root``, itself included, by name."""
+    """Return the run directories below ``root``, itself included, by name."""
     return sorted(path.parent for path in root.glob("**/args.yaml"))
 
 
 def show_run(options: RunsShowOptions) -> None:
-    """Print where a run stands."""
-    found = run_state(Path(options.directory))
-    print(json.dumps(asdict(found), indent=1) if options.json else described(found))
+    """Print the state of a run."""
+    state = run_state(Path(options.directory))
+    print(json.dumps(asdict(state), indent=1) if options.json else described(state))
 
 
 def list_runs(options: RunsListOptions) -> None:
     """Print a line for every run below a folder.
 
     Raises:
-        OptionError: there is no such folder.
+        OptionError: There is no such folder.
     """
     if not Path(options.directory).is_dir():
         raise OptionError(f"{options.directory}: no such folder")
-    found = [run_state(path) for path in runs_below(Path(options.directory))]
+    states = [run_state(path) for path in runs_below(Path(options.directory))]
     if options.json:
-        print(json.dumps([asdict(run) for run in found], indent=1))
+        print(json.dumps([asdict(run) for run in states], indent=1))
         return
-    for run in found:
+    for run in states:
         print(f"{run.state:9} {run.logged:>7} of {run.steps:>7}  {run.kind:10} {run.directory}")
-    if not found:
+    if not states:
         print(f"no runs below {options.directory}")
 
 
 def described(run: RunState) -> str:
-    """A run in a few lines."""
+    """Return the state of a run as a few lines of text."""
     lines = [
         f"{run.directory}: {run.kind}, {run.state}",
         f"steps       {run.logged} of {run.steps} logged",
@@ -161,16 +161,16 @@ def _short(value: Any) -> str:
 
 
 def _json_object(path: Path) -> dict[str, Any] | None:
-    """The object in a file; None where there is no file, or not (yet) one of an object."""
+    """Return the object in a JSON file; None: there is no file, or no (complete) object in it."""
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
         return None
-    return found if isinstance(found, dict) else None
+    return content if isinstance(content, dict) else None
 
 
 def _last_line(path: Path) -> dict[str, Any] | None:
-    """The last complete line of a log, by its end alone: logs of long runs are large."""
+    """Return the last complete line of a log. Only its end is read: logs of long runs are large."""
     try:
         with path.open("rb") as file:
             file.seek(max(0, path.stat().st_size - 2**16))
@@ -179,14 +179,14 @@ def _last_line(path: Path) -> dict[str, Any] | None:
         return None
     for line in reversed(lines[:-1]):
         try:
-            found = json.loads(line)
+            entry = json.loads(line)
         except (ValueError, RecursionError):
             continue
-        if isinstance(found, dict):
-            return found
+        if isinstance(entry, dict):
+            return entry
     return None
 
 
 def _newest_checkpoint(path: Path) -> int | None:
-    names = [found.name.removeprefix("step-") for found in path.glob("step-*")]
+    names = [entry.name.removeprefix("step-") for entry in path.glob("step-*")]
     return max((int(name) for name in names if name.isdigit()), default=None)

@@ -1,4 +1,4 @@
-"""What ``log.jsonl`` says of the steps since its last line: means, notes, troubles."""
+"""The lines of ``log.jsonl``: means, notes and troubles of the steps since the line before."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ class Unlogged:
     """What happened since the last line, in order; JSON, so that a checkpoint can hold it.
 
     Attributes:
-        figures: values of the steps, by name; a line has their means.
-        notes: of the core, each once, the first five.
-        troubles: how many of each kind (``recipes.run.trouble``).
-        skipped: numbers of the steps that were not taken, or taken back, because of one.
+        figures: Values of the steps, by name; a line holds their means.
+        notes: Notes of the core, each once, the first five.
+        troubles: How many there were of each kind (``recipes.run.trouble``).
+        skipped: Numbers of the steps that a trouble kept from being taken, or took back.
     """
 
     figures: Mapping[str, Sequence[float]]
@@ -36,7 +36,7 @@ class Unlogged:
     skipped: Sequence[int] = field(default_factory=list)
 
     def after(self, info: StepInfo) -> Unlogged:
-        """With a step that was taken."""
+        """Return this with one more step that was taken."""
         figures = {name: list(values) for name, values in self.figures.items()}
         for name, value in figures_of(info).items():
             figures.setdefault(name, []).append(value)
@@ -44,16 +44,16 @@ class Unlogged:
         return Unlogged(figures, notes, self.troubles, self.skipped)
 
     def with_troubles(self, found: Sequence[Trouble], skipped: Sequence[int]) -> Unlogged:
-        """With troubles, and the numbers (from 1) of the steps that they cost."""
+        """Return this with further troubles, and the numbers (from 1) of the steps they cost."""
         counts = added(self.troubles, found)
         return Unlogged(self.figures, self.notes, counts, [*self.skipped, *skipped])
 
     def means(self) -> dict[str, float]:
-        """Mean of every figure over the steps that have it."""
+        """Return the mean of every figure over the steps that have it."""
         return {name: sum(values) / len(values) for name, values in self.figures.items()}
 
     def line(self, title: str, step: int, upper_skipped: int, rates: Mapping[str, float]) -> str:
-        """The line of the log after ``step`` steps; a figure that is not finite is null."""
+        """Return the line of the log after ``step`` steps; a non-finite figure is null."""
         entry: dict[str, Any] = {"phase": title, "step": step, **self.means(), **rates}
         entry = {
             name: None if isinstance(value, float) and not math.isfinite(value) else value
@@ -72,10 +72,10 @@ class Unlogged:
 
 
 def append_line(path: Path, line: str) -> None:
-    """Append a line.
+    """Append a line to a file.
 
     Raises:
-        WriteError: it cannot be written. What was written of it is dropped when the run resumes.
+        WriteError: It cannot be written. What was written of it is dropped when the run resumes.
     """
     try:
         with path.open("a", encoding="utf-8") as file:
@@ -85,7 +85,7 @@ def append_line(path: Path, line: str) -> None:
 
 
 def figures_of(info: StepInfo) -> dict[str, float]:
-    """The scalars of a step, by the names that they have in the log."""
+    """Return the scalars of a step, by their names in the log."""
     figures = {
         "lower_loss": float(info.lower_loss),
         "lower_grad_norm": float(info.lower_grad_norm),

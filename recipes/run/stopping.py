@@ -1,4 +1,4 @@
-"""Stopping a run politely: the signals that ask for it, and for how long they are listened to."""
+"""Stop a run after a complete step: the signals that ask for it, and while they are handled."""
 
 from __future__ import annotations
 
@@ -15,12 +15,16 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 @contextmanager
 def stop_requests() -> Iterator[Callable[[], signal.Signals | None]]:
-    """Listen to SIGINT and SIGTERM while the body runs; yields what was asked for so far, if any.
+    """Handle SIGINT and SIGTERM while the body runs.
 
     The first signal is only remembered, for the body to act on after a complete step. The second
     ends the process at once, as that signal does by default (the shell sees 128 + its number).
     Afterwards the handlers are those of before. A signal that is ignored (a job started with
-    ``nohup``) stays ignored, and only the main thread can listen: elsewhere nothing is installed.
+    ``nohup``) stays ignored. Only the main thread can handle signals: in others nothing is
+    installed.
+
+    Yields:
+        A function that returns the signal that arrived, or None.
     """
     asked: list[signal.Signals] = []
 

@@ -1,7 +1,7 @@
 """Numerical trouble: what counts as such, under which name, and what it costs the run.
 
-Some kinds make a step worthless: a loss, gradient, hypergradient, weight or parameter that is not
-finite, or a hypergradient beyond all measure. ``--on-trouble`` says what follows:
+Some kinds reject a step: a loss, gradient, hypergradient, weight or parameter that is not finite,
+or a hypergradient 10,000 times the median of the last ones. ``--on-trouble`` decides what follows:
 
 * ``raise``: the run ends with the state before the step saved;
 * ``skip``: the step (with a hypergradient through several steps: the window) is not taken.
@@ -26,48 +26,42 @@ import torch
 from torch import Tensor
 
 from bilevel import BilevelSolver, BilevelState, OneStep, StepInfo, Unrolled, tree
-from weighting import (
-    DomainTable,
-    InstanceNet,
-    InstanceTable,
-    Weighting,
-    effective_sample_size,
-    fraction_at_bound,
-)
+from weighting import Weighting, effective_sample_size
 
-_HISTORY, _ENOUGH = 20, 10  # hypergradients whose median is the measure, and how many it takes
-_EXPLODED, _VANISHED = 1e4, 1e-6  # times that median
-_AT_BOUND = 0.01  # of the width of the bound counts as at its end
-_COLLAPSED = 0.1  # of the batch, but no less than 1.5 examples
+_HISTORY, _ENOUGH = 20, 10  # hypergradient norms in the median, and how many it needs at least
+_EXPLODED, _VANISHED = 1e4, 1e-6  # multiples of that median
+_AT_BOUND = 0.01  # share of the bound's width that counts as its end
+_COLLAPSED = 0.1  # effective share of the batch, but no less than 1.5 examples
 GIVE_UP = 10
+"""Rejected steps in a row that end a run."""
 
-# Of a step that is worthless; the others only make the hypergradient so.
+# Where the upper step was left out, these do not reject the lower step.
 _UPPER_KINDS = ("upper_loss_not_finite", "hypergradient_not_finite")
 
 
 @dataclass(frozen=True)
 class Trouble:
-    """One thing that is wrong with a step: its name, the sentence for it, whether it is worthless.
+    """One thing that is wrong with a step.
 
     Attributes:
-        kind: the name, as counted.
-        text: what was found.
-        worthless: whether the step is.
+        kind: Name under which it is counted.
+        text: Sentence that describes it, with the figures.
+        rejects: Whether the step is rejected because of it.
     """
 
     kind: str
     text: str
-    worthless: bool = True
+    rejects: bool = True
 
 
 @dataclass(frozen=True)
 class Seen:
-    """What has been found so far, and what the next step is compared with; JSON.
+    """The troubles so far, and what the next step is compared with; fields that JSON can hold.
 
     Attributes:
-        counts: troubles by kind, over the whole run.
-        norms: the last hypergradient norms, those of worthless steps left out.
-        in_a_row: worthless steps (or windows) without a good one since.
+        counts: Number of troubles by kind, over the whole run.
+        norms: The last hypergradient norms, without those of rejected steps.
+        in_a_row: Rejected steps (or windows) since the last accepted one.
     """
 
     counts: Mapping[str, int]
@@ -75,16 +69,16 @@ class Seen:
     in_a_row: int = 0
 
     def after(self, troubles: Sequence[Trouble], infos: Sequence[StepInfo]) -> Seen:
-        """With one more step or window."""
+        """The record after one more step or window."""
         counts = added(self.counts, troubles)
-        if any(trouble.worthless for trouble in troubles):
+        if any(trouble.rejects for trouble in troubles):
             return Seen(counts, self.norms, self.in_a_row + 1)
-        found = [float(i.hypergradient_norm) for i in infos if i.hypergradient_norm is not None]
-        return Seen(counts, [*self.norms, *found][-_HISTORY:])
+        norms = [float(i.hypergradient_norm) for i in infos if i.hypergradient_norm is not None]
+        return Seen(counts, [*self.norms, *norms][-_HISTORY:])
 
 
 def added(counts: Mapping[str, int], troubles: Sequence[Trouble]) -> dict[str, int]:
-    """Counts by kind with those of ``troubles``."""
+    """Counts by kind, ``troubles`` included."""
     total = dict(counts)
     for trouble in troubles:
         total[trouble.kind] = total.get(trouble.kind, 0) + 1
@@ -104,49 +98,50 @@ def find_troubles(
     Reads every parameter of both levels once.
 
     Args:
-        solver: that took it.
-        weighting: of the run, whose bound the weights may be at.
-        before: the state before it.
-        after: and after it.
-        infos: of its lower steps.
-        seen: so far.
+        solver: The solver that took the steps.
+        weighting: The weighting of the run, whose weights may all be at its bound; None: no
+            weighting.
+        before: The state before the steps.
+        after: The state after them.
+        infos: One for each lower step.
+        seen: The troubles and hypergradient norms before these steps.
     """
-    found = [trouble for info in infos for trouble in _not_finite(info)]
+    troubles = [trouble for info in infos for trouble in _not_finite(info)]
     for level, params in (("lower", after.lower_params), ("upper", after.upper_params)):
-        if not found and not tree.allfinite(params):
-            found.append(Trouble("parameters_not_finite", f"a {level} parameter is not finite"))
+        if not troubles and not tree.allfinite(params):
+            troubles.append(Trouble("parameters_not_finite", f"a {level} parameter is not finite"))
     if after.upper_skipped > before.upper_skipped:  # the core left the upper level as it was
-        only_upper = all(trouble.kind in _UPPER_KINDS for trouble in found)
-        found = [replace(trouble, worthless=not only_upper) for trouble in found]
+        only_upper = all(trouble.kind in _UPPER_KINDS for trouble in troubles)
+        troubles = [replace(trouble, rejects=not only_upper) for trouble in troubles]
     norm = infos[-1].hypergradient_norm
-    if found or norm is None:
-        return found[:1]  # the others follow from it
-    found = _of_size(float(norm), seen.norms)
+    if troubles or norm is None:
+        return troubles[:1]  # the others follow from it
+    troubles = _of_size(float(norm), seen.norms)
     if _is_cold(solver, int(before.lower_steps), len(infos)):
         text = "the first step of Adam hardly depends on the weights; set --upper-start"
-        found.append(Trouble("cold_optimizer", text, worthless=False))
+        troubles.append(Trouble("cold_optimizer", text, rejects=False))
     weights = infos[-1].weights
     if weights is not None:
-        found += _of_weights(weighting, after.upper_params, weights)
-    return found
+        troubles += _of_weights(weighting, after.upper_params, weights)
+    return troubles
 
 
 def _not_finite(info: StepInfo) -> list[Trouble]:
-    """In the order in which one leads to the next."""
+    """Figures of a step that are not finite, in the order in which one leads to the next."""
     scalars = {
         "lower_loss": info.lower_loss,
         "lower_gradient": info.lower_grad_norm,
         "upper_loss": info.upper_loss,
         "hypergradient": info.hypergradient_norm,
     }
-    found = [
+    troubles = [
         Trouble(f"{name}_not_finite", f"{name} is {float(value)}")
         for name, value in scalars.items()
         if value is not None and not math.isfinite(float(value))
     ]
     if not _finite(info.weights) and _finite(info.losses):  # else the model gave them
-        found.insert(0, Trouble("weights_not_finite", "a weight is not finite"))
-    return found
+        troubles.insert(0, Trouble("weights_not_finite", "a weight is not finite"))
+    return troubles
 
 
 def _finite(values: Tensor | None) -> bool:
@@ -154,6 +149,7 @@ def _finite(values: Tensor | None) -> bool:
 
 
 def _of_size(norm: float, before: Sequence[float]) -> list[Trouble]:
+    """A hypergradient that is far from the median of those before it, or zero."""
     median = statistics.median(before) if len(before) >= _ENOUGH else None
     compared = f"hypergradient_norm is {norm:.3g}"
     if median is not None:
@@ -161,7 +157,7 @@ def _of_size(norm: float, before: Sequence[float]) -> list[Trouble]:
     if median is not None and norm > _EXPLODED * median > 0:
         return [Trouble("hypergradient_exploded", compared)]
     if norm == 0 or (median is not None and norm < _VANISHED * median):
-        return [Trouble("hypergradient_vanished", compared, worthless=False)]
+        return [Trouble("hypergradient_vanished", compared, rejects=False)]
     return []
 
 
@@ -177,38 +173,13 @@ def _is_cold(solver: BilevelSolver, lower_steps: int, taken: int) -> bool:
 def _of_weights(
     weighting: Weighting | None, upper: Mapping[str, Tensor], weights: Tensor
 ) -> list[Trouble]:
-    found = []
-    if weighting is not None and share_at_bound(weighting, upper, weights) == 1.0:
+    """All weights at an end of the bound; few examples that hold all of the weight."""
+    troubles = []
+    if weighting is not None and weighting.share_at_bound(upper, weights, _AT_BOUND) == 1.0:
         text = f"all weights are at an end of {weighting.bound}; lower --upper-lr"
-        found.append(Trouble("weights_at_bound", text, worthless=False))
+        troubles.append(Trouble("weights_at_bound", text, rejects=False))
     size, count = effective_sample_size(weights), weights.numel()
     if count > 1 and size < max(1.5, _COLLAPSED * count):
         text = f"{count} examples count as {size:.2g}"
-        found.append(Trouble("effective_sample_size_collapsed", text, worthless=False))
-    return found
-
-
-def share_at_bound(weighting: Weighting, upper: Mapping[str, Tensor], weights: Tensor) -> float:
-    """Share of weights within 1 % of the bound's width of one of its ends; 0 if that is infinite.
-
-    Of all rows of a table. Of a net, of the given weights of a batch; if they were normalised, what
-    is known of them is their ratio to the largest, which counts as at the upper end if some other
-    is at the lower one (a net is centred: its weights cannot all be at one end).
-    """
-    bound = weighting.bound
-    if isinstance(weighting, InstanceTable | DomainTable):
-        return fraction_at_bound(weighting.raw_weights(dict(upper)), bound, _AT_BOUND)
-    assert isinstance(weighting, InstanceNet)
-    low, high = bound.range
-    if math.isinf(high - low):
-        return 0.0
-    if weighting.normalise:
-        largest = float(weights.max())
-        if high <= 0 or largest <= 0:
-            return 0.0
-        low, high, weights = low / high, 1.0, weights / largest
-    margin = _AT_BOUND * (high - low)
-    at_low, at_high = weights <= low + margin, weights >= high - margin
-    if weighting.normalise and not bool(at_low.any()):
-        return 0.0
-    return float((at_low | at_high).float().mean())
+        troubles.append(Trouble("effective_sample_size_collapsed", text, rejects=False))
+    return troubles

@@ -15,9 +15,11 @@ from prm.data.record_fields import Place
 from prm.models.model import PRM
 from prm.schema import DataError, StepExample
 from recipes.evaluation.candidates import Candidates, read_candidates
-from recipes.evaluation.leaks import overlap, refuse_overlap
-from recipes.options.train import OptionError, TrainOptions
-from recipes.session import Examples, Solutions, read_examples
+from recipes.evaluation.leaks import find_leak, refuse_leak
+from recipes.loading import Examples, Solutions, read_examples
+from recipes.options.train import TrainOptions
+from recipes.options.values import OptionError
+from recipes.train.bounded_weights import WEIGHTINGS
 from weighting import row_index
 
 _MOST = float(torch.finfo(torch.float32).max)
@@ -28,11 +30,11 @@ class TrainData:
     """Everything a training run reads.
 
     Attributes:
-        train: step-labelled examples, with rows in the weight table.
-        meta: outcome-labelled examples; None where nothing needs them.
-        evaluations: candidate files by name ("dev", "test").
-        domains: number of every domain of ``train``; empty if some example has none.
-        fixed_weights: weight of every row of ``train`` from a weights file, [train]; or None.
+        train: Step-labelled examples, with rows in the weight table.
+        meta: Outcome-labelled examples; None where nothing needs them.
+        evaluations: Candidate files by name ("dev", "test").
+        domains: Number of every domain of ``train``; empty if some example has none.
+        fixed_weights: Weight of every row of ``train`` from a weights file, [train]; or None.
     """
 
     train: Examples
@@ -46,52 +48,56 @@ def read_train_data(prm: PRM, options: TrainOptions) -> TrainData:
     """Read and check the files of a training run.
 
     Raises:
-        OptionError: a file is missing, or the meta set shares questions with the test set and
+        OptionError: A file is missing, or the meta set shares questions with the test set and
             the run is not marked as a sanity check.
-        DataError: a record that cannot be used.
+        DataError: A record that cannot be used.
     """
     plain = read_examples(prm, options, options.train_file)
     require(plain, "labels")
-    if options.weighting == "domain" or _weighs_by_domain(options):
+    if _weighs_by_domain(options):
         require(plain, "domain")
     ids = row_index([example.id for example in plain.examples])
     names = [example.domain for example in plain.examples]
     domains = {} if None in names else {str(n): i for i, n in enumerate(dict.fromkeys(names))}
     meta = None
-    if options.meta_file is not None:
-        meta = read_examples(prm, options, options.meta_file)
+    if options.data.meta_file is not None:
+        meta = read_examples(prm, options, options.data.meta_file)
         require(meta, "correct")
         if options.loss_target == "pairs":
             require(meta, "group")
     evaluations = {
         name: read_candidates(prm, options, path)
-        for name, path in (("dev", options.dev_file), ("test", options.test_file))
+        for name, path in (("dev", options.data.dev_file), ("test", options.data.test_file))
         if path
     }
     if meta is not None and "test" in evaluations:
         test = evaluations["test"].data
-        refuse_overlap(
-            overlap(meta.examples, test.examples, meta.path, test.path),
+        refuse_leak(
+            find_leak(meta.examples, test.examples, meta.path, test.path),
             f"--meta-file {meta.path}",
             f"--test-file {test.path}",
-            sanity_check=options.sanity_check,
+            sanity_check=options.data.sanity_check,
         )
+    weights = options.weighting.weights_file
     return TrainData(
         train=plain.with_rows(index=ids, domains=domains or None),
         meta=meta,
         evaluations=evaluations,
         domains=domains,
-        fixed_weights=_read_weights(options.weights_file, ids) if options.weights_file else None,
+        fixed_weights=_read_weights(weights, ids) if weights else None,
     )
 
 
 def _weighs_by_domain(options: TrainOptions) -> bool:
-    return options.weighting == "net" and "domain" in options.features
+    if options.weighting.kind == "none":
+        return False
+    reads = WEIGHTINGS[options.weighting.kind].kind.reads
+    return "domain" in reads or ("features" in reads and "domain" in options.weighting.features)
 
 
 def lower_examples(options: TrainOptions, data: TrainData) -> Examples:
-    """What the lower level trains on: the training set, or with ``lower_data`` "meta" that."""
-    if options.lower_data == "meta":
+    """Examples of the lower level: the training set, or with ``lower_data`` "meta" the meta set."""
+    if options.weighting.lower_data == "meta":
         assert data.meta is not None
         return data.meta
     return data.train
@@ -99,7 +105,7 @@ def lower_examples(options: TrainOptions, data: TrainData) -> Examples:
 
 @dataclass(frozen=True)
 class _Need:
-    """A field that a use of the data cannot do without, and the words for its absence."""
+    """A field that a use of the data needs, and the words of the error where it is absent."""
 
     has: Callable[[StepExample], bool]
     field: str
@@ -147,7 +153,7 @@ def require(
     """Refuse examples without ``labels``, ``correct``, ``group`` or ``domain``.
 
     Raises:
-        DataError: naming the first such line.
+        DataError: The first such line, by its number.
     """
     need = _NEEDS[what]
     for line, example in enumerate(data.examples, start=1):
@@ -166,26 +172,26 @@ def _read_weights(path: str, ids: Mapping[str, int]) -> Tensor:
     file = Path(path)
     if not file.is_file():
         raise OptionError(f"--weights-file {path}: no such file")
-    found: dict[int, float] = {}
+    weights: dict[int, float] = {}
     for line, entry in json_rows(file):
         if isinstance(entry, DataError):
             raise entry
-        place = Place(file.parent, file, line)
+        record = Place(file.parent, file, line)
         remedy = "use the weights.jsonl of a run on the same training file"
         if not isinstance(entry, dict):
-            place.refuse(None, '{"id": ..., "weight": a number}', entry, remedy)
+            record.refuse(None, '{"id": ..., "weight": a number}', entry, remedy)
         name, weight = entry.get("id"), entry.get("weight")
         if not isinstance(name, str) or name not in ids:
-            place.refuse("id", "an id of the training file", name, remedy)
+            record.refuse("id", "an id of the training file", name, remedy)
         if isinstance(weight, bool) or not isinstance(weight, int | float) or abs(weight) > _MOST:
-            place.refuse("weight", "a number", weight, remedy)
-        if ids[name] in found:
-            place.refuse("id", "an id that no other line has", name, remedy)
-        found[ids[name]] = float(weight)
-    missing = [name for name, row in ids.items() if row not in found]
+            record.refuse("weight", "a number", weight, remedy)
+        if ids[name] in weights:
+            record.refuse("id", "an id that no other line has", name, remedy)
+        weights[ids[name]] = float(weight)
+    missing = [name for name, row in ids.items() if row not in weights]
     if missing:
         raise OptionError(
             f"--weights-file {path}: no weight for {len(missing)} of {len(ids)} training "
             f"examples, for example {missing[0]!r}"
         )
-    return torch.tensor([found[row] for row in range(len(ids))])
+    return torch.tensor([weights[row] for row in range(len(ids))])

@@ -23,33 +23,43 @@ from bilevel import (
 from bilevel.hypergradients.base import Hypergradient
 from bilevel.hypergradients.linear.system import LinearSolver
 from bilevel.routes import Route
+from recipes.options.choices import (
+    HypergradientOptions,
+    ImplicitOptions,
+    OneStepOptions,
+    PenaltyOptions,
+    UnrolledOptions,
+)
 from recipes.options.train import TrainOptions
 
 
-def make_hypergradient(options: TrainOptions) -> Hypergradient:
-    """The hypergradient that the options name.
+def make_hypergradient(settings: HypergradientOptions) -> Hypergradient:
+    """The hypergradient that the settings name.
 
     Raises:
-        ValueError: settings that it refuses.
+        ValueError: Settings that it refuses.
     """
-    made: Mapping[str, Callable[[], Hypergradient]] = {
-        "one-step": lambda: OneStep(
-            _route(options), order=options.order, direction_decay=options.direction_decay
-        ),
-        "unrolled": Unrolled,
-        "implicit": lambda: Implicit(_linear_solver(options)),
-        "penalty": lambda: Penalty(options.penalty_strength),
-    }
-    return made[options.hypergradient]()
+    match settings:
+        case OneStepOptions():
+            return OneStep(
+                _route(settings), order=settings.order, direction_decay=settings.direction_decay
+            )
+        case UnrolledOptions():
+            return Unrolled()
+        case ImplicitOptions():
+            return Implicit(_linear_solver(settings))
+        case PenaltyOptions():
+            return Penalty(settings.penalty_strength)
 
 
 def differentiated_steps(options: TrainOptions) -> int:
     """How many lower steps of a window have batches that the hypergradient sees."""
-    return options.unroll_steps if options.hypergradient in ("unrolled", "penalty") else 1
+    window = isinstance(options.hypergradient, UnrolledOptions | PenaltyOptions)
+    return options.upper.unroll_steps if window else 1
 
 
-def _route(options: TrainOptions) -> Route:
-    radius = options.difference_radius
+def _route(settings: OneStepOptions) -> Route:
+    radius = settings.difference_radius
     routes: Mapping[str, Callable[[], Route]] = {
         "auto": Auto,
         "dot": Dot,
@@ -59,13 +69,14 @@ def _route(options: TrainOptions) -> Route:
         "reverse": Reverse,
         "central-difference": lambda: CentralDifference(radius=radius),
     }
-    return routes[options.route]()
+    return routes[settings.route]()
 
 
-def _linear_solver(options: TrainOptions) -> LinearSolver:
+def _linear_solver(settings: ImplicitOptions) -> LinearSolver:
+    iterations, damping = settings.solver_iterations, settings.damping
     solvers: Mapping[str, Callable[[], LinearSolver]] = {
-        "nystrom": lambda: Nystrom(options.solver_iterations, options.damping),
-        "cg": lambda: ConjugateGradient(options.solver_iterations, damping=options.damping),
-        "neumann": lambda: Neumann(options.solver_iterations, damping=options.damping),
+        "nystrom": lambda: Nystrom(iterations, damping),
+        "cg": lambda: ConjugateGradient(iterations, damping=damping),
+        "neumann": lambda: Neumann(iterations, damping=damping),
     }
-    return solvers[options.linear_solver]()
+    return solvers[settings.linear_solver]()

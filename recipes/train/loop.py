@@ -88,7 +88,7 @@ def train(
             state, infos = take(solver, now.state, *batches, title)
             found = find_troubles(solver, weighting, now.state, state, infos, now.seen)
             seen = now.seen.after(found, infos)
-            worthless = next((trouble for trouble in found if trouble.worthless), None)
+            worthless = next((trouble for trouble in found if trouble.rejects), None)
             taken = range(first + 1, first + count + 1)
             unlogged = now.unlogged.with_troubles(found, taken if worthless else ())
             if worthless is None:

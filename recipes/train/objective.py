@@ -16,26 +16,11 @@ from torch import Tensor
 from bilevel import ReweightingProblem
 from prm.aggregations import Aggregation
 from prm.inputs.image_inputs import row_owners
-from prm.losses import (
-    LossTarget,
-    outcome_loss,
-    pair_loss,
-    step_cross_entropy,
-    step_squared_error,
-)
+from prm.losses import outcome_loss, pair_loss, step_cross_entropy, step_squared_error
 from prm.models.model import PRM, step_logits
+from prm.names import LossTarget
 from prm.scoring import solution_scores, step_scores
-from weighting import (
-    EXAMPLE_FEATURES,
-    DomainTable,
-    InstanceNet,
-    InstanceTable,
-    Weighting,
-    batch_mean_one,
-    example_features,
-    is_model_feature,
-    step_features,
-)
+from weighting import Weighting, batch_features, batch_mean_one
 
 Params = Mapping[str, Tensor]
 Batch = Mapping[str, Tensor]
@@ -46,16 +31,16 @@ class Objective:
     """What is optimised, apart from how.
 
     Attributes:
-        prm: the model; parameters that are trained are passed in, the others are its own.
-        aggregation: step scores to solution score, for the meta loss.
+        prm: The model; parameters that are trained are passed in, the others are its own.
+        aggregation: Step scores to solution score, for the meta loss.
         loss_target: "both" or "+" (``prm.losses.outcome_loss``), or "pairs"
             (``prm.losses.pair_loss``).
-        weighting: how weights are made; None: ``batch["weights"]``, or 1 where there is none.
-        features: names of Instance Net's features.
-        reference: Instance Net also gets the features under ``batch["reference_probs"]``.
-        domains: how many domains ``batch["domain"]`` counts, for the feature "domain".
-        full_vocab: probabilities in both levels' losses are over the vocabulary, not the two
-            labels. Features of Instance Net are over the labels always.
+        weighting: Gives the weights; None: ``batch["weights"]``, or 1 where there is none.
+        features: Names of the features of a weighting that reads features.
+        reference: Such a weighting also gets the features under ``batch["reference_probs"]``.
+        domains: How many domains ``batch["domain"]`` counts, for the feature "domain".
+        full_vocab: Probabilities in both levels' losses are over the vocabulary, not the two
+            labels. Features are over the labels always.
         lower_loss: "cross-entropy" (``prm.losses.step_cross_entropy``) or "squared"
             (``prm.losses.step_squared_error``).
         normalise_given: ``batch["weights"]`` are divided by the mean of their micro-batch.
@@ -86,40 +71,51 @@ class Objective:
 
     def weights(self, upper: Params, batch: Batch, features: Mapping[str, Tensor]) -> Tensor:
         """Weights [batch] of the examples of a batch."""
-        if isinstance(self.weighting, InstanceTable):
-            return self.weighting.weights(dict(upper), batch["index"])
-        if isinstance(self.weighting, DomainTable):
-            return self.weighting.weights(dict(upper), batch["domain"])
-        if isinstance(self.weighting, InstanceNet):
-            return self.weighting.weights(dict(upper), *self.net_inputs(batch, features))
+        if self.weighting is not None:
+            return self.weighting.batch_weights(upper, self.weighting_batch(batch, features))
         if "weights" in batch:
             given = batch["weights"]
             return batch_mean_one(given) if self.normalise_given else given
         return torch.ones(len(batch["labels"]))
 
-    def net_inputs(self, batch: Batch, features: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """Instance Net's features [batch, steps, features] and mask [batch, steps].
+    @property
+    def reads_features(self) -> bool:
+        """Whether the weighting reads features."""
+        return self.weighting is not None and "features" in self.weighting.reads
 
-        Those of steps, then the same under the initial model, then those of examples; each in the
-        order of ``features``.
+    @property
+    def reads_reference(self) -> bool:
+        """Whether it reads step scores of the initial model, ``batch["reference_probs"]``."""
+        if self.weighting is None:
+            return False
+        return "reference_probs" in self.weighting.reads or (self.reads_features and self.reference)
+
+    @property
+    def reads_domain(self) -> bool:
+        """Whether it reads domains, by itself or as a feature."""
+        if self.weighting is None:
+            return False
+        return "domain" in self.weighting.reads or (
+            self.reads_features and "domain" in self.features
+        )
+
+    def weighting_batch(self, batch: Batch, outputs: Mapping[str, Tensor]) -> Batch:
+        """What the weighting reads: the batch, the model's outputs, features made of both.
+
+        Args:
+            batch: A batch of examples.
+            outputs: ``step_probs`` [batch, steps] of the current model.
         """
-        labels, mask = batch["labels"], batch["step_mask"]
-        names = tuple(name for name in self.features if name not in EXAMPLE_FEATURES)
-        inputs, known = step_features(names, features["step_probs"], labels, mask)
-        if self.reference:
-            names = tuple(filter(is_model_feature, self.features))
-            before, _ = step_features(names, batch["reference_probs"], labels, mask)
-            inputs = torch.cat([inputs, before], dim=-1)
-        if len(set(self.features) & set(EXAMPLE_FEATURES)):
-            shared = example_features(
-                self.features,
-                mask,
-                length=batch["attention_mask"].sum(-1) if "attention_mask" in batch else None,
-                domain=batch.get("domain"),
-                domains=self.domains,
-            )
-            inputs = torch.cat([inputs, shared.to(inputs.dtype)], dim=-1)
-        return inputs, known
+        read = {**batch, **outputs}
+        if self.reads_features:
+            read["features"], read["feature_mask"] = self.net_inputs(batch, outputs)
+        return read
+
+    def net_inputs(self, batch: Batch, outputs: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """Features [batch, steps, features] and mask [batch, steps], see ``batch_features``."""
+        return batch_features(
+            {**batch, **outputs}, self.features, reference=self.reference, domains=self.domains
+        )
 
     def upper_loss(self, lower: Params, upper: Params, batch: Batch) -> Tensor:
         """Mean meta loss: squared distance of aggregated scores from right answers, scalar."""

@@ -1,4 +1,4 @@
-"""What a training run found: its row, the questions it answered, ``results.json``, the summary."""
+"""The results of a training run: its row, the answered questions, ``results.json``, a summary."""
 
 from __future__ import annotations
 
@@ -13,24 +13,21 @@ from prm.models.model import PRM
 from recipes.evaluation.candidates import evaluate, report_of, values_of
 from recipes.evaluation.table import SANITY_CHECK, results_table
 from recipes.options.train import TrainOptions
-from recipes.run.directory import write_text
+from recipes.run.files import write_text
+from recipes.train.bounded_weights import WEIGHTINGS
 from recipes.train.data import TrainData
 
 
 def row_name(options: TrainOptions) -> str:
     """The row of ``results.json`` that a run fills; that of a sanity check says so."""
-    if options.weights_file is not None:
+    if options.weighting.weights_file is not None:
         return "fixed_weights"
-    if options.lower_data == "meta":
+    if options.weighting.lower_data == "meta":
         name = "meta_only"
     else:
-        name = {
-            "net": "instance_net",
-            "table": "instance_table",
-            "domain": "domain_table",
-            "none": "no_selection",
-        }[options.weighting]
-    return name + SANITY_CHECK if options.sanity_check else name
+        none = options.weighting.kind == "none"
+        name = "no_selection" if none else WEIGHTINGS[options.weighting.kind].row
+    return name + SANITY_CHECK if options.data.sanity_check else name
 
 
 def evaluate_all(
@@ -43,21 +40,21 @@ def evaluate_all(
     """Score every file of candidates; writes ``<file>_questions.jsonl``.
 
     Returns:
-        What ``results.json`` says of them: the test set at the top, others under their names.
+        The part of ``results.json`` on them: the test set at the top, others under their names.
     """
     row = row_name(options)
-    results: dict[str, Any] = {"sanity_check": True} if options.sanity_check else {}
+    results: dict[str, Any] = {"sanity_check": True} if options.data.sanity_check else {}
     for name, candidates in data.evaluations.items():
-        found = evaluate(prm, lower, candidates, options)
-        values = values_of(candidates, found, row)
-        report = report_of(candidates, found, values)
+        evaluation = evaluate(prm, lower, candidates, options)
+        values = values_of(candidates, evaluation, row)
+        report = report_of(candidates, evaluation, values)
         results |= report if name == "test" else {name: report}
         lines = [
             json.dumps(
                 {"question": str(candidates.data.examples[rows[0]].group)}
-                | {key: float(value[place]) for key, value in values.items()}
+                | {key: float(value[question]) for key, value in values.items()}
             )
-            for place, rows in enumerate(candidates.groups)
+            for question, rows in enumerate(candidates.groups)
         ]
         write_text(directory / f"{name}_questions.jsonl", "\n".join(lines) + "\n")
     return results
@@ -83,5 +80,5 @@ def print_summary(results: Mapping[str, Any], directory: Path) -> None:
 def print_troubles(counts: Mapping[str, int]) -> None:
     """Show how many numerical troubles of each kind there were, if any."""
     if counts:
-        found = ", ".join(f"{kind.replace('_', ' ')} {count}" for kind, count in counts.items())
-        print(f"\ntroubles: {found}")
+        listed = ", ".join(f"{kind.replace('_', ' ')} {count}" for kind, count in counts.items())
+        print(f"\ntroubles: {listed}")

@@ -1,11 +1,21 @@
-"""Time-scale matching: can the weights travel far enough, and not too far, in this run?
+"""Time-scale matching, one of the three devices that keep instance reweighting stable.
 
-A weight moves only when its instance is visited, by an amount that the upper optimizer decides and
-not the size of the hypergradient: Adam divides that out. So how far a weight can travel is known
-before the run. This module simulates it: one row of the table, visited regularly, whose
-hypergradient always has the same sign, under the real optimizer rule and schedule. Dense Adam moves
-a row on for many steps after its visit (its momentum decays, and so does its second moment); lazy
-Adam only on the visit.
+Can the weights travel far enough, and not too far, in this run? A weight moves only when its
+instance is visited, by an amount that the upper optimizer decides and not the size of the
+hypergradient: Adam divides that out. So how far a raw weight can travel is known before the run:
+
+    reachable = Σ over upper steps k of  lr_k · (step of the optimizer at gradient 1 on a visit)
+
+This module simulates it: one row of the table, visited regularly, whose hypergradient always has
+the same sign, under the real optimizer rule and schedule. Dense Adam moves a row on for many steps
+after its visit (its momentum decays, and so does its second moment), 28 learning rates a visit once
+warm; lazy Adam moves it on the visit alone, one learning rate.
+
+``--upper-lr auto`` solves ``reachable = distance to the lower end of the bound``: a consistently
+bad example just reaches weight 0 (or whatever the lower end is) within the run. A learning rate
+that is given gets a warning if weights would hardly move, or be slammed into the bound.
+DreamPRM-1.5 (arXiv 2509.05542) sets its rates by hand so that both levels move on one time scale.
+``recipes.train.training`` prints the figures before the first step.
 """
 
 from __future__ import annotations
@@ -13,6 +23,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+
+from recipes.options.choices import NoWeighting
+from recipes.options.train import TrainOptions
+from recipes.options.values import OptionError, blaming
+from recipes.train.hypergradients import differentiated_steps
+from recipes.train.make_solver import upper_schedule, upper_steps
+from weighting import Bound, Weighting
 
 REACH_OF_THE_BOUND = 1.0
 _TOO_SHORT, _TOO_LONG = 0.25, 8.0
@@ -24,13 +41,13 @@ class TimeScale:
     """What one run can do to its weights.
 
     Attributes:
-        upper_steps: upper-level steps in the run.
-        visits: how often each instance is seen by an upper step, on average.
-        per_visit: movement of a raw weight per visit, at the given learning rate, averaged over
+        upper_steps: Upper-level steps in the run.
+        visits: How often each instance is seen by an upper step, on average.
+        per_visit: Movement of a raw weight per visit, at the given learning rate, averaged over
             the run (schedule included).
-        reachable: distance a raw weight can travel if every visit pulls it the same way.
-        to_bound: raw distance from the prior to the lower end of the bound; inf if there is none.
-        upper_lr: the learning rate that was used.
+        reachable: Distance a raw weight can travel if every visit pulls it the same way.
+        to_bound: Raw distance from the prior to the lower end of the bound; inf if there is none.
+        upper_lr: Peak learning rate of the upper level that was used.
     """
 
     upper_steps: int
@@ -72,82 +89,75 @@ class TimeScale:
         return "\n".join(f"  {name:<28}{value:>10}" for name, value in rows)
 
 
-def row_travel(
-    upper_steps: int,
-    visit_every: float,
-    schedule: Callable[[int], float],
-    *,
-    optimizer: str,
-    betas: tuple[float, float] = (0.9, 0.999),
-    eps: float = 1e-8,
-) -> float:
-    """Distance travelled by one row whose hypergradient is 1 on every visit and 0 otherwise.
+@dataclass(frozen=True)
+class UpperLevel:
+    """What moves the weights of a run.
 
-    Args:
-        upper_steps: steps of the upper optimizer.
-        visit_every: upper steps between two visits of the row (1: every step).
-        schedule: learning rate of each upper step.
-        optimizer: "adam" (dense), "lazy-adam" (moves on visits only) or "sgd".
-        betas: decay rates of Adam's moments.
+    Attributes:
+        steps: Upper-level steps in the run.
+        schedule: Learning rate of each upper step, as a share of the peak.
+        optimizer: "adam" (dense), "lazy-adam" (moves a row on its visits only) or "sgd".
+        betas: Decay rates of Adam's moments.
         eps: Adam's epsilon.
+        visit_every: Upper steps between two visits of a row (1: every step).
+    """
+
+    steps: int
+    schedule: Callable[[int], float]
+    optimizer: str
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+    visit_every: float = 1.0
+
+
+def row_travel(upper: UpperLevel) -> float:
+    """Distance travelled by one row, in peak learning rates.
+
+    Of a row whose hypergradient is 1 on every visit and 0 otherwise.
     """
     first = second = travelled = 0.0
-    due, lazy_count = 0.0, 0
-    for step in range(upper_steps):
+    due, updates = 0.0, 0
+    for step in range(upper.steps):
         visited = step >= due
         if visited:
-            due += visit_every
+            due += upper.visit_every
         gradient = 1.0 if visited else 0.0
-        lr = schedule(step)
-        if optimizer == "sgd":
+        lr = upper.schedule(step)
+        if upper.optimizer == "sgd":
             travelled += lr * gradient
             continue
-        if optimizer == "lazy-adam" and not visited:
+        if upper.optimizer == "lazy-adam" and not visited:
             continue
-        lazy_count += 1
-        first = betas[0] * first + (1 - betas[0]) * gradient
-        second = betas[1] * second + (1 - betas[1]) * gradient**2
-        mean = first / (1 - betas[0] ** lazy_count)
-        scale = math.sqrt(second / (1 - betas[1] ** lazy_count))
-        travelled += lr * mean / (scale + eps)
+        updates += 1
+        decay, square_decay = upper.betas
+        first = decay * first + (1 - decay) * gradient
+        second = square_decay * second + (1 - square_decay) * gradient**2
+        mean = first / (1 - decay**updates)
+        scale = math.sqrt(second / (1 - square_decay**updates))
+        travelled += lr * mean / (scale + upper.eps)
     return travelled
 
 
-def match_time_scale(
-    *,
-    upper_lr: float | None,
-    upper_steps: int,
-    rows: int,
-    rows_per_step: int,
-    to_bound: float,
-    schedule_of: Callable[[float], Callable[[int], float]],
-    optimizer: str,
-    betas: tuple[float, float],
-) -> TimeScale:
+def match_time_scale(upper: UpperLevel, to_bound: float, upper_lr: float | None) -> TimeScale:
     """The time scale of a run; with ``upper_lr=None`` its learning rate is solved for.
 
     Travel is proportional to the learning rate, so the solution is exact: the rate at which a
     consistently bad instance just reaches the lower end of the bound within the run.
 
     Args:
-        upper_lr: peak learning rate of the upper level, or None to solve for it.
-        upper_steps: upper-level steps in the run.
-        rows: instances (or domains; 1 for the parameters of a network, which every step visits).
-        rows_per_step: instances that one upper step sees.
-        to_bound: raw distance from the prior to the lower end of the bound.
-        schedule_of: learning-rate schedule for a given peak.
-        optimizer: see ``row_travel``.
-        betas: decay rates of Adam's moments.
+        upper: What moves the weights.
+        to_bound: Raw distance from the prior to the lower end of the bound; inf if there is none,
+            for which a distance of 1 is solved for.
+        upper_lr: Peak learning rate of the upper level, or None to solve for it.
     """
-    visit_every = max(1.0, rows / rows_per_step)
-    unit = row_travel(upper_steps, visit_every, schedule_of(1.0), optimizer=optimizer, betas=betas)
-    visits = upper_steps / visit_every
+    unit = row_travel(upper)
+    visits = upper.steps / upper.visit_every
     if upper_lr is None:
         target = to_bound if math.isfinite(to_bound) else 1.0
         upper_lr = REACH_OF_THE_BOUND * target / unit if unit > 0 else 0.0
     reachable = unit * upper_lr
     return TimeScale(
-        upper_steps=upper_steps,
+        upper_steps=upper.steps,
         visits=visits,
         per_visit=reachable / visits if visits else 0.0,
         reachable=reachable,
@@ -156,18 +166,76 @@ def match_time_scale(
     )
 
 
-def distance_to_lower_bound(
-    bound_range: tuple[float, float], raw: Callable[[float], float], prior: float = 1.0
-) -> float:
-    """Raw distance from the prior weight to the lower end of a bound.
+def distance_to_lower_bound(bound: Bound, start: float = 1.0) -> float:
+    """Raw distance from the weight at the start to the lower end of a bound.
 
     An end that no raw weight reaches counts as reached 5 % of the width before it.
+
+    Args:
+        bound: Map from raw weights to weights.
+        start: Weight of every example at the start.
+
+    Raises:
+        ValueError: The bound gives no such weight.
     """
-    lo, hi = bound_range
+    lo, hi = bound.range
     if math.isinf(lo):
         return math.inf
     try:
-        return raw(prior) - raw(lo)
+        return bound.raw(start) - bound.raw(lo)
     except ValueError:
         width = hi - lo if math.isfinite(hi) else 2.0
-        return raw(prior) - raw(lo + _SIGMOID_EDGE * width)
+        return bound.raw(start) - bound.raw(lo + _SIGMOID_EDGE * width)
+
+
+def time_scale(options: TrainOptions, weighting: Weighting) -> TimeScale:
+    """How far the weights can travel in this run.
+
+    A row of an instance is visited when its example is in the batches that an upper step
+    differentiates through; every upper step visits all other parameters.
+
+    Args:
+        options: Options of the run.
+        weighting: The weighting that they name.
+
+    Raises:
+        OptionError: ``upper_lr`` is neither "auto" nor a number, or the weight at the start is
+            outside the bound (weight 1, for domains).
+    """
+    visit_every = 1.0
+    if weighting.row_key == "index":
+        examples = options.lower.batch_size * options.lower.accumulation
+        per_step = examples * differentiated_steps(options)
+        visit_every = max(1.0, weighting.size / min(weighting.size, per_step))
+    upper_lr = _given_rate(options)
+    settings = options.weighting
+    assert not isinstance(settings, NoWeighting)
+    with blaming(f"--bound {settings.bound}"):
+        to_bound = distance_to_lower_bound(weighting.bound, weighting.start)
+    upper = UpperLevel(
+        steps=upper_steps(options),
+        schedule=upper_schedule(options, 1.0),
+        optimizer=options.upper.optimizer,
+        betas=options.upper.betas,
+        visit_every=visit_every,
+    )
+    return match_time_scale(upper, to_bound, upper_lr)
+
+
+def print_time_scale(scale: TimeScale) -> None:
+    """Show the figures before a run, and what is wrong with them."""
+    print("time scale\n" + scale.table())
+    if warning := scale.warning():
+        print(f"warning: {warning}")
+
+
+def _given_rate(options: TrainOptions) -> float | None:
+    """The number that ``--upper-lr`` gives; None for "auto"."""
+    if options.upper.lr == "auto":
+        return None
+    try:
+        return float(options.upper.lr)
+    except ValueError as error:
+        raise OptionError(
+            f"--upper-lr: expected auto or a number, found {options.upper.lr!r}"
+        ) from error

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,110 +11,137 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from bilevel import BilevelState
 from prm.evaluation.metrics import roc_auc
 from prm.losses import step_cross_entropy
+from prm.schema import StepExample
 from recipes.evaluation.candidates import step_scores_of
+from recipes.loading import Examples, Solutions
 from recipes.options.train import TrainOptions
-from recipes.run.directory import write_text
-from recipes.session import Examples, Solutions
+from recipes.run.files import write_text
 from recipes.train.data import TrainData, lower_examples
 from recipes.train.objective import Objective
-from weighting import DomainTable, InstanceNet, InstanceTable, Weighting, save_weighting
+from weighting import EXAMPLE_KEYS, Weighting, reads_model, save_weighting
 
 _SMALLEST_DISTANCE = 2.0**-25
+
+
+def step_labels(examples: Sequence[StepExample], steps: int) -> Tensor:
+    """Labels of all examples, [examples, steps] float64; NaN where there is none."""
+    labels = torch.full((len(examples), steps), float("nan"), dtype=torch.float64)
+    for row, example in enumerate(examples):
+        known = [float("nan") if step.label is None else step.label for step in example.steps]
+        labels[row, : len(known)] = torch.tensor(known, dtype=torch.float64)
+    return labels
 
 
 def initial_losses(scores: Tensor, mask: Tensor, data: Examples) -> Tensor:
     """Loss of every example, [examples] float64, from the step scores of the initial model.
 
-    The two-way cross-entropy, without another forward pass. Where a float32 score is 1 its
+    The two-way cross-entropy in nats, without another forward pass. Where a float32 score is 1 its
     distance to 1 is lost: scores count as within [2⁻²⁵, 1 − 2⁻²⁵], so that a step loses at most
     17.3.
 
     Args:
-        scores: p("+") of every step, [examples, steps].
-        mask: which steps exist, [examples, steps].
-        data: the examples, with their labels.
+        scores: Step scores p("+"), [examples, steps].
+        mask: Which steps exist, [examples, steps].
+        data: The examples, with their labels.
     """
-    labels = torch.full(scores.shape, float("nan"), dtype=torch.float64)
-    for row, example in enumerate(data.examples):
-        known = [float("nan") if step.label is None else step.label for step in example.steps]
-        labels[row, : len(known)] = torch.tensor(known, dtype=torch.float64)
+    labels = step_labels(data.examples, scores.shape[1])
     logits = torch.logit(scores.double(), eps=_SMALLEST_DISTANCE)
     return step_cross_entropy(torch.stack([logits, torch.zeros_like(logits)], -1), labels, mask)
 
 
-def final_weights(
-    options: TrainOptions,
-    objective: Objective,
-    lower: Mapping[str, Tensor],
-    upper: Mapping[str, Tensor],
-    data: TrainData,
-    reference: Tensor | None,
-) -> tuple[Tensor, Tensor | None]:
-    """Weight and raw weight of every lower-level example at the end, mean 1 over the examples.
+def reads_examples_alone(weighting: Weighting) -> bool:
+    """Whether a weighting needs neither tokens nor a model: records can be weighed as they are."""
+    return EXAMPLE_KEYS.issuperset(weighting.reads)
 
-    Instance Net is asked once for each example under the trained model and centred over all of
-    them instead of over a batch. Without a weighting the weights are the given ones, as given, or
-    1, and there are no raw weights.
+
+def example_batch(
+    weighting: Weighting,
+    examples: Sequence[StepExample],
+    index: Mapping[str, int],
+    domains: Mapping[str, int],
+) -> dict[str, Tensor]:
+    """What a weighting reads of a whole file, as one batch, without tokens and without a model.
 
     Args:
-        options: of the run.
-        objective: with the weighting.
-        lower: trained parameters of the model.
-        upper: those of the weighting.
-        data: the examples.
-        reference: step scores of the initial model, [examples, steps]; Instance Net only.
+        weighting: The weighting, which reads nothing but ``EXAMPLE_KEYS``.
+        examples: The examples of the file.
+        index: Row of every id; read where the weighting reads ``index``.
+        domains: Number of every domain; read where it reads ``domain``.
     """
-    weighting, examples = objective.weighting, data.train
-    if weighting is None:
-        ones = torch.ones(len(lower_examples(options, data)))
-        return (ones if data.fixed_weights is None else data.fixed_weights), None
-    params = {name: tensor.detach() for name, tensor in upper.items()}
-    if isinstance(weighting, InstanceTable):
-        return weighting.all_weights(params), weighting.raw_weights(params)
-    if isinstance(weighting, DomainTable):
-        rows = torch.tensor([data.domains[str(example.domain)] for example in examples.examples])
-        weights = weighting.all_weights(params)[rows]
-        return weights / weights.mean(), weighting.raw_weights(params)[rows]
-    scores, _ = step_scores_of(objective.prm, lower, examples, options)
-    return net_weights(objective, params, examples, scores, reference, options.eval_batch_size)
+    batch: dict[str, Tensor] = {}
+    if "index" in weighting.reads:
+        batch["index"] = torch.tensor([index[example.id] for example in examples])
+    if "domain" in weighting.reads:
+        batch["domain"] = torch.tensor([domains[str(example.domain)] for example in examples])
+    counts = torch.tensor([len(example.steps) for example in examples])
+    if "labels" in weighting.reads:
+        batch["labels"] = step_labels(examples, int(counts.max())).float()
+    if "step_mask" in weighting.reads:
+        batch["step_mask"] = torch.arange(int(counts.max())) < counts[:, None]
+    return batch
 
 
-def net_weights(
+def model_batches(
     objective: Objective,
-    params: Mapping[str, Tensor],
     data: Examples,
-    scores: Tensor,
+    scores: Tensor | None,
     reference: Tensor | None,
     batch_size: int,
-) -> tuple[Tensor, Tensor]:
-    """Weight and raw weight, [examples] each, that an Instance Net gives the examples of a file.
-
-    As in training, but centred and normalised over all of ``data`` instead of over a batch: what a
-    weight says is how an example compares with the others of its file.
+) -> Iterator[Mapping[str, Tensor]]:
+    """What a weighting reads of a file with tokens and, where it asks for them, step scores.
 
     Args:
-        objective: with the net and the names of its features.
-        params: of the net.
-        data: the examples.
-        scores: their step scores under the trained model, [examples, steps].
-        reference: under the initial model, likewise; None for a net that does not read them.
-        batch_size: examples at a time.
+        objective: The weighting, and how its features are named.
+        data: The examples; where the weighting reads ``index`` or ``domain``, with rows.
+        scores: Step scores under the trained model, [examples, steps]; None: none are read.
+        reference: Step scores under the initial model, likewise.
+        batch_size: Examples at a time.
     """
-    net = objective.weighting
-    assert isinstance(net, InstanceNet)
-    raws = []
     for rows in torch.arange(len(data)).split(batch_size):
         batch = data.batch(rows.tolist())
         steps = batch["labels"].shape[1]
         if reference is not None:
             batch["reference_probs"] = reference[rows, :steps]
-        inputs, known = objective.net_inputs(batch, {"step_probs": scores[rows, :steps]})
-        raws.append(net.raw_weights(dict(params), inputs, known))
-    raw = torch.cat(raws)
-    weights = net.bound(raw - raw.mean() + net.bound.raw(net.prior) if net.centre else raw)
-    return (weights / weights.mean() if net.normalise else weights), raw
+        outputs = {} if scores is None else {"step_probs": scores[rows, :steps]}
+        yield objective.weighting_batch(batch, outputs)
+
+
+def final_weights(
+    options: TrainOptions,
+    objective: Objective,
+    state: BilevelState,
+    data: TrainData,
+    reference: Tensor | None,
+) -> tuple[Tensor, Tensor | None]:
+    """Weight and raw weight, [examples] each, of every lower-level example at the end.
+
+    A weighting weighs the whole file, under the trained model (``Weighting.file_weights``). Without
+    one the weights are the given ones, as given, or 1, and there are no raw weights.
+
+    Args:
+        options: Options of the run.
+        objective: Its weighting.
+        state: The trained parameters of both levels.
+        data: The examples.
+        reference: Step scores of the initial model, [examples, steps]; None without a weighting.
+    """
+    weighting, train = objective.weighting, data.train
+    if weighting is None:
+        ones = torch.ones(len(lower_examples(options, data)))
+        return (ones if data.fixed_weights is None else data.fixed_weights), None
+    params = {name: tensor.detach() for name, tensor in state.upper_params.items()}
+    if reads_examples_alone(weighting):
+        index = {example.id: row for row, example in enumerate(train.examples)}
+        batch = example_batch(weighting, train.examples, index, data.domains)
+        return weighting.file_weights(params, [batch])
+    scores = None
+    if reads_model(weighting):
+        scores, _ = step_scores_of(objective.prm, state.lower_params, train, options)
+    batches = model_batches(objective, train, scores, reference, options.eval_batch_size)
+    return weighting.file_weights(params, batches)
 
 
 def write_weights(
@@ -136,22 +163,29 @@ def write_weights(
 
 
 def write_weighting(
-    directory: Path,
-    options: TrainOptions,
-    weighting: Weighting,
-    params: Mapping[str, Tensor],
-    data: TrainData,
+    directory: Path, objective: Objective, params: Mapping[str, Tensor], data: TrainData
 ) -> None:
-    """``weighting/``: what is needed to weigh examples again, the names of a table's rows too."""
-    names: list[str] = []
-    if isinstance(weighting, DomainTable):
+    """``weighting/``: what is needed to weigh examples again, the names of the rows too.
+
+    Args:
+        directory: Where to write, see ``save_weighting``.
+        objective: The weighting, and how its features are named.
+        params: Trained parameters of the weighting.
+        data: The examples, whose ids or domains name the rows.
+    """
+    weighting = objective.weighting
+    assert weighting is not None
+    names: Sequence[str] = ()
+    if weighting.row_key == "domain":
         names = list(data.domains)
-    elif not isinstance(weighting, InstanceNet):
+    elif weighting.row_key == "index":
         names = [example.id for example in data.train.examples]
     extra: dict[str, Any] = {}
-    if isinstance(weighting, InstanceNet):
-        extra = {"features": list(options.features), "reference": options.reference_features}
-        extra["domains"] = list(data.domains) if "domain" in options.features else []
+    if objective.reads_features:
+        extra = {"features": list(objective.features), "reference": objective.reference}
+        extra["domains"] = list(data.domains) if objective.reads_domain else []
+    elif objective.reads_domain and weighting.row_key != "domain":
+        extra = {"domains": list(data.domains)}
     save_weighting(directory, weighting, params, names, extra)
 
 

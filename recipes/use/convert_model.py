@@ -13,8 +13,8 @@ def run_convert_model(options: ConvertModelOptions) -> Path:
     """Convert a local folder; prints how much was written, returns where.
 
     Raises:
-        OptionError: the folder is no such checkpoint; says what it lacks.
-        FileExistsError: there is something at the output.
+        OptionError: The folder is no such checkpoint; says what it lacks.
+        FileExistsError: There is something at the output.
     """
     try:
         count = convert_internvl(options.input, options.output)

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
-from dataclasses import fields
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -18,25 +16,16 @@ from prm.scoring import score_examples
 from recipes.evaluation.candidates import Candidates, read_candidates, read_scored_candidates
 from recipes.evaluation.dev_choice import Choice, choose_on_dev
 from recipes.evaluation.figures import all_figures
-from recipes.evaluation.leaks import overlap, refuse_overlap
+from recipes.evaluation.leaks import find_leak, refuse_leak
 from recipes.evaluation.table import SANITY_CHECK, results_table
+from recipes.loading import Examples, load_model, read_solutions, set_up
+from recipes.options.rules import check_together
 from recipes.options.use import EvaluateOptions
 from recipes.options.values import OptionError
-from recipes.run.directory import write_json
-from recipes.session import Examples, load_model, read_solutions, set_up
+from recipes.run.files import write_json
 from recipes.use.model_run import note_differences, run_of
 from recipes.use.score import read_settings
 from recipes.use.scores_file import scores_for
-
-_JUDGE = (
-    "model",
-    "system_prompt",
-    "context",
-    "max_patches",
-    "eval_batch_size",
-    "probability",
-    "workers",
-)
 
 
 class _Judge:
@@ -77,11 +66,13 @@ def run_evaluate(options: EvaluateOptions) -> dict[str, Any]:
     """Report on ``--file``; returns what the results file holds.
 
     Raises:
-        OptionError: options that contradict each other, or questions shared with the dev or meta
+        OptionError: Options that contradict each other, or questions shared with the dev or meta
             set.
-        DataError: a record, or a line of scores, that cannot be used.
+        DataError: A record, or a line of scores, that cannot be used.
     """
-    _check(options)
+    if not 0 <= options.threshold <= 1:
+        raise OptionError(f"--threshold: expected a number in [0, 1], found {options.threshold}")
+    check_together(options)
     set_up(options)
     output = None if options.output is None else Path(options.output)
     if output is not None and output.is_dir():
@@ -128,18 +119,18 @@ def _tuned_on(
         others.append((f"meta set {meta}", read_solutions(options, meta)))
     shared = []
     for name, data in others:
-        found = overlap(data.examples, candidates.data.examples, data.path, candidates.data.path)
-        refuse_overlap(found, name, held_out, sanity_check=options.sanity_check)
-        if found:
-            shared.append(f"{name} {found}")
+        leak = find_leak(data.examples, candidates.data.examples, data.path, candidates.data.path)
+        refuse_leak(leak, name, held_out, sanity_check=options.sanity_check)
+        if leak:
+            shared.append(f"{name} {leak}")
     return shared
 
 
 def _read_rows(path: Path, candidates: Candidates) -> list[Tensor]:
     """Step scores of every candidate from a scores file, in float32 as they were computed."""
     examples = candidates.data.examples
-    found = scores_for(path, [example.id for example in examples], candidates.data.path)
-    for row, example in zip(found, examples, strict=True):
+    rows = scores_for(path, [example.id for example in examples], candidates.data.path)
+    for row, example in zip(rows, examples, strict=True):
         if len(row.step_scores) != len(example.steps):
             raise DataError(
                 expected=f"{len(example.steps)} step scores for {row.id!r}, one per step",
@@ -147,30 +138,7 @@ def _read_rows(path: Path, candidates: Candidates) -> list[Tensor]:
                 file=path,
                 remedy="score this file again; its solutions have changed",
             )
-    return [torch.tensor(row.step_scores, dtype=torch.float32) for row in found]
-
-
-def _check(options: EvaluateOptions) -> None:
-    """Refuse options that would do nothing.
-
-    Raises:
-        OptionError: names them and what to change.
-    """
-    given = {f.name for f in fields(options) if getattr(options, f.name) != f.default}
-    if not 0 <= options.threshold <= 1:
-        raise OptionError(f"--threshold: expected a number in [0, 1], found {options.threshold}")
-    if options.dev is None and options.dev_scores is not None:
-        raise OptionError("--dev-scores has no effect without --dev: name the candidates too")
-    if options.dev is not None:
-        _refuse(given & {"aggregation", "threshold"}, "with --dev, which chooses: leave out one")
-    if options.scores is not None and (options.dev is None or options.dev_scores is not None):
-        _refuse(given & set(_JUDGE), "with --scores: nothing is scored. Leave out one")
-
-
-def _refuse(names: Sequence[str] | set[str], why: str) -> None:
-    if names:
-        flags = ", ".join(f"--{name.replace('_', '-')}" for name in sorted(names))
-        raise OptionError(f"{flags}: no effect {why}")
+    return [torch.tensor(row.step_scores, dtype=torch.float32) for row in rows]
 
 
 def _summary(results: dict[str, Any]) -> str:

@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from recipes.options.train import PrmOptions
+from recipes.options.base import PrmOptions
 from recipes.options.yaml_file import read_yaml
 
 _PROMPT = ("system_prompt", "context", "max_patches")
@@ -16,7 +16,7 @@ def run_of(directory: str) -> dict[str, Any]:
     """The options of the run that ``directory`` lies in; empty where there is no args.yaml.
 
     Raises:
-        OptionError: an args.yaml that cannot be read.
+        OptionError: An args.yaml that cannot be read.
     """
     path = Path(directory).parent / "args.yaml"
     if not path.is_file():
@@ -27,19 +27,19 @@ def run_of(directory: str) -> dict[str, Any]:
 def prompt_differences(options: PrmOptions, directory: str) -> list[str]:
     """Options of the prompt that are not those of the run, in words."""
     run = run_of(directory)
-    found = []
+    lines = []
     for name in _PROMPT:
         if name in run and run[name] != getattr(options, name):
             flag = f"--{name.replace('_', '-')}"
-            found.append(f"{flag} {getattr(options, name)} (the run: {run[name]})")
-    return found
+            lines.append(f"{flag} {getattr(options, name)} (the run: {run[name]})")
+    return lines
 
 
 def note_differences(options: PrmOptions, directory: str) -> None:
     """Say on standard error that a model is asked in another way than it was trained to answer."""
-    found = prompt_differences(options, directory)
-    if found:
+    lines = prompt_differences(options, directory)
+    if lines:
         print(
-            f"note: {Path(directory).parent / 'args.yaml'} has another prompt: {'; '.join(found)}",
+            f"note: {Path(directory).parent / 'args.yaml'} has another prompt: {'; '.join(lines)}",
             file=sys.stderr,
         )

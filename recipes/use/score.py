@@ -13,15 +13,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from prm.aggregations import AGGREGATIONS
 from prm.inputs.prompt import SYSTEM_PROMPT
 from prm.models.model import PRM
 from prm.schema import DataError, StepExample
 from prm.scoring import aggregate, score_examples
+from recipes.loading import load_model, read_examples, set_up
 from recipes.options.use import ScoreOptions
 from recipes.options.values import OptionError
-from recipes.run.directory import write_json
+from recipes.run.files import write_json
 from recipes.run.identity import digest_file, digest_model
-from recipes.session import AGGREGATIONS, load_model, read_examples, set_up
 from recipes.use.model_run import note_differences
 from recipes.use.scores_file import ScoredSolution, complete_lines, settings_path
 
@@ -34,8 +35,8 @@ def run_score(options: ScoreOptions) -> Path:
     """Score what is not scored yet; returns the scores file.
 
     Raises:
-        OptionError: the output exists and is not a scores file of this model, data and settings.
-        DataError: a record, or a line of the output, that cannot be used.
+        OptionError: The output exists and is not a scores file of this model, data and settings.
+        DataError: A record, or a line of the output, that cannot be used.
     """
     set_up(options)
     output = Path(options.output)
@@ -62,7 +63,7 @@ def run_score(options: ScoreOptions) -> Path:
                 full_vocab=options.probability == "vocabulary",
                 workers=options.workers,
             )
-            for place, (row, steps) in enumerate(zip(encoded, scores, strict=True), start=start):
+            for number, (row, steps) in enumerate(zip(encoded, scores, strict=True), start=start):
                 if not steps.isfinite().all():
                     raise DataError(
                         expected="numbers as step scores",
@@ -71,7 +72,7 @@ def run_score(options: ScoreOptions) -> Path:
                         example=row.example.id,
                         remedy="the model's parameters are not finite, or overflow in use",
                     )
-                if place >= done:
+                if number >= done:
                     file.write(scored_solution(row.example, steps).line())
             file.flush()
             os.fsync(file.fileno())
@@ -134,23 +135,23 @@ def read_settings(scores: Path) -> Mapping[str, Any]:
     """The settings beside a scores file; empty where there are none.
 
     Raises:
-        DataError: a settings file that is not one.
+        DataError: A settings file that is not one.
     """
     path = settings_path(scores)
     if not path.is_file():
         return {}
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        settings = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
         raise DataError(expected="JSON", found=str(error), file=path) from error
-    if not isinstance(found, dict) or not isinstance(found.get("model", {}), dict):
+    if not isinstance(settings, dict) or not isinstance(settings.get("model", {}), dict):
         raise DataError(
             expected='a JSON object with an object "model"',
-            found=type(found).__name__,
+            found=type(settings).__name__,
             file=path,
             remedy="write scores and settings with `bilevel-prm score`",
         )
-    return found
+    return settings
 
 
 def _begin(output: Path, settings: Mapping[str, Any], ids: Sequence[str], data: Path) -> int:
@@ -167,9 +168,9 @@ def _begin(output: Path, settings: Mapping[str, Any], ids: Sequence[str], data: 
         )
     differ = [name for name in settings if _decisive(settings, name) != _decisive(earlier, name)]
     if differ:
-        said = "; ".join(f"{name}: {_shown(earlier, name)}" for name in differ)
+        values = "; ".join(f"{name}: {_shown(earlier, name)}" for name in differ)
         raise OptionError(
-            f"--output {output}: holds scores made with other settings ({said}); nothing was "
+            f"--output {output}: holds scores made with other settings ({values}); nothing was "
             "changed. Choose another file, or remove this one"
         )
     return complete_lines(output, ids, data)

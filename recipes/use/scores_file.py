@@ -28,12 +28,12 @@ class ScoredSolution:
     """One line.
 
     Attributes:
-        id: of the solution.
-        step_scores: p("+") of every step.
-        scores: score of the solution, by name of the aggregation.
-        group: its question; None where the data do not say.
-        answer: likewise.
-        correct: likewise.
+        id: Id of the solution.
+        step_scores: Probability of "+" at every step.
+        scores: Score of the solution, by name of the aggregation.
+        group: Its question; None where the data do not say.
+        answer: Its final answer; None likewise.
+        correct: Whether the answer is right; None likewise.
     """
 
     id: str
@@ -64,28 +64,28 @@ def read_scores(path: Path) -> list[ScoredSolution]:
     """All lines of a scores file.
 
     Raises:
-        OptionError: no such file.
-        DataError: a line that is none, naming file, line and field; or an id that occurs twice.
+        OptionError: No such file.
+        DataError: A line that is none, naming file, line and field; or an id that occurs twice.
     """
     if not path.is_file():
         raise OptionError(f"{path}: no such file; {_REMEDY}")
-    found: list[ScoredSolution] = []
+    rows: list[ScoredSolution] = []
     first: dict[str, int] = {}
     for line, row in _rows(path):
         if row.id in first:
             _fail(path, line, "id", f"an id of its own, not that of line {first[row.id]}", row.id)
         first[row.id] = line
-        found.append(row)
-    if not found:
+        rows.append(row)
+    if not rows:
         raise DataError(expected="a line per solution", found="an empty file", file=path)
-    return found
+    return rows
 
 
 def scores_for(path: Path, ids: Sequence[str], data: Path) -> list[ScoredSolution]:
     """The lines of a scores file for the solutions ``ids`` of ``data``, in their order.
 
     Raises:
-        DataError: a solution without scores, or scores of other solutions.
+        DataError: A solution without scores, or scores of other solutions.
     """
     by_id = {row.id: row for row in read_scores(path)}
     missing = [name for name in ids if name not in by_id]
@@ -106,12 +106,12 @@ def complete_lines(path: Path, ids: Sequence[str], data: Path) -> int:
     """How many solutions a file begun earlier holds; an incomplete last line is cut off.
 
     Args:
-        path: the scores file.
-        ids: of all solutions of the data, in order.
-        data: the data, for messages.
+        path: The scores file.
+        ids: Ids of all solutions of the data, in order.
+        data: The data, for messages.
 
     Raises:
-        DataError: a complete line that is none, or not of the solution in its place.
+        DataError: A complete line that is none, or not of the solution in its place.
     """
     with path.open("rb+") as file:
         content = file.read()
@@ -158,9 +158,9 @@ def _parse(record: Any, path: Path, line: int) -> ScoredSolution:
     steps = record.get("step_scores")
     if not isinstance(steps, list) or not steps:
         fail("step_scores", "a list of at least one number", steps)
-    for place, value in enumerate(steps):
+    for number, value in enumerate(steps):
         if not _is_number(value) or not 0 <= value <= 1:
-            fail(f"step_scores[{place}]", "a number in [0, 1]", value)
+            fail(f"step_scores[{number}]", "a number in [0, 1]", value)
     scores = record.get("scores")
     if not isinstance(scores, dict) or not scores:
         fail("scores", "an object with a number per aggregation", scores)

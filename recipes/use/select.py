@@ -9,7 +9,7 @@ from prm.evaluation.select import best_candidate
 from prm.schema import DataError
 from recipes.options.use import SelectOptions
 from recipes.options.values import OptionError, did_you_mean
-from recipes.run.directory import write_text
+from recipes.run.files import write_text
 from recipes.use.scores_file import ScoredSolution, read_scores
 
 
@@ -21,8 +21,8 @@ def run_select(options: SelectOptions) -> Path:
     on the seed and on the name of the question only.
 
     Raises:
-        OptionError: no such file, or no such aggregation.
-        DataError: a line that is none, or one without ``group``.
+        OptionError: No such file, or no such aggregation.
+        DataError: A line that is none, or one without ``group``.
     """
     scores, output = Path(options.scores), Path(options.output)
     if output.is_dir() or output.resolve() == scores.resolve():
@@ -48,14 +48,14 @@ def run_select(options: SelectOptions) -> Path:
     several = 0
     for group, rows in questions.items():
         values = [row.scores[options.aggregation] for row in rows]
-        place, tied = best_candidate(values, tie=options.tie, seed=f"{options.seed} {group}")
-        best = rows[place]
+        winner, tied = best_candidate(values, tie=options.tie, seed=f"{options.seed} {group}")
+        best = rows[winner]
         several += len(tied) > 1
         known = {"answer": best.answer, "correct": best.correct}
         record = {
             "group": group,
             "id": best.id,
-            "score": values[place],
+            "score": values[winner],
             **{name: value for name, value in known.items() if value is not None},
             "tied": [rows[other].id for other in tied],
         }

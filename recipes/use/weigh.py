@@ -1,51 +1,35 @@
-"""``bilevel-prm weigh``: what a saved weighting, or a rule, says of the examples of a file."""
+"""``bilevel-prm weigh``: the weights of a file's examples, by a saved weighting or by a rule."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
+from prm.aggregations import AGGREGATIONS
 from prm.schema import DataError
 from recipes.evaluation.candidates import step_scores_of
+from recipes.loading import Examples, Solutions, load_model, read_examples, read_solutions, set_up
+from recipes.options.rules import check_together, refuse_given
 from recipes.options.use import WeighOptions
 from recipes.options.values import OptionError
-from recipes.session import (
-    AGGREGATIONS,
-    Examples,
-    Solutions,
-    load_model,
-    read_examples,
-    read_solutions,
-    set_up,
-)
+from recipes.train.bounded_weights import WEIGHTINGS
 from recipes.train.data import require
 from recipes.train.objective import Objective
-from recipes.train.weight_report import net_weights, write_weights
+from recipes.train.weight_report import (
+    example_batch,
+    model_batches,
+    reads_examples_alone,
+    write_weights,
+)
 from recipes.use.model_run import prompt_differences, run_of
 from recipes.use.weigh_rules import rule_weights
-from weighting import DomainTable, InstanceNet, InstanceTable, load_weighting
+from weighting import Weighting, load_weighting, reads_model
 
-_JUDGE = (
-    "model",
-    "reference_model",
-    "system_prompt",
-    "context",
-    "max_patches",
-    "eval_batch_size",
-    "workers",
-)
 _SHOWN = 5
-_UNREAD = {
-    "weighting": ("keep", "within", "alpha"),
-    "bis": ("weighting", *_JUDGE, "seed"),
-    "small-loss": ("weighting", "reference_model", "alpha"),
-    "random": ("weighting", *_JUDGE, "alpha"),
-}
 
 
 def run_weigh(options: WeighOptions) -> Path:
@@ -55,13 +39,17 @@ def run_weigh(options: WeighOptions) -> Path:
     a file compare with each other, and equal a run's ``weights.jsonl`` on its training file. A
     rule's weights are 1 and 0, its raw weights the scores that it ranks by.
 
+    Returns:
+        The file that was written.
+
     Raises:
-        OptionError: no weighting there; options that it does not read, or that it was not trained
-            with; examples whose row or domain it does not have.
-        DataError: a record that cannot be used.
+        OptionError: No weighting there; options that it does not read, or that it was not trained
+            with.
+        DataError: A record that cannot be used; examples whose row or domain the weighting does not
+            have.
     """
     set_up(options)
-    _check_unread(options, _UNREAD[options.by], f"--by {options.by}")
+    check_together(options)
     output = Path(options.output)
     if output.is_dir():
         raise OptionError(f"--output {output}: is a directory; name a file")
@@ -76,74 +64,109 @@ def run_weigh(options: WeighOptions) -> Path:
     return output
 
 
+@dataclass(frozen=True)
+class _Saved:
+    """A saved weighting, and what its run recorded with it.
+
+    Attributes:
+        directory: Where it is saved.
+        weighting: The weighting.
+        params: Its parameters.
+        names: Names of its rows: ids or domains; empty if there are none.
+        extra: What else it needs: names of features and domains.
+    """
+
+    directory: str
+    weighting: Weighting
+    params: Mapping[str, Tensor]
+    names: Sequence[str]
+    extra: Mapping[str, Any]
+
+    @property
+    def index(self) -> dict[str, int]:
+        """Row of every id, if the rows are instances'."""
+        return _numbered(self.names if self.weighting.row_key == "index" else ())
+
+    @property
+    def domains(self) -> dict[str, int]:
+        """Number of every domain that the weighting reads, in its rows or as a feature."""
+        by_row = self.weighting.row_key == "domain"
+        return _numbered(self.names if by_row else self.extra.get("domains", ()))
+
+
+def _numbered(names: Sequence[str]) -> dict[str, int]:
+    return {name: number for number, name in enumerate(names)}
+
+
 def _by_weighting(options: WeighOptions) -> tuple[Examples | Solutions, Tensor, Tensor]:
     if options.weighting is None:
         raise OptionError("--by weighting needs --weighting, the weighting directory of a run")
+    kinds = [registration.kind for registration in WEIGHTINGS.values()]
     try:
-        weighting, params, names, extra = load_weighting(options.weighting)
+        saved = _Saved(options.weighting, *load_weighting(options.weighting, kinds))
     except (FileNotFoundError, ValueError) as error:
         raise OptionError(f"--weighting {options.weighting}: {error}") from error
-    if isinstance(weighting, InstanceNet):
-        return _by_net(options, options.weighting, weighting, params, extra)
-    return _by_table(options, weighting, params, names)
+    if reads_examples_alone(saved.weighting):
+        return _by_examples(options, saved)
+    return _by_model(options, saved)
 
 
-def _by_table(
-    options: WeighOptions,
-    table: InstanceTable | DomainTable,
-    params: dict[str, Tensor],
-    names: Sequence[str],
-) -> tuple[Solutions, Tensor, Tensor]:
-    """Examples, weights and raw weights by the rows of a table."""
-    _check_unread(options, _JUDGE, f"a {type(table).__name__}, which asks no model")
+def _by_examples(options: WeighOptions, saved: _Saved) -> tuple[Solutions, Tensor, Tensor]:
+    """Examples, weights and raw weights by a weighting that asks no model."""
+    weighting = saved.weighting
+    refuse_given(
+        options,
+        WeighOptions.ASKS_MODEL,
+        f"{{flags}}: no effect with a {type(weighting).__name__}, which asks no model; leave out",
+    )
     data = read_solutions(options, options.file)
-    if isinstance(table, InstanceTable):
-        rows = _rows(options, [example.id for example in data.examples], names, "id")
-        return data, table.all_weights(params)[rows], table.raw_weights(params)[rows]
-    require(data, "domain")
-    rows = _rows(options, [str(example.domain) for example in data.examples], names, "domain")
-    weights = table.all_weights(params)[rows]
-    return data, weights / weights.mean(), table.raw_weights(params)[rows]
+    if "labels" in weighting.reads:
+        require(data, "labels")
+    _check_rows(options, saved, data)
+    batch = example_batch(weighting, data.examples, saved.index, saved.domains)
+    return data, *weighting.file_weights(saved.params, [batch])
 
 
-def _by_net(
-    options: WeighOptions,
-    directory: str,
-    net: InstanceNet,
-    params: Mapping[str, Tensor],
-    extra: Mapping[str, Any],
-) -> tuple[Examples, Tensor, Tensor]:
-    """Examples, weights and raw weights by a net on the features that its config names."""
-    differ = prompt_differences(options, directory)
+def _by_model(options: WeighOptions, saved: _Saved) -> tuple[Examples, Tensor, Tensor]:
+    """Examples, weights and raw weights by a weighting that reads tokens or step scores."""
+    weighting = saved.weighting
+    differ = prompt_differences(options, saved.directory)
     if differ:
         raise OptionError(
             f"{'; '.join(differ)}: the net has learned from what the model says to the run's "
             "prompt; give the same"
         )
-    try:
-        features, uses_reference = tuple(extra["features"]), bool(extra["reference"])
-    except KeyError as error:
-        raise OptionError(
-            f"--weighting {directory}: config.json does not name the net's {error}, so its "
-            "inputs are not known"
-        ) from error
-    domains = {name: place for place, name in enumerate(extra.get("domains", ()))}
+    features, uses_reference = _features(saved)
     prm, model_params = load_model(options)
     data = read_examples(prm, options, options.file)
     require(data, "labels")
-    if domains:
-        require(data, "domain")
-        _rows(options, [str(e.domain) for e in data.examples], list(domains), "domain")
-        data = data.with_rows(
-            index={example.id: row for row, example in enumerate(data.examples)}, domains=domains
-        )
+    _check_rows(options, saved, data)
+    domains = saved.domains
+    if domains or saved.index:
+        index = saved.index or _numbered([example.id for example in data.examples])
+        data = data.with_rows(index=index, domains=domains or None)
     objective = Objective(
-        prm, AGGREGATIONS["mean"], "both", net, features, uses_reference, len(domains)
+        prm, AGGREGATIONS["mean"], "both", weighting, features, uses_reference, len(domains)
     )
-    scores, _ = step_scores_of(prm, model_params, data, options)
-    reference = _reference_scores(options, directory) if uses_reference else None
-    weights, raw = net_weights(objective, params, data, scores, reference, options.eval_batch_size)
-    return data, weights, raw
+    scores = None
+    if reads_model(weighting):
+        scores, _ = step_scores_of(prm, model_params, data, options)
+    reference = _reference_scores(options, saved.directory) if objective.reads_reference else None
+    batches = model_batches(objective, data, scores, reference, options.eval_batch_size)
+    return data, *weighting.file_weights(saved.params, batches)
+
+
+def _features(saved: _Saved) -> tuple[tuple[str, ...], bool]:
+    """Names of the features that a weighting reads, and whether also under the initial model."""
+    if "features" not in saved.weighting.reads:
+        return (), False
+    try:
+        return tuple(saved.extra["features"]), bool(saved.extra["reference"])
+    except KeyError as error:
+        raise OptionError(
+            f"--weighting {saved.directory}: config.json does not name the net's {error}, so its "
+            "inputs are not known"
+        ) from error
 
 
 def _reference_scores(options: WeighOptions, directory: str) -> Tensor:
@@ -165,30 +188,32 @@ def _reference_scores(options: WeighOptions, directory: str) -> Tensor:
     return scores
 
 
-def _rows(options: WeighOptions, keys: Sequence[str], names: Sequence[str], what: str) -> Tensor:
-    """Row of every key among the names of a weighting.
+def _check_rows(options: WeighOptions, saved: _Saved, data: Examples | Solutions) -> None:
+    """Refuse examples whose id or domain a weighting does not know.
 
     Raises:
-        DataError: keys that have no row.
+        DataError: An example without a domain; ids or domains that the weighting was not trained
+            with.
     """
-    index = {name: row for row, name in enumerate(names)}
-    unseen = list(dict.fromkeys(key for key in keys if key not in index))
-    if unseen:
-        more = f" and {len(unseen) - _SHOWN} more" if len(unseen) > _SHOWN else ""
+    if saved.weighting.row_key == "index":
+        _check_known(options, [example.id for example in data.examples], saved.index, "id")
+    if saved.domains:
+        require(data, "domain")
+        names = [str(example.domain) for example in data.examples]
+        _check_known(options, names, saved.domains, "domain")
+
+
+def _check_known(
+    options: WeighOptions, keys: Sequence[str], known: Mapping[str, int], what: str
+) -> None:
+    unknown = list(dict.fromkeys(key for key in keys if key not in known))
+    if unknown:
+        more = f" and {len(unknown) - _SHOWN} more" if len(unknown) > _SHOWN else ""
         raise DataError(
-            expected=f"no other {what}s than the {len(names)} that the weighting was trained with",
-            found=", ".join(map(repr, unseen[:_SHOWN])) + more,
+            expected=f"no other {what}s than the {len(known)} that the weighting was trained with",
+            found=", ".join(map(repr, unknown[:_SHOWN])) + more,
             file=options.file,
             field=what,
             remedy="a table says nothing of others; train an Instance Net, without the feature "
             "domain, to weigh unseen examples",
         )
-    return torch.tensor([index[key] for key in keys])
-
-
-def _check_unread(options: WeighOptions, names: Sequence[str], because: str) -> None:
-    given = {f.name for f in fields(options) if getattr(options, f.name) != f.default}
-    unread = sorted(given & set(names))
-    if unread:
-        flags = ", ".join(f"--{name.replace('_', '-')}" for name in unread)
-        raise OptionError(f"{flags}: no effect with {because}; leave out")

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from recipes.evaluation.candidates import step_scores_of
+from recipes.loading import Examples, Solutions, load_model, read_examples, read_solutions
 from recipes.options.use import WeighOptions
 from recipes.options.values import OptionError
-from recipes.session import Examples, Solutions, load_model, read_examples, read_solutions
 from recipes.train.data import require
-from recipes.train.weight_report import initial_losses
+from recipes.train.weight_report import initial_losses, step_labels
 from weighting import balanced_information, keep_best
 
 
@@ -26,8 +26,9 @@ def rule_weights(options: WeighOptions) -> tuple[Examples | Solutions, Tensor, T
     while finds hard are taken to be mislabelled. ``random``: a seeded draw.
 
     Raises:
-        OptionError: a share or alpha that is none.
-        DataError: an example without a labelled step, or without a domain where it is ranked by.
+        OptionError: A share or an alpha outside its range.
+        DataError: An example without a labelled step, or without a domain where examples are ranked
+            within domains.
     """
     data: Examples | Solutions
     if options.by == "small-loss":
@@ -50,12 +51,7 @@ def rule_weights(options: WeighOptions) -> tuple[Examples | Solutions, Tensor, T
 
 def _bis(options: WeighOptions, data: Solutions) -> Tensor:
     require(data, "labels")
-    steps = max(len(example.steps) for example in data.examples)
-    labels = torch.full((len(data), steps), float("nan"), dtype=torch.float64)
-    for row, example in enumerate(data.examples):
-        for place, step in enumerate(example.steps):
-            if step.label is not None:
-                labels[row, place] = step.label
+    labels = step_labels(data.examples, max(len(example.steps) for example in data.examples))
     try:
         return balanced_information(labels, ~labels.isnan(), alpha=options.alpha)
     except ValueError as error:

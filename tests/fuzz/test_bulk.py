@@ -12,22 +12,23 @@ import torch
 
 from bilevel import tree
 from bilevel.autodiff.random_state import capture
-from prm.data.formats.table import FORMAT_NAMES
 from prm.data.reader import checked_rows
 from prm.inputs.tiles import image_size, read_image
+from prm.names import FORMAT_NAMES
 from prm.schema import DataError
-from recipes.options.train import TrainOptions, resolve, to_yaml
+from recipes.options.parse import resolve, to_yaml
+from recipes.options.train import TrainOptions
 from recipes.options.values import OptionError
 from recipes.run.checkpoints import Checkpoints, Progress
 from recipes.train.data import _read_weights
 from recipes.use.scores_file import read_scores
 from tests.fuzz.bulk import changed, damaged_bytes, damaged_file
+from tests.fuzz.checks import check_examples, check_refusal, read_rows
+from tests.fuzz.good_files import PLAIN, SCORES, TRAIN, WEIGHTS, YAML, pictures, weightings
 from tests.fuzz.strategies import RAW, TEXTS, dumps
-from tests.fuzz.test_files import PLAIN, SCORES, TRAIN, WEIGHTS, YAML, pictures, weightings
-from tests.fuzz.test_readers import check_examples, check_refusal, read_rows
 from tests.fuzz.trial import EXAMPLES, SUITE, attempt
 from tests.prm.data.test_formats import GOOD
-from tests.recipes.run.test_checkpoints import TOY, toy
+from tests.recipes.run.toy_problem import TOY, toy
 from weighting import load_weighting, row_index
 
 TRIES = EXAMPLES or SUITE

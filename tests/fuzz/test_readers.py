@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +9,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from prm.data.formats.table import FORMAT_NAMES
-from prm.data.reader import checked_rows, iter_rows, read_jsonl, write_jsonl
+from prm.data.reader import checked_rows, read_jsonl
 from prm.data.splitter import final_answer, solution_steps, split_steps
 from prm.evaluation.answers import answer_classes
 from prm.inputs.collate import Collator
+from prm.names import FORMAT_NAMES
 from prm.schema import DataError, StepExample
 from recipes.embedded.vocabulary import build_tokenizer
+from tests.fuzz.checks import check_examples, check_refusal, read_rows
 from tests.fuzz.strategies import TEXTS, files
 from tests.fuzz.trial import attempt, fuzzed
 from tests.prm.data.test_formats import GOOD
@@ -33,52 +32,6 @@ def path(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def collator() -> Collator:
     return Collator(build_tokenizer(), system_prompt=None)
-
-
-def check_examples(examples: list[StepExample], path: Path) -> None:
-    """They are what the schema says, and can be written and read back."""
-    for example in examples:
-        assert example.id.strip()
-        assert example.question.strip()
-        assert example.steps
-        for step in example.steps:
-            assert step.text.strip()
-            assert step.label is None or (0 <= step.label <= 1 and math.isfinite(step.label))
-        assert example.correct in (None, True, False)
-    written = path.with_name("written.jsonl")
-    refused = refusal(lambda: write_jsonl(written, examples, path.parent))
-    if refused is not None:
-        # What stands beside the fields under the name of one, and paths below the root by detours.
-        assert refused.expected == "an example that reads back as it was written"
-        return
-    assert [e for row in iter_rows(written, format="prm-jsonl") for e in row.examples] == examples
-
-
-def refusal(write: Callable[[], None]) -> DataError | None:
-    try:
-        write()
-    except DataError as error:
-        return error
-    return None
-
-
-def read_rows(path: Path, format: str) -> list[StepExample]:
-    """As ``read_examples``, images not looked for."""
-    examples = []
-    for row in iter_rows(path, format=format):
-        if isinstance(row, DataError):
-            raise row
-        examples += row.examples
-    return examples
-
-
-def check_refusal(error: DataError, path: Path) -> None:
-    assert error.file == path
-    assert error.expected
-    assert error.found
-    assert error.line is not None or error.found == "an empty file"
-    # Broken text has a place only; a broken record a field, too, unless it is none of the format.
-    str(error).encode()
 
 
 @pytest.mark.parametrize("format", FORMAT_NAMES)

@@ -9,8 +9,8 @@ import pytest
 
 from bilevel import Auto, Ghost, Jvp, OneStep, PerExample, tree
 from prm.models.adapters import add_lora
-from tests.invariants.test_families import warm
-from tests.invariants.test_prm_hypergradient import by_loop, by_route, distance
+from tests.invariants.families import warm
+from tests.invariants.setting import by_loop, by_route, distance
 from tests.prm.tiny import FORWARD_MODE, in_float64, internvl, save_image
 
 

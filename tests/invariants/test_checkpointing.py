@@ -22,19 +22,19 @@ from bilevel import (
 )
 from bilevel.lower.lower_pass import lower_pass
 from prm.models.activation_checkpointing import checkpointed
-from tests.invariants.test_families import FAMILIES, setup  # noqa: F401
-from tests.invariants.test_prm_hypergradient import by_route, distance
+from tests.invariants.families import FAMILIES
+from tests.invariants.setting import by_route, distance
 from tests.prm.tiny import FORWARD_MODE, in_float64, qwen
 
 SEEING = [name for name in FAMILIES if name not in ("llama", "qwen2-vl")]
 
 
-def switched_on(setup):  # noqa: F811
+def switched_on(setup):
     prm = replace(setup.objective.prm, activation_checkpointing=True)
     return replace(setup, objective=replace(setup.objective, prm=prm))
 
 
-def saved_bytes(setup) -> tuple[int, dict[str, torch.Tensor | None]]:  # noqa: F811
+def saved_bytes(setup) -> tuple[int, dict[str, torch.Tensor | None]]:
     """Bytes that autograd holds between the passes (parameters apart), and the gradient."""
     leaves = {name: leaf.detach().requires_grad_() for name, leaf in setup.lower.items()}
     parameters = {leaf.data_ptr() for leaf in leaves.values()}
@@ -52,7 +52,7 @@ def saved_bytes(setup) -> tuple[int, dict[str, torch.Tensor | None]]:  # noqa: F
 
 
 @pytest.mark.parametrize("setup", SEEING, indirect=True)
-def test_gradients_are_the_same_bits_with_less_memory(setup):  # noqa: F811
+def test_gradients_are_the_same_bits_with_less_memory(setup):
     """The parameters are not those that the module holds: recomputation must not use the latter."""
     module = dict(setup.objective.prm.model.named_parameters())
     assert all(not torch.equal(leaf, module[name]) for name, leaf in setup.lower.items()
@@ -75,7 +75,7 @@ def test_gradients_are_the_same_bits_with_less_memory(setup):  # noqa: F811
         (CentralDifference(1e-5), "lower-first"),
     ],
 )
-def test_hypergradients_are_the_same(setup, route, order):  # noqa: F811
+def test_hypergradients_are_the_same(setup, route, order):
     expected = by_route(setup, OneStep(route, order))
     found = by_route(switched_on(setup), OneStep(route, order))
     assert distance(found, expected) < 1e-12

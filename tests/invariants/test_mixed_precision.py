@@ -10,8 +10,7 @@ from torch.nn import functional
 
 from bilevel import CentralDifference, Ghost, Jvp, OneStep, tree
 from prm.models.model import step_logits
-from tests.invariants.test_families import setup  # noqa: F401
-from tests.invariants.test_prm_hypergradient import by_loop, by_route, distance
+from tests.invariants.setting import by_loop, by_route, distance
 from tests.prm.tiny import FORWARD_MODE
 
 KINDS = pytest.mark.parametrize("setup", ["internvl", "qwen2-vl"], indirect=True)
@@ -22,7 +21,7 @@ def narrow(values):
 
 
 @pytest.fixture
-def single(setup):  # noqa: F811
+def single(setup):
     """The setting in float32."""
     prm = setup.objective.prm
     prm.model.float()

@@ -10,8 +10,8 @@ import torch
 from bilevel import AdamW, WarmupCosine, tree
 from prm.losses import step_cross_entropy
 from prm.models.model import load_prm, save_prm, split_parameters, step_logits
-from recipes.session import read_examples
-from recipes.train.order import epoch_order
+from recipes.loading import read_examples
+from recipes.train.batches import epoch_order
 from recipes.train.training import run_training
 from tests.tiny_task import FORWARD_MODE, model_bits, read_lines
 
@@ -48,18 +48,18 @@ def plain(task, tmp_path_factory):
 def test_no_selection_is_the_textbook_loop(task, plain, tmp_path):
     options = task.train(tmp_path)
     prm = load_prm(task.model)
-    params, _ = split_parameters(prm.model, options.freeze)
+    params, _ = split_parameters(prm.model, options.lower.freeze)
     data = read_examples(prm, options, options.train_file)
     order = epoch_order(len(data), 1)  # seed 0, the stream of the lower level
     optimizer = AdamW(
-        WarmupCosine(options.lower_lr, 0, options.steps),
-        betas=options.lower_betas,
-        weight_decay=options.lower_weight_decay,
-        max_norm=options.lower_max_norm,
+        WarmupCosine(options.lower.lr, 0, options.lower.steps),
+        betas=options.lower.betas,
+        weight_decay=options.lower.weight_decay,
+        max_norm=options.lower.max_norm,
     )
     state = optimizer.init(params)
-    for step in range(options.steps):
-        batch = data.batch(order(step * options.batch_size, options.batch_size))
+    for step in range(options.lower.steps):
+        batch = data.batch(order(step * options.lower.batch_size, options.lower.batch_size))
         leaves = tree.map(lambda leaf: leaf.detach().requires_grad_(), params)
         losses = step_cross_entropy(
             step_logits(prm, leaves, batch), batch["labels"], batch["step_mask"]

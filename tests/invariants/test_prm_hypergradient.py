@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import Tensor
 
 from bilevel import AdamW, BilevelSolver, Ghost, Jvp, OneStep, PerExample, tree
+from prm.aggregations import AGGREGATIONS
 from prm.models.model import load_prm, split_parameters
-from recipes.session import AGGREGATIONS, read_examples
+from recipes.loading import read_examples
 from recipes.train.objective import Objective
+from tests.invariants.setting import Setup, by_loop, by_route, distance, double
 from tests.tiny_task import FORWARD_MODE, altered
 from weighting import Clip, InstanceNet, InstanceTable, Sigmoid
 
@@ -25,24 +26,6 @@ WEIGHTINGS = {
     "table, mean one": replace(TABLE, normalise="batch"),
     "net": InstanceNet(2 * len(FEATURES) - 1, bound=Sigmoid(2.0)),
 }
-
-
-@dataclass(frozen=True)
-class Setup:
-    objective: Objective
-    optimizer: AdamW
-    lower: dict[str, Tensor]
-    state: Any
-    upper: dict[str, Tensor]
-    batch: dict[str, Tensor]
-    meta: dict[str, Tensor]
-
-
-def double(batch):
-    return {
-        name: value.double() if value.is_floating_point() else value
-        for name, value in batch.items()
-    }
 
 
 @pytest.fixture(scope="module", params=WEIGHTINGS)
@@ -59,7 +42,7 @@ def setup(request, task, tmp_path_factory):
     data = read_examples(prm, options, str(train))
     rows = data.with_rows({example.id: row for row, example in enumerate(data.examples)})
     batch = double(rows.batch(range(8)))
-    meta = read_examples(prm, options, options.meta_file)
+    meta = read_examples(prm, options, options.data.meta_file)
     weighting = WEIGHTINGS[request.param]
     generator = torch.Generator().manual_seed(2)
     batch["reference_probs"] = torch.rand(
@@ -86,59 +69,6 @@ def setup(request, task, tmp_path_factory):
         batch,
         double(meta.batch(range(6))),
     )
-
-
-def by_route(setup, one_step):
-    result = one_step.step(
-        setup.objective.problem(),
-        setup.optimizer,
-        setup.lower,
-        setup.upper,
-        setup.state,
-        [setup.batch],
-        setup.meta,
-    )
-    return result.hypergradient
-
-
-def by_loop(setup, order):
-    """Σ_i ∂w_i/∂φ ⟨μ, ∇ℓ_i⟩ / batch with each ∇ℓ_i from a backward pass of its own."""
-    leaves = tree.map(lambda leaf: leaf.detach().requires_grad_(), setup.lower)
-    names = list(leaves)
-    problem = setup.objective.problem()
-    losses, features = problem.losses(leaves, setup.batch)
-    each = [
-        torch.autograd.grad(loss, leaves.values(), retain_graph=True, materialize_grads=True)
-        for loss in losses
-    ]
-    upper = tree.map(lambda leaf: leaf.detach().requires_grad_(), setup.upper)
-    weights = problem.weights_of(upper, setup.batch, features, losses)
-    grads = {
-        name: sum(w * g[place] for w, g in zip(weights.detach(), each, strict=True)) / len(each)
-        for place, name in enumerate(names)
-    }
-    at = setup.lower
-    if order == "lower-first":
-        with torch.no_grad():
-            at, _ = setup.optimizer.update(grads, setup.state, setup.lower)
-    ahead = tree.map(lambda leaf: leaf.detach().requires_grad_(), at)
-    loss = problem.upper_loss(ahead, setup.upper, setup.meta)
-    found = torch.autograd.grad(loss, ahead.values(), materialize_grads=True)
-    v = dict(zip(names, found, strict=True))
-    with torch.no_grad():
-        if order == "lower-first":
-            mu = setup.optimizer.grads_vjp(grads, setup.state, setup.lower, v)
-        else:
-            mu = setup.optimizer.predicted_grads_vjp(setup.state, setup.lower, v)
-        dots = torch.stack(
-            [sum((mu[name] * g[place]).sum() for place, name in enumerate(names)) for g in each]
-        )
-    grads_of_weights = torch.autograd.grad(weights, upper.values(), dots / len(each))
-    return dict(zip(upper, grads_of_weights, strict=True))
-
-
-def distance(found, expected):
-    return float(tree.norm(tree.axpy(-1.0, expected, found)) / tree.norm(expected))
 
 
 def test_batch_has_tiles_of_its_own_number(setup):

@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from recipes.options.train import OptionError
+from recipes.options.values import OptionError
 from recipes.train.training import run_training
 from tests.tiny_task import altered, model_bits, read_lines
 

@@ -9,7 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from prm import aggregations
-from prm.aggregations import AggregationName
+from prm.aggregations import AGGREGATIONS
+from prm.names import AggregationName
 from tests.prm.tiny import FORWARD_MODE
 
 
@@ -31,9 +32,12 @@ NAMES = sorted(PLAIN)
 SCORES = st.lists(st.floats(1e-6, 1 - 1e-6), min_size=1, max_size=6)
 
 
-def test_every_name_of_the_command_line_is_here():
+def test_every_name_of_the_command_line_has_its_function():
+    assert tuple(AGGREGATIONS) == get_args(AggregationName)
     functions = {"min": "minimum", "max": "maximum"}
-    assert sorted(functions.get(name, name) for name in get_args(AggregationName)) == NAMES
+    assert sorted(functions.get(name, name) for name in AGGREGATIONS) == NAMES
+    for name, how in AGGREGATIONS.items():
+        assert how is getattr(aggregations, functions.get(name, name))
 
 
 @pytest.mark.parametrize("name", NAMES)

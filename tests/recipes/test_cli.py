@@ -6,12 +6,15 @@ import json
 import resource
 import subprocess
 import sys
+from importlib import metadata
 
 import pytest
+import torch
 
 import recipes.train.loop
 import recipes.train.training
 from recipes.__main__ import main
+from recipes.run.provenance import environment
 from recipes.run.step_log import append_line
 from tests.tiny_task import altered, model_bits, read_lines
 
@@ -25,6 +28,7 @@ COMMANDS = [
     ["weigh"],
     ["convert-model"],
     ["compare"],
+    ["env"],
     ["data"],
     ["data", "embedded"],
     ["data", "pretrain-base"],
@@ -381,3 +385,57 @@ def test_compare_names_unknown_methods(said, tmp_path):
     assert main(words) == 2
     assert "--methods: unknown 'magic'; expected among cold_start, no_selection" in said()
     assert not (tmp_path / "work").exists()
+
+
+def test_version(capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["--version"])
+    assert stop.value.code == 0
+    version = metadata.version("bilevel-prm")
+    assert capsys.readouterr().out == f"bilevel-prm {version}\n"
+    assert recipes.__version__ == version
+
+
+def test_version_loads_no_torch():
+    code = "import sys; from recipes.__main__ import main\ntry: main(['--version'])\nfinally: "
+    code += "print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "False"
+
+
+def test_env_says_what_env_json_says(capsys):
+    assert main(["env"]) == 0
+    lines = dict(line.split("  ", 1) for line in capsys.readouterr().out.splitlines())
+    said = {name: value.strip() for name, value in lines.items()}
+    found = environment()
+    git = found["git"]
+    assert said.pop("commit") == (
+        "no checkout" if git is None else git["commit"] + ", with changes" * git["dirty"]
+    )
+    assert said.pop("python") == found["python"] == sys.version.split()[0]
+    assert said.pop("platform") == found["platform"]
+    assert said.pop("CPUs") == f"{found['cpus']}, {torch.get_num_threads()} threads of torch"
+    assert said.pop("devices") == (", ".join(found["devices"]) or "none")
+    assert said.pop("CUDA") == (found["cuda"] or "none")
+    assert said == found["packages"]
+    assert said["torch"] == metadata.version("torch")
+    assert set(said) >= {"tokenizers", "scikit-learn", "peft", "gguf", "accelerate"}
+
+
+def test_env_names_what_is_missing(capsys, monkeypatch):
+    def version(name):
+        if name in ("peft", "bilevel-prm"):
+            raise metadata.PackageNotFoundError(name)
+        return "1.0"
+
+    monkeypatch.setattr(metadata, "version", version)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda n: f"card {n}")
+    main(["env"])
+    lines = {" ".join(line.split()) for line in capsys.readouterr().out.splitlines()}
+    assert {
+        "bilevel-prm not installed as a package",
+        "peft not installed",
+        "torch 1.0",
+        "devices cuda: card 0, cuda: card 1",
+    } <= lines

@@ -8,6 +8,7 @@ import math
 import pytest
 import torch
 
+from tests.tiny_task import FORWARD_MODE
 from weighting import (
     Clip,
     DomainTable,
@@ -50,6 +51,7 @@ def test_bound_gradient_equals_central_differences_inside(bound):
     assert torch.autograd.gradcheck(bound, (raw,))
 
 
+@FORWARD_MODE
 def test_clip_at_the_edge():
     raw = torch.tensor([2.5, 2.5, -0.5, -0.5, 1.0], requires_grad=True)
     grad = torch.tensor([-1.0, 1.0, 1.0, -1.0, 3.0])

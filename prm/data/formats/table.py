@@ -17,6 +17,7 @@ from prm.data.formats import (
     visualprm_raw,
 )
 from prm.data.record_fields import Place, Words
+from prm.names import FORMAT_NAMES, FormatName
 from prm.schema import StepExample
 
 
@@ -31,7 +32,7 @@ class Format:
         read: the examples of a record; raises ``DataError``.
     """
 
-    name: str
+    name: FormatName
     keys: str
     matches: Callable[[Mapping[str, Any]], bool]
     read: Callable[[Mapping[str, Any], Place], tuple[StepExample, ...]]
@@ -102,7 +103,6 @@ FORMATS: tuple[Format, ...] = (
         candidates.read_game24,
     ),
 )
-FORMAT_NAMES = tuple(format.name for format in FORMATS)
 
 
 def format_named(name: str) -> Format:

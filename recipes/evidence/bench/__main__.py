@@ -1,4 +1,4 @@
-"""``python -m recipes.evidence.bench [core|embedded] ...``; core if nothing is said."""
+"""``python -m recipes.evidence.bench [core|embedded] ...``; core is the default."""
 
 from __future__ import annotations
 

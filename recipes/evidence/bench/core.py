@@ -12,7 +12,7 @@ import argparse
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -39,46 +39,59 @@ from recipes.evidence.bench.measure import (
     median_of,
     with_flops,
 )
-from recipes.run.directory import environment, write_json
-from recipes.run.machine import machine
+from recipes.run.files import write_json
+from recipes.run.provenance import environment, machine
 
 WINDOWS = [1, 4, 16, 64]
 
 
-def measure(
-    sizes: Sizes,
-    windows: Sequence[int],
-    rounds: int,
-    cap: int,
-    reference_steps: int,
-    say: Callable[[str], None] = lambda _: None,
-) -> dict[str, Any]:
-    """Measure everything; returns what ``results/bench.json`` holds, but for command and machine.
+@dataclass(frozen=True)
+class Plan:
+    """What is measured, and how often.
 
-    Args:
-        sizes: Of the model and the batches.
+    Attributes:
+        sizes: Sizes of the model and the batches.
         windows: Lower steps of the unrolls.
-        rounds: Of the timing; see `Contender.every`.
+        rounds: Rounds of the timing; see ``Contender.every``.
         cap: Bytes of resident memory that TorchOpt's process may take.
         reference_steps: The longest window that is also computed in float64.
-        say: Gets a line of progress now and then.
     """
-    case = make_case(sizes, max(windows, default=1))
-    long = make_case(longer(sizes), 1)
+
+    sizes: Sizes
+    windows: Sequence[int]
+    rounds: int
+    cap: int
+    reference_steps: int
+
+
+def measure(plan: Plan, log: Callable[[str], None] = lambda _: None) -> dict[str, Any]:
+    """Measure everything.
+
+    Args:
+        plan: What is measured.
+        log: Gets a line of progress now and then.
+
+    Returns:
+        What ``results/bench.json`` and ``results/bench_details.json`` hold, but for the command
+        and the machine.
+    """
+    case = make_case(plan.sizes, max(plan.windows, default=1))
+    long = make_case(longer(plan.sizes), 1)
     cases = [case, case.cast(torch.bfloat16), long]
-    rows_of = [contenders(at, windows, cap) for at in cases[:2]] + [long_contenders(long)]
+    rows_of = [contenders(at, plan.windows, plan.cap) for at in cases[:2]]
+    rows_of.append(long_contenders(long))
     evaluated: list[Evaluated] = []
     for contender in chain.from_iterable(rows_of):
         started = time.perf_counter()
         evaluated.append(evaluate(contender))
-        say(f"{evaluated[-1].name}: evaluated in {time.perf_counter() - started:.1f} s")
-    distances, cosines = errors(evaluated, reference_steps, say)
+        log(f"{evaluated[-1].name}: evaluated in {time.perf_counter() - started:.1f} s")
+    distances, cosines = errors(evaluated, plan.reference_steps, log)
     units = {(at.name, name): run for at in cases for name, run in baselines(at).items()}
     timed = {_unit(*unit): Timed(run) for unit, run in units.items()}
     for one in evaluated:
         if one.peak is not None:
             timed[one.name] = Timed(one.contender.run, one.contender.every)
-    seconds = in_rounds(timed, rounds, say)
+    seconds = in_rounds(timed, plan.rounds, log)
     unit_flops = {unit: with_flops(run)[1] for unit, run in units.items()}
     rows, details = [], []
     for one in evaluated:
@@ -101,11 +114,11 @@ def measure(
             }
         )
     return {
-        "rounds": rounds,
+        "rounds": plan.rounds,
         "model": {
             "description": "decoder: RMSNorm, rotary attention, gated SiLU; random weights after "
             f"{int(case.state.steps)} AdamW steps",
-            "sizes": asdict(sizes),
+            "sizes": asdict(plan.sizes),
             "parameters": sum(leaf.numel() for leaf in case.lower.values()),
             "parameter_bytes": case.parameter_bytes,
             "parameter_and_optimizer_bytes": case.state_bytes,
@@ -118,7 +131,7 @@ def measure(
             }
             for at in cases
         },
-        "memory_cap_bytes": cap,
+        "memory_cap_bytes": plan.cap,
         "definitions": report.DEFINITIONS,
         "rows": rows,
         "details": details,
@@ -217,14 +230,9 @@ def main(arguments: Sequence[str]) -> None:
     kept = keep_freed_memory()
     started = time.perf_counter()
     cap = round(given.memory_cap_gb * 2**30)
-    measured = measure(
-        Sizes(examples=given.examples, tokens=given.tokens),
-        windows,
-        rounds,
-        cap,
-        given.reference_steps,
-        lambda line: print(line, file=sys.stderr),
-    )
+    sizes = Sizes(examples=given.examples, tokens=given.tokens)
+    plan = Plan(sizes, windows, rounds, cap, given.reference_steps)
+    measured = measure(plan, lambda line: print(line, file=sys.stderr))
     print(report.table(measured))
     found = machine()
     seconds = round(time.perf_counter() - started)

@@ -33,12 +33,15 @@ from torch import Tensor
 from bilevel import SGD, BilevelSolver, BilevelState, Ghost, Jvp, OneStep, PerExample, Reverse
 from bilevel.hypergradients.one_step import Order
 from bilevel.routes import CentralDifference, Route
+from prm.aggregations import AGGREGATIONS
 from prm.inputs.collate import Batch
 from recipes.embedded.build import Sizes, build
 from recipes.evidence.bench.measure import keep_freed_memory
-from recipes.options.train import TrainOptions, resolve
-from recipes.run.directory import environment, write_json
-from recipes.session import AGGREGATIONS, load_model
+from recipes.loading import load_model
+from recipes.options.parse import changed, resolve
+from recipes.options.train import TrainOptions
+from recipes.run.files import write_json
+from recipes.run.provenance import environment
 from recipes.train.data import read_train_data
 from recipes.train.make_solver import lower_optimizer
 from recipes.train.objective import Objective
@@ -95,7 +98,7 @@ def make_setup(batch_size: int, meta_batch_size: int) -> Setup:
     with tempfile.TemporaryDirectory() as folder:
         data_dir = Path(folder) / "data"
         build(data_dir, sizes=Sizes(40, 3, 1, 40, 4, 2, 2))
-        preset = replace(
+        preset = changed(
             resolve(TrainOptions, {"config": "train-table"}),
             train_file=str(data_dir / "train.jsonl"),
             meta_file=str(data_dir / "meta.jsonl"),
@@ -103,7 +106,7 @@ def make_setup(batch_size: int, meta_batch_size: int) -> Setup:
             test_file=None,
         )
         torch.manual_seed(0)
-        prm, lower = load_model(preset, preset.freeze)
+        prm, lower = load_model(preset, preset.lower.freeze)
         data = read_train_data(prm, preset)
         assert data.meta is not None
         lower_batch = data.train.batch(range(batch_size))

@@ -34,7 +34,7 @@ class Evaluated:
 
 
 def evaluate(contender: Contender) -> Evaluated:
-    """Run it once; what refuses the case, or runs out of memory, says so in the notes."""
+    """Run a contender once; a refusal of the case, or too little memory, is put in the notes."""
     one = Evaluated(contender)
     try:
         if contender.process is not None:
@@ -57,7 +57,7 @@ def evaluate(contender: Contender) -> Evaluated:
 
 
 def errors(
-    evaluated: Sequence[Evaluated], reference_steps: int, say: Callable[[str], None]
+    evaluated: Sequence[Evaluated], reference_steps: int, log: Callable[[str], None]
 ) -> tuple[dict[str, float], dict[str, float]]:
     """Distance to each contender's own reference, and cosine with the exact hypergradient.
 
@@ -71,7 +71,7 @@ def errors(
         if key not in known:
             started = time.perf_counter()
             known[key] = reference(name, at, steps)
-            say(f"reference {key} in {time.perf_counter() - started:.1f} s")
+            log(f"reference {key} in {time.perf_counter() - started:.1f} s")
         return known[key]
 
     distances, cosines = {}, {}

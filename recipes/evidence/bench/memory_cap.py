@@ -30,7 +30,7 @@ def capped(command: Sequence[str], cap: int) -> str | None:
     machine has none left; what it held between the last look and its end, only it can say.
 
     Raises:
-        RuntimeError: The command failed, with the end of what it said; or there is no /proc to
+        RuntimeError: The command failed, with the end of its output; or there is no /proc to
             read its memory from (other systems than Linux).
     """
     if not Path("/proc/self/status").is_file():
@@ -78,8 +78,8 @@ def main(arguments: Sequence[str]) -> None:
     torch.set_num_threads(threads)
     case = make_case(Sizes(**sizes), window)
     (found, flops), peak = with_peak(lambda: with_flops(lambda: torchopt_unroll(case, steps)))
-    said = {"hypergradient": found.tolist(), "flops": flops, "peak": peak}
-    print(json.dumps(said | {"resident": _peak_resident("self")}))
+    measured = {"hypergradient": found.tolist(), "flops": flops, "peak": peak}
+    print(json.dumps(measured | {"resident": _peak_resident("self")}))
 
 
 if __name__ == "__main__":

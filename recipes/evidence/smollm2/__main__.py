@@ -25,8 +25,9 @@ import torch
 import yaml
 from torch import Tensor
 
-from prm.aggregations import AggregationName
+from prm.aggregations import AGGREGATIONS
 from prm.evaluation.metrics import paired_interval, roc_auc
+from prm.names import AggregationName
 from recipes.evaluation.candidates import (
     Candidates,
     interval,
@@ -37,12 +38,15 @@ from recipes.evaluation.candidates import (
 from recipes.evidence.smollm2.game24 import FILE, Sizes, write_parts
 from recipes.evidence.smollm2.position import auc_by_place, position_scores
 from recipes.evidence.smollm2.weights import gguf_file, write_model
-from recipes.options.train import ColdStartOptions, LowerOptions, PrmOptions, TrainOptions, to_yaml
+from recipes.loading import read_solutions
+from recipes.options.base import PrmOptions
+from recipes.options.parse import cold_start_options, to_yaml, train_options
+from recipes.options.train import ColdStartOptions, LowerOptions, TrainOptions
 from recipes.options.use import ScoreOptions
-from recipes.run.directory import environment, write_json
-from recipes.run.machine import machine
-from recipes.session import AGGREGATIONS, read_solutions
-from recipes.train.training import run_cold_start, run_training
+from recipes.run.files import write_json
+from recipes.run.provenance import environment, machine
+from recipes.train.cold_start import run_cold_start
+from recipes.train.training import run_training
 from recipes.use.score import run_score
 from recipes.use.scores_file import scores_for
 
@@ -51,7 +55,7 @@ _SYSTEM = "judge each step of the solution"
 _HOW: AggregationName = "mean"
 
 
-def train_options(
+def options_of_runs(
     work: Path, model: Path, given: argparse.Namespace
 ) -> tuple[ColdStartOptions, TrainOptions, TrainOptions]:
     """The three runs: cold start, No Selection, Instance Net."""
@@ -67,7 +71,7 @@ def train_options(
         "log_every": 4,
         "progress": False,
     }
-    cold = ColdStartOptions(
+    cold = cold_start_options(
         **common,
         output_dir=str(work / "cold-start"),
         draw=0,
@@ -81,8 +85,8 @@ def train_options(
         "steps": given.steps,
         "lower_lr": given.lower_lr,
     }
-    plain = TrainOptions(**second, output_dir=str(work / "no-selection"), weighting="none")
-    net = TrainOptions(
+    plain = train_options(**second, output_dir=str(work / "no-selection"), weighting="none")
+    net = train_options(
         **second,
         output_dir=str(work / "instance-net"),
         meta_file=str(work / "data" / "meta.jsonl"),
@@ -100,7 +104,7 @@ def once(options: Any, run: Callable[[Any], Path]) -> None:
     """Run, unless the directory holds the finished run of the same options.
 
     Raises:
-        FileExistsError: it holds another.
+        FileExistsError: It holds a run of other options.
     """
     directory = Path(options.output_dir)
     if (directory / "results.json").is_file():
@@ -147,11 +151,11 @@ def figures(candidates: Candidates, judges: Mapping[str, Sequence[Tensor]]) -> l
     ]
     for name, scores in judges.items():
         selected = candidates.best(solution_scores_of(scores, AGGREGATIONS[_HOW]))
-        truth, said = judged_steps(candidates, scores)
+        labels, predictions = judged_steps(candidates, scores)
         rows.append(
             {
                 **_row(name, selected, majority),
-                "step_auc": float(roc_auc(truth, said)),
+                "step_auc": float(roc_auc(labels, predictions)),
                 "step_auc_same_place": auc_by_place(candidates.data.examples, scores),
             }
         )
@@ -192,7 +196,7 @@ def check(given: argparse.Namespace) -> dict[str, Any]:
     work = Path(given.work_dir)
     counts = write_parts(Path(given.data), work / "data", Sizes(), given.seed)
     model = write_model(gguf_file(), work / "model")
-    cold, plain, net = train_options(work, model, given)
+    cold, plain, net = options_of_runs(work, model, given)
     runs: dict[str, LowerOptions] = {"cold start": cold, "No Selection": plain, "Instance Net": net}
     for options in runs.values():
         once(options, run_cold_start if options is cold else run_training)
@@ -211,7 +215,7 @@ def check(given: argparse.Namespace) -> dict[str, Any]:
         "trained_layers": given.layers,
         "cold_steps": given.cold_steps,
         "steps": given.steps,
-        "batch_size": cold.batch_size,
+        "batch_size": cold.lower.batch_size,
         "lower_lr": given.lower_lr,
         "aggregation": _HOW,
         "seed": given.seed,

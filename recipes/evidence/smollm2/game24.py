@@ -25,10 +25,10 @@ class Sizes:
     """How much of the source is used.
 
     Attributes:
-        test_puzzles: puzzles that solutions are selected for.
-        meta_puzzles: puzzles of the upper level.
-        candidates: solutions of each of these.
-        train_solutions: solutions of the other puzzles, at most half of them right.
+        test_puzzles: Puzzles that solutions are selected for.
+        meta_puzzles: Puzzles of the upper level.
+        candidates: Solutions of each of these.
+        train_solutions: Solutions of the other puzzles, at most half of them right.
     """
 
     test_puzzles: int = 16
@@ -41,7 +41,7 @@ def by_reach(example: StepExample) -> StepExample:
     """The example with ``reach`` as its step labels.
 
     Raises:
-        DataError: a step without it.
+        DataError: A step lacks it.
     """
     reach = example.extra["reach"]
     if any(value not in (0, 1) for value in reach):
@@ -66,7 +66,7 @@ def split(
     many (of the whole source 102 different ones are).
 
     Raises:
-        ValueError: too few puzzles with right and wrong solutions.
+        ValueError: Too few puzzles with right and wrong solutions.
     """
     rng = Random(seed)
     puzzles: dict[str, list[StepExample]] = {}
@@ -110,9 +110,9 @@ def write_parts(source: Path, directory: Path, sizes: Sizes, seed: int = 0) -> d
     """Write ``train.jsonl``, ``meta.jsonl`` and ``test.jsonl``; returns their rows by name.
 
     Raises:
-        FileNotFoundError: no ``source``.
-        DataError: a record that cannot be used.
-        ValueError: see ``split``.
+        FileNotFoundError: No ``source``.
+        DataError: A record that cannot be used.
+        ValueError: See ``split``.
     """
     examples = [by_reach(example) for example in read_examples(source, format="game24")]
     parts = split(examples, sizes, seed)

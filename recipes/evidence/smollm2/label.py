@@ -27,7 +27,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from prm.data.reader import write_lines
+from prm.files import write_lines
 
 _MOVE = re.compile(r"(\S+) ([-+*/]) (\S+) = (\S+) \(left: ([^()]*)\)")
 Numbers = tuple[Fraction, ...]
@@ -40,7 +40,7 @@ def after(left: Numbers, text: str) -> Numbers | None:
         return None
     try:
         a, b, result = (Fraction(match[place]) for place in (1, 3, 4))
-        said = sorted(Fraction(word) for word in match[5].split())
+        listed = sorted(Fraction(word) for word in match[5].split())
     except (ValueError, ZeroDivisionError):
         return None
     rest = list(left)
@@ -51,7 +51,7 @@ def after(left: Numbers, text: str) -> Numbers | None:
     if result not in [value for sign, value in _results(a, b) if sign == match[2]]:
         return None
     rest.append(result)
-    return tuple(said) if said == sorted(rest) else None
+    return tuple(listed) if listed == sorted(rest) else None
 
 
 @cache

@@ -1,7 +1,7 @@
-"""What the place of a step says of its label, without a word of the text: a baseline.
+"""A baseline that predicts the label of a step from its place alone, without the text.
 
-A judge that only learned at which steps solutions tend to go wrong looks good by the AUC over all
-steps. Here is that judge, and an AUC that compares steps of the same place only.
+A judge that only learned at which steps solutions tend to go wrong has a high AUC over all steps.
+Here is that judge, and an AUC that compares steps of the same place only.
 """
 
 from __future__ import annotations
@@ -49,16 +49,16 @@ def auc_by_place(rows: Sequence[StepExample], scores: Sequence[Tensor]) -> float
     Pairs over all places count alike: Σ_p n⁺_p n⁻_p AUC_p / Σ_p n⁺_p n⁻_p. None without a pair.
     """
     truth: dict[Place, list[bool]] = {}
-    said: dict[Place, list[float]] = {}
+    predicted: dict[Place, list[float]] = {}
     for row, values in zip(rows, scores, strict=True):
         for place, step, value in zip(places(row), row.steps, values.tolist(), strict=True):
             if step.label is not None:
                 truth.setdefault(place, []).append(step.label > 0.5)
-                said.setdefault(place, []).append(value)
+                predicted.setdefault(place, []).append(value)
     above = pairs = 0.0
     for place, right in truth.items():
         count = sum(right) * (len(right) - sum(right))
         if count:
-            above += count * roc_auc(np.array(right, dtype=float), said[place])
+            above += count * roc_auc(np.array(right, dtype=float), predicted[place])
             pairs += count
     return above / pairs if pairs else None

@@ -23,7 +23,7 @@ def gguf_file() -> Path:
     """The weights inside the installed package, which is not imported.
 
     Raises:
-        ModuleNotFoundError: it is not installed, or holds no GGUF file; says what to install.
+        ModuleNotFoundError: It is not installed, or holds no GGUF file; says what to install.
     """
     spec = find_spec(PACKAGE)
     places = [] if spec is None else list(spec.submodule_search_locations or ())
@@ -40,7 +40,7 @@ def write_model(file: Path, directory: Path) -> Path:
     """Write the dequantized model and its tokenizer to ``directory``, once; returns it.
 
     Raises:
-        ValueError: the model cannot judge steps (``prm.models.model.make_prm``).
+        ValueError: The model cannot judge steps (``prm.models.model.make_prm``).
     """
     if (directory / "config.json").is_file():
         return directory

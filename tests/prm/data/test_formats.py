@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from prm.data.formats.table import FORMAT_NAMES, FORMATS
+from prm.data.formats.table import FORMATS
 from prm.data.reader import Row, iter_rows, read_examples
+from prm.names import FORMAT_NAMES
 from prm.schema import DataError, Step, StepExample
 
 SYSTEM = {"from": "system", "value": "Judge."}
@@ -126,6 +127,10 @@ def texts(example: StepExample) -> list[str]:
 
 def test_every_format_has_a_record_here():
     assert tuple(GOOD) == FORMAT_NAMES
+
+
+def test_every_name_has_its_reader_in_the_order_of_the_names():
+    assert tuple(format.name for format in FORMATS) == FORMAT_NAMES
 
 
 @pytest.mark.parametrize("array", [False, True])

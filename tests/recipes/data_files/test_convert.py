@@ -9,7 +9,7 @@ import pytest
 
 from prm.data.reader import read_examples, read_jsonl
 from recipes.__main__ import main
-from recipes.options.train import resolve
+from recipes.options.parse import resolve
 from recipes.train.training import run_training
 from tests.tiny_task import read_lines
 

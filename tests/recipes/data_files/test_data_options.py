@@ -10,16 +10,16 @@ from typing import get_args
 import pytest
 
 import recipes.data_files
-from prm.data.formats.table import FORMAT_NAMES
+from prm.data.formats.table import FORMATS
+from prm.names import FORMAT_NAMES, FormatChoice
 from recipes.__main__ import main
 from recipes.data_files.options import (
     ConvertOptions,
-    FormatName,
     InspectOptions,
     SplitOptions,
     ValidateOptions,
 )
-from recipes.options.train import PrmOptions
+from recipes.options.base import PrmOptions
 
 KINDS = {
     "validate": ValidateOptions,
@@ -30,7 +30,8 @@ KINDS = {
 
 
 def test_formats_are_those_that_there_are():
-    assert get_args(FormatName) == ("auto", *FORMAT_NAMES)
+    assert get_args(FormatChoice) == ("auto", *FORMAT_NAMES)
+    assert tuple(format.name for format in FORMATS) == FORMAT_NAMES
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -52,7 +53,7 @@ def test_every_option_is_read(kind):
             if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
                 read |= {node.attr} if node.value.id == "options" else set()
     named = {"meta", "test"}  # by getattr, in validate.py
-    shared = {f.name for f in fields(PrmOptions)}  # recipes.session reads the rest of these
+    shared = {f.name for f in fields(PrmOptions)}  # recipes.loading reads the rest of these
     assert {f.name for f in fields(KINDS[kind])} <= read | named | shared
 
 

@@ -11,12 +11,12 @@ import pytest
 import yaml
 
 import recipes.embedded.compare
-import recipes.options.train
+import recipes.options.parse
 from recipes.embedded.build import build
 from recipes.embedded.compare import compare, statistics
 from recipes.evaluation.table import NAMES
 from recipes.options.embedded import CompareOptions
-from recipes.options.train import PRESETS
+from recipes.options.parse import PRESETS
 from tests.tiny_task import SIZES, model_bits, read_lines
 
 Z = 1.959964
@@ -115,7 +115,7 @@ def tiny(task, tmp_path, monkeypatch):
         kept = shrunk if path.stem.startswith("train") else {"steps": 4, "batch_size": 6}
         text = yaml.safe_dump(content | kept)
         (tmp_path / "presets" / path.name).write_text(text)
-    monkeypatch.setattr(recipes.options.train, "PRESETS", tmp_path / "presets")
+    monkeypatch.setattr(recipes.options.parse, "PRESETS", tmp_path / "presets")
     monkeypatch.setattr(
         recipes.embedded.compare, "build", lambda at, *, seed: build(at, seed=seed, sizes=SIZES)
     )

@@ -19,7 +19,7 @@ from recipes.evaluation.candidates import (
     step_scores_of,
     summary,
 )
-from recipes.session import load_model
+from recipes.loading import load_model
 from recipes.train.weight_report import weight_report
 from tests.tiny_task import altered
 

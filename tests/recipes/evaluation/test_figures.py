@@ -11,7 +11,7 @@ from prm.schema import Step, StepExample
 from recipes.evaluation.candidates import Candidates, tie_together
 from recipes.evaluation.dev_choice import Choice, choose_on_dev
 from recipes.evaluation.figures import all_figures
-from recipes.session import Solutions
+from recipes.loading import Solutions
 
 # question, domain, answer, right, (label, score) of each step
 ROWS = [

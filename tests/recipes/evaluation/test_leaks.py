@@ -11,7 +11,7 @@ import yaml
 
 from prm.schema import Step, StepExample
 from recipes import commands
-from recipes.evaluation.leaks import overlap, refuse_overlap
+from recipes.evaluation.leaks import find_leak, refuse_leak
 from recipes.options.use import EvaluateOptions
 from recipes.options.values import OptionError
 from tests.tiny_task import read_lines
@@ -36,38 +36,38 @@ META, TEST = Path("meta.jsonl"), Path("test.jsonl")
 def test_nothing_in_common(picture):
     first = [example("a", "What?", picture("1", "x")), example("b", "How?")]
     second = [example("c", "What?", picture("2", "y")), example("d", "Why?"), example("e", "What?")]
-    found = overlap(first, second, META, TEST)
+    found = find_leak(first, second, META, TEST)
     assert not found
     assert (found.same_file, found.ids, found.questions) == (False, (), ())
-    refuse_overlap(found, "a", "b", sanity_check=False)
+    refuse_leak(found, "a", "b", sanity_check=False)
 
 
 def test_renamed_questions_are_found_by_words_and_pictures(picture):
     first = [example("a", "What is  it?", picture("1", "x"), picture("2", "y"))]
     second = [example("b", "what is it?", picture("3", "x"), picture("4", "y"))]
-    found = overlap(first, second, META, TEST)
+    found = find_leak(first, second, META, TEST)
     assert found.questions == ("What is  it?",)
     assert str(found) == "shares 1 questions, for example 'What is  it?'"
     swapped = [example("b", "what is it?", picture("4", "y"), picture("3", "x"))]
-    assert not overlap(first, swapped, META, TEST)
+    assert not find_leak(first, swapped, META, TEST)
 
 
 def test_pictures_are_read_only_where_words_agree():
     first = [example("a", "What?", Path("nowhere.png"))]
-    assert not overlap(first, [example("b", "How?", Path("gone.png"))], META, TEST)
+    assert not find_leak(first, [example("b", "How?", Path("gone.png"))], META, TEST)
 
 
 def test_same_file_and_same_ids():
     first, second = [example("a", "What?")], [example("a", "How?")]
-    assert str(overlap(first, second, META, TEST)) == "shares 1 ids, for example 'a'"
-    assert str(overlap(first, first, META, Path("./meta.jsonl"))) == "is the same file"
+    assert str(find_leak(first, second, META, TEST)) == "shares 1 ids, for example 'a'"
+    assert str(find_leak(first, first, META, Path("./meta.jsonl"))) == "is the same file"
 
 
-def test_an_overlap_is_refused_unless_marked():
-    found = overlap([example("a", "What?")], [example("b", "What?")], META, TEST)
+def test_a_leak_is_refused_unless_marked():
+    found = find_leak([example("a", "What?")], [example("b", "What?")], META, TEST)
     with pytest.raises(OptionError, match=r"--meta-file m shares 1 questions.*--sanity-check"):
-        refuse_overlap(found, "--meta-file m", "--test-file t", sanity_check=False)
-    refuse_overlap(found, "--meta-file m", "--test-file t", sanity_check=True)
+        refuse_leak(found, "--meta-file m", "--test-file t", sanity_check=False)
+    refuse_leak(found, "--meta-file m", "--test-file t", sanity_check=True)
 
 
 def test_a_run_tuned_on_its_test_set_is_labelled(task, tmp_path, capsys):

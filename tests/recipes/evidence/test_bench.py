@@ -283,7 +283,7 @@ def measured():
                 else {"hypergradient": [0.0] * TINY.instances, "peak": 1, "flops": 1}
             ),
         )
-        return core.measure(TINY, [1, 2], rounds=2, cap=GIB, reference_steps=1)
+        return core.measure(core.Plan(TINY, [1, 2], rounds=2, cap=GIB, reference_steps=1))
 
 
 def test_rows_have_the_agreed_keys(measured):

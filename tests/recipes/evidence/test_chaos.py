@@ -5,13 +5,15 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+from pathlib import Path
 from types import SimpleNamespace
 
 from recipes.__main__ import make_parser
-from recipes.evidence.chaos import CASES, SAVE_EVERY, Harness, chaos
+from recipes.evidence.chaos import CASES, KILLS, SAVE_EVERY, SEED, Counts, Harness, chaos
 from recipes.evidence.chaos_attempt import _is_change
+from recipes.options.parse import resolve
 from recipes.options.rules import check_together
-from recipes.options.train import TrainOptions, resolve
+from recipes.options.train import TrainOptions
 
 
 def test_runs_that_are_killed_are_the_uninterrupted_ones(tmp_path, monkeypatch):
@@ -60,9 +62,21 @@ def test_every_weighting_and_every_hypergradient_is_killed():
             | given(words),
         )
         check_together(options)
-        seen.append((options.weighting, options.hypergradient))
+        seen.append((options.weighting.kind, options.hypergradient.kind))
     assert {weighting for weighting, _ in seen} == {"net", "table", "domain"}
     assert {method for _, method in seen} == {"one-step", "unrolled", "implicit", "penalty"}
+
+
+def test_the_recorded_figures_are_of_the_default_command():
+    record = json.loads((Path(__file__).parents[3] / "results" / "chaos.json").read_text())
+    assert record["command"].endswith(f".chaos --kills {KILLS} --seed {SEED}")
+    assert record["kills"] >= KILLS  # goes on to the end of a round of cases
+    assert record["runs"] % len(CASES) == 0
+
+
+def test_counts_add_up_and_the_larger_loss_stays():
+    one, other = Counts(3, 1, 3, 2, 1, 0, 3), Counts(4, 0, 3, 1, 1, 1, 0)
+    assert one + other == Counts(7, 1, 6, 2, 2, 1, 3)
 
 
 def test_what_counts_as_a_change():

@@ -2,172 +2,182 @@
 
 from __future__ import annotations
 
-from dataclasses import fields, replace
+from dataclasses import replace
+from typing import Literal, get_args, get_origin
 
 import pytest
 
 import recipes.run.directory
 import recipes.run.resume
 import recipes.train.training
+from recipes.options.choices import NetOptions
+from recipes.options.flat import flat_options, flatten
+from recipes.options.parse import PRESETS, cold_start_options, resolve, train_options
 from recipes.options.rules import check_together, unread
-from recipes.options.train import PRESETS, ColdStartOptions, OptionError, TrainOptions, resolve
+from recipes.options.train import ColdStartOptions, TrainOptions
+from recipes.options.values import OptionError, convert, element
 from recipes.train.training import run_training
+from tests.recipes.options.recorded import not_read, recorded
 
-PLAIN = TrainOptions(train_file="t", output_dir="o", weighting="none", test_file="c")
-NET = TrainOptions(train_file="t", output_dir="o", meta_file="m")
-TABLE = replace(NET, weighting="table", bound="clip")
-DOMAIN = replace(NET, weighting="domain", bound="softplus")
+ENTRIES = flat_options(TrainOptions)
+
+PLAIN = {"train_file": "t", "output_dir": "o", "weighting": "none", "test_file": "c"}
+NET = {"train_file": "t", "output_dir": "o", "meta_file": "m"}
+TABLE = NET | {"weighting": "table", "bound": "clip"}
+DOMAIN = NET | {"weighting": "domain", "bound": "softplus"}
 
 
-def refusal(options) -> str:
+def refusal(given, make=train_options) -> str:
     with pytest.raises(OptionError) as error:
-        check_together(options)
+        check_together(make(**given))
     return str(error.value)
 
 
 @pytest.mark.parametrize(
-    ("options", "message"),
+    ("given", "message"),
     [
         (
-            replace(PLAIN, upper_lr="0.06", order="lower-first", rollback=True),
+            PLAIN | {"upper_lr": "0.06", "order": "lower-first", "rollback": True},
             "--upper-lr 0.06, --order lower-first, --rollback have no effect with "
             "--weighting none: leave them out, or use --weighting net, table or domain",
         ),
         (
-            replace(PLAIN, meta_file="m", meta_batch_size=8),
+            PLAIN | {"meta_file": "m", "meta_batch_size": 8},
             "--meta-batch-size 8 has no effect with --weighting none: leave it out, or use "
             "--weighting net, table or domain; --meta-file m has no effect with --weighting none "
             "--lower-data train: leave it out, or use a weighting or --lower-data meta",
         ),
         (
-            replace(NET, bound_low=0.5),
+            NET | {"bound_low": 0.5},
             "--bound-low 0.5 has no effect with --bound sigmoid: leave it out, or use "
             "--bound clip or clamp",
         ),
         (
-            replace(TABLE, bound="softplus", bound_high=3.0),
+            TABLE | {"bound": "softplus", "bound_high": 3.0},
             "--bound-high 3.0 has no effect with --bound softplus: leave it out, or use "
             "--bound clip, clamp or sigmoid",
         ),
         (
-            replace(DOMAIN, prior=0.5, normalise="none"),
+            DOMAIN | {"prior": 0.5, "normalise": "none"},
             "--prior 0.5 has no effect with --weighting domain: leave it out, or use "
             "--weighting net or table; --normalise none has no effect with --weighting domain "
             "--weights-file none: leave it out, or use --weighting net or table, or --weights-file",
         ),
         (
-            replace(TABLE, features=("loss", "label"), reference_features=False, hidden=3),
+            TABLE | {"features": ("loss", "label"), "reference_features": False, "hidden": 3},
             "--features loss label, --no-reference-features, --hidden 3 have no effect with "
             "--weighting table: leave them out, or use --weighting net",
         ),
         (
-            replace(NET, features=("label",), reference_features=False),
+            NET | {"features": ("label",), "reference_features": False},
             "--no-reference-features has no effect with --features label: leave it out, or use a "
             "feature that depends on the model",
         ),
         (
-            replace(NET, upper_optimizer="sgd", upper_betas=(0.5, 0.9), upper_weight_decay=0.1),
+            NET | {"upper_optimizer": "sgd", "upper_betas": (0.5, 0.9), "upper_weight_decay": 0.1},
             "--upper-betas 0.5 0.9, --upper-weight-decay 0.1 have no effect with "
             "--upper-optimizer sgd: leave them out, or use --upper-optimizer adam or lazy-adam",
         ),
         (
-            replace(NET, weights_file="w", lower_data="meta"),
+            NET | {"weights_file": "w", "lower_data": "meta"},
             "--weights-file w, --lower-data meta have no effect with --weighting net: leave them "
             "out, or use --weighting none",
         ),
         (
-            replace(PLAIN, weights_file="w", lower_data="meta", meta_file="m"),
+            PLAIN | {"weights_file": "w", "lower_data": "meta", "meta_file": "m"},
             "--weights-file w has no effect with --lower-data meta: leave it out, or use "
             "--lower-data train",
         ),
         (
-            replace(PLAIN, test_file=None, aggregation="min", eval_batch_size=8),
+            PLAIN | {"test_file": None, "aggregation": "min", "eval_batch_size": 8},
             "--aggregation min has no effect with --weighting none --dev-file none --test-file "
             "none: leave it out, or give candidates to score; --eval-batch-size 8 has no effect "
             "with --weighting none --dev-file none --test-file none: leave it out, or give "
             "candidates to score",
         ),
         (
-            replace(NET, model="x", init_from="y"),
+            NET | {"model": "x", "init_from": "y"},
             "--model x has no effect with --init-from y: leave it out, or use --init-from none",
         ),
         (
-            replace(NET, lower_schedule="constant", lower_warmup=0.1),
+            NET | {"lower_schedule": "constant", "lower_warmup": 0.1},
             "--lower-warmup 0.1 has no effect with --lower-schedule constant: leave it out, or use "
             "--lower-schedule cosine",
         ),
         (
-            replace(NET, keep_checkpoints=5),
+            NET | {"keep_checkpoints": 5},
             "--keep-checkpoints 5 has no effect with --save-every 0: leave it out, or use "
             "--save-every 1 or more",
         ),
     ],
 )
-def test_options_that_would_do_nothing_are_refused_with_reason_and_remedy(options, message):
-    assert refusal(options) == message
+def test_options_that_would_do_nothing_are_refused_with_reason_and_remedy(given, message):
+    assert refusal(given) == message
 
 
 @pytest.mark.parametrize(
-    ("options", "message"),
+    ("given", "message"),
     [
         (
-            replace(NET, resume="p"),
+            NET | {"resume": "p"},
             "--resume p --output-dir o: a resumed run stays in its directory: leave out "
             "--output-dir",
         ),
-        (replace(NET, meta_file=None), "--weighting net --lower-data train --meta-file none: the"),
+        (NET | {"meta_file": None}, "--weighting net --lower-data train --meta-file none: the"),
         (
-            replace(PLAIN, lower_data="meta"),
+            PLAIN | {"lower_data": "meta"},
             "--weighting none --lower-data meta --meta-file none: the meta loss needs --meta-file",
         ),
         (
-            replace(NET, upper_optimizer="lazy-adam"),
+            NET | {"upper_optimizer": "lazy-adam"},
             "--upper-optimizer lazy-adam --weighting net: lazy-adam moves the rows of a table",
         ),
         (
-            replace(DOMAIN, upper_optimizer="lazy-adam"),
+            DOMAIN | {"upper_optimizer": "lazy-adam"},
             "--upper-optimizer lazy-adam --weighting domain: lazy-adam moves the rows of a table",
         ),
-        (replace(NET, normalise="table"), "--normalise table --weighting net: a net has no table"),
+        (NET | {"normalise": "table"}, "--normalise table --weighting net: a net has no table"),
         (
-            replace(TABLE, route="ghost", order="lower-first"),
+            TABLE | {"route": "ghost", "order": "lower-first"},
             "--route ghost --order lower-first: ghost needs the meta gradient before the lower "
             "step: use --order upper-first, or --route per-example",
         ),
         (
-            replace(TABLE, route="dot", batch_size=2),
+            TABLE | {"route": "dot", "batch_size": 2},
             "--route dot --batch-size 2: dot takes one example per micro-batch: use auto, or "
             "--batch-size 1 with a higher --accumulation",
         ),
     ],
 )
-def test_contradictions_name_the_options_and_what_to_change(options, message):
-    assert refusal(options).startswith(message)
+def test_contradictions_name_the_options_and_what_to_change(given, message):
+    assert refusal(given).startswith(message)
 
 
 @pytest.mark.parametrize(
-    "options",
+    "given",
     [
         PLAIN,
         NET,
         TABLE,
         DOMAIN,
-        replace(PLAIN, lower_data="meta", meta_file="m", loss_target="pairs", aggregation="min"),
-        replace(PLAIN, weights_file="w"),
-        replace(TABLE, bound_low=-1.0, bound_high=3.0, normalise="table", prior=0.5),
-        replace(TABLE, upper_optimizer="lazy-adam", upper_betas=(0.5, 0.9)),
-        replace(TABLE, route="dot", batch_size=1, normalise="none"),
-        replace(NET, route="ghost", hidden=3, layers=2, features=("loss",)),
-        replace(DOMAIN, bound="sigmoid", bound_high=3.0, upper_weight_decay=0.1),
-        replace(NET, upper_optimizer="sgd"),
-        replace(NET, init_from="y"),
-        replace(NET, resume="./o", on_existing="number", save_every=3, keep_checkpoints=0),
-        replace(NET, lower_schedule="constant"),
-        ColdStartOptions(train_file="t", output_dir="o", model="x", lower_warmup=0.5),
+        PLAIN
+        | {"lower_data": "meta", "meta_file": "m", "loss_target": "pairs", "aggregation": "min"},
+        PLAIN | {"weights_file": "w"},
+        TABLE | {"bound_low": -1.0, "bound_high": 3.0, "normalise": "table", "prior": 0.5},
+        TABLE | {"upper_optimizer": "lazy-adam", "upper_betas": (0.5, 0.9)},
+        TABLE | {"route": "dot", "batch_size": 1, "normalise": "none"},
+        NET | {"route": "ghost", "hidden": 3, "layers": 2, "features": ("loss",)},
+        DOMAIN | {"bound": "sigmoid", "bound_high": 3.0, "upper_weight_decay": 0.1},
+        NET | {"upper_optimizer": "sgd"},
+        NET | {"init_from": "y"},
+        NET | {"resume": "./o", "on_existing": "number", "save_every": 3, "keep_checkpoints": 0},
+        NET | {"lower_schedule": "constant"},
     ],
 )
-def test_what_is_read_and_every_default_is_accepted(options):
+def test_what_is_read_and_every_default_is_accepted(given):
+    options = train_options(**given)
     check_together(options)
+    assert flatten(options) == {n: e.default for n, e in ENTRIES.items()} | given
 
 
 @pytest.mark.parametrize("preset", sorted(PRESETS.glob("*.yaml")), ids=lambda path: path.stem)
@@ -177,9 +187,44 @@ def test_shipped_presets_hold_nothing_idle(preset):
 
 
 def test_cold_start_is_checked_too():
-    options = ColdStartOptions(train_file="t", output_dir="o", lower_schedule="constant")
-    check_together(options)
-    assert "--lower-warmup 0.2" in refusal(replace(options, lower_warmup=0.2))
+    given = {"train_file": "t", "output_dir": "o", "model": "x", "lower_warmup": 0.5}
+    check_together(cold_start_options(**given))
+    given["lower_schedule"] = "constant"
+    assert "--lower-warmup 0.5" in refusal(given, cold_start_options)
+
+
+def test_what_the_chosen_variants_do_not_hold_is_refused():
+    """Nothing that was given gets lost on the way to the groups."""
+    for values in VARIANTS:
+        base = NET | values
+        if base.get("weighting") == "none":
+            del base["meta_file"]
+        held = flatten(train_options(**base))
+        for name, entry in ENTRIES.items():
+            value = other_value(entry)
+            try:
+                options = train_options(**base | {name: value})
+            except OptionError:
+                continue
+            assert flatten(options) == held | {name: value}
+
+
+VARIANTS = [
+    *({"weighting": name} for name in ("net", "table", "domain", "none")),
+    *({"hypergradient": name} for name in ("one-step", "unrolled", "implicit", "penalty")),
+]
+
+
+def other_value(entry):
+    """A value that is not the default."""
+    kind, many = element(entry.hint)
+    if many:
+        return ("label",) if entry.default == () else entry.default[:-1]
+    if get_origin(kind) is Literal:
+        return next(choice for choice in get_args(kind) if choice != entry.default)
+    if kind is bool:
+        return not entry.default
+    return "x" if kind is str else 7
 
 
 RUNS = {
@@ -197,27 +242,69 @@ RUNS = {
 
 @pytest.mark.parametrize("name", RUNS)
 def test_whatever_a_run_does_not_read_would_be_refused(task, tmp_path, monkeypatch, name):
-    """The table of rules is complete: it holds for what runs do, not for what it says of them."""
+    """The conditions are complete: they hold for what runs do, not for what is said of them."""
     monkeypatch.setattr(recipes.run.directory, "to_yaml", lambda options: "")
+    monkeypatch.setattr(recipes.run.directory, "flatten", lambda options: {})
     monkeypatch.setattr(recipes.run.resume, "identity", lambda options, model: {})
     monkeypatch.setattr(recipes.train.training, "check_together", lambda options: None)
-    seen: set[str] = set()
-
-    class Recording(TrainOptions):
-        def __getattribute__(self, name):
-            seen.add(name)
-            return super().__getattribute__(name)
-
     given = task.train(tmp_path / "run", steps=2, **RUNS[name])
     check_together(given)
-    options = Recording(**{f.name: getattr(given, f.name) for f in fields(TrainOptions)})
-    seen.clear()
+    options, seen = recorded(given)
     run_training(options)
-    assert {f.name for f in fields(TrainOptions)} - seen <= set(unread(given))
+    assert not_read(TrainOptions, seen) <= set(unread(TrainOptions, flatten(given)))
 
 
 def test_a_refused_run_leaves_no_directory(task, tmp_path):
-    options = task.train(tmp_path / "run", bound_low=0.5)
+    options = replace(
+        task.train(tmp_path / "run"), weighting=NetOptions(bound="sigmoid", bound_low=0.5)
+    )
     with pytest.raises(OptionError, match="--bound-low"):
         run_training(options)
     assert not (tmp_path / "run").exists()
+
+
+def test_the_minima_are_those_of_the_options():
+    """Every number that has one, and what is said of a value below it."""
+    least = {name: entry.least for name, entry in ENTRIES.items() if entry.least is not None}
+    assert least == {
+        "max_patches": 1,
+        "threads": 0,
+        "seed": 0,
+        "workers": 0,
+        "eval_batch_size": 1,
+        "steps": 0,
+        "batch_size": 1,
+        "accumulation": 1,
+        "lower_weight_decay": 0,
+        "lower_step_size": 1,
+        "log_every": 1,
+        "save_every": 0,
+        "keep_checkpoints": 0,
+        "upper_weight_decay": 0,
+        "upper_step_size": 1,
+        "meta_batch_size": 1,
+        "unroll_steps": 1,
+        "upper_start": 0,
+        "solver_iterations": 1,
+    }
+    required = {"train_file": "t", "output_dir": "o"}
+    for name, smallest in least.items():
+        with pytest.raises(OptionError) as error:
+            resolve(TrainOptions, {**required, name: smallest - 1})
+        found = convert(smallest - 1, ENTRIES[name].hint, "")
+        flag = name.replace("_", "-")
+        assert str(error.value) == f"--{flag}: expected {smallest} or more, found {found}"
+
+
+def test_what_a_resumed_run_may_change():
+    """Everything else is compared with the checkpoint."""
+    kinds = {}
+    for name, entry in ENTRIES.items():
+        kinds.setdefault(entry.on_resume, set()).add(name)
+    assert kinds["file"] == {"train_file", "meta_file", "weights_file"}
+    assert kinds["path"] == {"model", "init_from", "image_root"}
+    assert kinds["free"] == {
+        *("resume", "output_dir", "on_existing", "progress", "threads", "workers"),
+        *("log_every", "save_every", "keep_checkpoints", "on_trouble"),
+        *("dev_file", "test_file", "sanity_check"),
+    }

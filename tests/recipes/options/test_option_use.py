@@ -14,21 +14,24 @@ import torch
 
 import recipes.run.directory
 import recipes.run.resume
+import recipes.train.cold_start
 import recipes.train.training
+import recipes.use.evaluate
 import recipes.use.weigh
 from bilevel import SGD, AdamW, LazyRowAdam, OneStep, Projected, WarmupCosine
 from bilevel.optimizers.schedule import Constant, StepDecay
 from bilevel.routes import CentralDifference, Route
+from prm.aggregations import AGGREGATIONS
 from prm.models.model import load_prm
 from recipes import commands
 from recipes.embedded.vocabulary import SYSTEM_PROMPT
 from recipes.evaluation.table import NAMES
+from recipes.loading import read_examples
 from recipes.options.embedded import CompareOptions, DataOptions, PretrainOptions
-from recipes.options.train import (
-    ColdStartOptions,
-    OptionError,
-    TrainOptions,
-)
+from recipes.options.flat import flat_options, flatten
+from recipes.options.parse import changed, train_options
+from recipes.options.rules import unread
+from recipes.options.train import ColdStartOptions, TrainOptions
 from recipes.options.use import (
     ConvertModelOptions,
     EvaluateOptions,
@@ -36,20 +39,21 @@ from recipes.options.use import (
     SelectOptions,
     WeighOptions,
 )
+from recipes.options.values import OptionError
 from recipes.run.directory import free_directory
-from recipes.session import AGGREGATIONS, read_examples
+from recipes.train.bounded_weights import make_bound, make_weighting
+from recipes.train.cold_start import run_cold_start
 from recipes.train.make_solver import (
     lower_schedule,
-    make_bound,
     make_solver,
-    make_weighting,
-    time_scale,
     upper_optimizer,
     upper_schedule,
 )
 from recipes.train.objective import Objective
 from recipes.train.results import row_name
-from recipes.train.training import run_cold_start, run_training
+from recipes.train.time_scale import time_scale
+from recipes.train.training import run_training
+from tests.recipes.options.recorded import not_read, recorded, where_read
 from tests.tiny_task import FORWARD_MODE
 from weighting import FEATURES, DomainTable, InstanceNet, InstanceTable
 
@@ -66,61 +70,60 @@ OPTIONS = [
     TrainOptions,
     WeighOptions,
 ]
-BASE = TrainOptions(train_file="t", output_dir="o", batch_size=4, steps=20, upper_start=0)
+BASE = train_options(train_file="t", output_dir="o", batch_size=4, steps=20, upper_start=0)
 
 
 def choices(name: str) -> tuple[str, ...]:
-    hint = get_type_hints(TrainOptions)[name]
+    hint = flat_options(TrainOptions)[name].hint
     assert get_origin(hint) is Literal
     return get_args(hint)
 
 
 def read_attributes() -> Iterator[str]:
     for path in PACKAGE.rglob("*.py"):
-        if path.name in ("options.py", "option_rules.py") or path.parent.name == "bench":
+        if path.parent.name in ("options", "bench"):
             continue
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load):
-                owner = node.value
-                if isinstance(owner, ast.Name) and owner.id == "options":
+                owner = ast.unparse(node.value)
+                if owner.partition(".")[0] in ("options", "settings"):
                     yield node.attr
+
+
+def own_names(kind: type) -> set[str]:
+    """Names of the options, as attributes of their groups."""
+    names = set()
+    for f in fields(kind):
+        inner = [f.metadata["group"]] if "group" in f.metadata else []
+        inner += f.metadata.get("variants", {}).values()
+        names |= set().union(*map(own_names, inner)) if inner else {f.name}
+    return names
 
 
 @pytest.mark.parametrize("options", OPTIONS)
 def test_every_option_is_read(options):
-    assert {f.name for f in fields(options)} <= set(read_attributes())
+    assert own_names(options) <= set(read_attributes())
 
 
 @pytest.fixture
 def recording(monkeypatch):
-    """Options of a class, and the set of those that have been read since."""
+    """Options, and the set of those that have been read since."""
     monkeypatch.setattr(recipes.run.directory, "to_yaml", lambda options: "")
+    monkeypatch.setattr(recipes.run.directory, "flatten", lambda options: {})
     monkeypatch.setattr(recipes.run.resume, "identity", lambda options, model: {})
-    monkeypatch.setattr(recipes.train.training, "check_together", lambda options: None)
-
-    def make(kind, given):
-        seen = set()
-
-        class Recording(kind):
-            def __getattribute__(self, name):
-                seen.add(name)
-                return super().__getattribute__(name)
-
-        made = Recording(**{f.name: getattr(given, f.name) for f in fields(kind)})
-        seen.clear()
-        return made, seen
-
-    return make
-
-
-def unread(kind, *seen):
-    return {f.name for f in fields(kind)} - set().union(*seen)
+    # The check of what was given looks at every field; it is not what uses one.
+    for module in (recipes.train.training, recipes.train.cold_start):
+        monkeypatch.setattr(module, "check_together", lambda options: None)
+    monkeypatch.setattr(recipes.use.evaluate, "check_together", lambda options: None)
+    monkeypatch.setattr(recipes.use.weigh, "check_together", lambda options: None)
+    monkeypatch.setattr(recipes.use.weigh, "refuse_given", lambda *_: None)
+    return recorded
 
 
 def test_cold_start_reads_each_of_its_options(task, tmp_path, recording):
-    options, seen = recording(ColdStartOptions, task.cold_start(tmp_path / "run"))
+    options, seen = recording(task.cold_start(tmp_path / "run"))
     run_cold_start(options)
-    assert unread(ColdStartOptions, seen) == set()
+    assert not_read(ColdStartOptions, seen) == set()
 
 
 @FORWARD_MODE
@@ -128,16 +131,17 @@ def test_training_reads_each_of_its_options(task, tmp_path, recording):
     read = []
     implicit = {"hypergradient": "implicit", "solver_iterations": 1, "lower_weight_decay": 0.0}
     for name, more in (
-        ("net", {}),
-        ("table", {"weighting": "table"}),
+        ("net", {"bound": "clip"}),
+        ("table", {"weighting": "table", "bound": "clip"}),
+        ("none", {"weighting": "none"}),
         ("implicit", implicit),
         ("penalty", {"hypergradient": "penalty"}),
     ):
-        given = task.train(tmp_path / name, bound="clip", **more)
-        options, seen = recording(TrainOptions, given)
+        given = task.train(tmp_path / name, **more)
+        options, seen = recording(given)
         run_training(options)
         read.append(seen)
-    assert unread(TrainOptions, *read) == set()
+    assert not_read(TrainOptions, *read) == set()
     # What only one of them has to do with.
     assert "hidden" in read[0] - read[1]
 
@@ -149,9 +153,10 @@ def test_evaluation_reads_each_of_its_options(task, tmp_path, recording):
         output=str(tmp_path / "out.json"),
         system_prompt=SYSTEM_PROMPT,
     )
-    options, seen = recording(EvaluateOptions, given)
+    options, seen = recording(given)
     assert commands.run("evaluate", options) == 0
-    assert unread(EvaluateOptions, seen) == set()
+    assert not_read(EvaluateOptions, seen) == {"dev_scores"}
+    assert set(unread(EvaluateOptions, flatten(given))) == {"dev_scores"}
 
 
 @pytest.mark.parametrize(("command", "kind"), [("score", ScoreOptions), ("select", SelectOptions)])
@@ -163,10 +168,10 @@ def test_use_reads_each_of_its_options(task, tmp_path, recording, command, kind)
     }
     for name, kind_of in (("score", ScoreOptions), ("select", SelectOptions)):
         more = {"output": str(scores)} if name == "score" else {}
-        options, seen = recording(kind_of, kind_of(**given[name], **more))
+        options, seen = recording(kind_of(**given[name], **more))
         assert commands.run(name, options) == 0
         if name == command:
-            assert unread(kind, seen) == set()
+            assert not_read(kind, seen) == set()
             return
 
 
@@ -179,28 +184,20 @@ def test_weigh_reads_what_it_does_not_refuse(task, tmp_path, recording, by):
     if by == "weighting":
         run = run_training(task.train(tmp_path / "run", weighting="table", bound="clip", steps=2))
         given["weighting"] = str(run / "weighting")
-    options, seen = recording(
-        WeighOptions,
-        WeighOptions(**given, model=str(task.model))
-        if by == "small-loss"
-        else WeighOptions(**given),
-    )
-    # The check of what was given looks at every field; it is not what uses one.
-    recipes.use.weigh._check_unread, check = (lambda *_: None), recipes.use.weigh._check_unread
-    try:
-        assert commands.run("weigh", options) == 0
-    finally:
-        recipes.use.weigh._check_unread = check
-    refused = set(recipes.use.weigh._UNREAD[by])
+    given["model"] = str(task.model) if by == "small-loss" else WeighOptions.model
+    options, seen = recording(WeighOptions(**given))
+    assert commands.run("weigh", options) == 0
+    seen = seen - {"seed"}  # of every command: set_up
+    refused = set(unread(WeighOptions, flatten(options)))
     if by == "weighting":  # a table, which asks no model
-        refused |= set(recipes.use.weigh._JUDGE)
-    assert not refused & (seen - {"seed"})
-    assert unread(WeighOptions, seen) <= refused
+        refused |= set(WeighOptions.ASKS_MODEL)
+    assert not refused & seen
+    assert not_read(WeighOptions, seen) <= refused | {"seed"}
 
 
 def test_every_choice_is_tested_below():
-    hints = get_type_hints(TrainOptions)
-    found = {name for name, hint in hints.items() if get_origin(hint) is Literal}
+    entries = flat_options(TrainOptions).values()
+    found = {entry.name for entry in entries if get_origin(entry.hint) is Literal}
     assert found == {
         "aggregation",
         "bound",
@@ -225,7 +222,7 @@ def test_every_choice_is_tested_below():
 
 @pytest.mark.parametrize("name", choices("bound"))
 def test_bounds(name):
-    bound = make_bound(replace(BASE, bound=name, bound_low=-1.0, bound_high=3.0))
+    bound = make_bound(where_read(BASE, bound=name, bound_low=-1.0, bound_high=3.0).weighting)
     expected = {
         "clip": (-1.0, 3.0),
         "clamp": (-1.0, 3.0),
@@ -253,7 +250,9 @@ def test_bounds(name):
         raw = torch.tensor(4.0, requires_grad=True)
         bound(raw).backward()
         assert float(raw.grad) == (1.0 if name == "clip" else 0.0)
-        table = make_weighting(replace(BASE, weighting="table", bound=name, bound_high=3.0), 2, 0)
+        table = make_weighting(
+            where_read(BASE, weighting="table", bound=name, bound_high=3.0), 2, 0
+        )
         kept = table.project({"deviation": torch.tensor([-9.0, 9.0])})["deviation"].tolist()
         assert kept == ([-1.0, 2.0] if name == "clip" else [-9.0, 9.0])
 
@@ -262,7 +261,7 @@ def test_bounds(name):
 @pytest.mark.parametrize("bound", choices("bound"))
 @pytest.mark.parametrize("normalise", choices("normalise"))
 def test_weightings(name, bound, normalise):
-    options = replace(BASE, weighting=name, bound=bound, normalise=normalise)
+    options = where_read(BASE, weighting=name, bound=bound, normalise=normalise)
     if name == "domain" and bound not in ("softplus", "sigmoid"):
         with pytest.raises(OptionError):
             make_weighting(options, 8, 3)
@@ -273,7 +272,7 @@ def test_weightings(name, bound, normalise):
         return
     kind = {"net": InstanceNet, "table": InstanceTable, "domain": DomainTable}[name]
     assert type(weighting) is kind
-    assert weighting.bound == make_bound(options)
+    assert weighting.bound == make_bound(options.weighting)
     assert time_scale(options, weighting).upper_lr > 0
     if name == "table":
         assert (weighting.size, weighting.prior, weighting.normalise) == (8, 1.0, normalise)
@@ -295,7 +294,7 @@ def test_weightings(name, bound, normalise):
     ],
 )
 def test_features_are_counted_as_they_are_made(features, reference, inputs):
-    options = replace(BASE, features=features, reference_features=reference)
+    options = where_read(BASE, features=features, reference_features=reference)
     weighting = make_weighting(options, 8, 3)
     assert weighting.features == inputs
     objective = Objective(None, AGGREGATIONS["mean"], "both", weighting, features, reference, 3)
@@ -315,7 +314,7 @@ def test_features_are_counted_as_they_are_made(features, reference, inputs):
 @pytest.mark.parametrize("rollback", [False, True])
 def test_routes_and_orders(route, order, rollback):
     more = {"weighting": "table", "normalise": "table", "bound": "clip", "batch_size": 1}
-    options = replace(BASE, route=route, order=order, rollback=rollback, **more)
+    options = changed(BASE, route=route, order=order, rollback=rollback, **more)
     objective = Objective(None, AGGREGATIONS["mean"], "both", make_weighting(options, 8, 0))
     if route == "ghost" and order == "lower-first":
         with pytest.raises(OptionError, match="--route ghost, --order lower-first"):
@@ -328,12 +327,12 @@ def test_routes_and_orders(route, order, rollback):
     assert (solver.hypergradient.order, solver.rollback) == (order, rollback)
     if route == "central-difference":
         assert solver.hypergradient.route == CentralDifference()
-        solver = make_solver(replace(options, difference_radius=0.01), objective, 0.1)
+        solver = make_solver(changed(options, difference_radius=0.01), objective, 0.1)
         assert solver.hypergradient.route == CentralDifference(radius=0.01)
 
 
 def test_every_number_of_the_levels_arrives():
-    options = replace(
+    options = changed(
         BASE,
         weighting="table",
         lower_betas=(0.7, 0.8),
@@ -359,7 +358,7 @@ def test_every_number_of_the_levels_arrives():
 
 @pytest.mark.parametrize("name", choices("upper_optimizer"))
 def test_upper_optimizers(name):
-    options = replace(BASE, upper_optimizer=name, upper_schedule="constant", upper_max_norm=0.5)
+    options = changed(BASE, upper_optimizer=name, upper_schedule="constant", upper_max_norm=0.5)
     made = upper_optimizer(options, 0.25)
     adam = {"betas": (0.9, 0.999), "weight_decay": 0.0, "max_norm": 0.5}
     expected = {
@@ -368,9 +367,9 @@ def test_upper_optimizers(name):
         "sgd": SGD(Constant(0.25), max_norm=0.5),
     }
     assert made == expected[name]
-    table = make_weighting(replace(options, weighting="table", bound="clip"), 8, 0)
+    table = make_weighting(changed(options, weighting="table", bound="clip"), 8, 0)
     # One row of eight, seen every other of 20 steps: auto lets it travel the width of 1.
-    scale = time_scale(replace(options, weighting="table"), table)
+    scale = time_scale(changed(options, weighting="table"), table)
     assert (scale.visits, scale.reachable) == (10.0, pytest.approx(1.0))
 
 
@@ -381,14 +380,14 @@ def test_lower_schedules(name):
         "step": StepDecay(5e-4, 7, 0.5),
         "constant": Constant(5e-4),
     }
-    options = replace(BASE, lower_schedule=name, lower_step_size=7, lower_gamma=0.5)
+    options = where_read(BASE, lower_schedule=name, lower_step_size=7, lower_gamma=0.5)
     assert lower_schedule(options) == expected[name]
 
 
 @pytest.mark.parametrize("name", choices("upper_schedule"))
 def test_upper_schedules(name):
-    options = replace(BASE, upper_schedule=name, upper_start=4, unroll_steps=2)
-    options = replace(options, upper_warmup=0.25, upper_step_size=3, upper_gamma=0.9)
+    options = changed(BASE, upper_schedule=name, upper_start=4, unroll_steps=2)
+    options = where_read(options, upper_warmup=0.25, upper_step_size=3, upper_gamma=0.9)
     expected = {
         "cosine": WarmupCosine(0.5, 2, 8),
         "step": StepDecay(0.5, 3, 0.9),
@@ -420,7 +419,7 @@ def test_aggregations():
 def test_loss_targets(task, tmp_path, name, aggregation):
     options = task.train(tmp_path)
     prm = load_prm(task.model)
-    batch = read_examples(prm, options, options.meta_file).batch(range(4))
+    batch = read_examples(prm, options, options.data.meta_file).batch(range(4))
     batch["group"] = torch.tensor([0, 0, 1, 1])
     objective = Objective(prm, AGGREGATIONS[aggregation], name, None)
     with torch.no_grad():
@@ -486,9 +485,9 @@ def test_on_existing(tmp_path, name):
 
 
 def test_every_kind_of_run_has_a_row_of_its_own_name():
-    rows = [row_name(replace(BASE, weighting=name)) for name in choices("weighting")]
-    rows += [row_name(replace(BASE, weighting="none", lower_data="meta"))]
-    rows += [row_name(replace(BASE, weighting="none", weights_file="w"))]
+    rows = [row_name(where_read(BASE, weighting=name)) for name in choices("weighting")]
+    rows += [row_name(where_read(BASE, weighting="none", lower_data="meta"))]
+    rows += [row_name(where_read(BASE, weighting="none", weights_file="w"))]
     assert len(set(rows)) == len(rows) == 6
     assert set(rows) <= set(NAMES)
     assert choices("lower_data") == ("train", "meta")

@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import argparse
-from dataclasses import fields
+import re
 
 import pytest
 
-from recipes.options.train import (
-    PRESETS,
-    ColdStartOptions,
-    OptionError,
-    TrainOptions,
-    build_parser,
-    resolve,
-    to_yaml,
-)
+from recipes.options.choices import NetOptions, OneStepOptions, TableOptions
+from recipes.options.flat import flat_options, flatten
+from recipes.options.groups import LowerLevel, UpperLevel
+from recipes.options.parse import PRESETS, build_parser, changed, resolve, to_yaml, train_options
+from recipes.options.train import ColdStartOptions, TrainOptions
+from recipes.options.values import OptionError
+from weighting import EXAMPLE_FEATURES, FEATURES
 
 REQUIRED = {"train_file": "t.jsonl", "output_dir": "out"}
 
@@ -30,20 +28,20 @@ def test_command_line_wins_over_preset_wins_over_default(tmp_path):
     preset = tmp_path / "p.yaml"
     preset.write_text("train_file: a.jsonl\noutput-dir: o\nsteps: 7\nlower_lr: 1e-4\nfreeze: [x]\n")
     options = resolve(TrainOptions, parse("--config", str(preset), "--steps", "9"))
-    assert options.steps == 9
-    assert options.lower_lr == 1e-4
-    assert options.freeze == ("x",)
-    assert options.batch_size == TrainOptions.batch_size
+    assert options.lower.steps == 9
+    assert options.lower.lr == 1e-4
+    assert options.lower.freeze == ("x",)
+    assert options.lower.batch_size == 32
 
 
 def test_both_spellings_and_every_kind_of_value():
     words = "--train_file t --output-dir o --lower-betas 0.8 0.9 --no-progress"
     words += " --lower-max-norm none --features loss label"
     options = resolve(TrainOptions, parse(*words.split()))
-    assert options.lower_betas == (0.8, 0.9)
-    assert options.progress is False
-    assert options.lower_max_norm is None
-    assert options.features == ("loss", "label")
+    assert options.lower.betas == (0.8, 0.9)
+    assert options.run.progress is False
+    assert options.lower.max_norm is None
+    assert options.weighting.features == ("loss", "label")
 
 
 @pytest.mark.parametrize(
@@ -79,7 +77,7 @@ def test_unknown_preset_names_the_nearest_shipped_one():
 
 
 def test_yaml_of_a_run_reads_back_to_the_same_options(tmp_path):
-    options = TrainOptions(**REQUIRED, freeze=("a", "b"), lower_max_norm=None, seed=3)
+    options = train_options(**REQUIRED, freeze=("a", "b"), lower_max_norm=None, seed=3)
     (tmp_path / "args.yaml").write_text(to_yaml(options))
     assert resolve(TrainOptions, {"config": str(tmp_path / "args.yaml")}) == options
 
@@ -92,4 +90,35 @@ def test_every_shipped_preset_resolves(preset):
 
 @pytest.mark.parametrize("options", [TrainOptions, ColdStartOptions])
 def test_every_option_has_help(options):
-    assert all(f.metadata["help"] for f in fields(options))
+    assert all(entry.help for entry in flat_options(options).values())
+
+
+def test_help_names_every_feature():
+    text = flat_options(TrainOptions)["features"].help
+    assert set(re.findall(r"\w+", text)) >= {*FEATURES, *EXAMPLE_FEATURES}
+
+
+def test_options_are_nested_for_the_code_and_flat_for_users():
+    options = train_options(**REQUIRED, weighting="table", lower_lr=0.5, upper_start=3)
+    assert (options.lower.lr, options.upper.start) == (0.5, 3)
+    assert options.weighting == TableOptions()
+    assert options.hypergradient == OneStepOptions()
+    assert options == TrainOptions(
+        **REQUIRED,
+        lower=LowerLevel(lr=0.5),
+        weighting=TableOptions(),
+        upper=UpperLevel(start=3),
+    )
+    flat = flatten(options)
+    assert (flat["weighting"], flat["lower_lr"], flat["hidden"]) == ("table", 0.5, 10)
+    assert list(flat) == list(flat_options(TrainOptions))
+    assert changed(options, weighting="net", hidden=3).weighting == NetOptions(hidden=3)
+
+
+def test_options_that_there_are_not_and_required_ones_are_named():
+    with pytest.raises(TypeError, match="TrainOptions has no option lr"):
+        train_options(**REQUIRED, lr=0.5)
+    with pytest.raises(TypeError, match="TrainOptions needs output_dir"):
+        train_options(train_file="t")
+    with pytest.raises(OptionError, match="--hidden 3 has no effect with --weighting table"):
+        train_options(**REQUIRED, weighting="table", hidden=3)

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import replace
 
 import pytest
 
-from prm.aggregations import logit_mean
+from prm.aggregations import AGGREGATIONS, logit_mean
 from recipes.embedded.vocabulary import SYSTEM_PROMPT
-from recipes.options.train import ColdStartOptions, TrainOptions, resolve
-from recipes.session import AGGREGATIONS
-from recipes.train.make_solver import make_weighting
-from recipes.train.training import run_cold_start, run_training
+from recipes.options.parse import changed, resolve
+from recipes.options.train import ColdStartOptions, TrainOptions
+from recipes.train.bounded_weights import make_weighting
+from recipes.train.cold_start import run_cold_start
+from recipes.train.training import run_training
 from tests.tiny_task import read_lines
 from weighting import Clip, Sigmoid
 
@@ -37,13 +37,13 @@ def test_presets_take_steps(task, tmp_path, name):
     }
     options = options_of(name)
     if name in COLD_STARTS:
-        run = run_cold_start(replace(options, **short, model=str(task.model), steps=2))
+        run = run_cold_start(changed(options, **short, model=str(task.model), steps=2))
         assert len(read_lines(run / "log.jsonl")) == 2
         return
     model = "model" if options.init_from is None else "init_from"
     short |= {model: str(task.model), "meta_file": str(task.data / "meta.jsonl")}
-    steps = 2 * options.unroll_steps
-    run = run_training(replace(options, **short, test_file=None, steps=steps))
+    steps = 2 * options.upper.unroll_steps
+    run = run_training(changed(options, **short, test_file=None, steps=steps))
     log = read_lines(run / "log.jsonl")
     assert len(log) == steps
     # An upper step at the end of every window.
@@ -52,7 +52,7 @@ def test_presets_take_steps(task, tmp_path, name):
     for line in upper:
         assert math.isfinite(line["hypergradient_norm"])
         # In float32 a difference of losses near 5 cannot show a derivative of 1e-6.
-        assert line["hypergradient_norm"] > 0 or options.route == "central-difference"
+        assert line["hypergradient_norm"] > 0 or options.hypergradient.route == "central-difference"
     assert json.loads((run / "results.json").read_text())["rows"] == {}
 
 
@@ -67,5 +67,9 @@ def test_the_originals_choices_arrive():
     assert AGGREGATIONS[options_of("dreamprm-domain").aggregation] is logit_mean
     for name in ("official-table", "official-net"):
         options = options_of(name)
-        assert (options.batch_size, options.meta_batch_size, options.unroll_steps) == (1, 1, 1)
+        assert (
+            options.lower.batch_size,
+            options.upper.meta_batch_size,
+            options.upper.unroll_steps,
+        ) == (1, 1, 1)
         assert (options.probability, options.loss_target) == ("vocabulary", "both")

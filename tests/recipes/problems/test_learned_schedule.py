@@ -9,7 +9,7 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from bilevel import check_hypergradient, tree, warmup_cosine
-from recipes.options.train import OptionError
+from recipes.options.values import OptionError
 from recipes.problems import learned_schedule
 from recipes.problems.digit_reweighting import logits
 from recipes.problems.learned_schedule import (

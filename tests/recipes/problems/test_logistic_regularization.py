@@ -11,7 +11,7 @@ from sklearn.datasets import load_breast_cancer
 import bilevel.hypergradients.implicit
 import bilevel.hypergradients.unrolled
 from bilevel import ConjugateGradient, Implicit, Unrolled, check_hypergradient
-from recipes.options.train import OptionError
+from recipes.options.values import OptionError
 from recipes.problems.logistic_regularization import (
     START,
     RegularizationOptions,

@@ -11,7 +11,7 @@ from sklearn.datasets import load_digits
 from torch.nn.functional import cross_entropy, one_hot
 
 from bilevel import AdamW, check_hypergradient, tree
-from recipes.options.train import OptionError
+from recipes.options.values import OptionError
 from recipes.problems.digit_reweighting import (
     init_network,
     instance_table,

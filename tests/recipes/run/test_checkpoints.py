@@ -10,18 +10,22 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-import recipes.run.checkpoints
-from bilevel import AdamW, BilevelProblem, BilevelSolver, LazyRowAdam, OneStep, Reverse, tree
+import recipes.run.files
+from bilevel import BilevelSolver, tree
 from bilevel.autodiff.random_state import capture
 from recipes.__main__ import main
-from recipes.options.train import OptionError, TrainOptions, resolve
+from recipes.options.parse import changed, resolve, train_options
+from recipes.options.train import TrainOptions
+from recipes.options.values import OptionError
 from recipes.run.checkpoints import Checkpoints, Progress
 from recipes.run.identity import differences, identity
 from recipes.run.resume import Run, cut_log
 from recipes.run.step_log import Unlogged
 from recipes.run.trouble import Seen
+from recipes.train.cold_start import run_cold_start
 from recipes.train.loop import train
-from recipes.train.training import run_cold_start, run_training
+from recipes.train.training import run_training
+from tests.recipes.run.toy_problem import TOY, toy
 from tests.tiny_task import altered, model_bits, read_lines
 
 KINDS = {
@@ -40,7 +44,6 @@ KINDS = {
     "none": {"weighting": "none"},
     "meta": {"weighting": "none", "lower_data": "meta"},
 }
-TOY: dict = {"options": {}, "files": {}, "model": "toy"}
 WRITTEN = ("log.jsonl", "weights.jsonl", "test_questions.jsonl")
 
 
@@ -176,7 +179,7 @@ def test_what_decides_nothing_may_change_and_files_may_move(task, stopped, tmp_p
     words += ["--save-every", "5", "--log-every", "7", "--test-file", "none"]
     assert main(["train", "--resume", str(run), *words]) == 0
     options = resolve(TrainOptions, {"config": str(run / "args.yaml")})
-    assert (options.save_every, options.test_file, options.resume) == (5, None, None)
+    assert (options.run.save_every, options.data.test_file, options.run.resume) == (5, None, None)
     assert options.output_dir == str(run)
 
 
@@ -213,31 +216,6 @@ def test_a_checkpoint_is_tensors_and_json(stopped):
     tensors = load_file(path / "state.safetensors")
     assert {name.partition("/")[0] for name in tensors} == {"state", "random"}
     assert int(tensors["state/lower_steps"]) == 2
-
-
-# A problem with everything that may go wrong: random losses at both levels, an average of v,
-# moments of both optimizers, integer counts.
-
-
-def toy():
-    def lower_loss(theta, phi, batch):
-        noise = torch.rand(len(batch["x"]), dtype=torch.float64)
-        return (
-            torch.sigmoid(phi["raw"][batch["row"]]) * noise * (theta["w"] - batch["x"]) ** 2
-        ).mean()
-
-    def upper_loss(theta, phi, batch):
-        return ((theta["w"] - 1 + 0.1 * torch.rand(())) ** 2).mean()
-
-    solver = BilevelSolver(
-        BilevelProblem(lower_loss, upper_loss),
-        AdamW(0.05),
-        LazyRowAdam(0.1),
-        OneStep(Reverse(), direction_decay=0.5),
-        upper_start=1,
-    )
-    theta, phi = torch.zeros(1, dtype=torch.float64), torch.zeros(8, dtype=torch.float64)
-    return solver, solver.init({"w": theta}, {"raw": phi})
 
 
 def toy_batches(step):
@@ -335,17 +313,19 @@ def test_a_checkpoint_that_was_not_finished_does_not_count(tmp_path, monkeypatch
     _, state = toy()
     checkpoints = Checkpoints(tmp_path, every=1, keep=1, identity=TOY)
     checkpoints.save(Progress(state, capture(())))
+    killed = shutil.copytree(tmp_path / "step-0", tmp_path / "step-2.tmp")
 
-    def killed(path):
+    def interrupted(path):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(recipes.run.checkpoints, "_flush", killed)
+    monkeypatch.setattr(recipes.run.files, "flush", interrupted)
     later = Progress(state._replace(lower_steps=torch.tensor(1)), capture(()))
     with pytest.raises(KeyboardInterrupt):
         checkpoints.save(later)
     monkeypatch.undo()
-    assert {path.name for path in tmp_path.iterdir()} == {"step-0", "step-1.tmp"}
+    assert {path.name for path in tmp_path.iterdir()} == {"step-0"}
     assert checkpoints.newest().name == "step-0"
+    killed.mkdir()
     checkpoints.save(later)
     assert {path.name for path in tmp_path.iterdir()} == {"step-1"}
 
@@ -378,7 +358,13 @@ def test_a_state_of_another_shape_is_named(tmp_path):
 
 
 def test_identity_is_that_of_contents(tmp_path):
-    options = TrainOptions(train_file=str(tmp_path / "a"), output_dir="o", weighting="none")
+    options = train_options(
+        train_file=str(tmp_path / "a"),
+        output_dir="o",
+        weighting="none",
+        lower_data="meta",
+        meta_file=str(tmp_path / "a"),
+    )
     for name in ("a", "b"):
         (tmp_path / name).write_text("same")
     model = torch.nn.Linear(2, 2)
@@ -389,7 +375,7 @@ def test_identity_is_that_of_contents(tmp_path):
     assert differences(one, identity(moved, model)) == [
         "--train-file (checkpoint: a file of other content)"
     ]
-    assert differences(one, identity(replace(options, meta_file=str(tmp_path / "b")), model)) == [
+    assert differences(one, identity(changed(options, meta_file=str(tmp_path / "b")), model)) == [
         "--meta-file (checkpoint: a file of other content)"
     ]
     with torch.no_grad():

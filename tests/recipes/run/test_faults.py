@@ -110,6 +110,7 @@ def test_a_disk_that_becomes_read_only(whole, disk, capsys, monkeypatch):
 
     def third_finds_it_so(self, state, *rest):
         if int(state.lower_steps) == 2:
+            close_below(disk.path)
             disk.remount("ro")
         return original(self, state, *rest)
 
@@ -143,6 +144,17 @@ def test_a_log_that_cannot_be_written_is_named(disk):
     with pytest.raises(WriteError) as error:
         append_line(log, "x" * 10000)
     assert str(error.value) == f"{log}: cannot be written (No space left on device)"
+
+
+def close_below(folder):
+    """Let this process keep no file of a folder open, by handing it ``/dev/null`` in its place.
+
+    A kernel makes a failing disk read-only under open files; ``mount`` refuses to.
+    """
+    with open(os.devnull, "wb") as nothing:
+        for handle in Path("/proc/self/fd").iterdir():
+            if handle.exists() and handle.resolve().is_relative_to(folder):
+                os.dup2(nothing.fileno(), int(handle.name))
 
 
 def toy_state():

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from recipes.options.train import OptionError
+from recipes.options.values import OptionError
 from recipes.run.directory import free_directory
 from recipes.run.lock import at_work, locked
 from recipes.train.training import run_training
@@ -41,14 +41,20 @@ def holder(tmp_path):
     process.communicate()
 
 
-def content(path):
-    return json.loads((path / "lock").read_text())
+def record(path):
+    """Process id, host and start of the process in a lock."""
+    pid, host, started = (path / "lock").read_text().splitlines()
+    return int(pid), host, int(started)
+
+
+def write_record(path, pid, host, started):
+    (path / "lock").write_text(f"{pid}\n{host}\n{started}\n")
 
 
 def test_the_lock_says_who_and_is_removed(tmp_path):
     with locked(tmp_path):
-        found = content(tmp_path)
-        assert (found["pid"], found["host"]) == (os.getpid(), socket.gethostname())
+        pid, host, _ = record(tmp_path)
+        assert (pid, host.partition("?")[0]) == (os.getpid(), socket.gethostname())
     with pytest.raises(ZeroDivisionError), locked(tmp_path):
         raise ZeroDivisionError
     assert list(tmp_path.iterdir()) == []
@@ -62,7 +68,7 @@ def test_a_second_process_is_refused(tmp_path, holder):
         f"{socket.gethostname()}, since "
     )
     assert str(refused.value).endswith(f"if it is gone, remove {tmp_path / 'lock'}")
-    assert content(tmp_path)["pid"] == holder.pid
+    assert record(tmp_path)[0] == holder.pid
     holder.communicate("")
     assert not (tmp_path / "lock").exists()
 
@@ -75,7 +81,7 @@ def test_a_killed_one_is_taken_over(tmp_path, holder, capsys, waited_for):
     else:  # a process that ended, but whose parent has not looked: it still has its number
         os.waitid(os.P_PID, holder.pid, os.WEXITED | os.WNOWAIT)
     with locked(tmp_path):
-        assert content(tmp_path)["pid"] == os.getpid()
+        assert record(tmp_path)[0] == os.getpid()
     assert capsys.readouterr().out.startswith(
         f"{tmp_path}: took over the lock of a killed run (process {holder.pid} on "
     )
@@ -86,30 +92,63 @@ def test_one_that_is_removed_while_we_look_is_none(tmp_path, monkeypatch):
     monkeypatch.setattr(Path, "exists", lambda path: True)
     assert not at_work(tmp_path)
     with locked(tmp_path):
-        assert content(tmp_path)["pid"] == os.getpid()
+        assert record(tmp_path)[0] == os.getpid()
 
 
-def test_the_same_number_with_another_start_is_another_process(tmp_path):
+def test_the_same_number_with_another_start_is_another_process(tmp_path, capsys):
     with locked(tmp_path):
-        mine = content(tmp_path)
-    assert mine["started"] is not None
-    (tmp_path / "lock").write_text(json.dumps(mine | {"started": "1"}))
+        pid, host, started = record(tmp_path)
+    write_record(tmp_path, pid, host, started - 1)
+    assert not at_work(tmp_path)
     with locked(tmp_path):
-        assert content(tmp_path) == mine | {"since": content(tmp_path)["since"]}
-    (tmp_path / "lock").write_text(json.dumps(mine))
+        assert record(tmp_path) == (pid, host, started)
+    assert f"took over the lock of a killed run (process {pid} on " in capsys.readouterr().out
+    write_record(tmp_path, pid, host, started)
+    assert at_work(tmp_path)
     with pytest.raises(OptionError), locked(tmp_path):
         pass
 
 
-@pytest.mark.parametrize(
-    "text", [json.dumps({"pid": 1, "host": "elsewhere", "since": "x"}), "", "{}", "[1]"]
-)
-def test_what_cannot_be_checked_is_respected(tmp_path, text):
-    (tmp_path / "lock").write_text(text)
-    refused = pytest.raises(OptionError, match="another process works in this run directory")
+def test_looking_writes_nothing_into_the_directory(tmp_path, holder):
+    assert at_work(tmp_path)
+    holder.kill()
+    os.waitid(os.P_PID, holder.pid, os.WEXITED | os.WNOWAIT)
+    before = record(tmp_path), tmp_path.stat().st_mtime_ns
+    assert not at_work(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["lock"]
+    assert (record(tmp_path), tmp_path.stat().st_mtime_ns) == before
+
+
+def test_one_that_starts_after_we_looked_is_refused_too(tmp_path, monkeypatch):
+    """Where a file system has no locks on directories, two may look before one of them writes."""
+    monkeypatch.setattr("recipes.run.lock._is_held", lambda record: False)
+    monkeypatch.setattr("filelock.SoftFileLock.break_lock", lambda lock: None)
+    write_record(tmp_path, 1, "elsewhere", 1)
+    refused = pytest.raises(OptionError, match=r"\(process 1 on elsewhere, since .*\)")
     with refused, locked(tmp_path):
         pass
-    assert (tmp_path / "lock").read_text() == text
+
+
+@pytest.mark.parametrize(
+    ("text", "holder"),
+    [
+        ("1\nelsewhere\n", "process 1 on elsewhere, since 2001-09-09"),
+        ("1\nelsewhere\n7\n", "process 1 on elsewhere, since 2001-09-09"),
+        ("7\nelsewhere?pidns-f0000000\n", "process 7 on elsewhere, since 2001-09-09"),
+        ("", "its lock cannot be read"),
+        ("7", "its lock cannot be read"),
+        ("\xff\n\n\n\n", "its lock cannot be read"),
+        (json.dumps({"pid": 1, "host": "elsewhere"}), "its lock cannot be read"),
+    ],
+)
+def test_what_cannot_be_checked_is_respected(tmp_path, text, holder):
+    (tmp_path / "lock").write_text(text, encoding="latin1")
+    os.utime(tmp_path / "lock", (10**9, 10**9))
+    refused = pytest.raises(OptionError, match=rf"works in this run directory \({holder}")
+    with refused, locked(tmp_path):
+        pass
+    assert at_work(tmp_path)
+    assert (tmp_path / "lock").read_text(encoding="latin1") == text
 
 
 def test_two_runs_into_one_directory(task, tmp_path, holder):

@@ -126,11 +126,8 @@ def test_fingerprints(tmp_path, monkeypatch):
         ends.add(found["sha256_of_ends"])
     assert len(ends) == 4  # the ends of nine and of eight equal lines are the same; sizes differ
 
-    class Options:
-        train_file = str(path)
-        meta_file = None
-
-    assert list(data_fingerprints(Options)) == ["train_file"]
+    given = {"train_file": str(path), "meta_file": None, "seed": 3}
+    assert list(data_fingerprints(given)) == ["train_file"]
 
 
 def test_git_state(tmp_path):

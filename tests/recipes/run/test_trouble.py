@@ -16,10 +16,10 @@ from recipes.run.checkpoints import Checkpoints, Progress
 from recipes.run.errors import NonFiniteError
 from recipes.run.resume import Run
 from recipes.run.step_log import Unlogged
-from recipes.run.trouble import GIVE_UP, Seen, Trouble, find_troubles, share_at_bound
+from recipes.run.trouble import GIVE_UP, Seen, Trouble, find_troubles
 from recipes.train.loop import train
 from tests.tiny_task import read_lines
-from weighting import Clip, DomainTable, InstanceNet, InstanceTable, Sigmoid, Unbounded
+from weighting import InstanceNet
 
 INF, NAN = math.inf, math.nan
 
@@ -53,7 +53,7 @@ def kinds(infos, *, after=None, seen=None, weighting=None, before=None, method=N
         solver = replace(solver, hypergradient=method)
     _, end = state_of(after or Found())
     found = find_troubles(solver, weighting, start, end, infos, seen or Seen({}))
-    return [(trouble.kind, trouble.worthless) for trouble in found]
+    return [(trouble.kind, trouble.rejects) for trouble in found]
 
 
 @pytest.mark.parametrize("bad", [NAN, INF, -INF])
@@ -140,39 +140,18 @@ def test_effective_sample_size():
     assert kinds([info(weights=many)]) == []  # judged at upper steps
 
 
-@pytest.mark.parametrize(
-    ("weighting", "upper", "weights", "share"),
-    [
-        (InstanceTable(3, bound=Clip(0, 2)), {"deviation": [1.0, -1.0, 0.985]}, [1.0], 1.0),
-        (InstanceTable(3, bound=Clip(0, 2)), {"deviation": [1.0, -1.0, 0.9]}, [1.0], 2 / 3),
-        (DomainTable(2, Sigmoid(2.0)), {"raw": [9.0, -9.0]}, [1.0], 1.0),
-        (DomainTable(2, Sigmoid(2.0)), {"raw": [9.0, 1.0]}, [1.0], 0.5),
-        (InstanceNet(1, normalise=False), {}, [0.01, 1.99], 1.0),
-        (InstanceNet(1, normalise=False), {}, [0.01, 1.0], 0.5),
-        # Normalised to mean 1: 0.015 and 1.99 of [0, 2] in the ratio that they had.
-        (InstanceNet(1), {}, [0.015 / 1.0025, 1.99 / 1.0025], 1.0),
-        (InstanceNet(1), {}, [1.0, 1.0], 0.0),
-        (InstanceNet(1, bound=Unbounded()), {}, [0.0, 2.0], 0.0),
-    ],
-)
-def test_share_of_weights_at_the_bound(weighting, upper, weights, share):
-    params = {name: torch.tensor(values) for name, values in upper.items()}
-    found = share_at_bound(weighting, params, torch.tensor(weights))
-    assert found == pytest.approx(share)
-
-
 def test_all_weights_at_the_bound_are_named():
     step = info(hypergradient_norm=1.0, weights=[0.0, 1.0, 1.0])
     assert kinds([step], weighting=InstanceNet(1)) == [("weights_at_bound", False)]
 
 
 def test_what_is_remembered():
-    worthless, noted = Trouble("a", "", True), Trouble("b", "", False)
+    rejecting, noted = Trouble("a", "", True), Trouble("b", "", False)
     seen = Seen({}).after([], [info(), info(hypergradient_norm=2.0)])
     assert seen == Seen({}, [2.0], 0)
-    seen = seen.after([noted, worthless], [info(hypergradient_norm=7.0)])
+    seen = seen.after([noted, rejecting], [info(hypergradient_norm=7.0)])
     assert seen == Seen({"a": 1, "b": 1}, [2.0], 1)
-    seen = seen.after([worthless], [info()])
+    seen = seen.after([rejecting], [info()])
     assert (seen.counts, seen.in_a_row) == ({"a": 2, "b": 1}, 2)
     assert seen.after([noted], [info()]).in_a_row == 0
     for norm in range(30):

@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from recipes.options.train import ColdStartOptions, TrainOptions
+from recipes.options.parse import changed, train_options
 from recipes.train.batches import (
-    cold_start_rows,
     count_visits,
+    epoch_order,
     lower_draw,
     lower_meta_draw,
     meta_batch,
@@ -19,9 +19,8 @@ from recipes.train.batches import (
     train_batch,
     upper_draw,
 )
-from recipes.train.order import epoch_order
 
-OPTIONS = TrainOptions(train_file="t", output_dir="o", batch_size=3, meta_batch_size=6)
+OPTIONS = train_options(train_file="t", output_dir="o", batch_size=3, meta_batch_size=6)
 
 
 @dataclass(frozen=True)
@@ -90,10 +89,10 @@ def test_solutions_are_drawn_one_by_one_or_by_question():
 
 
 def test_a_meta_batch_is_no_larger_than_the_meta_set_and_no_smaller_than_a_question():
-    assert len(flat(upper_draw(replace(OPTIONS, meta_batch_size=100), META)(0))) == 8
+    assert len(flat(upper_draw(changed(OPTIONS, meta_batch_size=100), META)(0))) == 8
     pairs = replace(OPTIONS, loss_target="pairs")
-    assert len(upper_draw(replace(pairs, meta_batch_size=100), META)(0)) == 3
-    assert len(upper_draw(replace(pairs, meta_batch_size=1), META)(0)) == 1
+    assert len(upper_draw(changed(pairs, meta_batch_size=100), META)(0)) == 3
+    assert len(upper_draw(changed(pairs, meta_batch_size=1), META)(0)) == 1
 
 
 def test_groups_are_told_apart_within_a_batch():
@@ -119,8 +118,20 @@ def test_visits_are_counted_over_the_batches_that_were_made():
     assert count_visits(draw, 0, examples=3).tolist() == [0, 0, 0]
 
 
-def test_cold_start_draws_without_repetition():
-    options = ColdStartOptions(train_file="t", output_dir="o", draw=4)
-    assert cold_start_rows(options, 9) == epoch_order(9, 3)(0, 4)
-    for draw in (0, 9, 100):
-        assert sorted(cold_start_rows(replace(options, draw=draw), 9)) == list(range(9))
+def test_every_epoch_is_a_permutation_whatever_the_batches():
+    order = epoch_order(10, seed=1)
+    whole = order(0, 40)
+    for epoch in range(4):
+        assert sorted(whole[10 * epoch : 10 * epoch + 10]) == list(range(10))
+    assert whole[:10] != whole[10:20]
+    assert [row for start in range(0, 40, 7) for row in order(start, 7)][:40] == whole
+
+
+def test_same_seed_same_order():
+    assert epoch_order(50, 3)(20, 60) == epoch_order(50, 3)(20, 60)
+    assert epoch_order(50, 3)(0, 50) != epoch_order(50, 4)(0, 50)
+
+
+def test_no_rows_is_an_error():
+    with pytest.raises(ValueError, match="0 rows"):
+        epoch_order(0, 0)

@@ -16,16 +16,20 @@ from bilevel import (
     Penalty,
     Unrolled,
 )
+from recipes.options.parse import changed, resolve, train_options
 from recipes.options.rules import check_together
-from recipes.options.train import OptionError, TrainOptions, resolve
+from recipes.options.train import TrainOptions
+from recipes.options.values import OptionError
+from recipes.train.bounded_weights import make_weighting
 from recipes.train.hypergradients import differentiated_steps, make_hypergradient
-from recipes.train.make_solver import make_weighting, time_scale
+from recipes.train.time_scale import time_scale
 from recipes.train.training import run_training
+from tests.recipes.options.recorded import where_read
 from tests.tiny_task import FORWARD_MODE, model_bits, read_lines
 
 pytestmark = FORWARD_MODE
 
-BASE = TrainOptions(train_file="t", output_dir="o", meta_file="m", lower_weight_decay=0.0)
+BASE = train_options(train_file="t", output_dir="o", meta_file="m", lower_weight_decay=0.0)
 TABLE = {"weighting": "table", "bound": "clip"}
 NET = {"weighting": "net"}
 DOMAIN = {"weighting": "domain", "bound": "softplus"}
@@ -151,8 +155,8 @@ def test_figures_of_the_hypergradient_are_logged(task, tmp_path):
     ],
 )
 def test_options_become_the_hypergradient(given, expected):
-    options = replace(BASE, order="lower-first", **given)
-    assert make_hypergradient(options) == expected
+    options = where_read(BASE, order="lower-first", **given)
+    assert make_hypergradient(options.hypergradient) == expected
 
 
 @pytest.mark.parametrize(
@@ -193,15 +197,15 @@ def test_options_become_the_hypergradient(given, expected):
 )
 def test_settings_of_another_hypergradient_are_refused(given, message):
     with pytest.raises(OptionError) as error:
-        check_together(replace(BASE, **given))
+        check_together(changed(BASE, **given))
     assert str(error.value) == message
 
 
 def test_a_window_visits_all_instances_that_its_hypergradient_sees():
-    options = replace(BASE, steps=20, upper_start=0, batch_size=2, unroll_steps=4, **TABLE)
+    options = changed(BASE, steps=20, upper_start=0, batch_size=2, unroll_steps=4, **TABLE)
     found = {}
     for name in ("one-step", "unrolled", "implicit", "penalty"):
-        given = replace(options, hypergradient=name)
+        given = changed(options, hypergradient=name)
         found[name] = (
             differentiated_steps(given),
             time_scale(given, make_weighting(given, 40, 0)).visits,

@@ -7,8 +7,19 @@ import math
 import pytest
 import torch
 
-from recipes.train.time_scale import distance_to_lower_bound, match_time_scale, row_travel
+from recipes.train.time_scale import (
+    UpperLevel,
+    distance_to_lower_bound,
+    match_time_scale,
+    print_time_scale,
+    row_travel,
+)
 from weighting import Clip, LeakyReLU, Sigmoid, Softplus
+
+
+def flat(step: int) -> float:
+    """The peak learning rate at every step."""
+    return 1.0
 
 
 @pytest.mark.parametrize("visit_every", [1, 4, 30])
@@ -18,43 +29,44 @@ def test_simulated_row_equals_torch_adam(visit_every):
     for step in range(200):
         row.grad = torch.full_like(row, -1.0 if step % visit_every == 0 else 0.0)
         adam.step()
-    travelled = row_travel(200, visit_every, lambda step: 0.1, optimizer="adam")
+    travelled = row_travel(UpperLevel(200, lambda step: 0.1, "adam", visit_every=visit_every))
     assert travelled == pytest.approx(float(row.detach()), rel=1e-9)
 
 
 def test_lazy_adam_moves_one_learning_rate_per_visit():
-    assert row_travel(1000, 10, lambda step: 0.01, optimizer="lazy-adam") == pytest.approx(
-        100 * 0.01, rel=1e-6
-    )
-    assert row_travel(1000, 10, lambda step: 0.01, optimizer="sgd") == pytest.approx(100 * 0.01)
+    lazy = UpperLevel(1000, flat, "lazy-adam", visit_every=10)
+    assert row_travel(lazy) == pytest.approx(100, rel=1e-6)
+    assert row_travel(UpperLevel(1000, flat, "sgd", visit_every=10)) == pytest.approx(100)
 
 
 def test_dense_adam_moves_a_rare_row_about_28_learning_rates_per_visit():
     # 1,000 instances at one a step: the figure behind DreamPRM-1.5's learning rate.
-    per_visit = row_travel(20_000, 1000, lambda step: 1.0, optimizer="adam") / 20
+    per_visit = row_travel(UpperLevel(20_000, flat, "adam", visit_every=1000)) / 20
     assert 20 < per_visit < 32
 
 
 @pytest.mark.parametrize("optimizer", ["adam", "lazy-adam", "sgd"])
-def test_auto_learning_rate_just_reaches_the_bound(optimizer):
-    def scale(lr):
-        return match_time_scale(
-            upper_lr=lr,
-            upper_steps=300,
-            rows=600,
-            rows_per_step=32,
-            to_bound=1.0,
-            schedule_of=lambda peak: lambda step: peak * (1 - step / 300),
-            optimizer=optimizer,
-            betas=(0.9, 0.999),
-        )
-
-    auto = scale(None)
+def test_auto_learning_rate_just_reaches_the_bound(optimizer, capsys):
+    upper = UpperLevel(300, lambda step: 1 - step / 300, optimizer, visit_every=600 / 32)
+    auto = match_time_scale(upper, 1.0, None)
     assert auto.reachable == pytest.approx(1.0, rel=1e-12)
     assert auto.visits == pytest.approx(16.0)
     assert auto.warning() is None
-    assert "hardly move" in str(scale(auto.upper_lr / 10).warning())
-    assert "slam" in str(scale(auto.upper_lr * 10).warning())
+    assert "hardly move" in str(match_time_scale(upper, 1.0, auto.upper_lr / 10).warning())
+    print_time_scale(match_time_scale(upper, 1.0, auto.upper_lr * 10))
+    shown = capsys.readouterr().out.splitlines()
+    assert shown[0] == "time scale"
+    assert shown[5] == "  reachable distance                  10"
+    assert shown[-1].startswith("warning: weights can travel 10, the bound is only 1 away")
+    assert "slam" in shown[-1]
+
+
+def test_a_given_learning_rate_travels_in_proportion():
+    upper = UpperLevel(300, flat, "sgd", visit_every=3)
+    scale = match_time_scale(upper, math.inf, 0.5)
+    assert (scale.visits, scale.reachable, scale.per_visit) == (100.0, 50.0, 0.5)
+    assert scale.warning() is None  # nothing to slam into
+    assert match_time_scale(upper, math.inf, None).upper_lr == pytest.approx(0.01)
 
 
 def test_distance_to_the_lower_bound():
@@ -66,9 +78,9 @@ def test_distance_to_the_lower_bound():
         (Softplus(), Softplus().raw(1.0) - Softplus().raw(0.1)),
         (LeakyReLU(0.01), math.inf),
     ]:
-        assert distance_to_lower_bound(bound.range, bound.raw) == pytest.approx(expected)
+        assert distance_to_lower_bound(bound) == pytest.approx(expected)
 
 
 def test_distance_is_from_the_prior():
     clip = Clip(1.2, 2.0)  # a bound that weight 1 is outside of
-    assert distance_to_lower_bound(clip.range, clip.raw, 1.5) == pytest.approx(0.3)
+    assert distance_to_lower_bound(clip, 1.5) == pytest.approx(0.3)

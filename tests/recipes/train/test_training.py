@@ -18,9 +18,11 @@ from prm.models.model import load_prm
 from prm.scoring import score_examples, step_scores
 from recipes.__main__ import main
 from recipes.evaluation.candidates import step_scores_of
-from recipes.options.train import ColdStartOptions, TrainOptions, resolve
-from recipes.session import load_model, read_examples
-from recipes.train.training import run_cold_start, run_training
+from recipes.loading import load_model, read_examples
+from recipes.options.parse import resolve
+from recipes.options.train import ColdStartOptions, TrainOptions
+from recipes.train.cold_start import run_cold_start
+from recipes.train.training import run_training
 from recipes.train.weight_report import initial_losses
 from tests.tiny_task import SIZES, model_bits, read_lines
 from weighting import Clip, DomainTable, InstanceNet, InstanceTable, Sigmoid, load_weighting
@@ -241,7 +243,7 @@ def test_model_loads_with_plain_transformers_and_scores_the_same(runs):
     labels = tokenizer.convert_tokens_to_ids(["+", "-"])
     options = options_of(runs("net"))
     prm, params = load_model(options, path=str(directory))
-    data = read_examples(prm, options, options.test_file)
+    data = read_examples(prm, options, options.data.test_file)
     scores, mask = step_scores_of(prm, params, data, options)
     batch = data.batch(range(len(data)))
     with torch.no_grad():
@@ -355,7 +357,7 @@ def test_meta_run_minimises_the_meta_loss(task, runs, tmp_path):
     assert log[-1]["lower_loss"] < log[0]["lower_loss"]
     # Before it moved: (mean p - correct)² over the meta set, all of it in the batch.
     prm, params = load_model(options_of(run))
-    data = read_examples(prm, options_of(run), options_of(run).meta_file)
+    data = read_examples(prm, options_of(run), options_of(run).data.meta_file)
     scores, mask = step_scores_of(prm, params, data, options_of(run))
     mean = (scores * mask).sum(1) / mask.sum(1)
     right = torch.tensor([float(bool(example.correct)) for example in data.examples])
@@ -368,7 +370,7 @@ def test_meta_run_on_whole_questions(task, tmp_path):
     run = run_training(task.train(tmp_path / "run", steps=1, **more))
     options = options_of(run)
     prm, params = load_model(options)
-    data = read_examples(prm, options, options.meta_file)
+    data = read_examples(prm, options, options.data.meta_file)
     scores, mask = step_scores_of(prm, params, data, options)
     mean = ((scores * mask).sum(1) / mask.sum(1)).tolist()
     pairs = [

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import shutil
-from dataclasses import replace
 
 import pytest
 
+from recipes.options.parse import changed
 from recipes.run.errors import StepError
 from recipes.train.batches import ahead
-from recipes.train.training import run_cold_start, run_training
+from recipes.train.cold_start import run_cold_start
+from recipes.train.training import run_training
 from tests.tiny_task import altered, model_bits
 
 FILES = ("weights.jsonl", "log.jsonl", "test_questions.jsonl")
@@ -37,7 +38,7 @@ def test_runs_have_the_same_bits_with_workers(task, tmp_path):
     (with_workers / "results.json").unlink()
     shutil.rmtree(with_workers / "model")
     shutil.rmtree(with_workers / "checkpoints" / "step-6")
-    options = replace(
+    options = changed(
         task.train(with_workers, save_every=3, **more), resume=str(with_workers), workers=1
     )
     resumed = run_training(options)
@@ -61,7 +62,7 @@ def test_an_image_that_goes_bad_in_the_run_is_named(task, tmp_path, monkeypatch,
         else:
             bad.write_bytes(bad.read_bytes()[:-200])
 
-    monkeypatch.setattr("recipes.train.training.require", spoil)
+    monkeypatch.setattr("recipes.train.cold_start.require", spoil)
     options = task.cold_start(
         tmp_path / "run", train_file=str(tmp_path / "train.jsonl"), workers=workers, draw=0, steps=9
     )

@@ -13,8 +13,8 @@ from prm.scoring import score_examples
 from recipes import commands
 from recipes.__main__ import main
 from recipes.embedded.vocabulary import SYSTEM_PROMPT
+from recipes.loading import load_model, read_examples
 from recipes.options.use import ScoreOptions, SelectOptions
-from recipes.session import load_model, read_examples
 from recipes.use.score import all_aggregates, run_score
 from recipes.use.scores_file import read_scores
 from tests.tiny_task import read_lines

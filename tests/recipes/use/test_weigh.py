@@ -12,8 +12,8 @@ import torch
 from prm.models.model import load_prm
 from recipes import commands
 from recipes.embedded.vocabulary import SYSTEM_PROMPT
+from recipes.loading import read_examples
 from recipes.options.use import WeighOptions
-from recipes.session import read_examples
 from recipes.train.training import run_training
 from tests.tiny_task import read_lines
 from weighting import load_weighting
@@ -253,7 +253,7 @@ def test_a_net_far_from_its_run_needs_the_initial_model_named(runs, weigh, tmp_p
 
 
 def test_example_features_are_those_of_the_batch(task, tmp_path):
-    from recipes.session import AGGREGATIONS
+    from prm.aggregations import AGGREGATIONS
     from recipes.train.objective import Objective
 
     options = task.train(tmp_path)

@@ -12,9 +12,9 @@ from recipes.evaluation.candidates import read_scored_candidates
 from recipes.evidence.smollm2 import __main__ as check
 from recipes.evidence.smollm2 import weights
 from recipes.evidence.smollm2.game24 import Sizes
+from recipes.options.base import PrmOptions
 from recipes.options.rules import check_together
-from recipes.options.train import PrmOptions
-from tests.recipes.evidence.smollm2.test_game24 import write_source
+from tests.recipes.evidence.smollm2.puzzles import write_source
 
 GIVEN = {"threads": 1, "seed": 0, "layers": 8, "cold_steps": 3, "steps": 2, "lower_lr": 1e-3}
 
@@ -23,7 +23,7 @@ def test_options_go_together_and_freeze_all_but_the_top(tmp_path):
     runs = check.train_options(tmp_path, tmp_path / "model", argparse.Namespace(**GIVEN))
     for options in runs:
         check_together(options)
-        assert options.freeze == ("embed_tokens", *(f"layers.{n}" for n in range(22)))
+        assert options.lower.freeze == ("embed_tokens", *(f"layers.{n}" for n in range(22)))
     cold, plain, net = runs
     assert (cold.steps, plain.steps, net.steps) == (3, 2, 2)
     assert plain.init_from == net.init_from == str(tmp_path / "cold-start" / "model")

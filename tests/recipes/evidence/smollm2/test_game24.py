@@ -2,34 +2,15 @@
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
-
 import pytest
 
 from prm.data.reader import read_examples
 from prm.schema import DataError
 from recipes.evidence.smollm2.game24 import Sizes, by_reach, split, write_parts
+from tests.recipes.evidence.smollm2.puzzles import write_source
 from tests.recipes.evidence.smollm2.source import source
 
 SIZES = Sizes(test_puzzles=2, meta_puzzles=1, candidates=3, train_solutions=10)
-
-
-def write_source(path: Path, puzzles: int = 6, reach=lambda number: number % 2) -> Path:
-    """Six candidates a puzzle, the first two right (but those of the last two puzzles)."""
-    rows = []
-    for puzzle in range(puzzles):
-        candidates = []
-        for number in range(6):
-            right = number < 2 and puzzle < puzzles - 2
-            first = {"text": f"move {number} of {puzzle}", "kind": "step", "valid": 1}
-            answer = {"text": f"Answer: {number}", "kind": "answer", "valid": int(right)}
-            steps = [{**first, "reach": reach(number)}, {**answer, "reach": int(right)}]
-            candidates.append({"steps": steps, "correct": int(right)})
-        candidates.append(candidates[-1])  # one text twice
-        rows.append({"idx": 900 + puzzle, "puzzle": f"1 2 3 {puzzle}", "candidates": candidates})
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    return path
 
 
 def test_a_step_is_right_where_24_can_still_be_reached(tmp_path):

@@ -1,4 +1,4 @@
-"""What every run starts with: threads and seed, the model, examples read and tokenised."""
+"""Load what a command works on: the model, the examples; set threads and seeds."""
 
 from __future__ import annotations
 
@@ -13,25 +13,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from prm import aggregations
-from prm.aggregations import Aggregation, AggregationName
 from prm.data import reader
 from prm.inputs.collate import Batch, Collator, EncodedExample
 from prm.inputs.prompt import SYSTEM_PROMPT
 from prm.models.model import PRM, is_hub_name, load_prm, split_parameters
 from prm.schema import StepExample
-from recipes.options.train import OptionError, PrmOptions
+from recipes.options.base import PrmOptions
+from recipes.options.values import OptionError
 
-AGGREGATIONS: Mapping[AggregationName, Aggregation] = {
-    "mean": aggregations.mean,
-    "min": aggregations.minimum,
-    "max": aggregations.maximum,
-    "last": aggregations.last,
-    "product": aggregations.product,
-    "log_mean": aggregations.log_mean,
-    "logit_mean": aggregations.logit_mean,
-    "logit_sum": aggregations.logit_sum,
-}
 EMBEDDED_BASE = Path(__file__).parent / "assets" / "base"
 
 

@@ -1,0 +1,215 @@
+"""The weighting and the hypergradient: each one of several dataclasses.
+
+A variant holds the options that only it reads. What it does not let one choose is an attribute of
+its class, so that the code asks every variant alike.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal, TypeAlias
+
+from recipes.options.base import option
+from recipes.options.conditions import (
+    BOUND_HIGH,
+    BOUND_LOW,
+    CENTRAL_DIFFERENCE,
+    IMPLICIT,
+    MODEL_FEATURE,
+    NET,
+    NORMALISED,
+    ON_TRAIN_FILE,
+    ONE_STEP,
+    PENALTY,
+    PRIOR,
+    UNWEIGHTED,
+    WEIGHTED,
+)
+
+Normalise: TypeAlias = Literal["batch", "table", "none"]
+LowerData: TypeAlias = Literal["train", "meta"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Unlearned:
+    """What is trained on without a learned weighting."""
+
+    weights_file: str | None = option(
+        None,
+        "weights.jsonl of an earlier run: train with these weights, fixed",
+        only_with=(UNWEIGHTED, ON_TRAIN_FILE),
+        on_resume="file",
+    )
+    lower_data: LowerData = option(
+        "train",
+        "meta: train on the meta loss itself, plain fine-tuning on the meta set",
+        only_with=UNWEIGHTED,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Bounded:
+    """Range of the weights; learned weights are of the examples of the training file."""
+
+    weights_file: ClassVar[None] = None
+    lower_data: ClassVar[Literal["train"]] = "train"
+
+    bound: Literal["clip", "clamp", "sigmoid", "softplus", "leaky-relu", "relu", "none"] = option(
+        "sigmoid",
+        "map from raw weights to weights; clip lets a weight that was pushed to an end come back, "
+        "clamp (DreamPRM-1.5) does not",
+        only_with=WEIGHTED,
+    )
+    bound_low: float = option(0.0, "lower end of the range", only_with=(WEIGHTED, BOUND_LOW))
+    bound_high: float = option(2.0, "upper end of the range", only_with=(WEIGHTED, BOUND_HIGH))
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Normalised:
+    """Over what weights have mean 1."""
+
+    normalise: Normalise = option(
+        "batch",
+        "mean 1 within the batch, over the whole table or weights file, or no normalisation",
+        only_with=NORMALISED,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Prior:
+    """Where the weights of instances start."""
+
+    prior: float = option(
+        1.0,
+        "weight of every instance at the start, and where decay pulls",
+        only_with=(WEIGHTED, PRIOR),
+    )
+
+
+class _Featureless:
+    """A weighting that reads nothing of the examples but who they are."""
+
+    features: ClassVar[tuple[str, ...]] = ()
+    reference_features: ClassVar[bool] = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class NetOptions(_Prior, _Normalised, _Bounded):
+    """Instance Net: weights from features of the steps."""
+
+    kind: ClassVar[Literal["net"]] = "net"
+
+    centre: bool = option(
+        True,
+        "subtract the mean of the batch from what Instance Net says of its examples",
+        only_with=(WEIGHTED, NET),
+    )
+    features: tuple[str, ...] = option(
+        ("label", "p_label", "p_plus"),
+        "inputs of Instance Net: of each step p_plus, p_minus, label, p_label, loss; of the "
+        "example steps (how many), length (tokens), domain",
+        only_with=(WEIGHTED, NET),
+    )
+    reference_features: bool = option(
+        True,
+        "give Instance Net the same features by the PRM as it was at the start, too: what the "
+        "model said of a label before it could memorise it",
+        only_with=(WEIGHTED, NET, MODEL_FEATURE),
+    )
+    hidden: int = option(10, "units per hidden layer of Instance Net", only_with=(WEIGHTED, NET))
+    layers: int = option(1, "hidden layers of Instance Net", only_with=(WEIGHTED, NET))
+
+
+@dataclass(frozen=True, kw_only=True)
+class TableOptions(_Featureless, _Prior, _Normalised, _Bounded):
+    """Instance Table: a weight for every example."""
+
+    kind: ClassVar[Literal["table"]] = "table"
+
+
+@dataclass(frozen=True, kw_only=True)
+class DomainOptions(_Featureless, _Bounded):
+    """Domain Table: a weight for every domain, which starts at 1."""
+
+    kind: ClassVar[Literal["domain"]] = "domain"
+    normalise: ClassVar[Literal["batch"]] = "batch"
+    prior: ClassVar[float] = 1.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class NoWeighting(_Featureless, _Normalised, _Unlearned):
+    """No weighting is learned: all weights are 1, or those of a file."""
+
+    kind: ClassVar[Literal["none"]] = "none"
+
+
+WeightingOptions: TypeAlias = NetOptions | TableOptions | DomainOptions | NoWeighting
+LearnedOptions: TypeAlias = NetOptions | TableOptions | DomainOptions
+
+
+@dataclass(frozen=True, kw_only=True)
+class OneStepOptions:
+    """Through the last lower step of a window."""
+
+    kind: ClassVar[Literal["one-step"]] = "one-step"
+
+    route: Literal[
+        "auto", "dot", "ghost", "per-example", "jvp", "reverse", "central-difference"
+    ] = option("auto", "how the mixed second-order product is computed", only_with=ONE_STEP)
+    difference_radius: float | None = option(
+        None,
+        "length of the shift of the parameters (central-difference); null: from their size and "
+        "precision; Betty's, and so DreamPRM-1.5's, is 0.01",
+        only_with=CENTRAL_DIFFERENCE,
+    )
+    order: Literal["upper-first", "lower-first"] = option(
+        "upper-first",
+        "evaluate the meta gradient before or after the lower step",
+        only_with=ONE_STEP,
+    )
+    direction_decay: float = option(
+        0.9, "exponential average of the meta gradient; 0: none", only_with=ONE_STEP
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class UnrolledOptions:
+    """Through all lower steps of a window."""
+
+    kind: ClassVar[Literal["unrolled"]] = "unrolled"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImplicitOptions:
+    """At the end of a window, as if the lower level were solved."""
+
+    kind: ClassVar[Literal["implicit"]] = "implicit"
+
+    linear_solver: Literal["nystrom", "cg", "neumann"] = option(
+        "nystrom", "of the system with the Hessian of the training loss", only_with=IMPLICIT
+    )
+    solver_iterations: int = option(
+        10,
+        "its iterations; nystrom: directions, which are kept in memory",
+        least=1,
+        only_with=IMPLICIT,
+    )
+    damping: float = option(0.1, "added to the Hessian's diagonal", only_with=IMPLICIT)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PenaltyOptions:
+    """By a penalty on a second copy of the model."""
+
+    kind: ClassVar[Literal["penalty"]] = "penalty"
+
+    penalty_strength: float = option(
+        10.0,
+        "how strongly the copy is held to the training loss; its error falls with 1 / this",
+        only_with=PENALTY,
+    )
+
+
+HypergradientOptions: TypeAlias = (
+    OneStepOptions | UnrolledOptions | ImplicitOptions | PenaltyOptions
+)

@@ -1,0 +1,125 @@
+"""The flat list of the options of a command, and the way between it and nested dataclasses.
+
+Users see flat names only: flags, keys of presets, lines of ``args.yaml``. The code sees groups.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import MISSING, dataclass, fields
+from typing import Any, Literal, TypeVar, get_type_hints
+
+from recipes.options.base import Condition, OnResume
+
+Options = TypeVar("Options")
+
+
+@dataclass(frozen=True)
+class FlatOption:
+    """One option of a command.
+
+    Attributes:
+        name: Flat name.
+        hint: Its type.
+        default: Its value if not given; ``MISSING`` where the option is required.
+        help: What it does.
+        least: Smallest value, or None.
+        conditions: Under which a command reads it, in the order in which they are reported.
+        on_resume: What a resumed run may change, see ``recipes.options.base.option``.
+    """
+
+    name: str
+    hint: Any
+    default: Any
+    help: str
+    least: float | None
+    conditions: tuple[Condition, ...]
+    on_resume: OnResume
+
+    @property
+    def flag(self) -> str:
+        """As on the command line."""
+        return f"--{self.name.replace('_', '-')}"
+
+
+def flat_options(kind: type[Any]) -> Mapping[str, FlatOption]:
+    """All options of a command by flat name, in the order of ``--help`` and of ``args.yaml``."""
+    more: Mapping[Condition, tuple[str, ...]] = getattr(kind, "ONLY_WITH", {})
+    entries: dict[str, FlatOption] = {}
+    for entry in _walk(kind, (), tuple(more.items())):
+        entries.pop(entry.name, None)  # an option of several variants stands with the last of them
+        entries[entry.name] = entry
+    return entries
+
+
+def flatten(options: Any) -> dict[str, Any]:
+    """All values by flat name; the options of variants that were not chosen at their defaults."""
+    values: dict[str, Any] = {}
+    _collect(options, values)
+    return {
+        name: values.get(name, entry.default) for name, entry in flat_options(type(options)).items()
+    }
+
+
+def nest(kind: type[Options], values: Mapping[str, Any]) -> Options:
+    """The options of a command from all values by flat name.
+
+    Values of variants that are not chosen are dropped: see ``recipes.options.rules``, which
+    refuses them.
+    """
+    members: dict[str, Any] = {}
+    for field in fields(kind):  # type: ignore[arg-type]
+        name = field.metadata.get("name") or field.name
+        if "group" in field.metadata:
+            members[field.name] = nest(field.metadata["group"], values)
+        elif "variants" in field.metadata:
+            members[field.name] = nest(field.metadata["variants"][values[name]], values)
+        else:
+            members[field.name] = values[name]
+    return kind(**members)
+
+
+def _walk(
+    kind: type[Any],
+    outer: tuple[Condition, ...],
+    more: tuple[tuple[Condition, tuple[str, ...]], ...],
+) -> Iterator[FlatOption]:
+    """Options below ``kind``; ``outer``: conditions on all, ``more``: on some by their names."""
+    hints = get_type_hints(kind)
+    for field in fields(kind):
+        about = field.metadata
+        conditions = (*outer, *about.get("only_with", ()))
+        if "group" in about:
+            yield from _walk(about["group"], conditions, more)
+            continue
+        name = about.get("name") or field.name
+        chosen: Mapping[str, type[Any]] = about.get("variants", {})
+        own = [condition for condition, names in more if name in names]
+        yield FlatOption(
+            name=name,
+            hint=Literal[tuple(chosen)] if chosen else hints[field.name],
+            default=about["default"] if chosen else field.default,
+            help=about["help"],
+            least=about["least"],
+            conditions=tuple(sorted((*conditions, *own), key=lambda condition: condition.rank)),
+            on_resume=about["on_resume"],
+        )
+        for variant in about["listed"] if chosen else ():
+            yield from _walk(chosen[variant], conditions, more)
+
+
+def _collect(options: Any, values: dict[str, Any]) -> None:
+    for field in fields(options):
+        value = getattr(options, field.name)
+        name = field.metadata.get("name") or field.name
+        if "variants" in field.metadata:
+            values[name] = value.kind
+        if "variants" in field.metadata or "group" in field.metadata:
+            _collect(value, values)
+        else:
+            values[name] = value
+
+
+def required(entry: FlatOption) -> bool:
+    """Whether an option must be given."""
+    return entry.default is MISSING

@@ -1,0 +1,169 @@
+"""Groups of the options of a training run that every run has."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from recipes.options.base import option
+from recipes.options.conditions import (
+    LOWER_COSINE,
+    LOWER_STEP,
+    META_AND_TEST,
+    META_LOSS,
+    SAVED,
+    UPPER_ADAM,
+    UPPER_COSINE,
+    UPPER_STEP,
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LowerLevel:
+    """The lower level: which parameters of the model are trained, and how."""
+
+    freeze: tuple[str, ...] = option(
+        (), "name prefixes of modules that are not trained, for example vision_tower"
+    )
+    steps: int = option(300, "lower-level optimizer steps", least=0)
+    batch_size: int = option(32, "examples per micro-batch", least=1)
+    accumulation: int = option(1, "micro-batches per lower step", least=1)
+    lr: float = option(5e-4, "peak learning rate of AdamW", name="lower_lr")
+    betas: tuple[float, float] = option(
+        (0.9, 0.98), "decay rates of Adam's moments", name="lower_betas"
+    )
+    weight_decay: float = option(0.01, "decoupled weight decay", name="lower_weight_decay", least=0)
+    warmup: float = option(
+        0.05,
+        "share of the steps with linear warm-up",
+        name="lower_warmup",
+        only_with=LOWER_COSINE,
+    )
+    schedule: Literal["cosine", "step", "constant"] = option(
+        "cosine",
+        "cosine: warm-up, then down to 0; step: times --lower-gamma every --lower-step-size "
+        "steps; constant: the peak at every step",
+        name="lower_schedule",
+    )
+    step_size: int = option(
+        1000,
+        "steps between drops of the learning rate",
+        name="lower_step_size",
+        least=1,
+        only_with=LOWER_STEP,
+    )
+    gamma: float = option(0.95, "factor of each drop", name="lower_gamma", only_with=LOWER_STEP)
+    max_norm: float | None = option(
+        1.0, "global-norm clip of the gradient; null: none", name="lower_max_norm"
+    )
+    loss: Literal["cross-entropy", "squared"] = option(
+        "cross-entropy",
+        "loss of a step: squared is the distance from soft labels of DreamPRM 1.0",
+        name="lower_loss",
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunSettings:
+    """The run itself: what it logs and saves, and how it goes on."""
+
+    log_every: int = option(10, "steps between lines of log.jsonl", least=1, on_resume="free")
+    save_every: int = option(
+        0, "lower steps between checkpoints; 0: none", least=0, on_resume="free"
+    )
+    keep_checkpoints: int = option(
+        2,
+        "how many of the newest checkpoints to keep; 0: all",
+        least=0,
+        only_with=SAVED,
+        on_resume="free",
+    )
+    resume: str | None = option(
+        None,
+        "directory of an interrupted run: go on from its newest checkpoint, with the options of "
+        "its args.yaml; or one of its checkpoints, RUN/checkpoints/step-N",
+        on_resume="free",
+    )
+    on_trouble: Literal["raise", "skip", "rollback"] = option(
+        "raise",
+        "what a loss, gradient, hypergradient, weight or parameter that is not finite, or an "
+        "exploding hypergradient, leads to: end the run before that step, leave the step out, or "
+        "return to the last checkpoint of --save-every and go on with the data",
+        on_resume="free",
+    )
+    progress: bool = option(True, "show a progress bar", on_resume="free")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrustedData:
+    """Data whose outcomes are trusted: those of the upper level and of the evaluation."""
+
+    meta_file: str | None = option(
+        None,
+        "JSONL with `correct`: solutions that trusted the answer",
+        only_with=META_LOSS,
+        on_resume="file",
+    )
+    dev_file: str | None = option(
+        None, "candidates that may be looked at while tuning", on_resume="free"
+    )
+    test_file: str | None = option(
+        None, "candidates that are scored once, at the end", on_resume="free"
+    )
+    sanity_check: bool = option(
+        False,
+        "the meta set is the test set, on purpose: an upper bound for the method, labelled as such "
+        "in every result",
+        only_with=META_AND_TEST,
+        on_resume="free",
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class UpperLevel:
+    """The upper level: how and how often the weights move."""
+
+    lr: str = option(
+        "auto",
+        "learning rate of the upper level; auto: solve for the one that lets a consistently bad "
+        "example reach the lower bound within the run",
+        name="upper_lr",
+    )
+    optimizer: Literal["adam", "lazy-adam", "sgd"] = option(
+        "adam",
+        "lazy-adam moves only the rows of a table that were visited",
+        name="upper_optimizer",
+    )
+    betas: tuple[float, float] = option(
+        (0.9, 0.999), "decay rates of Adam's moments", name="upper_betas", only_with=UPPER_ADAM
+    )
+    weight_decay: float = option(
+        0.0,
+        "decoupled decay towards the prior (Adam)",
+        name="upper_weight_decay",
+        least=0,
+        only_with=UPPER_ADAM,
+    )
+    schedule: Literal["cosine", "step", "constant"] = option(
+        "cosine", "of the upper learning rate", name="upper_schedule"
+    )
+    warmup: float = option(
+        0.0,
+        "share of the upper steps with linear warm-up",
+        name="upper_warmup",
+        only_with=UPPER_COSINE,
+    )
+    step_size: int = option(
+        1000,
+        "upper steps between drops of the learning rate",
+        name="upper_step_size",
+        least=1,
+        only_with=UPPER_STEP,
+    )
+    gamma: float = option(0.95, "factor of each drop", name="upper_gamma", only_with=UPPER_STEP)
+    max_norm: float | None = option(
+        None, "global-norm clip of the hypergradient; null: none", name="upper_max_norm"
+    )
+    meta_batch_size: int = option(64, "solutions per upper step", least=1)
+    unroll_steps: int = option(1, "lower steps between upper steps", least=1)
+    start: int = option(20, "lower steps before the first upper step", name="upper_start", least=0)

@@ -1,0 +1,175 @@
+"""From words of the command line, presets and Python to options, and from options to YAML.
+
+What is said on the command line wins over the preset, the preset over the default.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal, TypeVar, get_args, get_origin
+
+import yaml
+
+from recipes.options.flat import flat_options, flatten, nest, required
+from recipes.options.rules import refuse_unread
+from recipes.options.train import ColdStartOptions, TrainOptions
+from recipes.options.values import (
+    OptionError,
+    convert,
+    did_you_mean,
+    element,
+    resume_point,
+    shortened,
+)
+from recipes.options.yaml_file import read_yaml
+
+Options = TypeVar("Options")
+PRESETS = Path(__file__).parents[1] / "presets"
+
+
+def train_options(**values: Any) -> TrainOptions:
+    """``TrainOptions`` from flat names, as on the command line: ``lower_lr``, ``bound``, ...
+
+    Raises:
+        TypeError: No such option, or a required one is missing.
+        OptionError: An option that would do nothing with the others.
+    """
+    return _build(TrainOptions, values)
+
+
+def cold_start_options(**values: Any) -> ColdStartOptions:
+    """``ColdStartOptions`` from flat names, see ``train_options``."""
+    return _build(ColdStartOptions, values)
+
+
+def changed(options: Options, **values: Any) -> Options:
+    """The same options with some of them, by flat name, replaced.
+
+    Raises:
+        TypeError: No such option.
+        OptionError: An option that would do nothing with the others.
+    """
+    return _build(type(options), {**flatten(options), **values})
+
+
+def _build(kind: type[Options], values: Mapping[str, Any]) -> Options:
+    entries = flat_options(kind)
+    if unknown := [name for name in values if name not in entries]:
+        raise TypeError(f"{kind.__name__} has no option {', '.join(unknown)}")
+    if missing := _missing(kind, values):
+        raise TypeError(f"{kind.__name__} needs {', '.join(missing)}")
+    filled = {name: values.get(name, entry.default) for name, entry in entries.items()}
+    refuse_unread(kind, filled)
+    return nest(kind, filled)
+
+
+def _missing(kind: type[Any], values: Mapping[str, Any]) -> list[str]:
+    return [n for n, entry in flat_options(kind).items() if required(entry) and n not in values]
+
+
+def build_parser(
+    parser: argparse.ArgumentParser, options: type[Any], *, preset: bool = True
+) -> None:
+    """Give ``parser`` one flag per option of ``options``, and ``--config`` for a preset."""
+    if preset:
+        parser.add_argument(
+            "--config", metavar="YAML", help="preset: a file, or the name of a shipped one"
+        )
+    for name, entry in flat_options(options).items():
+        default = "required" if required(entry) else f"default: {_show(entry.default)}"
+        # argparse formats help with %, so a literal one must be doubled.
+        text = f"{entry.help} ({default})".replace("%", "%%")
+        flags = list(dict.fromkeys([entry.flag, f"--{name}"]))
+        common: dict[str, Any] = {"dest": name, "default": argparse.SUPPRESS, "help": text}
+        kind, many = element(entry.hint)
+        if kind is bool:
+            parser.add_argument(*flags, action=argparse.BooleanOptionalAction, **common)
+        elif get_origin(kind) is Literal:
+            parser.add_argument(*flags, choices=get_args(kind), **common)
+        else:
+            parser.add_argument(
+                *flags, nargs="*" if many else None, metavar=name.upper().split("_")[-1], **common
+            )
+
+
+def resolve(options: type[Options], given: Mapping[str, Any]) -> Options:
+    """Merge what the command line gave, the preset that it names and the defaults.
+
+    With ``resume`` the options of that run take the place of a preset.
+
+    Raises:
+        OptionError: Unknown preset or key (with the nearest name); a value of the wrong type,
+            outside the choices or too small; a required option that is missing; an option that
+            would do nothing with the others.
+    """
+    given = dict(given)
+    preset = given.pop("config", None)
+    values: dict[str, Any] = {}
+    resumed = given.get("resume") not in (None, "none", "null")
+    if resumed and preset is not None:
+        raise OptionError("--resume takes the options from the run's args.yaml; leave out --config")
+    if resumed or preset is not None:
+        path = _args_path(given["resume"]) if resumed else _preset_path(str(preset))
+        preset_values = {key.replace("-", "_"): value for key, value in read_yaml(path).items()}
+        values = _convert_all(options, preset_values, str(path))
+    if resumed:
+        values["output_dir"] = str(resume_point(given["resume"])[0])
+    values.update(_convert_all(options, given, "command line"))
+    entries = flat_options(options)
+    if missing := _missing(options, values):
+        flags = ", ".join(entries[name].flag for name in missing)
+        raise OptionError(f"missing {flags}; give it on the command line or in the preset")
+    for name, value in values.items():
+        least = entries[name].least
+        if least is not None and not value >= least:
+            raise OptionError(f"{entries[name].flag}: expected {least} or more, found {value}")
+    return _build(options, values)
+
+
+def to_yaml(options: Any) -> str:
+    """All options as YAML, flat, that ``--config`` reads back to the same options."""
+    content = {
+        name: list(value) if isinstance(value, tuple) else value
+        for name, value in flatten(options).items()
+    }
+    return yaml.safe_dump(content, sort_keys=False, allow_unicode=True)
+
+
+def _show(value: Any) -> str:
+    if isinstance(value, tuple):
+        return " ".join(map(str, value)) or "none"
+    return "none" if value is None else str(value)
+
+
+def _preset_path(name: str) -> Path:
+    path = Path(name)
+    if path.is_file():
+        return path
+    shipped = {p.stem: p for p in sorted(PRESETS.glob("*.yaml"))}
+    if name in shipped:
+        return shipped[name]
+    raise OptionError(
+        f"--config {name}: no such file, and no shipped preset of that name "
+        f"({', '.join(shipped) or 'none shipped'})" + did_you_mean(name, shipped)
+    )
+
+
+def _args_path(run: str) -> Path:
+    path = resume_point(run)[0] / "args.yaml"
+    if not path.is_file():
+        raise OptionError(f"--resume {run}: expected the directory of a run, found no {path}")
+    return path
+
+
+def _convert_all(options: type[Any], given: Mapping[str, Any], where: str) -> dict[str, Any]:
+    entries = flat_options(options)
+    for name in given:
+        if name not in entries:
+            shown = shortened(repr(name))
+            raise OptionError(f"{where}: unknown option {shown}{did_you_mean(name, entries)}")
+    return {
+        name: convert(value, entries[name].hint, f"{where}: {name}")
+        for name, value in given.items()
+    }

@@ -1,0 +1,99 @@
+"""Cold start, one of the three devices that keep instance reweighting stable.
+
+A model that has never seen the two label tokens gives them no probability, and then neither its
+losses nor the scores of meta solutions say anything about an example: the first hypergradients
+would be noise, and the weights would follow it. So before the bilevel run the model is trained for
+a short while on a random draw of the noisy training file, all weights 1:
+
+    θ ← AdamW step on  mean over the batch of ℓ_i(θ),    i from ``--draw`` random examples
+
+What comes out is an ordinary checkpoint, ``<run>/model``; ``train --init-from`` starts from it, and
+the upper level starts at weight 1. Source: DreamPRM-1.5 (arXiv 2509.05542), cold start.
+"""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+from prm.aggregations import AGGREGATIONS
+from prm.models.model import save_prm
+from recipes.loading import load_model, read_examples, set_up
+from recipes.options.rules import check_together
+from recipes.options.train import ColdStartOptions
+from recipes.run.files import write_json
+from recipes.run.resume import open_run
+from recipes.train.batches import (
+    COLD_START,
+    ahead,
+    epoch_order,
+    lower_draw,
+    per_step,
+    stream_seed,
+    train_batch,
+)
+from recipes.train.data import require
+from recipes.train.loop import train
+from recipes.train.make_solver import lower_schedule, make_plain_solver
+from recipes.train.objective import Objective
+from recipes.train.results import print_troubles
+
+
+def run_cold_start(options: ColdStartOptions) -> Path:
+    """Teach the model the two label tokens on a random draw of the noisy training file.
+
+    Writes ``model`` (an ordinary checkpoint), ``log.jsonl`` and ``results.json``.
+
+    Returns:
+        The run directory.
+    """
+    started = time.perf_counter()
+    check_together(options)
+    set_up(options)
+    prm, lower = load_model(options, options.lower.freeze)
+    data = read_examples(prm, options, options.train_file)
+    require(data, "labels")
+    drawn = cold_start_rows(options, len(data))
+    objective = Objective(  # the upper level is not used
+        prm,
+        AGGREGATIONS["mean"],
+        "both",
+        None,
+        full_vocab=options.probability == "vocabulary",
+        lower_loss=options.lower.loss,
+    )
+    solver = make_plain_solver(options, objective.problem())
+    batch = train_batch(lower_draw(options, drawn), data)
+    with open_run(options, prm.model, solver.init(lower, {})) as run:
+        end = train(
+            solver,
+            run,
+            steps=options.lower.steps,
+            lower_batches=ahead(
+                per_step(batch, options.lower.accumulation), options.lower.steps, options.workers
+            ),
+            upper_batch=None,
+            weighting=None,
+            log_every=options.run.log_every,
+            title="cold start",
+            progress=options.run.progress,
+            learning_rates={"lower_lr": lower_schedule(options)},
+            on_trouble=options.run.on_trouble,
+        )
+        directory = run.directory
+        with run.keeping(end):
+            save_prm(prm, end.state.lower_params, directory / "model")
+            seconds = round(time.perf_counter() - started, 2)
+            rows = len(drawn)
+            results = {"rows": {}, "examples": rows, "seed": options.seed}
+            results |= {"troubles": dict(end.seen.counts), "seconds": {"total": seconds}}
+            write_json(directory / "results.json", results)
+    print(f"cold start on {rows} of {len(data)} examples, {seconds:.0f} s: {directory / 'model'}")
+    print_troubles(end.seen.counts)
+    return directory
+
+
+def cold_start_rows(options: ColdStartOptions, rows: int) -> list[int]:
+    """Rows that a cold start trains on: ``draw`` of ``rows`` at random; 0 or too many: all."""
+    count = rows if options.draw == 0 else min(options.draw, rows)
+    return epoch_order(rows, stream_seed(options, COLD_START))(0, count)

@@ -1,0 +1,125 @@
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from prm.files import atomic_write, write_lines
+
+
+class Stop(Exception):
+    pass
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """What reaches the disk, in order: ("fsync", inode) and ("replace", target)."""
+    log: list[tuple[str, object]] = []
+    fsync, replace = os.fsync, os.replace
+
+    def logged_fsync(handle):
+        log.append(("fsync", os.fstat(handle).st_ino))
+        fsync(handle)
+
+    def logged_replace(source, target):
+        log.append(("replace", Path(target)))
+        replace(source, target)
+
+    monkeypatch.setattr(os, "fsync", logged_fsync)
+    monkeypatch.setattr(os, "replace", logged_replace)
+    return log
+
+
+def test_a_file_is_flushed_renamed_and_its_name_flushed(tmp_path, calls):
+    file = tmp_path / "rows.jsonl"
+    file.write_text("old\n")
+    write_lines(file, iter(["ä\n", "b\n"]))
+    assert file.read_bytes() == "ä\nb\n".encode()
+    assert names(tmp_path) == ["rows.jsonl"]
+    inodes = (file.stat().st_ino, tmp_path.stat().st_ino)
+    assert calls == [("fsync", inodes[0]), ("replace", file), ("fsync", inodes[1])]
+
+
+def test_lines_that_fail_leave_the_old_file_and_no_temporary_name(tmp_path, calls):
+    file = tmp_path / "rows.jsonl"
+    file.write_text("old\n")
+
+    def lines():
+        yield "new\n"
+        assert names(tmp_path) == [f".rows.jsonl.{os.getpid()}.unfinished", "rows.jsonl"]
+        assert file.read_text() == "old\n"
+        raise Stop
+
+    with pytest.raises(Stop):
+        write_lines(file, lines())
+    assert file.read_text() == "old\n"
+    assert names(tmp_path) == ["rows.jsonl"]
+    assert calls == []
+
+
+@pytest.mark.parametrize("step", ["fsync", "replace"])
+def test_a_disk_that_refuses_leaves_the_old_file(tmp_path, monkeypatch, step):
+    file = tmp_path / "rows.jsonl"
+    file.write_text("old\n")
+
+    def refuse(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, step, refuse)
+    with pytest.raises(OSError, match="No space left"):
+        write_lines(file, ["new\n"])
+    assert file.read_text() == "old\n"
+    assert names(tmp_path) == ["rows.jsonl"]
+
+
+def test_every_file_of_a_folder_is_flushed_before_the_folder_gets_its_name(tmp_path, calls):
+    target = tmp_path / "model"
+    with atomic_write(target) as unfinished:
+        (unfinished / "parts").mkdir(parents=True)
+        (unfinished / "config.json").write_text("{}")
+        (unfinished / "parts" / "weights").write_bytes(b"\x01\x02")
+        assert not target.exists()
+    assert (target / "config.json").read_text() == "{}"
+    assert (target / "parts" / "weights").read_bytes() == b"\x01\x02"
+    assert names(tmp_path) == ["model"]
+    before = calls[: calls.index(("replace", target))]
+    inside = [target, target / "config.json", target / "parts", target / "parts" / "weights"]
+    assert {inode for _, inode in before} == {path.stat().st_ino for path in inside}
+    assert calls[-1] == ("fsync", tmp_path.stat().st_ino)
+
+
+def test_a_folder_that_fails_half_way_does_not_appear(tmp_path, calls):
+    target = tmp_path / "model"
+
+    def write():
+        with atomic_write(target) as unfinished:
+            unfinished.mkdir()
+            (unfinished / "config.json").write_text("{}")
+            raise Stop
+
+    with pytest.raises(Stop):
+        write()
+    assert names(tmp_path) == []
+    assert calls == []
+
+
+def test_an_empty_folder_is_replaced_and_a_full_one_is_not(tmp_path):
+    target = tmp_path / "model"
+    target.mkdir()
+
+    def write(text):
+        with atomic_write(target) as unfinished:
+            unfinished.mkdir()
+            (unfinished / "file").write_text(text)
+
+    write("new")
+    assert (target / "file").read_text() == "new"
+    with pytest.raises(OSError, match="not empty"):
+        write("newer")
+    assert (target / "file").read_text() == "new"
+    assert names(tmp_path) == ["model"]

@@ -1,0 +1,47 @@
+"""Options that note which of them are read."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from typing import Any
+
+from recipes.options.flat import flat_options, flatten
+from recipes.options.parse import changed
+from recipes.options.rules import unread
+
+
+def recorded(options: Any) -> tuple[Any, set[str]]:
+    """The same options, and the set of the flat names of those that have been read since."""
+    seen: set[str] = set()
+    made = _recording(options, seen)
+    seen.clear()
+    return made, seen
+
+
+def _recording(options: Any, seen: set[str]) -> Any:
+    kind = type(options)
+    names = {f.name: f.metadata.get("name") or f.name for f in fields(kind)}
+    nested = {f.name for f in fields(kind) if f.metadata.keys() & {"group", "variants"}}
+
+    class Recording(kind):
+        def __getattribute__(self, name):
+            if name in names:
+                seen.add(names[name])
+            return super().__getattribute__(name)
+
+    values = {name: getattr(options, name) for name in names}
+    return Recording(
+        **{n: _recording(value, seen) if n in nested else value for n, value in values.items()}
+    )
+
+
+def not_read(kind: type[Any], *seen: set[str]) -> set[str]:
+    """Options of a command in none of some sets."""
+    return set(flat_options(kind)) - set().union(*seen)
+
+
+def where_read(options: Any, **values: Any) -> Any:
+    """The same options with ``values``, by flat name; what would not be read at its default."""
+    merged, entries = {**flatten(options), **values}, flat_options(type(options))
+    idle = {name: entries[name].default for name in unread(type(options), merged)}
+    return changed(options, **{**merged, **idle})

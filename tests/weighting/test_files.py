@@ -1,0 +1,45 @@
+"""A file is the old one or complete."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+
+from weighting.files import replacing, write_text
+
+
+def test_content_is_on_disk_before_it_gets_the_name(tmp_path, monkeypatch):
+    path, calls = tmp_path / "ids.json", []
+    synced, renamed = os.fsync, os.replace
+
+    def fsync(descriptor):
+        calls.append(("fsync", os.path.samestat(os.fstat(descriptor), temporary.stat())))
+        synced(descriptor)
+
+    def replace(source, target):
+        calls.append(("rename", (source, target) == (temporary, path)))
+        renamed(source, target)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    monkeypatch.setattr(os, "replace", replace)
+    temporary = tmp_path / "ids.json.tmp"
+    write_text(path, "größer\n")
+    assert calls == [("fsync", True), ("rename", True)]
+    assert path.read_text(encoding="utf-8") == "größer\n"
+    assert os.listdir(tmp_path) == ["ids.json"]
+
+
+def test_what_fails_leaves_the_old_file_alone(tmp_path):
+    path = tmp_path / "ids.json"
+    write_text(path, "old")
+
+    def fail() -> None:
+        with replacing(path) as temporary:
+            temporary.write_text("ne")
+            raise RuntimeError("half")
+
+    with pytest.raises(RuntimeError, match="half"):
+        fail()
+    assert path.read_text() == "old"
+    assert os.listdir(tmp_path) == ["ids.json"]

@@ -1,0 +1,35 @@
+"""Files that are either the old ones or complete, whenever a process or machine stops."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Give a temporary name beside ``path``; what was written there then replaces ``path``.
+
+    The content reaches the disk (fsync) before it gets the name. If the body fails, ``path`` is as
+    it was and the temporary file is gone.
+
+    Args:
+        path: The file to write; its folder exists.
+    """
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        yield temporary
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write UTF-8 ``text`` by ``replacing`` the file."""
+    with replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
