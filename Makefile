@@ -12,7 +12,7 @@ GAME24 := data/game24/candidates.jsonl
 .PHONY: help install train-net train-table train-domain baseline cold-start data results bench \
 	bench-scoring bench-validate check-smollm2 \
 	noisy-labels long-tail regularization learned-schedule \
-	chaos test fuzz soak docs lint format type clean-runs clean
+	chaos test test-quick fuzz soak docs lint format type clean-runs clean
 
 help: ## list the targets
 	@grep -hE '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 20
@@ -89,6 +89,9 @@ check-smollm2: $(VENV)/installed ## real pretrained weights on a CPU; GAME24=FIL
 
 test: $(VENV)/installed-dev ## run the tests
 	$(VENV)/bin/python -m pytest
+
+test-quick: $(VENV)/installed-dev ## run the tests but for the slow ones: under 90 s on two cores
+	$(VENV)/bin/python -m pytest -m "not slow"
 
 fuzz: $(VENV)/installed-dev ## 10,000 malformed files of every format, other ones every time
 	FUZZ_EXAMPLES=10000 FUZZ_OUTPUT=results/fuzz.json $(VENV)/bin/python -m pytest tests/fuzz
