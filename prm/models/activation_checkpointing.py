@@ -17,8 +17,10 @@ from typing import Any
 import torch
 from torch import nn
 from torch.func import functional_call
-from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
+from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
+
+from prm.models.torch_internals import function_modes, inside_transform
 
 
 @contextmanager
@@ -47,12 +49,12 @@ def checkpointed(model: nn.Module) -> Iterator[None]:
         )
     with ExitStack() as stack:
         for layer in layers:
-            stack.callback(_put_back, layer, layer.__dict__.get("forward"))
+            stack.callback(_restore_forward, layer, layer.__dict__.get("forward"))
             layer.forward = partial(_keeping_inputs, layer, layer.forward)
         yield
 
 
-def _put_back(layer: nn.Module, forward: Callable[..., Any] | None) -> None:
+def _restore_forward(layer: nn.Module, forward: Callable[..., Any] | None) -> None:
     del layer.forward
     if forward is not None:
         layer.forward = forward
@@ -62,12 +64,11 @@ def _keeping_inputs(
     layer: nn.Module, forward: Callable[..., Any], *args: Any, **kwargs: Any
 ) -> Any:
     # Saved-tensor hooks, which checkpoint is made of, do not go through torch.func's transforms.
-    transformed = torch._C._functorch.peek_interpreter_stack() is not None
-    if transformed or not torch.is_grad_enabled():
+    if inside_transform() or not torch.is_grad_enabled():
         return forward(*args, **kwargs)
     params = {f"layer.{name}": value for name, value in layer.named_parameters()}
-    again = partial(_run, _Layer(layer, forward), params, _get_current_function_mode_stack())
-    return checkpoint(again, *args, use_reentrant=False, **kwargs)
+    run = partial(_run, _Layer(layer, forward), params, function_modes())
+    return checkpoint(run, *args, use_reentrant=False, **kwargs)
 
 
 def _run(
@@ -77,7 +78,7 @@ def _run(
     *args: Any,
     **kwargs: Any,
 ) -> Any:
-    present = _get_current_function_mode_stack()
+    present = function_modes()
     with ExitStack() as stack:
         for mode in modes:
             if not any(mode is one for one in present):
