@@ -20,7 +20,7 @@ def step_cross_entropy(
         step_logits: [batch, steps, 2], columns "+" and "-". Two-way: log p₊ = log σ(z₊ − z₋).
         labels: [batch, steps] in [0, 1], soft labels included; NaN where there is none.
         mask: [batch, steps], True where there is a step.
-        full_vocab: the columns are log-probabilities over the vocabulary
+        full_vocab: The columns are log-probabilities over the vocabulary
             (``prm.models.model.step_logits(..., full_vocab=True)``), which are taken as they are:
             the loss of DreamPRM-1.5, which also teaches to say nothing else than the two labels.
 
@@ -81,7 +81,7 @@ def outcome_loss(scores: Tensor, correct: Tensor, loss_target: LossTarget = "+")
         [batch].
 
     Raises:
-        ValueError: shapes or ``loss_target`` are none of these.
+        ValueError: Shapes or ``loss_target`` are none of these.
     """
     if loss_target not in ("both", "+"):
         raise ValueError(f'expected loss_target "both" or "+", found {loss_target!r}')
@@ -120,7 +120,7 @@ def pair_loss(scores: Tensor, correct: Tensor, group: Tensor) -> Tensor:
         Scalar.
 
     Raises:
-        ValueError: no question of the batch has both a right and a wrong candidate.
+        ValueError: No question of the batch has both a right and a wrong candidate.
     """
     same = group[:, None] == group[None, :]
     pairs = same & (correct[:, None] == 1) & (correct[None, :] == 0)

@@ -40,7 +40,7 @@ def aggregate(step_scores: Tensor, mask: Tensor, how: Aggregation) -> Tensor:
     """Solution scores [batch] of step scores [batch, steps]; ``how`` is of ``prm.aggregations``.
 
     Raises:
-        ValueError: shapes of scores and mask differ.
+        ValueError: Shapes of scores and mask differ.
     """
     if step_scores.shape != mask.shape:
         raise ValueError(
@@ -81,17 +81,17 @@ def score_examples(
     [batch, steps, vocabulary] float32.
 
     Args:
-        prm: the model.
-        params: values by parameter name; others keep the model's values.
-        encoded: of ``collator.encode``.
-        collator: pads batches.
-        batch_size: examples per forward pass.
-        full_vocab: probabilities over the whole vocabulary instead of the two labels, as
+        prm: The model.
+        params: Values by parameter name; others keep the model's values.
+        encoded: Of ``collator.encode``.
+        collator: Pads batches.
+        batch_size: Examples per forward pass.
+        full_vocab: Probabilities over the whole vocabulary instead of the two labels, as
             DreamPRM-1.5 scores: softmax(z)₊ at the position, where "+" and "-" do not sum to 1.
-        workers: processes that make batches ahead; see ``prm.inputs.workers``.
+        workers: Processes that make batches ahead; see ``prm.inputs.workers``.
 
     Raises:
-        DataError: an image that cannot be decoded.
+        DataError: An image that cannot be decoded.
     """
     if batch_size < 1:
         raise ValueError(f"expected batch_size >= 1, found {batch_size}")

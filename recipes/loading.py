@@ -78,7 +78,7 @@ def load_model(
     """The model and its trainable parameters, by name.
 
     Raises:
-        OptionError: no such model, one that cannot judge steps, or ``freeze`` names no part of it.
+        OptionError: No such model, one that cannot judge steps, or ``freeze`` names no part of it.
     """
     name = path if path is not None else options.model
     if path not in (None, "embedded") and not Path(name).is_dir():  # what a hub has is --model
@@ -103,8 +103,8 @@ def read_solutions(options: PrmOptions, path: str) -> Solutions:
     """Read a file that no model has to; images are looked for, not decoded.
 
     Raises:
-        OptionError: no such file.
-        DataError: a record that cannot be used.
+        OptionError: No such file.
+        DataError: A record that cannot be used.
     """
     file = _existing(path)
     return Solutions(
@@ -122,8 +122,8 @@ def read_examples(prm: PRM, options: PrmOptions, path: str) -> Examples:
     decodes its own.
 
     Raises:
-        OptionError: no such file.
-        DataError: a record that cannot be used.
+        OptionError: No such file.
+        DataError: A record that cannot be used.
     """
     file = _existing(path)
     examples = reader.read_examples(

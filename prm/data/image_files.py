@@ -28,10 +28,10 @@ class ImageProblem:
     """Why an image cannot be used.
 
     Attributes:
-        fault: what kind of problem.
-        expected: what the field should have named.
-        found: what is there.
-        remedy: what to change.
+        fault: What kind of problem.
+        expected: What the field should have named.
+        found: What is there.
+        remedy: What to change.
     """
 
     fault: Fault
@@ -44,9 +44,9 @@ class ImageFiles:
     """Checks image paths, each path once (memory: one string per distinct path).
 
     Args:
-        root: folder that the images have to lie in, symbolic links followed.
-        allow_outside: take images elsewhere, too.
-        check: how closely to look at a file.
+        root: Folder that the images have to lie in, symbolic links followed.
+        allow_outside: Take images elsewhere, too.
+        check: How closely to look at a file.
     """
 
     def __init__(

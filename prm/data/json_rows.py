@@ -77,7 +77,7 @@ def json_line(raw: bytes, path: Path, line: int) -> Any:
     """The value of one line of a JSONL file, as strict as `json_rows`.
 
     Raises:
-        DataError: it cannot be had.
+        DataError: It cannot be had.
     """
     try:
         return _decode_line(raw)

@@ -32,9 +32,9 @@ class Place:
     """Where a record stands, and the folder that its image paths are relative to.
 
     Attributes:
-        root: folder of the images.
-        file: the file that holds the record, if there is one.
-        line: line in a JSONL file, row in a JSON array, counted from 1.
+        root: Folder of the images.
+        file: The file that holds the record, if there is one.
+        line: Line in a JSONL file, row in a JSON array, counted from 1.
     """
 
     root: Path

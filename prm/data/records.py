@@ -20,7 +20,7 @@ def parse_record(
     Image paths are taken relative to ``image_root``; whether they exist is the reader's business.
 
     Raises:
-        DataError: naming ``file``, ``line`` and the field at fault.
+        DataError: Naming ``file``, ``line`` and the field at fault.
     """
     return parse(record, Place(image_root, file, line))
 

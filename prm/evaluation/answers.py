@@ -77,7 +77,7 @@ def answer_classes(answers: Sequence[str | None]) -> list[str | None]:
     several units, or none, it stays by itself.
 
     Args:
-        answers: what each candidate answers; None: nothing.
+        answers: What each candidate answers; None: nothing.
 
     Returns:
         A string per candidate, equal for those that agree; None does not vote.

@@ -28,7 +28,7 @@ def brier(probabilities: ArrayLike, truth: ArrayLike) -> float:
         truth: y_i in [0, 1], [items]; soft labels are taken as they are.
 
     Raises:
-        ValueError: nothing, different lengths, or values outside [0, 1].
+        ValueError: Nothing, different lengths, or values outside [0, 1].
     """
     said, true = _unit(probabilities, "probabilities"), _unit(truth, "truth")
     _check(said, true)
@@ -74,7 +74,7 @@ def expected_calibration_error(probabilities: ArrayLike, truth: ArrayLike, bins:
         bins: M.
 
     Raises:
-        ValueError: nothing, different lengths, values outside [0, 1], or no bins.
+        ValueError: Nothing, different lengths, values outside [0, 1], or no bins.
     """
     found = reliability(probabilities, truth, bins)
     total = sum(one.items for one in found)

@@ -23,7 +23,7 @@ def pass_at_k(correct: ArrayLike, k: int) -> float:
     as in Codex (arXiv 2107.03374). ``k = N`` is the oracle.
 
     Raises:
-        ValueError: not 1 <= k <= N.
+        ValueError: Not 1 <= k <= N.
     """
     right = _binary(correct, "correct")
     _check_k(k, len(right))
@@ -41,7 +41,7 @@ def expected_best_of_k(scores: ArrayLike, correct: ArrayLike, k: int) -> float:
     mean of their c: a fair draw among them. Equals ``best_of_n`` at k = N, and pass@1 at k = 1.
 
     Raises:
-        ValueError: different lengths, not 1 <= k <= N, or a score that is not a number.
+        ValueError: Different lengths, not 1 <= k <= N, or a score that is not a number.
     """
     values = _numbers(scores, "scores")
     right = _numbers(correct, "correct")
@@ -65,10 +65,10 @@ def roc_auc(truth: ArrayLike, scores: ArrayLike) -> float:
 
     Args:
         truth: 1 or 0 of each item.
-        scores: score of each item; higher means truer.
+        scores: Score of each item; higher means truer.
 
     Raises:
-        ValueError: different lengths, not both kinds of item, or a score that is not a number.
+        ValueError: Different lengths, not both kinds of item, or a score that is not a number.
     """
     true = _binary(truth, "truth").astype(bool)
     values = _numbers(scores, "scores")
@@ -90,7 +90,7 @@ def f1(truth: ArrayLike, said: ArrayLike) -> float:
     For the F1 of wrong steps, give the negations of both.
 
     Raises:
-        ValueError: different lengths, or values other than 0 and 1.
+        ValueError: Different lengths, or values other than 0 and 1.
     """
     true, judged = _binary(truth, "truth").astype(bool), _binary(said, "said").astype(bool)
     _check_same_length(true, judged)
@@ -111,17 +111,17 @@ def bootstrap_interval(
     """Percentile bootstrap interval of the mean of ``values`` over questions.
 
     Args:
-        values: one value per question, such as the result of ``best_of_n``. Candidates of one
+        values: One value per question, such as the result of ``best_of_n``. Candidates of one
             question are not independent: average over them first.
-        level: coverage.
-        resamples: number of resampled means.
-        seed: fixes the resampling; the same seed resamples the same questions.
+        level: Coverage.
+        resamples: Number of resampled means.
+        seed: Fixes the resampling; the same seed resamples the same questions.
 
     Returns:
         Lower and upper end.
 
     Raises:
-        ValueError: no values, values that are no numbers, or ``level`` outside (0, 1).
+        ValueError: No values, values that are no numbers, or ``level`` outside (0, 1).
     """
     numbers = _numbers(values, "values")
     if not len(numbers):
@@ -155,7 +155,7 @@ def paired_interval(
     than what two separate intervals suggest.
 
     Raises:
-        ValueError: different lengths, and as ``bootstrap_interval``.
+        ValueError: Different lengths, and as ``bootstrap_interval``.
     """
     first, second = _numbers(values, "values"), _numbers(baseline, "baseline")
     _check_same_length(first, second)
@@ -182,11 +182,11 @@ def mcnemar(values: ArrayLike, baseline: ArrayLike) -> PairedTest:
     which shared ties make, the sign test, of which it is the special case.
 
     Args:
-        values: one value per question, such as the results of ``best_of_n``.
-        baseline: another selector's, for the same questions in the same order.
+        values: One value per question, such as the results of ``best_of_n``.
+        baseline: Another selector's, for the same questions in the same order.
 
     Raises:
-        ValueError: different lengths, or values that are no numbers.
+        ValueError: Different lengths, or values that are no numbers.
     """
     first, second = _numbers(values, "values"), _numbers(baseline, "baseline")
     _check_same_length(first, second)

@@ -53,7 +53,7 @@ def process_bench(truth: Sequence[int], said: Sequence[int]) -> ProcessBench:
         said: ``first_error`` of the judgements.
 
     Raises:
-        ValueError: different lengths, or not both kinds of solution.
+        ValueError: Different lengths, or not both kinds of solution.
     """
     if len(truth) != len(said):
         raise ValueError(f"expected lists of one length, found {len(truth)} and {len(said)}")
@@ -91,10 +91,10 @@ def visual_process_bench(
     Args:
         truth: 1 (right) or 0 of each step, [steps].
         said: 1 or 0 of each step, [steps].
-        sources: name of the source of each step, [steps].
+        sources: Name of the source of each step, [steps].
 
     Raises:
-        ValueError: different lengths, no steps, or values other than 0 and 1.
+        ValueError: Different lengths, no steps, or values other than 0 and 1.
     """
     true, judged = np.asarray(truth), np.asarray(said)
     names = np.asarray(sources, dtype=str)
@@ -116,7 +116,7 @@ def best_threshold(truth: ArrayLike, scores: ArrayLike) -> tuple[float, float]:
     ones the one nearest to 1/2 is taken. O(n log n) in the number of steps.
 
     Raises:
-        ValueError: different lengths, or not both kinds of step.
+        ValueError: Different lengths, or not both kinds of step.
     """
     true = np.asarray(truth).astype(bool)
     values = np.asarray(scores, dtype=np.float64)

@@ -26,10 +26,10 @@ class EncodedExample:
     """An example, tokenised. Images are named, not held.
 
     Attributes:
-        example: what was encoded.
+        example: What was encoded.
         input_ids: [seq] int32, images written out.
         label_positions: [steps] long.
-        tile_counts: tiles per image.
+        tile_counts: Tiles per image.
     """
 
     example: StepExample
@@ -67,20 +67,20 @@ class Collator:
     ==================  ========================  ================================================
 
     Args:
-        tokenizer: fast, with a chat template and a padding token.
-        image_processor: image processor, or whole processor, of the model
+        tokenizer: Fast, with a chat template and a padding token.
+        image_processor: Image processor, or whole processor, of the model
             (``prm.inputs.image_inputs``); None: text only.
-        image_tokens: how images stand in the text; None: text only.
-        context: what stands in earlier assistant slots (``prm.inputs.prompt.Context``).
-        system_prompt: text of the system turn; None: no system turn.
-        max_patches: most tiles per image, thumbnail apart, in units of 256 tokens; None: the image
+        image_tokens: How images stand in the text; None: text only.
+        context: What stands in earlier assistant slots (``prm.inputs.prompt.Context``).
+        system_prompt: Text of the system turn; None: no system turn.
+        max_patches: Most tiles per image, thumbnail apart, in units of 256 tokens; None: the image
             processor's number.
-        max_length: longest sequence that is accepted; None: any.
-        index: row of every example id in the table of instance weights; an id that it does not
+        max_length: Longest sequence that is accepted; None: any.
+        index: Row of every example id in the table of instance weights; an id that it does not
             hold is an error.
-        domains: number of every domain; a domain that it does not hold is an error.
-        cache_bytes: limit of the cache of image inputs.
-        token_types: name of the model input that says which tokens are part of an image; None: the
+        domains: Number of every domain; a domain that it does not hold is an error.
+        cache_bytes: Limit of the cache of image inputs.
+        token_types: Name of the model input that says which tokens are part of an image; None: the
             model has none.
     """
 
@@ -127,7 +127,7 @@ class Collator:
         """Tokenise ``example``; of its images only the headers are read.
 
         Raises:
-            DataError: an image is missing or no image, or the text cannot be laid out.
+            DataError: An image is missing or no image, or the text cannot be laid out.
         """
         if self.tiler is None or self.image_tokens is None:
             if example.images:
@@ -141,7 +141,7 @@ class Collator:
         """Pad ``rows`` into a batch; examples that are not encoded yet are encoded first.
 
         Raises:
-            DataError: an image cannot be decoded, or an id or domain is not in the index.
+            DataError: An image cannot be decoded, or an id or domain is not in the index.
         """
         if not rows:
             raise ValueError("expected at least one example in a batch, found none")

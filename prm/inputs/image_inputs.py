@@ -23,7 +23,7 @@ def image_inputs(
     ``max_patches`` does nothing to the last: its processor alone says how large an image becomes.
 
     Raises:
-        ValueError: none of them fits, or max_patches is less than 1.
+        ValueError: None of them fits, or max_patches is less than 1.
     """
     if _is_processor(image_processor):
         return ProcessedImages(image_processor, cache_bytes=cache_bytes)
@@ -35,7 +35,7 @@ def image_tokens(image_processor: Any, tokenizer: Any, config: Any) -> ImageToke
     """The tokens of an image for the kind of model that the image processor belongs to.
 
     Raises:
-        ValueError: tokenizer or configuration do not name them, or do not agree.
+        ValueError: Tokenizer or configuration do not name them, or do not agree.
     """
     if _is_processor(image_processor):
         return processor_tokens(image_processor, config)
@@ -59,7 +59,7 @@ def row_owners(batch: Mapping[str, Tensor]) -> dict[int, Tensor]:
     """Which example each row inside the vision tower belongs to: there images lead, not examples.
 
     Args:
-        batch: of ``Collator``.
+        batch: Of ``Collator``.
 
     Returns:
         ``{rows: owner [rows]}`` for every number of rows that the tower works with: tiles, and

@@ -41,16 +41,16 @@ class PromptEncoder:
     """Examples to token ids and label positions.
 
     Args:
-        tokenizer: a fast tokenizer with a chat template.
+        tokenizer: A fast tokenizer with a chat template.
         image_tokens: None for a model that takes no images.
-        context: what stands in earlier assistant slots; use the same to train and to score.
-        system_prompt: text of the system turn; None: no system turn.
-        max_length: longest sequence that is accepted; None: any.
-        chat_template: of the model's processor; None: the tokenizer's own. One that takes lists of
+        context: What stands in earlier assistant slots; use the same to train and to score.
+        system_prompt: Text of the system turn; None: no system turn.
+        max_length: Longest sequence that is accepted; None: any.
+        chat_template: Of the model's processor; None: the tokenizer's own. One that takes lists of
             typed parts as turns puts the images' placeholders where it wants them.
 
     Raises:
-        ValueError: the tokenizer or its template cannot carry this layout.
+        ValueError: The tokenizer or its template cannot carry this layout.
     """
 
     def __init__(
@@ -104,15 +104,15 @@ class PromptEncoder:
         """Token ids and label positions.
 
         Args:
-            example: the example.
-            images: each of its images, written out in tokens (``ImageTokens.expanded``).
+            example: The example.
+            images: Each of its images, written out in tokens (``ImageTokens.expanded``).
 
         Returns:
             ``input_ids`` [seq] (int32) and ``label_positions`` [steps] (long): the logits at
             position ``label_positions[k]`` predict the label of step k.
 
         Raises:
-            DataError: the example cannot be laid out: text that imitates the template, images for
+            DataError: The example cannot be laid out: text that imitates the template, images for
                 a model without, too long.
         """
         if len(images) != len(example.images):

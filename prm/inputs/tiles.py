@@ -50,7 +50,7 @@ def read_image(path: Path) -> Image.Image:
     """Decode ``path`` completely, upright (EXIF orientation applied), as RGB.
 
     Raises:
-        DataError: missing, truncated, none of ``IMAGE_FORMATS``, of more than ``MOST_PIXELS``, or
+        DataError: Missing, truncated, none of ``IMAGE_FORMATS``, of more than ``MOST_PIXELS``, or
             of more than 8 bits per channel (which a conversion to RGB would clip without a word).
     """
     with _opened(path) as image:
@@ -71,7 +71,7 @@ def image_size(path: Path) -> tuple[int, int]:
     """(height, width) of the upright image, from the file's header.
 
     Raises:
-        DataError: missing, none of ``IMAGE_FORMATS``, or of more than ``MOST_PIXELS``.
+        DataError: Missing, none of ``IMAGE_FORMATS``, or of more than ``MOST_PIXELS``.
     """
     with _opened(path) as image:
         width, height = image.size
@@ -155,9 +155,9 @@ class Tiler:
     workers each hold a cache of their own. A file that changes while the tiler lives is not reread.
 
     Args:
-        image_processor: has ``get_number_of_image_patches`` and ``crop_to_patches``.
-        max_patches: most tiles per image, thumbnail apart; None: the processor's own number.
-        cache_bytes: limit of the tile cache; 0 keeps nothing.
+        image_processor: Has ``get_number_of_image_patches`` and ``crop_to_patches``.
+        max_patches: Most tiles per image, thumbnail apart; None: the processor's own number.
+        cache_bytes: Limit of the tile cache; 0 keeps nothing.
     """
 
     def __init__(
@@ -200,7 +200,7 @@ class Tiler:
         """``pixel_values`` [tiles, channels, height, width]; do not write into them.
 
         Raises:
-            DataError: the file cannot be decoded, or changed since it was counted.
+            DataError: The file cannot be decoded, or changed since it was counted.
         """
         return self._cache.get(path, self._read)
 
@@ -219,7 +219,7 @@ class RecentImages:
     """Model inputs of recently used images, least recently used dropped first.
 
     Args:
-        limit: most bytes held; 0 keeps nothing.
+        limit: Most bytes held; 0 keeps nothing.
     """
 
     def __init__(self, limit: int) -> None:

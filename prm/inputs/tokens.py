@@ -24,16 +24,16 @@ class ImageTokens:
     In a conversation, before images are expanded, each is one ``context``.
 
     Attributes:
-        start: special token before an image; "" if there is none.
-        end: special token behind it; "" if there is none.
-        context: special token that stands for an image before it is written out, and (with
+        start: Special token before an image; "" if there is none.
+        end: Special token behind it; "" if there is none.
+        context: Special token that stands for an image before it is written out, and (with
             ``per_tile``) in whose places the model then puts what it sees.
-        context_id: id of the token in whose places the model puts what it sees.
-        per_tile: context tokens per tile (256 for InternVL3; 1 for Qwen2-VL, whose tiles are its
+        context_id: Id of the token in whose places the model puts what it sees.
+        per_tile: Context tokens per tile (256 for InternVL3; 1 for Qwen2-VL, whose tiles are its
             merged patches). 0: the processor of the model writes out images.
-        separator: text that the model's own template has between an image and what follows.
-        others: further tokens that ordinary text must not contain.
-        part_ids: ids of tokens that count as part of an image where a model asks for the types of
+        separator: Text that the model's own template has between an image and what follows.
+        others: Further tokens that ordinary text must not contain.
+        part_ids: Ids of tokens that count as part of an image where a model asks for the types of
             its tokens; empty: ``context_id``.
     """
 
@@ -65,7 +65,7 @@ def label_tokens(tokenizer: Any) -> LabelTokens:
     """Ids of "+" and "-".
 
     Raises:
-        ValueError: one of them is not exactly one known token.
+        ValueError: One of them is not exactly one known token.
     """
     ids = []
     for label in "+-":
@@ -83,7 +83,7 @@ def tile_tokens(tokenizer: Any, config: Any) -> ImageTokens:
     """The tokens of an image for InternVL, by the names that its processor uses.
 
     Raises:
-        ValueError: tokenizer or configuration do not name them, or do not agree.
+        ValueError: Tokenizer or configuration do not name them, or do not agree.
     """
     names = ("start_image_token", "end_image_token", "context_image_token")
     missing = [name for name in names if getattr(tokenizer, name, None) is None]
@@ -108,7 +108,7 @@ def patch_tokens(tokenizer: Any, config: Any) -> ImageTokens:
     """The tokens of an image for the Qwen2-VL kind, by the ids that its configuration names.
 
     Raises:
-        ValueError: the configuration does not name them, or the tokenizer does not have them.
+        ValueError: The configuration does not name them, or the tokenizer does not have them.
     """
     names = ("vision_start_token_id", "vision_end_token_id", "image_token_id")
     ids = [getattr(config, name, None) for name in names]

@@ -27,8 +27,8 @@ def made_in_order(
     in its process. The random state of this process is left alone.
 
     Raises:
-        DataError: of ``make``, in its turn; or a process that died.
-        ValueError: of ``make``; or no processes can be forked on this system.
+        DataError: Of ``make``, in its turn; or a process that died.
+        ValueError: Of ``make``; or no processes can be forked on this system.
     """
     if not workers:
         yield from map(make, numbers)

@@ -32,10 +32,10 @@ def checkpointed(model: nn.Module) -> Iterator[None]:
     of ``torch.func`` (forward mode stores nothing anyway), run as without.
 
     Args:
-        model: its layers are the modules that transformers would checkpoint.
+        model: Its layers are the modules that transformers would checkpoint.
 
     Raises:
-        ValueError: the model has no such layers.
+        ValueError: The model has no such layers.
     """
     from transformers.modeling_layers import GradientCheckpointingLayer
 

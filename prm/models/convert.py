@@ -49,17 +49,17 @@ def convert_internvl(source: str | Path, target: str | Path) -> dict[str, int]:
     Memory: one shard of the weights, twice.
 
     Args:
-        source: folder with ``config.json``, ``*.safetensors`` and the tokenizer's files
+        source: Folder with ``config.json``, ``*.safetensors`` and the tokenizer's files
             (``tokenizer.json``, or for Qwen ``vocab.json`` and ``merges.txt``).
-        target: must not exist or be empty; appears only when complete.
+        target: Must not exist or be empty; appears only when complete.
 
     Returns:
         ``{"tensors": ..., "parameters": ...}`` written.
 
     Raises:
-        FileNotFoundError: something is missing in ``source``.
+        FileNotFoundError: Something is missing in ``source``.
         FileExistsError: ``target`` holds something.
-        ValueError: not such a checkpoint; a tensor that is missing, unknown, there twice or of
+        ValueError: Not such a checkpoint; a tensor that is missing, unknown, there twice or of
             another shape than the configuration says.
     """
     source, target = Path(source), Path(target)

@@ -36,15 +36,15 @@ class PRM:
     Attributes:
         model: ``AutoModelForImageTextToText`` or ``AutoModelForCausalLM``; its own parameters do
             not require gradients and stay as loaded.
-        tokenizer: fast tokenizer with a chat template.
-        image_processor: image processor, or whole processor of a model of another kind than
+        tokenizer: Fast tokenizer with a chat template.
+        image_processor: Image processor, or whole processor of a model of another kind than
             InternVL and Qwen2-VL; None for a text-only model.
-        image_tokens: how images stand in the text; None for a text-only model.
-        plus_id: token id of "+".
-        minus_id: token id of "-".
-        autocast: dtype in which the body of the model computes, whatever its parameters are; the
+        image_tokens: How images stand in the text; None for a text-only model.
+        plus_id: Token id of "+".
+        minus_id: Token id of "-".
+        autocast: Dtype in which the body of the model computes, whatever its parameters are; the
             head stays in theirs. None: in the dtype of the parameters.
-        activation_checkpointing: layers run again in the backward pass in place of keeping their
+        activation_checkpointing: Layers run again in the backward pass in place of keeping their
             activations (``prm.models.activation_checkpointing``).
     """
 
@@ -77,17 +77,17 @@ def load_prm(
     """Load a checkpoint folder or a hub name; remote code is never run.
 
     Args:
-        path_or_name: what ``from_pretrained`` takes; needs model, tokenizer and, for a model that
+        path_or_name: What ``from_pretrained`` takes; needs model, tokenizer and, for a model that
             sees images, image processor.
-        dtype: of the parameters. float32 keeps small updates that bfloat16 would round away.
+        dtype: Of the parameters. float32 keeps small updates that bfloat16 would round away.
         attn_implementation: "eager", "sdpa", ...; None: transformers' choice.
 
     A name is looked up on the hub only if it is written ``organisation/model`` and there is no
     local folder ``organisation``: a mistyped path must not reach the network.
 
     Raises:
-        FileNotFoundError: there is no such folder, and the name is none of a hub.
-        ValueError: the checkpoint cannot serve as a process reward model; says why.
+        FileNotFoundError: There is no such folder, and the name is none of a hub.
+        ValueError: The checkpoint cannot serve as a process reward model; says why.
     """
     from transformers import (
         AutoConfig,
@@ -161,14 +161,14 @@ def save_prm(prm: PRM, params: Mapping[str, Tensor], directory: str | Path) -> N
     """Write a folder that plain transformers ``from_pretrained`` loads; adapters are merged.
 
     Args:
-        prm: model, tokenizer and image processor.
-        params: values by parameter name; parameters that are not named keep the model's values.
+        prm: Model, tokenizer and image processor.
+        params: Values by parameter name; parameters that are not named keep the model's values.
             Written in the dtype of ``prm.models.model``, which is not changed.
-        directory: must not exist or be empty; appears only when complete.
+        directory: Must not exist or be empty; appears only when complete.
 
     Raises:
         FileExistsError: ``directory`` holds something.
-        ValueError: a name that is no parameter of the model; or a tokenizer that transformers
+        ValueError: A name that is no parameter of the model; or a tokenizer that transformers
             would not load back as it is.
     """
     directory = Path(directory)
@@ -190,13 +190,13 @@ def split_parameters(model: nn.Module, freeze: Sequence[str] = ()) -> tuple[Para
     """(trainable, frozen) parameters of ``model`` by name, detached, each tensor once.
 
     Args:
-        model: the model, such as ``prm.models.model``.
-        freeze: parts to freeze by dotted name, from any level: "vision_tower" freezes
+        model: The model, such as ``prm.models.model``.
+        freeze: Parts to freeze by dotted name, from any level: "vision_tower" freezes
             ``model.vision_tower.*``, "language_model.layers.0" one layer. A tensor with several
             names (tied head) goes by its first name and is frozen if any of its names is.
 
     Raises:
-        ValueError: an entry of ``freeze`` names nothing in the model.
+        ValueError: An entry of ``freeze`` names nothing in the model.
     """
     trainable: Params = {}
     frozen: Params = {}
@@ -226,12 +226,12 @@ def step_logits(
     """Logits of "+" and "-" at every step: one forward pass, the head only where it is read.
 
     Args:
-        prm: the model.
-        params: values by parameter name; parameters that are not named keep the model's values.
-        batch: of ``Collator``.
-        full_vocab: normalise over the whole vocabulary (log-probabilities of the two labels), as
+        prm: The model.
+        params: Values by parameter name; parameters that are not named keep the model's values.
+        batch: Of ``Collator``.
+        full_vocab: Normalise over the whole vocabulary (log-probabilities of the two labels), as
             DreamPRM-1.5 does, instead of leaving the two logits as they are.
-        label_rows: multiply by the head's two rows of "+" and "-" only, in float32 or wider: saves
+        label_rows: Multiply by the head's two rows of "+" and "-" only, in float32 or wider: saves
             the whole vocabulary but two, for scoring. In training the head stays one call of its
             module, which per-example rules can hook. The same up to rounding; without effect where
             the head is no plain linear layer.

@@ -49,7 +49,7 @@ class Findings:
     Rows are compared by 64-bit hashes: memory is about 400 bytes a row, whatever its length.
 
     Args:
-        compared: keep a hash of every question's words, for ``recipes.data_files.overlap``.
+        compared: Keep a hash of every question's words, for ``recipes.data_files.overlap``.
     """
 
     def __init__(self, *, compared: bool = False) -> None:

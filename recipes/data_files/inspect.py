@@ -24,8 +24,8 @@ def inspect(options: InspectOptions) -> str:
     """The page for one example: record, images with tiles, steps with labels and positions.
 
     Raises:
-        OptionError: no such file, row or candidate.
-        DataError: the record cannot be used, or has no weight in ``--weights``.
+        OptionError: No such file, row or candidate.
+        DataError: The record cannot be used, or has no weight in ``--weights``.
     """
     path = existing_file(options.file)
     row, example = _find(path, options)

@@ -22,9 +22,9 @@ class Overlap:
     """What two sets share: places in the second of them.
 
     Attributes:
-        first, second: names of the sets.
-        questions: rows whose question (words and content of the images) the first has, too.
-        solutions: those of them whose steps a row of the first has, too.
+        first, second: Names of the sets.
+        questions: Rows whose question (words and content of the images) the first has, too.
+        solutions: Those of them whose steps a row of the first has, too.
     """
 
     def __init__(self, first: str, second: str) -> None:
@@ -36,8 +36,8 @@ def overlaps(found: Mapping[str, Findings], rows_of: Mapping[str, Sequence[Rows]
     """What each pair of sets shares, in the order of ``found``.
 
     Args:
-        found: first pass: the findings of every set.
-        rows_of: second pass: a generator per file of every set; begun only where there is need.
+        found: First pass: the findings of every set.
+        rows_of: Second pass: a generator per file of every set; begun only where there is need.
     """
     pairs = list(combinations(found, 2))
     wanted = {

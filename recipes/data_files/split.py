@@ -23,8 +23,8 @@ def split(options: SplitOptions) -> dict[str, tuple[int, int]]:
     order; ids, also those that were made for rows without one, stay.
 
     Raises:
-        OptionError: parts that cannot be had, naming the nearest sizes; a directory that exists.
-        DataError: a record that cannot be used.
+        OptionError: Parts that cannot be had, naming the nearest sizes; a directory that exists.
+        DataError: A record that cannot be used.
     """
     sizes = parse_parts(options.parts)
     out = Path(options.out)
@@ -62,7 +62,7 @@ def parse_parts(parts: Sequence[str]) -> dict[str, int | None]:
     """Sizes by name from words like ``dev=100`` and ``train=rest`` (None).
 
     Raises:
-        OptionError: a word of another form, a name twice, or more than one rest.
+        OptionError: A word of another form, a name twice, or more than one rest.
     """
     sizes: dict[str, int | None] = {}
     for word in parts:
@@ -88,12 +88,12 @@ def draw(weights: Sequence[int], sizes: Mapping[str, int | None], seed: int) -> 
     (``exact_subset``). Without a part that takes the rest some groups stay in none.
 
     Args:
-        weights: rows of every group, or ones.
-        sizes: size by part; None: what the others leave.
-        seed: fixes the order.
+        weights: Rows of every group, or ones.
+        sizes: Size by part; None: what the others leave.
+        seed: Fixes the order.
 
     Raises:
-        OptionError: more is asked for than there is, or no choice of whole groups has that sum.
+        OptionError: More is asked for than there is, or no choice of whole groups has that sum.
     """
     asked = sum(size for size in sizes.values() if size is not None)
     if asked > sum(weights):

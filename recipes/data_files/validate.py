@@ -26,7 +26,7 @@ def validate(options: ValidateOptions) -> tuple[str, dict[str, Any]]:
     ``test``; ``errors`` holds all. Memory is some 400 bytes a row.
 
     Raises:
-        OptionError: a file or model that does not exist.
+        OptionError: A file or model that does not exist.
     """
     sets = {"train": options.files}
     sets |= {name: (path,) for name in ("meta", "test") if (path := getattr(options, name))}
@@ -61,7 +61,7 @@ def write_figures(path: str, figures: dict[str, Any]) -> None:
     """Write the figures as JSON.
 
     Raises:
-        OptionError: the folder does not exist.
+        OptionError: The folder does not exist.
     """
     if not Path(path).parent.is_dir():
         raise OptionError(f"--json {path}: no such folder")

@@ -28,8 +28,8 @@ class Candidates:
     """A file of candidate solutions, tied together by question.
 
     Attributes:
-        data: the candidates.
-        groups: rows of each question, in file order.
+        data: The candidates.
+        groups: Rows of each question, in file order.
     """
 
     data: Examples | Solutions
@@ -85,9 +85,9 @@ class Evaluation:
     """What a process reward model does on a file of candidates.
 
     Attributes:
-        selected: whether the selected candidate is right, per question.
+        selected: Whether the selected candidate is right, per question.
         step_auc: AUC of step scores against step labels; None without labels.
-        step_macro_f1: macro F1 at threshold 0.5; None without labels.
+        step_macro_f1: Macro F1 at threshold 0.5; None without labels.
     """
 
     selected: np.ndarray
@@ -99,8 +99,8 @@ def read_candidates(prm: PRM, options: PrmOptions, path: str) -> Candidates:
     """Candidates of a JSONL file, tokenised for ``prm``.
 
     Raises:
-        OptionError: no such file.
-        DataError: a row without ``group``, ``answer`` or ``correct``.
+        OptionError: No such file.
+        DataError: A row without ``group``, ``answer`` or ``correct``.
     """
     return tie_together(read_examples(prm, options, path))
 
@@ -114,7 +114,7 @@ def tie_together(data: Examples | Solutions) -> Candidates:
     """Candidates of one ``group`` become one question.
 
     Raises:
-        DataError: a row without ``group``, ``answer`` or ``correct``.
+        DataError: A row without ``group``, ``answer`` or ``correct``.
     """
     groups: dict[str, list[int]] = {}
     for row, example in enumerate(data.examples):

@@ -51,12 +51,12 @@ def all_figures(
     """What the results file of ``evaluate`` says.
 
     Args:
-        candidates: the questions.
-        rows: step scores of every candidate, [steps] each.
-        choice: aggregation and threshold.
-        tie: value of tied candidates.
-        row: name of the model's row.
-        baseline: step scores of another model; becomes a row, with the same choice.
+        candidates: The questions.
+        rows: Step scores of every candidate, [steps] each.
+        choice: Aggregation and threshold.
+        tie: Value of tied candidates.
+        row: Name of the model's row.
+        baseline: Step scores of another model; becomes a row, with the same choice.
     """
     scores = solution_scores_of(rows, AGGREGATIONS[choice.aggregation])
     values = selection_values(candidates, scores, row, tie)

@@ -16,9 +16,9 @@ class Leak:
     """What two sets have in common.
 
     Attributes:
-        same_file: they are one file.
-        ids: ids in both, sorted.
-        questions: questions in both, in the order of the first: the same words (case and white
+        same_file: They are one file.
+        ids: Ids in both, sorted.
+        questions: Questions in both, in the order of the first: the same words (case and white
             space apart) about images of the same content, whatever ids and paths are called.
     """
 
@@ -63,13 +63,13 @@ def refuse_leak(found: Leak, tuned: str, held_out: str, *, sanity_check: bool) -
     """Refuse to judge by questions that something was tuned on, unless that is the purpose.
 
     Args:
-        found: what the two sets have in common.
-        tuned: option and file that something was, or will be, tuned on.
-        held_out: option and file that is to tell how well that went.
-        sanity_check: it is the purpose; the caller labels the results.
+        found: What the two sets have in common.
+        tuned: Option and file that something was, or will be, tuned on.
+        held_out: Option and file that is to tell how well that went.
+        sanity_check: It is the purpose; the caller labels the results.
 
     Raises:
-        OptionError: they overlap.
+        OptionError: They overlap.
     """
     if found and not sanity_check:
         raise OptionError(

@@ -29,7 +29,7 @@ def read(record: Mapping[str, Any], place: Place) -> tuple[StepExample, ...]:
     """The example of a record.
 
     Raises:
-        DataError: naming the field, such as ``messages[3].content``.
+        DataError: Naming the field, such as ``messages[3].content``.
     """
     place.need(record, "messages")
     turns, inside = _turns(record, place)

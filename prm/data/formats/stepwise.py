@@ -26,7 +26,7 @@ def read(record: Mapping[str, Any], place: Place) -> tuple[StepExample, ...]:
     """The example of a record.
 
     Raises:
-        DataError: naming the field, such as ``labels[3]``.
+        DataError: Naming the field, such as ``labels[3]``.
     """
     place.need(record, "prompt", "completions", "labels")
     images = place.images(record, "images", "image")
@@ -57,11 +57,11 @@ def labelled_steps(
     """Steps from two lists of the same length.
 
     Args:
-        record: holds the lists.
-        texts: field of the list of step texts.
-        labels: field of the list of labels; a list that is null leaves every step unjudged.
-        place: where the record stands.
-        signs: meaning of integer labels; None: probabilities and what ``Place.label`` takes.
+        record: Holds the lists.
+        texts: Field of the list of step texts.
+        labels: Field of the list of labels; a list that is null leaves every step unjudged.
+        place: Where the record stands.
+        signs: Meaning of integer labels; None: probabilities and what ``Place.label`` takes.
     """
     said = place.listed(record[texts], texts, "steps")
     judged = record.get(labels)

@@ -26,10 +26,10 @@ class Format:
     """A data format.
 
     Attributes:
-        name: as on the command line.
-        keys: what its records have, in words.
-        matches: whether a record looks like it.
-        read: the examples of a record; raises ``DataError``.
+        name: As on the command line.
+        keys: What its records have, in words.
+        matches: Whether a record looks like it.
+        read: The examples of a record; raises ``DataError``.
     """
 
     name: FormatName
@@ -109,7 +109,7 @@ def format_named(name: str) -> Format:
     """The format of that name.
 
     Raises:
-        ValueError: there is none.
+        ValueError: There is none.
     """
     for format in FORMATS:
         if format.name == name:
@@ -121,7 +121,7 @@ def detect(record: Any, place: Place) -> Format:
     """The one format that a record looks like.
 
     Raises:
-        DataError: it looks like none, or like several: the message lists them.
+        DataError: It looks like none, or like several: the message lists them.
     """
     if not isinstance(record, dict):
         place.refuse(None, "a JSON object", record, "write one object per row")

@@ -35,7 +35,7 @@ def question_and_steps(
     left out: the system instruction is an option of training.
 
     Raises:
-        DataError: turns that do not alternate, a label that is neither "+" nor "-", no steps.
+        DataError: Turns that do not alternate, a label that is neither "+" nor "-", no steps.
     """
     spoken = [turn for turn in turns if turn.role != "system"]
     if not spoken or spoken[0].role != "user":
@@ -77,7 +77,7 @@ def question_text(record: Mapping[str, Any], field: str, images: int, place: Pla
     """The question of a record, without the marks that open it; see ``drop_placeholders``.
 
     Raises:
-        DataError: no text, or none but marks.
+        DataError: No text, or none but marks.
     """
     return place.text(drop_placeholders(place.text(record[field], field), images), field)
 

@@ -34,7 +34,7 @@ def read(record: Mapping[str, Any], place: Place) -> tuple[StepExample, ...]:
     """The example of a record.
 
     Raises:
-        DataError: naming the field, such as ``conversations[3].value``.
+        DataError: Naming the field, such as ``conversations[3].value``.
     """
     place.need(record, "conversations")
     images = place.images(record, "image", "images", cut_parents=True)
