@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -43,9 +42,7 @@ class Examples:
         self, index: Mapping[str, int], domains: Mapping[str, int] | None = None
     ) -> Examples:
         """The same examples, whose batches also hold ``index`` and, if given, ``domain``."""
-        collator = copy.copy(self.collator)
-        collator.index, collator.domains = index, domains
-        return replace(self, collator=collator)
+        return replace(self, collator=self.collator.with_rows(index, domains))
 
     def batch(self, rows: Sequence[int]) -> Batch:
         """The batch of the given rows."""

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -16,11 +16,14 @@ from torch.func import functional_call
 
 from prm.files import atomic_write
 from prm.inputs.collate import Collator
-from prm.inputs.image_inputs import image_tokens
+from prm.inputs.image_inputs import image_inputs, image_tokens
+from prm.inputs.prompt import SYSTEM_PROMPT, PromptEncoder
+from prm.inputs.tiles import CACHE_BYTES
 from prm.inputs.tokens import ImageTokens, label_tokens
 from prm.models.activation_checkpointing import checkpointed
 from prm.models.adapters import merged
 from prm.models.native import load_image_processor, refuse_remote_code
+from prm.names import Context
 
 Params = dict[str, Tensor]
 
@@ -57,15 +60,54 @@ class PRM:
     autocast: torch.dtype | None = None
     activation_checkpointing: bool = False
 
-    def collator(self, **options: Any) -> Collator:
-        """A ``Collator`` for this model; ``options`` are those of ``Collator``."""
-        text_config = self.model.config.get_text_config()
-        longest = getattr(text_config, "max_position_embeddings", None)
-        options.setdefault("max_length", longest)
+    def collator(
+        self,
+        *,
+        context: Context = "plus",
+        system_prompt: str | None = SYSTEM_PROMPT,
+        max_patches: int | None = None,
+        max_length: int | Literal["model"] | None = "model",
+        index: Mapping[str, int] | None = None,
+        domains: Mapping[str, int] | None = None,
+        cache_bytes: int = CACHE_BYTES,
+    ) -> Collator:
+        """A ``Collator`` for this model.
+
+        Args:
+            context: What stands in earlier assistant slots (``prm.names.Context``); use the same to
+                train and to score.
+            system_prompt: Text of the system turn; None: no system turn.
+            max_patches: Most tiles per image, thumbnail apart, in units of 256 tokens; None: the
+                image processor's number.
+            max_length: Longest sequence that is accepted, in tokens; None: any; "model": as many
+                positions as the model has.
+            index: As in ``Collator``.
+            domains: As in ``Collator``.
+            cache_bytes: Limit of the cache of image inputs.
+
+        Raises:
+            ValueError: The tokenizer, its template or the image processor cannot serve.
+        """
+        if max_length == "model":
+            text_config = self.model.config.get_text_config()
+            max_length = getattr(text_config, "max_position_embeddings", None)
+        prompt = PromptEncoder(
+            self.tokenizer,
+            image_tokens=self.image_tokens,
+            context=context,
+            system_prompt=system_prompt,
+            max_length=max_length,
+            chat_template=getattr(self.image_processor, "chat_template", None),
+        )
+        images = None
+        if self.image_processor is not None:
+            images = image_inputs(
+                self.image_processor, max_patches=max_patches, cache_bytes=cache_bytes
+            )
         accepted = inspect.signature(self.model.base_model.forward).parameters
         names = [name for name in TOKEN_TYPES if name in accepted]
-        options.setdefault("token_types", names[0] if names and self.image_tokens else None)
-        return Collator(self.tokenizer, self.image_processor, self.image_tokens, **options)
+        token_types = names[0] if names and self.image_tokens else None
+        return Collator(prompt, images, token_types=token_types, index=index, domains=domains)
 
 
 def load_prm(

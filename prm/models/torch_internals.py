@@ -7,10 +7,12 @@ a later torch answers otherwise.
 
 from __future__ import annotations
 
-from typing import cast
+from collections.abc import Callable
 
 import torch
 from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
+
+_mode_stack: Callable[[], list[TorchFunctionMode]] = _get_current_function_mode_stack
 
 
 def inside_transform() -> bool:
@@ -20,4 +22,4 @@ def inside_transform() -> bool:
 
 def function_modes() -> list[TorchFunctionMode]:
     """The torch function modes that are open, the outermost first."""
-    return cast("list[TorchFunctionMode]", _get_current_function_mode_stack())  # type: ignore[no-untyped-call]
+    return _mode_stack()

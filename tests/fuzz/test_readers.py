@@ -15,6 +15,7 @@ from prm.data.reader import checked_rows, iter_rows, read_jsonl, write_jsonl
 from prm.data.splitter import final_answer, solution_steps, split_steps
 from prm.evaluation.answers import answer_classes
 from prm.inputs.collate import Collator
+from prm.inputs.prompt import PromptEncoder
 from prm.names import FORMAT_NAMES
 from prm.schema import DataError, StepExample
 from recipes.embedded.vocabulary import build_tokenizer
@@ -32,7 +33,7 @@ def path(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def collator() -> Collator:
-    return Collator(build_tokenizer(), system_prompt=None)
+    return Collator(PromptEncoder(build_tokenizer(), system_prompt=None))
 
 
 def check_examples(examples: list[StepExample], path: Path) -> None:
