@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from jaxtyping import Bool, Float, Int, Real
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
@@ -10,8 +11,12 @@ from prm.names import LossTarget
 
 
 def step_cross_entropy(
-    step_logits: Tensor, labels: Tensor, mask: Tensor, *, full_vocab: bool = False
-) -> Tensor:
+    step_logits: Float[Tensor, "*batch steps 2"],
+    labels: Float[Tensor, "*batch steps"],
+    mask: Bool[Tensor, "*batch steps"],
+    *,
+    full_vocab: bool = False,
+) -> Float[Tensor, "*batch"]:
     """Lower-level loss: cross-entropy per step, averaged over the labelled steps.
 
         ℓ_i = −1/|T_i| Σ_{t ∈ T_i} [ y_t log p₊ + (1 − y_t) log p₋ ]
@@ -38,7 +43,11 @@ def step_cross_entropy(
     return torch.where(known, losses, 0.0).sum(-1) / known.sum(-1).clamp(min=1)
 
 
-def step_squared_error(step_scores: Tensor, labels: Tensor, mask: Tensor) -> Tensor:
+def step_squared_error(
+    step_scores: Float[Tensor, "*batch steps"],
+    labels: Float[Tensor, "*batch steps"],
+    mask: Bool[Tensor, "*batch steps"],
+) -> Float[Tensor, "*batch"]:
     """Lower-level loss of DreamPRM 1.0 (arXiv 2505.20241): distance from soft labels.
 
         ℓ_i = 1/|T_i| Σ_{t ∈ T_i} (p₊ − y_t)²
@@ -60,7 +69,11 @@ def step_squared_error(step_scores: Tensor, labels: Tensor, mask: Tensor) -> Ten
     return (errors**2).sum(-1) / known.sum(-1).clamp(min=1)
 
 
-def outcome_loss(scores: Tensor, correct: Tensor, loss_target: LossTarget = "+") -> Tensor:
+def outcome_loss(
+    scores: Float[Tensor, "..."],
+    correct: Real[Tensor, "*batch"],
+    loss_target: LossTarget = "+",
+) -> Float[Tensor, "*batch"]:
     """Upper-level loss: squared distance of the aggregated score from what it should be.
 
     With S₊ = A(p₊), S₋ = A(p₋) and c = 1 for a right answer, 0 for a wrong one:
@@ -103,7 +116,11 @@ def outcome_loss(scores: Tensor, correct: Tensor, loss_target: LossTarget = "+")
     return torch.where(correct.isnan(), torch.nan, (right - 1) ** 2)
 
 
-def pair_loss(scores: Tensor, correct: Tensor, group: Tensor) -> Tensor:
+def pair_loss(
+    scores: Float[Tensor, " batch"],
+    correct: Real[Tensor, " batch"],
+    group: Int[Tensor, " batch"],
+) -> Float[Tensor, ""]:
     """Upper-level loss on what best-of-N uses, the order of the candidates of one question.
 
         mean over pairs (i right, j wrong, same question) of (S_i − S_j − 1)²

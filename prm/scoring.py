@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 import torch
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from prm.aggregations import Aggregation
@@ -19,7 +20,9 @@ from prm.inputs.workers import made_in_order
 from prm.models.model import PRM, step_logits
 
 
-def step_scores(step_logits: Tensor, *, full_vocab: bool = False) -> Tensor:
+def step_scores(
+    step_logits: Float[Tensor, "*batch steps 2"], *, full_vocab: bool = False
+) -> Float[Tensor, "*batch steps"]:
     """p("+") of every step, [batch, steps], from step logits [batch, steps, 2].
 
     Two-way by default: softmax over {+, −} = σ(z₊ − z₋). With ``full_vocab`` the columns are
@@ -28,7 +31,9 @@ def step_scores(step_logits: Tensor, *, full_vocab: bool = False) -> Tensor:
     return step_probs(step_logits, full_vocab=full_vocab)[..., 0]
 
 
-def step_probs(step_logits: Tensor, *, full_vocab: bool = False) -> Tensor:
+def step_probs(
+    step_logits: Float[Tensor, "*batch steps 2"], *, full_vocab: bool = False
+) -> Float[Tensor, "*batch steps 2"]:
     """p("+") and p("-") of every step, [batch, steps, 2]; see ``step_scores``."""
     if full_vocab:
         return step_logits.exp()
@@ -36,7 +41,9 @@ def step_probs(step_logits: Tensor, *, full_vocab: bool = False) -> Tensor:
     return torch.stack([difference.sigmoid(), (-difference).sigmoid()], dim=-1)
 
 
-def aggregate(step_scores: Tensor, mask: Tensor, how: Aggregation) -> Tensor:
+def aggregate(
+    step_scores: Float[Tensor, "*batch steps"], mask: Bool[Tensor, ...], how: Aggregation
+) -> Float[Tensor, "*batch"]:
     """Solution scores [batch] of step scores [batch, steps]; ``how`` is of ``prm.aggregations``.
 
     Raises:
@@ -51,8 +58,12 @@ def aggregate(step_scores: Tensor, mask: Tensor, how: Aggregation) -> Tensor:
 
 
 def solution_scores(
-    step_logits: Tensor, mask: Tensor, how: Aggregation, *, full_vocab: bool = False
-) -> Tensor:
+    step_logits: Float[Tensor, "*batch steps 2"],
+    mask: Bool[Tensor, "*batch steps"],
+    how: Aggregation,
+    *,
+    full_vocab: bool = False,
+) -> Float[Tensor, "*batch 2"]:
     """Aggregated p("+") and aggregated p("-") of every solution, [batch, 2].
 
     The first column is the solution's score; ``prm.losses.outcome_loss`` reads both.
@@ -71,7 +82,7 @@ def score_examples(
     *,
     full_vocab: bool = False,
     workers: int = 0,
-) -> list[Tensor]:
+) -> list[Float[Tensor, " _steps"]]:
     """Step scores p("+") of every example, one [steps] tensor each on the CPU, in order.
 
     Batches are made of examples of similar length, so that little is spent on padding. The head

@@ -7,7 +7,7 @@ What benchmarks of step judgements report is in ``prm.evaluation.step_benchmarks
 from __future__ import annotations
 
 from math import comb
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -218,6 +218,6 @@ def _check_k(k: int, count: int) -> None:
         raise ValueError(f"expected 1 <= k <= {count}, the number of candidates, found k = {k}")
 
 
-def _check_same_length(first: NDArray, second: NDArray) -> None:
+def _check_same_length(first: NDArray[Any], second: NDArray[Any]) -> None:
     if first.shape != second.shape:
         raise ValueError(f"expected two lists of one length, found {len(first)} and {len(second)}")

@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from jaxtyping import Int32, Int64
 from jinja2 import TemplateError
 from torch import Tensor
 
@@ -100,7 +101,9 @@ class PromptEncoder:
         slots = [self._slot(step.label) for step in example.steps[:-1]]
         return "".join(a + b for a, b in zip(pieces, [*slots, ""], strict=True))
 
-    def encode(self, example: StepExample, images: Sequence[str] = ()) -> tuple[Tensor, Tensor]:
+    def encode(
+        self, example: StepExample, images: Sequence[str] = ()
+    ) -> tuple[Int32[Tensor, " seq"], Int64[Tensor, " steps"]]:
         """Token ids and label positions.
 
         Args:
@@ -233,14 +236,14 @@ class PromptEncoder:
 
     def _slot(self, label: float | None) -> str:
         if self.context == "masked":
-            return self.tokenizer.pad_token
+            return str(self.tokenizer.pad_token)
         if self.context == "gold" and label is not None:
             return "+" if label >= 0.5 else "-"
         return "+"
 
     def _slot_id(self, slot: str) -> int:
         if self.context == "masked":
-            return self.tokenizer.pad_token_id
+            return int(self.tokenizer.pad_token_id)
         return self.labels.plus_id if slot == "+" else self.labels.minus_id
 
     def _render(self, turns: list[dict[str, Any]], *, generate: bool = False) -> str:

@@ -9,9 +9,10 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
+from jaxtyping import Float
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
@@ -129,6 +130,7 @@ def _opened(path: Path) -> Iterator[Image.Image]:
         raise _unreadable(path, error) from error
 
 
+@runtime_checkable
 class ImageInputs(Protocol):
     """What an image becomes for one kind of model."""
 
@@ -204,7 +206,7 @@ class Tiler:
         """
         return self._cache.get(path, self._read)
 
-    def tiles(self, path: Path) -> Tensor:
+    def tiles(self, path: Path) -> Float[Tensor, "tiles channels height width"]:
         """Pixel values [tiles, channels, height, width] of ``path``: see ``inputs``."""
         return self.inputs(path)["pixel_values"]
 

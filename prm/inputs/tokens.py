@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from jaxtyping import Int
 from torch import Tensor
 
 
@@ -50,7 +51,7 @@ class ImageTokens:
         """An image of so many tiles, written out."""
         return f"{self.start}{self.context * (self.per_tile * tiles)}{self.end}"
 
-    def in_images(self, input_ids: Tensor) -> Tensor:
+    def in_images(self, input_ids: Int[Tensor, "*batch seq"]) -> Int[Tensor, "*batch seq"]:
         """1 where a token is part of an image, else 0; like ``input_ids``."""
         parts = input_ids.new_tensor(self.part_ids or (self.context_id,))
         return torch.isin(input_ids, parts).to(input_ids.dtype)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 from torch.func import functional_call
 
@@ -264,7 +265,7 @@ def step_logits(
     *,
     full_vocab: bool = False,
     label_rows: bool = False,
-) -> Tensor:
+) -> Float[Tensor, "batch steps 2"]:
     """Logits of "+" and "-" at every step: one forward pass, the head only where it is read.
 
     Args:
@@ -287,7 +288,7 @@ def step_logits(
     labels = [prm.plus_id, prm.minus_id]
     keep_all = not (prm.activation_checkpointing and torch.is_grad_enabled())
     with nullcontext() if keep_all else checkpointed(prm.model):
-        logits = functional_call(
+        logits: Tensor = functional_call(
             _StepHead(prm.model, labels if label_rows else None, prm.autocast),
             {f"model.{name}": value for name, value in params.items()},
             (batch,),
@@ -326,7 +327,8 @@ class _StepHead(nn.Module):
             bias = None if head.bias is None else head.bias[self.rows].to(wide)
             weight = head.weight[self.rows].to(wide)
             return nn.functional.linear(read.to(wide), weight, bias)  # [batch, steps, 2]
-        return head(read)  # [batch, steps, vocab]
+        logits: Tensor = head(read)  # [batch, steps, vocab]
+        return logits
 
     def _autocast(self) -> AbstractContextManager[Any]:
         if self.autocast is None:
