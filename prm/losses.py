@@ -70,7 +70,7 @@ def step_squared_error(
 
 
 def outcome_loss(
-    scores: Float[Tensor, "..."],
+    scores: Float[Tensor, "*_batch"],
     correct: Real[Tensor, "*batch"],
     loss_target: LossTarget = "+",
 ) -> Float[Tensor, "*batch"]:

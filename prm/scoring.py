@@ -8,14 +8,14 @@ vocabulary at every token.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
 from prm.aggregations import Aggregation
-from prm.inputs.collate import Collator, EncodedExample
+from prm.inputs.collate import Batch, EncodedExample
 from prm.inputs.workers import made_in_order
 from prm.models.model import PRM, step_logits
 
@@ -42,7 +42,7 @@ def step_probs(
 
 
 def aggregate(
-    step_scores: Float[Tensor, "*batch steps"], mask: Bool[Tensor, ...], how: Aggregation
+    step_scores: Float[Tensor, "*batch steps"], mask: Bool[Tensor, "*_batch"], how: Aggregation
 ) -> Float[Tensor, "*batch"]:
     """Solution scores [batch] of step scores [batch, steps]; ``how`` is of ``prm.aggregations``.
 
@@ -77,7 +77,7 @@ def score_examples(
     prm: PRM,
     params: Mapping[str, Tensor],
     encoded: Sequence[EncodedExample],
-    collator: Collator,
+    collator: Callable[[Sequence[EncodedExample]], Batch],
     batch_size: int,
     *,
     full_vocab: bool = False,
@@ -94,8 +94,8 @@ def score_examples(
     Args:
         prm: The model.
         params: Values by parameter name; others keep the model's values.
-        encoded: Of ``collator.encode``.
-        collator: Pads batches.
+        encoded: The examples, from ``Collator.encode``.
+        collator: Pads examples into a batch; a ``Collator``.
         batch_size: Examples per forward pass.
         full_vocab: Probabilities over the whole vocabulary instead of the two labels, as
             DreamPRM-1.5 scores: softmax(z)₊ at the position, where "+" and "-" do not sum to 1.
