@@ -40,9 +40,9 @@ def maximum(step_scores: Scores, mask: Mask) -> SolutionScores:
 
 def last(step_scores: Scores, mask: Mask) -> SolutionScores:
     """s_T, the score of the last step that exists."""
-    place = torch.arange(mask.shape[-1], device=mask.device).expand(mask.shape)
-    chosen = torch.where(mask, place, 0).amax(-1, keepdim=True)
-    return _known(_fill(step_scores, mask, 0.0).gather(-1, chosen).squeeze(-1), mask)
+    steps = torch.arange(mask.shape[-1], device=mask.device).expand(mask.shape)
+    last_step = torch.where(mask, steps, 0).amax(-1, keepdim=True)
+    return _known(_fill(step_scores, mask, 0.0).gather(-1, last_step).squeeze(-1), mask)
 
 
 def product(step_scores: Scores, mask: Mask) -> SolutionScores:

@@ -84,9 +84,9 @@ class DataError(ValueError):
         self.field = field
         self.example = example
         self.remedy = remedy
-        place = "" if file is None else f"{file}:{line}" if line is not None else f"{file}"
+        where = "" if file is None else f"{file}:{line}" if line is not None else f"{file}"
         parts = [
-            place,
+            where,
             "" if example is None else f"example {example!r}",
             "" if field is None else f"field {field}",
             f"expected {expected}, found {_middle_out(found)}" + (f"; {remedy}" if remedy else ""),

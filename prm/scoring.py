@@ -16,7 +16,7 @@ from torch import Tensor
 
 from prm.aggregations import Aggregation
 from prm.inputs.collate import Batch, EncodedExample
-from prm.inputs.workers import made_in_order
+from prm.inputs.workers import ordered_map
 from prm.models.model import PRM, step_logits
 
 
@@ -107,15 +107,15 @@ def score_examples(
     if batch_size < 1:
         raise ValueError(f"expected batch_size >= 1, found {batch_size}")
     device = next(iter(params.values()), next(prm.model.parameters())).device
-    order = sorted(range(len(encoded)), key=lambda place: -len(encoded[place].input_ids))
+    order = sorted(range(len(encoded)), key=lambda row: -len(encoded[row].input_ids))
     scores: dict[int, Tensor] = {}
     parts = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
-    batches = made_in_order(
-        lambda number: collator([encoded[place] for place in parts[number]]),
+    batches = ordered_map(
+        lambda number: collator([encoded[row] for row in parts[number]]),
         range(len(parts)),
         workers,
     )
-    for places, batch in zip(parts, batches, strict=True):
+    for part, batch in zip(parts, batches, strict=True):
         logits = step_logits(
             prm,
             params,
@@ -123,7 +123,7 @@ def score_examples(
             full_vocab=full_vocab,
             label_rows=not full_vocab,
         )
-        rows = step_scores(logits, full_vocab=full_vocab).cpu()
-        for place, row in zip(places, rows, strict=True):
-            scores[place] = row[: len(encoded[place].label_positions)].clone()
-    return [scores[place] for place in range(len(encoded))]
+        padded = step_scores(logits, full_vocab=full_vocab).cpu()
+        for row, values in zip(part, padded, strict=True):
+            scores[row] = values[: len(encoded[row].label_positions)].clone()
+    return [scores[row] for row in range(len(encoded))]

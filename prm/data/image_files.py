@@ -76,11 +76,11 @@ class ImageFiles:
         if path in self._fine:
             return None
         if path not in self._problems:
-            found = self._look(path)
-            if found is None:
+            problem = self._look(path)
+            if problem is None:
                 self._fine.add(path)
                 return None
-            self._problems[path] = found
+            self._problems[path] = problem
         return self._problems[path]
 
     def _look(self, path: str) -> ImageProblem | None:

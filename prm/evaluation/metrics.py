@@ -84,24 +84,25 @@ def roc_auc(truth: ArrayLike, scores: ArrayLike) -> float:
     return float(above / (positives * negatives))
 
 
-def f1(truth: ArrayLike, said: ArrayLike) -> float:
-    """F1 of the items that are true: 2 TP / (2 TP + FP + FN); 0 where nothing is true or said so.
+def f1(truth: ArrayLike, predicted: ArrayLike) -> float:
+    """F1 of the items that are true: 2 TP / (2 TP + FP + FN); 0 where there are no hits.
 
     For the F1 of wrong steps, give the negations of both.
 
     Raises:
         ValueError: Different lengths, or values other than 0 and 1.
     """
-    true, judged = _binary(truth, "truth").astype(bool), _binary(said, "said").astype(bool)
+    true = _binary(truth, "truth").astype(bool)
+    judged = _binary(predicted, "predicted").astype(bool)
     _check_same_length(true, judged)
     hits = int((true & judged).sum())
     misses = int((true ^ judged).sum())
     return 2 * hits / (2 * hits + misses) if hits else 0.0
 
 
-def macro_f1(truth: ArrayLike, said: ArrayLike) -> float:
+def macro_f1(truth: ArrayLike, predicted: ArrayLike) -> float:
     """Mean of the F1 of true items and the F1 of false ones, as VisualProcessBench reports it."""
-    true, judged = _binary(truth, "truth"), _binary(said, "said")
+    true, judged = _binary(truth, "truth"), _binary(predicted, "predicted")
     return (f1(true, judged) + f1(1 - true, 1 - judged)) / 2
 
 

@@ -28,7 +28,7 @@ def best_candidate(
             depend on which other questions there are.
 
     Returns:
-        The place that is taken, and the tied places in order (one of which it is).
+        The index that is taken, and all tied indices in order.
 
     Raises:
         ValueError: No candidates, a score that is not a number, or an unknown tie rule.
@@ -37,7 +37,7 @@ def best_candidate(
         raise ValueError("expected at least one candidate, found none")
     _check_numbers(scores)
     best = max(scores)
-    tied = tuple(place for place, score in enumerate(scores) if score == best)
+    tied = tuple(index for index, score in enumerate(scores) if score == best)
     if tie == "first":
         return tied[0], tied
     if tie == "last":
@@ -135,6 +135,6 @@ def _check(correct: Sequence[float], **others: Sequence[object]) -> None:
 
 
 def _check_numbers(scores: Sequence[float]) -> None:
-    for place, score in enumerate(scores):
+    for index, score in enumerate(scores):
         if math.isnan(score):
-            raise ValueError(f"expected a number as score of candidate {place}, found NaN")
+            raise ValueError(f"expected a number as score of candidate {index}, found NaN")

@@ -70,16 +70,16 @@ def row_owners(batch: Mapping[str, Tensor]) -> dict[int, Tensor]:
         return {}
     tiles, pixels = batch["num_patches"], batch["pixel_values"]
     owners = torch.arange(len(tiles), device=tiles.device).repeat_interleave(tiles)
-    found = {
+    owner_of = {
         size: owners.repeat_interleave(size // len(owners)) for size in (len(owners), len(pixels))
     }
     if pixels.dim() == 5:  # [images, crops, channels, height, width]: models drop empty crops
         crops = pixels.flatten(2).any(-1).sum(-1)
-        found |= {
+        owner_of |= {
             len(owners) * pixels.shape[1]: owners.repeat_interleave(pixels.shape[1]),
             int(crops.sum()): owners.repeat_interleave(crops),
         }
-    return found
+    return owner_of
 
 
 def _is_processor(image_processor: Any) -> bool:

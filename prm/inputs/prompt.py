@@ -134,7 +134,7 @@ class PromptEncoder:
         ids = encoding["input_ids"]
         positions = []
         start = 0
-        for place, (piece, slot) in enumerate(zip(pieces, slots, strict=True)):
+        for number, (piece, slot) in enumerate(zip(pieces, slots, strict=True)):
             start += len(piece)
             token = encoding.char_to_token(start)
             if not token or ids[token] != self._slot_id(slot):
@@ -142,7 +142,7 @@ class PromptEncoder:
                     expected=f"the label {slot!r} to be a token of its own, after another token",
                     found=f"{self.tokenizer.convert_ids_to_tokens(ids[token or 0])!r}",
                     example=example.id,
-                    field=f"steps[{place}]",
+                    field=f"steps[{number}]",
                     remedy="use a tokenizer and chat template that keep label and turn apart",
                 )
             positions.append(token - 1)
@@ -175,11 +175,11 @@ class PromptEncoder:
         if tokens is None or not tokens.per_tile:
             return
         expected = sum(image.count(tokens.context) for image in images)
-        found = ids.count(tokens.context_id)
-        if found != expected:
+        count = ids.count(tokens.context_id)
+        if count != expected:
             raise ValueError(
                 f"expected {expected} tokens {tokens.context!r} for {len(images)} images, found "
-                f"{found} after tokenisation; check that the tokenizer has it as a special token"
+                f"{count} after tokenisation; check that the tokenizer has it as a special token"
             )
 
     def _turns(self, example: StepExample, slots: Sequence[str]) -> list[dict[str, Any]]:
@@ -195,8 +195,8 @@ class PromptEncoder:
         turns = []
         if self.system_prompt is not None:
             turns.append(self._turn("system", self.system_prompt))
-        for place, (step, slot) in enumerate(zip(example.steps, slots, strict=True)):
-            if place == 0:
+        for number, (step, slot) in enumerate(zip(example.steps, slots, strict=True)):
+            if number == 0:
                 turns.append(self._turn("user", opening + step.text, len(example.images)))
             else:
                 turns.append(self._turn("user", step.text))
@@ -275,8 +275,8 @@ class PromptEncoder:
             whole = self._render(turns)
             pieces = whole.split(_SLOT)
             before = [
-                self._render(turns[:-place], generate=True)
-                for place in (5, 3, 1)  # up to the first, second, third user turn
+                self._render(turns[:-missing], generate=True)
+                for missing in (5, 3, 1)  # up to the first, second, third user turn
             ]
         except TemplateError as error:
             raise ValueError(
@@ -300,5 +300,5 @@ class PromptEncoder:
 
 
 def _texts(example: StepExample) -> list[tuple[str, str]]:
-    steps = [(f"steps[{place}].text", step.text) for place, step in enumerate(example.steps)]
+    steps = [(f"steps[{number}].text", step.text) for number, step in enumerate(example.steps)]
     return [("question", example.question), *steps]

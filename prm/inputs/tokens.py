@@ -70,13 +70,13 @@ def label_tokens(tokenizer: Any) -> LabelTokens:
     """
     ids = []
     for label in "+-":
-        found = tokenizer.encode(label, add_special_tokens=False)
-        if len(found) != 1 or found[0] == tokenizer.unk_token_id:
+        tokens = tokenizer.encode(label, add_special_tokens=False)
+        if len(tokens) != 1 or tokens[0] == tokenizer.unk_token_id:
             raise ValueError(
-                f"expected {label!r} to be one token of the tokenizer, found {found}; "
+                f"expected {label!r} to be one token of the tokenizer, found {tokens}; "
                 "choose a tokenizer that has it, or add the token and resize the embeddings"
             )
-        ids.append(found[0])
+        ids.append(tokens[0])
     return LabelTokens(*ids)
 
 
@@ -115,7 +115,7 @@ def patch_tokens(tokenizer: Any, config: Any) -> ImageTokens:
     ids = [getattr(config, name, None) for name in names]
     special = tokenizer.added_tokens_decoder
     unknown = [
-        f"{name} {found}" for name, found in zip(names, ids, strict=True) if found not in special
+        f"{name} {token}" for name, token in zip(names, ids, strict=True) if token not in special
     ]
     if unknown:
         raise ValueError(
@@ -123,7 +123,7 @@ def patch_tokens(tokenizer: Any, config: Any) -> ImageTokens:
             f"{', '.join(names)}, found none for {', '.join(unknown)}; tokenizer and model do not "
             "belong together"
         )
-    start, end, context = (special[found].content for found in ids)
+    start, end, context = (special[token].content for token in ids)
     return ImageTokens(start, end, context, config.image_token_id, 1, separator="")
 
 
@@ -133,7 +133,7 @@ def processor_tokens(processor: Any, config: Any) -> ImageTokens:
     context_id = getattr(config, "image_token_id", None)
     if context_id is None:
         context_id = tokenizer.convert_tokens_to_ids(processor.image_token)
-    part_ids = tuple(found for found in processor.image_token_ids if found is not None)
+    part_ids = tuple(token for token in processor.image_token_ids if token is not None)
     others = tokenizer.convert_ids_to_tokens([context_id, *part_ids])
     return ImageTokens(
         "", "", processor.image_token, context_id, 0, others=tuple(others), part_ids=part_ids

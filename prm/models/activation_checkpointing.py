@@ -4,7 +4,10 @@ transformers has this, too (``gradient_checkpointing_enable``), but for modules 
 parameters. Here parameters are passed to the model (``functional_call``) and are back in nobody's
 hands when the backward pass runs a layer again: transformers' recomputation would silently take the
 module's own values. Layers here are therefore run again with the parameters, and under the torch
-function modes (such as the taps of `bilevel.lower.ghost`), that they were first run with.
+function modes (such as the taps of ``bilevel.lower.ghost``), that they were first run with.
+
+A function of the library: no command of ``bilevel-prm`` switches it on yet
+(``PRM.activation_checkpointing`` does, in Python).
 """
 
 from __future__ import annotations

@@ -3,6 +3,8 @@
 A linear layer x ↦ W x with an adapter computes W x + (α / r) B A x, with A [r, in] and B [out, r];
 W does not change. Source: Hu et al. 2021 (arXiv 2106.09685). B starts at 0, so that a model with
 new adapters computes what it computed before.
+
+Functions of the library: no command of ``bilevel-prm`` gives a model adapters yet.
 """
 
 from __future__ import annotations

@@ -178,10 +178,10 @@ def layout_of(config: Mapping[str, Any]) -> Layout:
         ("use_thumbnail", (True,), config.get("use_thumbnail", False)),
         ("template", ("internvl2_5",), config.get("template")),
     )
-    for name, known, found in wanted:
-        if found not in known:
+    for name, known, value in wanted:
+        if value not in known:
             raise ValueError(
-                f"config.json: expected {name} {' or '.join(map(repr, known))}, found {found!r}; "
+                f"config.json: expected {name} {' or '.join(map(repr, known))}, found {value!r}; "
                 "it is not InternVL in its original layout, or a variant that transformers has no "
                 "class for"
             )

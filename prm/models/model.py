@@ -37,6 +37,9 @@ _TARGETS = frozenset({"labels"})  # of a batch; some base models would take them
 class PRM:
     """A process reward model. Parameters are passed to functions beside it, as a dict by name.
 
+    ``autocast`` and ``activation_checkpointing`` are set in Python (``dataclasses.replace``); no
+    command of ``bilevel-prm`` sets them yet.
+
     Attributes:
         model: ``AutoModelForImageTextToText`` or ``AutoModelForCausalLM``; its own parameters do
             not require gradients and stay as loaded.
@@ -46,10 +49,10 @@ class PRM:
         image_tokens: How images stand in the text; None for a text-only model.
         plus_id: Token id of "+".
         minus_id: Token id of "-".
-        autocast: Dtype in which the body of the model computes, whatever its parameters are; the
-            head stays in theirs. None: in the dtype of the parameters.
-        activation_checkpointing: Layers run again in the backward pass in place of keeping their
-            activations (``prm.models.activation_checkpointing``).
+        autocast: Dtype in which the body of the model computes, whatever dtype its parameters have;
+            the head computes in theirs. None: the body does, too.
+        activation_checkpointing: Whether layers run again in the backward pass instead of keeping
+            their activations (``prm.models.activation_checkpointing``).
     """
 
     model: Any

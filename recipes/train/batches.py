@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from prm.inputs.collate import Batch
-from prm.inputs.workers import made_in_order
+from prm.inputs.workers import ordered_map
 from recipes.loading import Examples
 from recipes.options.train import ColdStartOptions, LowerOptions, TrainOptions
 from recipes.train.order import epoch_order
@@ -110,7 +110,7 @@ def ahead(
     def batch(step: int) -> Made:
         nonlocal made, due
         if step != due:
-            made = made_in_order(batches, range(step, steps, every), workers)
+            made = ordered_map(batches, range(step, steps, every), workers)
         due = step + every
         return next(made)
 

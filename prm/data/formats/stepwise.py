@@ -63,17 +63,17 @@ def labelled_steps(
         place: Where the record stands.
         signs: Meaning of integer labels; None: probabilities and what ``Place.label`` takes.
     """
-    said = place.listed(record[texts], texts, "steps")
+    step_texts = place.listed(record[texts], texts, "steps")
     judged = record.get(labels)
     if judged is None:
-        judged = [None] * len(said)
+        judged = [None] * len(step_texts)
     elif not isinstance(judged, list):
         place.refuse(labels, "a list of labels", judged)
-    if len(judged) != len(said):
-        found = Words(f"{len(judged)} for {len(said)} steps")
-        place.refuse(labels, "as many labels as steps", found)
+    if len(judged) != len(step_texts):
+        lengths = Words(f"{len(judged)} for {len(step_texts)} steps")
+        place.refuse(labels, "as many labels as steps", lengths)
     steps = []
-    for number, (text, label) in enumerate(zip(said, judged, strict=True)):
+    for number, (text, label) in enumerate(zip(step_texts, judged, strict=True)):
         step = place.text(text, f"{texts}[{number}]")
         field = f"{labels}[{number}]"
         if signs is None:

@@ -125,12 +125,12 @@ def detect(record: Any, place: Place) -> Format:
     """
     if not isinstance(record, dict):
         place.refuse(None, "a JSON object", record, "write one object per row")
-    found = [format for format in FORMATS if format.matches(record)]
-    if len(found) == 1:
-        return found[0]
+    matching = [format for format in FORMATS if format.matches(record)]
+    if len(matching) == 1:
+        return matching[0]
     keys = Words("the keys " + (", ".join(map(repr, list(record)[:12])) or "of an empty object"))
-    if found:
-        names = [format.name for format in found]
+    if matching:
+        names = [format.name for format in matching]
         place.refuse(
             None,
             f"a record of one format; this one can be {' or '.join(names)}",

@@ -8,7 +8,7 @@ import signal
 import pytest
 import torch
 
-from prm.inputs.workers import made_in_order
+from prm.inputs.workers import ordered_map
 from prm.schema import DataError
 from prm.scoring import score_examples
 from tests.prm.tiny import example, internvl, save_image
@@ -21,7 +21,7 @@ def test_the_same_in_order_whatever_the_workers():
     expected = [make(number) for number in (5, 2, 9, 2)]
     for workers in (0, 1, 3):
         before = torch.get_rng_state()
-        found = list(made_in_order(make, (5, 2, 9, 2), workers))
+        found = list(ordered_map(make, (5, 2, 9, 2), workers))
         assert torch.equal(torch.get_rng_state(), before)
         assert [row["b"] for row in found] == [row["b"] for row in expected]
         assert all(
@@ -31,7 +31,7 @@ def test_the_same_in_order_whatever_the_workers():
 
 def test_what_a_worker_does_stays_in_it():
     seen = []
-    assert list(made_in_order(lambda number: seen.append(number) or len(seen), range(4), 2)) == [
+    assert list(ordered_map(lambda number: seen.append(number) or len(seen), range(4), 2)) == [
         1, 1, 2, 2,
     ]  # fmt: skip
     assert seen == []
@@ -44,7 +44,7 @@ def test_an_error_comes_in_its_turn_as_it_was(workers):
             raise DataError(expected="a", found="b", file="x.png", line=7)
         return number
 
-    made = made_in_order(make, range(4), workers)
+    made = ordered_map(make, range(4), workers)
     assert [next(made), next(made)] == [0, 1]
     with pytest.raises(DataError) as caught:
         next(made)
@@ -60,7 +60,7 @@ def test_a_process_that_dies_is_named():
     with pytest.raises(
         DataError, match=r"loader processes, found .* (killed by signal|exited)"
     ) as e:
-        list(made_in_order(make, range(3), 1))
+        list(ordered_map(make, range(3), 1))
     assert "fewer workers" in e.value.remedy
 
 
@@ -68,7 +68,7 @@ def test_workers_leave_interrupts_to_the_main_process():
     def make(number):
         return signal.getsignal(signal.SIGINT) == signal.SIG_IGN
 
-    assert list(made_in_order(make, range(2), 2)) == [True, True]
+    assert list(ordered_map(make, range(2), 2)) == [True, True]
     assert signal.getsignal(signal.SIGINT) != signal.SIG_IGN
 
 
@@ -76,11 +76,11 @@ def test_nothing_is_left_behind(tmp_path):
     def handles():
         return len(os.listdir("/proc/self/fd")) if os.path.isdir("/proc/self/fd") else 0
 
-    list(made_in_order(lambda number: torch.ones(3), range(4), 2))
+    list(ordered_map(lambda number: torch.ones(3), range(4), 2))
     before = handles()
     after = []
     for _ in range(8):
-        made = made_in_order(lambda number: torch.ones(3), range(40), 2)
+        made = ordered_map(lambda number: torch.ones(3), range(40), 2)
         next(made)
         made.close()
         after.append(handles())
