@@ -113,7 +113,7 @@ def weighted_vote(
     return _settle([math.fsum(right for _, right in given) / len(given) for given in winners], tie)
 
 
-def _settle(tied: Sequence[float], tie: TieRule) -> float:
+def _settle(tied: Sequence[float], tie: str) -> float:
     if tie == "first":
         return float(tied[0])
     if tie == "last":

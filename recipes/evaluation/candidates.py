@@ -140,12 +140,12 @@ def evaluate(
     full_vocab = options.probability == "vocabulary"
     scores, mask = step_scores_of(prm, params, data, options, full_vocab=full_vocab)
     rows = [steps[there] for steps, there in zip(scores, mask, strict=True)]
-    truth, said = judged_steps(candidates, rows)
+    truth, predicted = judged_steps(candidates, rows)
     has_both = truth.any() and not truth.all()
     return Evaluation(
         selected=candidates.best(solution_scores_of(rows, AGGREGATIONS[options.aggregation])),
-        step_auc=float(roc_auc(truth, said)) if has_both else None,
-        step_macro_f1=float(macro_f1(truth, said > 0.5)) if has_both else None,
+        step_auc=float(roc_auc(truth, predicted)) if has_both else None,
+        step_macro_f1=float(macro_f1(truth, predicted > 0.5)) if has_both else None,
     )
 
 
@@ -160,13 +160,13 @@ def solution_scores_of(rows: Sequence[Tensor], how: Aggregation) -> Tensor:
 
 def judged_steps(candidates: Candidates, rows: Sequence[Tensor]) -> tuple[np.ndarray, np.ndarray]:
     """(whether it is right, its score) of every labelled step; soft labels are right above 1/2."""
-    truth, said = [], []
+    truth, predicted = [], []
     for example, scores in zip(candidates.data.examples, rows, strict=True):
         for step, score in zip(example.steps, scores.tolist(), strict=True):
             if step.label is not None:
                 truth.append(step.label > 0.5)
-                said.append(score)
-    return np.array(truth, dtype=bool), np.array(said)
+                predicted.append(score)
+    return np.array(truth, dtype=bool), np.array(predicted)
 
 
 def step_scores_of(
@@ -212,24 +212,24 @@ def summary(values: Mapping[str, np.ndarray]) -> dict[str, Any]:
     }
 
 
-def values_of(candidates: Candidates, found: Evaluation, row: str) -> dict[str, np.ndarray]:
+def values_of(candidates: Candidates, evaluation: Evaluation, row: str) -> dict[str, np.ndarray]:
     """Per-question values of every row of a results table, the model's own row named ``row``."""
     size = max(map(len, candidates.groups))
     return {
         "pass@1": candidates.pass_at_one,
         "self_consistency": candidates.majority,
-        row: found.selected,
+        row: evaluation.selected,
         f"pass@{size}": candidates.pass_at_n,
     }
 
 
 def report_of(
-    candidates: Candidates, found: Evaluation, values: Mapping[str, np.ndarray]
+    candidates: Candidates, evaluation: Evaluation, values: Mapping[str, np.ndarray]
 ) -> dict[str, Any]:
     """What ``results.json`` says of one file of candidates."""
     return {
         **summary(values),
         "n_questions": len(candidates.groups),
-        "step_auc": found.step_auc,
-        "step_macro_f1": found.step_macro_f1,
+        "step_auc": evaluation.step_auc,
+        "step_macro_f1": evaluation.step_macro_f1,
     }

@@ -45,10 +45,10 @@ def choose_on_dev(candidates: Candidates, rows: Sequence[Tensor], tie: TieRule) 
         name: float(np.mean(candidates.best(solution_scores_of(rows, how), tie)))
         for name, how in AGGREGATIONS.items()
     }
-    truth, said = judged_steps(candidates, rows)
+    truth, predicted = judged_steps(candidates, rows)
     threshold, figure = 0.5, None
     if truth.any() and not truth.all():
-        threshold, figure = best_threshold(truth, said)
+        threshold, figure = best_threshold(truth, predicted)
     return Choice(
         aggregation=max(accuracy, key=lambda name: accuracy[name]),
         threshold=threshold,

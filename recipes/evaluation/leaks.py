@@ -59,11 +59,11 @@ def find_leak(
     return Leak(same, tuple(sorted(ids)), tuple(shared))
 
 
-def refuse_leak(found: Leak, tuned: str, held_out: str, *, sanity_check: bool) -> None:
+def refuse_leak(leak: Leak, tuned: str, held_out: str, *, sanity_check: bool) -> None:
     """Refuse to judge by questions that something was tuned on, unless that is the purpose.
 
     Args:
-        found: What the two sets have in common.
+        leak: What the two sets have in common.
         tuned: Option and file that something was, or will be, tuned on.
         held_out: Option and file that is to tell how well that went.
         sanity_check: It is the purpose; the caller labels the results.
@@ -71,9 +71,9 @@ def refuse_leak(found: Leak, tuned: str, held_out: str, *, sanity_check: bool) -
     Raises:
         OptionError: They overlap.
     """
-    if found and not sanity_check:
+    if leak and not sanity_check:
         raise OptionError(
-            f"{tuned} {found} with {held_out}: what is tuned on the questions that it is judged by "
+            f"{tuned} {leak} with {held_out}: what is tuned on the questions that it is judged by "
             "looks better than it is. Give data of its own, or mark the results as an upper bound "
             "with --sanity-check"
         )
