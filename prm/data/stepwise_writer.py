@@ -132,7 +132,7 @@ def read_weights(path: str | Path) -> dict[str, float]:
     return weights
 
 
-def _number(value: Any) -> float | None:
+def _number(value: object) -> float | None:
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
         return None
     return float(value)

@@ -164,7 +164,7 @@ def _first_has(record: Mapping[str, Any], key: str) -> bool:
     )
 
 
-def _field(value: Any, name: str, field: str, place: Place) -> Any:
+def _field(value: object, name: str, field: str, place: Place) -> Any:
     if not isinstance(value, dict):
         place.refuse(field, f"an object with {name!r}", value)
     if name not in value:

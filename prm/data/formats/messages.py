@@ -73,7 +73,7 @@ def _turns(record: Mapping[str, Any], place: Place) -> tuple[list[Turn], tuple[P
     return turns, tuple(images)
 
 
-def _content(value: Any, field: str, place: Place, images: list[Path]) -> str:
+def _content(value: object, field: str, place: Place, images: list[Path]) -> str:
     if not isinstance(value, list):
         return place.text(value, field, blank=True)
     texts = []

@@ -117,7 +117,7 @@ def format_named(name: str) -> Format:
     raise ValueError(f"expected a format among {', '.join(FORMAT_NAMES)}, found {name!r}")
 
 
-def detect(record: Any, place: Place) -> Format:
+def detect(record: object, place: Place) -> Format:
     """The one format that a record looks like.
 
     Raises:
