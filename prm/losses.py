@@ -1,4 +1,4 @@
-"""Per-example losses of both levels; where they are reduced is the caller's choice."""
+"""Losses per example, of both levels; the caller reduces them over the batch."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ def outcome_loss(
 
     Args:
         scores: [batch, 2], columns S₊ and S₋ (``prm.scoring.solution_scores``); [batch], S₊ alone,
-            will do for "+".
+            is enough for "+".
         correct: [batch], 1 or 0; NaN (unknown) gives NaN.
         loss_target: "+" or "both".
 
@@ -94,7 +94,7 @@ def outcome_loss(
         [batch].
 
     Raises:
-        ValueError: Shapes or ``loss_target`` are none of these.
+        ValueError: The shapes, or ``loss_target``, are none of these.
     """
     if loss_target not in ("both", "+"):
         raise ValueError(f'expected loss_target "both" or "+", found {loss_target!r}')

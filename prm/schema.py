@@ -15,7 +15,7 @@ class Step:
     Attributes:
         text: What the step says.
         label: Probability in [0, 1] that the step is right: 1.0 for "+", 0.0 for "-", in between
-            for soft (Monte Carlo) labels; None where nobody judged it.
+            for soft (Monte Carlo) labels; None for a step without a label.
     """
 
     text: str

@@ -47,7 +47,7 @@ def aggregate(
     """Solution scores [batch] of step scores [batch, steps]; ``how`` is of ``prm.aggregations``.
 
     Raises:
-        ValueError: Shapes of scores and mask differ.
+        ValueError: The shapes of scores and mask differ.
     """
     if step_scores.shape != mask.shape:
         raise ValueError(
@@ -83,9 +83,9 @@ def score_examples(
     full_vocab: bool = False,
     workers: int = 0,
 ) -> list[Float[Tensor, " _steps"]]:
-    """Step scores p("+") of every example, one [steps] tensor each on the CPU, in order.
+    """Return the step scores p("+") of every example, one [steps] tensor each on the CPU, in order.
 
-    Batches are made of examples of similar length, so that little is spent on padding. The head
+    Examples of similar length share a batch, so that little is spent on padding. The head
     is applied at the label positions only, to "+" and "-" only unless ``full_vocab``.
 
     Memory: activations of a batch without graph, and with ``full_vocab`` twice
@@ -99,10 +99,10 @@ def score_examples(
         batch_size: Examples per forward pass.
         full_vocab: Probabilities over the whole vocabulary instead of the two labels, as
             DreamPRM-1.5 scores: softmax(z)₊ at the position, where "+" and "-" do not sum to 1.
-        workers: Processes that make batches ahead; see ``prm.inputs.workers``.
+        workers: Processes that prepare batches ahead; see ``prm.inputs.workers``.
 
     Raises:
-        DataError: An image that cannot be decoded.
+        DataError: An image cannot be decoded.
     """
     if batch_size < 1:
         raise ValueError(f"expected batch_size >= 1, found {batch_size}")

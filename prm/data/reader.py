@@ -51,7 +51,7 @@ def iter_rows(
 
     Raises:
         FileNotFoundError: ``path`` does not exist.
-        ValueError: No format of that name.
+        ValueError: There is no format of that name.
     """
     path = Path(path)
     root = path.parent if image_root is None else Path(image_root)
@@ -85,9 +85,10 @@ def checked_rows(
     followed) unless ``allow_outside_images``, and stand ``check_images``, each path looked at once.
 
     Raises:
-        DataError: Naming file, line or row, field, what was expected and found, and what to do.
+        DataError: A record cannot be used. The error names file, line or row, field, what was
+            expected and found, and what to do.
         FileNotFoundError: ``path`` does not exist.
-        ValueError: No format of that name.
+        ValueError: There is no format of that name.
     """
     path = Path(path)
     root = path.parent if image_root is None else Path(image_root)
@@ -150,7 +151,8 @@ def read_jsonl(
         allow_outside_images: Take images outside ``image_root``, too.
 
     Raises:
-        DataError: Naming file, line, field, what was expected and found, and what to do.
+        DataError: A record cannot be used. The error names file, line, field, what was expected
+            and found, and what to do.
         FileNotFoundError: ``path`` does not exist.
     """
     return read_examples(

@@ -24,7 +24,7 @@ _NEAR = 0.8
 
 
 class Words(str):
-    """Text that goes into a message as it is, not described as a value."""
+    """Text that a message quotes without describing it as a value."""
 
 
 @dataclass(frozen=True)
@@ -106,7 +106,7 @@ class Place:
         return value
 
     def label(self, value: object, field: str, *, boolean: bool = False) -> float | None:
-        """Probability that a step is right; None where nobody judged it.
+        """Return the probability that a step is right; None for a step without a label.
 
         [K, N], K right of N rollouts, is K / N; [0, 0], never sampled, is None. True and false
         count only if ``boolean``.

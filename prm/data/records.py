@@ -20,7 +20,7 @@ def parse_record(
     Image paths are taken relative to ``image_root``; whether they exist is the reader's business.
 
     Raises:
-        DataError: Naming ``file``, ``line`` and the field at fault.
+        DataError: A field is wrong; the error names ``file``, ``line`` and the field.
     """
     return parse(record, Place(image_root, file, line))
 

@@ -1,4 +1,4 @@
-"""Which way of preparing images belongs to a model, told by its image processor."""
+"""Chooses how images are prepared for a model, by the model's image processor."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def image_inputs(
     ``max_patches`` does nothing to the last: its processor alone says how large an image becomes.
 
     Raises:
-        ValueError: None of them fits, or max_patches is less than 1.
+        ValueError: The image processor belongs to none of them, or ``max_patches`` is less than 1.
     """
     if _is_processor(image_processor):
         return ProcessedImages(image_processor, cache_bytes=cache_bytes)
@@ -45,7 +45,7 @@ def image_tokens(image_processor: Any, tokenizer: Any, config: Any) -> ImageToke
 
 
 def concatenated(values: Sequence[Tensor]) -> Tensor:
-    """Along the first axis; zeros behind what is shorter than others along further axes."""
+    """Concatenate along the first axis; pad with zeros where further axes are shorter."""
     shape = [max(sizes) for sizes in zip(*(value.shape[1:] for value in values), strict=True)]
     padded = []
     for value in values:
@@ -56,10 +56,12 @@ def concatenated(values: Sequence[Tensor]) -> Tensor:
 
 
 def row_owners(batch: Mapping[str, Tensor]) -> dict[int, Tensor]:
-    """Which example each row inside the vision tower belongs to: there images lead, not examples.
+    """Return which example each row inside the vision tower belongs to.
+
+    Inside the tower the leading axis runs over images or patches, not over examples.
 
     Args:
-        batch: Of ``Collator``.
+        batch: The batch, from a ``Collator``.
 
     Returns:
         ``{rows: owner [rows]}`` for every number of rows that the tower works with: tiles, and

@@ -24,7 +24,7 @@ class ProcessedImages:
     (padded with zeros where they differ in the number of crops, as processors do).
 
     Args:
-        processor: Of transformers, with ``image_token``.
+        processor: A processor of transformers with an ``image_token``.
         cache_bytes: Limit of the cache of model inputs; 0 keeps nothing.
     """
 

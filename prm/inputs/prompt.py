@@ -39,7 +39,7 @@ _SLOT = "\ue000"  # private-use character that marks an assistant slot in the re
 
 
 class PromptEncoder:
-    """Examples to token ids and label positions.
+    """Turns examples into token ids and label positions.
 
     Args:
         tokenizer: A fast tokenizer with a chat template.
@@ -47,8 +47,8 @@ class PromptEncoder:
         context: What stands in earlier assistant slots; use the same to train and to score.
         system_prompt: Text of the system turn; None: no system turn.
         max_length: Longest sequence that is accepted; None: any.
-        chat_template: Of the model's processor; None: the tokenizer's own. One that takes lists of
-            typed parts as turns puts the images' placeholders where it wants them.
+        chat_template: Template of the model's processor; None: the tokenizer's own. One that takes
+            lists of typed parts as turns puts the images' placeholders where it wants them.
 
     Raises:
         ValueError: The tokenizer or its template cannot carry this layout.
@@ -104,7 +104,7 @@ class PromptEncoder:
     def encode(
         self, example: StepExample, images: Sequence[str] = ()
     ) -> tuple[Int32[Tensor, " seq"], Int64[Tensor, " steps"]]:
-        """Token ids and label positions.
+        """Return token ids and label positions.
 
         Args:
             example: The example.

@@ -1,8 +1,8 @@
 """Activation checkpointing: a layer keeps its inputs only, and runs again in the backward pass.
 
 transformers has this, too (``gradient_checkpointing_enable``), but for modules that own their
-parameters. Here parameters are passed to the model (``functional_call``) and are back in nobody's
-hands when the backward pass runs a layer again: transformers' recomputation would silently take the
+parameters. Here parameters are passed to the model (``functional_call``), and that call has ended
+when the backward pass runs a layer again: transformers' recomputation would silently take the
 module's own values. Layers here are therefore run again with the parameters, and under the torch
 function modes (such as the taps of ``bilevel.lower.ghost``), that they were first run with.
 

@@ -59,7 +59,7 @@ def convert_internvl(source: str | Path, target: str | Path) -> dict[str, int]:
     Raises:
         FileNotFoundError: Something is missing in ``source``.
         FileExistsError: ``target`` holds something.
-        ValueError: Not such a checkpoint; a tensor that is missing, unknown, there twice or of
+        ValueError: It is not such a checkpoint; or a tensor is missing, unknown, there twice or of
             another shape than the configuration says.
     """
     source, target = Path(source), Path(target)

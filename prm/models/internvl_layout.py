@@ -198,8 +198,8 @@ def native_config(config: Mapping[str, Any], image_token_id: int) -> Any:
     """The native configuration that belongs to an original ``config.json``.
 
     Args:
-        config: Of the original; ``layout_of`` has checked it.
-        image_token_id: Of ``<IMG_CONTEXT>``.
+        config: Configuration of the original; ``layout_of`` has checked it.
+        image_token_id: Id of the token ``<IMG_CONTEXT>``.
 
     Raises:
         ValueError: The size of images contradicts itself.

@@ -125,15 +125,16 @@ def load_prm(
     Args:
         path_or_name: What ``from_pretrained`` takes; needs model, tokenizer and, for a model that
             sees images, image processor.
-        dtype: Of the parameters. float32 keeps small updates that bfloat16 would round away.
+        dtype: The dtype of the parameters. float32 keeps small updates that bfloat16 would round
+            away.
         attn_implementation: "eager", "sdpa", ...; None: transformers' choice.
 
     A name is looked up on the hub only if it is written ``organisation/model`` and there is no
     local folder ``organisation``: a mistyped path must not reach the network.
 
     Raises:
-        FileNotFoundError: There is no such folder, and the name is none of a hub.
-        ValueError: The checkpoint cannot serve as a process reward model; says why.
+        FileNotFoundError: There is no such folder, and the name cannot be one on a hub.
+        ValueError: The checkpoint cannot serve as a process reward model; the message says why.
     """
     from transformers import (
         AutoConfig,
@@ -274,7 +275,7 @@ def step_logits(
     Args:
         prm: The model.
         params: Values by parameter name; parameters that are not named keep the model's values.
-        batch: Of ``Collator``.
+        batch: The batch, from a ``Collator``.
         full_vocab: Normalise over the whole vocabulary (log-probabilities of the two labels), as
             DreamPRM-1.5 does, instead of leaving the two logits as they are.
         label_rows: Multiply by the head's two rows of "+" and "-" only, in float32 or wider: saves

@@ -42,7 +42,7 @@ class Leak:
 def find_leak(
     first: Sequence[StepExample], second: Sequence[StepExample], first_path: Path, second_path: Path
 ) -> Leak:
-    """What two sets of examples have in common.
+    """Return what two sets of examples have in common.
 
     Image files are read only for questions whose words occur in both sets.
     """
@@ -60,13 +60,13 @@ def find_leak(
 
 
 def refuse_leak(leak: Leak, tuned: str, held_out: str, *, sanity_check: bool) -> None:
-    """Refuse to judge by questions that something was tuned on, unless that is the purpose.
+    """Refuse to evaluate on questions that something was tuned on, unless that is the purpose.
 
     Args:
         leak: What the two sets have in common.
         tuned: Option and file that something was, or will be, tuned on.
-        held_out: Option and file that is to tell how well that went.
-        sanity_check: It is the purpose; the caller labels the results.
+        held_out: Option and file that measures the result of the tuning.
+        sanity_check: Whether that is the purpose; the caller then labels the results.
 
     Raises:
         OptionError: They overlap.

@@ -29,7 +29,7 @@ def read(record: Mapping[str, Any], place: Place) -> tuple[StepExample, ...]:
     """The example of a record.
 
     Raises:
-        DataError: Naming the field, such as ``messages[3].content``.
+        DataError: A field is wrong; the error names it (``messages[3].content``).
     """
     place.need(record, "messages")
     turns, inside = _turns(record, place)

@@ -26,7 +26,7 @@ def read(record: Mapping[str, Any], place: Place) -> tuple[StepExample, ...]:
     """The example of a record.
 
     Raises:
-        DataError: Naming the field, such as ``labels[3]``.
+        DataError: A field is wrong; the error names it (``labels[3]``).
     """
     place.need(record, "prompt", "completions", "labels")
     images = place.images(record, "images", "image")

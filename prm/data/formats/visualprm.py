@@ -34,7 +34,7 @@ def read(record: Mapping[str, Any], place: Place) -> tuple[StepExample, ...]:
     """The example of a record.
 
     Raises:
-        DataError: Naming the field, such as ``conversations[3].value``.
+        DataError: A field is wrong; the error names it (``conversations[3].value``).
     """
     place.need(record, "conversations")
     images = place.images(record, "image", "images", cut_parents=True)
