@@ -1,8 +1,9 @@
-"""Per-example losses of both levels; where they are reduced is the caller's choice."""
+"""Losses per example, of both levels; the caller reduces them over the batch."""
 
 from __future__ import annotations
 
 import torch
+from jaxtyping import Bool, Float, Int, Real
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
@@ -10,8 +11,12 @@ from prm.names import LossTarget
 
 
 def step_cross_entropy(
-    step_logits: Tensor, labels: Tensor, mask: Tensor, *, full_vocab: bool = False
-) -> Tensor:
+    step_logits: Float[Tensor, "*batch steps 2"],
+    labels: Float[Tensor, "*batch steps"],
+    mask: Bool[Tensor, "*batch steps"],
+    *,
+    full_vocab: bool = False,
+) -> Float[Tensor, "*batch"]:
     """Lower-level loss: cross-entropy per step, averaged over the labelled steps.
 
         ℓ_i = −1/|T_i| Σ_{t ∈ T_i} [ y_t log p₊ + (1 − y_t) log p₋ ]
@@ -20,7 +25,7 @@ def step_cross_entropy(
         step_logits: [batch, steps, 2], columns "+" and "-". Two-way: log p₊ = log σ(z₊ − z₋).
         labels: [batch, steps] in [0, 1], soft labels included; NaN where there is none.
         mask: [batch, steps], True where there is a step.
-        full_vocab: the columns are log-probabilities over the vocabulary
+        full_vocab: The columns are log-probabilities over the vocabulary
             (``prm.models.model.step_logits(..., full_vocab=True)``), which are taken as they are:
             the loss of DreamPRM-1.5, which also teaches to say nothing else than the two labels.
 
@@ -38,7 +43,11 @@ def step_cross_entropy(
     return torch.where(known, losses, 0.0).sum(-1) / known.sum(-1).clamp(min=1)
 
 
-def step_squared_error(step_scores: Tensor, labels: Tensor, mask: Tensor) -> Tensor:
+def step_squared_error(
+    step_scores: Float[Tensor, "*batch steps"],
+    labels: Float[Tensor, "*batch steps"],
+    mask: Bool[Tensor, "*batch steps"],
+) -> Float[Tensor, "*batch"]:
     """Lower-level loss of DreamPRM 1.0 (arXiv 2505.20241): distance from soft labels.
 
         ℓ_i = 1/|T_i| Σ_{t ∈ T_i} (p₊ − y_t)²
@@ -60,7 +69,11 @@ def step_squared_error(step_scores: Tensor, labels: Tensor, mask: Tensor) -> Ten
     return (errors**2).sum(-1) / known.sum(-1).clamp(min=1)
 
 
-def outcome_loss(scores: Tensor, correct: Tensor, loss_target: LossTarget = "+") -> Tensor:
+def outcome_loss(
+    scores: Float[Tensor, "*_batch"],
+    correct: Real[Tensor, "*batch"],
+    loss_target: LossTarget = "+",
+) -> Float[Tensor, "*batch"]:
     """Upper-level loss: squared distance of the aggregated score from what it should be.
 
     With S₊ = A(p₊), S₋ = A(p₋) and c = 1 for a right answer, 0 for a wrong one:
@@ -73,7 +86,7 @@ def outcome_loss(scores: Tensor, correct: Tensor, loss_target: LossTarget = "+")
 
     Args:
         scores: [batch, 2], columns S₊ and S₋ (``prm.scoring.solution_scores``); [batch], S₊ alone,
-            will do for "+".
+            is enough for "+".
         correct: [batch], 1 or 0; NaN (unknown) gives NaN.
         loss_target: "+" or "both".
 
@@ -81,7 +94,7 @@ def outcome_loss(scores: Tensor, correct: Tensor, loss_target: LossTarget = "+")
         [batch].
 
     Raises:
-        ValueError: shapes or ``loss_target`` are none of these.
+        ValueError: The shapes, or ``loss_target``, are none of these.
     """
     if loss_target not in ("both", "+"):
         raise ValueError(f'expected loss_target "both" or "+", found {loss_target!r}')
@@ -103,7 +116,11 @@ def outcome_loss(scores: Tensor, correct: Tensor, loss_target: LossTarget = "+")
     return torch.where(correct.isnan(), torch.nan, (right - 1) ** 2)
 
 
-def pair_loss(scores: Tensor, correct: Tensor, group: Tensor) -> Tensor:
+def pair_loss(
+    scores: Float[Tensor, " batch"],
+    correct: Real[Tensor, " batch"],
+    group: Int[Tensor, " batch"],
+) -> Float[Tensor, ""]:
     """Upper-level loss on what best-of-N uses, the order of the candidates of one question.
 
         mean over pairs (i right, j wrong, same question) of (S_i − S_j − 1)²
@@ -120,7 +137,7 @@ def pair_loss(scores: Tensor, correct: Tensor, group: Tensor) -> Tensor:
         Scalar.
 
     Raises:
-        ValueError: no question of the batch has both a right and a wrong candidate.
+        ValueError: No question of the batch has both a right and a wrong candidate.
     """
     same = group[:, None] == group[None, :]
     pairs = same & (correct[:, None] == 1) & (correct[None, :] == 0)

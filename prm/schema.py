@@ -13,9 +13,9 @@ class Step:
     """One step of a solution.
 
     Attributes:
-        text: what the step says.
-        label: probability in [0, 1] that the step is right: 1.0 for "+", 0.0 for "-", in between
-            for soft (Monte Carlo) labels; None where nobody judged it.
+        text: What the step says.
+        label: Probability in [0, 1] that the step is right: 1.0 for "+", 0.0 for "-", in between
+            for soft (Monte Carlo) labels; None for a step without a label.
     """
 
     text: str
@@ -27,15 +27,15 @@ class StepExample:
     """One solution of one question.
 
     Attributes:
-        id: unique within a file; instance weights are stored under it.
-        question: text of the question.
-        images: image files, in the order in which the model sees them.
-        steps: the solution, at least one step.
-        domain: name of the domain, for domain weights and reports.
-        answer: the answer that the solution ends with, for votes.
-        correct: whether that answer is right; set on outcome (meta, dev, test) rows.
-        group: ties the candidate solutions of one question together.
-        extra: every other key of the record, unchanged.
+        id: Unique within a file; instance weights are stored under it.
+        question: Text of the question.
+        images: Image files, in the order in which the model sees them.
+        steps: The solution, at least one step.
+        domain: Name of the domain, for domain weights and reports.
+        answer: The answer that the solution ends with, for votes.
+        correct: Whether that answer is right; set on outcome (meta, dev, test) rows.
+        group: Ties the candidate solutions of one question together.
+        extra: Every other key of the record, unchanged.
     """
 
     id: str
@@ -57,13 +57,13 @@ class DataError(ValueError):
     """A record, or a file that it names, is not what it has to be.
 
     Attributes:
-        expected: what should have been there.
-        found: what was there.
-        file: the file at fault, if there is one.
-        line: line in ``file``, counted from 1.
-        field: path of the field inside the record, such as ``steps[2].label``.
-        example: id of the example, where no file is known.
-        remedy: what to change.
+        expected: What should have been there.
+        found: What was there.
+        file: The file at fault, if there is one.
+        line: Line in ``file``, counted from 1.
+        field: Path of the field inside the record, such as ``steps[2].label``.
+        example: Id of the example, where no file is known.
+        remedy: What to change.
     """
 
     def __init__(
@@ -84,9 +84,9 @@ class DataError(ValueError):
         self.field = field
         self.example = example
         self.remedy = remedy
-        place = "" if file is None else f"{file}:{line}" if line is not None else f"{file}"
+        where = "" if file is None else f"{file}:{line}" if line is not None else f"{file}"
         parts = [
-            place,
+            where,
             "" if example is None else f"example {example!r}",
             "" if field is None else f"field {field}",
             f"expected {expected}, found {_middle_out(found)}" + (f"; {remedy}" if remedy else ""),

@@ -8,18 +8,21 @@ vocabulary at every token.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from prm.aggregations import Aggregation
-from prm.inputs.collate import Collator, EncodedExample
-from prm.inputs.workers import made_in_order
+from prm.inputs.collate import Batch, EncodedExample
+from prm.inputs.workers import ordered_map
 from prm.models.model import PRM, step_logits
 
 
-def step_scores(step_logits: Tensor, *, full_vocab: bool = False) -> Tensor:
+def step_scores(
+    step_logits: Float[Tensor, "*batch steps 2"], *, full_vocab: bool = False
+) -> Float[Tensor, "*batch steps"]:
     """p("+") of every step, [batch, steps], from step logits [batch, steps, 2].
 
     Two-way by default: softmax over {+, −} = σ(z₊ − z₋). With ``full_vocab`` the columns are
@@ -28,7 +31,9 @@ def step_scores(step_logits: Tensor, *, full_vocab: bool = False) -> Tensor:
     return step_probs(step_logits, full_vocab=full_vocab)[..., 0]
 
 
-def step_probs(step_logits: Tensor, *, full_vocab: bool = False) -> Tensor:
+def step_probs(
+    step_logits: Float[Tensor, "*batch steps 2"], *, full_vocab: bool = False
+) -> Float[Tensor, "*batch steps 2"]:
     """p("+") and p("-") of every step, [batch, steps, 2]; see ``step_scores``."""
     if full_vocab:
         return step_logits.exp()
@@ -36,11 +41,13 @@ def step_probs(step_logits: Tensor, *, full_vocab: bool = False) -> Tensor:
     return torch.stack([difference.sigmoid(), (-difference).sigmoid()], dim=-1)
 
 
-def aggregate(step_scores: Tensor, mask: Tensor, how: Aggregation) -> Tensor:
+def aggregate(
+    step_scores: Float[Tensor, "*batch steps"], mask: Bool[Tensor, "*_batch"], how: Aggregation
+) -> Float[Tensor, "*batch"]:
     """Solution scores [batch] of step scores [batch, steps]; ``how`` is of ``prm.aggregations``.
 
     Raises:
-        ValueError: shapes of scores and mask differ.
+        ValueError: The shapes of scores and mask differ.
     """
     if step_scores.shape != mask.shape:
         raise ValueError(
@@ -51,8 +58,12 @@ def aggregate(step_scores: Tensor, mask: Tensor, how: Aggregation) -> Tensor:
 
 
 def solution_scores(
-    step_logits: Tensor, mask: Tensor, how: Aggregation, *, full_vocab: bool = False
-) -> Tensor:
+    step_logits: Float[Tensor, "*batch steps 2"],
+    mask: Bool[Tensor, "*batch steps"],
+    how: Aggregation,
+    *,
+    full_vocab: bool = False,
+) -> Float[Tensor, "*batch 2"]:
     """Aggregated p("+") and aggregated p("-") of every solution, [batch, 2].
 
     The first column is the solution's score; ``prm.losses.outcome_loss`` reads both.
@@ -66,45 +77,45 @@ def score_examples(
     prm: PRM,
     params: Mapping[str, Tensor],
     encoded: Sequence[EncodedExample],
-    collator: Collator,
+    collator: Callable[[Sequence[EncodedExample]], Batch],
     batch_size: int,
     *,
     full_vocab: bool = False,
     workers: int = 0,
-) -> list[Tensor]:
-    """Step scores p("+") of every example, one [steps] tensor each on the CPU, in order.
+) -> list[Float[Tensor, " _steps"]]:
+    """Return the step scores p("+") of every example, one [steps] tensor each on the CPU, in order.
 
-    Batches are made of examples of similar length, so that little is spent on padding. The head
+    Examples of similar length share a batch, so that little is spent on padding. The head
     is applied at the label positions only, to "+" and "-" only unless ``full_vocab``.
 
     Memory: activations of a batch without graph, and with ``full_vocab`` twice
     [batch, steps, vocabulary] float32.
 
     Args:
-        prm: the model.
-        params: values by parameter name; others keep the model's values.
-        encoded: of ``collator.encode``.
-        collator: pads batches.
-        batch_size: examples per forward pass.
-        full_vocab: probabilities over the whole vocabulary instead of the two labels, as
+        prm: The model.
+        params: Values by parameter name; others keep the model's values.
+        encoded: The examples, from ``Collator.encode``.
+        collator: Pads examples into a batch; a ``Collator``.
+        batch_size: Examples per forward pass.
+        full_vocab: Probabilities over the whole vocabulary instead of the two labels, as
             DreamPRM-1.5 scores: softmax(z)₊ at the position, where "+" and "-" do not sum to 1.
-        workers: processes that make batches ahead; see ``prm.inputs.workers``.
+        workers: Processes that prepare batches ahead; see ``prm.inputs.workers``.
 
     Raises:
-        DataError: an image that cannot be decoded.
+        DataError: An image cannot be decoded.
     """
     if batch_size < 1:
         raise ValueError(f"expected batch_size >= 1, found {batch_size}")
     device = next(iter(params.values()), next(prm.model.parameters())).device
-    order = sorted(range(len(encoded)), key=lambda place: -len(encoded[place].input_ids))
+    order = sorted(range(len(encoded)), key=lambda row: -len(encoded[row].input_ids))
     scores: dict[int, Tensor] = {}
     parts = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
-    batches = made_in_order(
-        lambda number: collator([encoded[place] for place in parts[number]]),
+    batches = ordered_map(
+        lambda number: collator([encoded[row] for row in parts[number]]),
         range(len(parts)),
         workers,
     )
-    for places, batch in zip(parts, batches, strict=True):
+    for part, batch in zip(parts, batches, strict=True):
         logits = step_logits(
             prm,
             params,
@@ -112,7 +123,7 @@ def score_examples(
             full_vocab=full_vocab,
             label_rows=not full_vocab,
         )
-        rows = step_scores(logits, full_vocab=full_vocab).cpu()
-        for place, row in zip(places, rows, strict=True):
-            scores[place] = row[: len(encoded[place].label_positions)].clone()
-    return [scores[place] for place in range(len(encoded))]
+        padded = step_scores(logits, full_vocab=full_vocab).cpu()
+        for row, values in zip(part, padded, strict=True):
+            scores[row] = values[: len(encoded[row].label_positions)].clone()
+    return [scores[row] for row in range(len(encoded))]

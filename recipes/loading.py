@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -44,9 +43,7 @@ class Examples:
         self, index: Mapping[str, int], domains: Mapping[str, int] | None = None
     ) -> Examples:
         """The same examples, whose batches also hold ``index`` and, if given, ``domain``."""
-        collator = copy.copy(self.collator)
-        collator.index, collator.domains = index, domains
-        return replace(self, collator=collator)
+        return replace(self, collator=self.collator.with_rows(index, domains))
 
     def batch(self, rows: Sequence[int]) -> Batch:
         """The batch of the given rows."""
@@ -79,7 +76,7 @@ def load_model(
     """The model and its trainable parameters, by name.
 
     Raises:
-        OptionError: no such model, one that cannot judge steps, or ``freeze`` names no part of it.
+        OptionError: No such model, one that cannot judge steps, or ``freeze`` names no part of it.
     """
     name = path if path is not None else options.model
     if path not in (None, "embedded") and not Path(name).is_dir():  # what a hub has is --model
@@ -104,8 +101,8 @@ def read_solutions(options: PrmOptions, path: str) -> Solutions:
     """Read a file that no model has to; images are looked for, not decoded.
 
     Raises:
-        OptionError: no such file.
-        DataError: a record that cannot be used.
+        OptionError: No such file.
+        DataError: A record that cannot be used.
     """
     file = _existing(path)
     return Solutions(
@@ -123,8 +120,8 @@ def read_examples(prm: PRM, options: PrmOptions, path: str) -> Examples:
     decodes its own.
 
     Raises:
-        OptionError: no such file.
-        DataError: a record that cannot be used.
+        OptionError: No such file.
+        DataError: A record that cannot be used.
     """
     file = _existing(path)
     examples = reader.read_examples(

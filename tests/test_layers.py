@@ -21,7 +21,7 @@ MODULES = [path for name in PACKAGES for path in sorted((ROOT / name).rglob("*.p
 ALLOWED = {
     "bilevel": {"torch", "torchopt", "optree"},
     "weighting": {"torch", "safetensors"},
-    "prm": {"torch", "transformers", "jinja2", "PIL", "numpy", "safetensors", "peft"},
+    "prm": {"torch", "jaxtyping", "transformers", "jinja2", "PIL", "numpy", "safetensors", "peft"},
     "recipes": {
         *(*CORE, "torch", "torchopt", "optree", "transformers", "tokenizers", "safetensors"),
         *("PIL", "numpy", "sklearn", "yaml", "tqdm", "filelock"),

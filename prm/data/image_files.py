@@ -28,10 +28,10 @@ class ImageProblem:
     """Why an image cannot be used.
 
     Attributes:
-        fault: what kind of problem.
-        expected: what the field should have named.
-        found: what is there.
-        remedy: what to change.
+        fault: What kind of problem.
+        expected: What the field should have named.
+        found: What is there.
+        remedy: What to change.
     """
 
     fault: Fault
@@ -44,9 +44,9 @@ class ImageFiles:
     """Checks image paths, each path once (memory: one string per distinct path).
 
     Args:
-        root: folder that the images have to lie in, symbolic links followed.
-        allow_outside: take images elsewhere, too.
-        check: how closely to look at a file.
+        root: Folder that the images have to lie in, symbolic links followed.
+        allow_outside: Take images elsewhere, too.
+        check: How closely to look at a file.
     """
 
     def __init__(
@@ -76,11 +76,11 @@ class ImageFiles:
         if path in self._fine:
             return None
         if path not in self._problems:
-            found = self._look(path)
-            if found is None:
+            problem = self._look(path)
+            if problem is None:
                 self._fine.add(path)
                 return None
-            self._problems[path] = found
+            self._problems[path] = problem
         return self._problems[path]
 
     def _look(self, path: str) -> ImageProblem | None:

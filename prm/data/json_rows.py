@@ -77,7 +77,7 @@ def json_line(raw: bytes, path: Path, line: int) -> Any:
     """The value of one line of a JSONL file, as strict as `json_rows`.
 
     Raises:
-        DataError: it cannot be had.
+        DataError: It cannot be had.
     """
     try:
         return _decode_line(raw)
@@ -230,7 +230,7 @@ def _array_rows(file: IO[bytes], path: Path) -> Iterator[tuple[int, Any | DataEr
         yield max(row, 1), refused.at(path, max(row, 1))
 
 
-def _refuse_surrogates(value: Any) -> None:
+def _refuse_surrogates(value: object) -> None:
     """Half of a pair of escapes makes a string that can be neither written nor tokenised."""
     left = [(value, "")]
     while left:

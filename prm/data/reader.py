@@ -23,10 +23,10 @@ class Row:
     """One record of a file.
 
     Attributes:
-        line: line of a JSONL file, row of a JSON array, counted from 1.
-        record: the decoded record as it stands in the file.
-        examples: what it holds: one example, or one per candidate solution.
-        format: name of its format.
+        line: Line of a JSONL file, row of a JSON array, counted from 1.
+        record: The decoded record as it stands in the file.
+        examples: What it holds: one example, or one per candidate solution.
+        format: Name of its format.
     """
 
     line: int
@@ -44,14 +44,14 @@ def iter_rows(
     not compared: see ``checked_rows``.
 
     Args:
-        path: the file.
-        image_root: folder that image paths are relative to; None: the folder of ``path``.
-        format: a name of ``prm.names.FORMAT_NAMES``; "auto": the format that the first
+        path: The file.
+        image_root: Folder that image paths are relative to; None: the folder of ``path``.
+        format: A name of ``prm.names.FORMAT_NAMES``; "auto": the format that the first
             record looks like. Records of several formats in one file are errors.
 
     Raises:
         FileNotFoundError: ``path`` does not exist.
-        ValueError: no format of that name.
+        ValueError: There is no format of that name.
     """
     path = Path(path)
     root = path.parent if image_root is None else Path(image_root)
@@ -85,9 +85,10 @@ def checked_rows(
     followed) unless ``allow_outside_images``, and stand ``check_images``, each path looked at once.
 
     Raises:
-        DataError: naming file, line or row, field, what was expected and found, and what to do.
+        DataError: A record cannot be used. The error names file, line or row, field, what was
+            expected and found, and what to do.
         FileNotFoundError: ``path`` does not exist.
-        ValueError: no format of that name.
+        ValueError: There is no format of that name.
     """
     path = Path(path)
     root = path.parent if image_root is None else Path(image_root)
@@ -144,13 +145,14 @@ def read_jsonl(
         path: UTF-8, one JSON object a line (see ``prm.data.record_fields.FIELDS``); labels are
             "+", "-", a number in [0, 1], [right, all] rollouts or null. Keys that are no fields go
             to ``StepExample.extra``.
-        image_root: folder that image paths are relative to; None: the folder of ``path``.
-        check_images: decode every image once, so that a truncated file is found now and not in
+        image_root: Folder that image paths are relative to; None: the folder of ``path``.
+        check_images: Decode every image once, so that a truncated file is found now and not in
             the middle of a run. Otherwise only the existence of image files is checked.
-        allow_outside_images: take images outside ``image_root``, too.
+        allow_outside_images: Take images outside ``image_root``, too.
 
     Raises:
-        DataError: naming file, line, field, what was expected and found, and what to do.
+        DataError: A record cannot be used. The error names file, line, field, what was expected
+            and found, and what to do.
         FileNotFoundError: ``path`` does not exist.
     """
     return read_examples(
@@ -202,7 +204,7 @@ def write_jsonl(
     the latter are read back only with ``allow_outside_images``.
 
     Raises:
-        DataError: an example that ``read_jsonl`` would refuse, or a key of ``extra`` that is the
+        DataError: An example that ``read_jsonl`` would refuse, or a key of ``extra`` that is the
             name of a field; ``path`` is then left as it was.
     """
     path = Path(path)

@@ -24,7 +24,7 @@ _NEAR = 0.8
 
 
 class Words(str):
-    """Text that goes into a message as it is, not described as a value."""
+    """Text that a message quotes without describing it as a value."""
 
 
 @dataclass(frozen=True)
@@ -32,9 +32,9 @@ class Place:
     """Where a record stands, and the folder that its image paths are relative to.
 
     Attributes:
-        root: folder of the images.
-        file: the file that holds the record, if there is one.
-        line: line in a JSONL file, row in a JSON array, counted from 1.
+        root: Folder of the images.
+        file: The file that holds the record, if there is one.
+        line: Line in a JSONL file, row in a JSON array, counted from 1.
     """
 
     root: Path
@@ -42,7 +42,7 @@ class Place:
     line: int | None = None
 
     def refuse(
-        self, field: str | None, expected: str, found: Any, remedy: str | None = None
+        self, field: str | None, expected: str, found: object, remedy: str | None = None
     ) -> NoReturn:
         """Raise the ``DataError`` of this place; ``found`` is described unless it is ``Words``."""
         raise DataError(
@@ -62,7 +62,7 @@ class Place:
                 remedy = f"rename {near[0]!r} to {name!r}" if near else None
                 self.refuse(name, f"the field {name!r}", Words("nothing"), remedy)
 
-    def text(self, value: Any, field: str, *, blank: bool = False) -> str:
+    def text(self, value: object, field: str, *, blank: bool = False) -> str:
         """A string that UTF-8 can hold; white space alone only if ``blank``."""
         if not isinstance(value, str):
             self.refuse(field, "a string", value)
@@ -96,7 +96,7 @@ class Place:
             self.refuse(field, "true, false or null", value)
         return value
 
-    def listed(self, value: Any, field: str, what: str, remedy: str | None = None) -> list[Any]:
+    def listed(self, value: object, field: str, what: str, remedy: str | None = None) -> list[Any]:
         """A list with at least one element."""
         if not isinstance(value, list):
             self.refuse(field, f"a list of {what}", value)
@@ -105,8 +105,8 @@ class Place:
             self.refuse(field, f"at least one {one}", value, remedy)
         return value
 
-    def label(self, value: Any, field: str, *, boolean: bool = False) -> float | None:
-        """Probability that a step is right; None where nobody judged it.
+    def label(self, value: object, field: str, *, boolean: bool = False) -> float | None:
+        """Return the probability that a step is right; None for a step without a label.
 
         [K, N], K right of N rollouts, is K / N; [0, 0], never sampled, is None. True and false
         count only if ``boolean``.
@@ -134,7 +134,7 @@ class Place:
         right, total = value
         return None if total == 0 else right / total
 
-    def image(self, value: Any, field: str, *, cut_parents: bool = False) -> Path:
+    def image(self, value: object, field: str, *, cut_parents: bool = False) -> Path:
         """The path of an image; whether the file exists is the reader's business.
 
         With ``cut_parents`` leading ``../`` are dropped from a path that would leave the root: the
@@ -189,7 +189,7 @@ def domain_key(record: Mapping[str, Any]) -> str:
     return "domain" if record.get("domain") is not None else "dataset"
 
 
-def image_field(record: Any, number: int) -> str:
+def image_field(record: object, number: int) -> str:
     """The field of a record that names its image ``number``, for messages."""
     for name in IMAGE_FIELDS:
         value = record.get(name) if isinstance(record, dict) else None
@@ -226,7 +226,7 @@ def is_below(path: str, root: str) -> bool:
     return path == root or path.startswith(root.rstrip(os.sep) + os.sep)
 
 
-def describe(value: Any) -> str:
+def describe(value: object) -> str:
     """``value`` in a few words, for a message: its JSON kind and, if short, itself."""
     if value is None:
         return "null"

@@ -13,19 +13,19 @@ STEP_FIELDS = ("text", "label")
 
 
 def parse_record(
-    record: Any, image_root: Path, *, file: Path | None = None, line: int | None = None
+    record: object, image_root: Path, *, file: Path | None = None, line: int | None = None
 ) -> StepExample:
     """Check a decoded JSON value and make an example of it.
 
     Image paths are taken relative to ``image_root``; whether they exist is the reader's business.
 
     Raises:
-        DataError: naming ``file``, ``line`` and the field at fault.
+        DataError: A field is wrong; the error names ``file``, ``line`` and the field.
     """
     return parse(record, Place(image_root, file, line))
 
 
-def parse(record: Any, place: Place) -> StepExample:
+def parse(record: object, place: Place) -> StepExample:
     """As ``parse_record``."""
     if not isinstance(record, dict):
         place.refuse(None, "a JSON object", record, "write one object per line")
@@ -95,7 +95,7 @@ def _check_keys(
             )
 
 
-def _images(value: Any, place: Place) -> tuple[Path, ...]:
+def _images(value: object, place: Place) -> tuple[Path, ...]:
     if value is None:
         return ()
     if not isinstance(value, list):
@@ -103,10 +103,10 @@ def _images(value: Any, place: Place) -> tuple[Path, ...]:
     return tuple(place.image(path, f"images[{number}]") for number, path in enumerate(value))
 
 
-def _steps(value: Any, place: Place) -> tuple[Step, ...]:
-    place.listed(value, "steps", "steps", "remove the record or give it steps")
+def _steps(value: object, place: Place) -> tuple[Step, ...]:
+    records = place.listed(value, "steps", "steps", "remove the record or give it steps")
     steps = []
-    for number, step in enumerate(value):
+    for number, step in enumerate(records):
         field = f"steps[{number}]"
         if not isinstance(step, dict):
             place.refuse(field, 'an object such as {"text": ..., "label": "+"}', step)

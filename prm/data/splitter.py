@@ -53,8 +53,8 @@ def split_steps(text: str) -> list[str]:
     lines = _lines(text)
     marks = _counting(((_STEP.match(line.text), line.start) for line in lines), first=None)
     if len(marks) < 2:
-        found = ((match, match.start()) for match in _INLINE_STEP.finditer(text))
-        marks = _counting(found, first=None)
+        matches = ((match, match.start()) for match in _INLINE_STEP.finditer(text))
+        marks = _counting(matches, first=None)
     if len(marks) >= 2:
         cuts = {*marks, *_paragraphs(lines, until=marks[0])}
     else:
@@ -99,15 +99,15 @@ def _lines(text: str) -> list[_Line]:
     return lines
 
 
-def _counting(found: Iterable[tuple[re.Match[str] | None, int]], first: int | None) -> list[int]:
-    """Places of the matches whose numbers count up by one, from ``first`` or from any number."""
-    places: list[int] = []
+def _counting(matches: Iterable[tuple[re.Match[str] | None, int]], first: int | None) -> list[int]:
+    """Starts of the matches whose numbers count up by one, from ``first`` or from any number."""
+    starts: list[int] = []
     wanted = first
-    for match, place in found:
+    for match, start in matches:
         if match is not None and wanted in (None, int(match[1])):
-            places.append(place)
+            starts.append(start)
             wanted = int(match[1]) + 1
-    return places
+    return starts
 
 
 def _paragraphs(lines: Sequence[_Line], until: int | None = None) -> list[int]:

@@ -31,15 +31,15 @@ def write_stepwise(
     under its name only when complete.
 
     Args:
-        path: the file to write.
-        examples: what to write.
-        image_root: folder below which images are written relative to it.
-        soft: labels are floats; otherwise they are true and false, as TRL's trainer took them (it
+        path: The file to write.
+        examples: What to write.
+        image_root: Folder below which images are written relative to it.
+        soft: Labels are floats; otherwise they are true and false, as TRL's trainer took them (it
             cut 0.9 to 0), and a probability in between is an error. A column holds one kind.
-        weights: weight of every id, from ``read_weights``.
+        weights: Weight of every id, from ``read_weights``.
 
     Raises:
-        DataError: a probability without ``soft``, an id without a weight, or a weight without an
+        DataError: A probability without ``soft``, an id without a weight, or a weight without an
             example.
     """
     path = Path(path)
@@ -105,7 +105,7 @@ def read_weights(path: str | Path) -> dict[str, float]:
     """Weights by id from the ``weights.jsonl`` of a run.
 
     Raises:
-        DataError: a line without an id or a finite weight, or an id that comes twice.
+        DataError: A line without an id or a finite weight, or an id that comes twice.
         FileNotFoundError: ``path`` does not exist.
     """
     path = Path(path)
@@ -132,7 +132,7 @@ def read_weights(path: str | Path) -> dict[str, float]:
     return weights
 
 
-def _number(value: Any) -> float | None:
+def _number(value: object) -> float | None:
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
         return None
     return float(value)

@@ -77,7 +77,7 @@ def answer_classes(answers: Sequence[str | None]) -> list[str | None]:
     several units, or none, it stays by itself.
 
     Args:
-        answers: what each candidate answers; None: nothing.
+        answers: What each candidate answers; None: nothing.
 
     Returns:
         A string per candidate, equal for those that agree; None does not vote.
@@ -208,10 +208,10 @@ def _list(text: str, depth: int) -> str | None:
 def _spans(text: str) -> bool:
     """Whether the first bracket is closed by the last character, of whatever kind: (1, 2]."""
     depth = 0
-    for place, character in enumerate(text):
+    for index, character in enumerate(text):
         depth += (character in _BRACKETS) - (character in _BRACKETS.values())
         if not depth:
-            return place == len(text) - 1
+            return index == len(text) - 1
     return False
 
 

@@ -28,33 +28,33 @@ def brier(probabilities: ArrayLike, truth: ArrayLike) -> float:
         truth: y_i in [0, 1], [items]; soft labels are taken as they are.
 
     Raises:
-        ValueError: nothing, different lengths, or values outside [0, 1].
+        ValueError: Nothing, different lengths, or values outside [0, 1].
     """
-    said, true = _unit(probabilities, "probabilities"), _unit(truth, "truth")
-    _check(said, true)
-    return float(np.mean((said - true) ** 2))
+    predicted, true = _unit(probabilities, "probabilities"), _unit(truth, "truth")
+    _check(predicted, true)
+    return float(np.mean((predicted - true) ** 2))
 
 
 def reliability(probabilities: ArrayLike, truth: ArrayLike, bins: int = 10) -> tuple[Bin, ...]:
-    """Bins of equal width (a, b], the first with its lower end, that hold something.
+    """Return the bins that hold something, of equal width: (a, b], the first with its lower end.
 
     Arguments and errors as in ``expected_calibration_error``.
     """
     if bins < 1:
         raise ValueError(f"expected bins >= 1, found {bins}")
-    said, true = _unit(probabilities, "probabilities"), _unit(truth, "truth")
-    _check(said, true)
+    predicted, true = _unit(probabilities, "probabilities"), _unit(truth, "truth")
+    _check(predicted, true)
     edges = np.linspace(0, 1, bins + 1)
-    place = np.searchsorted(edges[1:-1], said)
-    counts = np.bincount(place, minlength=bins)
-    said_sums = np.bincount(place, said, bins)
-    true_sums = np.bincount(place, true, bins)
+    bin_of = np.searchsorted(edges[1:-1], predicted)
+    counts = np.bincount(bin_of, minlength=bins)
+    predicted_sums = np.bincount(bin_of, predicted, bins)
+    true_sums = np.bincount(bin_of, true, bins)
     return tuple(
         Bin(
             low=float(edges[index]),
             high=float(edges[index + 1]),
             items=int(counts[index]),
-            mean_probability=float(said_sums[index] / counts[index]),
+            mean_probability=float(predicted_sums[index] / counts[index]),
             mean_truth=float(true_sums[index] / counts[index]),
         )
         for index in range(bins)
@@ -74,11 +74,11 @@ def expected_calibration_error(probabilities: ArrayLike, truth: ArrayLike, bins:
         bins: M.
 
     Raises:
-        ValueError: nothing, different lengths, values outside [0, 1], or no bins.
+        ValueError: Nothing, different lengths, values outside [0, 1], or no bins.
     """
-    found = reliability(probabilities, truth, bins)
-    total = sum(one.items for one in found)
-    return sum(one.items * abs(one.mean_truth - one.mean_probability) for one in found) / total
+    diagram = reliability(probabilities, truth, bins)
+    total = sum(bar.items for bar in diagram)
+    return sum(bar.items * abs(bar.mean_truth - bar.mean_probability) for bar in diagram) / total
 
 
 def _unit(values: ArrayLike, name: str) -> Floats:
@@ -90,8 +90,8 @@ def _unit(values: ArrayLike, name: str) -> Floats:
     return array
 
 
-def _check(said: Floats, true: Floats) -> None:
-    if said.shape != true.shape or not len(said):
+def _check(predicted: Floats, true: Floats) -> None:
+    if predicted.shape != true.shape or not len(predicted):
         raise ValueError(
-            f"expected two lists of one length, not empty, found {len(said)} and {len(true)}"
+            f"expected two lists of one length, not empty, found {len(predicted)} and {len(true)}"
         )

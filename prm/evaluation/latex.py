@@ -14,10 +14,10 @@ def boxed(text: str) -> str:
         return text
     start = text.index("{", start) + 1
     depth = 1
-    for place in range(start, len(text)):
-        depth += {"{": 1, "}": -1}.get(text[place], 0)
+    for index in range(start, len(text)):
+        depth += {"{": 1, "}": -1}.get(text[index], 0)
         if not depth:
-            return text[start:place].strip()
+            return text[start:index].strip()
     return text
 
 

@@ -7,7 +7,7 @@ What benchmarks of step judgements report is in ``prm.evaluation.step_benchmarks
 from __future__ import annotations
 
 from math import comb
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -23,7 +23,7 @@ def pass_at_k(correct: ArrayLike, k: int) -> float:
     as in Codex (arXiv 2107.03374). ``k = N`` is the oracle.
 
     Raises:
-        ValueError: not 1 <= k <= N.
+        ValueError: Not 1 <= k <= N.
     """
     right = _binary(correct, "correct")
     _check_k(k, len(right))
@@ -41,7 +41,7 @@ def expected_best_of_k(scores: ArrayLike, correct: ArrayLike, k: int) -> float:
     mean of their c: a fair draw among them. Equals ``best_of_n`` at k = N, and pass@1 at k = 1.
 
     Raises:
-        ValueError: different lengths, not 1 <= k <= N, or a score that is not a number.
+        ValueError: Different lengths, not 1 <= k <= N, or a score that is not a number.
     """
     values = _numbers(scores, "scores")
     right = _numbers(correct, "correct")
@@ -65,10 +65,10 @@ def roc_auc(truth: ArrayLike, scores: ArrayLike) -> float:
 
     Args:
         truth: 1 or 0 of each item.
-        scores: score of each item; higher means truer.
+        scores: Score of each item; higher means truer.
 
     Raises:
-        ValueError: different lengths, not both kinds of item, or a score that is not a number.
+        ValueError: Different lengths, not both kinds of item, or a score that is not a number.
     """
     true = _binary(truth, "truth").astype(bool)
     values = _numbers(scores, "scores")
@@ -84,24 +84,25 @@ def roc_auc(truth: ArrayLike, scores: ArrayLike) -> float:
     return float(above / (positives * negatives))
 
 
-def f1(truth: ArrayLike, said: ArrayLike) -> float:
-    """F1 of the items that are true: 2 TP / (2 TP + FP + FN); 0 where nothing is true or said so.
+def f1(truth: ArrayLike, predicted: ArrayLike) -> float:
+    """F1 of the items that are true: 2 TP / (2 TP + FP + FN); 0 where there are no hits.
 
     For the F1 of wrong steps, give the negations of both.
 
     Raises:
-        ValueError: different lengths, or values other than 0 and 1.
+        ValueError: Different lengths, or values other than 0 and 1.
     """
-    true, judged = _binary(truth, "truth").astype(bool), _binary(said, "said").astype(bool)
+    true = _binary(truth, "truth").astype(bool)
+    judged = _binary(predicted, "predicted").astype(bool)
     _check_same_length(true, judged)
     hits = int((true & judged).sum())
     misses = int((true ^ judged).sum())
     return 2 * hits / (2 * hits + misses) if hits else 0.0
 
 
-def macro_f1(truth: ArrayLike, said: ArrayLike) -> float:
+def macro_f1(truth: ArrayLike, predicted: ArrayLike) -> float:
     """Mean of the F1 of true items and the F1 of false ones, as VisualProcessBench reports it."""
-    true, judged = _binary(truth, "truth"), _binary(said, "said")
+    true, judged = _binary(truth, "truth"), _binary(predicted, "predicted")
     return (f1(true, judged) + f1(1 - true, 1 - judged)) / 2
 
 
@@ -111,17 +112,17 @@ def bootstrap_interval(
     """Percentile bootstrap interval of the mean of ``values`` over questions.
 
     Args:
-        values: one value per question, such as the result of ``best_of_n``. Candidates of one
+        values: One value per question, such as the result of ``best_of_n``. Candidates of one
             question are not independent: average over them first.
-        level: coverage.
-        resamples: number of resampled means.
-        seed: fixes the resampling; the same seed resamples the same questions.
+        level: Coverage.
+        resamples: Number of resampled means.
+        seed: Fixes the resampling; the same seed resamples the same questions.
 
     Returns:
         Lower and upper end.
 
     Raises:
-        ValueError: no values, values that are no numbers, or ``level`` outside (0, 1).
+        ValueError: No values, values that are no numbers, or ``level`` outside (0, 1).
     """
     numbers = _numbers(values, "values")
     if not len(numbers):
@@ -155,7 +156,7 @@ def paired_interval(
     than what two separate intervals suggest.
 
     Raises:
-        ValueError: different lengths, and as ``bootstrap_interval``.
+        ValueError: Different lengths, and as ``bootstrap_interval``.
     """
     first, second = _numbers(values, "values"), _numbers(baseline, "baseline")
     _check_same_length(first, second)
@@ -182,11 +183,11 @@ def mcnemar(values: ArrayLike, baseline: ArrayLike) -> PairedTest:
     which shared ties make, the sign test, of which it is the special case.
 
     Args:
-        values: one value per question, such as the results of ``best_of_n``.
-        baseline: another selector's, for the same questions in the same order.
+        values: One value per question, such as the results of ``best_of_n``.
+        baseline: Another selector's, for the same questions in the same order.
 
     Raises:
-        ValueError: different lengths, or values that are no numbers.
+        ValueError: Different lengths, or values that are no numbers.
     """
     first, second = _numbers(values, "values"), _numbers(baseline, "baseline")
     _check_same_length(first, second)
@@ -218,6 +219,6 @@ def _check_k(k: int, count: int) -> None:
         raise ValueError(f"expected 1 <= k <= {count}, the number of candidates, found k = {k}")
 
 
-def _check_same_length(first: NDArray, second: NDArray) -> None:
+def _check_same_length(first: NDArray[Any], second: NDArray[Any]) -> None:
     if first.shape != second.shape:
         raise ValueError(f"expected two lists of one length, found {len(first)} and {len(second)}")

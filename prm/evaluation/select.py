@@ -19,25 +19,25 @@ from prm.names import DrawRule, TieRule
 def best_candidate(
     scores: Sequence[float], *, tie: DrawRule = "random", seed: int | str = 0
 ) -> tuple[int, tuple[int, ...]]:
-    """argmax S_i, and all places that share the maximum.
+    """Return argmax S_i, and all indices that share the maximum.
 
     Args:
-        scores: solution score of each candidate.
-        tie: which of several candidates with the same, highest score is taken.
-        seed: decides the draw; with the question's name in it, the draw of a question does not
+        scores: Solution score of each candidate.
+        tie: Which of several candidates with the same, highest score is taken.
+        seed: Decides the draw; with the question's name in it, the draw of a question does not
             depend on which other questions there are.
 
     Returns:
-        The place that is taken, and the tied places in order (one of which it is).
+        The index that is taken, and all tied indices in order.
 
     Raises:
-        ValueError: no candidates, a score that is not a number, or an unknown tie rule.
+        ValueError: No candidates, a score that is not a number, or an unknown tie rule.
     """
     if not len(scores):
         raise ValueError("expected at least one candidate, found none")
     _check_numbers(scores)
     best = max(scores)
-    tied = tuple(place for place, score in enumerate(scores) if score == best)
+    tied = tuple(index for index, score in enumerate(scores) if score == best)
     if tie == "first":
         return tied[0], tied
     if tie == "last":
@@ -53,12 +53,12 @@ def best_of_n(
     """c_i at i = argmax S_i.
 
     Args:
-        scores: solution score of each candidate.
-        correct: whether each candidate's answer is right.
-        tie: which of several candidates with the same, highest score is taken.
+        scores: Solution score of each candidate.
+        correct: Whether each candidate's answer is right.
+        tie: Which of several candidates with the same, highest score is taken.
 
     Raises:
-        ValueError: no candidates, different lengths, or a score that is not a number.
+        ValueError: No candidates, different lengths, or a score that is not a number.
     """
     _check(correct, scores=scores)
     _check_numbers(scores)
@@ -72,16 +72,16 @@ def self_consistency(
     """Majority vote: argmax_a Σ_i 1[a_i = a].
 
     Args:
-        answers: what each candidate answers; None (no answer found) does not vote.
-        correct: whether each candidate's answer is right.
-        tie: which of several answers with the most votes is taken: a fair draw, or the one that
+        answers: What each candidate answers; None (no answer found) does not vote.
+        correct: Whether each candidate's answer is right.
+        tie: Which of several answers with the most votes is taken: a fair draw, or the one that
             was given first, or the one whose first vote came last.
 
     Returns:
         0.0 if no candidate has an answer.
 
     Raises:
-        ValueError: no candidates, or different lengths.
+        ValueError: No candidates, or different lengths.
     """
     return weighted_vote(answers, [1.0] * len(answers), correct, tie=tie)
 
@@ -113,7 +113,7 @@ def weighted_vote(
     return _settle([math.fsum(right for _, right in given) / len(given) for given in winners], tie)
 
 
-def _settle(tied: Sequence[float], tie: TieRule) -> float:
+def _settle(tied: Sequence[float], tie: str) -> float:
     if tie == "first":
         return float(tied[0])
     if tie == "last":
@@ -135,6 +135,6 @@ def _check(correct: Sequence[float], **others: Sequence[object]) -> None:
 
 
 def _check_numbers(scores: Sequence[float]) -> None:
-    for place, score in enumerate(scores):
+    for index, score in enumerate(scores):
         if math.isnan(score):
-            raise ValueError(f"expected a number as score of candidate {place}, found NaN")
+            raise ValueError(f"expected a number as score of candidate {index}, found NaN")

@@ -18,15 +18,16 @@ NO_ERROR = -1
 
 
 def first_error(right: Sequence[bool | None]) -> int | None:
-    """Place of the first wrong step, ``NO_ERROR`` if all are right; ProcessBench's label.
+    """Return the index of the first wrong step, ``NO_ERROR`` if all are right.
 
-    None (a step nobody judged) makes the answer unknown, None, unless a wrong step comes before.
+    This is the label of ProcessBench. None (a step without a judgement) makes the answer unknown,
+    None, unless a wrong step comes before it.
     """
-    for place, judged in enumerate(right):
+    for step, judged in enumerate(right):
         if judged is None:
             return None
         if not judged:
-            return place
+            return step
     return NO_ERROR
 
 
@@ -40,25 +41,26 @@ class ProcessBench(NamedTuple):
     correct: int
 
 
-def process_bench(truth: Sequence[int], said: Sequence[int]) -> ProcessBench:
+def process_bench(truth: Sequence[int], predicted: Sequence[int]) -> ProcessBench:
     """F1 of ProcessBench (arXiv 2412.06559): the harmonic mean of two accuracies.
 
         F1 = 2 a_err a_ok / (a_err + a_ok)
 
-    a_err: share of the solutions with an error whose first error is found at its exact place;
-    a_ok: share of the solutions without error that are said to have none. 0 if both are 0.
+    a_err: share of the solutions with an error whose first error is found at exactly its step;
+    a_ok: share of the solutions without error that are judged to have none. 0 if both are 0.
 
     Args:
         truth: ``first_error`` of the labels, per solution.
-        said: ``first_error`` of the judgements.
+        predicted: ``first_error`` of the judgements.
 
     Raises:
-        ValueError: different lengths, or not both kinds of solution.
+        ValueError: Different lengths, or not both kinds of solution.
     """
-    if len(truth) != len(said):
-        raise ValueError(f"expected lists of one length, found {len(truth)} and {len(said)}")
-    wrong = [found == place for place, found in zip(truth, said, strict=True) if place != NO_ERROR]
-    fine = [found == place for place, found in zip(truth, said, strict=True) if place == NO_ERROR]
+    if len(truth) != len(predicted):
+        raise ValueError(f"expected lists of one length, found {len(truth)} and {len(predicted)}")
+    pairs = list(zip(truth, predicted, strict=True))
+    wrong = [step == true for true, step in pairs if true != NO_ERROR]
+    fine = [step == true for true, step in pairs if true == NO_ERROR]
     if not wrong or not fine:
         raise ValueError(
             f"expected solutions with and without an error, found {len(wrong)} with and "
@@ -80,7 +82,7 @@ class VisualProcessBench(NamedTuple):
 
 
 def visual_process_bench(
-    truth: ArrayLike, said: ArrayLike, sources: Sequence[str]
+    truth: ArrayLike, predicted: ArrayLike, sources: Sequence[str]
 ) -> VisualProcessBench:
     """Macro F1, (F1 of right steps + F1 of wrong steps) / 2, as VisualProcessBench has it.
 
@@ -90,13 +92,13 @@ def visual_process_bench(
 
     Args:
         truth: 1 (right) or 0 of each step, [steps].
-        said: 1 or 0 of each step, [steps].
-        sources: name of the source of each step, [steps].
+        predicted: 1 or 0 of each step, [steps].
+        sources: Name of the source of each step, [steps].
 
     Raises:
-        ValueError: different lengths, no steps, or values other than 0 and 1.
+        ValueError: Different lengths, no steps, or values other than 0 and 1.
     """
-    true, judged = np.asarray(truth), np.asarray(said)
+    true, judged = np.asarray(truth), np.asarray(predicted)
     names = np.asarray(sources, dtype=str)
     if not len(names) or names.shape != true.shape:
         raise ValueError(f"expected a source per step, found {len(names)} for {len(true)} steps")
@@ -116,7 +118,7 @@ def best_threshold(truth: ArrayLike, scores: ArrayLike) -> tuple[float, float]:
     ones the one nearest to 1/2 is taken. O(n log n) in the number of steps.
 
     Raises:
-        ValueError: different lengths, or not both kinds of step.
+        ValueError: Different lengths, or not both kinds of step.
     """
     true = np.asarray(truth).astype(bool)
     values = np.asarray(scores, dtype=np.float64)

@@ -97,12 +97,12 @@ def unit_of(text: str) -> str | None:
 def _product(text: str) -> str | None:
     """A product or quotient of known units, written without spaces."""
     pieces = re.split("([/*·])", text)
-    for place in range(0, len(pieces), 2):
-        factor = _FACTOR.fullmatch(pieces[place])
+    for index in range(0, len(pieces), 2):
+        factor = _FACTOR.fullmatch(pieces[index])
         symbol = _symbol(factor[1]) if factor else None
         if factor is None or symbol is None:
             return None
-        pieces[place] = symbol + (factor[2] or "")
+        pieces[index] = symbol + (factor[2] or "")
     return "".join(pieces).replace("·", "*")
 
 

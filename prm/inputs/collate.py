@@ -6,16 +6,14 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
+from jaxtyping import Int32, Int64
 from torch import Tensor
 
-from prm.inputs.image_inputs import concatenated, image_inputs
-from prm.inputs.prompt import SYSTEM_PROMPT, PromptEncoder
-from prm.inputs.tiles import CACHE_BYTES
-from prm.inputs.tokens import ImageTokens
-from prm.names import Context
+from prm.inputs.image_inputs import concatenated
+from prm.inputs.prompt import PromptEncoder
+from prm.inputs.tiles import ImageInputs
 from prm.schema import DataError, StepExample
 
 Batch = dict[str, Tensor]
@@ -26,15 +24,15 @@ class EncodedExample:
     """An example, tokenised. Images are named, not held.
 
     Attributes:
-        example: what was encoded.
-        input_ids: [seq] int32, images written out.
-        label_positions: [steps] long.
-        tile_counts: tiles per image.
+        example: What was encoded.
+        input_ids: Token ids up to the last label position, images written out.
+        label_positions: The position whose logits predict the label, for every step.
+        tile_counts: Tiles per image.
     """
 
     example: StepExample
-    input_ids: Tensor
-    label_positions: Tensor
+    input_ids: Int32[Tensor, " seq"]
+    label_positions: Int64[Tensor, " steps"]
     tile_counts: tuple[int, ...]
 
 
@@ -66,82 +64,77 @@ class Collator:
     ``domain``          [batch] long              only with ``domains``
     ==================  ========================  ================================================
 
+    ``PRM.collator`` builds one for a model.
+
     Args:
-        tokenizer: fast, with a chat template and a padding token.
-        image_processor: image processor, or whole processor, of the model
-            (``prm.inputs.image_inputs``); None: text only.
-        image_tokens: how images stand in the text; None: text only.
-        context: what stands in earlier assistant slots (``prm.inputs.prompt.Context``).
-        system_prompt: text of the system turn; None: no system turn.
-        max_patches: most tiles per image, thumbnail apart, in units of 256 tokens; None: the image
-            processor's number.
-        max_length: longest sequence that is accepted; None: any.
-        index: row of every example id in the table of instance weights; an id that it does not
-            hold is an error.
-        domains: number of every domain; a domain that it does not hold is an error.
-        cache_bytes: limit of the cache of image inputs.
-        token_types: name of the model input that says which tokens are part of an image; None: the
+        prompt: Lays out examples in text and tokens; its tokenizer has a padding token.
+        images: Prepares images for the model (``prm.inputs.image_inputs``); None, together with
+            ``prompt.image_tokens``: text only.
+        token_types: Name of the model input that says which tokens are part of an image; None: the
             model has none.
+        index: Row of every example id in the table of instance weights; an id that it does not
+            hold is an error. None: batches hold no ``index``.
+        domains: Number of every domain; a domain that it does not hold is an error. None: batches
+            hold no ``domain``.
+
+    Raises:
+        ValueError: The tokenizer has no padding token, or only one of ``images`` and
+            ``prompt.image_tokens`` is given.
     """
 
     def __init__(
         self,
-        tokenizer: Any,
-        image_processor: Any = None,
-        image_tokens: ImageTokens | None = None,
+        prompt: PromptEncoder,
+        images: ImageInputs | None = None,
         *,
-        context: Context = "plus",
-        system_prompt: str | None = SYSTEM_PROMPT,
-        max_patches: int | None = None,
-        max_length: int | None = None,
+        token_types: str | None = None,
         index: Mapping[str, int] | None = None,
         domains: Mapping[str, int] | None = None,
-        cache_bytes: int = CACHE_BYTES,
-        token_types: str | None = None,
     ) -> None:
-        if (image_processor is None) != (image_tokens is None):
-            raise ValueError("give both image_processor and image_tokens, or none of them")
-        if tokenizer.pad_token_id is None:
+        if (images is None) != (prompt.image_tokens is None):
+            raise ValueError("give both images and a prompt with image_tokens, or none of them")
+        if prompt.tokenizer.pad_token_id is None:
             raise ValueError(
                 "expected a tokenizer with a padding token, found none; set tokenizer.pad_token"
             )
-        self.prompt = PromptEncoder(
-            tokenizer,
-            image_tokens=image_tokens,
-            context=context,
-            system_prompt=system_prompt,
-            max_length=max_length,
-            chat_template=getattr(image_processor, "chat_template", None),
-        )
-        self.tiler = (
-            None
-            if image_processor is None
-            else image_inputs(image_processor, max_patches=max_patches, cache_bytes=cache_bytes)
-        )
-        self.image_tokens = image_tokens
+        self.prompt = prompt
+        self.images = images
         self.token_types = token_types
         self.index = index
         self.domains = domains
+
+    def with_rows(
+        self, index: Mapping[str, int] | None, domains: Mapping[str, int] | None = None
+    ) -> Collator:
+        """A collator of the same prompt and images (cache included) with these rows."""
+        return Collator(
+            self.prompt,
+            self.images,
+            token_types=self.token_types,
+            index=index,
+            domains=domains,
+        )
 
     def encode(self, example: StepExample) -> EncodedExample:
         """Tokenise ``example``; of its images only the headers are read.
 
         Raises:
-            DataError: an image is missing or no image, or the text cannot be laid out.
+            DataError: An image is missing or no image, or the text cannot be laid out.
         """
-        if self.tiler is None or self.image_tokens is None:
+        tokens = self.prompt.image_tokens
+        if self.images is None or tokens is None:
             if example.images:
                 self.prompt.messages(example)  # raises: the model takes no images
             return EncodedExample(example, *self.prompt.encode(example), ())
-        counts = tuple(map(self.tiler.count, example.images))
-        pictures = [self.tiler.expanded(path, self.image_tokens) for path in example.images]
-        return EncodedExample(example, *self.prompt.encode(example, pictures), counts)
+        counts = tuple(map(self.images.count, example.images))
+        expanded = [self.images.expanded(path, tokens) for path in example.images]
+        return EncodedExample(example, *self.prompt.encode(example, expanded), counts)
 
     def __call__(self, rows: Sequence[EncodedExample | StepExample]) -> Batch:
         """Pad ``rows`` into a batch; examples that are not encoded yet are encoded first.
 
         Raises:
-            DataError: an image cannot be decoded, or an id or domain is not in the index.
+            DataError: An image cannot be decoded, or an id or domain is not in the index.
         """
         if not rows:
             raise ValueError("expected at least one example in a batch, found none")
@@ -164,9 +157,9 @@ class Collator:
         steps = max(len(row.label_positions) for row in encoded)
         input_ids = torch.full((len(encoded), seq), self.prompt.tokenizer.pad_token_id)
         label_positions = torch.zeros(len(encoded), steps, dtype=torch.long)
-        for place, row in enumerate(encoded):
-            input_ids[place, : len(row.input_ids)] = row.input_ids
-            label_positions[place, : len(row.label_positions)] = row.label_positions
+        for number, row in enumerate(encoded):
+            input_ids[number, : len(row.input_ids)] = row.input_ids
+            label_positions[number, : len(row.label_positions)] = row.label_positions
         counts = torch.tensor([len(row.label_positions) for row in encoded])
         batch = {
             "input_ids": input_ids,
@@ -174,27 +167,27 @@ class Collator:
             "label_positions": label_positions,
             "step_mask": torch.arange(steps) < counts[:, None],
         }
-        if self.token_types is not None and self.image_tokens is not None:
-            batch[self.token_types] = self.image_tokens.in_images(input_ids)
+        if self.token_types is not None and self.prompt.image_tokens is not None:
+            batch[self.token_types] = self.prompt.image_tokens.in_images(input_ids)
         return batch
 
     def _images(self, encoded: Sequence[EncodedExample]) -> Batch:
-        if self.tiler is None:
+        if self.images is None:
             return {}
         read: dict[Path, Mapping[str, Tensor]] = {}  # also where the cache is too small
         parts: dict[str, list[Tensor]] = {}
         for row in encoded:
             for image, count in zip(row.example.images, row.tile_counts, strict=True):
-                if self.tiler.count(image) != count:
+                if self.images.count(image) != count:
                     raise DataError(
                         expected=f"{count} tiles, as when the example was encoded",
-                        found=f"{self.tiler.count(image)}",
+                        found=f"{self.images.count(image)}",
                         file=image,
                         example=row.example.id,
                         remedy="encode with the collator that collates",
                     )
                 if image not in read:
-                    read[image] = self.tiler.inputs(image)
+                    read[image] = self.images.inputs(image)
                 for name, value in read[image].items():
                     parts.setdefault(name, []).append(value)
         return {name: concatenated(values) for name, values in parts.items()}
@@ -226,8 +219,8 @@ class Collator:
 def _targets(examples: Sequence[StepExample]) -> Batch:
     steps = max(len(example.steps) for example in examples)
     labels = torch.full((len(examples), steps), math.nan)
-    for place, example in enumerate(examples):
+    for number, example in enumerate(examples):
         known = [math.nan if step.label is None else step.label for step in example.steps]
-        labels[place, : len(known)] = torch.tensor(known)
+        labels[number, : len(known)] = torch.tensor(known)
     correct = [math.nan if example.correct is None else example.correct for example in examples]
     return {"labels": labels, "correct": torch.tensor(correct, dtype=torch.float32)}

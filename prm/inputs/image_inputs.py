@@ -1,4 +1,4 @@
-"""Which way of preparing images belongs to a model, told by its image processor."""
+"""Chooses how images are prepared for a model, by the model's image processor."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def image_inputs(
     ``max_patches`` does nothing to the last: its processor alone says how large an image becomes.
 
     Raises:
-        ValueError: none of them fits, or max_patches is less than 1.
+        ValueError: The image processor belongs to none of them, or ``max_patches`` is less than 1.
     """
     if _is_processor(image_processor):
         return ProcessedImages(image_processor, cache_bytes=cache_bytes)
@@ -35,7 +35,7 @@ def image_tokens(image_processor: Any, tokenizer: Any, config: Any) -> ImageToke
     """The tokens of an image for the kind of model that the image processor belongs to.
 
     Raises:
-        ValueError: tokenizer or configuration do not name them, or do not agree.
+        ValueError: Tokenizer or configuration do not name them, or do not agree.
     """
     if _is_processor(image_processor):
         return processor_tokens(image_processor, config)
@@ -45,7 +45,7 @@ def image_tokens(image_processor: Any, tokenizer: Any, config: Any) -> ImageToke
 
 
 def concatenated(values: Sequence[Tensor]) -> Tensor:
-    """Along the first axis; zeros behind what is shorter than others along further axes."""
+    """Concatenate along the first axis; pad with zeros where further axes are shorter."""
     shape = [max(sizes) for sizes in zip(*(value.shape[1:] for value in values), strict=True)]
     padded = []
     for value in values:
@@ -56,10 +56,12 @@ def concatenated(values: Sequence[Tensor]) -> Tensor:
 
 
 def row_owners(batch: Mapping[str, Tensor]) -> dict[int, Tensor]:
-    """Which example each row inside the vision tower belongs to: there images lead, not examples.
+    """Return which example each row inside the vision tower belongs to.
+
+    Inside the tower the leading axis runs over images or patches, not over examples.
 
     Args:
-        batch: of ``Collator``.
+        batch: The batch, from a ``Collator``.
 
     Returns:
         ``{rows: owner [rows]}`` for every number of rows that the tower works with: tiles, and
@@ -70,16 +72,16 @@ def row_owners(batch: Mapping[str, Tensor]) -> dict[int, Tensor]:
         return {}
     tiles, pixels = batch["num_patches"], batch["pixel_values"]
     owners = torch.arange(len(tiles), device=tiles.device).repeat_interleave(tiles)
-    found = {
+    owner_of = {
         size: owners.repeat_interleave(size // len(owners)) for size in (len(owners), len(pixels))
     }
     if pixels.dim() == 5:  # [images, crops, channels, height, width]: models drop empty crops
         crops = pixels.flatten(2).any(-1).sum(-1)
-        found |= {
+        owner_of |= {
             len(owners) * pixels.shape[1]: owners.repeat_interleave(pixels.shape[1]),
             int(crops.sum()): owners.repeat_interleave(crops),
         }
-    return found
+    return owner_of
 
 
 def _is_processor(image_processor: Any) -> bool:

@@ -26,11 +26,11 @@ class PatchGrid:
     (2 x 2 patches) is one token of the text and counts as one tile.
 
     Args:
-        image_processor: its outputs are ``pixel_values`` [patches, values] and
+        image_processor: Its outputs are ``pixel_values`` [patches, values] and
             ``image_grid_thw`` [images, 3].
-        max_patches: most pixels per image in units of 448 x 448 (256 tokens), so that it limits
+        max_patches: Most pixels per image in units of 448 x 448 (256 tokens), so that it limits
             the sequence as it does for InternVL; None: the processor's own bound.
-        cache_bytes: limit of the cache of patches; 0 keeps nothing.
+        cache_bytes: Limit of the cache of patches; 0 keeps nothing.
     """
 
     def __init__(
@@ -58,7 +58,7 @@ class PatchGrid:
         """Number of merged patches of ``path``, from the file's header.
 
         Raises:
-            DataError: missing, no image, or one side more than 200 times the other.
+            DataError: Missing, no image, or one side more than 200 times the other.
         """
         if path not in self._counts:
             least, most = self._pixels
@@ -85,7 +85,7 @@ class PatchGrid:
         """``pixel_values`` [patches, values] and ``image_grid_thw`` [1, 3]; do not write into them.
 
         Raises:
-            DataError: the file cannot be decoded, or changed since it was counted.
+            DataError: The file cannot be decoded, or changed since it was counted.
         """
         return self._cache.get(path, self._read)
 

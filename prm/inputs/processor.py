@@ -24,8 +24,8 @@ class ProcessedImages:
     (padded with zeros where they differ in the number of crops, as processors do).
 
     Args:
-        processor: of transformers, with ``image_token``.
-        cache_bytes: limit of the cache of model inputs; 0 keeps nothing.
+        processor: A processor of transformers with an ``image_token``.
+        cache_bytes: Limit of the cache of model inputs; 0 keeps nothing.
     """
 
     def __init__(self, processor: Any, *, cache_bytes: int = CACHE_BYTES) -> None:
@@ -55,7 +55,7 @@ class ProcessedImages:
         """Whatever the model takes for an image; do not write into it.
 
         Raises:
-            DataError: the file cannot be decoded, or changed since it was counted.
+            DataError: The file cannot be decoded, or changed since it was counted.
         """
         return self._cache.get(path, self._read)
 

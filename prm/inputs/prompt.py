@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from jaxtyping import Int32, Int64
 from jinja2 import TemplateError
 from torch import Tensor
 
@@ -38,19 +39,19 @@ _SLOT = "\ue000"  # private-use character that marks an assistant slot in the re
 
 
 class PromptEncoder:
-    """Examples to token ids and label positions.
+    """Turns examples into token ids and label positions.
 
     Args:
-        tokenizer: a fast tokenizer with a chat template.
+        tokenizer: A fast tokenizer with a chat template.
         image_tokens: None for a model that takes no images.
-        context: what stands in earlier assistant slots; use the same to train and to score.
-        system_prompt: text of the system turn; None: no system turn.
-        max_length: longest sequence that is accepted; None: any.
-        chat_template: of the model's processor; None: the tokenizer's own. One that takes lists of
-            typed parts as turns puts the images' placeholders where it wants them.
+        context: What stands in earlier assistant slots; use the same to train and to score.
+        system_prompt: Text of the system turn; None: no system turn.
+        max_length: Longest sequence that is accepted; None: any.
+        chat_template: Template of the model's processor; None: the tokenizer's own. One that takes
+            lists of typed parts as turns puts the images' placeholders where it wants them.
 
     Raises:
-        ValueError: the tokenizer or its template cannot carry this layout.
+        ValueError: The tokenizer or its template cannot carry this layout.
     """
 
     def __init__(
@@ -100,19 +101,21 @@ class PromptEncoder:
         slots = [self._slot(step.label) for step in example.steps[:-1]]
         return "".join(a + b for a, b in zip(pieces, [*slots, ""], strict=True))
 
-    def encode(self, example: StepExample, images: Sequence[str] = ()) -> tuple[Tensor, Tensor]:
-        """Token ids and label positions.
+    def encode(
+        self, example: StepExample, images: Sequence[str] = ()
+    ) -> tuple[Int32[Tensor, " seq"], Int64[Tensor, " steps"]]:
+        """Return token ids and label positions.
 
         Args:
-            example: the example.
-            images: each of its images, written out in tokens (``ImageTokens.expanded``).
+            example: The example.
+            images: Each of its images, written out in tokens (``ImageTokens.expanded``).
 
         Returns:
             ``input_ids`` [seq] (int32) and ``label_positions`` [steps] (long): the logits at
             position ``label_positions[k]`` predict the label of step k.
 
         Raises:
-            DataError: the example cannot be laid out: text that imitates the template, images for
+            DataError: The example cannot be laid out: text that imitates the template, images for
                 a model without, too long.
         """
         if len(images) != len(example.images):
@@ -131,7 +134,7 @@ class PromptEncoder:
         ids = encoding["input_ids"]
         positions = []
         start = 0
-        for place, (piece, slot) in enumerate(zip(pieces, slots, strict=True)):
+        for number, (piece, slot) in enumerate(zip(pieces, slots, strict=True)):
             start += len(piece)
             token = encoding.char_to_token(start)
             if not token or ids[token] != self._slot_id(slot):
@@ -139,7 +142,7 @@ class PromptEncoder:
                     expected=f"the label {slot!r} to be a token of its own, after another token",
                     found=f"{self.tokenizer.convert_ids_to_tokens(ids[token or 0])!r}",
                     example=example.id,
-                    field=f"steps[{place}]",
+                    field=f"steps[{number}]",
                     remedy="use a tokenizer and chat template that keep label and turn apart",
                 )
             positions.append(token - 1)
@@ -172,11 +175,11 @@ class PromptEncoder:
         if tokens is None or not tokens.per_tile:
             return
         expected = sum(image.count(tokens.context) for image in images)
-        found = ids.count(tokens.context_id)
-        if found != expected:
+        count = ids.count(tokens.context_id)
+        if count != expected:
             raise ValueError(
                 f"expected {expected} tokens {tokens.context!r} for {len(images)} images, found "
-                f"{found} after tokenisation; check that the tokenizer has it as a special token"
+                f"{count} after tokenisation; check that the tokenizer has it as a special token"
             )
 
     def _turns(self, example: StepExample, slots: Sequence[str]) -> list[dict[str, Any]]:
@@ -192,8 +195,8 @@ class PromptEncoder:
         turns = []
         if self.system_prompt is not None:
             turns.append(self._turn("system", self.system_prompt))
-        for place, (step, slot) in enumerate(zip(example.steps, slots, strict=True)):
-            if place == 0:
+        for number, (step, slot) in enumerate(zip(example.steps, slots, strict=True)):
+            if number == 0:
                 turns.append(self._turn("user", opening + step.text, len(example.images)))
             else:
                 turns.append(self._turn("user", step.text))
@@ -233,14 +236,14 @@ class PromptEncoder:
 
     def _slot(self, label: float | None) -> str:
         if self.context == "masked":
-            return self.tokenizer.pad_token
+            return str(self.tokenizer.pad_token)
         if self.context == "gold" and label is not None:
             return "+" if label >= 0.5 else "-"
         return "+"
 
     def _slot_id(self, slot: str) -> int:
         if self.context == "masked":
-            return self.tokenizer.pad_token_id
+            return int(self.tokenizer.pad_token_id)
         return self.labels.plus_id if slot == "+" else self.labels.minus_id
 
     def _render(self, turns: list[dict[str, Any]], *, generate: bool = False) -> str:
@@ -272,8 +275,8 @@ class PromptEncoder:
             whole = self._render(turns)
             pieces = whole.split(_SLOT)
             before = [
-                self._render(turns[:-place], generate=True)
-                for place in (5, 3, 1)  # up to the first, second, third user turn
+                self._render(turns[:-missing], generate=True)
+                for missing in (5, 3, 1)  # up to the first, second, third user turn
             ]
         except TemplateError as error:
             raise ValueError(
@@ -297,5 +300,5 @@ class PromptEncoder:
 
 
 def _texts(example: StepExample) -> list[tuple[str, str]]:
-    steps = [(f"steps[{place}].text", step.text) for place, step in enumerate(example.steps)]
+    steps = [(f"steps[{number}].text", step.text) for number, step in enumerate(example.steps)]
     return [("question", example.question), *steps]

@@ -9,9 +9,10 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
+from jaxtyping import Float
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
@@ -50,7 +51,7 @@ def read_image(path: Path) -> Image.Image:
     """Decode ``path`` completely, upright (EXIF orientation applied), as RGB.
 
     Raises:
-        DataError: missing, truncated, none of ``IMAGE_FORMATS``, of more than ``MOST_PIXELS``, or
+        DataError: Missing, truncated, none of ``IMAGE_FORMATS``, of more than ``MOST_PIXELS``, or
             of more than 8 bits per channel (which a conversion to RGB would clip without a word).
     """
     with _opened(path) as image:
@@ -71,7 +72,7 @@ def image_size(path: Path) -> tuple[int, int]:
     """(height, width) of the upright image, from the file's header.
 
     Raises:
-        DataError: missing, none of ``IMAGE_FORMATS``, or of more than ``MOST_PIXELS``.
+        DataError: Missing, none of ``IMAGE_FORMATS``, or of more than ``MOST_PIXELS``.
     """
     with _opened(path) as image:
         width, height = image.size
@@ -129,6 +130,7 @@ def _opened(path: Path) -> Iterator[Image.Image]:
         raise _unreadable(path, error) from error
 
 
+@runtime_checkable
 class ImageInputs(Protocol):
     """What an image becomes for one kind of model."""
 
@@ -155,9 +157,9 @@ class Tiler:
     workers each hold a cache of their own. A file that changes while the tiler lives is not reread.
 
     Args:
-        image_processor: has ``get_number_of_image_patches`` and ``crop_to_patches``.
-        max_patches: most tiles per image, thumbnail apart; None: the processor's own number.
-        cache_bytes: limit of the tile cache; 0 keeps nothing.
+        image_processor: Has ``get_number_of_image_patches`` and ``crop_to_patches``.
+        max_patches: Most tiles per image, thumbnail apart; None: the processor's own number.
+        cache_bytes: Limit of the tile cache; 0 keeps nothing.
     """
 
     def __init__(
@@ -200,11 +202,11 @@ class Tiler:
         """``pixel_values`` [tiles, channels, height, width]; do not write into them.
 
         Raises:
-            DataError: the file cannot be decoded, or changed since it was counted.
+            DataError: The file cannot be decoded, or changed since it was counted.
         """
         return self._cache.get(path, self._read)
 
-    def tiles(self, path: Path) -> Tensor:
+    def tiles(self, path: Path) -> Float[Tensor, "tiles channels height width"]:
         """Pixel values [tiles, channels, height, width] of ``path``: see ``inputs``."""
         return self.inputs(path)["pixel_values"]
 
@@ -219,7 +221,7 @@ class RecentImages:
     """Model inputs of recently used images, least recently used dropped first.
 
     Args:
-        limit: most bytes held; 0 keeps nothing.
+        limit: Most bytes held; 0 keeps nothing.
     """
 
     def __init__(self, limit: int) -> None:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from jaxtyping import Int
 from torch import Tensor
 
 
@@ -24,16 +25,16 @@ class ImageTokens:
     In a conversation, before images are expanded, each is one ``context``.
 
     Attributes:
-        start: special token before an image; "" if there is none.
-        end: special token behind it; "" if there is none.
-        context: special token that stands for an image before it is written out, and (with
+        start: Special token before an image; "" if there is none.
+        end: Special token behind it; "" if there is none.
+        context: Special token that stands for an image before it is written out, and (with
             ``per_tile``) in whose places the model then puts what it sees.
-        context_id: id of the token in whose places the model puts what it sees.
-        per_tile: context tokens per tile (256 for InternVL3; 1 for Qwen2-VL, whose tiles are its
+        context_id: Id of the token in whose places the model puts what it sees.
+        per_tile: Context tokens per tile (256 for InternVL3; 1 for Qwen2-VL, whose tiles are its
             merged patches). 0: the processor of the model writes out images.
-        separator: text that the model's own template has between an image and what follows.
-        others: further tokens that ordinary text must not contain.
-        part_ids: ids of tokens that count as part of an image where a model asks for the types of
+        separator: Text that the model's own template has between an image and what follows.
+        others: Further tokens that ordinary text must not contain.
+        part_ids: Ids of tokens that count as part of an image where a model asks for the types of
             its tokens; empty: ``context_id``.
     """
 
@@ -50,7 +51,7 @@ class ImageTokens:
         """An image of so many tiles, written out."""
         return f"{self.start}{self.context * (self.per_tile * tiles)}{self.end}"
 
-    def in_images(self, input_ids: Tensor) -> Tensor:
+    def in_images(self, input_ids: Int[Tensor, "*batch seq"]) -> Int[Tensor, "*batch seq"]:
         """1 where a token is part of an image, else 0; like ``input_ids``."""
         parts = input_ids.new_tensor(self.part_ids or (self.context_id,))
         return torch.isin(input_ids, parts).to(input_ids.dtype)
@@ -65,17 +66,17 @@ def label_tokens(tokenizer: Any) -> LabelTokens:
     """Ids of "+" and "-".
 
     Raises:
-        ValueError: one of them is not exactly one known token.
+        ValueError: One of them is not exactly one known token.
     """
     ids = []
     for label in "+-":
-        found = tokenizer.encode(label, add_special_tokens=False)
-        if len(found) != 1 or found[0] == tokenizer.unk_token_id:
+        tokens = tokenizer.encode(label, add_special_tokens=False)
+        if len(tokens) != 1 or tokens[0] == tokenizer.unk_token_id:
             raise ValueError(
-                f"expected {label!r} to be one token of the tokenizer, found {found}; "
+                f"expected {label!r} to be one token of the tokenizer, found {tokens}; "
                 "choose a tokenizer that has it, or add the token and resize the embeddings"
             )
-        ids.append(found[0])
+        ids.append(tokens[0])
     return LabelTokens(*ids)
 
 
@@ -83,7 +84,7 @@ def tile_tokens(tokenizer: Any, config: Any) -> ImageTokens:
     """The tokens of an image for InternVL, by the names that its processor uses.
 
     Raises:
-        ValueError: tokenizer or configuration do not name them, or do not agree.
+        ValueError: Tokenizer or configuration do not name them, or do not agree.
     """
     names = ("start_image_token", "end_image_token", "context_image_token")
     missing = [name for name in names if getattr(tokenizer, name, None) is None]
@@ -108,13 +109,13 @@ def patch_tokens(tokenizer: Any, config: Any) -> ImageTokens:
     """The tokens of an image for the Qwen2-VL kind, by the ids that its configuration names.
 
     Raises:
-        ValueError: the configuration does not name them, or the tokenizer does not have them.
+        ValueError: The configuration does not name them, or the tokenizer does not have them.
     """
     names = ("vision_start_token_id", "vision_end_token_id", "image_token_id")
     ids = [getattr(config, name, None) for name in names]
     special = tokenizer.added_tokens_decoder
     unknown = [
-        f"{name} {found}" for name, found in zip(names, ids, strict=True) if found not in special
+        f"{name} {token}" for name, token in zip(names, ids, strict=True) if token not in special
     ]
     if unknown:
         raise ValueError(
@@ -122,7 +123,7 @@ def patch_tokens(tokenizer: Any, config: Any) -> ImageTokens:
             f"{', '.join(names)}, found none for {', '.join(unknown)}; tokenizer and model do not "
             "belong together"
         )
-    start, end, context = (special[found].content for found in ids)
+    start, end, context = (special[token].content for token in ids)
     return ImageTokens(start, end, context, config.image_token_id, 1, separator="")
 
 
@@ -132,7 +133,7 @@ def processor_tokens(processor: Any, config: Any) -> ImageTokens:
     context_id = getattr(config, "image_token_id", None)
     if context_id is None:
         context_id = tokenizer.convert_tokens_to_ids(processor.image_token)
-    part_ids = tuple(found for found in processor.image_token_ids if found is not None)
+    part_ids = tuple(token for token in processor.image_token_ids if token is not None)
     others = tokenizer.convert_ids_to_tokens([context_id, *part_ids])
     return ImageTokens(
         "", "", processor.image_token, context_id, 0, others=tuple(others), part_ids=part_ids

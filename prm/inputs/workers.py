@@ -1,4 +1,4 @@
-"""Batches made ahead of time by other processes: images are decoded while the model computes."""
+"""Worker processes that prepare batches ahead: images are decoded while the model computes."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from torch.utils.data import DataLoader, Dataset
 
 from prm.schema import DataError
 
-Made = TypeVar("Made")
+Result = TypeVar("Result")
 
 
-def made_in_order(
-    make: Callable[[int], Made], numbers: Sequence[int], workers: int = 0
-) -> Iterator[Made]:
-    """``make(n)`` of every number, in order; what comes out does not depend on ``workers``.
+def ordered_map(
+    make: Callable[[int], Result], numbers: Sequence[int], workers: int = 0
+) -> Iterator[Result]:
+    """Yield ``make(n)`` of every number, in order; what comes out does not depend on ``workers``.
 
     With workers ``torch.utils.data.DataLoader`` runs ``make`` in that many forked processes, two
     numbers ahead each. They hold what they read (a tile cache each), not a copy of the data, which
@@ -28,8 +28,8 @@ def made_in_order(
     in its process. The random state of this process is left alone.
 
     Raises:
-        DataError: of ``make``, in its turn; or a process that died.
-        ValueError: of ``make``; or no processes can be forked on this system.
+        DataError: ``make`` raised it, at its turn; or a process died.
+        ValueError: ``make`` raised it; or no processes can be forked on this system.
     """
     if not workers:
         yield from map(make, numbers)
@@ -42,22 +42,22 @@ def made_in_order(
             batch_size=None,
             sampler=numbers,
             num_workers=workers,
-            collate_fn=_as_it_is,
+            collate_fn=_unchanged,
             worker_init_fn=_leave_interrupts,
             multiprocessing_context="fork",
             generator=torch.Generator(),  # else a seed is drawn from the global random state
         )
     iterator: Iterator[Any] | None = None
-    made: Any = None
+    result: Any = None
     died = ""
     try:
         # A process may be dead before all are there: starting them is part of this, too.
         with _without_warnings():
             iterator = iter(loader)
-        for made in iterator:
-            if isinstance(made, _Failed):
-                raise made.error
-            yield made
+        for result in iterator:
+            if isinstance(result, _Failed):
+                raise result.error
+            yield result
     except RuntimeError as error:
         if "DataLoader worker" not in str(error):
             raise
@@ -65,7 +65,7 @@ def made_in_order(
     finally:
         # Now, while its queues work: an error holds this frame, in a cycle, and the processes of an
         # iterator that the garbage collector finds never hear that they may go.
-        iterator = made = None
+        iterator = result = None
     if died:
         raise DataError(
             expected="batches from the loader processes",
@@ -88,7 +88,7 @@ def _without_warnings() -> Iterator[None]:
 
 @dataclass(frozen=True)
 class _Failed:
-    """In the place of what could not be made: DataLoader would not raise the error as it was."""
+    """Stands for a result whose computation failed: DataLoader would not raise the same error."""
 
     error: Exception
 
@@ -104,8 +104,8 @@ class _Numbered(Dataset[Any]):
             return _Failed(error)
 
 
-def _as_it_is(made: Made) -> Made:
-    return made
+def _unchanged(result: Result) -> Result:
+    return result
 
 
 def _leave_interrupts(worker: int) -> None:

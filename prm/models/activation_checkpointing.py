@@ -1,10 +1,13 @@
 """Activation checkpointing: a layer keeps its inputs only, and runs again in the backward pass.
 
 transformers has this, too (``gradient_checkpointing_enable``), but for modules that own their
-parameters. Here parameters are passed to the model (``functional_call``) and are back in nobody's
-hands when the backward pass runs a layer again: transformers' recomputation would silently take the
+parameters. Here parameters are passed to the model (``functional_call``), and that call has ended
+when the backward pass runs a layer again: transformers' recomputation would silently take the
 module's own values. Layers here are therefore run again with the parameters, and under the torch
-function modes (such as the taps of `bilevel.lower.ghost`), that they were first run with.
+function modes (such as the taps of ``bilevel.lower.ghost``), that they were first run with.
+
+A function of the library: no command of ``bilevel-prm`` switches it on yet
+(``PRM.activation_checkpointing`` does, in Python).
 """
 
 from __future__ import annotations
@@ -17,8 +20,10 @@ from typing import Any
 import torch
 from torch import nn
 from torch.func import functional_call
-from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
+from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
+
+from prm.models.torch_internals import function_modes, inside_transform
 
 
 @contextmanager
@@ -30,10 +35,10 @@ def checkpointed(model: nn.Module) -> Iterator[None]:
     of ``torch.func`` (forward mode stores nothing anyway), run as without.
 
     Args:
-        model: its layers are the modules that transformers would checkpoint.
+        model: Its layers are the modules that transformers would checkpoint.
 
     Raises:
-        ValueError: the model has no such layers.
+        ValueError: The model has no such layers.
     """
     from transformers.modeling_layers import GradientCheckpointingLayer
 
@@ -47,12 +52,12 @@ def checkpointed(model: nn.Module) -> Iterator[None]:
         )
     with ExitStack() as stack:
         for layer in layers:
-            stack.callback(_put_back, layer, layer.__dict__.get("forward"))
+            stack.callback(_restore_forward, layer, layer.__dict__.get("forward"))
             layer.forward = partial(_keeping_inputs, layer, layer.forward)
         yield
 
 
-def _put_back(layer: nn.Module, forward: Callable[..., Any] | None) -> None:
+def _restore_forward(layer: nn.Module, forward: Callable[..., Any] | None) -> None:
     del layer.forward
     if forward is not None:
         layer.forward = forward
@@ -62,12 +67,11 @@ def _keeping_inputs(
     layer: nn.Module, forward: Callable[..., Any], *args: Any, **kwargs: Any
 ) -> Any:
     # Saved-tensor hooks, which checkpoint is made of, do not go through torch.func's transforms.
-    transformed = torch._C._functorch.peek_interpreter_stack() is not None
-    if transformed or not torch.is_grad_enabled():
+    if inside_transform() or not torch.is_grad_enabled():
         return forward(*args, **kwargs)
     params = {f"layer.{name}": value for name, value in layer.named_parameters()}
-    again = partial(_run, _Layer(layer, forward), params, _get_current_function_mode_stack())
-    return checkpoint(again, *args, use_reentrant=False, **kwargs)
+    run = partial(_run, _Layer(layer, forward), params, function_modes())
+    return checkpoint(run, *args, use_reentrant=False, **kwargs)
 
 
 def _run(
@@ -77,7 +81,7 @@ def _run(
     *args: Any,
     **kwargs: Any,
 ) -> Any:
-    present = _get_current_function_mode_stack()
+    present = function_modes()
     with ExitStack() as stack:
         for mode in modes:
             if not any(mode is one for one in present):

@@ -3,6 +3,8 @@
 A linear layer x ↦ W x with an adapter computes W x + (α / r) B A x, with A [r, in] and B [out, r];
 W does not change. Source: Hu et al. 2021 (arXiv 2106.09685). B starts at 0, so that a model with
 new adapters computes what it computed before.
+
+Functions of the library: no command of ``bilevel-prm`` gives a model adapters yet.
 """
 
 from __future__ import annotations
@@ -36,16 +38,16 @@ def add_lora(
     what training makes of them) to ``prm.models.model.step_logits``; all other parameters stay.
 
     Args:
-        model: changed: the layers become peft's, under whose names the weights are then found
+        model: Changed: the layers become peft's, under whose names the weights are then found
             (``...q_proj.base_layer.weight``).
         rank: r.
         alpha: α; None: 2 r.
-        targets: last names of the layers (``q_proj``); empty: every linear layer but the head.
-        freeze: parts without adapters, as in ``prm.models.model.split_parameters``.
+        targets: Last names of the layers (``q_proj``); empty: every linear layer but the head.
+        freeze: Parts without adapters, as in ``prm.models.model.split_parameters``.
 
     Raises:
-        ValueError: rank less than 1, targets that name no linear layer, an adapter already there.
-        ModuleNotFoundError: peft is not installed.
+        ValueError: Rank less than 1, targets that name no linear layer, an adapter already there.
+        ModuleNotFoundError: The library peft is not installed.
     """
     if rank < 1:
         raise ValueError(f"expected a LoRA rank of 1 or more, found {rank}")
@@ -113,14 +115,14 @@ def save_adapter(
     """Write the adapters alone: ``peft.PeftModel.from_pretrained(base, directory)`` loads them.
 
     Args:
-        model: with adapters.
-        params: their values by name; those that are not named keep the model's.
-        directory: made if need be; must not hold an adapter yet.
-        base: name of the checkpoint that they belong to, noted in the configuration.
+        model: With adapters.
+        params: Their values by name; those that are not named keep the model's.
+        directory: Made if need be; must not hold an adapter yet.
+        base: Name of the checkpoint that they belong to, noted in the configuration.
 
     Raises:
-        FileExistsError: an adapter is there.
-        ValueError: the model has no adapters.
+        FileExistsError: An adapter is there.
+        ValueError: The model has no adapters.
     """
     values = adapter_parameters(model)
     if not values:

@@ -49,17 +49,17 @@ def convert_internvl(source: str | Path, target: str | Path) -> dict[str, int]:
     Memory: one shard of the weights, twice.
 
     Args:
-        source: folder with ``config.json``, ``*.safetensors`` and the tokenizer's files
+        source: Folder with ``config.json``, ``*.safetensors`` and the tokenizer's files
             (``tokenizer.json``, or for Qwen ``vocab.json`` and ``merges.txt``).
-        target: must not exist or be empty; appears only when complete.
+        target: Must not exist or be empty; appears only when complete.
 
     Returns:
         ``{"tensors": ..., "parameters": ...}`` written.
 
     Raises:
-        FileNotFoundError: something is missing in ``source``.
+        FileNotFoundError: Something is missing in ``source``.
         FileExistsError: ``target`` holds something.
-        ValueError: not such a checkpoint; a tensor that is missing, unknown, there twice or of
+        ValueError: It is not such a checkpoint; or a tensor is missing, unknown, there twice or of
             another shape than the configuration says.
     """
     source, target = Path(source), Path(target)
@@ -150,25 +150,25 @@ def _check(
     layout: Layout, shards: list[Path], expected: Mapping[str, tuple[int, ...]], *, tied: bool
 ) -> None:
     """Refuse names and shapes that the model of ``config.json`` does not have; reads no weights."""
-    found: dict[str, Path] = {}
+    shard_of: dict[str, Path] = {}
     for shard in shards:
         with safe_open(shard, framework="pt") as file:
             for name in file.keys():  # noqa: SIM118
                 shape = tuple(file.get_slice(name).get_shape())
                 for native, part in _checked_parts(layout, shard, name, shape):
-                    if native in found:
+                    if native in shard_of:
                         raise ValueError(
-                            f"{name} is in {found[native].name} and in {shard.name}; expected it "
-                            "once: remove the shards that belong to another copy"
+                            f"{name} is in {shard_of[native].name} and in {shard.name}; expected "
+                            "it once: remove the shards that belong to another copy"
                         )
-                    found[native] = shard
+                    shard_of[native] = shard
                     if native in expected and part != expected[native]:
                         raise ValueError(
                             f"{shard}: {name}: expected shape {expected[native]} for {native} as "
                             f"config.json says, found {part}"
                         )
-    missing = sorted(expected.keys() - found.keys() - ({_HEAD} if tied else set()))
-    unknown = sorted(found.keys() - expected.keys())
+    missing = sorted(expected.keys() - shard_of.keys() - ({_HEAD} if tied else set()))
+    unknown = sorted(shard_of.keys() - expected.keys())
     if missing or unknown:
         raise ValueError(
             "expected the tensors of the model that config.json describes; "
@@ -194,7 +194,7 @@ def _write_weights(
     size = parameters = 0
     head_and_embedding: list[Tensor] = []
     dtype = torch.float32
-    for place, shard in enumerate(shards, start=1):
+    for number, shard in enumerate(shards, start=1):
         tensors: dict[str, Tensor] = {}
         with safe_open(shard, framework="pt") as file:
             for name in file.keys():  # noqa: SIM118
@@ -206,7 +206,7 @@ def _write_weights(
         if drop_head:
             head_and_embedding += [tensors[name] for name in (_HEAD, _EMBEDDING) if name in tensors]
             tensors.pop(_HEAD, None)
-        target = f"model-{place:05d}-of-{len(shards):05d}.safetensors"
+        target = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         target = target if len(shards) > 1 else "model.safetensors"
         for name, value in tensors.items():
             where[name] = target

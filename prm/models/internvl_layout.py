@@ -104,8 +104,8 @@ class Layout:
 
     Attributes:
         text_type: ``llm_config.model_type`` of the original.
-        heads: attention heads of the language model.
-        key_value_heads: of these, those for keys and values.
+        heads: Attention heads of the language model.
+        key_value_heads: Of these, those for keys and values.
     """
 
     text_type: str
@@ -116,7 +116,7 @@ class Layout:
         """Native names of what an original tensor holds: one, or those of q, k and v.
 
         Raises:
-            ValueError: a name that the original layout does not have.
+            ValueError: A name that the original layout does not have.
         """
         if match := _FUSED_VISION.fullmatch(name):
             block = match.expand(_BLOCK)
@@ -167,7 +167,7 @@ def layout_of(config: Mapping[str, Any]) -> Layout:
     """The layout of the checkpoint with this original ``config.json``.
 
     Raises:
-        ValueError: a variant that the native classes do not cover.
+        ValueError: A variant that the native classes do not cover.
     """
     text = config.get("llm_config") or {}
     wanted = (
@@ -178,10 +178,10 @@ def layout_of(config: Mapping[str, Any]) -> Layout:
         ("use_thumbnail", (True,), config.get("use_thumbnail", False)),
         ("template", ("internvl2_5",), config.get("template")),
     )
-    for name, known, found in wanted:
-        if found not in known:
+    for name, known, value in wanted:
+        if value not in known:
             raise ValueError(
-                f"config.json: expected {name} {' or '.join(map(repr, known))}, found {found!r}; "
+                f"config.json: expected {name} {' or '.join(map(repr, known))}, found {value!r}; "
                 "it is not InternVL in its original layout, or a variant that transformers has no "
                 "class for"
             )
@@ -198,11 +198,11 @@ def native_config(config: Mapping[str, Any], image_token_id: int) -> Any:
     """The native configuration that belongs to an original ``config.json``.
 
     Args:
-        config: of the original; ``layout_of`` has checked it.
-        image_token_id: of ``<IMG_CONTEXT>``.
+        config: Configuration of the original; ``layout_of`` has checked it.
+        image_token_id: Id of the token ``<IMG_CONTEXT>``.
 
     Raises:
-        ValueError: the size of images contradicts itself.
+        ValueError: The size of images contradicts itself.
     """
     from transformers import InternVLConfig
 

@@ -8,19 +8,23 @@ from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 from torch.func import functional_call
 
 from prm.files import atomic_write
 from prm.inputs.collate import Collator
-from prm.inputs.image_inputs import image_tokens
+from prm.inputs.image_inputs import image_inputs, image_tokens
+from prm.inputs.prompt import SYSTEM_PROMPT, PromptEncoder
+from prm.inputs.tiles import CACHE_BYTES
 from prm.inputs.tokens import ImageTokens, label_tokens
 from prm.models.activation_checkpointing import checkpointed
 from prm.models.adapters import merged
 from prm.models.native import load_image_processor, refuse_remote_code
+from prm.names import Context
 
 Params = dict[str, Tensor]
 
@@ -33,19 +37,22 @@ _TARGETS = frozenset({"labels"})  # of a batch; some base models would take them
 class PRM:
     """A process reward model. Parameters are passed to functions beside it, as a dict by name.
 
+    ``autocast`` and ``activation_checkpointing`` are set in Python (``dataclasses.replace``); no
+    command of ``bilevel-prm`` sets them yet.
+
     Attributes:
         model: ``AutoModelForImageTextToText`` or ``AutoModelForCausalLM``; its own parameters do
             not require gradients and stay as loaded.
-        tokenizer: fast tokenizer with a chat template.
-        image_processor: image processor, or whole processor of a model of another kind than
+        tokenizer: Fast tokenizer with a chat template.
+        image_processor: Image processor, or whole processor of a model of another kind than
             InternVL and Qwen2-VL; None for a text-only model.
-        image_tokens: how images stand in the text; None for a text-only model.
-        plus_id: token id of "+".
-        minus_id: token id of "-".
-        autocast: dtype in which the body of the model computes, whatever its parameters are; the
-            head stays in theirs. None: in the dtype of the parameters.
-        activation_checkpointing: layers run again in the backward pass in place of keeping their
-            activations (``prm.models.activation_checkpointing``).
+        image_tokens: How images stand in the text; None for a text-only model.
+        plus_id: Token id of "+".
+        minus_id: Token id of "-".
+        autocast: Dtype in which the body of the model computes, whatever dtype its parameters have;
+            the head computes in theirs. None: the body does, too.
+        activation_checkpointing: Whether layers run again in the backward pass instead of keeping
+            their activations (``prm.models.activation_checkpointing``).
     """
 
     model: Any
@@ -57,15 +64,54 @@ class PRM:
     autocast: torch.dtype | None = None
     activation_checkpointing: bool = False
 
-    def collator(self, **options: Any) -> Collator:
-        """A ``Collator`` for this model; ``options`` are those of ``Collator``."""
-        text_config = self.model.config.get_text_config()
-        longest = getattr(text_config, "max_position_embeddings", None)
-        options.setdefault("max_length", longest)
+    def collator(
+        self,
+        *,
+        context: Context = "plus",
+        system_prompt: str | None = SYSTEM_PROMPT,
+        max_patches: int | None = None,
+        max_length: int | Literal["model"] | None = "model",
+        index: Mapping[str, int] | None = None,
+        domains: Mapping[str, int] | None = None,
+        cache_bytes: int = CACHE_BYTES,
+    ) -> Collator:
+        """A ``Collator`` for this model.
+
+        Args:
+            context: What stands in earlier assistant slots (``prm.names.Context``); use the same to
+                train and to score.
+            system_prompt: Text of the system turn; None: no system turn.
+            max_patches: Most tiles per image, thumbnail apart, in units of 256 tokens; None: the
+                image processor's number.
+            max_length: Longest sequence that is accepted, in tokens; None: any; "model": as many
+                positions as the model has.
+            index: As in ``Collator``.
+            domains: As in ``Collator``.
+            cache_bytes: Limit of the cache of image inputs.
+
+        Raises:
+            ValueError: The tokenizer, its template or the image processor cannot serve.
+        """
+        if max_length == "model":
+            text_config = self.model.config.get_text_config()
+            max_length = getattr(text_config, "max_position_embeddings", None)
+        prompt = PromptEncoder(
+            self.tokenizer,
+            image_tokens=self.image_tokens,
+            context=context,
+            system_prompt=system_prompt,
+            max_length=max_length,
+            chat_template=getattr(self.image_processor, "chat_template", None),
+        )
+        images = None
+        if self.image_processor is not None:
+            images = image_inputs(
+                self.image_processor, max_patches=max_patches, cache_bytes=cache_bytes
+            )
         accepted = inspect.signature(self.model.base_model.forward).parameters
         names = [name for name in TOKEN_TYPES if name in accepted]
-        options.setdefault("token_types", names[0] if names and self.image_tokens else None)
-        return Collator(self.tokenizer, self.image_processor, self.image_tokens, **options)
+        token_types = names[0] if names and self.image_tokens else None
+        return Collator(prompt, images, token_types=token_types, index=index, domains=domains)
 
 
 def load_prm(
@@ -77,17 +123,18 @@ def load_prm(
     """Load a checkpoint folder or a hub name; remote code is never run.
 
     Args:
-        path_or_name: what ``from_pretrained`` takes; needs model, tokenizer and, for a model that
+        path_or_name: What ``from_pretrained`` takes; needs model, tokenizer and, for a model that
             sees images, image processor.
-        dtype: of the parameters. float32 keeps small updates that bfloat16 would round away.
+        dtype: The dtype of the parameters. float32 keeps small updates that bfloat16 would round
+            away.
         attn_implementation: "eager", "sdpa", ...; None: transformers' choice.
 
     A name is looked up on the hub only if it is written ``organisation/model`` and there is no
     local folder ``organisation``: a mistyped path must not reach the network.
 
     Raises:
-        FileNotFoundError: there is no such folder, and the name is none of a hub.
-        ValueError: the checkpoint cannot serve as a process reward model; says why.
+        FileNotFoundError: There is no such folder, and the name cannot be one on a hub.
+        ValueError: The checkpoint cannot serve as a process reward model; the message says why.
     """
     from transformers import (
         AutoConfig,
@@ -161,14 +208,14 @@ def save_prm(prm: PRM, params: Mapping[str, Tensor], directory: str | Path) -> N
     """Write a folder that plain transformers ``from_pretrained`` loads; adapters are merged.
 
     Args:
-        prm: model, tokenizer and image processor.
-        params: values by parameter name; parameters that are not named keep the model's values.
+        prm: Model, tokenizer and image processor.
+        params: Values by parameter name; parameters that are not named keep the model's values.
             Written in the dtype of ``prm.models.model``, which is not changed.
-        directory: must not exist or be empty; appears only when complete.
+        directory: Must not exist or be empty; appears only when complete.
 
     Raises:
         FileExistsError: ``directory`` holds something.
-        ValueError: a name that is no parameter of the model; or a tokenizer that transformers
+        ValueError: A name that is no parameter of the model; or a tokenizer that transformers
             would not load back as it is.
     """
     directory = Path(directory)
@@ -190,13 +237,13 @@ def split_parameters(model: nn.Module, freeze: Sequence[str] = ()) -> tuple[Para
     """(trainable, frozen) parameters of ``model`` by name, detached, each tensor once.
 
     Args:
-        model: the model, such as ``prm.models.model``.
-        freeze: parts to freeze by dotted name, from any level: "vision_tower" freezes
+        model: The model, such as ``prm.models.model``.
+        freeze: Parts to freeze by dotted name, from any level: "vision_tower" freezes
             ``model.vision_tower.*``, "language_model.layers.0" one layer. A tensor with several
             names (tied head) goes by its first name and is frozen if any of its names is.
 
     Raises:
-        ValueError: an entry of ``freeze`` names nothing in the model.
+        ValueError: An entry of ``freeze`` names nothing in the model.
     """
     trainable: Params = {}
     frozen: Params = {}
@@ -222,16 +269,16 @@ def step_logits(
     *,
     full_vocab: bool = False,
     label_rows: bool = False,
-) -> Tensor:
+) -> Float[Tensor, "batch steps 2"]:
     """Logits of "+" and "-" at every step: one forward pass, the head only where it is read.
 
     Args:
-        prm: the model.
-        params: values by parameter name; parameters that are not named keep the model's values.
-        batch: of ``Collator``.
-        full_vocab: normalise over the whole vocabulary (log-probabilities of the two labels), as
+        prm: The model.
+        params: Values by parameter name; parameters that are not named keep the model's values.
+        batch: The batch, from a ``Collator``.
+        full_vocab: Normalise over the whole vocabulary (log-probabilities of the two labels), as
             DreamPRM-1.5 does, instead of leaving the two logits as they are.
-        label_rows: multiply by the head's two rows of "+" and "-" only, in float32 or wider: saves
+        label_rows: Multiply by the head's two rows of "+" and "-" only, in float32 or wider: saves
             the whole vocabulary but two, for scoring. In training the head stays one call of its
             module, which per-example rules can hook. The same up to rounding; without effect where
             the head is no plain linear layer.
@@ -245,7 +292,7 @@ def step_logits(
     labels = [prm.plus_id, prm.minus_id]
     keep_all = not (prm.activation_checkpointing and torch.is_grad_enabled())
     with nullcontext() if keep_all else checkpointed(prm.model):
-        logits = functional_call(
+        logits: Tensor = functional_call(
             _StepHead(prm.model, labels if label_rows else None, prm.autocast),
             {f"model.{name}": value for name, value in params.items()},
             (batch,),
@@ -284,7 +331,8 @@ class _StepHead(nn.Module):
             bias = None if head.bias is None else head.bias[self.rows].to(wide)
             weight = head.weight[self.rows].to(wide)
             return nn.functional.linear(read.to(wide), weight, bias)  # [batch, steps, 2]
-        return head(read)  # [batch, steps, vocab]
+        logits: Tensor = head(read)  # [batch, steps, vocab]
+        return logits
 
     def _autocast(self) -> AbstractContextManager[Any]:
         if self.autocast is None:

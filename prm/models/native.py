@@ -39,7 +39,7 @@ def load_image_processor(name: str, tokenizer: Any) -> Any:
     hold one for videos, too, and do not.
 
     Raises:
-        ValueError: a processor that cannot be built here; says what is missing.
+        ValueError: A processor that cannot be built here; says what is missing.
     """
     from transformers import AutoImageProcessor, AutoProcessor
 

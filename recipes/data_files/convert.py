@@ -19,8 +19,8 @@ def convert(options: ConvertOptions) -> int:
     place are; nothing is written if a record cannot be used.
 
     Raises:
-        OptionError: no such file, an output that exists, or weights for a format without them.
-        DataError: a record that cannot be used, or ids and weights that do not fit.
+        OptionError: No such file, an output that exists, or weights for a format without them.
+        DataError: A record that cannot be used, or ids and weights that do not fit.
     """
     if options.weights is not None and options.to != "stepwise":
         raise OptionError("--weights: only stepwise rows have a weight column; use --to stepwise")
@@ -58,7 +58,7 @@ def existing_file(path: str) -> Path:
     """The path of a file that is there.
 
     Raises:
-        OptionError: it is not.
+        OptionError: It is not.
     """
     if not Path(path).is_file():
         raise OptionError(f"{path}: no such file; check the path")
@@ -69,7 +69,7 @@ def new_file(path: str) -> Path:
     """The path of a file that is not there yet, in a folder that is.
 
     Raises:
-        OptionError: it is, or the folder is not.
+        OptionError: It is, or the folder is not.
     """
     file = Path(path)
     if file.exists():

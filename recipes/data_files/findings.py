@@ -26,11 +26,11 @@ class Tally:
     count: int = 0
     first: list[int] = field(default_factory=list)
 
-    def add(self, place: int) -> None:
-        """Count one at ``place`` (see ``Findings.place``)."""
+    def add(self, location: int) -> None:
+        """Count one at ``location`` (see ``Findings.location``)."""
         self.count += 1
-        if len(self.first) < _SHOWN and place not in self.first:
-            self.first.append(place)
+        if len(self.first) < _SHOWN and location not in self.first:
+            self.first.append(location)
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class Findings:
     Rows are compared by 64-bit hashes: memory is about 400 bytes a row, whatever its length.
 
     Args:
-        compared: keep a hash of every question's words, for ``recipes.data_files.overlap``.
+        compared: Keep a hash of every question's words, for ``recipes.data_files.overlap``.
     """
 
     def __init__(self, *, compared: bool = False) -> None:
@@ -85,13 +85,13 @@ class Findings:
         """Go on with the next file."""
         self.files.append(path)
 
-    def place(self, line: int) -> int:
+    def location(self, line: int) -> int:
         """File and line in one number, to keep millions of them."""
-        return place_of(len(self.files) - 1, line)
+        return location_of(len(self.files) - 1, line)
 
-    def shown(self, place: int) -> str:
-        """``place`` as it is printed."""
-        file, line = divmod(place, _LINES)
+    def shown(self, location: int) -> str:
+        """``location`` as it is printed."""
+        file, line = divmod(location, _LINES)
         return f"{line}" if len(self.files) == 1 else f"{self.files[file].name}:{line}"
 
     def mistake(self, error: DataError) -> None:
@@ -111,54 +111,54 @@ class Findings:
         self._rows_with_id += 1
         key = digest((str(given),))
         if key in self._ids:
-            self.duplicate_ids.add(self.place(line))
+            self.duplicate_ids.add(self.location(line))
         self._ids.add(key)
 
-    def first_named(self, name: str, place: int) -> int:
-        """Where an example of that id came first, ``place`` if nowhere before."""
-        return self._names_at.setdefault(digest((name,)), place)
+    def first_named(self, name: str, location: int) -> int:
+        """Where an example of that id came first, ``location`` if nowhere before."""
+        return self._names_at.setdefault(digest((name,)), location)
 
     def example(self, line: int, example: StepExample) -> None:
         """Count an example of the row at ``line`` and compare it with those before."""
-        place = self.place(line)
+        location = self.location(line)
         self.examples += 1
         self.steps += len(example.steps)
         if len(example.steps) == 1:
-            self.one_step.add(place)
+            self.one_step.add(location)
         for step in example.steps:
             self.labels[_kind(step.label)] += 1
             if len(step.text.split()) == 1:
-                self.one_word_steps.add(place)
+                self.one_word_steps.add(location)
         outcome = {True: "right", False: "wrong", None: "unknown"}[example.correct]
         self.outcomes[outcome] += 1
         judged = any(step.label is not None for step in example.steps)
         if not judged and example.correct is None:
-            self.unjudged.add(place)
+            self.unjudged.add(location)
         if mismatched(example):
-            self.image_mismatches.add(place)
-        self._compare(place, example)
+            self.image_mismatches.add(location)
+        self._compare(location, example)
 
-    def _compare(self, place: int, example: StepExample) -> None:
+    def _compare(self, location: int, example: StepExample) -> None:
         images = [str(image) for image in example.images]
         question = digest((example.question, *images))
         texts = digest((str(question), *(step.text for step in example.steps)))
         labels = [*(step.label for step in example.steps), example.correct]
         content = digest((str(texts), str(labels)))
         if content in self._contents:
-            self.duplicates.add(place)
+            self.duplicates.add(location)
         else:
             self._contents.add(content)
             sides = bytes(_side(label) for label in labels)
             before = self._labels_of.setdefault(texts, sides)
             if any(a != b and _UNKNOWN not in (a, b) for a, b in zip(before, sides, strict=True)):
-                self.contradictions.add(place)
+                self.contradictions.add(location)
         if example.correct is not None:
             group = question if example.group is None else digest((example.group,))
             self._groups[group] = self._groups.get(group, 0) | (1 if example.correct else 2)
         if self.compared:
             self.words.add(digest(words_of(example.question)))
 
-    def measured(self, place: int, length: int, tiles: int) -> None:
+    def measured(self, location: int, length: int, tiles: int) -> None:
         """Note how many tokens and tiles an example takes."""
         self.lengths.append(length)
         self.tiles.append(tiles)
@@ -216,7 +216,7 @@ class Findings:
         }
 
 
-def place_of(file: int, line: int) -> int:
+def location_of(file: int, line: int) -> int:
     """File (by number) and line in one number."""
     return file * _LINES + line
 

@@ -24,8 +24,8 @@ def inspect(options: InspectOptions) -> str:
     """The page for one example: record, images with tiles, steps with labels and positions.
 
     Raises:
-        OptionError: no such file, row or candidate.
-        DataError: the record cannot be used, or has no weight in ``--weights``.
+        OptionError: No such file, row or candidate.
+        DataError: The record cannot be used, or has no weight in ``--weights``.
     """
     path = existing_file(options.file)
     row, example = _find(path, options)
@@ -96,28 +96,30 @@ def _fields(example: StepExample, options: InspectOptions, encoded: EncodedExamp
 def _steps(encoded: EncodedExample, tokenizer: Any) -> list[str]:
     lines = ["", "step  label  position  behind token   text"]
     positions = encoded.label_positions.tolist()
-    for number, (step, place) in enumerate(zip(encoded.example.steps, positions, strict=True)):
+    for number, (step, position) in enumerate(zip(encoded.example.steps, positions, strict=True)):
         label = {None: "none", 1.0: "+", 0.0: "-"}.get(step.label, f"{step.label}")
-        token = repr(tokenizer.decode([int(encoded.input_ids[place])]))
-        lines.append(f"{number:>4}  {label:>5}  {place:>8}  {token:<13}  {_short(step.text)}")
+        token = repr(tokenizer.decode([int(encoded.input_ids[position])]))
+        lines.append(f"{number:>4}  {label:>5}  {position:>8}  {token:<13}  {_short(step.text)}")
     return lines
 
 
 def _tokens(encoded: EncodedExample, tokenizer: Any) -> list[str]:
     """Position, id and text of every token; runs of the same token in one line."""
     ids = encoded.input_ids.tolist()
-    scored = {place: number for number, place in enumerate(encoded.label_positions.tolist())}
-    lines, place = ["position  token"], 0
-    while place < len(ids):
-        end = place + 1
-        while end < len(ids) and ids[end] == ids[place] and place not in scored:
+    scored = {position: number for number, position in enumerate(encoded.label_positions.tolist())}
+    lines, position = ["position  token"], 0
+    while position < len(ids):
+        end = position + 1
+        while end < len(ids) and ids[end] == ids[position] and position not in scored:
             if end in scored:
                 break
             end += 1
-        times = f" x {end - place}" if end > place + 1 else ""
-        mark = f"  <- judgement of step {scored[place]}" if place in scored else ""
-        lines.append(f"{place:>8}  {ids[place]:>6} {tokenizer.decode([ids[place]])!r}{times}{mark}")
-        place = end
+        times = f" x {end - position}" if end > position + 1 else ""
+        mark = f"  <- judgement of step {scored[position]}" if position in scored else ""
+        lines.append(
+            f"{position:>8}  {ids[position]:>6} {tokenizer.decode([ids[position]])!r}{times}{mark}"
+        )
+        position = end
     return lines
 
 

@@ -15,16 +15,16 @@ from prm.schema import StepExample
 from recipes.data_files.findings import Findings, Tally, digest, words_of
 
 Rows = Iterator[tuple[int, StepExample]]
-"""(place, example) of every usable example of a set; see ``Findings.place``."""
+"""(location, example) of every usable example of a set; see ``Findings.location``."""
 
 
 class Overlap:
-    """What two sets share: places in the second of them.
+    """What two sets share: locations in the second of them.
 
     Attributes:
-        first, second: names of the sets.
-        questions: rows whose question (words and content of the images) the first has, too.
-        solutions: those of them whose steps a row of the first has, too.
+        first, second: Names of the sets.
+        questions: Rows whose question (words and content of the images) the first has, too.
+        solutions: Those of them whose steps a row of the first has, too.
     """
 
     def __init__(self, first: str, second: str) -> None:
@@ -32,31 +32,33 @@ class Overlap:
         self.questions, self.solutions = Tally(), Tally()
 
 
-def overlaps(found: Mapping[str, Findings], rows_of: Mapping[str, Sequence[Rows]]) -> list[Overlap]:
-    """What each pair of sets shares, in the order of ``found``.
+def overlaps(
+    findings_of: Mapping[str, Findings], rows_of: Mapping[str, Sequence[Rows]]
+) -> list[Overlap]:
+    """What each pair of sets shares, in the order of ``findings_of``.
 
     Args:
-        found: first pass: the findings of every set.
-        rows_of: second pass: a generator per file of every set; begun only where there is need.
+        findings_of: First pass: the findings of every set.
+        rows_of: Second pass: a generator per file of every set; begun only where there is need.
     """
-    pairs = list(combinations(found, 2))
+    pairs = list(combinations(findings_of, 2))
     wanted = {
-        name: set().union(*(_common(found, pair) for pair in pairs if name in pair))
-        for name in found
+        name: set().union(*(_common(findings_of, pair) for pair in pairs if name in pair))
+        for name in findings_of
     }
     images: dict[Path, str] = {}
     keys: dict[str, list[tuple[int, int, int]]] = {}
     for name, words in wanted.items():
         keys[name] = []
         for rows in rows_of[name] if words else ():
-            for place, example in rows:
+            for location, example in rows:
                 if digest(words_of(example.question)) in words:
-                    keys[name].append((*_keys(example, images), place))
+                    keys[name].append((*_keys(example, images), location))
     return [_overlap(pair, keys) for pair in pairs]
 
 
-def _common(found: Mapping[str, Findings], pair: tuple[str, str]) -> set[int]:
-    return found[pair[0]].words & found[pair[1]].words
+def _common(findings_of: Mapping[str, Findings], pair: tuple[str, str]) -> set[int]:
+    return findings_of[pair[0]].words & findings_of[pair[1]].words
 
 
 def _keys(example: StepExample, images: dict[Path, str]) -> tuple[int, int]:
@@ -81,9 +83,9 @@ def _overlap(pair: tuple[str, str], keys: Mapping[str, Sequence[tuple[int, int, 
     overlap = Overlap(*pair)
     questions = {question for question, _, _ in keys[pair[0]]}
     solutions = {solution for _, solution, _ in keys[pair[0]]}
-    for question, solution, place in keys[pair[1]]:
+    for question, solution, location in keys[pair[1]]:
         if question in questions:
-            overlap.questions.add(place)
+            overlap.questions.add(location)
         if solution in solutions:
-            overlap.solutions.add(place)
+            overlap.solutions.add(location)
     return overlap

@@ -23,8 +23,8 @@ def split(options: SplitOptions) -> dict[str, tuple[int, int]]:
     order; ids, also those that were made for rows without one, stay.
 
     Raises:
-        OptionError: parts that cannot be had, naming the nearest sizes; a directory that exists.
-        DataError: a record that cannot be used.
+        OptionError: Parts that cannot be had, naming the nearest sizes; a directory that exists.
+        DataError: A record that cannot be used.
     """
     sizes = parse_parts(options.parts)
     out = Path(options.out)
@@ -38,7 +38,7 @@ def split(options: SplitOptions) -> dict[str, tuple[int, int]]:
     drawn = draw([rows[key] if options.unit == "rows" else 1 for key in keys], sizes, options.seed)
     part_of = {key: part for key, part in zip(keys, drawn, strict=True) if part is not None}
     out.mkdir(parents=True)
-    found: dict[str, tuple[int, int]] = {}
+    written: dict[str, tuple[int, int]] = {}
     for part in sizes:
         mine = {key for key, name in part_of.items() if name == part}
         write_jsonl(
@@ -50,8 +50,8 @@ def split(options: SplitOptions) -> dict[str, tuple[int, int]]:
             ),
             root_of(options, options.file),
         )
-        found[part] = (len(mine), sum(rows[key] for key in mine))
-    return found
+        written[part] = (len(mine), sum(rows[key] for key in mine))
+    return written
 
 
 def _group(group: str | None, question: str, images: Sequence[Path]) -> int:
@@ -62,7 +62,7 @@ def parse_parts(parts: Sequence[str]) -> dict[str, int | None]:
     """Sizes by name from words like ``dev=100`` and ``train=rest`` (None).
 
     Raises:
-        OptionError: a word of another form, a name twice, or more than one rest.
+        OptionError: A word of another form, a name twice, or more than one rest.
     """
     sizes: dict[str, int | None] = {}
     for word in parts:
@@ -88,12 +88,12 @@ def draw(weights: Sequence[int], sizes: Mapping[str, int | None], seed: int) -> 
     (``exact_subset``). Without a part that takes the rest some groups stay in none.
 
     Args:
-        weights: rows of every group, or ones.
-        sizes: size by part; None: what the others leave.
-        seed: fixes the order.
+        weights: Rows of every group, or ones.
+        sizes: Size by part; None: what the others leave.
+        seed: Fixes the order.
 
     Raises:
-        OptionError: more is asked for than there is, or no choice of whole groups has that sum.
+        OptionError: More is asked for than there is, or no choice of whole groups has that sum.
     """
     asked = sum(size for size in sizes.values() if size is not None)
     if asked > sum(weights):
@@ -111,10 +111,10 @@ def draw(weights: Sequence[int], sizes: Mapping[str, int | None], seed: int) -> 
                 f"--parts {name}={size}: no choice of whole groups has exactly {size:,} rows; "
                 "give another size, or count groups (--unit groups)"
             )
-        for place in chosen:
-            parts[order[place]] = name
+        for index in chosen:
+            parts[order[index]] = name
         taken = set(chosen)
-        order = [group for place, group in enumerate(order) if place not in taken]
+        order = [group for index, group in enumerate(order) if index not in taken]
     if rest is not None and not order:
         raise OptionError(f"--parts {rest}=rest: nothing is left for it")
     return parts
@@ -128,16 +128,16 @@ def exact_subset(weights: Sequence[int], total: int) -> list[int] | None:
     """
     taken: list[int] = []
     room = total
-    for place, weight in enumerate(weights):
+    for index, weight in enumerate(weights):
         if weight <= room:
-            taken.append(place)
+            taken.append(index)
             room -= weight
     while room:
         used = set(taken)
         spare: dict[int, list[int]] = defaultdict(list)
-        for place, weight in enumerate(weights):
-            if place not in used and weight <= room:
-                spare[weight].append(place)
+        for index, weight in enumerate(weights):
+            if index not in used and weight <= room:
+                spare[weight].append(index)
         added = _fill(spare, room)
         if added is not None:
             return sorted(taken + added)

@@ -9,7 +9,7 @@ from typing import Any
 from prm.data.image_files import ImageFiles
 from prm.data.reader import Row, image_errors, iter_rows, repeated_id
 from prm.schema import DataError, StepExample
-from recipes.data_files.findings import Findings, Tally, place_of, spread
+from recipes.data_files.findings import Findings, Tally, location_of, spread
 from recipes.data_files.options import ValidateOptions
 from recipes.data_files.overlap import Overlap, Rows, overlaps
 from recipes.options.base import PrmOptions
@@ -27,7 +27,7 @@ def validate(options: ValidateOptions) -> tuple[str, dict[str, Any]]:
     ``test``; ``errors`` holds all. Memory is some 400 bytes a row.
 
     Raises:
-        OptionError: a file or model that does not exist.
+        OptionError: A file or model that does not exist.
     """
     sets = {"train": options.files}
     sets |= {name: (path,) for name in ("meta", "test") if (path := getattr(options, name))}
@@ -35,18 +35,18 @@ def validate(options: ValidateOptions) -> tuple[str, dict[str, Any]]:
         if not Path(path).is_file():
             raise OptionError(f"{path}: no such file; check the path")
     measure = None if options.model is None else _measure(options)
-    found = {}
+    findings_of = {}
     for name, paths in sets.items():
-        findings = found[name] = Findings(compared=len(sets) > 1)
+        findings = findings_of[name] = Findings(compared=len(sets) > 1)
         for path in paths:
             _scan(Path(path), options, findings, measure)
-    figures = found["train"].figures()
-    page = "\n\n".join(_page(findings, options) for findings in found.values())
-    for name, findings in list(found.items())[1:]:
+    figures = findings_of["train"].figures()
+    page = "\n\n".join(_page(findings, options) for findings in findings_of.values())
+    for name, findings in list(findings_of.items())[1:]:
         figures[name] = findings.figures()
         figures["errors"] = figures["errors"] + figures[name]["errors"]
-    if len(found) > 1:
-        shared = overlaps(found, {name: _rows(sets[name], options) for name in found})
+    if len(findings_of) > 1:
+        shared = overlaps(findings_of, {name: _rows(sets[name], options) for name in findings_of})
         figures["shared"] = {
             f"{pair.first}_{pair.second}": {
                 "questions": pair.questions.count,
@@ -54,15 +54,15 @@ def validate(options: ValidateOptions) -> tuple[str, dict[str, Any]]:
             }
             for pair in shared
         }
-        page += "\n\n" + "\n".join(_shared(pair, found[pair.second]) for pair in shared)
-    return page + "\n\n" + _mistakes(found), figures
+        page += "\n\n" + "\n".join(_shared(pair, findings_of[pair.second]) for pair in shared)
+    return page + "\n\n" + _mistakes(findings_of), figures
 
 
 def write_figures(path: str, figures: dict[str, Any]) -> None:
     """Write the figures as JSON.
 
     Raises:
-        OptionError: the folder does not exist.
+        OptionError: The folder does not exist.
     """
     if not Path(path).parent.is_dir():
         raise OptionError(f"--json {path}: no such folder")
@@ -102,18 +102,18 @@ def _check(
     images: ImageFiles,
     measure: Measure | None,
 ) -> None:
-    place = findings.place(row.line)
-    first = findings.first_named(example.id, place)
-    if first != place:
+    location = findings.location(row.line)
+    first = findings.first_named(example.id, location)
+    if first != location:
         findings.mistake(repeated_id(example.id, path, row.line, findings.shown(first)))
     errors = list(image_errors(row, example, images, path))
     for error in errors:
         findings.mistake(error)
     if errors:
-        findings.image_rows.add(place)
+        findings.image_rows.add(location)
     elif measure is not None:
         try:
-            findings.measured(place, *measure(example))
+            findings.measured(location, *measure(example))
         except DataError as error:
             error.line = row.line
             findings.mistake(error)
@@ -140,7 +140,7 @@ def _rows(paths: Sequence[str], options: ValidateOptions) -> list[Rows]:
         for row in iter_rows(path, root, format=options.format):
             if not isinstance(row, DataError):
                 for example in row.examples:
-                    yield place_of(number, row.line), example
+                    yield location_of(number, row.line), example
 
     return [rows(number, Path(path)) for number, path in enumerate(paths)]
 
@@ -214,7 +214,7 @@ def _first(tally: Tally, findings: Findings) -> str:
     if not tally.first:
         return ""
     more = ", ..." if tally.count > len(tally.first) else ""
-    return "; at " + ", ".join(findings.shown(place) for place in tally.first) + more
+    return "; at " + ", ".join(findings.shown(location) for location in tally.first) + more
 
 
 def _counts(counts: Mapping[str, int], total: int) -> str:
@@ -224,15 +224,15 @@ def _counts(counts: Mapping[str, int], total: int) -> str:
     return ", ".join(parts) or "none"
 
 
-def _mistakes(found: dict[str, Findings]) -> str:
-    mistakes = [mistake for findings in found.values() for mistake in findings.errors]
+def _mistakes(findings_of: dict[str, Findings]) -> str:
+    mistakes = [mistake for findings in findings_of.values() for mistake in findings.errors]
     if not mistakes:
         return "no errors"
     lines = [f"{len(mistakes):,} errors"]
     for mistake in mistakes[:_MISTAKES_SHOWN]:
-        place = f"{mistake.file}:{mistake.line}" if mistake.line else mistake.file
+        location = f"{mistake.file}:{mistake.line}" if mistake.line else mistake.file
         field = f": field {mistake.field}" if mistake.field else ""
-        lines.append(f"  {place}{field}: {mistake.message}")
+        lines.append(f"  {location}{field}: {mistake.message}")
     if len(mistakes) > _MISTAKES_SHOWN:
         lines.append(f"  ... and {len(mistakes) - _MISTAKES_SHOWN:,} more; --json FILE lists all")
     return "\n".join(lines)

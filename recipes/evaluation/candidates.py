@@ -29,8 +29,8 @@ class Candidates:
     """A file of candidate solutions, tied together by question.
 
     Attributes:
-        data: the candidates.
-        groups: rows of each question, in file order.
+        data: The candidates.
+        groups: Rows of each question, in file order.
     """
 
     data: Examples | Solutions
@@ -86,9 +86,9 @@ class Evaluation:
     """What a process reward model does on a file of candidates.
 
     Attributes:
-        selected: whether the selected candidate is right, per question.
+        selected: Whether the selected candidate is right, per question.
         step_auc: AUC of step scores against step labels; None without labels.
-        step_macro_f1: macro F1 at threshold 0.5; None without labels.
+        step_macro_f1: Macro F1 at threshold 0.5; None without labels.
     """
 
     selected: np.ndarray
@@ -100,8 +100,8 @@ def read_candidates(prm: PRM, options: PrmOptions, path: str) -> Candidates:
     """Candidates of a JSONL file, tokenised for ``prm``.
 
     Raises:
-        OptionError: no such file.
-        DataError: a row without ``group``, ``answer`` or ``correct``.
+        OptionError: No such file.
+        DataError: A row without ``group``, ``answer`` or ``correct``.
     """
     return tie_together(read_examples(prm, options, path))
 
@@ -115,7 +115,7 @@ def tie_together(data: Examples | Solutions) -> Candidates:
     """Candidates of one ``group`` become one question.
 
     Raises:
-        DataError: a row without ``group``, ``answer`` or ``correct``.
+        DataError: A row without ``group``, ``answer`` or ``correct``.
     """
     groups: dict[str, list[int]] = {}
     for row, example in enumerate(data.examples):
@@ -141,12 +141,12 @@ def evaluate(
     full_vocab = options.probability == "vocabulary"
     scores, mask = step_scores_of(prm, params, data, options, full_vocab=full_vocab)
     rows = [steps[there] for steps, there in zip(scores, mask, strict=True)]
-    truth, said = judged_steps(candidates, rows)
+    truth, predicted = judged_steps(candidates, rows)
     has_both = truth.any() and not truth.all()
     return Evaluation(
         selected=candidates.best(solution_scores_of(rows, AGGREGATIONS[options.aggregation])),
-        step_auc=float(roc_auc(truth, said)) if has_both else None,
-        step_macro_f1=float(macro_f1(truth, said > 0.5)) if has_both else None,
+        step_auc=float(roc_auc(truth, predicted)) if has_both else None,
+        step_macro_f1=float(macro_f1(truth, predicted > 0.5)) if has_both else None,
     )
 
 
@@ -161,13 +161,13 @@ def solution_scores_of(rows: Sequence[Tensor], how: Aggregation) -> Tensor:
 
 def judged_steps(candidates: Candidates, rows: Sequence[Tensor]) -> tuple[np.ndarray, np.ndarray]:
     """(whether it is right, its score) of every labelled step; soft labels are right above 1/2."""
-    truth, said = [], []
+    truth, predicted = [], []
     for example, scores in zip(candidates.data.examples, rows, strict=True):
         for step, score in zip(example.steps, scores.tolist(), strict=True):
             if step.label is not None:
                 truth.append(step.label > 0.5)
-                said.append(score)
-    return np.array(truth, dtype=bool), np.array(said)
+                predicted.append(score)
+    return np.array(truth, dtype=bool), np.array(predicted)
 
 
 def step_scores_of(
@@ -213,24 +213,24 @@ def summary(values: Mapping[str, np.ndarray]) -> dict[str, Any]:
     }
 
 
-def values_of(candidates: Candidates, found: Evaluation, row: str) -> dict[str, np.ndarray]:
+def values_of(candidates: Candidates, evaluation: Evaluation, row: str) -> dict[str, np.ndarray]:
     """Per-question values of every row of a results table, the model's own row named ``row``."""
     size = max(map(len, candidates.groups))
     return {
         "pass@1": candidates.pass_at_one,
         "self_consistency": candidates.majority,
-        row: found.selected,
+        row: evaluation.selected,
         f"pass@{size}": candidates.pass_at_n,
     }
 
 
 def report_of(
-    candidates: Candidates, found: Evaluation, values: Mapping[str, np.ndarray]
+    candidates: Candidates, evaluation: Evaluation, values: Mapping[str, np.ndarray]
 ) -> dict[str, Any]:
     """What ``results.json`` says of one file of candidates."""
     return {
         **summary(values),
         "n_questions": len(candidates.groups),
-        "step_auc": found.step_auc,
-        "step_macro_f1": found.step_macro_f1,
+        "step_auc": evaluation.step_auc,
+        "step_macro_f1": evaluation.step_macro_f1,
     }

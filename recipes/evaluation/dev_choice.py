@@ -20,9 +20,9 @@ class Choice:
     """How step scores are used.
 
     Attributes:
-        aggregation: step scores to solution score.
-        threshold: a step whose score exceeds it is judged right.
-        dev: what the choice rests on; None if it was given, not chosen.
+        aggregation: Step scores to solution score.
+        threshold: A step whose score exceeds it is judged right.
+        dev: What the choice rests on; None if it was given, not chosen.
     """
 
     aggregation: AggregationName
@@ -37,18 +37,18 @@ def choose_on_dev(candidates: Candidates, rows: Sequence[Tensor], tie: TieRule) 
     Without both right and wrong labelled steps the threshold stays 1/2.
 
     Args:
-        candidates: the dev set.
-        rows: step scores of every candidate, [steps] each.
-        tie: value of tied candidates.
+        candidates: The dev set.
+        rows: Step scores of every candidate, [steps] each.
+        tie: Value of tied candidates.
     """
     accuracy = {
         name: float(np.mean(candidates.best(solution_scores_of(rows, how), tie)))
         for name, how in AGGREGATIONS.items()
     }
-    truth, said = judged_steps(candidates, rows)
+    truth, predicted = judged_steps(candidates, rows)
     threshold, figure = 0.5, None
     if truth.any() and not truth.all():
-        threshold, figure = best_threshold(truth, said)
+        threshold, figure = best_threshold(truth, predicted)
     return Choice(
         aggregation=max(accuracy, key=lambda name: accuracy[name]),
         threshold=threshold,

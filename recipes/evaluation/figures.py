@@ -51,12 +51,12 @@ def all_figures(
     """What the results file of ``evaluate`` says.
 
     Args:
-        candidates: the questions.
-        rows: step scores of every candidate, [steps] each.
-        choice: aggregation and threshold.
-        tie: value of tied candidates.
-        row: name of the model's row.
-        baseline: step scores of another model; becomes a row, with the same choice.
+        candidates: The questions.
+        rows: Step scores of every candidate, [steps] each.
+        choice: Aggregation and threshold.
+        tie: Value of tied candidates.
+        row: Name of the model's row.
+        baseline: Step scores of another model; becomes a row, with the same choice.
     """
     scores = solution_scores_of(rows, AGGREGATIONS[choice.aggregation])
     values = selection_values(candidates, scores, row, tie)
@@ -112,21 +112,21 @@ def step_figures(
     candidates: Candidates, rows: Sequence[Tensor], threshold: float
 ) -> dict[str, Any]:
     """Figures of step scores against step labels; None where the labels do not allow them."""
-    truth, said = judged_steps(candidates, rows)
+    truth, predicted = judged_steps(candidates, rows)
     figures: dict[str, Any] = {"labelled": len(truth), "right": int(truth.sum())}
     both = bool(truth.any() and not truth.all())
-    figures["auc"] = roc_auc(truth, said) if both else None
-    figures["macro_f1"] = macro_f1(truth, said > threshold) if both else None
-    figures["ece"] = expected_calibration_error(said, truth) if len(truth) else None
-    figures["brier"] = brier(said, truth) if len(truth) else None
+    figures["auc"] = roc_auc(truth, predicted) if both else None
+    figures["macro_f1"] = macro_f1(truth, predicted > threshold) if both else None
+    figures["ece"] = expected_calibration_error(predicted, truth) if len(truth) else None
+    figures["brier"] = brier(predicted, truth) if len(truth) else None
     figures = {name: _short(value) for name, value in figures.items()}
     figures["visual_process_bench"] = None
     if both:
-        found = visual_process_bench(truth, said > threshold, _domains(candidates))
+        bench = visual_process_bench(truth, predicted > threshold, _domains(candidates))
         figures["visual_process_bench"] = {
-            "macro_f1": _short(found.pooled),
-            "per_domain": {name: _short(value) for name, value in found.per_source.items()},
-            "mean_over_domains": _short(found.mean),
+            "macro_f1": _short(bench.pooled),
+            "per_domain": {name: _short(value) for name, value in bench.per_source.items()},
+            "mean_over_domains": _short(bench.mean),
         }
     figures["process_bench"] = _process_bench(candidates, rows, threshold)
     return figures
@@ -135,12 +135,12 @@ def step_figures(
 def solution_figures(candidates: Candidates, scores: Tensor) -> dict[str, float | None]:
     """Figures of solution scores against whether the answer is right, over all candidates."""
     truth = np.array(candidates.correct(range(len(scores))))
-    said = np.array(scores.tolist())
+    predicted = np.array(scores.tolist())
     both = bool(truth.any() and not truth.all())
     return {
-        "auc": _short(roc_auc(truth, said)) if both else None,
-        "ece": _short(expected_calibration_error(said, truth)),
-        "brier": _short(brier(said, truth)),
+        "auc": _short(roc_auc(truth, predicted)) if both else None,
+        "ece": _short(expected_calibration_error(predicted, truth)),
+        "brier": _short(brier(predicted, truth)),
     }
 
 
@@ -163,20 +163,20 @@ def _process_bench(
         truth = first_error(
             [None if step.label is None else step.label > 0.5 for step in example.steps]
         )
-        said = first_error([score > threshold for score in scores.tolist()])
-        if truth is not None and said is not None:
+        predicted = first_error([score > threshold for score in scores.tolist()])
+        if truth is not None and predicted is not None:
             labels, judgements = by_domain.setdefault(example.domain or _UNNAMED, ([], []))
             labels.append(truth)
-            judgements.append(said)
-    found: dict[str, Mapping[str, Any]] = {}
+            judgements.append(predicted)
+    per_domain: dict[str, Mapping[str, Any]] = {}
     for name, (labels, judgements) in by_domain.items():
         if min(labels) < 0 <= max(labels):
             one = process_bench(labels, judgements)
-            found[name] = {field: _short(value) for field, value in one._asdict().items()}
-    if not found:
+            per_domain[name] = {field: _short(value) for field, value in one._asdict().items()}
+    if not per_domain:
         return None
-    mean = sum(entry["f1"] for entry in found.values()) / len(found)
-    return {"mean_f1": _short(mean), "per_domain": found}
+    mean = sum(entry["f1"] for entry in per_domain.values()) / len(per_domain)
+    return {"mean_f1": _short(mean), "per_domain": per_domain}
 
 
 def _short(value: Any) -> Any:

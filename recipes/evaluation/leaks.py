@@ -16,9 +16,9 @@ class Leak:
     """What two sets have in common.
 
     Attributes:
-        same_file: they are one file.
-        ids: ids in both, sorted.
-        questions: questions in both, in the order of the first: the same words (case and white
+        same_file: They are one file.
+        ids: Ids in both, sorted.
+        questions: Questions in both, in the order of the first: the same words (case and white
             space apart) about images of the same content, whatever ids and paths are called.
     """
 
@@ -42,7 +42,7 @@ class Leak:
 def find_leak(
     first: Sequence[StepExample], second: Sequence[StepExample], first_path: Path, second_path: Path
 ) -> Leak:
-    """What two sets of examples have in common.
+    """Return what two sets of examples have in common.
 
     Image files are read only for questions whose words occur in both sets.
     """
@@ -59,21 +59,21 @@ def find_leak(
     return Leak(same, tuple(sorted(ids)), tuple(shared))
 
 
-def refuse_leak(found: Leak, tuned: str, held_out: str, *, sanity_check: bool) -> None:
-    """Refuse to judge by questions that something was tuned on, unless that is the purpose.
+def refuse_leak(leak: Leak, tuned: str, held_out: str, *, sanity_check: bool) -> None:
+    """Refuse to evaluate on questions that something was tuned on, unless that is the purpose.
 
     Args:
-        found: what the two sets have in common.
-        tuned: option and file that something was, or will be, tuned on.
-        held_out: option and file that is to tell how well that went.
-        sanity_check: it is the purpose; the caller labels the results.
+        leak: What the two sets have in common.
+        tuned: Option and file that something was, or will be, tuned on.
+        held_out: Option and file that measures the result of the tuning.
+        sanity_check: Whether that is the purpose; the caller then labels the results.
 
     Raises:
-        OptionError: they overlap.
+        OptionError: They overlap.
     """
-    if found and not sanity_check:
+    if leak and not sanity_check:
         raise OptionError(
-            f"{tuned} {found} with {held_out}: what is tuned on the questions that it is judged by "
+            f"{tuned} {leak} with {held_out}: what is tuned on the questions that it is judged by "
             "looks better than it is. Give data of its own, or mark the results as an upper bound "
             "with --sanity-check"
         )

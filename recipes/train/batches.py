@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from prm.inputs.collate import Batch
-from prm.inputs.workers import made_in_order
+from prm.inputs.workers import ordered_map
 from recipes.loading import Examples
 from recipes.options.train import LowerOptions, TrainOptions
 
@@ -143,7 +143,7 @@ def ahead(
     def batch(step: int) -> Batches:
         nonlocal coming, due
         if step != due:
-            coming = made_in_order(batches, range(step, steps, every), workers)
+            coming = ordered_map(batches, range(step, steps, every), workers)
         due = step + every
         return next(coming)
 

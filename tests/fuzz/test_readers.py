@@ -13,6 +13,7 @@ from prm.data.reader import checked_rows, read_jsonl
 from prm.data.splitter import final_answer, solution_steps, split_steps
 from prm.evaluation.answers import answer_classes
 from prm.inputs.collate import Collator
+from prm.inputs.prompt import PromptEncoder
 from prm.names import FORMAT_NAMES
 from prm.schema import DataError, StepExample
 from recipes.embedded.vocabulary import build_tokenizer
@@ -31,7 +32,7 @@ def path(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def collator() -> Collator:
-    return Collator(build_tokenizer(), system_prompt=None)
+    return Collator(PromptEncoder(build_tokenizer(), system_prompt=None))
 
 
 @pytest.mark.parametrize("format", FORMAT_NAMES)

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+from inspect import unwrap
 
 import pytest
 import torch
@@ -147,7 +148,7 @@ def test_shapes_and_targets_are_checked():
     with pytest.raises(ValueError, match='"both", found \\[batch\\]; use'):
         outcome_loss(torch.zeros(2), torch.zeros(2), "both")
     with pytest.raises(ValueError, match="found '-'"):
-        outcome_loss(torch.zeros(2), torch.zeros(2), "-")
+        unwrap(outcome_loss)(torch.zeros(2), torch.zeros(2), "-")  # without type checks of tests
 
 
 def test_pair_loss_equals_a_loop_over_pairs():

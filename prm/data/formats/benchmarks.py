@@ -45,7 +45,7 @@ def read_processbench(record: Mapping[str, Any], place: Place) -> tuple[StepExam
     """The example of a ProcessBench row.
 
     Raises:
-        DataError: naming the field.
+        DataError: A field is wrong; the error names it.
     """
     place.need(record, "id", "problem", "steps", "label")
     texts = place.listed(record["steps"], "steps", "steps")
@@ -79,7 +79,7 @@ def read_visualprocessbench(record: Mapping[str, Any], place: Place) -> tuple[St
     """The example of a VisualProcessBench row.
 
     Raises:
-        DataError: naming the field, such as ``response.process_correctness[2]``.
+        DataError: A field is wrong; the error names it (``response.process_correctness[2]``).
     """
     place.need(record, "question", "response")
     response = record["response"]
@@ -109,7 +109,7 @@ def read_mathcheck(record: Mapping[str, Any], place: Place) -> tuple[StepExample
     """The example of a MathCheck row.
 
     Raises:
-        DataError: naming the field, such as ``labels[2]``.
+        DataError: A field is wrong; the error names it (``labels[2]``).
     """
     place.need(record, "id", "question", "steps", "labels")
     used = ("id", "question", "image", "images", "steps", "labels", "group", "outcome_correct")

@@ -42,7 +42,7 @@ def read_test(record: Mapping[str, Any], place: Place) -> tuple[StepExample, ...
     """One example per candidate of a DreamPRM-1.5 test row.
 
     Raises:
-        DataError: naming the field, such as ``true_false[3]``.
+        DataError: A field is wrong; the error names it (``true_false[3]``).
     """
     place.need(record, "question", "candidates", "true_false")
     images = place.images(record, "image_path", "image", "images", cut_parents=True)
@@ -79,7 +79,7 @@ def read_mathcheck(record: Mapping[str, Any], place: Place) -> tuple[StepExample
     """One example per candidate of a MathCheck row.
 
     Raises:
-        DataError: naming the field, such as ``candidates[3].response``.
+        DataError: A field is wrong; the error names it (``candidates[3].response``).
     """
     place.need(record, "id", "question", "candidates")
     images = place.images(record, "image", "images")
@@ -111,7 +111,7 @@ def read_game24(record: Mapping[str, Any], place: Place) -> tuple[StepExample, .
     """One example per candidate of a Game-of-24 row.
 
     Raises:
-        DataError: naming the field, such as ``candidates[3].steps[1].valid``.
+        DataError: A field is wrong; the error names it (``candidates[3].steps[1].valid``).
     """
     place.need(record, "idx", "puzzle", "candidates")
     puzzle = place.text(record["puzzle"], "puzzle")
@@ -164,7 +164,7 @@ def _first_has(record: Mapping[str, Any], key: str) -> bool:
     )
 
 
-def _field(value: Any, name: str, field: str, place: Place) -> Any:
+def _field(value: object, name: str, field: str, place: Place) -> Any:
     if not isinstance(value, dict):
         place.refuse(field, f"an object with {name!r}", value)
     if name not in value:

@@ -36,7 +36,7 @@ def read_train(record: Mapping[str, Any], place: Place) -> tuple[StepExample, ..
     """The example of a train row.
 
     Raises:
-        DataError: naming the field.
+        DataError: A field is wrong; the error names it.
     """
     place.need(record, "input", "add", "accuracy")
     question = place.text(record["input"], "input")
@@ -72,7 +72,7 @@ def read_meta(record: Mapping[str, Any], place: Place) -> tuple[StepExample, ...
     """The example of a meta row.
 
     Raises:
-        DataError: naming the field.
+        DataError: A field is wrong; the error names it.
     """
     place.need(record, "input", "true_false")
     text = place.text(record["input"], "input")

@@ -29,7 +29,7 @@ def read(record: Mapping[str, Any], place: Place) -> tuple[StepExample, ...]:
     """The example of a record.
 
     Raises:
-        DataError: naming the field, such as ``messages[3].content``.
+        DataError: A field is wrong; the error names it (``messages[3].content``).
     """
     place.need(record, "messages")
     turns, inside = _turns(record, place)
@@ -73,7 +73,7 @@ def _turns(record: Mapping[str, Any], place: Place) -> tuple[list[Turn], tuple[P
     return turns, tuple(images)
 
 
-def _content(value: Any, field: str, place: Place, images: list[Path]) -> str:
+def _content(value: object, field: str, place: Place, images: list[Path]) -> str:
     if not isinstance(value, list):
         return place.text(value, field, blank=True)
     texts = []

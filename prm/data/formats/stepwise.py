@@ -26,7 +26,7 @@ def read(record: Mapping[str, Any], place: Place) -> tuple[StepExample, ...]:
     """The example of a record.
 
     Raises:
-        DataError: naming the field, such as ``labels[3]``.
+        DataError: A field is wrong; the error names it (``labels[3]``).
     """
     place.need(record, "prompt", "completions", "labels")
     images = place.images(record, "images", "image")
@@ -57,23 +57,23 @@ def labelled_steps(
     """Steps from two lists of the same length.
 
     Args:
-        record: holds the lists.
-        texts: field of the list of step texts.
-        labels: field of the list of labels; a list that is null leaves every step unjudged.
-        place: where the record stands.
-        signs: meaning of integer labels; None: probabilities and what ``Place.label`` takes.
+        record: Holds the lists.
+        texts: Field of the list of step texts.
+        labels: Field of the list of labels; a list that is null leaves every step unjudged.
+        place: Where the record stands.
+        signs: Meaning of integer labels; None: probabilities and what ``Place.label`` takes.
     """
-    said = place.listed(record[texts], texts, "steps")
+    step_texts = place.listed(record[texts], texts, "steps")
     judged = record.get(labels)
     if judged is None:
-        judged = [None] * len(said)
+        judged = [None] * len(step_texts)
     elif not isinstance(judged, list):
         place.refuse(labels, "a list of labels", judged)
-    if len(judged) != len(said):
-        found = Words(f"{len(judged)} for {len(said)} steps")
-        place.refuse(labels, "as many labels as steps", found)
+    if len(judged) != len(step_texts):
+        lengths = Words(f"{len(judged)} for {len(step_texts)} steps")
+        place.refuse(labels, "as many labels as steps", lengths)
     steps = []
-    for number, (text, label) in enumerate(zip(said, judged, strict=True)):
+    for number, (text, label) in enumerate(zip(step_texts, judged, strict=True)):
         step = place.text(text, f"{texts}[{number}]")
         field = f"{labels}[{number}]"
         if signs is None:

@@ -26,10 +26,10 @@ class Format:
     """A data format.
 
     Attributes:
-        name: as on the command line.
-        keys: what its records have, in words.
-        matches: whether a record looks like it.
-        read: the examples of a record; raises ``DataError``.
+        name: As on the command line.
+        keys: What its records have, in words.
+        matches: Whether a record looks like it.
+        read: The examples of a record; raises ``DataError``.
     """
 
     name: FormatName
@@ -109,7 +109,7 @@ def format_named(name: str) -> Format:
     """The format of that name.
 
     Raises:
-        ValueError: there is none.
+        ValueError: There is none.
     """
     for format in FORMATS:
         if format.name == name:
@@ -117,20 +117,20 @@ def format_named(name: str) -> Format:
     raise ValueError(f"expected a format among {', '.join(FORMAT_NAMES)}, found {name!r}")
 
 
-def detect(record: Any, place: Place) -> Format:
+def detect(record: object, place: Place) -> Format:
     """The one format that a record looks like.
 
     Raises:
-        DataError: it looks like none, or like several: the message lists them.
+        DataError: It looks like none, or like several: the message lists them.
     """
     if not isinstance(record, dict):
         place.refuse(None, "a JSON object", record, "write one object per row")
-    found = [format for format in FORMATS if format.matches(record)]
-    if len(found) == 1:
-        return found[0]
+    matching = [format for format in FORMATS if format.matches(record)]
+    if len(matching) == 1:
+        return matching[0]
     keys = Words("the keys " + (", ".join(map(repr, list(record)[:12])) or "of an empty object"))
-    if found:
-        names = [format.name for format in found]
+    if matching:
+        names = [format.name for format in matching]
         place.refuse(
             None,
             f"a record of one format; this one can be {' or '.join(names)}",

@@ -35,15 +35,15 @@ def question_and_steps(
     left out: the system instruction is an option of training.
 
     Raises:
-        DataError: turns that do not alternate, a label that is neither "+" nor "-", no steps.
+        DataError: Turns that do not alternate, a label that is neither "+" nor "-", no steps.
     """
     spoken = [turn for turn in turns if turn.role != "system"]
     if not spoken or spoken[0].role != "user":
-        found = spoken[0].role if spoken else None
+        role = spoken[0].role if spoken else None
         place.refuse(
             spoken[0].field if spoken else turns_field(turns),
             "a user turn with the question",
-            found,
+            role,
         )
     text = drop_placeholders(spoken[0].text, images)
     spoken[0] = Turn("user", text, spoken[0].field)
@@ -51,18 +51,18 @@ def question_and_steps(
         question, spoken = _question(spoken, place)
     steps = []
     for number in range(0, len(spoken), 2):
-        said = spoken[number]
-        if said.role != "user":
-            place.refuse(said.field, "a user turn with a step", said.role)
+        turn = spoken[number]
+        if turn.role != "user":
+            place.refuse(turn.field, "a user turn with a step", turn.role)
         if number + 1 == len(spoken) or spoken[number + 1].role != "assistant":
             place.refuse(
-                said.field, 'a turn with the label "+" or "-" behind every step', said.text
+                turn.field, 'a turn with the label "+" or "-" behind every step', turn.text
             )
         label = spoken[number + 1]
         sign = label.text.strip()
         if sign not in ("+", "-"):
             place.refuse(label.field, 'the label "+" or "-"', label.text)
-        steps.append(Step(place.text(said.text, said.field), float(sign == "+")))
+        steps.append(Step(place.text(turn.text, turn.field), float(sign == "+")))
     if not steps:
         place.refuse(spoken[-1].field if spoken else turns_field(turns), "at least one step", [])
     return question, tuple(steps)
@@ -77,7 +77,7 @@ def question_text(record: Mapping[str, Any], field: str, images: int, place: Pla
     """The question of a record, without the marks that open it; see ``drop_placeholders``.
 
     Raises:
-        DataError: no text, or none but marks.
+        DataError: No text, or none but marks.
     """
     return place.text(drop_placeholders(place.text(record[field], field), images), field)
 

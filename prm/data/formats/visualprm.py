@@ -34,7 +34,7 @@ def read(record: Mapping[str, Any], place: Place) -> tuple[StepExample, ...]:
     """The example of a record.
 
     Raises:
-        DataError: naming the field, such as ``conversations[3].value``.
+        DataError: A field is wrong; the error names it (``conversations[3].value``).
     """
     place.need(record, "conversations")
     images = place.images(record, "image", "images", cut_parents=True)
@@ -48,10 +48,10 @@ def read(record: Mapping[str, Any], place: Place) -> tuple[StepExample, ...]:
         if correct is None:
             place.refuse("true_false", "true or false", None)
     is_meta = correct is not None
-    made = raw is None or is_meta
+    needs_id = raw is None or is_meta
     return (
         StepExample(
-            id=place.made_id(raw, (question, *(step.text for step in steps))) if made else str(raw),
+            id=place.made_id(raw, (question, *(step.text for step in steps))) if needs_id else str(raw),
             question=question,
             images=images,
             steps=tuple(Step(step.text) for step in steps) if is_meta else steps,

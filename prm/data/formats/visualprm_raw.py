@@ -28,7 +28,7 @@ def read(record: Mapping[str, Any], place: Place) -> tuple[StepExample, ...]:
     """The example of a record.
 
     Raises:
-        DataError: naming the field, such as ``steps_with_score[3].num_mc_total``.
+        DataError: A field is wrong; the error names it (``steps_with_score[3].num_mc_total``).
     """
     place.need(record, "question", "steps_with_score")
     images = place.images(record, "image", "images")

@@ -7,8 +7,18 @@ import torch
 from torch.utils.data import DataLoader
 
 from prm.inputs.collate import Collator
+from prm.inputs.prompt import PromptEncoder
+from prm.inputs.tiles import Tiler
 from prm.schema import DataError
-from tests.prm.tiny import SYSTEM, example, internvl, qwen, save_image, word_tokenizer
+from tests.prm.tiny import (
+    SYSTEM,
+    example,
+    image_processor,
+    internvl,
+    qwen,
+    save_image,
+    word_tokenizer,
+)
 
 
 @pytest.fixture
@@ -38,8 +48,8 @@ def test_batch_of_mixed_rows(mixed, images):
         domains={"x": 0, "y": 1},
     )
     batch = collator(mixed)
-    assert collator.tiler is not None
-    wide, tall = map(collator.tiler.tiles, images)
+    assert isinstance(collator.images, Tiler)
+    wide, tall = map(collator.images.tiles, images)
     assert batch["num_patches"].tolist() == [len(wide), 0, len(wide) + len(tall), len(wide)]
     assert torch.equal(batch["pixel_values"], torch.cat([wide, wide, tall, wide]))
     context = collator.prompt.tokenizer.convert_tokens_to_ids("<IMG_CONTEXT>")
@@ -132,9 +142,24 @@ def test_a_model_s_length_is_the_default_limit():
 
 
 def test_options_that_cannot_work_are_refused():
-    with pytest.raises(ValueError, match="both image_processor and image_tokens"):
-        Collator(word_tokenizer(), object())
+    text_only = PromptEncoder(word_tokenizer())
+    with pytest.raises(ValueError, match="both images and a prompt with image_tokens"):
+        Collator(text_only, Tiler(image_processor()))
     tokenizer = word_tokenizer()
     tokenizer.pad_token = None
     with pytest.raises(ValueError, match="padding token, found none"):
-        Collator(tokenizer)
+        Collator(PromptEncoder(tokenizer))
+
+
+def test_other_rows_change_nothing_else(mixed):
+    collator = internvl().collator(system_prompt=SYSTEM, index={"a": 0})
+    other = collator.with_rows({"a": 7, "d": 2}, {"x": 5})
+    batch = other([collator.encode(mixed[0]), mixed[3]])
+    assert batch["index"].tolist() == [7, 2]
+    assert batch["domain"].tolist() == [5, 5]
+    plain = collator.with_rows(None)([mixed[0], mixed[3]])
+    assert plain.keys() == batch.keys() - {"index", "domain"}
+    torch.testing.assert_close(plain, {name: batch[name] for name in plain}, equal_nan=True)
+    assert other.images is collator.images  # and its cache
+    with pytest.raises(DataError, match="one of the 1 ids"):
+        collator(mixed[3:])

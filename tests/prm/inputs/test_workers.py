@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from prm.inputs.workers import made_in_order
+from prm.inputs.workers import ordered_map
 from prm.schema import DataError
 from prm.scoring import score_examples
 from tests.prm.tiny import example, internvl, save_image
@@ -25,7 +25,7 @@ def test_the_same_in_order_whatever_the_workers():
     expected = [make(number) for number in (5, 2, 9, 2)]
     for workers in (0, 1, 3):
         before = torch.get_rng_state()
-        found = list(made_in_order(make, (5, 2, 9, 2), workers))
+        found = list(ordered_map(make, (5, 2, 9, 2), workers))
         assert torch.equal(torch.get_rng_state(), before)
         assert [row["b"] for row in found] == [row["b"] for row in expected]
         assert all(
@@ -35,7 +35,7 @@ def test_the_same_in_order_whatever_the_workers():
 
 def test_what_a_worker_does_stays_in_it():
     seen = []
-    assert list(made_in_order(lambda number: seen.append(number) or len(seen), range(4), 2)) == [
+    assert list(ordered_map(lambda number: seen.append(number) or len(seen), range(4), 2)) == [
         1, 1, 2, 2,
     ]  # fmt: skip
     assert seen == []
@@ -54,7 +54,7 @@ def test_an_error_comes_in_its_turn_as_it_was(workers):
             raise DataError(expected="a", found="b", file="x.png", line=7)
         return number
 
-    made = made_in_order(make, range(4), workers)
+    made = ordered_map(make, range(4), workers)
     assert [next(made), next(made)] == [0, 1]
     with pytest.raises(DataError) as caught:
         next(made)
@@ -72,7 +72,7 @@ def test_a_process_that_dies_is_named():
     with pytest.raises(
         DataError, match=r"loader processes, found .* (killed by signal|exited)"
     ) as e:
-        list(made_in_order(make, range(3), 1))
+        list(ordered_map(make, range(3), 1))
     assert "fewer workers" in e.value.remedy
     all_ended()
 
@@ -85,14 +85,14 @@ def test_a_process_that_dies_while_the_others_are_started_is_named(monkeypatch):
 
     monkeypatch.setattr(DataLoader, "__iter__", start)
     with pytest.raises(DataError, match=r"loader processes, found .* killed by signal"):
-        list(made_in_order(lambda number: number, range(3), 1))
+        list(ordered_map(lambda number: number, range(3), 1))
 
 
 def test_workers_leave_interrupts_to_the_main_process():
     def make(number):
         return signal.getsignal(signal.SIGINT) == signal.SIG_IGN
 
-    assert list(made_in_order(make, range(2), 2)) == [True, True]
+    assert list(ordered_map(make, range(2), 2)) == [True, True]
     assert signal.getsignal(signal.SIGINT) != signal.SIG_IGN
 
 
@@ -106,10 +106,10 @@ def test_nothing_is_left_behind(tmp_path):
         gc.collect()
         return len(os.listdir("/proc/self/fd")) if os.path.isdir("/proc/self/fd") else 0
 
-    list(made_in_order(lambda number: torch.ones(3), range(4), 2))
+    list(ordered_map(lambda number: torch.ones(3), range(4), 2))
     before = handles()
     for _ in range(4):
-        made = made_in_order(lambda number: torch.ones(3), range(40), 2)
+        made = ordered_map(lambda number: torch.ones(3), range(40), 2)
         next(made)
         made.close()
         assert handles() == before
