@@ -31,17 +31,23 @@ from __future__ import annotations
 from bilevel.audit.check import HypergradientCheck, check_hypergradient
 from bilevel.audit.comparison import Agreement, HypergradientComparison, compare_hypergradients
 from bilevel.audit.diagnostics import Movement, Stationarity, movement, stationarity
-from bilevel.hypergradients.base import Hypergradient, HypergradientResult
+from bilevel.hypergradients.base import (
+    Hypergradient,
+    HypergradientResult,
+    Record,
+    take_window,
+)
 from bilevel.hypergradients.implicit import Implicit, ImplicitMemory, StationarityWarning
 from bilevel.hypergradients.linear.dense import Dense
 from bilevel.hypergradients.linear.iterative import ConjugateGradient, Neumann
 from bilevel.hypergradients.linear.nystrom import Nystrom
 from bilevel.hypergradients.linear.system import LinearSolution, LinearSolver
-from bilevel.hypergradients.one_step import OneStep, OneStepResult
+from bilevel.hypergradients.one_step import OneStep, OneStepRecord
 from bilevel.hypergradients.penalty import Penalty, PenaltyMemory
 from bilevel.hypergradients.unrolled import Unrolled
 from bilevel.hypergradients.update_derivative import Exact, Identity, Sama, UpdateDerivative
 from bilevel.lower.ghost.tracker import Refusal
+from bilevel.lower.steps import LowerSteps, PassRequest, Point, Step, Window
 from bilevel.optimizers.lazy import LazyRowAdam, LazyRowState
 from bilevel.optimizers.optimizers import (
     SGD,
@@ -58,7 +64,7 @@ from bilevel.optimizers.projected import Projected
 from bilevel.optimizers.schedule import Constant, Schedule, WarmupCosine, constant, warmup_cosine
 from bilevel.problem import BilevelProblem, ReweightingProblem
 from bilevel.routes import Auto, CentralDifference, Dot, Ghost, Jvp, PerExample, Reverse, Route
-from bilevel.solver import BilevelSolver
+from bilevel.solver import BilevelSolver, NextSteps
 from bilevel.state import BilevelState, StepInfo
 
 __all__ = [
@@ -91,18 +97,23 @@ __all__ = [
     "LazyRowState",
     "LinearSolution",
     "LinearSolver",
+    "LowerSteps",
     "Movement",
     "Neumann",
+    "NextSteps",
     "Nystrom",
     "OneStep",
-    "OneStepResult",
+    "OneStepRecord",
     "Optimizer",
     "OptimizerState",
+    "PassRequest",
     "Penalty",
     "PenaltyMemory",
     "PerExample",
+    "Point",
     "Projected",
     "RMSProp",
+    "Record",
     "Refusal",
     "Reverse",
     "ReweightingProblem",
@@ -111,15 +122,18 @@ __all__ = [
     "Schedule",
     "Stationarity",
     "StationarityWarning",
+    "Step",
     "StepInfo",
     "Unrolled",
     "UpdateCotangents",
     "UpdateDerivative",
     "WarmupCosine",
+    "Window",
     "check_hypergradient",
     "compare_hypergradients",
     "constant",
     "movement",
     "stationarity",
+    "take_window",
     "warmup_cosine",
 ]

@@ -10,8 +10,8 @@ from torch import Tensor
 from bilevel import tree
 from bilevel.audit.steps import gradient_error, plain_gradient
 from bilevel.autodiff import random_state
-from bilevel.hypergradients.base import HypergradientResult
-from bilevel.hypergradients.trajectory import Point, advance
+from bilevel.hypergradients.base import HypergradientResult, take_window
+from bilevel.lower.steps import Point, Window, advance
 from bilevel.problem import Batch, Params, upper_value
 from bilevel.solver import BilevelSolver
 from bilevel.state import BilevelState
@@ -50,27 +50,25 @@ class AuditedSolution:
         at = self._solved(middle, state.upper_params, solve_steps - solve_steps // 2)
         moved = float(tree.norm(tree.axpy(-1.0, middle.lower_params, at.lower_params)))
         with random_state.replay(self._random, at.lower_params):
-            self.result: HypergradientResult = solver.hypergradient.window(
-                solver.problem,
-                solver.lower_optimizer,
-                at.lower_params,
-                state.upper_params,
-                at.optimizer_state,
-                [batches],
+            steps, result = take_window(
+                Window(solver.problem, solver.lower_optimizer, at, state.upper_params, [batches]),
+                solver.hypergradient,
                 upper_batch,
                 solver.hypergradient.init(
                     solver.lower_optimizer, at.lower_params, state.upper_params
                 ),
             )
+        assert result is not None
+        self.result: HypergradientResult = result
         stationarity = self.result.figures.get("stationarity")
         self.notes = (
             f"over the second half of {solve_steps} steps that solve the lower level θ moved by "
             f"{moved / (float(tree.norm(at.lower_params)) or 1.0):.1e} of its size"
             + ("" if stationarity is None else f"; stationarity {float(stationarity):.1e}"),
         )
-        self._end = Point(self.result.lower_params, self.result.optimizer_state)
+        self._end = steps.end
         plain = self._gradient(at, state.upper_params)
-        self.lower_gradient_error = gradient_error(self.result.passes[-1], plain)
+        self.lower_gradient_error = gradient_error(steps.passes[-1], plain)
 
     def upper_after(self, upper_params: Params) -> Tensor:
         """Return L_upper(θ*(φ), φ)."""

@@ -14,10 +14,15 @@ from bilevel import tree
 from bilevel.autodiff import random_state
 from bilevel.autodiff.random_state import RandomState
 from bilevel.autodiff.upper_gradient import upper_gradient
-from bilevel.hypergradients.base import Hypergradient, HypergradientResult, exact_steps
-from bilevel.hypergradients.one_step import OneStep
-from bilevel.hypergradients.trajectory import Point, advance
+from bilevel.hypergradients.base import (
+    Hypergradient,
+    HypergradientResult,
+    exact_steps,
+    lower_route,
+)
+from bilevel.hypergradients.one_step import OneStep, OneStepRecord
 from bilevel.lower.lower_pass import LowerPass, lower_pass
+from bilevel.lower.steps import Point, Window, advance, take_steps
 from bilevel.optimizers.optimizers import clip_scale
 from bilevel.problem import Batch, Params, Problem, upper_value
 from bilevel.routes import Jvp
@@ -59,22 +64,17 @@ class AuditedSteps:
         if isinstance(self._hypergradient, OneStep):
             self._hypergradient = dataclasses.replace(self._hypergradient, direction_decay=0.0)
             memory = None
+        start = Point(state.lower_params, state.lower_optimizer)
+        window = Window(solver.problem, solver.lower_optimizer, start, state.upper_params, batches)
         random = random_state.capture(state.lower_params)
         with random_state.replay(random, state.lower_params):
-            self.result: HypergradientResult = self._hypergradient.window(
-                solver.problem,
-                solver.lower_optimizer,
-                state.lower_params,
-                state.upper_params,
-                state.lower_optimizer,
-                batches,
-                upper_batch,
-                memory,
-            )
+            record = self._hypergradient.record(window, upper_batch, memory)
+            taken = take_steps(window, lower_route(self._hypergradient), record)
+            self.result: HypergradientResult = record.hypergradient(taken.end)
         claimed = exact_steps(self._hypergradient, len(batches))
         self.exact = claimed is not None
         constant = len(batches) - (len(batches) if claimed is None else claimed)
-        starts = [_Start(Point(state.lower_params, state.lower_optimizer), random)]
+        starts = [_Start(start, random)]
         gradients = []
         for micro_batches in batches:
             grads, after = self._grads(starts[-1], state.upper_params, micro_batches)
@@ -83,7 +83,8 @@ class AuditedSteps:
         self._batches, self._first = batches[constant:], starts[constant]
         self._last, self._end = starts[-2:]
         self._scales = [self._held_scale(grads) for grads in gradients[constant:]]
-        self.lower_gradient_error = gradient_error(self.result.passes[-1], gradients[-1])
+        last = record.passed if isinstance(record, OneStepRecord) else taken.passes[-1]
+        self.lower_gradient_error = gradient_error(last, gradients[-1])
 
     def upper_after(self, upper_params: Params) -> Tensor:
         """Return L_upper(θ(φ), φ), θ(φ) being reached by the steps that are differentiated.

@@ -9,24 +9,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from bilevel import tree
+from bilevel.lower.steps import Point, advance
 from bilevel.optimizers.optimizers import Optimizer
-from bilevel.problem import Params
 from bilevel.tree import Tree
 
 Store = Literal["device", "host"]
-
-
-class Point(NamedTuple):
-    """Lower parameters and optimizer state before a step."""
-
-    lower_params: Params
-    optimizer_state: Any
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,12 +60,6 @@ class _Away:
 
     def fetch(self) -> Tensor:
         return self.tensor.to(self.device, non_blocking=True)
-
-
-@torch.no_grad()
-def advance(optimizer: Optimizer, point: Point, grads: Tree) -> Point:
-    """Return the point after the step with these gradients."""
-    return Point(*optimizer.update(grads, point.optimizer_state, point.lower_params))
 
 
 def way_points(point: Point, steps: int) -> list[int]:

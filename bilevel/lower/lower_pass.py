@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -41,7 +42,7 @@ class LowerPass:
     micro_batches: list[MicroBatch]
     norm: Tensor | None = None
 
-    @property
+    @cached_property
     def grad_norm(self) -> Tensor:
         """Norm of the gradient, scalar; also of a summary, which has no gradient any more."""
         return tree.norm(self.grads) if self.norm is None else self.norm

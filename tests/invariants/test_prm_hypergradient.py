@@ -13,6 +13,7 @@ from bilevel import AdamW, BilevelSolver, Ghost, Jvp, OneStep, PerExample, tree
 from prm.models.model import load_prm, split_parameters
 from recipes.session import AGGREGATIONS, read_examples
 from recipes.train.objective import Objective
+from tests.bilevel.run_window import run_step
 from tests.tiny_task import FORWARD_MODE, altered
 from weighting import Clip, InstanceNet, InstanceTable, Sigmoid
 
@@ -89,7 +90,8 @@ def setup(request, task, tmp_path_factory):
 
 
 def by_route(setup, one_step):
-    result = one_step.step(
+    result = run_step(
+        one_step,
         setup.objective.problem(),
         setup.optimizer,
         setup.lower,
