@@ -33,7 +33,7 @@ from recipes.train.batches import (
     upper_draw,
 )
 from recipes.train.data import TrainData, lower_examples, read_train_data, require
-from recipes.train.loop import train
+from recipes.train.loop import StepLogging, Training, train
 from recipes.train.make_solver import (
     lower_schedule,
     make_plain_solver,
@@ -78,21 +78,17 @@ def run_cold_start(options: ColdStartOptions) -> Path:
     solver = make_plain_solver(options, objective.problem())
     batch = train_batch(lower_draw(options, drawn), data)
     with open_run(options, prm.model, solver.init(lower, {})) as run:
-        end = train(
+        training = Training(
             solver,
-            run,
             steps=options.steps,
             lower_batches=ahead(
                 per_step(batch, options.accumulation), options.steps, options.workers
             ),
-            upper_batch=None,
-            weighting=None,
-            log_every=options.log_every,
             title="cold start",
-            progress=options.progress,
-            learning_rates={"lower_lr": lower_schedule(options)},
             on_trouble=options.on_trouble,
         )
+        rates = {"lower_lr": lower_schedule(options)}
+        end = train(run, training, StepLogging(options.log_every, rates, options.progress))
         directory = run.directory
         with run.keeping(end):
             save_prm(prm, end.state.lower_params, directory / "model")
@@ -139,21 +135,18 @@ def run_training(options: TrainOptions) -> Path:
                 options.workers,
                 every=options.unroll_steps,
             )
-        end = train(
+        training = Training(
             solver,
-            run,
             steps=options.steps,
             lower_batches=ahead(
                 per_step(lower_batch, options.accumulation), options.steps, options.workers
             ),
+            title=row_name(options),
+            on_trouble=options.on_trouble,
             upper_batch=upper_batch,
             weighting=weighting,
-            log_every=options.log_every,
-            title=row_name(options),
-            progress=options.progress,
-            learning_rates=rates,
-            on_trouble=options.on_trouble,
         )
+        end = train(run, training, StepLogging(options.log_every, rates, options.progress))
         clock.lap("train")
         with run.keeping(end):
             results = _finish(options, objective, end, data, initial, draw, run.directory, clock)

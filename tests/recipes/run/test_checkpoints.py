@@ -20,7 +20,7 @@ from recipes.run.identity import differences, identity
 from recipes.run.resume import Run, cut_log
 from recipes.run.step_log import Unlogged
 from recipes.run.trouble import Seen
-from recipes.train.loop import train
+from recipes.train.loop import StepLogging, Training, train
 from recipes.train.training import run_cold_start, run_training
 from tests.tiny_task import altered, model_bits, read_lines
 
@@ -248,19 +248,15 @@ def toy_batches(step):
 def toy_run(solver, start, steps, checkpoints):
     run = Run("bilevel-prm toy", checkpoints.directory.parent, checkpoints, start, start)
     run.directory.mkdir(exist_ok=True)
-    return train(
+    training = Training(
         solver,
-        run,
         steps=steps,
         lower_batches=toy_batches,
-        upper_batch=lambda step: {},
-        weighting=None,
-        log_every=4,
         title="toy",
-        progress=False,
-        learning_rates={},
         on_trouble="raise",
-    ).state
+        upper_batch=lambda step: {},
+    )
+    return train(run, training, StepLogging(4)).state
 
 
 def newest(checkpoints, example):

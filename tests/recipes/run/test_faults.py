@@ -24,7 +24,7 @@ from recipes.run.checkpoints import Checkpoints, Progress
 from recipes.run.errors import StepError, WriteError
 from recipes.run.resume import Run
 from recipes.run.step_log import append_line
-from recipes.train.loop import train
+from recipes.train.loop import StepLogging, Training, train
 from recipes.train.training import run_training
 from tests.tiny_task import model_bits
 
@@ -211,17 +211,15 @@ def test_an_image_that_goes_away_during_the_run(tmp_path, fault):
 
         shutil.copy(kept, image)
         return train(
-            solver,
             run,
-            steps=6,
-            lower_batches=lower,
-            upper_batch=None,
-            weighting=None,
-            log_every=1,
-            title="toy",
-            progress=False,
-            learning_rates={},
-            on_trouble="raise",
+            Training(
+                solver,
+                steps=6,
+                lower_batches=lower,
+                title="toy",
+                on_trouble="raise",
+            ),
+            StepLogging(1),
         )
 
     whole = go("whole", None)
