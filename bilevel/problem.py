@@ -67,9 +67,9 @@ class ReweightingProblem:
     rows: Callable[[Batch], Mapping[int, Tensor]] | None = None
 
     def lower_loss(self, lower_params: Params, upper_params: Params, batch: Batch) -> Tensor:
-        """Return the weighted mean loss, a scalar; the one place where it is reduced."""
+        """Return the weighted mean loss, a scalar."""
         losses, features = self.losses(lower_params, batch)
-        return (self.weights_of(upper_params, batch, features, losses) * losses).mean()
+        return weighted_mean(self.weights_of(upper_params, batch, features, losses), losses)
 
     def losses(self, lower_params: Params, batch: Batch) -> tuple[Tensor, Tree]:
         """Return checked per-example losses [batch] and features, detached if so declared.
@@ -106,6 +106,15 @@ class ReweightingProblem:
 
 
 Problem: TypeAlias = BilevelProblem | ReweightingProblem
+
+
+def weighted_mean(weights: Tensor, losses: Tensor) -> Tensor:
+    """Return ``(1/batch) Σ_i w_i ℓ_i`` of weights and losses [batch], a scalar.
+
+    The one place where the losses of a batch are reduced. The weights are not normalised: a batch
+    whose weights are small takes a small step.
+    """
+    return (weights * losses).mean()
 
 
 def lower_value(

@@ -28,6 +28,7 @@ from bilevel.problem import (
     detached,
     lower_value,
     upper_value,
+    weighted_mean,
 )
 from bilevel.tree import Tree
 
@@ -245,7 +246,8 @@ def _lower_gradient(
         leaves = as_leaves(params)
         if isinstance(problem, ReweightingProblem) and problem.detach_features:
             assert micro.weights is not None
-            loss = (micro.weights.detach() * problem.losses(leaves, micro.batch)[0]).mean()
+            losses, _ = problem.losses(leaves, micro.batch)
+            loss = weighted_mean(micro.weights.detach(), losses)
         else:
             loss, _ = lower_value(problem, leaves, upper_params, micro.batch)
         return gradients([loss], leaves)
@@ -268,4 +270,4 @@ def _excess(
         with random_state.replay(micro.random, params):
             copies, _ = problem.losses(copy, micro.batch)
     weights = problem.weights_of(upper_params, micro.batch, features, losses)
-    return (weights * (copies - losses)).mean()
+    return weighted_mean(weights, copies - losses)

@@ -25,6 +25,7 @@ from bilevel.problem import (
     ReweightingProblem,
     detached,
     lower_value,
+    weighted_mean,
 )
 from bilevel.routes import Route
 from bilevel.tree import Tree
@@ -94,7 +95,7 @@ def run_attached(run: Run, batch: Batch, random: RandomState) -> tuple[Tree, Mic
     losses, features = run.problem.losses(params, batch)
     upper_params = tree.map(Tensor.detach, run.upper_params)
     weights = run.problem.weights_of(upper_params, batch, features, losses)
-    loss = (weights * losses).mean()
+    loss = weighted_mean(weights, losses)
     grads = gradients([loss], params)
     micro = MicroBatch(batch, random, len(losses), loss.detach(), losses.detach(), weights.detach())
     return grads, micro
@@ -106,7 +107,7 @@ def run_detached(run: Run, batch: Batch, random: RandomState) -> tuple[Tree, Mic
     params = as_leaves(run.lower_params)
     losses, features = run.problem.losses(params, batch)
     weights = run.problem.weights_of(run.upper_params, batch, features, losses)
-    loss = (weights.detach() * losses).mean()
+    loss = weighted_mean(weights.detach(), losses)
     return gradients([loss], params), weighted_batch(batch, random, losses, weights)
 
 
@@ -166,5 +167,5 @@ def weighted_batch(
 ) -> MicroBatch:
     """Return what is left of a micro-batch of so many losses and weights."""
     losses = losses.detach()
-    loss = (weights.detach() * losses).mean()
+    loss = weighted_mean(weights.detach(), losses)
     return MicroBatch(batch, random, len(losses), loss, losses, weights, dots, note)

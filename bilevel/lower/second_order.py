@@ -19,7 +19,7 @@ from bilevel.autodiff.finite_difference import central_difference, moving
 from bilevel.autodiff.gradient import as_leaves, gradients
 from bilevel.autodiff.kernels import differentiable_kernels
 from bilevel.lower.micro_batch import MicroBatch
-from bilevel.problem import Batch, Params, Problem, ReweightingProblem, lower_value
+from bilevel.problem import Batch, Params, Problem, ReweightingProblem, lower_value, weighted_mean
 from bilevel.routes import CentralDifference, Reverse, Route
 from bilevel.tree import Tree
 
@@ -167,7 +167,7 @@ def _weighted_difference(at: _Asked, route: CentralDifference) -> Sequence[Tenso
             params = as_leaves(params)
             losses = problem.losses(params, batch)[0]
             wanted = chosen(params, at.along)
-            found = filled(gradients([(weights * losses).mean()], wanted), wanted)
+            found = filled(gradients([weighted_mean(weights, losses)], wanted), wanted)
         return (*found, losses.detach())
 
     like = [*chosen(at.lower_params, at.along), at.micro.losses]

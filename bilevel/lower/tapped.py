@@ -16,7 +16,7 @@ from bilevel.lower.ghost.context import Context
 from bilevel.lower.ghost.operations import OPERATIONS
 from bilevel.lower.ghost.tracker import Refusal, Tracker
 from bilevel.lower.micro_batch import MicroBatch, Run, run_detached, single, weighted_batch
-from bilevel.problem import Batch, Params, ReweightingProblem
+from bilevel.problem import Batch, Params, ReweightingProblem, weighted_mean
 from bilevel.routes import Auto, PerExample
 from bilevel.tree import Tree
 
@@ -37,7 +37,7 @@ def run_tapped(run: Run, batch: Batch, random: RandomState) -> tuple[Tree, Micro
     if note is not None and not auto:
         raise Refusal(f"route {type(run.route).__name__}(): {note}")
     if size == 1 or note is not None:
-        loss = losses.mean() if size == 1 else (weights.detach() * losses).mean()
+        loss = losses.mean() if size == 1 else weighted_mean(weights.detach(), losses)
         escaped, grads = gradients([loss], (tracker.visible, tracker.collectors))
         grads = tree.add(escaped, grads)
         if size == 1:
