@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeGuard
 
 from torch import Tensor
 
 from bilevel import tree
 from bilevel.tree import Tree
 
-Params: TypeAlias = Any  # a pytree of floating-point tensors, usually dict[str, Tensor]
-Batch: TypeAlias = Any  # any pytree; tensors in it carry the examples in their leading dimension
+Params: TypeAlias = Tree  # of floating-point tensors, usually dict[str, Tensor]
+
+# Whatever the functions of the problem understand: the library hands it on and never looks into it.
+Batch: TypeAlias = Any
 Loss: TypeAlias = Tensor | tuple[Tensor, Any]  # a scalar, or a scalar and auxiliary outputs
 
 
@@ -22,7 +24,7 @@ class BilevelProblem:
 
     Args:
         lower_loss: (lower_params, upper_params, batch) -> scalar, the mean over the examples, or
-            (scalar, aux): any pytree, which reaches `StepInfo.lower_aux` detached.
+            (scalar, aux): any pytree, which reaches ``StepInfo.lower_aux`` detached.
         upper_loss: (lower_params, upper_params, batch) -> scalar or (scalar, aux), likewise.
         batch_size: Number of examples in a lower batch, by which micro-batches are weighted when
             a step is accumulated over several. None: they all count the same.
@@ -38,26 +40,28 @@ class BilevelProblem:
 
 @dataclass(frozen=True)
 class ReweightingProblem:
-    """A bilevel problem whose upper parameters weight the examples of the lower loss::
+    """A bilevel problem whose upper parameters weight the examples of the lower loss.
+
+    The lower loss is::
 
         lower_loss(θ, φ, batch) = (1/batch) Σ_i w_i(φ, features) ℓ_i(θ)
 
     Args:
         per_example_loss: (lower_params, batch) -> (losses [batch], features), the features being
-            any pytree of tensors (or None) that `weights` may look at.
+            any pytree of tensors (or None) that ``weights`` may look at.
         weights: (upper_params, batch, features) -> weights [batch].
         upper_loss: (lower_params, upper_params, batch) -> scalar or (scalar, aux).
         detach_features: Whether weights are a function of φ alone, the features being data
             (Meta-Weight-Net's choice). If not, θ also gets a gradient through the features, and
-            only the routes `Jvp`, `Reverse` and `CentralDifference` apply.
+            only the routes ``Jvp``, ``Reverse`` and ``CentralDifference`` apply.
         rows: batch -> {leading size: owner [leading size]}, for operations inside the model whose
             leading dimension is not the batch: image tiles, flattened tokens, scored positions.
             ``owner[r]`` is the index in the batch of the example that row r belongs to. Needed by
-            the routes `Ghost` and `PerExample`; declare every such dimension that may come to
+            the routes ``Ghost`` and ``PerExample``; declare every such dimension that may come to
             have the size of the batch, for undeclared it would then be taken for the batch.
 
     Examples of a micro-batch must not influence each other's losses (no batch normalisation in
-    training mode, no contrastive terms); `check_hypergradient` finds out.
+    training mode, no contrastive terms); ``check_hypergradient`` finds out.
     """
 
     per_example_loss: Callable[[Params, Batch], tuple[Tensor, Any]]
@@ -106,6 +110,15 @@ class ReweightingProblem:
 
 
 Problem: TypeAlias = BilevelProblem | ReweightingProblem
+
+
+def is_separable(problem: Problem) -> TypeGuard[ReweightingProblem]:
+    """Return whether the weights of the losses are a function of φ alone, the features being data.
+
+    Then ∇_θ L is the sum of the examples' gradients, each times its weight, and what φ has to do
+    with it is in the weights.
+    """
+    return isinstance(problem, ReweightingProblem) and problem.detach_features
 
 
 def weighted_mean(weights: Tensor, losses: Tensor) -> Tensor:

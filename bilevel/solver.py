@@ -36,9 +36,9 @@ class NextSteps(NamedTuple):
 class BilevelSolver:
     """Lower steps on θ and, between them, upper steps on φ along the hypergradient.
 
-    `window` takes ``unroll_steps`` lower steps and then an upper step; `step` takes one lower step
-    at a time and the upper step after the last of a window, for hypergradients that only look at
-    that one.
+    ``window`` takes ``unroll_steps`` lower steps and then an upper step; ``step`` takes one lower
+    step at a time and the upper step after the last of a window, for hypergradients that only look
+    at that one.
 
     Args:
         problem: The losses.
@@ -46,16 +46,16 @@ class BilevelSolver:
         upper_optimizer: Takes the upper steps.
         hypergradient: How dL_upper/dφ is computed.
         unroll_steps: Lower steps per upper step, a window. How many of them the hypergradient goes
-            through is its own choice; `OneStep` goes through the last one.
+            through is its own choice; ``OneStep`` goes through the last one.
         accumulation: Micro-batches per lower step.
-        rollback: Look ahead: after an upper step, redo the lower steps of the window (`step`: the
+        rollback: Look ahead: after an upper step, redo the lower steps of the window (``step``: the
             last one) from the old θ, with the same random numbers and the new φ.
         upper_start: Lower steps before the first window of which an upper step is part.
 
     With no upper batches, or with the upper learning rate 0, the lower trajectory is bit for bit
     the same; with weights 1 it is that of plain training. A hypergradient with an entry that is
-    infinite or NaN is not used: φ, the upper optimizer and `memory` stay as they are, and
-    `BilevelState.upper_skipped` counts it.
+    infinite or NaN is not used: φ, the upper optimizer and ``memory`` stay as they are, and
+    ``BilevelState.upper_skipped`` counts it.
 
     Raises:
         ValueError: A count below its minimum, or a hypergradient that does not apply to the
@@ -108,14 +108,14 @@ class BilevelSolver:
     def next_steps(self, state: BilevelState, remaining: int | None = None) -> NextSteps:
         """Return what comes next: how many lower steps, and whether an upper step after them.
 
-        A window where its steps belong together, else one step. `advance` takes them::
+        A window where its steps belong together, else one step. ``advance`` takes them::
 
             due = solver.next_steps(state)
             batches = [micro_batches_of_a_step() for _ in range(due.lower)]
             state, infos = solver.advance(state, batches, upper_batch() if due.upper else None)
 
         Args:
-            state: From `init` or the last call.
+            state: From ``init`` or the last call.
             remaining: Lower steps that are left of the run. A window that does not fit into them is
                 taken step by step, without an upper step. None: there is no end.
         """
@@ -130,11 +130,11 @@ class BilevelSolver:
         return self._place_in_window(state) == self.unroll_steps - 1
 
     def starts_window(self, state: BilevelState) -> bool:
-        """Return whether the next `unroll_steps` steps are a window with an upper step."""
+        """Return whether the next ``unroll_steps`` steps are a window with an upper step."""
         return self._place_in_window(state) == 0
 
     def _place_in_window(self, state: BilevelState) -> int | None:
-        """Return the steps since the window began; None before `upper_start`."""
+        """Return the steps since the window began; None before ``upper_start``."""
         since = int(state.lower_steps) - self.upper_start
         return since % self.unroll_steps if since >= 0 else None
 
@@ -147,14 +147,14 @@ class BilevelSolver:
         """Take a lower step and, if it is due and there is a batch for it, an upper step.
 
         Args:
-            state: From `init` or the previous step; not changed.
-            lower_batches: The micro-batches, `accumulation` of them.
-            upper_batch: None: no upper step. Not looked at unless `wants_upper`.
+            state: From ``init`` or the previous step; not changed.
+            lower_batches: The micro-batches, ``accumulation`` of them.
+            upper_batch: None: no upper step. Not looked at unless ``wants_upper``.
 
         Raises:
             ValueError: Another number of micro-batches, losses or weights of a wrong shape, or an
                 upper batch for a hypergradient that goes through several steps.
-            bilevel.Refusal: `Ghost` or `PerExample` has no rule for something the model does.
+            bilevel.Refusal: ``Ghost`` or ``PerExample`` has no rule for something the model does.
         """
         if upper_batch is not None and spans_window(self.hypergradient, self.unroll_steps):
             raise ValueError(
@@ -175,18 +175,19 @@ class BilevelSolver:
         """Take the lower steps of a window and, given a batch for it, an upper step.
 
         Args:
-            state: From `init`, `step` or the previous window; not changed.
-            batches: Per lower step its micro-batches, `accumulation` of them. `unroll_steps` steps
-                if there is an upper batch, else any number.
-            upper_batch: None: no upper step. Not looked at before `upper_start` lower steps.
+            state: From ``init``, ``step`` or the previous window; not changed.
+            batches: Per lower step its micro-batches, ``accumulation`` of them. ``unroll_steps``
+                steps if there is an upper batch, else any number.
+            upper_batch: None: no upper step. Not looked at before ``upper_start`` lower steps.
 
         Returns:
-            The state, and a `StepInfo` per lower step; the last has the fields of the upper level.
+            The state, and a ``StepInfo`` per lower step; the last has the fields of the upper
+            level.
 
         Raises:
             ValueError: Another number of steps or micro-batches, or losses or weights of a wrong
                 shape.
-            bilevel.Refusal: `Ghost` or `PerExample` has no rule for something the model does.
+            bilevel.Refusal: ``Ghost`` or ``PerExample`` has no rule for something the model does.
         """
         if self._place_in_window(state) is None:
             upper_batch = None
@@ -205,19 +206,20 @@ class BilevelSolver:
     ) -> tuple[BilevelState, tuple[StepInfo, ...]]:
         """Take these lower steps and, given a batch for it, an upper step, due or not.
 
-        What `step` and `window` come down to; see `next_steps`.
+        What ``step`` and ``window`` come down to; see ``next_steps``.
 
         Args:
-            state: From `init` or the last call; not changed.
-            batches: Per lower step its micro-batches, `accumulation` of them.
+            state: From ``init`` or the last call; not changed.
+            batches: Per lower step its micro-batches, ``accumulation`` of them.
             upper_batch: None: no upper step.
 
         Returns:
-            The state, and a `StepInfo` per lower step; the last has the fields of the upper level.
+            The state, and a ``StepInfo`` per lower step; the last has the fields of the upper
+            level.
 
         Raises:
             ValueError: Another number of micro-batches, or losses or weights of a wrong shape.
-            bilevel.Refusal: `Ghost` or `PerExample` has no rule for something the model does.
+            bilevel.Refusal: ``Ghost`` or ``PerExample`` has no rule for something the model does.
         """
         for lower_batches in batches:
             if len(lower_batches) != self.accumulation:

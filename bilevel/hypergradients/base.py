@@ -1,7 +1,7 @@
 """What a hypergradient is: a record of lower steps, and dL_upper/dφ through them.
 
-`OneStep`, `Unrolled`, `Implicit` and `Penalty` implement `Hypergradient`; a solver takes any object
-that does. None of them takes a lower step: `bilevel.lower.steps` does.
+``OneStep``, ``Unrolled``, ``Implicit`` and ``Penalty`` implement ``Hypergradient``; a solver takes
+any object that does. None of them takes a lower step: ``bilevel.lower.steps`` does.
 """
 
 from __future__ import annotations
@@ -57,12 +57,12 @@ class Hypergradient(Protocol):
       without an upper batch, so that these are the same steps bit for bit. Without it: ``Jvp()``,
       the backward pass of the weighted loss as autograd has it;
     - an attribute ``last_step_only = True``, if it only ever looks at the last lower step of a
-      window: `BilevelSolver.step` can then take the window apart;
+      window: ``BilevelSolver.step`` can then take the window apart;
     - a method ``exact_steps(unroll_steps) -> int | None``: through how many of the window's last
-      lower steps its derivative is exact, for `check_hypergradient` to hold it to that. Without
+      lower steps its derivative is exact, for ``check_hypergradient`` to hold it to that. Without
       it, or with None, it is taken for an approximation by design;
     - an attribute ``at_solution = True``, if its derivative is that of the solved lower level,
-      for `check_hypergradient(..., solve_steps=...)` to hold it to that.
+      for ``check_hypergradient(..., solve_steps=...)`` to hold it to that.
     """
 
     def check(
@@ -81,7 +81,7 @@ class Hypergradient(Protocol):
         Args:
             window: The window whose steps are about to be taken.
             upper_batch: The batch of the upper loss.
-            memory: From `init`, or of the last `HypergradientResult`.
+            memory: From ``init``, or of the last ``HypergradientResult``.
         """
 
 

@@ -20,9 +20,10 @@ from bilevel.checks import require
 from bilevel.hypergradients.base import HypergradientResult
 from bilevel.hypergradients.linear.iterative import ConjugateGradient
 from bilevel.hypergradients.linear.system import LinearSolution, LinearSolver
-from bilevel.lower.hessian_product import Product, hessian_product
+from bilevel.lower.hessian_product import hessian_product
 from bilevel.lower.lower_pass import LowerPass, lower_pass
 from bilevel.lower.mixed_product import mixed_product
+from bilevel.lower.route import Product
 from bilevel.lower.steps import PassRequest, Point, Step, Window
 from bilevel.optimizers.optimizers import DifferentiableOptimizer
 from bilevel.problem import Batch, Params, Problem
@@ -31,15 +32,15 @@ from bilevel.tree import Tree
 
 
 class StationarityWarning(UserWarning):
-    """The lower level is not where `Implicit` assumes it to be."""
+    """The lower level is not where ``Implicit`` assumes it to be."""
 
 
 class ImplicitMemory(NamedTuple):
-    """What `Implicit` keeps between windows.
+    """What ``Implicit`` keeps between windows.
 
     Attributes:
-        solution: q like θ (at least float32), the next warm start; None without `warm_start`.
-        warned: Whether `StationarityWarning` has been given, bool scalar.
+        solution: q like θ (at least float32), the next warm start; None without ``warm_start``.
+        warned: Whether ``StationarityWarning`` has been given, bool scalar.
     """
 
     solution: Tree
@@ -63,26 +64,27 @@ class Implicit:
     downwards there. It does not change with the scales of loss and parameters, and does not depend
     on the learning rate. Away from a stationary point q and the mixed product are those of
     different lower solutions, and the hypergradient may even have the wrong signs: take more lower
-    steps, or differentiate through those that are taken (`OneStep`, `Unrolled`). On the logistic
-    regression of the tests the relative error of the hypergradient stays within a factor of ten of
-    the figure while both fall by six orders of magnitude. Mini-batches add their noise to it, which
-    `bilevel.stationarity` tells apart; the whole training set as micro-batches of the last step has
-    none. Parameters that the lower loss does not depend on are not part of the system.
+    steps, or differentiate through those that are taken (``OneStep``, ``Unrolled``). On the
+    logistic regression of the tests the relative error of the hypergradient stays within a factor
+    of ten of the figure while both fall by six orders of magnitude. Mini-batches add their noise to
+    it, which ``bilevel.stationarity`` tells apart; the whole training set as micro-batches of the
+    last step has none. Parameters that the lower loss does not depend on are not part of the
+    system.
 
-    `StepInfo.figures` has, beside it, `residual`, `iterations` and `products` of the solver and
-    ``upper_change = −⟨q, g⟩``, what solving the lower level to the end would add to the upper loss,
-    to first order (a dual-weighted residual).
+    ``StepInfo.figures`` has, beside it, ``residual``, ``iterations`` and ``products`` of the solver
+    and ``upper_change = −⟨q, g⟩``, what solving the lower level to the end would add to the upper
+    loss, to first order (a dual-weighted residual).
 
     Args:
         solver: Of H q = v; its damping δ makes that (H + δ I) q = v.
         warm_start: Start the solver at the last q.
-        product: `Jvp`, `Reverse` or `CentralDifference`: how products with H (see
-            `hessian_product`) and the mixed product are computed.
+        product: ``Jvp``, ``Reverse`` or ``CentralDifference``: how products with H (see
+            ``hessian_product``) and the mixed product are computed.
         stationarity_tolerance: A larger stationarity adds a note and, once in a run,
-            `StationarityWarning`. None: not measured, one product less.
+            ``StationarityWarning``. None: not measured, one product less.
 
     Cost per window beside the lower steps: 3F upper, 3F for the gradient at θ, the products of the
-    solver and one for the stationarity (9F each with `Jvp`, see `hessian_product`), 3F for the
+    solver and one for the stationarity (9F each with ``Jvp``, see ``hessian_product``), 3F for the
     mixed product. Memory: a few copies of θ, as the solver says, and one for the warm start.
 
     Source: Bengio 2000; Pedregosa 2016 (arXiv 1602.02355); Lorraine, Vicol and Duvenaud 2020 (arXiv
@@ -100,7 +102,7 @@ class Implicit:
     at_solution: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        if not isinstance(self.product, Jvp | Reverse | CentralDifference):
+        if not getattr(self.product, "second_order", False):
             raise ValueError(
                 "Implicit: product must be Jvp(), Reverse() or CentralDifference(), got "
                 f"{self.product!r}"
@@ -187,10 +189,10 @@ class ImplicitRecord:
             figures["stationarity"] = torch.tensor(distance, dtype=torch.float64)
             if not distance <= method.stationarity_tolerance:
                 notes += (_not_stationary(distance, method.stationarity_tolerance),)
-                if not warned:  # at the call of `BilevelSolver.step` or `window`
+                if not warned:  # at the call of ``BilevelSolver.step`` or ``window``
                     warnings.warn(notes[-1], StationarityWarning, stacklevel=5)
                 warned = torch.ones_like(warned)
-        del hessian  # with `Reverse` it holds a graph
+        del hessian  # with ``Reverse`` it holds a graph
         against = tree.scale(-1.0, solved.solution)
         mixed = mixed_product(problem, method.product, passed, params, leaves, against)
         with torch.no_grad():
@@ -261,7 +263,7 @@ def _figures(solved: LinearSolution, grads: Tree) -> dict[str, Tensor]:
 
 
 def _warm_start(solution: Tree, params: Params, factor: float = 1.0) -> Tree:
-    """Return the solution times `factor`, like θ in at least float32; 0 where it has no leaf."""
+    """Return the solution times ``factor``, like θ in at least float32; 0 where it has no leaf."""
 
     def leaf(q: Tensor | None, p: Tensor | None) -> Tensor | None:
         if p is None:

@@ -20,7 +20,7 @@ from bilevel.lower.mixed_product import mixed_product
 from bilevel.lower.steps import PassRequest, Point, Step, Window
 from bilevel.optimizers.optimizers import DifferentiableOptimizer, OptimizerState
 from bilevel.problem import Batch, Params, Problem, ReweightingProblem
-from bilevel.routes import Auto, Dot, Ghost, PerExample, Route
+from bilevel.routes import Auto, Route
 from bilevel.tree import Tree
 
 Order = Literal["lower-first", "upper-first"]
@@ -43,28 +43,28 @@ class OneStep:
         μ = (∂θ'/∂g)ᵀ v        dL_upper/dφ = ∂/∂φ ⟨∇_θ L_lower(θ, φ), μ⟩ + ∂L_upper/∂φ
 
     The clip scale of the update counts as a constant, unless the optimizer says
-    `differentiate_clip`: with one example and an active clip the exact derivative is zero.
+    ``differentiate_clip``: with one example and an active clip the exact derivative is zero.
 
     Args:
         route: How the mixed product is computed: cost and memory, never the result.
         order: "lower-first": v = ∇_θ L_upper(θ', φ), exact for the step taken. With Adam from a
             cold state the exact hypergradient is almost zero (the first step is ± lr whatever the
             gradient's size). "upper-first": v = ∇_θ L_upper(θ, φ), known before the lower pass;
-            μ is what the update's derivative is expected to be (`predicted_grads_vjp`): exact for
+            μ is what the update's derivative is expected to be (``predicted_grads_vjp``): exact for
             SGD without an active clip, for Adam with the second moment as it stands. v then is one
             step old, an error of the order of the learning rate.
         direction_decay: ρ of v̄ ← ρ v̄ + (1 − ρ) v, whose bias-corrected value takes the place of
             v: less noise from small upper batches, and v from slightly older θ. 0: off.
-        update_derivative: What μ is made of: `Exact`, or a convention of the literature.
+        update_derivative: What μ is made of: ``Exact``, or a convention of the literature.
 
     Cost per iteration, F being a forward pass: 3F lower, 3F upper, and what the route adds.
     Source: Ren et al. 2018 (arXiv 1803.09050) and Shu et al. 2019 (arXiv 1902.07379) for SGD; the
     factor ∂θ'/∂g is what Betty's darts (arXiv 2207.02849) replaces by the identity and its sama
     (arXiv 2310.05674) by a diagonal without bias correction: see
-    `bilevel.hypergradients.update_derivative`.
+    ``bilevel.hypergradients.update_derivative``.
 
     Raises:
-        ValueError: direction_decay outside [0, 1), or `Ghost` with lower-first.
+        ValueError: direction_decay outside [0, 1), or ``Ghost`` with lower-first.
     """
 
     route: Route = Auto()
@@ -83,10 +83,10 @@ class OneStep:
             raise ValueError(
                 f"OneStep: order must be 'lower-first' or 'upper-first', got {self.order!r}"
             )
-        if isinstance(self.route, Ghost) and self.order == "lower-first":
+        if self.route.needs_direction and self.order == "lower-first":
             raise ValueError(
-                "OneStep: Ghost() needs the upper gradient before the lower backward pass; choose "
-                "order='upper-first', or PerExample() for lower-first"
+                f"OneStep: {type(self.route).__name__}() needs the upper gradient before the "
+                "lower backward pass; choose order='upper-first', or PerExample() for lower-first"
             )
         if isinstance(self.update_derivative, Sama) and self.order == "upper-first":
             raise ValueError(
@@ -99,7 +99,7 @@ class OneStep:
     ) -> None:
         """Raise ValueError if the route does not apply to the problem, or μ to the optimizer."""
         self.update_derivative.check(optimizer)
-        if not isinstance(self.route, Dot | Ghost | PerExample):
+        if not self.route.per_example:
             return
         name = type(self.route).__name__
         if not isinstance(problem, ReweightingProblem):
@@ -226,7 +226,7 @@ class OneStepRecord:
     def _pulled_back(
         self, before: Point, random: RandomState, at: Params, grads: Tree | None
     ) -> Tree:
-        """Return μ: v at the parameters `at`, averaged, pulled back through the update."""
+        """Return μ: v at the parameters ``at``, averaged, pulled back through the update."""
         window = self._window
         with random_state.replay(random, before.lower_params):
             self.upper = upper_gradient(window.problem, at, window.upper_params, self._upper_batch)

@@ -24,8 +24,8 @@ from bilevel.problem import (
     Batch,
     Params,
     Problem,
-    ReweightingProblem,
     detached,
+    is_separable,
     lower_value,
     upper_value,
     weighted_mean,
@@ -34,7 +34,7 @@ from bilevel.tree import Tree
 
 
 class PenaltyMemory(NamedTuple):
-    """What `Penalty` keeps between windows.
+    """What ``Penalty`` keeps between windows.
 
     Attributes:
         params: y, the second copy of θ.
@@ -64,7 +64,7 @@ class Penalty:
         dF_λ/dφ = ∂φ L_upper(y, φ) + λ (∂φ L_lower(y, φ) − ∂φ L_lower(θ, φ))
 
     at the two minima (Danskin). θ is what the lower steps make of it; y starts where it was left
-    and takes `steps` steps of its own after them, on the same batches. Where the lower problem is
+    and takes ``steps`` steps of its own after them, on the same batches. Where the lower problem is
     strongly convex the bias against the implicit hypergradient is O(1/λ), y − θ as well, and the
     lower loss of y exceeds that of θ by O(1/λ²). A θ that is δ away from the minimum costs λ O(δ):
     the larger λ, the better θ must be solved.
@@ -82,10 +82,11 @@ class Penalty:
         optimizer: Moves y. None: as the lower optimizer, with a state of its own. The gradient is
             that of ``(L_upper + λ L_lower) / (1 + λ)``, so that a learning rate that is right for
             θ is right for y, whatever λ. Weight decay counts as part of the lower loss: a field
-            `weight_decay` is multiplied by λ / (1 + λ) for y.
+            ``weight_decay`` is multiplied by λ / (1 + λ) for y.
 
-    `StepInfo.figures` has `strength` λ, `distance` ‖y − θ‖, `gap` L_lower(y, φ) − L_lower(θ, φ),
-    and `copy_upper_loss` L_upper(y, φ): lower than that of θ, for y has been trained on it.
+    ``StepInfo.figures`` has ``strength`` λ, ``distance`` ‖y − θ‖, ``gap`` L_lower(y, φ) −
+    L_lower(θ, φ), and ``copy_upper_loss`` L_upper(y, φ): lower than that of θ, for y has been
+    trained on it.
 
     Cost per window besides the lower steps: K (3F + 3F upper), 2F for each lower batch, 2F upper;
     F is a forward pass. Memory: y and its optimizer's state.
@@ -244,7 +245,7 @@ def _lower_gradient(
     """Return ∇_y L_lower on a micro-batch that θ has seen; weights of detached features as then."""
     with torch.enable_grad(), random_state.replay(micro.random, params):
         leaves = as_leaves(params)
-        if isinstance(problem, ReweightingProblem) and problem.detach_features:
+        if is_separable(problem):
             assert micro.weights is not None
             losses, _ = problem.losses(leaves, micro.batch)
             loss = weighted_mean(micro.weights.detach(), losses)
@@ -262,7 +263,7 @@ def _excess(
         with random_state.replay(micro.random, params):
             return lower_value(problem, at, upper_params, micro.batch)[0]
 
-    if not (isinstance(problem, ReweightingProblem) and problem.detach_features):
+    if not is_separable(problem):
         return value(copy) - value(params)
     with torch.no_grad():
         with random_state.replay(micro.random, params):

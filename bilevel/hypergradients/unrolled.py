@@ -17,7 +17,7 @@ from bilevel.autodiff.random_state import RandomState
 from bilevel.autodiff.upper_gradient import upper_gradient
 from bilevel.checks import require
 from bilevel.hypergradients.base import HypergradientResult
-from bilevel.hypergradients.trajectory import (
+from bilevel.hypergradients.replay_memory import (
     Kept,
     Store,
     backwards,
@@ -26,7 +26,7 @@ from bilevel.hypergradients.trajectory import (
 )
 from bilevel.lower.lower_pass import LowerPass, lower_pass
 from bilevel.lower.mixed_product import mixed_product
-from bilevel.lower.second_derivatives import second_derivatives
+from bilevel.lower.second_order import second_derivatives
 from bilevel.lower.steps import PassRequest, Point, Step, Window, advance
 from bilevel.optimizers.optimizers import DifferentiableOptimizer
 from bilevel.problem import Batch, Params, Problem
@@ -42,18 +42,18 @@ class _Step(NamedTuple):
 
 @dataclass(frozen=True)
 class Unrolled:
-    """Exact derivative of the upper loss through the last `steps` lower steps of a window.
+    """Exact derivative of the upper loss through the last ``steps`` lower steps of a window.
 
     With the step (θ_{k+1}, s_{k+1}) = U(g_k, s_k, θ_k), g_k = ∇_θ L_k(θ_k, φ), the sweep starts at
     θ̄ = ∇_θ L_upper(θ_K, φ), s̄ = 0, h = ∂L_upper/∂φ and goes through the steps, last one first::
 
-        (ḡ, s̄, θ̄) ← (∂U/∂(g, s, θ))ᵀ (θ̄, s̄)           `optimizer.vjp`, no graph
-        θ̄ ← θ̄ + ∂²L_k/∂θ² ḡ,   h ← h + ∂²L_k/∂φ∂θ ḡ    one pass, see `second_derivatives`
+        (ḡ, s̄, θ̄) ← (∂U/∂(g, s, θ))ᵀ (θ̄, s̄)           ``optimizer.vjp``, no graph
+        θ̄ ← θ̄ + ∂²L_k/∂θ² ḡ,   h ← h + ∂²L_k/∂φ∂θ ḡ    one pass, see ``second_derivatives``
 
-    At the first step only h is needed (`mixed_product`). There is never a graph across steps. It
-    holds for every optimizer of `bilevel.optimizers`, with weight decay, schedule, clipping (the
-    scale a constant, unless the optimizer says `differentiate_clip`), micro-batches, and random
-    numbers, which are replayed. With ``steps=1`` it is `OneStep` in order lower-first.
+    At the first step only h is needed (``mixed_product``). There is never a graph across steps. It
+    holds for every optimizer of ``bilevel.optimizers``, with weight decay, schedule, clipping (the
+    scale a constant, unless the optimizer says ``differentiate_clip``), micro-batches, and random
+    numbers, which are replayed. With ``steps=1`` it is ``OneStep`` in order lower-first.
 
     Args:
         steps: T, how many of the window's last lower steps; the point before them counts as a
@@ -71,9 +71,10 @@ class Unrolled:
             - "sqrt": k = ⌈√T⌉.
         store: "host": what is remembered lies in CPU memory, and the device holds what one step
             needs, whatever T.
-        product: `Jvp`, `Reverse` or `CentralDifference`: how second derivatives are computed.
-            `Auto`: `Jvp` at the first step, whose derivative is in φ alone, and `Reverse` at the
-            others, where both take as long and `Jvp` (forward over reverse) takes more memory.
+        product: ``Jvp``, ``Reverse`` or ``CentralDifference``: how second derivatives are computed.
+            ``Auto``: ``Jvp`` at the first step, whose derivative is in φ alone, and ``Reverse`` at
+            the others, where both take as long and ``Jvp`` (forward over reverse) takes more
+            memory.
 
     Cost: 3F for each lower step and 3F for the upper gradient, as in every method, then about
     9F for each of T − 1 steps and 3F for the first (9F without detached features). F is a
@@ -110,7 +111,7 @@ class Unrolled:
             )
         if self.store not in ("device", "host"):
             raise ValueError(f"Unrolled: store must be 'device' or 'host', got {self.store!r}")
-        if not isinstance(self.product, Auto | Jvp | Reverse | CentralDifference):
+        if self.product != Auto() and not getattr(self.product, "second_order", False):
             raise ValueError(
                 "Unrolled: product must be Auto(), Jvp(), Reverse() or CentralDifference(), got "
                 f"{self.product!r}"
@@ -119,7 +120,7 @@ class Unrolled:
     def check(
         self, problem: Problem, optimizer: DifferentiableOptimizer, unroll_steps: int
     ) -> None:
-        """Raise ValueError if the window is shorter than `steps` or the optimizer has no `vjp`."""
+        """Raise ValueError if the window is too short or the optimizer has no ``vjp``."""
         if self.steps is not None and self.steps > unroll_steps:
             raise ValueError(
                 f"Unrolled: steps={self.steps} do not fit a window of unroll_steps={unroll_steps}; "
@@ -145,16 +146,6 @@ class Unrolled:
         """Return what will remember the last steps of this window and go back through them."""
         return UnrolledRecord(self, window, upper_batch)
 
-    @property
-    def first_product(self) -> Jvp | Reverse | CentralDifference:
-        """How the product is computed at the first step, whose derivative is in φ alone."""
-        return Jvp() if isinstance(self.product, Auto) else self.product
-
-    @property
-    def further_product(self) -> Jvp | Reverse | CentralDifference:
-        """How the products are computed at the other steps."""
-        return Reverse() if isinstance(self.product, Auto) else self.product
-
     def segment(self, unrolled: int) -> int:
         """Return the number of steps between kept points, of so many that are unrolled."""
         if self.replay is None:
@@ -167,8 +158,8 @@ class UnrolledRecord:
 
     Attributes:
         steps: One entry for each step that is unrolled.
-        points: The points before the first and every `segment`-th of these, each the head of a
-            list; the last list alone goes on with the `way_points` to the end. With their index
+        points: The points before the first and every ``segment``-th of these, each the head of a
+            list; the last list alone goes on with the ``way_points`` to the end. With their index
             since the head.
         grads: Gradients of the steps since the last head.
         leaves: φ as the steps saw it, with a graph to their weights.
@@ -232,12 +223,10 @@ class UnrolledRecord:
                 del g, state
                 if not steps:
                     del lower_bar, state_bar
-                    product = mixed_product(
-                        problem, method.first_product, passed, params, leaves, along
-                    )
+                    product = mixed_product(problem, method.product, passed, params, leaves, along)
                 else:
                     curved, product = second_derivatives(
-                        problem, method.further_product, passed, params, leaves, along
+                        problem, method.product, passed, params, leaves, along
                     )
                     with torch.no_grad():
                         lower_bar = tree.add(lower_bar, curved)
@@ -247,7 +236,7 @@ class UnrolledRecord:
         return HypergradientResult(upper_loss, total, None, upper_aux=upper_aux)
 
     def _recomputed_grads(self, steps: Sequence[_Step]) -> list[Kept]:
-        """Return the gradients of a segment whose head is the last; keep its `way_points`."""
+        """Return the gradients of a segment whose head is the last; keep its ``way_points``."""
         problem, optimizer, store = self._window.problem, self._window.optimizer, self._method.store
         points, grads = self.points[-1], []
         point = points[0][1].fetch()

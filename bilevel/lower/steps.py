@@ -1,8 +1,8 @@
 """The lower steps of a window: the one loop in which θ moves.
 
 Training, a window that is differentiated, and the second pass of a rollback all go through
-`take_steps`. A hypergradient takes no steps: it gives the loop a `Recorder`, which is asked before
-each lower pass what the pass should leave behind, and is shown each step after it was taken.
+``take_steps``. A hypergradient takes no steps: it gives the loop a ``Recorder``, which is asked
+before each lower pass what the pass should leave behind, and is shown each step after it was taken.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from bilevel import tree
 from bilevel.autodiff import random_state
 from bilevel.autodiff.random_state import RandomState
 from bilevel.lower.lower_pass import LowerPass, lower_pass
+from bilevel.lower.route import Route
 from bilevel.optimizers.optimizers import DifferentiableOptimizer, Optimizer
 from bilevel.problem import Batch, Params, Problem
-from bilevel.routes import Route
 from bilevel.tree import Tree
 
 
@@ -84,9 +84,9 @@ class Recorder(Protocol):
     """What remembers the steps of a window while they are taken."""
 
     def before(self, index: int, point: Point, random: RandomState) -> PassRequest:
-        """Return what the lower pass of step `index`, from this point, should leave behind.
+        """Return what the lower pass of step ``index``, from this point, should leave behind.
 
-        The torch generators must be left as they are: see `random_state.replay`.
+        The torch generators must be left as they are: see ``random_state.replay``.
         """
 
     def after(self, step: Step) -> None:
@@ -98,7 +98,7 @@ class LowerSteps(NamedTuple):
 
     Attributes:
         end: θ and the optimizer's state after the last.
-        passes: The figures of each lower pass, in order (`LowerPass.summary`).
+        passes: The figures of each lower pass, in order (``LowerPass.summary``).
     """
 
     end: Point

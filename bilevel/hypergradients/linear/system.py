@@ -42,7 +42,7 @@ class LinearSolver(Protocol):
         """Return x with (A + δ I) x ≈ b, δ being the solver's damping.
 
         Args:
-            matvec: v -> A v for trees like `rhs`.
+            matvec: v -> A v for trees like ``rhs``.
             rhs: b; None leaves are not part of the system.
             initial: Where to start (a warm start); None: 0.
         """
@@ -107,7 +107,7 @@ class System:
         return result
 
     def start(self, initial: Tree | None) -> tuple[Tree, Tree, tuple[str, ...]]:
-        """Return y, its residual, and a note if `initial` was no better than 0 and was dropped."""
+        """Return y, its residual, and a note if ``initial`` is worse than 0 and was dropped."""
         zero = tree.zeros_like(self.rhs)
         if initial is None:
             return zero, self.rhs, ()
@@ -145,7 +145,7 @@ def flat(vector: Tree) -> Tensor:
 
 
 def unflat(entries: Tensor, like: Tree) -> Tree:
-    """Return the tree that `flat` took apart, with the dtypes and devices of `like`."""
+    """Return the tree that ``flat`` took apart, with the dtypes and devices of ``like``."""
     sizes = [leaf.numel() for leaf in tree.leaves(like)]
     pieces: Any = iter(entries.split(sizes))
     return tree.map(lambda leaf: next(pieces).view(leaf.shape).to(leaf), like)

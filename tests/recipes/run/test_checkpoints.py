@@ -47,7 +47,7 @@ WRITTEN = ("log.jsonl", "weights.jsonl", "test_questions.jsonl")
 @pytest.fixture
 def interrupt(monkeypatch):
     """``interrupt(n)``: the n-th lower step from now on is never taken."""
-    original = BilevelSolver.step
+    original = BilevelSolver.advance
 
     def at(number):
         calls = iter(range(1, number + 1))
@@ -57,7 +57,7 @@ def interrupt(monkeypatch):
                 raise KeyboardInterrupt
             return original(*args, **more)
 
-        monkeypatch.setattr(BilevelSolver, "step", step)
+        monkeypatch.setattr(BilevelSolver, "advance", step)
 
     yield at
     monkeypatch.undo()

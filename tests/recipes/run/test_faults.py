@@ -106,14 +106,14 @@ def test_a_disk_that_is_full_when_the_model_is_written(whole, disk, capsys):
 
 
 def test_a_disk_that_becomes_read_only(whole, disk, capsys, monkeypatch):
-    original, run = BilevelSolver.step, disk.path / "run"
+    original, run = BilevelSolver.advance, disk.path / "run"
 
     def third_finds_it_so(self, state, *rest):
         if int(state.lower_steps) == 2:
             disk.remount("ro")
         return original(self, state, *rest)
 
-    monkeypatch.setattr(BilevelSolver, "step", third_finds_it_so)
+    monkeypatch.setattr(BilevelSolver, "advance", third_finds_it_so)
     assert main(words(whole, run)) == 1
     said = capsys.readouterr().err.splitlines()[-1]
     assert said.startswith(

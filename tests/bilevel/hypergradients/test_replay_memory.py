@@ -10,7 +10,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from bilevel import SGD, Adam, AdamW, ReweightingProblem, Unrolled, tree, warmup_cosine
-from bilevel.hypergradients.trajectory import Point, advance, backwards, keep, way_points
+from bilevel.hypergradients.replay_memory import Point, advance, backwards, keep, way_points
 from tests.bilevel.run_window import run_window
 from tests.bilevel.test_solver import same_bits
 from tests.oracles import random_like
