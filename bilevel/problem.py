@@ -83,9 +83,9 @@ class ReweightingProblem:
         """
         losses, features = self.per_example_loss(lower_params, batch)
         if not isinstance(losses, Tensor) or losses.dim() != 1:
-            found = tuple(losses.shape) if isinstance(losses, Tensor) else type(losses).__name__
+            kind = tuple(losses.shape) if isinstance(losses, Tensor) else type(losses).__name__
             raise ValueError(
-                f"per_example_loss: expected (losses [batch], features), found losses {found}; "
+                f"per_example_loss: expected (losses [batch], features), found losses {kind}; "
                 "reduce over everything but the examples"
             )
         if self.detach_features:
@@ -157,8 +157,8 @@ def detached(aux: Any) -> Any:
     return tree.map(_detach, aux)
 
 
-def _value_and_aux(found: Any, name: str) -> tuple[Tensor, Any]:
-    loss, aux = found if isinstance(found, tuple) and len(found) == 2 else (found, None)
+def _value_and_aux(value: Any, name: str) -> tuple[Tensor, Any]:
+    loss, aux = value if isinstance(value, tuple) and len(value) == 2 else (value, None)
     if not isinstance(loss, Tensor) or loss.dim() != 0:
         shape = tuple(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
         raise ValueError(

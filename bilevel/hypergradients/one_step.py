@@ -161,7 +161,8 @@ class OneStep:
 class OneStepRecord:
     """The last lower step of a window, and the hypergradient through it.
 
-    Every pass starts from (the upper one), or replays, the random state that the step found.
+    The upper pass, and every pass that the product takes, draws the same random numbers as the
+    lower pass of the step.
 
     Attributes:
         passed: Gradient and micro-batches of the last lower pass.

@@ -47,8 +47,8 @@ class Unrolled:
     With the step (θ_{k+1}, s_{k+1}) = U(g_k, s_k, θ_k), g_k = ∇_θ L_k(θ_k, φ), the sweep starts at
     θ̄ = ∇_θ L_upper(θ_K, φ), s̄ = 0, h = ∂L_upper/∂φ and goes through the steps, last one first::
 
-        (ḡ, s̄, θ̄) ← (∂U/∂(g, s, θ))ᵀ (θ̄, s̄)           ``optimizer.vjp``, no graph
-        θ̄ ← θ̄ + ∂²L_k/∂θ² ḡ,   h ← h + ∂²L_k/∂φ∂θ ḡ    one pass, see ``second_derivatives``
+        (ḡ, s̄, θ̄) ← (∂U/∂(g, s, θ))ᵀ (θ̄, s̄)           optimizer.vjp, no graph
+        θ̄ ← θ̄ + ∂²L_k/∂θ² ḡ,   h ← h + ∂²L_k/∂φ∂θ ḡ    one pass, see second_derivatives
 
     At the first step only h is needed (``mixed_product``). There is never a graph across steps. It
     holds for every optimizer of ``bilevel.optimizers``, with weight decay, schedule, clipping (the

@@ -43,8 +43,9 @@ class UpdateDerivative(Protocol):
 
 @dataclass(frozen=True)
 class Exact:
-    """``μ = (∂θ'/∂g)ᵀ v``, e.g. −lr v for SGD; ``predicted_grads_vjp`` before the gradient is
-    known.
+    """The derivative of the update, ``μ = (∂θ'/∂g)ᵀ v``, e.g. −lr v for SGD.
+
+    Before the gradient is known it is what the optimizer predicts (``predicted_grads_vjp``).
 
     Cost: elementwise.
     """

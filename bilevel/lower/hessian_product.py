@@ -25,10 +25,11 @@ def hessian_product(
 
     Args:
         problem: The losses.
-        route: How, see ``bilevel.routes``; cost in F, forward passes. ``Jvp``, and every route that
-            knows nothing of Hessians: forward over reverse, 9F per product. ``Reverse``: the
-            gradient's graph is kept from the first product on and differentiated again in each, 3F
-            once and 6F per product, 3 to 4 times the activations of all micro-batches.
+        route: How, see ``bilevel.routes``; cost in F, forward passes. ``Jvp``, and every route
+            without Hessian products of its own: forward over reverse, 9F per product.
+            ``Reverse``: the gradient's graph is kept from the first product on and differentiated
+            again in each, 3F once and 6F per product, 3 to 4 times the activations of all
+            micro-batches.
             ``CentralDifference``: 6F, and an error of its own.
         passed: The lower pass at θ and φ.
         lower_params: θ.

@@ -93,5 +93,5 @@ def tapped_backward(
 
 def _by_leaf(params: Params, direction: Tree) -> list[Tensor | None]:
     """Return the direction's leaves in the order of the parameters that there are."""
-    found: list[Tensor | None] = optree.tree_structure(params).flatten_up_to(direction)
-    return found
+    leaves: list[Tensor | None] = optree.tree_structure(params).flatten_up_to(direction)
+    return leaves

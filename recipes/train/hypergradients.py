@@ -27,12 +27,12 @@ from recipes.options.train import TrainOptions
 
 
 def make_hypergradient(options: TrainOptions) -> Hypergradient:
-    """The hypergradient that the options name.
+    """Return the hypergradient that the options name.
 
     Raises:
-        ValueError: settings that it refuses.
+        ValueError: The hypergradient refuses its settings.
     """
-    made: Mapping[str, Callable[[], Hypergradient]] = {
+    hypergradients: Mapping[str, Callable[[], Hypergradient]] = {
         "one-step": lambda: OneStep(
             _route(options), order=options.order, direction_decay=options.direction_decay
         ),
@@ -40,11 +40,11 @@ def make_hypergradient(options: TrainOptions) -> Hypergradient:
         "implicit": lambda: Implicit(_linear_solver(options)),
         "penalty": lambda: Penalty(options.penalty_strength),
     }
-    return made[options.hypergradient]()
+    return hypergradients[options.hypergradient]()
 
 
 def differentiated_steps(options: TrainOptions) -> int:
-    """How many lower steps of a window have batches that the hypergradient sees."""
+    """Return how many lower steps of a window have batches that the hypergradient sees."""
     return options.unroll_steps if options.hypergradient in ("unrolled", "penalty") else 1
 
 

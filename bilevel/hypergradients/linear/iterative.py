@@ -89,14 +89,14 @@ class ConjugateGradient:
             if square < best_square:
                 best, best_square = x, square
             p = tree.axpy(square / previous, p, r)
-        found = system.finish(x, iterations, notes)
-        if math.sqrt(square) <= self.tolerance and found.residual > 10.0 * self.tolerance:
+        solution = system.finish(x, iterations, notes)
+        if math.sqrt(square) <= self.tolerance and solution.residual > 10.0 * self.tolerance:
             note = (
                 f"rounding: the recurrence reached tolerance {self.tolerance:.1g}, the residual is "
-                f"{found.residual:.2g}; use more damping or higher precision"
+                f"{solution.residual:.2g}; use more damping or higher precision"
             )
-            return found._replace(notes=(*found.notes, note))
-        return found
+            return solution._replace(notes=(*solution.notes, note))
+        return solution
 
 
 @dataclass(frozen=True)

@@ -97,10 +97,10 @@ class System:
         return self._combined(self._matvec(vector), vector, self._damping)
 
     def _combined(self, image: Tree, vector: Tree, damping: float) -> Tree:
-        def combine(entry: Tensor | None, found: Tensor | None) -> Tensor | None:
-            if entry is None or found is None:
+        def combine(entry: Tensor | None, product: Tensor | None) -> Tensor | None:
+            if entry is None or product is None:
                 return None if entry is None else entry * damping
-            wide = found.to(entry.dtype)
+            wide = product.to(entry.dtype)
             return wide if damping == 0.0 else wide + damping * entry
 
         result: Tree = optree.tree_map(combine, vector, image, none_is_leaf=True)
