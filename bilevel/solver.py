@@ -13,7 +13,7 @@ from bilevel.autodiff import random_state
 from bilevel.hypergradients.base import Hypergradient, HypergradientResult, spans_window
 from bilevel.hypergradients.one_step import OneStep
 from bilevel.lower.lower_pass import LowerPass
-from bilevel.optimizers.optimizers import DifferentiableOptimizer, Optimizer, clip_scale
+from bilevel.optimizers.base import DifferentiableOptimizer, Optimizer, clip_scale
 from bilevel.problem import Batch, Params, Problem
 from bilevel.state import BilevelState, StepInfo
 

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, Protocol
 from torch import Tensor
 
 from bilevel.lower.lower_pass import LowerPass
-from bilevel.optimizers.optimizers import DifferentiableOptimizer
+from bilevel.optimizers.base import DifferentiableOptimizer
 from bilevel.problem import Batch, Params, Problem
 from bilevel.tree import Tree
 

@@ -14,9 +14,8 @@ from torch import Tensor
 
 from bilevel import tree
 from bilevel.autodiff import random_state
-from bilevel.autodiff.gradient import as_leaves
+from bilevel.autodiff.gradient import as_leaves, upper_gradient
 from bilevel.autodiff.random_state import RandomState
-from bilevel.autodiff.upper_gradient import upper_gradient
 from bilevel.checks import require
 from bilevel.hypergradients.base import HypergradientResult
 from bilevel.hypergradients.linear.iterative import ConjugateGradient
@@ -24,7 +23,7 @@ from bilevel.hypergradients.linear.system import LinearSolution, LinearSolver
 from bilevel.lower.hessian_product import Product, hessian_product
 from bilevel.lower.lower_pass import LowerPass, lower_pass
 from bilevel.lower.mixed_product import mixed_product
-from bilevel.optimizers.optimizers import DifferentiableOptimizer
+from bilevel.optimizers.base import DifferentiableOptimizer
 from bilevel.problem import Batch, Params, Problem
 from bilevel.routes import CentralDifference, Jvp, Reverse
 from bilevel.tree import Tree

@@ -11,13 +11,12 @@ from torch import Tensor
 
 from bilevel import tree
 from bilevel.autodiff import random_state
-from bilevel.autodiff.gradient import as_leaves
-from bilevel.autodiff.upper_gradient import UpperGradient, upper_gradient
+from bilevel.autodiff.gradient import UpperGradient, as_leaves, upper_gradient
 from bilevel.hypergradients.base import HypergradientResult
 from bilevel.hypergradients.update_derivative import Exact, Sama, UpdateDerivative
 from bilevel.lower.lower_pass import LowerPass, lower_pass
 from bilevel.lower.mixed_product import mixed_product
-from bilevel.optimizers.optimizers import DifferentiableOptimizer, OptimizerState
+from bilevel.optimizers.base import DifferentiableOptimizer, OptimizerState
 from bilevel.problem import Batch, Params, Problem, ReweightingProblem
 from bilevel.routes import Auto, Dot, Ghost, PerExample, Route
 from bilevel.tree import Tree

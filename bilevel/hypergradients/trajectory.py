@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from bilevel import tree
-from bilevel.optimizers.optimizers import Optimizer
+from bilevel.optimizers.base import Optimizer
 from bilevel.problem import Params
 from bilevel.tree import Tree
 
