@@ -48,18 +48,14 @@ from bilevel.hypergradients.unrolled import Unrolled
 from bilevel.hypergradients.update_derivative import Exact, Identity, Sama, UpdateDerivative
 from bilevel.lower.ghost.tracker import Refusal
 from bilevel.lower.steps import LowerSteps, PassRequest, Point, Step, Window
-from bilevel.optimizers.lazy import LazyRowAdam, LazyRowState
-from bilevel.optimizers.optimizers import (
-    SGD,
-    Adagrad,
-    Adam,
-    AdamW,
+from bilevel.optimizers.base import (
     DifferentiableOptimizer,
     Optimizer,
     OptimizerState,
-    RMSProp,
     UpdateCotangents,
 )
+from bilevel.optimizers.lazy import LazyRowAdam, LazyRowState
+from bilevel.optimizers.optimizers import SGD, Adagrad, Adam, AdamW, RMSProp
 from bilevel.optimizers.projected import Projected
 from bilevel.optimizers.schedule import Constant, Schedule, WarmupCosine, constant, warmup_cosine
 from bilevel.problem import BilevelProblem, ReweightingProblem

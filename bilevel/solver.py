@@ -20,7 +20,7 @@ from bilevel.hypergradients.base import (
 from bilevel.hypergradients.one_step import OneStep
 from bilevel.lower.lower_pass import LowerPass
 from bilevel.lower.steps import Point, Window
-from bilevel.optimizers.optimizers import DifferentiableOptimizer, Optimizer, clip_scale
+from bilevel.optimizers.base import DifferentiableOptimizer, Optimizer, clip_scale
 from bilevel.problem import Batch, Params, Problem
 from bilevel.state import BilevelState, StepInfo
 

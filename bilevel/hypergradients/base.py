@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, Protocol
 from torch import Tensor
 
 from bilevel.lower.steps import LowerSteps, Point, Recorder, Window, take_steps
-from bilevel.optimizers.optimizers import DifferentiableOptimizer
+from bilevel.optimizers.base import DifferentiableOptimizer
 from bilevel.problem import Batch, Params, Problem
 from bilevel.routes import Jvp, Route
 from bilevel.tree import Tree

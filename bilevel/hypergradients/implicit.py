@@ -13,9 +13,8 @@ from torch import Tensor
 
 from bilevel import tree
 from bilevel.autodiff import random_state
-from bilevel.autodiff.gradient import as_leaves
+from bilevel.autodiff.gradient import as_leaves, upper_gradient
 from bilevel.autodiff.random_state import RandomState
-from bilevel.autodiff.upper_gradient import upper_gradient
 from bilevel.checks import require
 from bilevel.hypergradients.base import HypergradientResult
 from bilevel.hypergradients.linear.iterative import ConjugateGradient
@@ -25,7 +24,7 @@ from bilevel.lower.lower_pass import LowerPass, lower_pass
 from bilevel.lower.mixed_product import mixed_product
 from bilevel.lower.route import Product
 from bilevel.lower.steps import PassRequest, Point, Step, Window
-from bilevel.optimizers.optimizers import DifferentiableOptimizer
+from bilevel.optimizers.base import DifferentiableOptimizer
 from bilevel.problem import Batch, Params, Problem
 from bilevel.routes import CentralDifference, Jvp, Reverse
 from bilevel.tree import Tree

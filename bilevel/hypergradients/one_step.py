@@ -10,15 +10,14 @@ from torch import Tensor
 
 from bilevel import tree
 from bilevel.autodiff import random_state
-from bilevel.autodiff.gradient import as_leaves
+from bilevel.autodiff.gradient import UpperGradient, as_leaves, upper_gradient
 from bilevel.autodiff.random_state import RandomState
-from bilevel.autodiff.upper_gradient import UpperGradient, upper_gradient
 from bilevel.hypergradients.base import HypergradientResult
 from bilevel.hypergradients.update_derivative import Exact, Sama, UpdateDerivative
 from bilevel.lower.lower_pass import LowerPass
 from bilevel.lower.mixed_product import mixed_product
 from bilevel.lower.steps import PassRequest, Point, Step, Window
-from bilevel.optimizers.optimizers import DifferentiableOptimizer, OptimizerState
+from bilevel.optimizers.base import DifferentiableOptimizer, OptimizerState
 from bilevel.problem import Batch, Params, Problem, ReweightingProblem
 from bilevel.routes import Auto, Route
 from bilevel.tree import Tree

@@ -10,15 +10,14 @@ from torch import Tensor
 
 from bilevel import tree
 from bilevel.autodiff import random_state
-from bilevel.autodiff.gradient import as_leaves, gradients
+from bilevel.autodiff.gradient import as_leaves, gradients, upper_gradient
 from bilevel.autodiff.random_state import RandomState
-from bilevel.autodiff.upper_gradient import upper_gradient
 from bilevel.checks import require
 from bilevel.hypergradients.base import HypergradientResult
 from bilevel.lower.lower_pass import LowerPass
 from bilevel.lower.micro_batch import MicroBatch
 from bilevel.lower.steps import PassRequest, Point, Step, Window
-from bilevel.optimizers.optimizers import DifferentiableOptimizer, Optimizer
+from bilevel.optimizers.base import DifferentiableOptimizer, Optimizer
 from bilevel.optimizers.schedule import Schedule
 from bilevel.problem import (
     Batch,

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from bilevel import tree
 from bilevel.lower.steps import Point, advance
-from bilevel.optimizers.optimizers import Optimizer
+from bilevel.optimizers.base import Optimizer
 from bilevel.tree import Tree
 
 Store = Literal["device", "host"]

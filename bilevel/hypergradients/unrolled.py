@@ -12,9 +12,8 @@ from torch import Tensor
 
 from bilevel import tree
 from bilevel.autodiff import random_state
-from bilevel.autodiff.gradient import as_leaves
+from bilevel.autodiff.gradient import as_leaves, upper_gradient
 from bilevel.autodiff.random_state import RandomState
-from bilevel.autodiff.upper_gradient import upper_gradient
 from bilevel.checks import require
 from bilevel.hypergradients.base import HypergradientResult
 from bilevel.hypergradients.replay_memory import (
@@ -28,7 +27,7 @@ from bilevel.lower.lower_pass import LowerPass, lower_pass
 from bilevel.lower.mixed_product import mixed_product
 from bilevel.lower.second_order import second_derivatives
 from bilevel.lower.steps import PassRequest, Point, Step, Window, advance
-from bilevel.optimizers.optimizers import DifferentiableOptimizer
+from bilevel.optimizers.base import DifferentiableOptimizer
 from bilevel.problem import Batch, Params, Problem
 from bilevel.routes import Auto, CentralDifference, Jvp, Reverse, Route
 

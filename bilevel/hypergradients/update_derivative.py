@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from bilevel import tree
-from bilevel.optimizers.optimizers import SGD, Adam, DifferentiableOptimizer
+from bilevel.optimizers.base import DifferentiableOptimizer
+from bilevel.optimizers.optimizers import SGD, Adam
 from bilevel.tree import Tree
 
 

@@ -19,7 +19,7 @@ from bilevel.autodiff import random_state
 from bilevel.autodiff.random_state import RandomState
 from bilevel.lower.lower_pass import LowerPass, lower_pass
 from bilevel.lower.route import Route
-from bilevel.optimizers.optimizers import DifferentiableOptimizer, Optimizer
+from bilevel.optimizers.base import DifferentiableOptimizer, Optimizer
 from bilevel.problem import Batch, Params, Problem
 from bilevel.tree import Tree
 

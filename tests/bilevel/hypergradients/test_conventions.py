@@ -23,7 +23,7 @@ from bilevel import (
     Sama,
     tree,
 )
-from bilevel.optimizers.optimizers import OptimizerState
+from bilevel.optimizers.base import OptimizerState
 from tests.bilevel.hypergradients.test_one_step import relative
 from tests.bilevel.quadratic import Quadratic
 from tests.bilevel.run_window import run_step

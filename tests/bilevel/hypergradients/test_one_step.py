@@ -22,7 +22,7 @@ from bilevel import (
     tree,
     warmup_cosine,
 )
-from bilevel.autodiff.upper_gradient import upper_gradient
+from bilevel.autodiff.gradient import upper_gradient
 from tests.bilevel.run_window import run_step
 from tests.bilevel.zoo import CASES, build
 from tests.oracles import random_like, slope, upper_after_step
