@@ -30,7 +30,7 @@ class BilevelProblem:
             a step is accumulated over several. None: they all count the same.
 
     The functions must be pure: no in-place change of parameters, no state but torch's random
-    state, which the solver replays for every pass of a step.
+    state, which is rewound for every pass of a step.
     """
 
     lower_loss: Callable[[Params, Params, Batch], Loss]

@@ -127,7 +127,7 @@ def compare_hypergradients(
                     solver.lower_optimizer, state.lower_params, state.upper_params
                 )
             now = random_state.capture(state.lower_params)
-            with random_state.replay(now, state.lower_params):
+            with random_state.rewound_to(now, state.lower_params):
                 _, result = take_window(window, method, upper_batch, kept[name])
             assert result is not None
             kept[name] = result.memory

@@ -72,7 +72,7 @@ class AuditedSteps:
         start = Point(state.lower_params, state.lower_optimizer)
         window = Window(solver.problem, solver.lower_optimizer, start, state.upper_params, batches)
         random = random_state.capture(state.lower_params)
-        with random_state.replay(random, state.lower_params):
+        with random_state.rewound_to(random, state.lower_params):
             record = self._hypergradient.record(window, upper_batch, memory)
             taken = take_steps(window, lower_route(self._hypergradient), record)
             self.result: HypergradientResult = record.hypergradient(taken.end)
@@ -120,7 +120,7 @@ class AuditedSteps:
         if one_step.order == "lower-first":
             grads, _ = self._grads(self._last, self._upper_params, self._batches[-1])
             at = self._end.point
-        with random_state.replay(self._last.random, params):
+        with random_state.rewound_to(self._last.random, params):
             v = upper_gradient(
                 self._problem, at.lower_params, self._upper_params, self._upper_batch
             ).lower
@@ -144,13 +144,13 @@ class AuditedSteps:
     ) -> tuple[Tree, RandomState]:
         """The lower gradient, and where it left the random numbers."""
         params = start.point.lower_params
-        with random_state.replay(start.random, params):
+        with random_state.rewound_to(start.random, params):
             grads = plain_gradient(self._problem, params, upper_params, batches)
             return grads, random_state.capture(params)
 
     def _upper(self, start: _Start, upper_params: Params) -> Tensor:
         params = start.point.lower_params
-        with torch.no_grad(), random_state.replay(start.random, params):
+        with torch.no_grad(), random_state.rewound_to(start.random, params):
             return upper_value(self._problem, params, upper_params, self._upper_batch)[0]
 
 
@@ -185,7 +185,7 @@ class AuditedSolution:
         middle = self._solved(start, state.upper_params, solve_steps // 2)
         at = self._solved(middle, state.upper_params, solve_steps - solve_steps // 2)
         moved = float(tree.norm(tree.axpy(-1.0, middle.lower_params, at.lower_params)))
-        with random_state.replay(self._random, at.lower_params):
+        with random_state.rewound_to(self._random, at.lower_params):
             steps, result = take_window(
                 Window(solver.problem, solver.lower_optimizer, at, state.upper_params, [batches]),
                 solver.hypergradient,
@@ -209,11 +209,11 @@ class AuditedSolution:
     def upper_after(self, upper_params: Params) -> Tensor:
         """Return L_upper(θ*(φ), φ)."""
         params = self._solved(self._end, upper_params, self._steps).lower_params
-        with torch.no_grad(), random_state.replay(self._random, params):
+        with torch.no_grad(), random_state.rewound_to(self._random, params):
             return upper_value(self._problem, params, upper_params, self._upper_batch)[0]
 
     def _gradient(self, point: Point, upper_params: Params) -> Tree:
-        with random_state.replay(self._random, point.lower_params):
+        with random_state.rewound_to(self._random, point.lower_params):
             return plain_gradient(self._problem, point.lower_params, upper_params, self._batches)
 
     def _solved(self, point: Point, upper_params: Params, steps: int) -> Point:

@@ -162,7 +162,7 @@ class ImplicitRecord:
         method, problem, params = self._method, self._window.problem, end.lower_params
         upper_params = tree.map(Tensor.detach, self._window.upper_params)
         leaves, memory = as_leaves(upper_params), self._memory
-        with random_state.replay(self._random, params):
+        with random_state.rewound_to(self._random, params):
             passed = lower_pass(
                 problem,
                 method.product,
@@ -171,7 +171,7 @@ class ImplicitRecord:
                 self._window.batches[-1],
                 differentiate=True,
             )
-        with random_state.replay(self._random, params):
+        with random_state.rewound_to(self._random, params):
             upper = upper_gradient(problem, params, upper_params, self._upper_batch)
         hessian = hessian_product(problem, method.product, passed, params, upper_params)
         rhs = _restricted(upper.lower, passed.grads)

@@ -228,7 +228,7 @@ class OneStepRecord:
     ) -> Tree:
         """Return μ: v at the parameters ``at``, averaged, pulled back through the update."""
         window = self._window
-        with random_state.replay(random, before.lower_params):
+        with random_state.rewound_to(random, before.lower_params):
             self.upper = upper_gradient(window.problem, at, window.upper_params, self._upper_batch)
         v, self._average = self._method.averaged(self.upper.lower, self._average)
         return self._method.update_derivative.pull_back(

@@ -174,7 +174,7 @@ class PenaltyRecord:
         steps = len(recorded) if method.steps is None else method.steps
         for index in range(-steps, 0):
             start, passed = recorded[index % len(recorded)]
-            with random_state.replay(start, params):
+            with random_state.rewound_to(start, params):
                 upper = upper_gradient(problem, params, self._upper_params, self._upper_batch)
             total = tree.scale(1.0 / (1.0 + strength), upper.lower)
             for micro, share in zip(passed.micro_batches, passed.shares, strict=True):
@@ -190,10 +190,10 @@ class PenaltyRecord:
         """Return the hypergradient at θ and y."""
         problem, start = self._window.problem, self._steps[-1].start
         upper_params, upper_batch = self._upper_params, self._upper_batch
-        with random_state.replay(start, params), torch.no_grad():
+        with random_state.rewound_to(start, params), torch.no_grad():
             upper_loss, aux = upper_value(problem, params, upper_params, upper_batch)
         leaves = as_leaves(upper_params)
-        with random_state.replay(start, params), torch.enable_grad():
+        with random_state.rewound_to(start, params), torch.enable_grad():
             copy_loss, _ = upper_value(problem, memory.params, leaves, upper_batch)
             direct = gradients([copy_loss], leaves)
         micro_batches = [micro for step in self._steps for micro in step.passed.micro_batches]
@@ -242,7 +242,7 @@ def _lower_gradient(
     problem: Problem, micro: MicroBatch, params: Params, upper_params: Params
 ) -> Tree:
     """Return ∇_y L_lower on a micro-batch that θ has seen; weights of detached features as then."""
-    with torch.enable_grad(), random_state.replay(micro.random, params):
+    with torch.enable_grad(), random_state.rewound_to(micro.random, params):
         leaves = as_leaves(params)
         if is_separable(problem):
             assert micro.weights is not None
@@ -259,15 +259,15 @@ def _excess(
     """Return L_lower(y, φ) − L_lower(θ, φ) on a micro-batch, scalar, with a graph to φ."""
 
     def value(at: Params) -> Tensor:
-        with random_state.replay(micro.random, params):
+        with random_state.rewound_to(micro.random, params):
             return lower_value(problem, at, upper_params, micro.batch)[0]
 
     if not is_separable(problem):
         return value(copy) - value(params)
     with torch.no_grad():
-        with random_state.replay(micro.random, params):
+        with random_state.rewound_to(micro.random, params):
             losses, features = problem.losses(params, micro.batch)
-        with random_state.replay(micro.random, params):
+        with random_state.rewound_to(micro.random, params):
             copies, _ = problem.losses(copy, micro.batch)
     weights = problem.weights_of(upper_params, micro.batch, features, losses)
     return weighted_mean(weights, copies - losses)

@@ -200,7 +200,7 @@ class UnrolledRecord:
         """Go back through the steps. What is used up is freed before the next pass."""
         problem, optimizer, method = self._window.problem, self._window.optimizer, self._method
         steps, leaves = self.steps, self.leaves
-        with random_state.replay(steps[-1].random, end.lower_params):
+        with random_state.rewound_to(steps[-1].random, end.lower_params):
             upper = upper_gradient(problem, end.lower_params, self._upper_params, self._upper_batch)
         upper_loss, upper_aux = upper.loss, upper.aux
         lower_bar, state_bar, total = upper.lower, None, upper.direct
@@ -243,7 +243,7 @@ class UnrolledRecord:
         for index, step in enumerate(steps):
             if index and index in wanted:
                 points.append((index, keep(point, store)))
-            with random_state.replay(step.random, point.lower_params):
+            with random_state.rewound_to(step.random, point.lower_params):
                 passed = lower_pass(
                     problem,
                     self._method.lower_route,

@@ -19,7 +19,7 @@ def hessian_product(
         H v = Σ_m (n_m / N) d/dε ∇_θ L(θ + ε v, φ; batch_m)  at ε = 0
 
     None leaves of v stand still and have no product: H is then the block of the other leaves.
-    Each micro-batch replays the random state from which the pass was run, so H is the Hessian of
+    Each micro-batch draws the random numbers of the pass, so H is the Hessian of
     one function, and symmetric. Features of a ``ReweightingProblem`` that are detached are data:
     the weights do not move with θ, which is what makes H symmetric there.
 

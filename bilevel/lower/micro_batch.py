@@ -34,7 +34,7 @@ class MicroBatch:
 
     Attributes:
         batch: The micro-batch.
-        random: From where to replay it.
+        random: The random state from which it was run.
         size: Examples (1 if the problem does not say).
         loss: Mean weighted loss, scalar.
         losses: Per example [size]; None for a ``BilevelProblem``.

@@ -86,7 +86,7 @@ class Recorder(Protocol):
     def before(self, index: int, point: Point, random: RandomState) -> PassRequest:
         """Return what the lower pass of step ``index``, from this point, should leave behind.
 
-        The torch generators must be left as they are: see ``random_state.replay``.
+        The torch generators must be left as they are: see ``random_state.rewound_to``.
         """
 
     def after(self, step: Step) -> None:

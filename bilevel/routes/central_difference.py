@@ -83,7 +83,7 @@ class CentralDifference(PlainBackward):
         assert micro.losses is not None
 
         def losses(params: Params, batch: Batch) -> tuple[Tensor]:
-            with random_state.replay(micro.random, lower_params):
+            with random_state.rewound_to(micro.random, lower_params):
                 return (problem.losses(params, batch)[0],)
 
         like = (micro.losses,)
@@ -105,7 +105,7 @@ def _gradient_difference(
     route: CentralDifference, at: DerivativeRequest
 ) -> Sequence[Tensor | None]:
     def gradient(params: Params, inputs: tuple[Params, Batch]) -> tuple[Tensor, ...]:
-        with torch.enable_grad(), random_state.replay(at.micro.random, at.lower_params):
+        with torch.enable_grad(), random_state.rewound_to(at.micro.random, at.lower_params):
             params, upper = as_leaves(params), as_leaves(inputs[0])
             loss, _ = lower_value(at.problem, params, upper, inputs[1])
             wanted = [*chosen(params, at.lower_wanted), *chosen(upper, at.upper_wanted)]
@@ -131,7 +131,7 @@ def _separable_difference(
     weights = at.micro.weights.detach()
 
     def values(params: Params, batch: Batch) -> tuple[Tensor, ...]:
-        with torch.enable_grad(), random_state.replay(at.micro.random, at.lower_params):
+        with torch.enable_grad(), random_state.rewound_to(at.micro.random, at.lower_params):
             params = as_leaves(params)
             losses = problem.losses(params, batch)[0]
             wanted = chosen(params, at.lower_wanted)

@@ -67,7 +67,7 @@ def loss_tangents(
         return torch.zeros_like(micro.losses) / micro.size
 
     def losses(*leaves: Tensor) -> Tensor:
-        with random_state.replay(micro.random, lower_params):
+        with random_state.rewound_to(micro.random, lower_params):
             return problem.losses(rebuild(leaves), micro.batch)[0]
 
     moved = tuple(t.to(p.dtype) for t, p in zip(tangents, primals, strict=True))
@@ -86,7 +86,7 @@ def gradient_tangent(at: DerivativeRequest) -> Sequence[Tensor]:
     present = tuple(leaf.detach() for leaf in tree.leaves(at.upper_wanted))
 
     def loss(lower_leaves: Sequence[Tensor], upper_leaves: Sequence[Tensor]) -> Tensor:
-        with random_state.replay(at.micro.random, at.lower_params):
+        with random_state.rewound_to(at.micro.random, at.lower_params):
             upper = put(fixed, upper_leaves) if present else fixed
             return lower_value(at.problem, rebuild(lower_leaves), upper, at.micro.batch)[0]
 

@@ -53,7 +53,7 @@ def double_backward(at: DerivativeRequest) -> Sequence[Tensor | None]:
     with (
         differentiable_kernels(),
         torch.enable_grad(),
-        random_state.replay(at.micro.random, at.lower_params),
+        random_state.rewound_to(at.micro.random, at.lower_params),
     ):
         params, upper = as_leaves(at.lower_params), as_leaves(at.upper_params)
         loss, _ = lower_value(at.problem, params, upper, at.micro.batch)
@@ -77,7 +77,7 @@ def _kept_graph(
 
     def record() -> tuple[Params, Tree]:
         if not kept:
-            with torch.enable_grad(), random_state.replay(micro.random, lower_params):
+            with torch.enable_grad(), random_state.rewound_to(micro.random, lower_params):
                 params = as_leaves(lower_params)
                 loss, _ = lower_value(problem, params, upper_params, micro.batch)
                 kept.append((params, gradients([loss], params, create_graph=True)))

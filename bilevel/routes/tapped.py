@@ -78,7 +78,7 @@ def tapped_backward(
     if note is not None and refusing is not None:
         raise Refusal(f"route {refusing}(): {note}; choose the route Jvp()")
     if note is not None:
-        with random_state.replay(random, context.lower_params):
+        with random_state.rewound_to(random, context.lower_params):
             plain = detached_backward(context, batch, random)
         return plain._replace(micro=replace(plain.micro, note=note))
 
