@@ -21,9 +21,9 @@ class         is the derivative of                        exact for
 Limits: `Unrolled` (T = 1) is `OneStep`; at a stationary θ, T steps of `SGD` (η) are `Implicit` with
 ``Neumann(T − 1, η)``, and T → ∞ is `Implicit` solved; `CentralDifference` is of second order in its
 step. Layers: linear, attention, RMSNorm, LayerNorm, GroupNorm, convolutions, embeddings, tied and
-frozen parameters, dropout (the same in all passes). Precision, on the models of the tests: float64 to rounding,
-float32 within 1e-4, bfloat16 within 2.5 % through one step and 10 % through several or implicitly,
-with moments in float32.
+frozen parameters, dropout (the same in all passes). Precision, on the models of the tests: float64
+to rounding, float32 within 1e-4, bfloat16 within 2.5 % through one step and 10 % through several or
+implicitly, with moments in float32.
 """
 
 from __future__ import annotations

@@ -149,7 +149,7 @@ class ImplicitRecord:
         self._method, self._window = method, window
         self._upper_batch, self._memory = upper_batch, memory
 
-    def before(self, index: int, point: Point, random: RandomState) -> PassRequest:
+    def before(self, number: int, point: Point, random: RandomState) -> PassRequest:
         """Ask for nothing: the steps are plain."""
         return PassRequest()
 

@@ -184,9 +184,9 @@ class OneStepRecord:
         self._leaves = as_leaves(window.upper_params)
         self._direction: Tree | None = None
 
-    def before(self, index: int, point: Point, random: RandomState) -> PassRequest:
+    def before(self, number: int, point: Point, random: RandomState) -> PassRequest:
         """Ask for the last pass to be differentiable; upper-first: along a μ known by now."""
-        if index < len(self._window.batches) - 1:
+        if number < len(self._window.batches) - 1:
             return PassRequest()
         if self._method.order == "upper-first":
             self._direction = self._pulled_back(point, random, point.lower_params, None)

@@ -151,7 +151,7 @@ class PenaltyRecord:
         self._upper_params = tree.map(Tensor.detach, window.upper_params)
         self._steps: list[_Step] = []
 
-    def before(self, index: int, point: Point, random: RandomState) -> PassRequest:
+    def before(self, number: int, point: Point, random: RandomState) -> PassRequest:
         """Ask for nothing: the steps are plain."""
         return PassRequest()
 

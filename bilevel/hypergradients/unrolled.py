@@ -52,7 +52,7 @@ class Unrolled:
     At the first step only h is needed (``mixed_product``). There is never a graph across steps. It
     holds for every optimizer of ``bilevel.optimizers``, with weight decay, schedule, clipping (the
     scale a constant, unless the optimizer says ``differentiate_clip``), micro-batches, and random
-    numbers, which are replayed. With ``steps=1`` it is ``OneStep`` in order lower-first.
+    numbers, which are rewound. With ``steps=1`` it is ``OneStep`` in order lower-first.
 
     Args:
         steps: T, how many of the window's last lower steps; the point before them counts as a
@@ -175,9 +175,9 @@ class UnrolledRecord:
         self._constant = len(window.batches) - self._unrolled
         self._segment = method.segment(self._unrolled)
 
-    def before(self, index: int, point: Point, random: RandomState) -> PassRequest:
+    def before(self, number: int, point: Point, random: RandomState) -> PassRequest:
         """Keep the point before a step, if the sweep will start from it."""
-        index -= self._constant
+        index = number - self._constant
         if index < 0:
             return PassRequest()
         offset = index % self._segment

@@ -83,8 +83,8 @@ class Step(NamedTuple):
 class Recorder(Protocol):
     """What remembers the steps of a window while they are taken."""
 
-    def before(self, index: int, point: Point, random: RandomState) -> PassRequest:
-        """Return what the lower pass of step ``index``, from this point, should leave behind.
+    def before(self, number: int, point: Point, random: RandomState) -> PassRequest:
+        """Return what the lower pass of step ``number``, from this point, should leave behind.
 
         The torch generators must be left as they are: see ``random_state.rewound_to``.
         """

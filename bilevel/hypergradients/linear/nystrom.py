@@ -95,7 +95,8 @@ class Nystrom:
             basis[chosen, torch.arange(rank)] = 1.0
             return basis
         normal = torch.randn(entries, rank, dtype=torch.float64, generator=generator)
-        return torch.linalg.qr(normal).Q
+        orthonormal: Tensor = torch.linalg.qr(normal).Q
+        return orthonormal
 
 
 def _eigenvectors(basis: Tensor, image: Tensor) -> tuple[Tensor, Tensor, int]:

@@ -147,5 +147,5 @@ def flat(vector: Tree) -> Tensor:
 def unflat(entries: Tensor, like: Tree) -> Tree:
     """Return the tree that ``flat`` took apart, with the dtypes and devices of ``like``."""
     sizes = [leaf.numel() for leaf in tree.leaves(like)]
-    pieces: Any = iter(entries.split(sizes))
+    pieces: Any = iter(torch.split(entries, sizes))
     return tree.map(lambda leaf: next(pieces).view(leaf.shape).to(leaf), like)
