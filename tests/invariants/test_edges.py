@@ -128,7 +128,7 @@ def test_the_average_of_upper_gradients_does_not_stand_still_in_bfloat16():
     method, ones = OneStep(direction_decay=0.999), {"w": torch.ones(2, dtype=torch.bfloat16)}
     average = method.init(SGD(0.1), ones, None)
     for _ in range(300):
-        used, average = method._average(ones, average)
+        used, average = method.averaged(ones, average)
     assert used["w"].dtype == torch.bfloat16
     assert used["w"].tolist() == [1.0, 1.0]
     assert average.average["w"].tolist() == pytest.approx([1 - 0.999**300] * 2, rel=1e-5)
