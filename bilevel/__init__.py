@@ -21,9 +21,9 @@ class         is the derivative of                        exact for
 Limits: `Unrolled` (T = 1) is `OneStep`; at a stationary θ, T steps of `SGD` (η) are `Implicit` with
 ``Neumann(T − 1, η)``, and T → ∞ is `Implicit` solved; `CentralDifference` is of second order in its
 step. Layers: linear, attention, RMSNorm, LayerNorm, GroupNorm, convolutions, embeddings, tied and
-frozen parameters, dropout (replayed). Precision, on the models of the tests: float64 to rounding,
-float32 within 1e-4, bfloat16 within 2.5 % through one step and 10 % through several or implicitly,
-with moments in float32.
+frozen parameters, dropout (the same in all passes). Precision, on the models of the tests: float64
+to rounding, float32 within 1e-4, bfloat16 within 2.5 % through one step and 10 % through several or
+implicitly, with moments in float32.
 """
 
 from __future__ import annotations
@@ -31,34 +31,36 @@ from __future__ import annotations
 from bilevel.audit.check import HypergradientCheck, check_hypergradient
 from bilevel.audit.comparison import Agreement, HypergradientComparison, compare_hypergradients
 from bilevel.audit.diagnostics import Movement, Stationarity, movement, stationarity
-from bilevel.hypergradients.base import Hypergradient, HypergradientResult
+from bilevel.hypergradients.base import (
+    Hypergradient,
+    HypergradientResult,
+    Record,
+    take_window,
+)
 from bilevel.hypergradients.implicit import Implicit, ImplicitMemory, StationarityWarning
 from bilevel.hypergradients.linear.dense import Dense
 from bilevel.hypergradients.linear.iterative import ConjugateGradient, Neumann
 from bilevel.hypergradients.linear.nystrom import Nystrom
 from bilevel.hypergradients.linear.system import LinearSolution, LinearSolver
-from bilevel.hypergradients.one_step import OneStep, OneStepResult
+from bilevel.hypergradients.one_step import OneStep, OneStepRecord
 from bilevel.hypergradients.penalty import Penalty, PenaltyMemory
 from bilevel.hypergradients.unrolled import Unrolled
 from bilevel.hypergradients.update_derivative import Exact, Identity, Sama, UpdateDerivative
 from bilevel.lower.ghost.tracker import Refusal
-from bilevel.optimizers.lazy import LazyRowAdam, LazyRowState
-from bilevel.optimizers.optimizers import (
-    SGD,
-    Adagrad,
-    Adam,
-    AdamW,
+from bilevel.lower.steps import LowerSteps, PassRequest, Point, Step, Window
+from bilevel.optimizers.base import (
     DifferentiableOptimizer,
     Optimizer,
     OptimizerState,
-    RMSProp,
     UpdateCotangents,
 )
+from bilevel.optimizers.lazy import LazyRowAdam, LazyRowState
+from bilevel.optimizers.optimizers import SGD, Adagrad, Adam, AdamW, RMSProp
 from bilevel.optimizers.projected import Projected
 from bilevel.optimizers.schedule import Constant, Schedule, WarmupCosine, constant, warmup_cosine
 from bilevel.problem import BilevelProblem, ReweightingProblem
 from bilevel.routes import Auto, CentralDifference, Dot, Ghost, Jvp, PerExample, Reverse, Route
-from bilevel.solver import BilevelSolver
+from bilevel.solver import BilevelSolver, NextSteps
 from bilevel.state import BilevelState, StepInfo
 
 __all__ = [
@@ -91,18 +93,23 @@ __all__ = [
     "LazyRowState",
     "LinearSolution",
     "LinearSolver",
+    "LowerSteps",
     "Movement",
     "Neumann",
+    "NextSteps",
     "Nystrom",
     "OneStep",
-    "OneStepResult",
+    "OneStepRecord",
     "Optimizer",
     "OptimizerState",
+    "PassRequest",
     "Penalty",
     "PenaltyMemory",
     "PerExample",
+    "Point",
     "Projected",
     "RMSProp",
+    "Record",
     "Refusal",
     "Reverse",
     "ReweightingProblem",
@@ -111,15 +118,18 @@ __all__ = [
     "Schedule",
     "Stationarity",
     "StationarityWarning",
+    "Step",
     "StepInfo",
     "Unrolled",
     "UpdateCotangents",
     "UpdateDerivative",
     "WarmupCosine",
+    "Window",
     "check_hypergradient",
     "compare_hypergradients",
     "constant",
     "movement",
     "stationarity",
+    "take_window",
     "warmup_cosine",
 ]

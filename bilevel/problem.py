@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeGuard
 
 from torch import Tensor
 
 from bilevel import tree
 from bilevel.tree import Tree
 
-Params: TypeAlias = Any  # a pytree of floating-point tensors, usually dict[str, Tensor]
-Batch: TypeAlias = Any  # any pytree; tensors in it carry the examples in their leading dimension
+Params: TypeAlias = Tree  # of floating-point tensors, usually dict[str, Tensor]
+
+# Whatever the functions of the problem understand: the library hands it on and never looks into it.
+Batch: TypeAlias = Any
 Loss: TypeAlias = Tensor | tuple[Tensor, Any]  # a scalar, or a scalar and auxiliary outputs
 
 
@@ -22,13 +24,13 @@ class BilevelProblem:
 
     Args:
         lower_loss: (lower_params, upper_params, batch) -> scalar, the mean over the examples, or
-            (scalar, aux): any pytree, which reaches `StepInfo.lower_aux` detached.
+            (scalar, aux): any pytree, which reaches ``StepInfo.lower_aux`` detached.
         upper_loss: (lower_params, upper_params, batch) -> scalar or (scalar, aux), likewise.
         batch_size: Number of examples in a lower batch, by which micro-batches are weighted when
             a step is accumulated over several. None: they all count the same.
 
     The functions must be pure: no in-place change of parameters, no state but torch's random
-    state, which the solver replays for every pass of a step.
+    state, which is rewound for every pass of a step.
     """
 
     lower_loss: Callable[[Params, Params, Batch], Loss]
@@ -38,26 +40,28 @@ class BilevelProblem:
 
 @dataclass(frozen=True)
 class ReweightingProblem:
-    """A bilevel problem whose upper parameters weight the examples of the lower loss::
+    """A bilevel problem whose upper parameters weight the examples of the lower loss.
+
+    The lower loss is::
 
         lower_loss(θ, φ, batch) = (1/batch) Σ_i w_i(φ, features) ℓ_i(θ)
 
     Args:
         per_example_loss: (lower_params, batch) -> (losses [batch], features), the features being
-            any pytree of tensors (or None) that `weights` may look at.
+            any pytree of tensors (or None) that ``weights`` may look at.
         weights: (upper_params, batch, features) -> weights [batch].
         upper_loss: (lower_params, upper_params, batch) -> scalar or (scalar, aux).
         detach_features: Whether weights are a function of φ alone, the features being data
             (Meta-Weight-Net's choice). If not, θ also gets a gradient through the features, and
-            only the routes `Jvp`, `Reverse` and `CentralDifference` apply.
+            only the routes ``Jvp``, ``Reverse`` and ``CentralDifference`` apply.
         rows: batch -> {leading size: owner [leading size]}, for operations inside the model whose
             leading dimension is not the batch: image tiles, flattened tokens, scored positions.
             ``owner[r]`` is the index in the batch of the example that row r belongs to. Needed by
-            the routes `Ghost` and `PerExample`; declare every such dimension that may come to
+            the routes ``Ghost`` and ``PerExample``; declare every such dimension that may come to
             have the size of the batch, for undeclared it would then be taken for the batch.
 
     Examples of a micro-batch must not influence each other's losses (no batch normalisation in
-    training mode, no contrastive terms); `check_hypergradient` finds out.
+    training mode, no contrastive terms); ``check_hypergradient`` finds out.
     """
 
     per_example_loss: Callable[[Params, Batch], tuple[Tensor, Any]]
@@ -67,9 +71,9 @@ class ReweightingProblem:
     rows: Callable[[Batch], Mapping[int, Tensor]] | None = None
 
     def lower_loss(self, lower_params: Params, upper_params: Params, batch: Batch) -> Tensor:
-        """Return the weighted mean loss, a scalar; the one place where it is reduced."""
+        """Return the weighted mean loss, a scalar."""
         losses, features = self.losses(lower_params, batch)
-        return (self.weights_of(upper_params, batch, features, losses) * losses).mean()
+        return weighted_mean(self.weights_of(upper_params, batch, features, losses), losses)
 
     def losses(self, lower_params: Params, batch: Batch) -> tuple[Tensor, Tree]:
         """Return checked per-example losses [batch] and features, detached if so declared.
@@ -79,9 +83,9 @@ class ReweightingProblem:
         """
         losses, features = self.per_example_loss(lower_params, batch)
         if not isinstance(losses, Tensor) or losses.dim() != 1:
-            found = tuple(losses.shape) if isinstance(losses, Tensor) else type(losses).__name__
+            kind = tuple(losses.shape) if isinstance(losses, Tensor) else type(losses).__name__
             raise ValueError(
-                f"per_example_loss: expected (losses [batch], features), found losses {found}; "
+                f"per_example_loss: expected (losses [batch], features), found losses {kind}; "
                 "reduce over everything but the examples"
             )
         if self.detach_features:
@@ -106,6 +110,24 @@ class ReweightingProblem:
 
 
 Problem: TypeAlias = BilevelProblem | ReweightingProblem
+
+
+def is_separable(problem: Problem) -> TypeGuard[ReweightingProblem]:
+    """Return whether the weights of the losses are a function of φ alone, the features being data.
+
+    Then ∇_θ L is the sum of the examples' gradients, each times its weight, and what φ has to do
+    with it is in the weights.
+    """
+    return isinstance(problem, ReweightingProblem) and problem.detach_features
+
+
+def weighted_mean(weights: Tensor, losses: Tensor) -> Tensor:
+    """Return ``(1/batch) Σ_i w_i ℓ_i`` of weights and losses [batch], a scalar.
+
+    The one place where the losses of a batch are reduced. The weights are not normalised: a batch
+    whose weights are small takes a small step.
+    """
+    return (weights * losses).mean()
 
 
 def lower_value(
@@ -135,8 +157,8 @@ def detached(aux: Any) -> Any:
     return tree.map(_detach, aux)
 
 
-def _value_and_aux(found: Any, name: str) -> tuple[Tensor, Any]:
-    loss, aux = found if isinstance(found, tuple) and len(found) == 2 else (found, None)
+def _value_and_aux(value: Any, name: str) -> tuple[Tensor, Any]:
+    loss, aux = value if isinstance(value, tuple) and len(value) == 2 else (value, None)
     if not isinstance(loss, Tensor) or loss.dim() != 0:
         shape = tuple(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
         raise ValueError(

@@ -3,28 +3,42 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from bilevel import tree
 from bilevel.autodiff import random_state
-from bilevel.hypergradients.base import Hypergradient, HypergradientResult, spans_window
+from bilevel.hypergradients.base import (
+    Hypergradient,
+    HypergradientResult,
+    spans_window,
+    take_window,
+)
 from bilevel.hypergradients.one_step import OneStep
 from bilevel.lower.lower_pass import LowerPass
-from bilevel.optimizers.optimizers import DifferentiableOptimizer, Optimizer, clip_scale
+from bilevel.lower.steps import Point, Window
+from bilevel.optimizers.base import DifferentiableOptimizer, Optimizer, clip_scale
 from bilevel.problem import Batch, Params, Problem
 from bilevel.state import BilevelState, StepInfo
+
+
+class NextSteps(NamedTuple):
+    """What comes next in a run: so many lower steps, and an upper step after them or not."""
+
+    lower: int
+    upper: bool
 
 
 @dataclass(frozen=True)
 class BilevelSolver:
     """Lower steps on θ and, between them, upper steps on φ along the hypergradient.
 
-    `window` takes ``unroll_steps`` lower steps and then an upper step; `step` takes one lower step
-    at a time and the upper step after the last of a window, for hypergradients that only look at
-    that one.
+    ``window`` takes ``unroll_steps`` lower steps and then an upper step; ``step`` takes one lower
+    step at a time and the upper step after the last of a window, for hypergradients that only look
+    at that one.
 
     Args:
         problem: The losses.
@@ -32,16 +46,16 @@ class BilevelSolver:
         upper_optimizer: Takes the upper steps.
         hypergradient: How dL_upper/dφ is computed.
         unroll_steps: Lower steps per upper step, a window. How many of them the hypergradient goes
-            through is its own choice; `OneStep` goes through the last one.
+            through is its own choice; ``OneStep`` goes through the last one.
         accumulation: Micro-batches per lower step.
-        rollback: Look ahead: after an upper step, redo the lower steps of the window (`step`: the
+        rollback: Look ahead: after an upper step, redo the lower steps of the window (``step``: the
             last one) from the old θ, with the same random numbers and the new φ.
         upper_start: Lower steps before the first window of which an upper step is part.
 
     With no upper batches, or with the upper learning rate 0, the lower trajectory is bit for bit
     the same; with weights 1 it is that of plain training. A hypergradient with an entry that is
-    infinite or NaN is not used: φ, the upper optimizer and `memory` stay as they are, and
-    `BilevelState.upper_skipped` counts it.
+    infinite or NaN is not used: φ, the upper optimizer and ``memory`` stay as they are, and
+    ``BilevelState.upper_skipped`` counts it.
 
     Raises:
         ValueError: A count below its minimum, or a hypergradient that does not apply to the
@@ -91,15 +105,38 @@ class BilevelSolver:
             upper_skipped=torch.zeros((), dtype=torch.int64),
         )
 
+    def next_steps(self, state: BilevelState, remaining: int | None = None) -> NextSteps:
+        """Return what comes next: how many lower steps, and whether an upper step after them.
+
+        A window where its steps belong together, else one step. ``advance`` takes them::
+
+            due = solver.next_steps(state)
+            batches = [micro_batches_of_a_step() for _ in range(due.lower)]
+            state, infos = solver.advance(state, batches, upper_batch() if due.upper else None)
+
+        Args:
+            state: From ``init`` or the last call.
+            remaining: Lower steps that are left of the run. A window that does not fit into them is
+                taken step by step, without an upper step. None: there is no end.
+        """
+        if not spans_window(self.hypergradient, self.unroll_steps):
+            return NextSteps(1, self.wants_upper(state))
+        fits = remaining is None or self.unroll_steps <= remaining
+        whole = self.starts_window(state) and fits
+        return NextSteps(self.unroll_steps if whole else 1, whole)
+
     def wants_upper(self, state: BilevelState) -> bool:
         """Return whether the next step is one after which an upper step is due."""
-        since = int(state.lower_steps) - self.upper_start
-        return since >= 0 and since % self.unroll_steps == self.unroll_steps - 1
+        return self._place_in_window(state) == self.unroll_steps - 1
 
     def starts_window(self, state: BilevelState) -> bool:
-        """Return whether the next `unroll_steps` steps are a window with an upper step."""
+        """Return whether the next ``unroll_steps`` steps are a window with an upper step."""
+        return self._place_in_window(state) == 0
+
+    def _place_in_window(self, state: BilevelState) -> int | None:
+        """Return the steps since the window began; None before ``upper_start``."""
         since = int(state.lower_steps) - self.upper_start
-        return since >= 0 and since % self.unroll_steps == 0
+        return since % self.unroll_steps if since >= 0 else None
 
     def step(
         self,
@@ -110,14 +147,14 @@ class BilevelSolver:
         """Take a lower step and, if it is due and there is a batch for it, an upper step.
 
         Args:
-            state: From `init` or the previous step; not changed.
-            lower_batches: The micro-batches, `accumulation` of them.
-            upper_batch: None: no upper step. Not looked at unless `wants_upper`.
+            state: From ``init`` or the previous step; not changed.
+            lower_batches: The micro-batches, ``accumulation`` of them.
+            upper_batch: None: no upper step. Not looked at unless ``wants_upper``.
 
         Raises:
             ValueError: Another number of micro-batches, losses or weights of a wrong shape, or an
                 upper batch for a hypergradient that goes through several steps.
-            bilevel.Refusal: `Ghost` or `PerExample` has no rule for something the model does.
+            bilevel.Refusal: ``Ghost`` or ``PerExample`` has no rule for something the model does.
         """
         if upper_batch is not None and spans_window(self.hypergradient, self.unroll_steps):
             raise ValueError(
@@ -126,7 +163,7 @@ class BilevelSolver:
                 "window(state, batches, upper_batch) with the batches of all of them"
             )
         due = upper_batch if self.wants_upper(state) else None
-        state, infos = self._advance(state, [lower_batches], due)
+        state, infos = self.advance(state, [lower_batches], due)
         return state, infos[0]
 
     def window(
@@ -138,34 +175,52 @@ class BilevelSolver:
         """Take the lower steps of a window and, given a batch for it, an upper step.
 
         Args:
-            state: From `init`, `step` or the previous window; not changed.
-            batches: Per lower step its micro-batches, `accumulation` of them. `unroll_steps` steps
-                if there is an upper batch, else any number.
-            upper_batch: None: no upper step. Not looked at before `upper_start` lower steps.
+            state: From ``init``, ``step`` or the previous window; not changed.
+            batches: Per lower step its micro-batches, ``accumulation`` of them. ``unroll_steps``
+                steps if there is an upper batch, else any number.
+            upper_batch: None: no upper step. Not looked at before ``upper_start`` lower steps.
 
         Returns:
-            The state, and a `StepInfo` per lower step; the last has the fields of the upper level.
+            The state, and a ``StepInfo`` per lower step; the last has the fields of the upper
+            level.
 
         Raises:
             ValueError: Another number of steps or micro-batches, or losses or weights of a wrong
                 shape.
-            bilevel.Refusal: `Ghost` or `PerExample` has no rule for something the model does.
+            bilevel.Refusal: ``Ghost`` or ``PerExample`` has no rule for something the model does.
         """
-        if int(state.lower_steps) < self.upper_start:
+        if self._place_in_window(state) is None:
             upper_batch = None
         if len(batches) != self.unroll_steps and (upper_batch is not None or not batches):
             raise ValueError(
                 f"batches: expected the micro-batches of unroll_steps={self.unroll_steps} lower "
                 f"steps, found {len(batches)}"
             )
-        return self._advance(state, batches, upper_batch)
+        return self.advance(state, batches, upper_batch)
 
-    def _advance(
+    def advance(
         self,
         state: BilevelState,
         batches: Sequence[Sequence[Batch]],
-        upper_batch: Batch | None,
+        upper_batch: Batch | None = None,
     ) -> tuple[BilevelState, tuple[StepInfo, ...]]:
+        """Take these lower steps and, given a batch for it, an upper step, due or not.
+
+        What ``step`` and ``window`` come down to; see ``next_steps``.
+
+        Args:
+            state: From ``init`` or the last call; not changed.
+            batches: Per lower step its micro-batches, ``accumulation`` of them.
+            upper_batch: None: no upper step.
+
+        Returns:
+            The state, and a ``StepInfo`` per lower step; the last has the fields of the upper
+            level.
+
+        Raises:
+            ValueError: Another number of micro-batches, or losses or weights of a wrong shape.
+            bilevel.Refusal: ``Ghost`` or ``PerExample`` has no rule for something the model does.
+        """
         for lower_batches in batches:
             if len(lower_batches) != self.accumulation:
                 raise ValueError(
@@ -173,51 +228,45 @@ class BilevelSolver:
                     f"found {len(lower_batches)}"
                 )
         random = random_state.capture(state.lower_params)
-        ahead = taken = self._lower_steps(state, state.upper_params, batches, upper_batch)
-        upper_params, upper_optimizer = state.upper_params, state.upper_optimizer
-        upper_steps, upper_skipped = state.upper_steps, state.upper_skipped
-        skipped = ahead.hypergradient is not None and not tree.allfinite(ahead.hypergradient)
-        if skipped:
-            upper_skipped = upper_skipped + 1
-        elif ahead.hypergradient is not None:
-            with torch.no_grad():
-                upper_params, upper_optimizer = self.upper_optimizer.update(
-                    ahead.hypergradient, upper_optimizer, upper_params
-                )
-            upper_steps = upper_steps + 1
-            if self.rollback:
-                random_state.restore(random)
-                taken = self._lower_steps(state, upper_params, batches, None)
-        new_state = BilevelState(
-            lower_params=taken.lower_params,
-            upper_params=upper_params,
-            lower_optimizer=taken.optimizer_state,
-            upper_optimizer=upper_optimizer,
-            memory=state.memory if skipped else ahead.memory,
-            lower_steps=state.lower_steps + len(batches),
-            upper_steps=upper_steps,
-            upper_skipped=upper_skipped,
-        )
-        lower_infos = [self._lower_info(passed) for passed in taken.passes]
-        lower_infos[-1] = self._with_upper(lower_infos[-1], ahead, skipped)
-        return new_state, tuple(lower_infos)
-
-    def _lower_steps(
-        self,
-        state: BilevelState,
-        upper_params: Params,
-        batches: Sequence[Sequence[Batch]],
-        upper_batch: Batch | None,
-    ) -> HypergradientResult:
-        return self.hypergradient.window(
+        window = Window(
             self.problem,
             self.lower_optimizer,
-            state.lower_params,
-            upper_params,
-            state.lower_optimizer,
+            Point(state.lower_params, state.lower_optimizer),
+            state.upper_params,
             batches,
-            upper_batch,
-            state.memory,
+        )
+        taken, upper = take_window(window, self.hypergradient, upper_batch, state.memory)
+        new = state
+        if upper is not None:
+            new = self._upper_step(state, upper)
+            if self.rollback and new.upper_steps > state.upper_steps:
+                random_state.restore(random)
+                again = replace(window, upper_params=new.upper_params)
+                taken, _ = take_window(again, self.hypergradient)
+        new = new._replace(
+            lower_params=taken.end.lower_params,
+            lower_optimizer=taken.end.optimizer_state,
+            lower_steps=state.lower_steps + len(batches),
+        )
+        infos = [self._lower_info(passed) for passed in taken.passes]
+        if upper is not None:
+            skipped = bool(new.upper_skipped > state.upper_skipped)
+            infos[-1] = self._with_upper(infos[-1], upper, skipped)
+        return new, tuple(infos)
+
+    def _upper_step(self, state: BilevelState, result: HypergradientResult) -> BilevelState:
+        """Return the state with the upper step taken, or skipped if it is not finite."""
+        if not tree.allfinite(result.hypergradient):
+            return state._replace(upper_skipped=state.upper_skipped + 1)
+        with torch.no_grad():
+            upper_params, upper_optimizer = self.upper_optimizer.update(
+                result.hypergradient, state.upper_optimizer, state.upper_params
+            )
+        return state._replace(
+            upper_params=upper_params,
+            upper_optimizer=upper_optimizer,
+            memory=result.memory,
+            upper_steps=state.upper_steps + 1,
         )
 
     @torch.no_grad()
@@ -239,22 +288,20 @@ class BilevelSolver:
         )
 
     @torch.no_grad()
-    def _with_upper(self, info: StepInfo, ahead: HypergradientResult, skipped: bool) -> StepInfo:
-        if ahead.hypergradient is None:
-            return info
-        norm = tree.norm(ahead.hypergradient)
-        notes = ahead.notes
+    def _with_upper(self, info: StepInfo, result: HypergradientResult, skipped: bool) -> StepInfo:
+        norm = tree.norm(result.hypergradient)
+        notes = result.notes
         if skipped:
             notes += (
                 "the hypergradient was not finite: φ and its optimizer were left as they are",
             )
         return info._replace(
-            upper_loss=ahead.upper_loss,
+            upper_loss=result.upper_loss,
             hypergradient_norm=norm,
             upper_clipped=_clipped(self.upper_optimizer, norm),
             notes=notes,
-            upper_aux=ahead.upper_aux,
-            figures=ahead.figures,
+            upper_aux=result.upper_aux,
+            figures=result.figures,
         )
 
 

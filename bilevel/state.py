@@ -39,15 +39,16 @@ class BilevelState(NamedTuple):
 
 
 class StepInfo(NamedTuple):
-    """What happened in a lower step. Without an upper step after it, the fields of the upper level
-    are None.
+    """What happened in a lower step.
+
+    Without an upper step after it, the fields of the upper level are None.
 
     Attributes:
         lower_loss: Weighted mean loss over all micro-batches, at the parameters before the step.
         lower_grad_norm: Norm of its gradient, before clipping.
         lower_clipped: Whether the lower optimizer clipped it (bool scalar).
         losses: Unweighted losses [batch], micro-batches put end to end; None for a
-            `BilevelProblem`.
+            ``BilevelProblem``.
         weights: The weights [batch] with which the step was taken, likewise.
         upper_loss: Upper loss, where the hypergradient evaluates it.
         hypergradient_norm: Norm of dL_upper/dφ, before clipping.

@@ -11,8 +11,7 @@ import torch
 from torch import Tensor
 
 from bilevel import tree
-from bilevel.audit.audited_solution import AuditedSolution
-from bilevel.audit.steps import AuditedSteps, slope_errors
+from bilevel.audit.steps import AuditedSolution, AuditedSteps, slope_errors
 from bilevel.hypergradients.base import Hypergradient, spans_window
 from bilevel.hypergradients.one_step import OneStep
 from bilevel.problem import Batch, Params

@@ -13,14 +13,15 @@ from torch import Tensor
 
 from bilevel.audit.table import text_table
 from bilevel.autodiff import random_state
-from bilevel.hypergradients.base import Hypergradient
+from bilevel.hypergradients.base import Hypergradient, take_window
+from bilevel.lower.steps import Point, Window
 from bilevel.problem import Batch, Params
 from bilevel.solver import BilevelSolver
 from bilevel.state import BilevelState
 from bilevel.tree import Tree
 
 # A state, the micro-batches of each lower step of the window that starts there, an upper batch.
-Window: TypeAlias = tuple[BilevelState, Sequence[Sequence[Batch]], Batch]
+ComparedWindow: TypeAlias = tuple[BilevelState, Sequence[Sequence[Batch]], Batch]
 
 
 class Agreement(NamedTuple):
@@ -81,7 +82,7 @@ class HypergradientComparison:
 
 def compare_hypergradients(
     solver: BilevelSolver,
-    windows: Iterable[Window],
+    windows: Iterable[ComparedWindow],
     methods: Mapping[str, Hypergradient],
     *,
     memories: Mapping[str, Any] | None = None,
@@ -117,22 +118,18 @@ def compare_hypergradients(
     notes: dict[str, dict[str, None]] = {name: {} for name in methods}
     for state, batches, upper_batch in windows:
         found: dict[str, Tensor] = {}
+        start = Point(state.lower_params, state.lower_optimizer)
+        window = Window(solver.problem, solver.lower_optimizer, start, state.upper_params, batches)
         for name, method in methods.items():
             method.check(solver.problem, solver.lower_optimizer, len(batches))
-            at = state.lower_params, state.upper_params
             if name not in kept:
-                kept[name] = method.init(solver.lower_optimizer, *at)
-            now = random_state.capture(state.lower_params)
-            with random_state.replay(now, state.lower_params):
-                result = method.window(
-                    solver.problem,
-                    solver.lower_optimizer,
-                    *at,
-                    state.lower_optimizer,
-                    batches,
-                    upper_batch,
-                    kept[name],
+                kept[name] = method.init(
+                    solver.lower_optimizer, state.lower_params, state.upper_params
                 )
+            now = random_state.capture(state.lower_params)
+            with random_state.rewound_to(now, state.lower_params):
+                _, result = take_window(window, method, upper_batch, kept[name])
+            assert result is not None
             kept[name] = result.memory
             notes[name].update(dict.fromkeys(result.notes))
             found[name] = _vector(result.hypergradient, state.upper_params)

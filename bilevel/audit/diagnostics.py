@@ -73,7 +73,7 @@ def stationarity(
     fixed = tree.map(Tensor.detach, upper_params)
     total: Tree = None
     count, size, squared_sizes, squares = 0, 0.0, 0.0, 0.0
-    with random_state.replay(random_state.capture(lower_params), lower_params):
+    with random_state.rewound_to(random_state.capture(lower_params), lower_params):
         for batch in batches:
             passed = lower_pass(problem, Jvp(), lower_params, fixed, [batch])
             examples = passed.micro_batches[0].size

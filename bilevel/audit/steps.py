@@ -1,4 +1,8 @@
-"""The steps that are audited, and functions of φ whose slope the hypergradient should be."""
+"""What is audited: functions of φ whose slope the hypergradient should be.
+
+The upper loss after the steps that it went through (`AuditedSteps`), or after the lower level is
+solved (`AuditedSolution`).
+"""
 
 from __future__ import annotations
 
@@ -12,13 +16,19 @@ from torch import Tensor
 
 from bilevel import tree
 from bilevel.autodiff import random_state
+from bilevel.autodiff.gradient import upper_gradient
 from bilevel.autodiff.random_state import RandomState
-from bilevel.autodiff.upper_gradient import upper_gradient
-from bilevel.hypergradients.base import Hypergradient, HypergradientResult, exact_steps
-from bilevel.hypergradients.one_step import OneStep
-from bilevel.hypergradients.trajectory import Point, advance
+from bilevel.hypergradients.base import (
+    Hypergradient,
+    HypergradientResult,
+    exact_steps,
+    lower_route,
+    take_window,
+)
+from bilevel.hypergradients.one_step import OneStep, OneStepRecord
 from bilevel.lower.lower_pass import LowerPass, lower_pass
-from bilevel.optimizers.optimizers import clip_scale
+from bilevel.lower.steps import Point, Window, advance, take_steps
+from bilevel.optimizers.base import clip_scale
 from bilevel.problem import Batch, Params, Problem, upper_value
 from bilevel.routes import Jvp
 from bilevel.solver import BilevelSolver
@@ -59,22 +69,17 @@ class AuditedSteps:
         if isinstance(self._hypergradient, OneStep):
             self._hypergradient = dataclasses.replace(self._hypergradient, direction_decay=0.0)
             memory = None
+        start = Point(state.lower_params, state.lower_optimizer)
+        window = Window(solver.problem, solver.lower_optimizer, start, state.upper_params, batches)
         random = random_state.capture(state.lower_params)
-        with random_state.replay(random, state.lower_params):
-            self.result: HypergradientResult = self._hypergradient.window(
-                solver.problem,
-                solver.lower_optimizer,
-                state.lower_params,
-                state.upper_params,
-                state.lower_optimizer,
-                batches,
-                upper_batch,
-                memory,
-            )
+        with random_state.rewound_to(random, state.lower_params):
+            record = self._hypergradient.record(window, upper_batch, memory)
+            taken = take_steps(window, lower_route(self._hypergradient), record)
+            self.result: HypergradientResult = record.hypergradient(taken.end)
         claimed = exact_steps(self._hypergradient, len(batches))
         self.exact = claimed is not None
         constant = len(batches) - (len(batches) if claimed is None else claimed)
-        starts = [_Start(Point(state.lower_params, state.lower_optimizer), random)]
+        starts = [_Start(start, random)]
         gradients = []
         for micro_batches in batches:
             grads, after = self._grads(starts[-1], state.upper_params, micro_batches)
@@ -83,7 +88,8 @@ class AuditedSteps:
         self._batches, self._first = batches[constant:], starts[constant]
         self._last, self._end = starts[-2:]
         self._scales = [self._held_scale(grads) for grads in gradients[constant:]]
-        self.lower_gradient_error = gradient_error(self.result.passes[-1], gradients[-1])
+        last = record.passed if isinstance(record, OneStepRecord) else taken.passes[-1]
+        self.lower_gradient_error = gradient_error(last, gradients[-1])
 
     def upper_after(self, upper_params: Params) -> Tensor:
         """Return L_upper(θ(φ), φ), θ(φ) being reached by the steps that are differentiated.
@@ -114,7 +120,7 @@ class AuditedSteps:
         if one_step.order == "lower-first":
             grads, _ = self._grads(self._last, self._upper_params, self._batches[-1])
             at = self._end.point
-        with random_state.replay(self._last.random, params):
+        with random_state.rewound_to(self._last.random, params):
             v = upper_gradient(
                 self._problem, at.lower_params, self._upper_params, self._upper_batch
             ).lower
@@ -138,14 +144,82 @@ class AuditedSteps:
     ) -> tuple[Tree, RandomState]:
         """The lower gradient, and where it left the random numbers."""
         params = start.point.lower_params
-        with random_state.replay(start.random, params):
+        with random_state.rewound_to(start.random, params):
             grads = plain_gradient(self._problem, params, upper_params, batches)
             return grads, random_state.capture(params)
 
     def _upper(self, start: _Start, upper_params: Params) -> Tensor:
         params = start.point.lower_params
-        with torch.no_grad(), random_state.replay(start.random, params):
+        with torch.no_grad(), random_state.rewound_to(start.random, params):
             return upper_value(self._problem, params, upper_params, self._upper_batch)[0]
+
+
+class AuditedSolution:
+    """The lower level solved on one batch, and solved again for any φ near by.
+
+    From the state `solve_steps` plain lower steps are taken on the batches, always with the same
+    random numbers, so that there is one lower loss to solve; the hypergradient is computed there,
+    after one more. `upper_after` goes on from the same point with another φ, as many steps again.
+
+    Attributes:
+        result: Of the hypergradient at the solution, without what it keeps between windows.
+        lower_gradient_error: Relative error of its gradient against plain autograd's.
+        notes: How nearly the lower level was solved.
+    """
+
+    exact = True
+
+    def __init__(
+        self,
+        solver: BilevelSolver,
+        state: BilevelState,
+        batches: Sequence[Batch],
+        upper_batch: Batch,
+        solve_steps: int,
+    ) -> None:
+        self._problem, self._optimizer = solver.problem, solver.lower_optimizer
+        self._batches, self._upper_batch = batches, upper_batch
+        self._steps = solve_steps
+        self._random = random_state.capture(state.lower_params)
+        start = Point(state.lower_params, state.lower_optimizer)
+        middle = self._solved(start, state.upper_params, solve_steps // 2)
+        at = self._solved(middle, state.upper_params, solve_steps - solve_steps // 2)
+        moved = float(tree.norm(tree.axpy(-1.0, middle.lower_params, at.lower_params)))
+        with random_state.rewound_to(self._random, at.lower_params):
+            steps, result = take_window(
+                Window(solver.problem, solver.lower_optimizer, at, state.upper_params, [batches]),
+                solver.hypergradient,
+                upper_batch,
+                solver.hypergradient.init(
+                    solver.lower_optimizer, at.lower_params, state.upper_params
+                ),
+            )
+        assert result is not None
+        self.result: HypergradientResult = result
+        stationarity = self.result.figures.get("stationarity")
+        self.notes = (
+            f"over the second half of {solve_steps} steps that solve the lower level θ moved by "
+            f"{moved / (float(tree.norm(at.lower_params)) or 1.0):.1e} of its size"
+            + ("" if stationarity is None else f"; stationarity {float(stationarity):.1e}"),
+        )
+        self._end = steps.end
+        plain = self._gradient(at, state.upper_params)
+        self.lower_gradient_error = gradient_error(steps.passes[-1], plain)
+
+    def upper_after(self, upper_params: Params) -> Tensor:
+        """Return L_upper(θ*(φ), φ)."""
+        params = self._solved(self._end, upper_params, self._steps).lower_params
+        with torch.no_grad(), random_state.rewound_to(self._random, params):
+            return upper_value(self._problem, params, upper_params, self._upper_batch)[0]
+
+    def _gradient(self, point: Point, upper_params: Params) -> Tree:
+        with random_state.rewound_to(self._random, point.lower_params):
+            return plain_gradient(self._problem, point.lower_params, upper_params, self._batches)
+
+    def _solved(self, point: Point, upper_params: Params, steps: int) -> Point:
+        for _ in range(steps):
+            point = advance(self._optimizer, point, self._gradient(point, upper_params))
+        return point
 
 
 def plain_gradient(

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
-from typing import Any
+from typing import Any, Protocol
 
 import optree
 import torch
@@ -19,7 +19,6 @@ from torch.overrides import TorchFunctionMode
 
 from bilevel import tree
 from bilevel.problem import Params
-from bilevel.routes import CentralDifference
 from bilevel.tree import Tree
 
 HALF = (torch.float16, torch.bfloat16)
@@ -28,8 +27,24 @@ HALF = (torch.float16, torch.bfloat16)
 MISMATCH = ("dtype", "scalar type", "should be the same")
 
 
+class DifferenceStep(Protocol):
+    """How far to shift the parameters; see the route `CentralDifference`."""
+
+    @property
+    def relative_step(self) -> float | None:
+        """``ε ‖d‖ / ‖θ‖``."""
+
+    @property
+    def radius(self) -> float | None:
+        """``ε ‖d‖``."""
+
+    @property
+    def widen(self) -> bool:
+        """Whether 16-bit numbers are shifted, and seen by the function, in float32."""
+
+
 def central_difference(
-    route: CentralDifference,
+    route: DifferenceStep,
     function: Callable[[Params, Any], tuple[Tensor, ...]],
     params: Params,
     direction: Tree,
@@ -107,7 +122,7 @@ def moving(
 
 
 def _step(
-    route: CentralDifference, primals: Sequence[Tensor], like: Sequence[Tensor], length: float
+    route: DifferenceStep, primals: Sequence[Tensor], like: Sequence[Tensor], length: float
 ) -> float:
     """Return ε."""
     if route.radius is not None:

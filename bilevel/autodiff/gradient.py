@@ -1,14 +1,16 @@
-"""Gradients of scalars with respect to trees."""
+"""Gradients of scalars with respect to trees; those of the upper loss."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import optree
 import torch
 from torch import Tensor
 
 from bilevel import tree
+from bilevel.problem import Batch, Params, Problem, detached, upper_value
 from bilevel.tree import Tree
 
 
@@ -47,3 +49,27 @@ def gradients(
         for index, gradient in zip(wanted, found, strict=True):
             result[index] = gradient
     return structure.unflatten(result)
+
+
+class UpperGradient(NamedTuple):
+    """Upper loss and its gradients: v with respect to θ, and the direct one, to φ; its aux."""
+
+    loss: Tensor
+    lower: Tree
+    direct: Tree
+    aux: Any = None
+
+
+def upper_gradient(
+    problem: Problem, lower_params: Params, upper_params: Params, batch: Batch
+) -> UpperGradient:
+    """Return the upper loss with its gradients with respect to θ and φ.
+
+    Raises:
+        ValueError: The loss is not a scalar.
+    """
+    with torch.enable_grad():
+        lower, upper = as_leaves(lower_params), as_leaves(upper_params)
+        loss, aux = upper_value(problem, lower, upper, batch)
+        found_lower, direct = gradients([loss], (lower, upper))
+    return UpperGradient(loss.detach(), found_lower, direct, detached(aux))

@@ -1,8 +1,8 @@
 """One random state for all passes of a step.
 
 Dropout, drop-path or any other draw in a loss must be the same in the lower forward pass, in
-every pass that differentiates it again, and on both sides of a finite difference. A pass is
-replayed by putting back the state from which it was first run.
+every pass that differentiates it again, and on both sides of a finite difference. Such a pass runs
+with the generators rewound to the state from which the first was run.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def restore(state: RandomState) -> None:
 
 
 @contextmanager
-def replay(state: RandomState, params: Tree) -> Iterator[None]:
+def rewound_to(state: RandomState, params: Tree) -> Iterator[None]:
     """Run the body from `state`; afterwards the generators are where they were before."""
     before = capture(params)
     restore(state)

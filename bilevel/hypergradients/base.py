@@ -1,60 +1,68 @@
-"""What a hypergradient is: lower steps, and dL_upper/dφ through them.
+"""What a hypergradient is: a record of lower steps, and dL_upper/dφ through them.
 
-`OneStep`, `Unrolled`, `Implicit` and `Penalty` implement `Hypergradient`; a solver takes any object
-that does.
+``OneStep``, ``Unrolled``, ``Implicit`` and ``Penalty`` implement ``Hypergradient``; a solver takes
+any object that does. None of them takes a lower step: ``bilevel.lower.steps`` does.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor
 
-from bilevel.lower.lower_pass import LowerPass
-from bilevel.optimizers.optimizers import DifferentiableOptimizer
+from bilevel.lower.steps import LowerSteps, Point, Recorder, Window, take_steps
+from bilevel.optimizers.base import DifferentiableOptimizer
 from bilevel.problem import Batch, Params, Problem
+from bilevel.routes import Jvp, Route
 from bilevel.tree import Tree
 
 
 class HypergradientResult(NamedTuple):
-    """A window of lower steps and, if asked for, the hypergradient through it.
+    """The hypergradient of a window.
 
     Attributes:
-        lower_params: θ after the window.
-        optimizer_state: After the window.
-        passes: What each lower step found, in order; any may be a `LowerPass.summary`.
-        upper_loss: None without an upper batch.
-        hypergradient: dL_upper/dφ, None leaves where φ has no influence; None without upper batch.
+        upper_loss: The upper loss where it was evaluated, scalar.
+        hypergradient: dL_upper/dφ, None leaves where φ has no influence.
         memory: What the method keeps for the next window, a pytree of tensors or None.
         figures: Further scalars for the log: residual, iterations, stationarity, ...
         notes: What a user should know about this window.
         upper_aux: What the upper loss returned beside its value, detached.
     """
 
-    lower_params: Params
-    optimizer_state: Any
-    passes: tuple[LowerPass, ...]
-    upper_loss: Tensor | None
-    hypergradient: Tree | None
+    upper_loss: Tensor
+    hypergradient: Tree
     memory: Any
-    figures: Mapping[str, Tensor]
-    notes: tuple[str, ...]
+    figures: Mapping[str, Tensor] = {}  # never written to
+    notes: tuple[str, ...] = ()
     upper_aux: Any = None
+
+
+class Record(Recorder, Protocol):
+    """What a hypergradient remembers of a window, and makes of it."""
+
+    def hypergradient(self, end: Point) -> HypergradientResult:
+        """Return the hypergradient of the window, whose steps end at this point.
+
+        Called once, after the last step. The torch generators must be left as they are.
+        """
 
 
 class Hypergradient(Protocol):
     """A way to compute dL_upper/dφ: a frozen dataclass of its hyperparameters, pure methods.
 
-    Three things a class may add:
+    Four things a class may add:
 
+    - an attribute ``lower_route``: the route by which the lower passes are run, also in windows
+      without an upper batch, so that these are the same steps bit for bit. Without it: ``Jvp()``,
+      the backward pass of the weighted loss as autograd has it;
     - an attribute ``last_step_only = True``, if it only ever looks at the last lower step of a
-      window: `BilevelSolver.step` can then take the window apart;
+      window: ``BilevelSolver.step`` can then take the window apart;
     - a method ``exact_steps(unroll_steps) -> int | None``: through how many of the window's last
-      lower steps its derivative is exact, for `check_hypergradient` to hold it to that. Without
+      lower steps its derivative is exact, for ``check_hypergradient`` to hold it to that. Without
       it, or with None, it is taken for an approximation by design;
     - an attribute ``at_solution = True``, if its derivative is that of the solved lower level,
-      for `check_hypergradient(..., solve_steps=...)` to hold it to that.
+      for ``check_hypergradient(..., solve_steps=...)`` to hold it to that.
     """
 
     def check(
@@ -67,23 +75,39 @@ class Hypergradient(Protocol):
     ) -> Any:
         """Return the memory before the first window, a pytree of tensors or None."""
 
-    def window(
-        self,
-        problem: Problem,
-        optimizer: DifferentiableOptimizer,
-        lower_params: Params,
-        upper_params: Params,
-        optimizer_state: Any,
-        batches: Sequence[Sequence[Batch]],
-        upper_batch: Batch | None,
-        memory: Any,
-    ) -> HypergradientResult:
-        """Take one lower step per entry of `batches` (its micro-batches).
+    def record(self, window: Window, upper_batch: Batch, memory: Any) -> Record:
+        """Return what will remember the lower steps of this window and differentiate them.
 
-        Without an upper batch this is plain training bit for bit, and the memory comes back as
-        it was. With one the same lower steps are taken, with the same random numbers, and the
-        torch generators are left where these steps leave them.
+        Args:
+            window: The window whose steps are about to be taken.
+            upper_batch: The batch of the upper loss.
+            memory: From ``init``, or of the last ``HypergradientResult``.
         """
+
+
+def take_window(
+    window: Window,
+    hypergradient: Hypergradient,
+    upper_batch: Batch | None = None,
+    memory: Any = None,
+) -> tuple[LowerSteps, HypergradientResult | None]:
+    """Take the lower steps of a window and, given an upper batch, differentiate through them.
+
+    Without an upper batch this is plain training bit for bit. With one the same lower steps are
+    taken, with the same random numbers, and the torch generators are left where these leave them.
+    """
+    route = lower_route(hypergradient)
+    if upper_batch is None:
+        return take_steps(window, route), None
+    record = hypergradient.record(window, upper_batch, memory)
+    steps = take_steps(window, route, record)
+    return steps, record.hypergradient(steps.end)
+
+
+def lower_route(hypergradient: Hypergradient) -> Route:
+    """Return the route by which the lower passes are run."""
+    route: Route = getattr(hypergradient, "lower_route", Jvp())
+    return route
 
 
 def spans_window(hypergradient: Hypergradient, unroll_steps: int) -> bool:

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple
+from typing import ClassVar, NamedTuple
 
 import optree
 import torch
@@ -14,32 +13,33 @@ from torch import Tensor
 
 from bilevel import tree
 from bilevel.autodiff import random_state
-from bilevel.autodiff.gradient import as_leaves
+from bilevel.autodiff.gradient import as_leaves, upper_gradient
 from bilevel.autodiff.random_state import RandomState
-from bilevel.autodiff.upper_gradient import upper_gradient
 from bilevel.checks import require
 from bilevel.hypergradients.base import HypergradientResult
 from bilevel.hypergradients.linear.iterative import ConjugateGradient
 from bilevel.hypergradients.linear.system import LinearSolution, LinearSolver
-from bilevel.lower.hessian_product import Product, hessian_product
+from bilevel.lower.hessian_product import hessian_product
 from bilevel.lower.lower_pass import LowerPass, lower_pass
 from bilevel.lower.mixed_product import mixed_product
-from bilevel.optimizers.optimizers import DifferentiableOptimizer
+from bilevel.lower.route import Product
+from bilevel.lower.steps import PassRequest, Point, Step, Window
+from bilevel.optimizers.base import DifferentiableOptimizer
 from bilevel.problem import Batch, Params, Problem
 from bilevel.routes import CentralDifference, Jvp, Reverse
 from bilevel.tree import Tree
 
 
 class StationarityWarning(UserWarning):
-    """The lower level is not where `Implicit` assumes it to be."""
+    """The lower level is not where ``Implicit`` assumes it to be."""
 
 
 class ImplicitMemory(NamedTuple):
-    """What `Implicit` keeps between windows.
+    """What ``Implicit`` keeps between windows.
 
     Attributes:
-        solution: q like θ (at least float32), the next warm start; None without `warm_start`.
-        warned: Whether `StationarityWarning` has been given, bool scalar.
+        solution: q like θ (at least float32), the next warm start; None without ``warm_start``.
+        warned: Whether ``StationarityWarning`` has been given, bool scalar.
     """
 
     solution: Tree
@@ -63,26 +63,27 @@ class Implicit:
     downwards there. It does not change with the scales of loss and parameters, and does not depend
     on the learning rate. Away from a stationary point q and the mixed product are those of
     different lower solutions, and the hypergradient may even have the wrong signs: take more lower
-    steps, or differentiate through those that are taken (`OneStep`, `Unrolled`). On the logistic
-    regression of the tests the relative error of the hypergradient stays within a factor of ten of
-    the figure while both fall by six orders of magnitude. Mini-batches add their noise to it, which
-    `bilevel.stationarity` tells apart; the whole training set as micro-batches of the last step has
-    none. Parameters that the lower loss does not depend on are not part of the system.
+    steps, or differentiate through those that are taken (``OneStep``, ``Unrolled``). On the
+    logistic regression of the tests the relative error of the hypergradient stays within a factor
+    of ten of the figure while both fall by six orders of magnitude. Mini-batches add their noise to
+    it, which ``bilevel.stationarity`` tells apart; the whole training set as micro-batches of the
+    last step has none. Parameters that the lower loss does not depend on are not part of the
+    system.
 
-    `StepInfo.figures` has, beside it, `residual`, `iterations` and `products` of the solver and
-    ``upper_change = −⟨q, g⟩``, what solving the lower level to the end would add to the upper loss,
-    to first order (a dual-weighted residual).
+    ``StepInfo.figures`` has, beside it, ``residual``, ``iterations`` and ``products`` of the solver
+    and ``upper_change = −⟨q, g⟩``, what solving the lower level to the end would add to the upper
+    loss, to first order (a dual-weighted residual).
 
     Args:
         solver: Of H q = v; its damping δ makes that (H + δ I) q = v.
         warm_start: Start the solver at the last q.
-        product: `Jvp`, `Reverse` or `CentralDifference`: how products with H (see
-            `hessian_product`) and the mixed product are computed.
+        product: ``Jvp``, ``Reverse`` or ``CentralDifference``: how products with H (see
+            ``hessian_product``) and the mixed product are computed.
         stationarity_tolerance: A larger stationarity adds a note and, once in a run,
-            `StationarityWarning`. None: not measured, one product less.
+            ``StationarityWarning``. None: not measured, one product less.
 
     Cost per window beside the lower steps: 3F upper, 3F for the gradient at θ, the products of the
-    solver and one for the stationarity (9F each with `Jvp`, see `hessian_product`), 3F for the
+    solver and one for the stationarity (9F each with ``Jvp``, see ``hessian_product``), 3F for the
     mixed product. Memory: a few copies of θ, as the solver says, and one for the warm start.
 
     Source: Bengio 2000; Pedregosa 2016 (arXiv 1602.02355); Lorraine, Vicol and Duvenaud 2020 (arXiv
@@ -100,7 +101,7 @@ class Implicit:
     at_solution: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        if not isinstance(self.product, Jvp | Reverse | CentralDifference):
+        if not getattr(self.product, "second_order", False):
             raise ValueError(
                 "Implicit: product must be Jvp(), Reverse() or CentralDifference(), got "
                 f"{self.product!r}"
@@ -129,81 +130,74 @@ class Implicit:
             torch.zeros((), dtype=torch.bool),
         )
 
-    def window(
-        self,
-        problem: Problem,
-        optimizer: DifferentiableOptimizer,
-        lower_params: Params,
-        upper_params: Params,
-        optimizer_state: Any,
-        batches: Sequence[Sequence[Batch]],
-        upper_batch: Batch | None = None,
-        memory: ImplicitMemory | None = None,
-    ) -> HypergradientResult:
-        """Take the steps of a window and, given an upper batch, differentiate where they end."""
-        upper_params = tree.map(Tensor.detach, upper_params)
-        passes: list[LowerPass] = []
-        for micro_batches in batches:
-            start = random_state.capture(lower_params)
-            passed = lower_pass(problem, self.product, lower_params, upper_params, micro_batches)
-            with torch.no_grad():
-                lower_params, optimizer_state = optimizer.update(
-                    passed.grads, optimizer_state, lower_params
-                )
-            passes.append(passed.summary())
-        plain = HypergradientResult(
-            lower_params, optimizer_state, tuple(passes), None, None, memory, {}, ()
-        )
-        if upper_batch is None:
-            return plain
+    def record(
+        self, window: Window, upper_batch: Batch, memory: ImplicitMemory | None
+    ) -> ImplicitRecord:
+        """Return what will differentiate where the steps of this window end."""
         if memory is None:
-            memory = self.init(optimizer, lower_params, upper_params)
-        return self._differentiate(
-            plain, problem, upper_params, batches[-1], upper_batch, memory, start
-        )
+            start = window.start.lower_params
+            memory = self.init(window.optimizer, start, window.upper_params)
+        return ImplicitRecord(self, window, upper_batch, memory)
 
-    def _differentiate(
-        self,
-        plain: HypergradientResult,
-        problem: Problem,
-        upper_params: Params,
-        micro_batches: Sequence[Batch],
-        upper_batch: Batch,
-        memory: ImplicitMemory,
-        start: RandomState,
-    ) -> HypergradientResult:
-        params, leaves = plain.lower_params, as_leaves(upper_params)
-        with random_state.replay(start, params):
+
+class ImplicitRecord:
+    """From where the last lower step drew its random numbers, and the hypergradient after it."""
+
+    def __init__(
+        self, method: Implicit, window: Window, upper_batch: Batch, memory: ImplicitMemory
+    ) -> None:
+        self._method, self._window = method, window
+        self._upper_batch, self._memory = upper_batch, memory
+
+    def before(self, number: int, point: Point, random: RandomState) -> PassRequest:
+        """Ask for nothing: the steps are plain."""
+        return PassRequest()
+
+    def after(self, step: Step) -> None:
+        """Keep the random state of the last step."""
+        self._random = step.random
+
+    def hypergradient(self, end: Point) -> HypergradientResult:
+        """Return the hypergradient at θ, where the steps ended."""
+        method, problem, params = self._method, self._window.problem, end.lower_params
+        upper_params = tree.map(Tensor.detach, self._window.upper_params)
+        leaves, memory = as_leaves(upper_params), self._memory
+        with random_state.rewound_to(self._random, params):
             passed = lower_pass(
-                problem, self.product, params, leaves, micro_batches, differentiate=True
+                problem,
+                method.product,
+                params,
+                leaves,
+                self._window.batches[-1],
+                differentiate=True,
             )
-        with random_state.replay(start, params):
-            upper = upper_gradient(problem, params, upper_params, upper_batch)
-        hessian = hessian_product(problem, self.product, passed, params, upper_params)
+        with random_state.rewound_to(self._random, params):
+            upper = upper_gradient(problem, params, upper_params, self._upper_batch)
+        hessian = hessian_product(problem, method.product, passed, params, upper_params)
         rhs = _restricted(upper.lower, passed.grads)
-        solved = self.solver.solve(hessian, rhs, memory.solution if self.warm_start else None)
+        solved = method.solver.solve(hessian, rhs, memory.solution if method.warm_start else None)
         if math.isnan(solved.residual):  # the solver of the run then skips the upper step
             unknown = tree.map(lambda leaf: torch.full_like(leaf, math.nan), solved.solution)
             solved = solved._replace(solution=unknown)
         figures = _figures(solved, passed.grads)
-        name = type(self.solver).__name__
+        name = type(method.solver).__name__
         notes = tuple(f"{name}(): {note}" for note in solved.notes)
         warned = memory.warned
-        if self.stationarity_tolerance is not None:
-            found = _stationarity(hessian, passed, params)
-            figures["stationarity"] = torch.tensor(found, dtype=torch.float64)
-            if not found <= self.stationarity_tolerance:
-                notes += (_far(found, self.stationarity_tolerance),)
-                if not warned:
-                    warnings.warn(notes[-1], StationarityWarning, stacklevel=6)
+        if method.stationarity_tolerance is not None:
+            distance = _stationarity(hessian, passed, params)
+            figures["stationarity"] = torch.tensor(distance, dtype=torch.float64)
+            if not distance <= method.stationarity_tolerance:
+                notes += (_not_stationary(distance, method.stationarity_tolerance),)
+                if not warned:  # at the call of ``BilevelSolver.step`` or ``window``
+                    warnings.warn(notes[-1], StationarityWarning, stacklevel=5)
                 warned = torch.ones_like(warned)
-        del hessian  # with `Reverse` it holds a graph
+        del hessian  # with ``Reverse`` it holds a graph
         against = tree.scale(-1.0, solved.solution)
-        mixed = mixed_product(problem, self.product, passed, params, leaves, against)
+        mixed = mixed_product(problem, method.product, passed, params, leaves, against)
         with torch.no_grad():
             hypergradient = tree.add(mixed, upper.direct)
-        warm = _warm_start(solved.solution, params) if self.warm_start else None
-        return plain._replace(
+        warm = _warm_start(solved.solution, params) if method.warm_start else None
+        return HypergradientResult(
             upper_loss=upper.loss,
             hypergradient=hypergradient,
             memory=ImplicitMemory(warm, warned),
@@ -248,7 +242,7 @@ def _stationarity(hessian: Product, passed: LowerPass, params: Params) -> float:
     return length / curvature / reach
 
 
-def _far(stationarity: float, tolerance: float) -> str:
+def _not_stationary(stationarity: float, tolerance: float) -> str:
     return (
         f"the lower level is far from stationary: along its gradient the minimum lies "
         f"{stationarity:.2g} · ‖θ‖ away (stationarity_tolerance {tolerance:g}), so the implicit "
@@ -268,7 +262,7 @@ def _figures(solved: LinearSolution, grads: Tree) -> dict[str, Tensor]:
 
 
 def _warm_start(solution: Tree, params: Params, factor: float = 1.0) -> Tree:
-    """Return the solution times `factor`, like θ in at least float32; 0 where it has no leaf."""
+    """Return the solution times ``factor``, like θ in at least float32; 0 where it has no leaf."""
 
     def leaf(q: Tensor | None, p: Tensor | None) -> Tensor | None:
         if p is None:

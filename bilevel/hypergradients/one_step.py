@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, NamedTuple
 
@@ -11,46 +10,26 @@ from torch import Tensor
 
 from bilevel import tree
 from bilevel.autodiff import random_state
-from bilevel.autodiff.gradient import as_leaves
-from bilevel.autodiff.upper_gradient import UpperGradient, upper_gradient
+from bilevel.autodiff.gradient import UpperGradient, as_leaves, upper_gradient
+from bilevel.autodiff.random_state import RandomState
 from bilevel.hypergradients.base import HypergradientResult
 from bilevel.hypergradients.update_derivative import Exact, Sama, UpdateDerivative
-from bilevel.lower.lower_pass import LowerPass, lower_pass
+from bilevel.lower.lower_pass import LowerPass
 from bilevel.lower.mixed_product import mixed_product
-from bilevel.optimizers.optimizers import DifferentiableOptimizer, OptimizerState
+from bilevel.lower.steps import PassRequest, Point, Step, Window
+from bilevel.optimizers.base import DifferentiableOptimizer, OptimizerState
 from bilevel.problem import Batch, Params, Problem, ReweightingProblem
-from bilevel.routes import Auto, Dot, Ghost, PerExample, Route
+from bilevel.routes import Auto, Route
 from bilevel.tree import Tree
 
 Order = Literal["lower-first", "upper-first"]
 
 
-class Direction(NamedTuple):
+class DirectionAverage(NamedTuple):
     """Exponential average of v and the number of upper gradients in it (int64 scalar)."""
 
     average: Tree
     updates: Tensor
-
-
-class OneStepResult(NamedTuple):
-    """A lower step and, if asked for, the hypergradient through it.
-
-    Attributes:
-        lower_params: θ'.
-        optimizer_state: After the step.
-        passed: Gradient and micro-batches of the lower pass.
-        upper: The upper loss and its gradients; None without an upper batch. With order upper-first
-            without v, whose memory was free for the lower pass.
-        hypergradient: dL_upper/dφ, None leaves where φ has no influence; None without upper batch.
-        direction: Updated average of v; None if there is none.
-    """
-
-    lower_params: Params
-    optimizer_state: Any
-    passed: LowerPass
-    upper: UpperGradient | None
-    hypergradient: Tree | None
-    direction: Direction | None
 
 
 @dataclass(frozen=True)
@@ -63,28 +42,28 @@ class OneStep:
         μ = (∂θ'/∂g)ᵀ v        dL_upper/dφ = ∂/∂φ ⟨∇_θ L_lower(θ, φ), μ⟩ + ∂L_upper/∂φ
 
     The clip scale of the update counts as a constant, unless the optimizer says
-    `differentiate_clip`: with one example and an active clip the exact derivative is zero.
+    ``differentiate_clip``: with one example and an active clip the exact derivative is zero.
 
     Args:
         route: How the mixed product is computed: cost and memory, never the result.
         order: "lower-first": v = ∇_θ L_upper(θ', φ), exact for the step taken. With Adam from a
             cold state the exact hypergradient is almost zero (the first step is ± lr whatever the
             gradient's size). "upper-first": v = ∇_θ L_upper(θ, φ), known before the lower pass;
-            μ is what the update's derivative is expected to be (`predicted_grads_vjp`): exact for
+            μ is what the update's derivative is expected to be (``predicted_grads_vjp``): exact for
             SGD without an active clip, for Adam with the second moment as it stands. v then is one
             step old, an error of the order of the learning rate.
         direction_decay: ρ of v̄ ← ρ v̄ + (1 − ρ) v, whose bias-corrected value takes the place of
             v: less noise from small upper batches, and v from slightly older θ. 0: off.
-        update_derivative: What μ is made of: `Exact`, or a convention of the literature.
+        update_derivative: What μ is made of: ``Exact``, or a convention of the literature.
 
     Cost per iteration, F being a forward pass: 3F lower, 3F upper, and what the route adds.
     Source: Ren et al. 2018 (arXiv 1803.09050) and Shu et al. 2019 (arXiv 1902.07379) for SGD; the
     factor ∂θ'/∂g is what Betty's darts (arXiv 2207.02849) replaces by the identity and its sama
     (arXiv 2310.05674) by a diagonal without bias correction: see
-    `bilevel.hypergradients.update_derivative`.
+    ``bilevel.hypergradients.update_derivative``.
 
     Raises:
-        ValueError: direction_decay outside [0, 1), or `Ghost` with lower-first.
+        ValueError: direction_decay outside [0, 1), or ``Ghost`` with lower-first.
     """
 
     route: Route = Auto()
@@ -103,10 +82,10 @@ class OneStep:
             raise ValueError(
                 f"OneStep: order must be 'lower-first' or 'upper-first', got {self.order!r}"
             )
-        if isinstance(self.route, Ghost) and self.order == "lower-first":
+        if self.route.needs_direction and self.order == "lower-first":
             raise ValueError(
-                "OneStep: Ghost() needs the upper gradient before the lower backward pass; choose "
-                "order='upper-first', or PerExample() for lower-first"
+                f"OneStep: {type(self.route).__name__}() needs the upper gradient before the "
+                "lower backward pass; choose order='upper-first', or PerExample() for lower-first"
             )
         if isinstance(self.update_derivative, Sama) and self.order == "upper-first":
             raise ValueError(
@@ -119,7 +98,7 @@ class OneStep:
     ) -> None:
         """Raise ValueError if the route does not apply to the problem, or μ to the optimizer."""
         self.update_derivative.check(optimizer)
-        if not isinstance(self.route, Dot | Ghost | PerExample):
+        if not self.route.per_example:
             return
         name = type(self.route).__name__
         if not isinstance(problem, ReweightingProblem):
@@ -140,7 +119,7 @@ class OneStep:
 
     def init(
         self, optimizer: DifferentiableOptimizer, lower_params: Params, upper_params: Params
-    ) -> Direction | None:
+    ) -> DirectionAverage | None:
         """Return the average of v before the first upper gradient, None if there is none."""
         if self.direction_decay == 0.0:
             return None
@@ -148,129 +127,126 @@ class OneStep:
         average = tree.map(
             lambda leaf: torch.zeros_like(leaf, dtype=tree.wide_dtype(leaf.dtype)), lower_params
         )
-        return Direction(average, torch.zeros((), dtype=torch.int64))
+        return DirectionAverage(average, torch.zeros((), dtype=torch.int64))
 
-    def window(
+    @property
+    def lower_route(self) -> Route:
+        """The route by which the lower passes are run, with or without an upper step after them."""
+        return self.route
+
+    def record(
+        self, window: Window, upper_batch: Batch, memory: DirectionAverage | None
+    ) -> OneStepRecord:
+        """Return what will differentiate through the last step of this window."""
+        return OneStepRecord(self, window, upper_batch, memory)
+
+    @torch.no_grad()
+    def averaged(
+        self, v: Tree, average: DirectionAverage | None
+    ) -> tuple[Tree, DirectionAverage | None]:
+        """Return what takes the place of v, and the average with v in it."""
+        if average is None or self.direction_decay == 0.0:
+            return v, average
+        rho = self.direction_decay
+        kept = tree.scale(rho, average.average)
+        wide = tree.map(lambda leaf: leaf.to(tree.wide_dtype(leaf.dtype)), v)
+        mean = tree.axpy(1.0 - rho, wide, kept)
+        updates = average.updates + 1
+        correction = 1.0 - rho ** int(updates)
+        corrected = tree.map(lambda leaf, v: (leaf / correction).to(v.dtype), mean, v)
+        return corrected, DirectionAverage(mean, updates)
+
+
+class OneStepRecord:
+    """The last lower step of a window, and the hypergradient through it.
+
+    The upper pass, and every pass that the product takes, draws the same random numbers as the
+    lower pass of the step.
+
+    Attributes:
+        passed: Gradient and micro-batches of the last lower pass.
+        upper: The upper loss and its gradients. With order upper-first without v, whose memory was
+            free for the lower pass.
+    """
+
+    passed: LowerPass
+    upper: UpperGradient
+
+    def __init__(
         self,
-        problem: Problem,
-        optimizer: DifferentiableOptimizer,
-        lower_params: Params,
-        upper_params: Params,
-        optimizer_state: Any,
-        batches: Sequence[Sequence[Batch]],
-        upper_batch: Batch | None = None,
-        memory: Direction | None = None,
-    ) -> HypergradientResult:
-        """Take the steps of a window and, given an upper batch, differentiate through the last."""
-        passes: list[LowerPass] = []
-        for plain in batches[:-1]:
-            taken = self.step(
-                problem, optimizer, lower_params, upper_params, optimizer_state, plain
+        method: OneStep,
+        window: Window,
+        upper_batch: Batch,
+        average: DirectionAverage | None,
+    ) -> None:
+        self._method, self._window, self._upper_batch = method, window, upper_batch
+        self._average = average
+        self._leaves = as_leaves(window.upper_params)
+        self._direction: Tree | None = None
+
+    def before(self, number: int, point: Point, random: RandomState) -> PassRequest:
+        """Ask for the last pass to be differentiable; upper-first: along a μ known by now."""
+        if number < len(self._window.batches) - 1:
+            return PassRequest()
+        if self._method.order == "upper-first":
+            self._direction = self._pulled_back(point, random, point.lower_params, None)
+            self.upper = self.upper._replace(lower=None)
+        return PassRequest(self._leaves, differentiate=True, direction=self._direction)
+
+    def after(self, step: Step) -> None:
+        """Keep the last step."""
+        if step.number == len(self._window.batches) - 1:
+            self._before, self._random, self.passed = step.before, step.random, step.passed
+
+    def hypergradient(self, end: Point) -> HypergradientResult:
+        """Return the hypergradient through the last step."""
+        params, state = self._before
+        if self._method.order == "lower-first":
+            self._direction = self._pulled_back(
+                self._before, self._random, end.lower_params, self.passed.grads
             )
-            lower_params, optimizer_state = taken.lower_params, taken.optimizer_state
-            passes.append(taken.passed.summary())
-        last = self.step(
-            problem,
-            optimizer,
-            lower_params,
-            upper_params,
-            optimizer_state,
-            batches[-1],
-            upper_batch,
-            memory,
+        product = mixed_product(
+            self._window.problem,
+            self._method.route,
+            self.passed,
+            params,
+            self._leaves,
+            self._direction,
         )
+        with torch.no_grad():
+            hypergradient = tree.add(product, self.upper.direct)
         return HypergradientResult(
-            lower_params=last.lower_params,
-            optimizer_state=last.optimizer_state,
-            passes=(*passes, last.passed),
-            upper_loss=None if last.upper is None else last.upper.loss,
-            hypergradient=last.hypergradient,
-            memory=last.direction,
-            figures={},
-            notes=() if last.upper is None else self.notes(last.passed, optimizer_state),
-            upper_aux=None if last.upper is None else last.upper.aux,
+            upper_loss=self.upper.loss,
+            hypergradient=hypergradient,
+            memory=self._average,
+            notes=self._notes(state),
+            upper_aux=self.upper.aux,
         )
 
-    def step(
-        self,
-        problem: Problem,
-        optimizer: DifferentiableOptimizer,
-        lower_params: Params,
-        upper_params: Params,
-        optimizer_state: Any,
-        lower_batches: Sequence[Batch],
-        upper_batch: Batch | None = None,
-        direction: Direction | None = None,
-    ) -> OneStepResult:
-        """Take a lower step and, given an upper batch, differentiate through it.
-
-        Every pass starts from (the upper one), or replays, the random state that the step found;
-        the lower pass alone moves it on, so a step without an upper batch draws the same numbers.
-        """
-        differentiate = upper_batch is not None
-        start = random_state.capture(lower_params)
-        upper: UpperGradient | None = None
-        along: Tree | None = None
-        if differentiate and self.order == "upper-first":
-            with random_state.replay(start, lower_params):
-                upper = upper_gradient(problem, lower_params, upper_params, upper_batch)
-            along, direction = self._average(upper.lower, direction)
-            along = self.update_derivative.pull_back(
-                optimizer, None, optimizer_state, lower_params, along
-            )
-            upper = upper._replace(lower=None)
-        leaves = as_leaves(upper_params) if differentiate else tree.map(Tensor.detach, upper_params)
-        passed = lower_pass(
-            problem,
-            self.route,
-            lower_params,
-            leaves,
-            lower_batches,
-            differentiate=differentiate,
-            direction=along,
+    def _pulled_back(
+        self, before: Point, random: RandomState, at: Params, grads: Tree | None
+    ) -> Tree:
+        """Return μ: v at the parameters ``at``, averaged, pulled back through the update."""
+        window = self._window
+        with random_state.rewound_to(random, before.lower_params):
+            self.upper = upper_gradient(window.problem, at, window.upper_params, self._upper_batch)
+        v, self._average = self._method.averaged(self.upper.lower, self._average)
+        return self._method.update_derivative.pull_back(
+            window.optimizer, grads, before.optimizer_state, before.lower_params, v
         )
-        with torch.no_grad():
-            new_params, new_state = optimizer.update(passed.grads, optimizer_state, lower_params)
-        if not differentiate:
-            return OneStepResult(new_params, new_state, passed, None, None, direction)
-        if upper is None:
-            with random_state.replay(start, lower_params):
-                upper = upper_gradient(problem, new_params, upper_params, upper_batch)
-            along, direction = self._average(upper.lower, direction)
-            along = self.update_derivative.pull_back(
-                optimizer, passed.grads, optimizer_state, lower_params, along
-            )
-        product = mixed_product(problem, self.route, passed, lower_params, leaves, along)
-        with torch.no_grad():
-            hypergradient = tree.add(product, upper.direct)
-        return OneStepResult(new_params, new_state, passed, upper, hypergradient, direction)
 
-    def notes(self, passed: LowerPass, optimizer_state: Any) -> tuple[str, ...]:
-        """Return what a user should know about a differentiated step."""
-        notes = [micro.note for micro in passed.micro_batches if micro.note is not None]
-        found = list(dict.fromkeys(f"Auto() took Jvp(): {note}" for note in notes))
+    def _notes(self, optimizer_state: Any) -> tuple[str, ...]:
+        """Return what a user should know about the step, taken from this optimizer state."""
+        refusals = [micro.note for micro in self.passed.micro_batches if micro.note is not None]
+        notes = list(dict.fromkeys(f"Auto() took Jvp(): {note}" for note in refusals))
         cold = (
             isinstance(optimizer_state, OptimizerState)
             and optimizer_state.second_moment is not None
             and not optimizer_state.steps
         )
-        if cold and self.order == "lower-first":
-            found.append(
+        if cold and self._method.order == "lower-first":
+            notes.append(
                 "the adaptive lower optimizer was cold: its first step hardly depends on the "
                 "gradient's size, so the exact hypergradient is almost zero; set upper_start"
             )
-        return tuple(found)
-
-    @torch.no_grad()
-    def _average(self, lower: Tree, direction: Direction | None) -> tuple[Tree, Direction | None]:
-        """Return the direction to use for v, and the updated average."""
-        if direction is None or self.direction_decay == 0.0:
-            return lower, direction
-        rho = self.direction_decay
-        kept = tree.scale(rho, direction.average)
-        wide = tree.map(lambda leaf: leaf.to(tree.wide_dtype(leaf.dtype)), lower)
-        average = tree.axpy(1.0 - rho, wide, kept)
-        updates = direction.updates + 1
-        correction = 1.0 - rho ** int(updates)
-        corrected = tree.map(lambda leaf, v: (leaf / correction).to(v.dtype), average, lower)
-        return corrected, Direction(average, updates)
+        return tuple(notes)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, is_dataclass, replace
 from typing import Any, NamedTuple
 
@@ -11,30 +10,30 @@ from torch import Tensor
 
 from bilevel import tree
 from bilevel.autodiff import random_state
-from bilevel.autodiff.gradient import as_leaves, gradients
+from bilevel.autodiff.gradient import as_leaves, gradients, upper_gradient
 from bilevel.autodiff.random_state import RandomState
-from bilevel.autodiff.upper_gradient import upper_gradient
 from bilevel.checks import require
 from bilevel.hypergradients.base import HypergradientResult
-from bilevel.lower.lower_pass import LowerPass, lower_pass
+from bilevel.lower.lower_pass import LowerPass
 from bilevel.lower.micro_batch import MicroBatch
-from bilevel.optimizers.optimizers import DifferentiableOptimizer, Optimizer
+from bilevel.lower.steps import PassRequest, Point, Step, Window
+from bilevel.optimizers.base import DifferentiableOptimizer, Optimizer
 from bilevel.optimizers.schedule import Schedule
 from bilevel.problem import (
     Batch,
     Params,
     Problem,
-    ReweightingProblem,
     detached,
+    is_separable,
     lower_value,
     upper_value,
+    weighted_mean,
 )
-from bilevel.routes import Jvp
 from bilevel.tree import Tree
 
 
 class PenaltyMemory(NamedTuple):
-    """What `Penalty` keeps between windows.
+    """What ``Penalty`` keeps between windows.
 
     Attributes:
         params: y, the second copy of θ.
@@ -47,7 +46,7 @@ class PenaltyMemory(NamedTuple):
     updates: Tensor
 
 
-class _Taken(NamedTuple):
+class _Step(NamedTuple):
     """A lower step as the copy meets it again."""
 
     start: RandomState
@@ -64,7 +63,7 @@ class Penalty:
         dF_λ/dφ = ∂φ L_upper(y, φ) + λ (∂φ L_lower(y, φ) − ∂φ L_lower(θ, φ))
 
     at the two minima (Danskin). θ is what the lower steps make of it; y starts where it was left
-    and takes `steps` steps of its own after them, on the same batches. Where the lower problem is
+    and takes ``steps`` steps of its own after them, on the same batches. Where the lower problem is
     strongly convex the bias against the implicit hypergradient is O(1/λ), y − θ as well, and the
     lower loss of y exceeds that of θ by O(1/λ²). A θ that is δ away from the minimum costs λ O(δ):
     the larger λ, the better θ must be solved.
@@ -82,10 +81,11 @@ class Penalty:
         optimizer: Moves y. None: as the lower optimizer, with a state of its own. The gradient is
             that of ``(L_upper + λ L_lower) / (1 + λ)``, so that a learning rate that is right for
             θ is right for y, whatever λ. Weight decay counts as part of the lower loss: a field
-            `weight_decay` is multiplied by λ / (1 + λ) for y.
+            ``weight_decay`` is multiplied by λ / (1 + λ) for y.
 
-    `StepInfo.figures` has `strength` λ, `distance` ‖y − θ‖, `gap` L_lower(y, φ) − L_lower(θ, φ),
-    and `copy_upper_loss` L_upper(y, φ): lower than that of θ, for y has been trained on it.
+    ``StepInfo.figures`` has ``strength`` λ, ``distance`` ‖y − θ‖, ``gap`` L_lower(y, φ) −
+    L_lower(θ, φ), and ``copy_upper_loss`` L_upper(y, φ): lower than that of θ, for y has been
+    trained on it.
 
     Cost per window besides the lower steps: K (3F + 3F upper), 2F for each lower batch, 2F upper;
     F is a forward pass. Memory: y and its optimizer's state.
@@ -125,42 +125,12 @@ class Penalty:
             params, (self.optimizer or optimizer).init(params), torch.zeros((), dtype=torch.int64)
         )
 
-    def window(
-        self,
-        problem: Problem,
-        optimizer: DifferentiableOptimizer,
-        lower_params: Params,
-        upper_params: Params,
-        optimizer_state: Any,
-        batches: Sequence[Sequence[Batch]],
-        upper_batch: Batch | None,
-        memory: PenaltyMemory,
-    ) -> HypergradientResult:
-        """Take the lower steps and, given an upper batch, those of y; compare where they end."""
-        upper_params = tree.map(Tensor.detach, upper_params)
-        taken: list[_Taken] = []
-        summaries: list[LowerPass] = []
-        for micro_batches in batches:
-            start = random_state.capture(lower_params)
-            passed = lower_pass(problem, Jvp(), lower_params, upper_params, micro_batches)
-            with torch.no_grad():
-                lower_params, optimizer_state = optimizer.update(
-                    passed.grads, optimizer_state, lower_params
-                )
-            summaries.append(passed.summary())
-            taken.append(_Taken(start, replace(passed, grads=None)))
-        plain = HypergradientResult(
-            lower_params, optimizer_state, tuple(summaries), None, None, memory, {}, ()
-        )
-        if upper_batch is None:
-            return plain
-        strength = self._strength(int(memory.updates))
-        memory = self._follow(
-            problem, optimizer, upper_params, taken, upper_batch, memory, strength
-        )
-        return self._compare(plain, problem, upper_params, taken, upper_batch, memory, strength)
+    def record(self, window: Window, upper_batch: Batch, memory: PenaltyMemory) -> PenaltyRecord:
+        """Return what will let y follow the steps of this window, and compare where both end."""
+        return PenaltyRecord(self, window, upper_batch, memory)
 
-    def _strength(self, updates: int) -> float:
+    def strength_after(self, updates: int) -> float:
+        """Return λ after so many hypergradients."""
         strength = float(self.strength(updates)) if callable(self.strength) else self.strength
         if not strength > 0.0:
             raise ValueError(
@@ -169,58 +139,71 @@ class Penalty:
             )
         return strength
 
-    def _follow(
-        self,
-        problem: Problem,
-        optimizer: DifferentiableOptimizer,
-        upper_params: Params,
-        taken: Sequence[_Taken],
-        upper_batch: Batch,
-        memory: PenaltyMemory,
-        strength: float,
-    ) -> PenaltyMemory:
-        """Let y take its steps."""
-        mover = _decaying(self.optimizer or optimizer, strength / (1.0 + strength))
-        params, state, _ = memory
-        steps = len(taken) if self.steps is None else self.steps
+
+class PenaltyRecord:
+    """The batches and random states of the lower steps, on which y takes its own."""
+
+    def __init__(
+        self, method: Penalty, window: Window, upper_batch: Batch, memory: PenaltyMemory
+    ) -> None:
+        self._method, self._window = method, window
+        self._upper_batch, self._memory = upper_batch, memory
+        self._upper_params = tree.map(Tensor.detach, window.upper_params)
+        self._steps: list[_Step] = []
+
+    def before(self, number: int, point: Point, random: RandomState) -> PassRequest:
+        """Ask for nothing: the steps are plain."""
+        return PassRequest()
+
+    def after(self, step: Step) -> None:
+        """Keep the micro-batches, with their weights, and from where they drew."""
+        self._steps.append(_Step(step.random, replace(step.passed, grads=None)))
+
+    def hypergradient(self, end: Point) -> HypergradientResult:
+        """Let y take its steps, and return the hypergradient at θ and y."""
+        strength = self._method.strength_after(int(self._memory.updates))
+        memory = self._follow(strength)
+        return self._compare(end.lower_params, memory, strength)
+
+    def _follow(self, strength: float) -> PenaltyMemory:
+        """Return y and its optimizer's state after its steps."""
+        problem, method, recorded = self._window.problem, self._method, self._steps
+        optimizer = method.optimizer or self._window.optimizer
+        mover = _decaying(optimizer, strength / (1.0 + strength))
+        params, state, _ = self._memory
+        steps = len(recorded) if method.steps is None else method.steps
         for index in range(-steps, 0):
-            start, passed = taken[index % len(taken)]
-            with random_state.replay(start, params):
-                upper = upper_gradient(problem, params, upper_params, upper_batch)
+            start, passed = recorded[index % len(recorded)]
+            with random_state.rewound_to(start, params):
+                upper = upper_gradient(problem, params, self._upper_params, self._upper_batch)
             total = tree.scale(1.0 / (1.0 + strength), upper.lower)
             for micro, share in zip(passed.micro_batches, passed.shares, strict=True):
-                grads = _lower_gradient(problem, micro, params, upper_params)
+                grads = _lower_gradient(problem, micro, params, self._upper_params)
                 total = tree.axpy(share * strength / (1.0 + strength), grads, total)
             with torch.no_grad():
                 params, state = mover.update(total, state, params)
-        return PenaltyMemory(params, state, memory.updates + 1)
+        return PenaltyMemory(params, state, self._memory.updates + 1)
 
     def _compare(
-        self,
-        plain: HypergradientResult,
-        problem: Problem,
-        upper_params: Params,
-        taken: Sequence[_Taken],
-        upper_batch: Batch,
-        memory: PenaltyMemory,
-        strength: float,
+        self, params: Params, memory: PenaltyMemory, strength: float
     ) -> HypergradientResult:
         """Return the hypergradient at θ and y."""
-        params, start = plain.lower_params, taken[-1].start
-        with random_state.replay(start, params), torch.no_grad():
+        problem, start = self._window.problem, self._steps[-1].start
+        upper_params, upper_batch = self._upper_params, self._upper_batch
+        with random_state.rewound_to(start, params), torch.no_grad():
             upper_loss, aux = upper_value(problem, params, upper_params, upper_batch)
         leaves = as_leaves(upper_params)
-        with random_state.replay(start, params), torch.enable_grad():
+        with random_state.rewound_to(start, params), torch.enable_grad():
             copy_loss, _ = upper_value(problem, memory.params, leaves, upper_batch)
             direct = gradients([copy_loss], leaves)
-        micro_batches = [micro for step in taken for micro in step.passed.micro_batches]
+        micro_batches = [micro for step in self._steps for micro in step.passed.micro_batches]
         total = sum(micro.size for micro in micro_batches)
         difference, gap = tree.map(lambda _: None, upper_params), torch.zeros(())
         for micro in micro_batches:
             with torch.enable_grad():
                 excess = _excess(problem, micro, params, memory.params, leaves)
-                found = gradients([excess], leaves)
-            difference = tree.axpy(micro.size / total, found, difference)
+                grads = gradients([excess], leaves)
+            difference = tree.axpy(micro.size / total, grads, difference)
             gap = gap + excess.detach() * (micro.size / total)
         with torch.no_grad():
             hypergradient = tree.axpy(strength, difference, direct)
@@ -232,7 +215,7 @@ class Penalty:
                 f"and λ = {strength:g} multiplies the error; take more lower steps per window, or "
                 "a smaller λ",
             )
-        return plain._replace(
+        return HypergradientResult(
             upper_loss=upper_loss.detach(),
             hypergradient=hypergradient,
             memory=memory,
@@ -259,11 +242,12 @@ def _lower_gradient(
     problem: Problem, micro: MicroBatch, params: Params, upper_params: Params
 ) -> Tree:
     """Return ∇_y L_lower on a micro-batch that θ has seen; weights of detached features as then."""
-    with torch.enable_grad(), random_state.replay(micro.random, params):
+    with torch.enable_grad(), random_state.rewound_to(micro.random, params):
         leaves = as_leaves(params)
-        if isinstance(problem, ReweightingProblem) and problem.detach_features:
+        if is_separable(problem):
             assert micro.weights is not None
-            loss = (micro.weights.detach() * problem.losses(leaves, micro.batch)[0]).mean()
+            losses, _ = problem.losses(leaves, micro.batch)
+            loss = weighted_mean(micro.weights.detach(), losses)
         else:
             loss, _ = lower_value(problem, leaves, upper_params, micro.batch)
         return gradients([loss], leaves)
@@ -275,15 +259,15 @@ def _excess(
     """Return L_lower(y, φ) − L_lower(θ, φ) on a micro-batch, scalar, with a graph to φ."""
 
     def value(at: Params) -> Tensor:
-        with random_state.replay(micro.random, params):
+        with random_state.rewound_to(micro.random, params):
             return lower_value(problem, at, upper_params, micro.batch)[0]
 
-    if not (isinstance(problem, ReweightingProblem) and problem.detach_features):
+    if not is_separable(problem):
         return value(copy) - value(params)
     with torch.no_grad():
-        with random_state.replay(micro.random, params):
+        with random_state.rewound_to(micro.random, params):
             losses, features = problem.losses(params, micro.batch)
-        with random_state.replay(micro.random, params):
+        with random_state.rewound_to(micro.random, params):
             copies, _ = problem.losses(copy, micro.batch)
     weights = problem.weights_of(upper_params, micro.batch, features, losses)
-    return (weights * (copies - losses)).mean()
+    return weighted_mean(weights, copies - losses)

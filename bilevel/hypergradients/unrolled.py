@@ -5,33 +5,31 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal, NamedTuple
+from typing import ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from bilevel import tree
 from bilevel.autodiff import random_state
-from bilevel.autodiff.gradient import as_leaves
+from bilevel.autodiff.gradient import as_leaves, upper_gradient
 from bilevel.autodiff.random_state import RandomState
-from bilevel.autodiff.upper_gradient import upper_gradient
 from bilevel.checks import require
 from bilevel.hypergradients.base import HypergradientResult
-from bilevel.hypergradients.trajectory import (
+from bilevel.hypergradients.replay_memory import (
     Kept,
-    Point,
     Store,
-    advance,
     backwards,
     keep,
     way_points,
 )
 from bilevel.lower.lower_pass import LowerPass, lower_pass
 from bilevel.lower.mixed_product import mixed_product
-from bilevel.lower.second_derivatives import second_derivatives
-from bilevel.optimizers.optimizers import DifferentiableOptimizer
+from bilevel.lower.second_order import second_derivatives
+from bilevel.lower.steps import PassRequest, Point, Step, Window, advance
+from bilevel.optimizers.base import DifferentiableOptimizer
 from bilevel.problem import Batch, Params, Problem
-from bilevel.routes import Auto, CentralDifference, Jvp, Reverse
+from bilevel.routes import Auto, CentralDifference, Jvp, Reverse, Route
 
 
 class _Step(NamedTuple):
@@ -41,39 +39,20 @@ class _Step(NamedTuple):
     passed: LowerPass  # without gradients
 
 
-class _Record(NamedTuple):
-    """What is remembered of the steps that are unrolled.
-
-    Attributes:
-        steps: One each.
-        points: Before the first and every `length`-th step, each a list whose further entries,
-            the `way_points` to the end, the last list alone has; with their index since the first.
-        grads: Gradients of the steps since the last of these.
-        leaves: φ as the steps saw it, with a graph to their weights.
-        length: Steps between points.
-    """
-
-    steps: list[_Step]
-    points: list[list[tuple[int, Kept]]]
-    grads: list[Kept]
-    leaves: Params
-    length: int
-
-
 @dataclass(frozen=True)
 class Unrolled:
-    """Exact derivative of the upper loss through the last `steps` lower steps of a window.
+    """Exact derivative of the upper loss through the last ``steps`` lower steps of a window.
 
     With the step (θ_{k+1}, s_{k+1}) = U(g_k, s_k, θ_k), g_k = ∇_θ L_k(θ_k, φ), the sweep starts at
     θ̄ = ∇_θ L_upper(θ_K, φ), s̄ = 0, h = ∂L_upper/∂φ and goes through the steps, last one first::
 
-        (ḡ, s̄, θ̄) ← (∂U/∂(g, s, θ))ᵀ (θ̄, s̄)           `optimizer.vjp`, no graph
-        θ̄ ← θ̄ + ∂²L_k/∂θ² ḡ,   h ← h + ∂²L_k/∂φ∂θ ḡ    one pass, see `second_derivatives`
+        (ḡ, s̄, θ̄) ← (∂U/∂(g, s, θ))ᵀ (θ̄, s̄)           optimizer.vjp, no graph
+        θ̄ ← θ̄ + ∂²L_k/∂θ² ḡ,   h ← h + ∂²L_k/∂φ∂θ ḡ    one pass, see second_derivatives
 
-    At the first step only h is needed (`mixed_product`). There is never a graph across steps. It
-    holds for every optimizer of `bilevel.optimizers`, with weight decay, schedule, clipping (the
-    scale a constant, unless the optimizer says `differentiate_clip`), micro-batches, and random
-    numbers, which are replayed. With ``steps=1`` it is `OneStep` in order lower-first.
+    At the first step only h is needed (``mixed_product``). There is never a graph across steps. It
+    holds for every optimizer of ``bilevel.optimizers``, with weight decay, schedule, clipping (the
+    scale a constant, unless the optimizer says ``differentiate_clip``), micro-batches, and random
+    numbers, which are rewound. With ``steps=1`` it is ``OneStep`` in order lower-first.
 
     Args:
         steps: T, how many of the window's last lower steps; the point before them counts as a
@@ -91,9 +70,10 @@ class Unrolled:
             - "sqrt": k = ⌈√T⌉.
         store: "host": what is remembered lies in CPU memory, and the device holds what one step
             needs, whatever T.
-        product: `Jvp`, `Reverse` or `CentralDifference`: how second derivatives are computed.
-            `Auto`: `Jvp` at the first step, whose derivative is in φ alone, and `Reverse` at the
-            others, where both take as long and `Jvp` (forward over reverse) takes more memory.
+        product: ``Jvp``, ``Reverse`` or ``CentralDifference``: how second derivatives are computed.
+            ``Auto``: ``Jvp`` at the first step, whose derivative is in φ alone, and ``Reverse`` at
+            the others, where both take as long and ``Jvp`` (forward over reverse) takes more
+            memory.
 
     Cost: 3F for each lower step and 3F for the upper gradient, as in every method, then about
     9F for each of T − 1 steps and 3F for the first (9F without detached features). F is a
@@ -117,6 +97,8 @@ class Unrolled:
     store: Store = "device"
     product: Auto | Jvp | Reverse | CentralDifference = Auto()
 
+    lower_route: ClassVar[Route] = Jvp()
+
     def __post_init__(self) -> None:
         if self.steps is not None:
             require(self, "steps", self.steps, low=1)
@@ -128,7 +110,7 @@ class Unrolled:
             )
         if self.store not in ("device", "host"):
             raise ValueError(f"Unrolled: store must be 'device' or 'host', got {self.store!r}")
-        if not isinstance(self.product, Auto | Jvp | Reverse | CentralDifference):
+        if self.product != Auto() and not getattr(self.product, "second_order", False):
             raise ValueError(
                 "Unrolled: product must be Auto(), Jvp(), Reverse() or CentralDifference(), got "
                 f"{self.product!r}"
@@ -137,7 +119,7 @@ class Unrolled:
     def check(
         self, problem: Problem, optimizer: DifferentiableOptimizer, unroll_steps: int
     ) -> None:
-        """Raise ValueError if the window is shorter than `steps` or the optimizer has no `vjp`."""
+        """Raise ValueError if the window is too short or the optimizer has no ``vjp``."""
         if self.steps is not None and self.steps > unroll_steps:
             raise ValueError(
                 f"Unrolled: steps={self.steps} do not fit a window of unroll_steps={unroll_steps}; "
@@ -159,66 +141,77 @@ class Unrolled:
         """Return no memory."""
         return None
 
-    def window(
-        self,
-        problem: Problem,
-        optimizer: DifferentiableOptimizer,
-        lower_params: Params,
-        upper_params: Params,
-        optimizer_state: Any,
-        batches: Sequence[Sequence[Batch]],
-        upper_batch: Batch | None = None,
-        memory: None = None,
-    ) -> HypergradientResult:
-        """Take the steps of a window and, given an upper batch, differentiate through the last."""
-        upper_params = tree.map(Tensor.detach, upper_params)
-        unrolled = 0 if upper_batch is None else self.exact_steps(len(batches))
-        record = _Record([], [], [], as_leaves(upper_params), self._segment(unrolled))
-        point, passes = Point(lower_params, optimizer_state), []
-        for index, micro_batches in enumerate(batches, unrolled - len(batches)):
-            if index >= 0:
-                self._put_by(record, point, index, unrolled)
-            random = random_state.capture(lower_params)
-            passed = lower_pass(
-                problem,
-                self._further,
-                point.lower_params,
-                record.leaves if index >= 0 else upper_params,
-                micro_batches,
-            )
-            point = advance(optimizer, point, passed.grads)
-            passes.append(passed.summary())
-            if index >= 0:
-                record.grads.append(keep(passed.grads, self.store))
-                record.steps.append(_Step(random, replace(passed, grads=None)))
-        result = HypergradientResult(*point, tuple(passes), None, None, memory, {}, ())
-        if upper_batch is None:
-            return result
-        del point, passed
-        return self._sweep(problem, optimizer, record, upper_batch, result)
+    def record(self, window: Window, upper_batch: Batch, memory: None) -> UnrolledRecord:
+        """Return what will remember the last steps of this window and go back through them."""
+        return UnrolledRecord(self, window, upper_batch)
 
-    def _sweep(
-        self,
-        problem: Problem,
-        optimizer: DifferentiableOptimizer,
-        record: _Record,
-        upper_batch: Batch,
-        result: HypergradientResult,
-    ) -> HypergradientResult:
+    def segment(self, unrolled: int) -> int:
+        """Return the number of steps between kept points, of so many that are unrolled."""
+        if self.replay is None:
+            return max(unrolled, 1)
+        return math.ceil(math.sqrt(max(unrolled, 1))) if self.replay == "sqrt" else self.replay
+
+
+class UnrolledRecord:
+    """The replay memory of a window, and the reverse sweep through its steps.
+
+    Attributes:
+        steps: One entry for each step that is unrolled.
+        points: The points before the first and every ``segment``-th of these, each the head of a
+            list; the last list alone goes on with the ``way_points`` to the end. With their index
+            since the head.
+        grads: Gradients of the steps since the last head.
+        leaves: φ as the steps saw it, with a graph to their weights.
+    """
+
+    def __init__(self, method: Unrolled, window: Window, upper_batch: Batch) -> None:
+        self.steps: list[_Step] = []
+        self.points: list[list[tuple[int, Kept]]] = []
+        self.grads: list[Kept] = []
+        self.leaves = as_leaves(window.upper_params)
+        self._method, self._window, self._upper_batch = method, window, upper_batch
+        self._upper_params = tree.map(Tensor.detach, window.upper_params)
+        self._unrolled = method.exact_steps(len(window.batches))
+        self._constant = len(window.batches) - self._unrolled
+        self._segment = method.segment(self._unrolled)
+
+    def before(self, number: int, point: Point, random: RandomState) -> PassRequest:
+        """Keep the point before a step, if the sweep will start from it."""
+        index = number - self._constant
+        if index < 0:
+            return PassRequest()
+        offset = index % self._segment
+        if offset == 0:
+            for earlier in self.points:
+                del earlier[1:]
+            self.points.append([])
+            self.grads.clear()
+        if offset in way_points(point, min(self._segment, self._unrolled - index + offset)):
+            self.points[-1].append((offset, keep(point, self._method.store)))
+        return PassRequest(self.leaves)
+
+    def after(self, step: Step) -> None:
+        """Keep the gradient, and the micro-batches with the graphs to their weights."""
+        if step.number >= self._constant:
+            self.grads.append(keep(step.passed.grads, self._method.store))
+            self.steps.append(_Step(step.random, replace(step.passed, grads=None)))
+
+    def hypergradient(self, end: Point) -> HypergradientResult:
         """Go back through the steps. What is used up is freed before the next pass."""
-        steps, points, grads, leaves, length = record
-        unrolled, upper_params = len(steps), tree.map(Tensor.detach, leaves)
-        with random_state.replay(steps[-1].random, result.lower_params):
-            upper = upper_gradient(problem, result.lower_params, upper_params, upper_batch)
-        result = result._replace(upper_loss=upper.loss, upper_aux=upper.aux)
+        problem, optimizer, method = self._window.problem, self._window.optimizer, self._method
+        steps, leaves = self.steps, self.leaves
+        with random_state.rewound_to(steps[-1].random, end.lower_params):
+            upper = upper_gradient(problem, end.lower_params, self._upper_params, self._upper_batch)
+        upper_loss, upper_aux = upper.loss, upper.aux
         lower_bar, state_bar, total = upper.lower, None, upper.direct
         del upper
-        while points:
-            first = (len(points) - 1) * length
-            if first + length < unrolled:
-                again = steps[first : first + length]
-                grads = self._again(problem, optimizer, points[-1], upper_params, again)
-            for g, (params, state) in backwards(optimizer, points.pop(), grads, self.store):
+        while self.points:
+            first = (len(self.points) - 1) * self._segment
+            if first + self._segment < self._unrolled:
+                self.grads = self._recomputed_grads(steps[first : first + self._segment])
+            for g, (params, state) in backwards(
+                optimizer, self.points.pop(), self.grads, method.store
+            ):
                 passed = steps.pop().passed
                 if not steps and state_bar is None:
                     along = optimizer.grads_vjp(g, state, params, lower_bar)
@@ -229,67 +222,36 @@ class Unrolled:
                 del g, state
                 if not steps:
                     del lower_bar, state_bar
-                    product = mixed_product(problem, self._first, passed, params, leaves, along)
+                    product = mixed_product(problem, method.product, passed, params, leaves, along)
                 else:
                     curved, product = second_derivatives(
-                        problem, self._further, passed, params, leaves, along
+                        problem, method.product, passed, params, leaves, along
                     )
                     with torch.no_grad():
                         lower_bar = tree.add(lower_bar, curved)
                     del curved
                 with torch.no_grad():
                     total = tree.add(product, total)
-        return result._replace(hypergradient=total)
+        return HypergradientResult(upper_loss, total, None, upper_aux=upper_aux)
 
-    @property
-    def _first(self) -> Jvp | Reverse | CentralDifference:
-        return Jvp() if isinstance(self.product, Auto) else self.product
-
-    @property
-    def _further(self) -> Jvp | Reverse | CentralDifference:
-        return Reverse() if isinstance(self.product, Auto) else self.product
-
-    def _segment(self, unrolled: int) -> int:
-        """Return the number of steps between kept points."""
-        if self.replay is None:
-            return max(unrolled, 1)
-        return math.ceil(math.sqrt(max(unrolled, 1))) if self.replay == "sqrt" else self.replay
-
-    def _put_by(self, record: _Record, point: Point, index: int, unrolled: int) -> None:
-        """Keep the point before a step, if the sweep will start from it."""
-        offset = index % record.length
-        if offset == 0:
-            for earlier in record.points:
-                del earlier[1:]
-            record.points.append([])
-            record.grads.clear()
-        if offset in way_points(point, min(record.length, unrolled - index + offset)):
-            record.points[-1].append((offset, keep(point, self.store)))
-
-    def _again(
-        self,
-        problem: Problem,
-        optimizer: DifferentiableOptimizer,
-        points: list[tuple[int, Kept]],
-        upper_params: Params,
-        steps: Sequence[_Step],
-    ) -> list[Kept]:
-        """Return the gradients of steps that were taken before; puts by `way_points`."""
-        grads = []
+    def _recomputed_grads(self, steps: Sequence[_Step]) -> list[Kept]:
+        """Return the gradients of a segment whose head is the last; keep its ``way_points``."""
+        problem, optimizer, store = self._window.problem, self._window.optimizer, self._method.store
+        points, grads = self.points[-1], []
         point = points[0][1].fetch()
         wanted = way_points(point, len(steps))
         for index, step in enumerate(steps):
             if index and index in wanted:
-                points.append((index, keep(point, self.store)))
-            with random_state.replay(step.random, point.lower_params):
+                points.append((index, keep(point, store)))
+            with random_state.rewound_to(step.random, point.lower_params):
                 passed = lower_pass(
                     problem,
-                    self._further,
+                    self._method.lower_route,
                     point.lower_params,
-                    upper_params,
+                    self._upper_params,
                     [micro.batch for micro in step.passed.micro_batches],
                 )
-            grads.append(keep(passed.grads, self.store))
+            grads.append(keep(passed.grads, store))
             if index + 1 < len(steps):
                 point = advance(optimizer, point, passed.grads)
         return grads

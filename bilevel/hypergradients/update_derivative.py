@@ -1,9 +1,10 @@
 """What stands for the derivative of the update, ∂θ'/∂g, when v is pulled back to the gradient.
 
-`Exact` is the derivative of the step that was taken. The others are conventions of the literature,
-here so that results can be reproduced and their distance from the exact direction measured
-(`compare_hypergradients`): both drop the learning rate, the bias correction or the preconditioner,
-so that the implicit part of the hypergradient no longer has the scale of its direct part.
+``Exact`` is the derivative of the step that was taken. The others are conventions of the
+literature, here so that results can be reproduced and their distance from the exact direction
+measured (``compare_hypergradients``): both drop the learning rate, the bias correction or the
+preconditioner, so that the implicit part of the hypergradient no longer has the scale of its direct
+part.
 """
 
 from __future__ import annotations
@@ -15,12 +16,13 @@ import torch
 from torch import Tensor
 
 from bilevel import tree
-from bilevel.optimizers.optimizers import SGD, Adam, DifferentiableOptimizer
+from bilevel.optimizers.base import DifferentiableOptimizer
+from bilevel.optimizers.optimizers import SGD, Adam
 from bilevel.tree import Tree
 
 
 class UpdateDerivative(Protocol):
-    """μ from v; all that `OneStep` needs to know of the update."""
+    """μ from v; all that ``OneStep`` needs to know of the update."""
 
     def check(self, optimizer: DifferentiableOptimizer) -> None:
         """Raise ValueError if it does not apply to this optimizer."""
@@ -33,16 +35,18 @@ class UpdateDerivative(Protocol):
         params: Tree,
         params_bar: Tree,
     ) -> Tree:
-        """Return μ for v = `params_bar`, both like θ; None leaves are zero.
+        """Return μ for v = ``params_bar``, both like θ; None leaves are zero.
 
-        `grads` and `state` are those that the update was, or will be, called with; grads is None
-        while the gradient is not known (order upper-first).
+        ``grads`` and ``state`` are those that the update was, or will be, called with; grads is
+        None while the gradient is not known (order upper-first).
         """
 
 
 @dataclass(frozen=True)
 class Exact:
-    """``μ = (∂θ'/∂g)ᵀ v``, e.g. −lr v for SGD; `predicted_grads_vjp` before the gradient is known.
+    """The derivative of the update, ``μ = (∂θ'/∂g)ᵀ v``, e.g. −lr v for SGD.
+
+    Before the gradient is known it is what the optimizer predicts (``predicted_grads_vjp``).
 
     Cost: elementwise.
     """
@@ -74,7 +78,7 @@ class Identity:
 
     Source: Betty's ``darts`` (arXiv 2207.02849), which reads the finite difference of DARTS (Liu et
     al. 2019, arXiv 1806.09055) as an implicit derivative with the inverse Hessian taken as the
-    identity. With `CentralDifference(radius=0.01)` it is what Betty computes, here from copies.
+    identity. With ``CentralDifference(radius=0.01)`` it is what Betty computes, here from copies.
     """
 
     def check(self, optimizer: DifferentiableOptimizer) -> None:
@@ -96,16 +100,18 @@ class Identity:
 
 @dataclass(frozen=True)
 class Sama:
-    """Adam's derivative without its bias correction (Choe et al. 2023, arXiv 2310.05674)::
+    """Adam's derivative without its bias correction (Choe et al. 2023, arXiv 2310.05674).
+
+    It is::
 
         μ = −lr ((1 − β₁) β₂ s − β₁ (1 − β₂) g m) / (√s' + eps)³ · v
 
     with the moments m, s before the step and s' after it, g being the gradient that Adam saw
-    (clipped and, in `Adam`, decayed; Betty's ``sama`` ignores that decay). The exact factor has m'
-    and s' divided by c₁ = 1 − β₁ᵗ and c₂ = 1 − β₂ᵗ: up to eps it is √c₂/c₁ times this one at every
-    entry, so the direction is right and the size is not: 4.3 times too large at step 2, 6.5 at step
-    10, 1.3 at step 1000 with the default betas. For `SGD` μ = −v, as in Betty, without the learning
-    rate. An active clip's scale does not enter.
+    (clipped and, in ``Adam``, decayed; Betty's ``sama`` ignores that decay). The exact factor has
+    m' and s' divided by c₁ = 1 − β₁ᵗ and c₂ = 1 − β₂ᵗ: up to eps it is √c₂/c₁ times this one at
+    every entry, so the direction is right and the size is not: 4.3 times too large at step 2, 6.5
+    at step 10, 1.3 at step 1000 with the default betas. For ``SGD`` μ = −v, as in Betty, without
+    the learning rate. An active clip's scale does not enter.
 
     Cost: that of an optimizer step, elementwise.
     """

@@ -1,7 +1,15 @@
 """The gradient of a step, summed in place over its micro-batches.
 
-On a CPU the pages of a new tensor cost more than the arithmetic on it, and on any device its memory
-counts. So nothing is scaled into a copy, and a `GradientStream` never holds a whole gradient.
+There is one sum, ``GradientSum``, in one order of operations: leaf by leaf, micro-batch after
+micro-batch, so that its bits do not depend on how a gradient reaches it. On a CPU the pages of a
+new tensor cost more than the arithmetic on it, and on any device its memory counts, so nothing is
+scaled into a copy. What differs is who else holds the gradient, and for how long:
+
+- nobody, after the backward pass: it is added at once and freed, ``add(factor, grads)``;
+- the products with μ, until the end of the step: it is added when the mean is asked for, leaf by
+  leaf out of the cache, ``add(factor, grads, kept=True)``;
+- nobody, not even during the backward pass: each leaf is added, and freed, as autograd hands it
+  over, and a whole gradient never exists (``GradientStream``).
 """
 
 from __future__ import annotations
@@ -30,28 +38,39 @@ class GradientSum:
         self.leaves: list[Tensor | None]
         self.leaves, self.structure = optree.tree_flatten(params, none_is_leaf=True)
         self._sums: list[Tensor | None] = [None] * len(self.leaves)
-        self._later: list[tuple[float | Tensor, list[Tensor | None]]] = []
+        self._pending: list[tuple[float | Tensor, list[Tensor | None]]] = []
         self._widen = widen
 
     @torch.no_grad()
-    def add(self, factor: float | Tensor, grads: Tree) -> None:
-        """Add ``factor · grads``; the tensors given are neither changed nor kept."""
+    def add(self, factor: float | Tensor, grads: Tree, *, kept: bool = False) -> None:
+        """Add ``factor · grads``; the tensors given are not changed.
+
+        Args:
+            factor: What the gradient is multiplied by.
+            grads: Like the parameters; None leaves are zero.
+            kept: Whether somebody holds the tensors anyway. Then they are added when the mean is
+                asked for, which holds them until then: each leaf's sum stays in a cache until all
+                of them are in it, instead of going to memory and back for every one. Otherwise
+                they are added at once and not held.
+        """
+        if kept:
+            self._pending.append((factor, self.structure.flatten_up_to(grads)))
+            return
         for index, grad in enumerate(self.structure.flatten_up_to(grads)):
             if grad is not None:
                 self.add_leaf(index, factor, grad)
 
-    def add_later(self, factor: float | Tensor, grads: Tree) -> None:
-        """As `add`, when the mean is asked for, which until then holds the tensors given.
-
-        For gradients that somebody keeps anyway: each leaf's sum then stays in a cache until all of
-        them are in it, where `add` goes to memory and back for every one.
-        """
-        self._later.append((factor, self.structure.flatten_up_to(grads)))
-
     def add_leaf(
         self, index: int, factor: float | Tensor, grad: Tensor, *, own: bool = False
     ) -> None:
-        """Add to one leaf, in the caller's grad mode; `own`: `grad` may become the sum itself."""
+        """Add ``factor · grad`` to one leaf, in the caller's grad mode.
+
+        Args:
+            index: The leaf's number.
+            factor: What the gradient is multiplied by.
+            grad: The gradient of this leaf.
+            own: Whether ``grad`` belongs to the sum, which may then be made in its memory.
+        """
         if self._widen:
             grad = grad.to(tree.wide_dtype(grad.dtype))
         if isinstance(factor, Tensor):
@@ -67,18 +86,18 @@ class GradientSum:
 
     @torch.no_grad()
     def mean(self, count: float) -> Tree:
-        """Return the sum over `count`, in the parameters' precision, and forget it."""
+        """Return the sum over ``count``, in the parameters' precision, and forget it."""
         result = []
         for index, leaf in enumerate(self.leaves):
-            for factor, grads in self._later:
+            for factor, grads in self._pending:
                 grad = grads[index]
                 if grad is not None:
                     self.add_leaf(index, factor, grad)
-            found, self._sums[index] = self._sums[index], None
-            if leaf is not None and found is not None:
-                found = (found if count == 1.0 else found.div_(count)).to(leaf.dtype)
-            result.append(found)
-        self._later.clear()
+            summed, self._sums[index] = self._sums[index], None
+            if leaf is not None and summed is not None:
+                summed = (summed if count == 1.0 else summed.div_(count)).to(leaf.dtype)
+            result.append(summed)
+        self._pending.clear()
         return self.structure.unflatten(result)
 
 
@@ -94,7 +113,8 @@ class GradientStream:
         self.params = as_leaves(total.structure.unflatten(total.leaves))
         self._direction = direction
         self._factor: list[Tensor] = []
-        self._terms: list[list[Tensor]] = [[] for _ in total.leaves]  # in the order of `tree.vdot`
+        # In the order of ``tree.vdot``.
+        self._terms: list[list[Tensor]] = [[] for _ in total.leaves]
         self._wanted = tree.leaves(self.params)
         along: list[Tensor | None] = [None] * len(total.leaves)
         if direction is not None:
@@ -110,7 +130,7 @@ class GradientStream:
 
         Args:
             factor: Scalar without a graph.
-            loss: Scalar, computed from `params`.
+            loss: Scalar, computed from ``params``.
         """
         self._factor[:] = [factor]
         for terms in self._terms:

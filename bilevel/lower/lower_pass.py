@@ -8,28 +8,24 @@ that are all exactly 1 it does so by autograd's own kernels, which is plain trai
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property, partial
 
 import torch
 from torch import Tensor
 
 from bilevel import tree
 from bilevel.autodiff import random_state
-from bilevel.autodiff.random_state import RandomState
-from bilevel.lower.gradient_sum import GradientStream, GradientSum
+from bilevel.lower.gradient_sum import GradientSum
 from bilevel.lower.micro_batch import (
     MicroBatch,
-    Run,
-    run_attached,
-    run_detached,
-    run_scalar,
-    run_single,
-    run_streamed,
+    PassContext,
+    attached_backward,
+    scalar_backward,
 )
-from bilevel.lower.tapped import run_tapped
-from bilevel.problem import Batch, Params, Problem, ReweightingProblem
-from bilevel.routes import Auto, Dot, Ghost, PerExample, Route
+from bilevel.lower.route import BackwardPass, Route
+from bilevel.problem import Batch, Params, Problem, ReweightingProblem, is_separable
 from bilevel.tree import Tree
 
 
@@ -41,7 +37,7 @@ class LowerPass:
     micro_batches: list[MicroBatch]
     norm: Tensor | None = None
 
-    @property
+    @cached_property
     def grad_norm(self) -> Tensor:
         """Norm of the gradient, scalar; also of a summary, which has no gradient any more."""
         return tree.norm(self.grads) if self.norm is None else self.norm
@@ -81,49 +77,36 @@ def lower_pass(
         direction: μ, if it is known already.
 
     Raises:
-        Refusal: The route is `Ghost` or `PerExample`, and a parameter is used in a way that has
+        Refusal: The route is ``Ghost`` or ``PerExample``, and a parameter is used in a way that has
             no per-example rule.
-        ValueError: The route is `Dot` and a micro-batch has several examples.
+        ValueError: The route is ``Dot`` and a micro-batch has several examples.
     """
-    run = Run(problem, route, lower_params, upper_params, differentiate, direction)
-    runner = _runner(problem, route)
+    context = PassContext(problem, lower_params, upper_params, differentiate, direction)
     total = GradientSum(lower_params, widen=len(batches) > 1)
-    stream = None
-    if runner is run_single and (direction is not None or not differentiate):
-        stream = GradientStream(total, direction if differentiate else None)
+    backward = _backward_pass(context, route, total)
     micro_batches: list[MicroBatch] = []
     for batch in batches:
         random = random_state.capture(lower_params)
         with torch.enable_grad():
-            if stream is not None:  # one example in each, so all have the same share
-                micro_batches.append(run_streamed(run, batch, random, stream))
-                continue
-            grads, micro = runner(run, batch, random)
+            grads, micro, kept = backward(batch, random)
         micro_batches.append(micro)
+        if grads is None:  # added as it came; one example in each, so all have the same share
+            continue
         if len(batches) == 1 and micro.factor is None:
             return LowerPass(grads, micro_batches)
         if not micro.size:
             raise ValueError("batch_size: expected at least 1 example per micro-batch, found 0")
         relative = micro.size / micro_batches[0].size
         factor = relative if micro.factor is None else micro.factor * relative
-        if runner is run_single:  # keeps it for the products with μ
-            total.add_later(factor, grads)
-        else:
-            total.add(factor, grads)
+        total.add(factor, grads, kept=kept)
         del grads
     relative = sum(micro.size for micro in micro_batches) / micro_batches[0].size
     return LowerPass(total.mean(relative), micro_batches)
 
 
-def _runner(
-    problem: Problem, route: Route
-) -> Callable[[Run, Batch, RandomState], tuple[Tree, MicroBatch]]:
-    if not isinstance(problem, ReweightingProblem):
-        return run_scalar
-    if not problem.detach_features:
-        return run_attached
-    if isinstance(route, Dot):
-        return run_single
-    if isinstance(route, Auto | Ghost | PerExample):
-        return run_tapped
-    return run_detached
+def _backward_pass(context: PassContext, route: Route, total: GradientSum) -> BackwardPass:
+    if is_separable(context.problem):
+        return route.backward_pass(context, total)
+    if isinstance(context.problem, ReweightingProblem):
+        return partial(attached_backward, context)
+    return partial(scalar_backward, context)

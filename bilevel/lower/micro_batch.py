@@ -1,23 +1,21 @@
-"""One micro-batch of the lower level: forward pass, weighted gradient, what is left behind.
+"""One micro-batch of the lower level: what its lower pass is given, and what it leaves behind.
 
-Each function here, and `tapped.run_tapped`, takes (run, batch, random) and returns the gradient of
-the micro-batch's mean weighted loss (None leaves: no gradient), but for a factor, and a
-`MicroBatch`. They differ in how the gradient is weighted and in what they can say about ⟨μ, ∇ℓ_i⟩.
+Here are the passes that are the same whatever the route. Each takes (context, batch, random) and
+returns the gradient of the micro-batch's mean weighted loss (None leaves: no gradient) and a
+``MicroBatch``.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 
 from bilevel import tree
 from bilevel.autodiff.gradient import as_leaves, gradients
 from bilevel.autodiff.random_state import RandomState
-from bilevel.lower.gradient_sum import GradientStream
 from bilevel.problem import (
     Batch,
     Params,
@@ -25,8 +23,8 @@ from bilevel.problem import (
     ReweightingProblem,
     detached,
     lower_value,
+    weighted_mean,
 )
-from bilevel.routes import Route
 from bilevel.tree import Tree
 
 
@@ -36,10 +34,10 @@ class MicroBatch:
 
     Attributes:
         batch: The micro-batch.
-        random: From where to replay it.
+        random: The random state from which it was run.
         size: Examples (1 if the problem does not say).
         loss: Mean weighted loss, scalar.
-        losses: Per example [size]; None for a `BilevelProblem`.
+        losses: Per example [size]; None for a ``BilevelProblem``.
         weights: [size]; with a graph to φ if features are detached and φ requires grad.
         dots: μ -> ⟨μ, ∇ℓ_i⟩ / size, [size]; None: the product needs another pass.
         note: Why the route in use did not apply; None if it did.
@@ -65,106 +63,72 @@ class MicroBatch:
 
 
 @dataclass(frozen=True, eq=False)
-class Run:
-    """What all micro-batches of a pass have in common; see `lower_pass`."""
+class PassContext:
+    """What all micro-batches of a lower pass have in common; see ``lower_pass``."""
 
     problem: Problem
-    route: Route
     lower_params: Params
     upper_params: Params
     differentiate: bool
     direction: Tree | None
 
+    @property
+    def reweighting(self) -> ReweightingProblem:
+        """The problem, where it is known to have per-example losses."""
+        assert isinstance(self.problem, ReweightingProblem)
+        return self.problem
 
-def run_scalar(run: Run, batch: Batch, random: RandomState) -> tuple[Tree, MicroBatch]:
-    """A `BilevelProblem`: one scalar loss."""
-    params = as_leaves(run.lower_params)
-    upper_params = tree.map(Tensor.detach, run.upper_params)
-    loss, aux = lower_value(run.problem, params, upper_params, batch)
-    batch_size = getattr(run.problem, "batch_size", None)
+
+class Backward(NamedTuple):
+    """A lower pass of one micro-batch.
+
+    Attributes:
+        grads: Its gradient, but for ``MicroBatch.factor``; None: already added to the sum.
+        micro: What it left behind.
+        kept: Whether the products with μ hold the gradient anyway.
+    """
+
+    grads: Tree | None
+    micro: MicroBatch
+    kept: bool = False
+
+
+def scalar_backward(context: PassContext, batch: Batch, random: RandomState) -> Backward:
+    """Differentiate the scalar loss of a ``BilevelProblem``."""
+    params = as_leaves(context.lower_params)
+    upper_params = tree.map(Tensor.detach, context.upper_params)
+    loss, aux = lower_value(context.problem, params, upper_params, batch)
+    batch_size = getattr(context.problem, "batch_size", None)
     size = 1 if batch_size is None else batch_size(batch)
     micro = MicroBatch(batch, random, size, loss.detach(), aux=detached(aux))
-    return gradients([loss], params), micro
+    return Backward(gradients([loss], params), micro)
 
 
-def run_attached(run: Run, batch: Batch, random: RandomState) -> tuple[Tree, MicroBatch]:
-    """Weights that depend on θ through the features."""
-    assert isinstance(run.problem, ReweightingProblem)
-    params = as_leaves(run.lower_params)
-    losses, features = run.problem.losses(params, batch)
-    upper_params = tree.map(Tensor.detach, run.upper_params)
-    weights = run.problem.weights_of(upper_params, batch, features, losses)
-    loss = (weights * losses).mean()
+def attached_backward(context: PassContext, batch: Batch, random: RandomState) -> Backward:
+    """Differentiate a loss whose weights depend on θ through the features."""
+    problem, params = context.reweighting, as_leaves(context.lower_params)
+    losses, features = problem.losses(params, batch)
+    upper_params = tree.map(Tensor.detach, context.upper_params)
+    weights = problem.weights_of(upper_params, batch, features, losses)
+    loss = weighted_mean(weights, losses)
     grads = gradients([loss], params)
     micro = MicroBatch(batch, random, len(losses), loss.detach(), losses.detach(), weights.detach())
-    return grads, micro
+    return Backward(grads, micro)
 
 
-def run_detached(run: Run, batch: Batch, random: RandomState) -> tuple[Tree, MicroBatch]:
-    """An ordinary backward pass of the weighted loss; the product is left to another pass."""
-    assert isinstance(run.problem, ReweightingProblem)
-    params = as_leaves(run.lower_params)
-    losses, features = run.problem.losses(params, batch)
-    weights = run.problem.weights_of(run.upper_params, batch, features, losses)
-    loss = (weights.detach() * losses).mean()
-    return gradients([loss], params), weighted_batch(batch, random, losses, weights)
-
-
-def run_single(run: Run, batch: Batch, random: RandomState) -> tuple[Tree, MicroBatch]:
-    """One example: its unweighted gradient, kept for the products, still to be scaled."""
-    params = as_leaves(run.lower_params)
-    losses, weights = _single_loss(run, params, batch)
-    grads = gradients([losses.mean()], params)
-    return grads, single(run, batch, random, losses, weights, grads)
-
-
-def run_streamed(run: Run, batch: Batch, random: RandomState, stream: GradientStream) -> MicroBatch:
-    """As `run_single`, where the gradient need not be kept: dotted and summed by `stream`."""
-    losses, weights = _single_loss(run, stream.params, batch)
-    known = stream.backward(weights.detach()[0], losses.mean())
-    micro = weighted_batch(batch, random, losses, weights)
-    return micro if known is None else replace(micro, dots=lambda _: known[None])
-
-
-def _single_loss(run: Run, params: Params, batch: Batch) -> tuple[Tensor, Tensor]:
-    """Return loss and weight of the only example, [1] each."""
-    assert isinstance(run.problem, ReweightingProblem)
-    losses, features = run.problem.losses(params, batch)
-    if len(losses) != 1:
-        raise ValueError(
-            f"route Dot(): expected micro-batches of 1 example, found {len(losses)}; choose "
-            "Ghost() or PerExample(), or pass the examples as so many micro-batches"
-        )
-    return losses, run.problem.weights_of(run.upper_params, batch, features, losses)
-
-
-def single(
-    run: Run, batch: Batch, random: RandomState, losses: Tensor, weights: Tensor, grads: Tree
-) -> MicroBatch:
-    """Return what the only example leaves, its gradient still to be multiplied by its weight."""
-
-    def dots(direction: Tree) -> Tensor:
-        with torch.no_grad():
-            return tree.vdot(grads, direction)[None]
-
-    micro = replace(weighted_batch(batch, random, losses, weights), factor=weights.detach()[0])
-    if not run.differentiate:
-        return micro
-    if run.direction is None:
-        return replace(micro, dots=dots)
-    known = dots(run.direction)  # at once: the gradient need not be kept
-    return replace(micro, dots=lambda _: known)
+def detached_backward(context: PassContext, batch: Batch, random: RandomState) -> Backward:
+    """Differentiate the weighted loss as autograd has it; products are left to another pass."""
+    problem, params = context.reweighting, as_leaves(context.lower_params)
+    losses, features = problem.losses(params, batch)
+    weights = problem.weights_of(context.upper_params, batch, features, losses)
+    loss = weighted_mean(weights.detach(), losses)
+    return Backward(gradients([loss], params), weighted_batch(batch, random, losses, weights))
 
 
 def weighted_batch(
-    batch: Batch,
-    random: RandomState,
-    losses: Tensor,
-    weights: Tensor,
-    dots: Callable[[Tree], Tensor] | None = None,
-    note: str | None = None,
+    batch: Batch, random: RandomState, losses: Tensor, weights: Tensor
 ) -> MicroBatch:
-    """Return what is left of a micro-batch of so many losses and weights."""
+    """Return what is left of a micro-batch with these losses and weights, [size] each."""
     losses = losses.detach()
-    loss = (weights.detach() * losses).mean()
-    return MicroBatch(batch, random, len(losses), loss, losses, weights, dots, note)
+    loss = weighted_mean(weights.detach(), losses)
+    return MicroBatch(batch, random, len(losses), loss, losses, weights)

@@ -22,16 +22,14 @@ from torch import Tensor
 
 from bilevel import tree
 from bilevel.checks import require
+from bilevel.optimizers.base import OptimizerState, UpdateCotangents, clip_scale
 from bilevel.optimizers.buckets import map_buckets
 from bilevel.optimizers.point import (
     LeafKey,
     Leaves,
-    OptimizerState,
-    UpdateCotangents,
     UpdatePoint,
     add_scale_path,
     check_shapes,
-    clip_scale,
     column,
     filled,
     or_else,

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from bilevel import tree
 from bilevel.checks import check_eps, require
-from bilevel.optimizers.point import check_shapes, clip_scale
+from bilevel.optimizers.base import clip_scale
+from bilevel.optimizers.point import check_shapes
 from bilevel.optimizers.rules import adam_direction, add_decay, descend
 from bilevel.optimizers.schedule import Schedule
 from bilevel.tree import Tree

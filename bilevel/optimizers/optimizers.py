@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Protocol
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -17,53 +17,10 @@ from torch import Tensor
 from bilevel import tree
 from bilevel.checks import check_eps, require
 from bilevel.optimizers import rules
+from bilevel.optimizers.base import OptimizerState
 from bilevel.optimizers.elementwise import ElementwiseOptimizer
-from bilevel.optimizers.point import OptimizerState, UpdateCotangents, clip_scale
 from bilevel.optimizers.rules import Adaptive, Direction
 from bilevel.tree import Tree
-
-__all__ = [
-    "SGD",
-    "Adagrad",
-    "Adam",
-    "AdamW",
-    "DifferentiableOptimizer",
-    "Optimizer",
-    "OptimizerState",
-    "RMSProp",
-    "UpdateCotangents",
-    "clip_scale",
-]
-
-
-class Optimizer(Protocol):
-    """Anything that takes steps; all that the upper level needs."""
-
-    def init(self, params: Tree) -> Any:
-        """Return the state before the first step."""
-
-    def update(self, grads: Tree, state: Any, params: Tree) -> tuple[Tree, Any]:
-        """Return new parameters and state; a leaf whose gradient is None stays as it is."""
-
-
-class DifferentiableOptimizer(Optimizer, Protocol):
-    """An optimizer that knows the derivative of its update; needed at the lower level."""
-
-    def vjp(
-        self,
-        grads: Tree,
-        state: OptimizerState,
-        params: Tree,
-        params_bar: Tree,
-        state_bar: OptimizerState | None = None,
-    ) -> UpdateCotangents:
-        """Return the cotangents of gradients, state and parameters."""
-
-    def grads_vjp(self, grads: Tree, state: OptimizerState, params: Tree, params_bar: Tree) -> Tree:
-        """Return (∂params'/∂grads)ᵀ params_bar."""
-
-    def predicted_grads_vjp(self, state: OptimizerState, params: Tree, params_bar: Tree) -> Tree:
-        """Return `grads_vjp` as far as it is known before the gradient is."""
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Where an update is taken: the optimizer's state, and the leaves and scalars of one step."""
+"""Where an update is taken: the leaves and scalars of one step."""
 
 from __future__ import annotations
 
@@ -8,35 +8,10 @@ import torch
 from torch import Tensor
 
 from bilevel import tree
+from bilevel.optimizers.base import CLIP_EPS
 from bilevel.tree import Tree
 
-CLIP_EPS = 1e-6  # added to the norm, as in torch.nn.utils.clip_grad_norm_
-
 Leaves: TypeAlias = list[Tensor | None]
-
-
-class OptimizerState(NamedTuple):
-    """Steps taken (int64 scalar, kept on the CPU) and moments like the parameters, or None.
-
-    They are common to all leaves: a step in which a leaf has no gradient counts for it too.
-    """
-
-    steps: Tensor
-    first_moment: Tree
-    second_moment: Tree
-
-
-class UpdateCotangents(NamedTuple):
-    """Cotangents of the inputs of an update; `state` has its structure, with 0 steps."""
-
-    grads: Tree
-    state: OptimizerState
-    params: Tree
-
-
-def clip_scale(norm: Tensor, max_norm: float) -> Tensor:
-    """Return min(1, max_norm / (norm + 1e-6)), the factor of `clip_grad_norm_`; scalar."""
-    return torch.clamp(max_norm / (norm + CLIP_EPS), max=1.0)
 
 
 class LeafKey(NamedTuple):

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from bilevel.optimizers.optimizers import Optimizer
+from bilevel.optimizers.base import Optimizer
 from bilevel.tree import Tree
 
 

@@ -33,7 +33,7 @@ from recipes.train.batches import (
     train_batch,
 )
 from recipes.train.data import require
-from recipes.train.loop import train
+from recipes.train.loop import StepLogging, Training, train
 from recipes.train.make_solver import lower_schedule, make_plain_solver
 from recipes.train.objective import Objective
 from recipes.train.results import print_troubles
@@ -65,21 +65,18 @@ def run_cold_start(options: ColdStartOptions) -> Path:
     solver = make_plain_solver(options, objective.problem())
     batch = train_batch(lower_draw(options, drawn), data)
     with open_run(options, prm.model, solver.init(lower, {})) as run:
-        end = train(
+        training = Training(
             solver,
-            run,
             steps=options.lower.steps,
             lower_batches=ahead(
                 per_step(batch, options.lower.accumulation), options.lower.steps, options.workers
             ),
-            upper_batch=None,
-            weighting=None,
-            log_every=options.run.log_every,
             title="cold start",
-            progress=options.run.progress,
-            learning_rates={"lower_lr": lower_schedule(options)},
             on_trouble=options.run.on_trouble,
         )
+        rates = {"lower_lr": lower_schedule(options)}
+        logging = StepLogging(options.run.log_every, rates, options.run.progress)
+        end = train(run, training, logging)
         directory = run.directory
         with run.keeping(end):
             save_prm(prm, end.state.lower_params, directory / "model")

@@ -34,7 +34,7 @@ from recipes.options.train import TrainOptions
 
 
 def make_hypergradient(settings: HypergradientOptions) -> Hypergradient:
-    """The hypergradient that the settings name.
+    """Return the hypergradient that the settings name.
 
     Raises:
         ValueError: Settings that it refuses.
@@ -53,7 +53,7 @@ def make_hypergradient(settings: HypergradientOptions) -> Hypergradient:
 
 
 def differentiated_steps(options: TrainOptions) -> int:
-    """How many lower steps of a window have batches that the hypergradient sees."""
+    """Return how many lower steps of a window have batches that the hypergradient sees."""
     window = isinstance(options.hypergradient, UnrolledOptions | PenaltyOptions)
     return options.upper.unroll_steps if window else 1
 

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import signal as signals
 import sys
+import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, TypeAlias
 
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
-from bilevel import BilevelSolver
+from bilevel import BilevelSolver, BilevelState, StationarityWarning, StepInfo
 from bilevel.autodiff.random_state import capture, restore
 from recipes.run.checkpoints import Progress
 from recipes.run.errors import NonFiniteError, StepError, Stopped
@@ -19,150 +21,254 @@ from recipes.run.resume import Run
 from recipes.run.step_log import Unlogged, append_line
 from recipes.run.stopping import stop_requests
 from recipes.run.trouble import GIVE_UP, Trouble, find_troubles
-from recipes.train.windows import Batch, make_batches, portion, take
 from weighting import Weighting
 
 OnTrouble: TypeAlias = Literal["raise", "skip", "rollback"]
+Batch: TypeAlias = Mapping[str, Tensor]
 
 
-def train(
-    solver: BilevelSolver,
-    run: Run,
-    *,
-    steps: int,
-    lower_batches: Callable[[int], Sequence[Batch]],
-    upper_batch: Callable[[int], Batch] | None,
-    weighting: Weighting | None,
-    log_every: int,
-    title: str,
-    progress: bool,
-    learning_rates: Mapping[str, Callable[[int], float]],
-    on_trouble: OnTrouble,
-    logged: Callable[[int], None] | None = None,
-) -> Progress:
+@dataclass(frozen=True)
+class Training:
+    """What is trained, on which data, and for how long.
+
+    Attributes:
+        solver: The algorithm.
+        steps: Lower-level optimizer steps of the whole run.
+        lower_batches: Step -> its micro-batches.
+        upper_batch: Step -> the meta batch of the upper step after it; None: no upper level (plain
+            training).
+        weighting: The weighting whose bound is watched; None: there is none.
+        title: Name of the run, for the progress bar, the log and errors.
+        on_trouble: What a step leads to whose result is of no use, see ``recipes.run.trouble``.
+    """
+
+    solver: BilevelSolver
+    steps: int
+    lower_batches: Callable[[int], Sequence[Batch]]
+    title: str
+    on_trouble: OnTrouble
+    upper_batch: Callable[[int], Batch] | None = None
+    weighting: Weighting | None = None
+
+
+@dataclass(frozen=True)
+class StepLogging:
+    """What is shown and logged of the steps.
+
+    Attributes:
+        every: Steps between log lines; every figure is the mean over them.
+        learning_rates: Name -> schedule, logged.
+        progress_bar: Whether the bar is shown.
+        on_line: Called with the step after every line of the log, which is in the file by then.
+    """
+
+    every: int
+    learning_rates: Mapping[str, Callable[[int], float]] = field(default_factory=dict)
+    progress_bar: bool = False
+    on_line: Callable[[int], None] | None = None
+
+
+def train(run: Run, training: Training, logging: StepLogging) -> Progress:
     """Take lower steps until there are ``steps``, and the upper steps of the solver between them.
 
     Whatever ends the run early (but a kill) saves the state after the last complete step.
 
     Args:
-        solver: the algorithm.
-        run: its directory, checkpoints, and where it stands.
-        steps: lower-level optimizer steps of the whole run.
-        lower_batches: micro-batches of a step.
-        upper_batch: meta batch of a step; None: no upper level (plain training).
-        weighting: whose bound is watched; None: there is none.
-        log_every: steps between log lines; every figure is the mean over them.
-        title: what the progress bar says.
-        progress: show the bar.
-        learning_rates: name -> schedule, logged.
-        on_trouble: what a worthless step leads to, see ``recipes.run.trouble``.
-        logged: called with the step after every line of the log, which is in the file by then.
+        run: Its directory, checkpoints, and where it stands.
+        training: The solver, the data and the length of the run.
+        logging: What is shown and logged.
 
     Returns:
         Where the run stands at the end.
 
     Raises:
-        NonFiniteError: a worthless step, with ``on_trouble`` "raise", or too many in a row.
-        StepError: a batch cannot be made, or the problem or the route refuses it.
-        WriteError: the log or a checkpoint cannot be written.
+        NonFiniteError: A step is of no use, with ``on_trouble`` "raise", or too many in a row are.
+        StepError: A batch cannot be made, or the problem or the route refuses it.
+        WriteError: The log or a checkpoint cannot be written.
         Stopped: SIGINT or SIGTERM came; the step under way was completed.
     """
-    now = run.start
-    restore(now.random)
+    progress = run.start
+    restore(progress.random)
     with (
-        stop_requests() as asked,
+        stop_requests() as requested,
         tqdm(
-            desc=title,
-            initial=int(now.state.lower_steps),
-            total=steps,
-            disable=not progress,
+            desc=training.title,
+            initial=int(progress.state.lower_steps),
+            total=training.steps,
+            disable=not logging.progress_bar,
             dynamic_ncols=True,
         ) as bar,
     ):
-
-        def go_on(now: Progress) -> Progress:
-            """Take the next step or window, and log it."""
-            first = int(now.state.lower_steps)
-            count = portion(solver, now.state, steps)
-            batches = make_batches(solver, now.state, count, lower_batches, upper_batch, title)
-            state, infos = take(solver, now.state, *batches, title)
-            found = find_troubles(solver, weighting, now.state, state, infos, now.seen)
-            seen = now.seen.after(found, infos)
-            worthless = next((trouble for trouble in found if trouble.rejects), None)
-            taken = range(first + 1, first + count + 1)
-            unlogged = now.unlogged.with_troubles(found, taken if worthless else ())
-            if worthless is None:
-                now = replace(now, state=state, random=capture(state.lower_params))
-            else:
-                _tell(worthless, title, first, on_trouble, seen.in_a_row)
-                now = _untaken(run, now, first + count, on_trouble)
-            for step, info in zip(taken, infos, strict=True):
-                unlogged = unlogged if worthless else unlogged.after(info)
-                bar.update()
-                if step % log_every == 0 or step == steps:
-                    bar.set_postfix(_postfix(unlogged.means()))
-                    rates = {name: float(rate(step - 1)) for name, rate in learning_rates.items()}
-                    skipped = int(now.state.upper_skipped)
-                    append_line(run.log, unlogged.line(title, step, skipped, rates))
-                    unlogged = Unlogged({})
-                    if logged is not None:
-                        logged(step)
-            return replace(now, unlogged=unlogged, seen=seen)
-
-        def stop(now: Progress, signal: signals.Signals) -> Stopped:
-            after = f"after {int(now.state.lower_steps)} of {steps} lower steps"
-            text = f"{title}: stopped by {signal.name} {after}; {run.keep(now)}"
-            return Stopped(text, 128 + signal)
-
-        while (first := int(now.state.lower_steps)) < steps:
+        while (first := int(progress.state.lower_steps)) < training.steps:
             try:
-                now = go_on(now)
-                if run.checkpoints.due(first, int(now.state.lower_steps)):
-                    run.checkpoints.save(now)
+                state, infos = next_steps(training, progress.state)
+                judged = judge(run, training, progress, state, infos)
+                progress = log_steps(run, training, logging, judged, bar)
+                if run.checkpoints.due(first, int(progress.state.lower_steps)):
+                    run.checkpoints.save(progress)
             except Exception as error:
-                if (signal := asked()) and _of_loaders(error):
-                    raise stop(now, signal) from error
-                raise run.explained(error, now) from error
-            if signal := asked():
-                raise stop(now, signal)
-    return now
+                if (signal := requested()) and _may_come_from_signal(error):
+                    raise _stopped(run, training, progress, signal) from error
+                raise run.explained(error, progress) from error
+            if signal := requested():
+                raise _stopped(run, training, progress, signal)
+    return progress
 
 
-def _of_loaders(error: Exception) -> bool:
-    """Whether the signal may have reached the processes that make batches, too, and ended them.
+def next_steps(
+    training: Training, state: BilevelState
+) -> tuple[BilevelState, tuple[StepInfo, ...]]:
+    """Take the next lower step, or window, and the upper step if one is due after it.
+
+    What remains of a run at its end and is shorter than a window is taken step by step, without an
+    upper step.
+
+    Raises:
+        StepError: A batch cannot be made, or the problem or the route refuses it: weights that
+            cannot be normalised, no pair of candidates, a model without per-example rules.
+    """
+    first = int(state.lower_steps)
+    due = training.solver.next_steps(state, training.steps - first)
+    lower, upper = _make_batches(training, range(first, first + due.lower), due.upper)
+    try:
+        with warnings.catch_warnings():
+            # It is among the notes of every step that it is true of, which are logged.
+            warnings.simplefilter("ignore", StationarityWarning)
+            return training.solver.advance(state, lower, upper)
+    except ValueError as error:
+        raise StepError(f"{training.title}, step {first}: {error}") from error
+
+
+def _make_batches(
+    training: Training, steps: range, upper_due: bool
+) -> tuple[list[Sequence[Batch]], Batch | None]:
+    """Return the micro-batches of each step, and the meta batch if an upper step follows.
+
+    Raises:
+        StepError: One cannot be made: an image that is gone or cut short, a loader that died.
+    """
+    step = steps.start
+    try:
+        lower = []
+        for step in steps:
+            lower.append(training.lower_batches(step))
+        upper = training.upper_batch if upper_due else None
+        return lower, None if upper is None else upper(step)
+    except (OSError, ValueError, RuntimeError) as error:
+        text = f"{training.title}, step {step}: a batch cannot be made: {error}"
+        raise StepError(text) from error
+
+
+@dataclass(frozen=True)
+class Judged:
+    """The run after its last steps were accepted or rejected; they are not logged yet.
+
+    Attributes:
+        progress: Where the run stands.
+        infos: Of the lower steps.
+        rejected: Whether the steps are not part of the run.
+    """
+
+    progress: Progress
+    infos: Sequence[StepInfo]
+    rejected: bool
+
+
+def judge(
+    run: Run,
+    training: Training,
+    progress: Progress,
+    state: BilevelState,
+    infos: Sequence[StepInfo],
+) -> Judged:
+    """Accept the steps that led from ``progress`` to ``state``, or reject them.
+
+    Raises:
+        NonFiniteError: They are of no use, and ``on_trouble`` is "raise", or too many were.
+    """
+    first, after = int(progress.state.lower_steps), int(state.lower_steps)
+    troubles = find_troubles(
+        training.solver, training.weighting, progress.state, state, infos, progress.seen
+    )
+    seen = progress.seen.after(troubles, infos)
+    fatal = next((trouble for trouble in troubles if trouble.rejects), None)
+    lost = () if fatal is None else range(first + 1, after + 1)
+    unlogged = progress.unlogged.with_troubles(troubles, lost)
+    if fatal is None:
+        progress = replace(progress, state=state, random=capture(state.lower_params))
+    else:
+        _report(fatal, training, first, seen.in_a_row)
+        progress = _without_steps(run, progress, after, training.on_trouble)
+    return Judged(replace(progress, unlogged=unlogged, seen=seen), infos, fatal is not None)
+
+
+def log_steps(
+    run: Run, training: Training, logging: StepLogging, judged: Judged, bar: tqdm[Any]
+) -> Progress:
+    """Write the log lines that are due after these steps, and move the progress bar.
+
+    Raises:
+        WriteError: The log cannot be written.
+    """
+    progress, unlogged = judged.progress, judged.progress.unlogged
+    last = int(progress.state.lower_steps)
+    for step, info in enumerate(judged.infos, last + 1 - len(judged.infos)):
+        unlogged = unlogged if judged.rejected else unlogged.after(info)
+        bar.update()
+        if step % logging.every == 0 or step == training.steps:
+            bar.set_postfix(_postfix(unlogged.means()))
+            schedules = logging.learning_rates.items()
+            rates = {name: float(schedule(step - 1)) for name, schedule in schedules}
+            skipped = int(progress.state.upper_skipped)
+            append_line(run.log, unlogged.line(training.title, step, skipped, rates))
+            unlogged = Unlogged({})
+            if logging.on_line is not None:
+                logging.on_line(step)
+    return replace(progress, unlogged=unlogged)
+
+
+def _stopped(run: Run, training: Training, progress: Progress, signal: signals.Signals) -> Stopped:
+    """Save the state, and return the error that ends a run which was asked to stop."""
+    after = f"after {int(progress.state.lower_steps)} of {training.steps} lower steps"
+    text = f"{training.title}: stopped by {signal.name} {after}; {run.keep(progress)}"
+    return Stopped(text, 128 + signal)
+
+
+def _may_come_from_signal(error: Exception) -> bool:
+    """Return whether the signal may have reached the processes that make batches, and ended them.
 
     torch raises that in the middle of whatever this process does.
     """
     return isinstance(error, StepError) or "DataLoader worker" in str(error)
 
 
-def _tell(trouble: Trouble, title: str, step: int, on_trouble: OnTrouble, in_a_row: int) -> None:
-    """Say on the terminal what is done about a worthless step.
+def _report(trouble: Trouble, training: Training, step: int, in_a_row: int) -> None:
+    """Write to the terminal what is done about a step that is rejected.
 
     Raises:
-        NonFiniteError: nothing can be done.
+        NonFiniteError: Nothing can be done.
     """
-    where = f"{title}, step {step}: {trouble.text}. "
+    where = f"{training.title}, step {step}: {trouble.text}. "
     remedy = (
         "Lower the learning rate (--lower-lr, --upper-lr), or check the data of this step with the "
         "log"
     )
-    if on_trouble == "raise":
+    if training.on_trouble == "raise":
         raise NonFiniteError(f"{where}{remedy}; or go on without such steps: --on-trouble skip")
     if in_a_row >= GIVE_UP:
         raise NonFiniteError(f"{where}It is the {in_a_row}th such step in a row. {remedy}")
-    tqdm.write(f"{where}{_DONE[on_trouble]}", file=sys.stderr)
+    tqdm.write(f"{where}{_CONSEQUENCES[training.on_trouble]}", file=sys.stderr)
 
 
-_DONE = {"skip": "The step is not taken", "rollback": "Back to the last checkpoint"}
+_CONSEQUENCES = {"skip": "The step is not taken", "rollback": "Back to the last checkpoint"}
 
 
-def _untaken(run: Run, now: Progress, after: int, on_trouble: OnTrouble) -> Progress:
-    """Both levels as if the last steps had not been taken, and the data where they are."""
-    back = run.before_trouble() if on_trouble == "rollback" else now
+def _without_steps(run: Run, progress: Progress, after: int, on_trouble: OnTrouble) -> Progress:
+    """Return both levels as if the last steps had not been taken; the data go on after them."""
+    back = run.before_trouble() if on_trouble == "rollback" else progress
     restore(back.random)
-    state = back.state._replace(lower_steps=torch.full_like(now.state.lower_steps, after))
-    return replace(now, state=state, random=back.random)
+    state = back.state._replace(lower_steps=torch.full_like(progress.state.lower_steps, after))
+    return replace(progress, state=state, random=back.random)
 
 
 def _postfix(means: Mapping[str, float]) -> dict[str, Any]:

@@ -34,7 +34,7 @@ from recipes.train.batches import (
 )
 from recipes.train.bounded_weights import make_weighting
 from recipes.train.data import TrainData, lower_examples, read_train_data
-from recipes.train.loop import train
+from recipes.train.loop import StepLogging, Training, train
 from recipes.train.make_solver import (
     logged_upper_rate,
     lower_schedule,
@@ -102,24 +102,21 @@ def run_training(options: TrainOptions, logged: Callable[[int], None] | None = N
             initial = _initial_scores(prm, lower, data, options)
         clock.lap("set_up")
         draw, lower_batch = _lower_level(task, initial)
-        end = train(
+        training = Training(
             solver,
-            run,
             steps=options.lower.steps,
             lower_batches=ahead(
                 per_step(lower_batch, options.lower.accumulation),
                 options.lower.steps,
                 options.workers,
             ),
+            title=row_name(options),
+            on_trouble=options.run.on_trouble,
             upper_batch=_upper_level(task),
             weighting=objective.weighting,
-            log_every=options.run.log_every,
-            title=row_name(options),
-            progress=options.run.progress,
-            learning_rates=rates,
-            on_trouble=options.run.on_trouble,
-            logged=logged,
         )
+        logging = StepLogging(options.run.log_every, rates, options.run.progress, logged)
+        end = train(run, training, logging)
         clock.lap("train")
         with run.keeping(end):
             save_prm(prm, end.state.lower_params, run.directory / "model")

@@ -43,6 +43,7 @@ from tests.bilevel.autodiff.test_finite_difference import cast
 from tests.bilevel.hypergradients.test_one_step import pick, relative, warm
 from tests.bilevel.hypergradients.test_unrolled import OPTIMIZERS, run
 from tests.bilevel.lower.test_hessian_product import build_used, by_double_backward
+from tests.bilevel.run_window import run_window
 from tests.bilevel.zoo import CASES, build
 from tests.oracles import random_like, slope, upper_after_window
 
@@ -85,7 +86,8 @@ def implicit_at(case, implicit):
     standing = OPTIMIZERS["sgd"]
     standing = replace(standing, lr=0.0)
     torch.manual_seed(11)
-    return implicit.window(
+    return run_window(
+        implicit,
         case.problem,
         standing,
         case.params,

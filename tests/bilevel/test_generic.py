@@ -27,6 +27,7 @@ from tests.bilevel.hypergradients.test_one_step import (
     run,
     warm,
 )
+from tests.bilevel.run_window import run_step
 from tests.bilevel.zoo import Case, Encoder, Language, build, make, tokens, vectors
 from tests.oracles import random_like, slope, upper_after_step
 
@@ -129,7 +130,8 @@ def test_scalar_losses_are_weighted_by_batch_size():
     for sizes, given in (((3 / 5, 2 / 5), lambda b: len(b["labels"])), ((0.5, 0.5), None)):
         problem = replace(case.problem, batch_size=given)
         torch.manual_seed(11)
-        result = OneStep(Jvp()).step(
+        result = run_step(
+            OneStep(Jvp()),
             problem,
             optimizer,
             params,
@@ -175,8 +177,8 @@ def test_operations_without_forward_mode_are_named_with_advice():
     params, upper = torch.ones(3).double(), torch.ones(3).double()
     arguments = (problem, SGD(0.1), params, upper, SGD(0.1).init(params), [None], 0)
     with pytest.raises(RuntimeError, match=r"CentralDifference\(\)"):
-        OneStep(Jvp()).step(*arguments)
-    found = OneStep(CentralDifference()).step(*arguments).hypergradient
+        run_step(OneStep(Jvp()), *arguments)
+    found = run_step(OneStep(CentralDifference()), *arguments).hypergradient
     step = params - 0.1 * upper * params.cos()
     expected = 2 * step * -0.1 * params.cos()
     torch.testing.assert_close(found, expected, rtol=1e-8, atol=0)
@@ -188,7 +190,8 @@ def test_no_influence_of_the_lower_parameters_leaves_the_direct_term():
         case.problem, upper_loss=lambda lower, upper, batch: upper["table"].square().sum()
     )
     for route in (Auto(), Jvp(), CentralDifference(), Reverse()):
-        result = OneStep(route).step(
+        result = run_step(
+            OneStep(route),
             problem,
             SGD(0.1),
             case.params,

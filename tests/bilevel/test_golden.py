@@ -19,6 +19,7 @@ from bilevel import (
     ReweightingProblem,
     tree,
 )
+from tests.bilevel.run_window import run_step
 from tests.bilevel.zoo import CASES, build
 from tests.oracles import REGRESSION, VALIDATION, WEIGHTS, half_squares, per_example_gradients
 
@@ -47,7 +48,7 @@ def mean_problem() -> ReweightingProblem:
 def one_step(problem, optimizer, start, route):
     params = {"w": torch.tensor(start, dtype=torch.float64)}
     arguments = (problem, optimizer, params, {"s": WEIGHTS}, optimizer.init(params))
-    return OneStep(route).step(*arguments, [REGRESSION], VALIDATION)
+    return run_step(OneStep(route), *arguments, [REGRESSION], VALIDATION)
 
 
 @pytest.mark.parametrize("route", [Auto(), PerExample(), *EXACT, CentralDifference()])
@@ -74,7 +75,8 @@ def test_one_gradient_descent_step_is_minus_lr_times_an_inner_product(name):
     """dL_upper/dw_i = −(lr/batch) ⟨∇ℓ_i(θ), ∇L_upper(θ')⟩, for any model."""
     case, lr = build(name), 0.3
     random = torch.get_rng_state()
-    result = OneStep().step(
+    result = run_step(
+        OneStep(),
         case.problem,
         SGD(lr),
         case.params,
@@ -97,7 +99,8 @@ def test_duplicates_share_and_permutations_carry_over():
 
     def hypergradient(order):
         batch = {key: value[order] for key, value in doubled.items()}
-        step = OneStep(Ghost(), "upper-first").step(
+        step = run_step(
+            OneStep(Ghost(), "upper-first"),
             mean_problem(),
             SGD(0.4),
             params,

@@ -21,8 +21,9 @@ from bilevel import (
     Unrolled,
     tree,
 )
-from bilevel.autodiff.upper_gradient import upper_gradient
+from bilevel.autodiff.gradient import upper_gradient
 from tests.bilevel.hypergradients.test_one_step import relative
+from tests.bilevel.run_window import run_step, run_window
 from tests.oracles import per_example_gradients, random_like
 
 VOCAB, IMAGE_TOKEN, STEPS = 100, 99, 24
@@ -116,8 +117,8 @@ def test_routes_agree_on_internvl(attention, frozen):
 
     def run(route, order):
         torch.manual_seed(4)
-        return OneStep(route, order).step(
-            problem, optimizer, params, upper, state, [batch], upper_batch
+        return run_step(
+            OneStep(route, order), problem, optimizer, params, upper, state, [batch], upper_batch
         )
 
     torch.manual_seed(4)
@@ -156,7 +157,8 @@ def test_routes_agree_on_internvl(attention, frozen):
 def test_every_parameter_gets_a_gradient():
     problem, params, batch, upper_batch = setting("sdpa", None)
     optimizer = AdamW(1e-3)
-    result = OneStep(Ghost(), "upper-first").step(
+    result = run_step(
+        OneStep(Ghost(), "upper-first"),
         problem,
         optimizer,
         params,
@@ -179,8 +181,15 @@ def test_three_steps_unrolled_on_internvl(attention):
 
     def run(product):
         torch.manual_seed(4)
-        return Unrolled(product=product).window(
-            problem, optimizer, params, upper, state, [[batch], [upper_batch], [batch]], upper_batch
+        return run_window(
+            Unrolled(product=product),
+            problem,
+            optimizer,
+            params,
+            upper,
+            state,
+            [[batch], [upper_batch], [batch]],
+            upper_batch,
         )
 
     forward, backward = run(Jvp()), run(Reverse())

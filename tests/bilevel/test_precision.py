@@ -31,6 +31,7 @@ from bilevel import (
 )
 from tests.bilevel.autodiff.test_finite_difference import cast
 from tests.bilevel.hypergradients.test_one_step import pick, relative, warm
+from tests.bilevel.run_window import run_step, run_window
 from tests.bilevel.zoo import build
 
 OPTIMIZERS = {
@@ -90,11 +91,12 @@ def error_of(name, optimizer, method, setting, *, singles=False):
     case = replace(case, params=params)
     arguments = case.upper_params, state, [case.batch], case.upper_batch
     reference = replace(method, route=Reverse())
-    exact = reference.step(case.problem, wide, params, *arguments).hypergradient
+    exact = run_step(reference, case.problem, wide, params, *arguments).hypergradient
     case, state, context = in_precision(case, state, setting)
     batches = [pick(case.batch, [row]) for row in range(5)] if singles else [case.batch]
     with context:
-        result = method.step(
+        result = run_step(
+            method,
             case.problem,
             optimizer,
             case.params,
@@ -186,7 +188,8 @@ def test_penalty_in_bfloat16():
         optimizer = SGD(0.05, state_dtype=None if wide else torch.float32)
         method = Penalty(10.0, steps=4)
         memory = method.init(optimizer, here.params, here.upper_params)
-        found[setting] = method.window(
+        found[setting] = run_window(
+            method,
             here.problem,
             optimizer,
             here.params,

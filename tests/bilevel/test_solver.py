@@ -26,6 +26,7 @@ from bilevel import (
     warmup_cosine,
 )
 from tests.bilevel.hypergradients.test_one_step import pick, relative
+from tests.bilevel.run_window import run_step
 from tests.bilevel.zoo import build
 from tests.oracles import lower_gradient
 
@@ -128,7 +129,9 @@ def test_the_upper_step_follows_the_hypergradient(one_step):
     state = solver.init(case.params, case.upper_params)
     state = state._replace(lower_optimizer=LOWER.update(case.params, *state[2:3], case.params)[1])
     torch.manual_seed(5)
-    result = one_step.step(case.problem, LOWER, *state[:3], [case.batch], case.upper_batch, None)
+    result = run_step(
+        one_step, case.problem, LOWER, *state[:3], [case.batch], case.upper_batch, None
+    )
     torch.manual_seed(5)
     new, info = solver.step(state, [case.batch], case.upper_batch)
     expected = tree.axpy(-0.7, result.hypergradient, case.upper_params)

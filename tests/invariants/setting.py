@@ -10,6 +10,7 @@ from torch import Tensor
 
 from bilevel import AdamW, tree
 from recipes.train.objective import Objective
+from tests.bilevel.run_window import run_step
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,8 @@ def double(batch):
 
 
 def by_route(setup, one_step):
-    result = one_step.step(
+    result = run_step(
+        one_step,
         setup.objective.problem(),
         setup.optimizer,
         setup.lower,

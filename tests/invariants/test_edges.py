@@ -26,6 +26,7 @@ from bilevel import (
     Unrolled,
 )
 from bilevel.lower.lower_pass import lower_pass
+from tests.bilevel.run_window import run_window
 from weighting import Clip, DomainTable, InstanceNet, InstanceTable, LeakyReLU, Unbounded
 
 F64 = torch.float64
@@ -53,7 +54,8 @@ def regression():
 def hypergradient(method, problem, steps=3):
     _, lower, upper, batch, upper_batch = regression()
     optimizer = SGD(0.05)
-    return method.window(
+    return run_window(
+        method,
         problem,
         optimizer,
         lower,
@@ -105,7 +107,8 @@ def test_decay_is_part_of_the_lower_loss_of_the_penalty():
     errors = []
     for strength in (10.0, 100.0, 1000.0):
         method = Penalty(strength)
-        found = method.window(
+        found = run_window(
+            method,
             problem,
             optimizer,
             lower,
@@ -125,7 +128,7 @@ def test_the_average_of_upper_gradients_does_not_stand_still_in_bfloat16():
     method, ones = OneStep(direction_decay=0.999), {"w": torch.ones(2, dtype=torch.bfloat16)}
     average = method.init(SGD(0.1), ones, None)
     for _ in range(300):
-        used, average = method._average(ones, average)
+        used, average = method.averaged(ones, average)
     assert used["w"].dtype == torch.bfloat16
     assert used["w"].tolist() == [1.0, 1.0]
     assert average.average["w"].tolist() == pytest.approx([1 - 0.999**300] * 2, rel=1e-5)
@@ -199,7 +202,7 @@ def test_rows_counted_from_the_end_are_left_to_jvp():
     def run(route):
         method = OneStep(route)
         state = optimizer.init(lower)
-        return method.window(problem, optimizer, lower, upper, state, [[batch]], batch)
+        return run_window(method, problem, optimizer, lower, upper, state, [[batch]], batch)
 
     torch.testing.assert_close(run(Auto()).hypergradient, run(Jvp()).hypergradient)
     with pytest.raises(Refusal, match="PerExample"):

@@ -16,7 +16,7 @@ class Dense:
     """The whole matrix, column by column, and its eigenvalues: for tests and tiny problems.
 
     Directions whose eigenvalue is 0 to rounding are left out (x is the solution of least norm);
-    they and negative eigenvalues are noted. `initial` is ignored.
+    they and negative eigenvalues are noted. ``initial`` is ignored.
 
     Args:
         damping: δ ≥ 0.
@@ -25,7 +25,7 @@ class Dense:
     Cost: as many products as b has entries, and one; O(entries³) arithmetic, entries² memory.
 
     Raises:
-        ValueError: damping negative; in `solve`: too many entries.
+        ValueError: damping negative; in ``solve``: too many entries.
     """
 
     damping: float = 0.0
@@ -37,7 +37,7 @@ class Dense:
 
     @torch.no_grad()
     def solve(self, matvec: MatVec, rhs: Tree, initial: Tree | None = None) -> LinearSolution:
-        """Return x with (A + δ I) x ≈ b; see `LinearSolver.solve`."""
+        """Return x with (A + δ I) x ≈ b; see ``LinearSolver.solve``."""
         system = System(matvec, rhs, self.damping)
         if (done := system.answer_without_solving()) is not None:
             return done

@@ -1,8 +1,8 @@
 """Iterative solvers of (A + δ I) x = b for a symmetric A known only by its products.
 
-Each is a frozen dataclass with a pure `solve(matvec, rhs, initial)`; see `LinearSolver`. None ever
-fails in silence: the residual is measured by a product, and whatever cut the iteration short is
-named in `LinearSolution.notes`.
+Each is a frozen dataclass with a pure ``solve(matvec, rhs, initial)``; see ``LinearSolver``. None
+ever fails in silence: the residual is measured by a product, and whatever cut the iteration short
+is named in ``LinearSolution.notes``.
 """
 
 from __future__ import annotations
@@ -20,14 +20,16 @@ from bilevel.tree import Tree
 
 @dataclass(frozen=True)
 class ConjugateGradient:
-    """Conjugate gradients for positive definite A + δ I::
+    """Conjugate gradients for positive definite A + δ I.
+
+    One iteration is::
 
         α = ⟨r, r⟩ / ⟨p, A p⟩    x ← x + α p    r ← r − α A p    p ← r + (⟨r, r⟩' / ⟨r, r⟩) p
 
     Exact after as many iterations as A has distinct eigenvalues. Where ⟨p, A p⟩ is not positive
     (to rounding: a cosine below the machine epsilon, which for a positive definite matrix means a
     condition number of 4/ε² or more) the iteration stops, says so, and returns the iterate of
-    smallest residual so far: A then has no inverse that CG could find. More `damping` is the
+    smallest residual so far: A then has no inverse that CG could find. More ``damping`` is the
     remedy.
 
     Args:
@@ -57,7 +59,7 @@ class ConjugateGradient:
 
     @torch.no_grad()
     def solve(self, matvec: MatVec, rhs: Tree, initial: Tree | None = None) -> LinearSolution:
-        """Return x with (A + δ I) x ≈ b; see `LinearSolver.solve`."""
+        """Return x with (A + δ I) x ≈ b; see ``LinearSolver.solve``."""
         system = System(matvec, rhs, self.damping)
         if (done := system.answer_without_solving()) is not None:
             return done
@@ -87,26 +89,28 @@ class ConjugateGradient:
             if square < best_square:
                 best, best_square = x, square
             p = tree.axpy(square / previous, p, r)
-        found = system.finish(x, iterations, notes)
-        if math.sqrt(square) <= self.tolerance and found.residual > 10.0 * self.tolerance:
+        solution = system.finish(x, iterations, notes)
+        if math.sqrt(square) <= self.tolerance and solution.residual > 10.0 * self.tolerance:
             note = (
                 f"rounding: the recurrence reached tolerance {self.tolerance:.1g}, the residual is "
-                f"{found.residual:.2g}; use more damping or higher precision"
+                f"{solution.residual:.2g}; use more damping or higher precision"
             )
-            return found._replace(notes=(*found.notes, note))
-        return found
+            return solution._replace(notes=(*solution.notes, note))
+        return solution
 
 
 @dataclass(frozen=True)
 class Neumann:
-    """The Neumann series, K + 1 steps of gradient descent on ½⟨x, (A + δ I) x⟩ − ⟨b, x⟩ from 0::
+    """The Neumann series, K + 1 steps of gradient descent on ½⟨x, (A + δ I) x⟩ − ⟨b, x⟩ from 0.
+
+    With the step size η::
 
         x = η Σ_{k ≤ K} (I − η (A + δ I))^k b
 
     From a warm start x₀ the same series of b − (A + δ I) x₀ is added to x₀. It converges for
     0 < η < 2 / λ_max of a positive definite matrix. With η the learning rate of plain gradient
-    descent at a stationary point, `Neumann(K − 1, η)` is the hypergradient through the last K of
-    its steps; `Neumann(0, η)` is the one-step hypergradient.
+    descent at a stationary point, ``Neumann(K − 1, η)`` is the hypergradient through the last K of
+    its steps; ``Neumann(0, η)`` is the one-step hypergradient.
 
     For a symmetric matrix log‖r_k‖ is convex in k: once the residual grows it grows for ever. The
     series is cut there, and a note says so.
@@ -119,7 +123,7 @@ class Neumann:
         power_iterations: Products for the estimate of λ_max.
 
     Cost: one product per iteration, one for the residual, one for a warm start,
-    `power_iterations` if η is not given. Memory: x, r, A r, each like b.
+    ``power_iterations`` if η is not given. Memory: x, r, A r, each like b.
     Source: Lorraine, Vicol and Duvenaud 2020 (arXiv 1911.02590). Betty's neumann has no guard and
     η = 1 as default, which diverges for λ_max > 2.
 
@@ -144,7 +148,7 @@ class Neumann:
 
     @torch.no_grad()
     def solve(self, matvec: MatVec, rhs: Tree, initial: Tree | None = None) -> LinearSolution:
-        """Return x with (A + δ I) x ≈ b; see `LinearSolver.solve`."""
+        """Return x with (A + δ I) x ≈ b; see ``LinearSolver.solve``."""
         system = System(matvec, rhs, self.damping)
         if (done := system.answer_without_solving()) is not None:
             return done

@@ -15,13 +15,15 @@ from bilevel.tree import Tree
 
 @dataclass(frozen=True)
 class Nystrom:
-    """The inverse of a low-rank approximation of A, plus damping::
+    """The inverse of a low-rank approximation of A, plus damping.
+
+    The solution is::
 
         A ≈ (A Ω) (Ωᵀ A Ω)⁺ (A Ω)ᵀ = U Λ Uᵀ,    x = U (Λ + δ)⁻¹ Uᵀ b + (b − U Uᵀ b) / δ
 
-    with `rank` columns in Ω. For `rank` ≥ the rank of a positive semidefinite A this is exactly
+    with ``rank`` columns in Ω. For ``rank`` ≥ the rank of a positive semidefinite A this is exactly
     (A + δ I)⁻¹ b; otherwise what A does outside of U is replaced by 0, and the residual says how
-    much that was. It is a direct method: `initial` does not help and is ignored.
+    much that was. It is a direct method: ``initial`` does not help and is ignored.
 
     Hataya and Yamada write the inverse by Woodbury as (1/δ)(b − C (δ W + CᵀC)⁻¹ Cᵀ b) with
     C = A Ω, W = ΩᵀC, whose inner matrix squares the condition number of C; here the eigenvectors
@@ -37,7 +39,7 @@ class Nystrom:
             cheaper to store, worse where few entries of b matter.
         seed: Of Ω, which is the same in every solve.
 
-    Cost: `rank` products and one for the residual; O(entries · rank²) arithmetic. Memory: four
+    Cost: ``rank`` products and one for the residual; O(entries · rank²) arithmetic. Memory: four
     matrices of entries × rank.
     Source: Hataya and Yamada 2023 (AISTATS, arXiv 2302.09726).
 
@@ -58,7 +60,7 @@ class Nystrom:
 
     @torch.no_grad()
     def solve(self, matvec: MatVec, rhs: Tree, initial: Tree | None = None) -> LinearSolution:
-        """Return x with (A + δ I) x ≈ b; see `LinearSolver.solve`."""
+        """Return x with (A + δ I) x ≈ b; see ``LinearSolver.solve``."""
         system = System(matvec, rhs, self.damping)
         if (done := system.answer_without_solving()) is not None:
             return done
@@ -93,7 +95,8 @@ class Nystrom:
             basis[chosen, torch.arange(rank)] = 1.0
             return basis
         normal = torch.randn(entries, rank, dtype=torch.float64, generator=generator)
-        return torch.linalg.qr(normal).Q
+        orthonormal: Tensor = torch.linalg.qr(normal).Q
+        return orthonormal
 
 
 def _eigenvectors(basis: Tensor, image: Tensor) -> tuple[Tensor, Tensor, int]:

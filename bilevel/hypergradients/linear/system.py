@@ -42,7 +42,7 @@ class LinearSolver(Protocol):
         """Return x with (A + δ I) x ≈ b, δ being the solver's damping.
 
         Args:
-            matvec: v -> A v for trees like `rhs`.
+            matvec: v -> A v for trees like ``rhs``.
             rhs: b; None leaves are not part of the system.
             initial: Where to start (a warm start); None: 0.
         """
@@ -97,17 +97,17 @@ class System:
         return self._combined(self._matvec(vector), vector, self._damping)
 
     def _combined(self, image: Tree, vector: Tree, damping: float) -> Tree:
-        def combine(entry: Tensor | None, found: Tensor | None) -> Tensor | None:
-            if entry is None or found is None:
+        def combine(entry: Tensor | None, product: Tensor | None) -> Tensor | None:
+            if entry is None or product is None:
                 return None if entry is None else entry * damping
-            wide = found.to(entry.dtype)
+            wide = product.to(entry.dtype)
             return wide if damping == 0.0 else wide + damping * entry
 
         result: Tree = optree.tree_map(combine, vector, image, none_is_leaf=True)
         return result
 
     def start(self, initial: Tree | None) -> tuple[Tree, Tree, tuple[str, ...]]:
-        """Return y, its residual, and a note if `initial` was no better than 0 and was dropped."""
+        """Return y, its residual, and a note if ``initial`` is worse than 0 and was dropped."""
         zero = tree.zeros_like(self.rhs)
         if initial is None:
             return zero, self.rhs, ()
@@ -145,7 +145,7 @@ def flat(vector: Tree) -> Tensor:
 
 
 def unflat(entries: Tensor, like: Tree) -> Tree:
-    """Return the tree that `flat` took apart, with the dtypes and devices of `like`."""
+    """Return the tree that ``flat`` took apart, with the dtypes and devices of ``like``."""
     sizes = [leaf.numel() for leaf in tree.leaves(like)]
-    pieces: Any = iter(entries.split(sizes))
+    pieces: Any = iter(torch.split(entries, sizes))
     return tree.map(lambda leaf: next(pieces).view(leaf.shape).to(leaf), like)

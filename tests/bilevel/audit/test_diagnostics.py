@@ -28,6 +28,7 @@ from bilevel import (
 )
 from tests.bilevel.hypergradients.test_one_step import pick
 from tests.bilevel.quadratic import Quadratic
+from tests.bilevel.run_window import run_window
 from tests.bilevel.test_solver import same_bits
 from tests.bilevel.zoo import build
 
@@ -109,10 +110,16 @@ def test_along_a_run():
     for state in watched[:-1]:
         random = torch.get_rng_state()
         memory = Penalty(10.0).init(Adam(0.05), *state[:2]) if memory is None else memory
-        result = again.hypergradient.window(
-            solver.problem, Adam(0.05), *state[:2], state.lower_optimizer, batches,
-            case.upper_batch, memory,
-        )  # fmt: skip
+        start = *state[:2], state.lower_optimizer
+        result = run_window(
+            again.hypergradient,
+            solver.problem,
+            Adam(0.05),
+            *start,
+            batches,
+            case.upper_batch,
+            memory,
+        )
         memory = result.memory
         norms.append(float(tree.norm(result.hypergradient)))
         torch.set_rng_state(random)

@@ -24,6 +24,7 @@ from bilevel import (
 )
 from bilevel.autodiff.finite_difference import central_difference
 from tests.bilevel.hypergradients.test_one_step import relative, run
+from tests.bilevel.run_window import run_step
 from tests.bilevel.zoo import build, make, tokens
 from tests.oracles import random_like
 
@@ -77,12 +78,12 @@ def test_the_hypergradient_converges_at_second_order():
     lower, upper, target = torch.randn(3, 4, dtype=F64, generator=generator)
     optimizer = SGD(0.1)
     arguments = (problem, optimizer, lower, upper, optimizer.init(lower), [None], target)
-    exact = OneStep(Reverse()).step(*arguments).hypergradient
+    exact = run_step(OneStep(Reverse()), *arguments).hypergradient
     mu = -0.1 * (lower - 0.3 * upper * lower.square() - target)
     torch.testing.assert_close(exact, 3 * lower.square() * mu, rtol=1e-12, atol=0)
     steps, errors = [1e-1, 3e-2, 1e-2, 3e-3], []
     for step in steps:
-        found = OneStep(CentralDifference(step)).step(*arguments).hypergradient
+        found = run_step(OneStep(CentralDifference(step)), *arguments).hypergradient
         size = step * lower.norm() / mu.norm()
         torch.testing.assert_close(found - exact, size**2 * mu.pow(3), rtol=1e-5, atol=1e-13)
         errors.append(relative(found, exact))

@@ -1,4 +1,4 @@
-"""Passes of a step replay one random state."""
+"""Passes of a step draw from one random state."""
 
 from __future__ import annotations
 
@@ -10,20 +10,20 @@ from bilevel.autodiff import random_state
 from tests.bilevel.zoo import build
 
 
-def test_replay_gives_the_same_numbers_and_leaves_no_trace():
+def test_rewinding_gives_the_same_numbers_and_leaves_no_trace():
     start = random_state.capture({})
     first = torch.rand(3)
     moved = torch.get_rng_state()
-    with random_state.replay(start, {}):
+    with random_state.rewound_to(start, {}):
         assert torch.equal(torch.rand(3), first)
     assert torch.equal(torch.get_rng_state(), moved)
 
 
-def test_replay_cleans_up_after_an_error():
+def test_rewinding_cleans_up_after_an_error():
     start = random_state.capture({})
     torch.rand(3)
     before = torch.get_rng_state()
-    with pytest.raises(ZeroDivisionError), random_state.replay(start, {}):
+    with pytest.raises(ZeroDivisionError), random_state.rewound_to(start, {}):
         raise ZeroDivisionError
     assert torch.equal(torch.get_rng_state(), before)
 

@@ -23,9 +23,10 @@ from bilevel import (
     Sama,
     tree,
 )
-from bilevel.optimizers.optimizers import OptimizerState
+from bilevel.optimizers.base import OptimizerState
 from tests.bilevel.hypergradients.test_one_step import relative
 from tests.bilevel.quadratic import Quadratic
+from tests.bilevel.run_window import run_step
 from tests.bilevel.zoo import build
 
 F64 = torch.float64
@@ -34,8 +35,8 @@ LR = 0.05
 
 def one_step(quadratic, optimizer, method, state=None):
     state = optimizer.init(quadratic.w) if state is None else state
-    return method.step(
-        quadratic.problem, optimizer, quadratic.w, quadratic.x, state, [None], 0
+    return run_step(
+        method, quadratic.problem, optimizer, quadratic.w, quadratic.x, state, [None], 0
     ).hypergradient
 
 
@@ -209,7 +210,8 @@ def test_through_a_network_the_conventions_are_the_exact_route_with_another_dire
     optimizer = SGD(LR)
     found = {}
     for convention in (Exact(), Identity()):
-        found[convention] = OneStep(Jvp(), update_derivative=convention).step(
+        found[convention] = run_step(
+            OneStep(Jvp(), update_derivative=convention),
             case.problem,
             optimizer,
             case.params,

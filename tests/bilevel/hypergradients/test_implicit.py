@@ -33,6 +33,7 @@ from bilevel import (
     tree,
 )
 from tests.bilevel.hypergradients.test_one_step import pick, relative
+from tests.bilevel.run_window import run_window
 from tests.bilevel.zoo import build
 from tests.oracles import REGRESSION, VALIDATION, WEIGHTS, half_squares, random_like, slope
 
@@ -47,8 +48,16 @@ def vector(*shape: int, seed: int = 0) -> Tensor:
 
 def differentiate(implicit, problem, params, upper, batches=(None,), upper_batch=0, memory=None):
     """The result at these very parameters: a lower step of length 0."""
-    return implicit.window(
-        problem, STILL, params, upper, STILL.init(params), [list(batches)], upper_batch, memory
+    return run_window(
+        implicit,
+        problem,
+        STILL,
+        params,
+        upper,
+        STILL.init(params),
+        [list(batches)],
+        upper_batch,
+        memory,
     )
 
 
@@ -436,10 +445,10 @@ def test_neumann_is_the_truncated_unroll_at_a_fixed_point(steps):
     assert relative(found.hypergradient, by_hand) <= 1e-10
     optimizer = SGD(lr)
     arguments = problem, optimizer, params, LOGISTIC_UPPER, optimizer.init(params)
-    unrolled = Unrolled().window(*arguments, [[LOGISTIC]] * steps, TRUSTED)
+    unrolled = run_window(Unrolled(), *arguments, [[LOGISTIC]] * steps, TRUSTED)
     assert relative(unrolled.hypergradient, found.hypergradient) <= 1e-10
     if steps == 1:
-        one = OneStep(Jvp()).window(*arguments, [[LOGISTIC]], TRUSTED)
+        one = run_window(OneStep(Jvp()), *arguments, [[LOGISTIC]], TRUSTED)
         assert relative(one.hypergradient, found.hypergradient) <= 1e-10
 
 
@@ -455,7 +464,7 @@ def test_many_unrolled_steps_become_the_implicit_hypergradient():
     arguments = problem, optimizer, params, LOGISTIC_UPPER, optimizer.init(params)
     errors = []
     for steps in (30, 34):
-        unrolled = Unrolled().window(*arguments, [[LOGISTIC]] * steps, TRUSTED)
+        unrolled = run_window(Unrolled(), *arguments, [[LOGISTIC]] * steps, TRUSTED)
         errors.append(relative(unrolled.hypergradient, limit.hypergradient))
     rate = (errors[1] / errors[0]) ** (1 / 4)
     assert abs(rate / float(1.0 - values[0] / values[-1]) - 1.0) <= 1e-2
@@ -610,7 +619,8 @@ def test_lower_steps_and_random_numbers_are_those_of_plain_training(name):
 
     def window(upper_batch):
         torch.manual_seed(11)
-        found = implicit.window(
+        found = run_window(
+            implicit,
             case.problem,
             optimizer,
             case.params,

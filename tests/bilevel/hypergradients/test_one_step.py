@@ -22,7 +22,8 @@ from bilevel import (
     tree,
     warmup_cosine,
 )
-from bilevel.autodiff.upper_gradient import upper_gradient
+from bilevel.autodiff.gradient import upper_gradient
+from tests.bilevel.run_window import run_step
 from tests.bilevel.zoo import CASES, build
 from tests.oracles import random_like, slope, upper_after_step
 
@@ -49,7 +50,8 @@ def warm(case, optimizer, steps=3):
 def run(case, optimizer, one_step, *, batches=None, warm_steps=3):
     params, state = warm(case, optimizer, warm_steps)
     torch.manual_seed(11)
-    return one_step.step(
+    return run_step(
+        one_step,
         case.problem,
         optimizer,
         params,
@@ -217,7 +219,8 @@ def test_direction_decay_averages_v_with_bias_correction(order):
     direction = averaged.init(optimizer, params, case.upper_params)
 
     def step(one_step, problem, direction=None):
-        return one_step.step(
+        return run_step(
+            one_step,
             problem,
             optimizer,
             params,

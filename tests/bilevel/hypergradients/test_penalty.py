@@ -22,6 +22,7 @@ from bilevel import (
 from tests.bilevel.autodiff.test_finite_difference import loglog_slope
 from tests.bilevel.hypergradients.test_one_step import pick, relative
 from tests.bilevel.quadratic import Quadratic
+from tests.bilevel.run_window import run_window
 from tests.bilevel.test_generic import weights_from_losses
 from tests.bilevel.test_solver import same_bits
 from tests.bilevel.zoo import Encoder, build, make, tokens
@@ -37,8 +38,8 @@ def at_solutions(quadratic, strength, method=None):
     solution, copy = quadratic.solution(), quadratic.penalised(strength)
     memory = method.init(STILL, solution, quadratic.x)._replace(params=copy)
     state = STILL.init(solution)
-    return method.window(
-        quadratic.problem, STILL, solution, quadratic.x, state, [[None]], 0, memory
+    return run_window(
+        method, quadratic.problem, STILL, solution, quadratic.x, state, [[None]], 0, memory
     )
 
 
@@ -97,8 +98,16 @@ def test_an_unsolved_lower_level_costs_lambda_times_its_distance():
         method = Penalty(strength, optimizer=STILL)
         memory = exact.memory._replace(params=quadratic.penalised(strength))
         theta = quadratic.solution() + offset
-        off = method.window(
-            quadratic.problem, STILL, theta, quadratic.x, STILL.init(theta), [[None]], 0, memory
+        off = run_window(
+            method,
+            quadratic.problem,
+            STILL,
+            theta,
+            quadratic.x,
+            STILL.init(theta),
+            [[None]],
+            0,
+            memory,
         )
         expected = -strength * quadratic.C @ offset
         torch.testing.assert_close(
@@ -153,8 +162,8 @@ def test_golden_influence_of_instance_weights():
     lower, upper = {"w": solution}, {"s": WEIGHTS}
     method = Penalty(strength, optimizer=STILL)
     memory = method.init(STILL, lower, upper)._replace(params={"w": copy})
-    found = method.window(
-        problem, STILL, lower, upper, STILL.init(lower), [[REGRESSION]], VALIDATION, memory
+    found = run_window(
+        method, problem, STILL, lower, upper, STILL.init(lower), [[REGRESSION]], VALIDATION, memory
     )
     golden = [0.001514403292, 0.001331504344, 0.006598994056, -0.023176954733]
     assert found.hypergradient["s"].tolist() == pytest.approx(golden, rel=1e-5, abs=1e-9)
@@ -313,7 +322,8 @@ def test_all_passes_over_a_batch_see_the_same_random_numbers():
     method = Penalty(1e4, optimizer=STILL)
     memory = method.init(STILL, case.params, case.upper_params)
     torch.manual_seed(5)
-    found = method.window(
+    found = run_window(
+        method,
         case.problem,
         STILL,
         case.params,
@@ -413,8 +423,8 @@ def test_only_first_derivatives_are_taken():
     lower, upper = torch.ones(3, dtype=F64), torch.full((3,), 2.0, dtype=F64)
     method = Penalty(4.0, optimizer=SGD(0.1))
     memory = method.init(SGD(0.3), lower, upper)
-    found = method.window(
-        problem, SGD(0.3), lower, upper, SGD(0.3).init(lower), [[None]], 0, memory
+    found = run_window(
+        method, problem, SGD(0.3), lower, upper, SGD(0.3).init(lower), [[None]], 0, memory
     )
     theta = lower - 0.3 * upper * lower.cos()
     copy = lower - 0.1 * (2 * lower + 4.0 * upper * lower.cos()) / 5.0

@@ -30,6 +30,7 @@ from bilevel import (
 )
 from tests.bilevel.hypergradients.test_one_step import pick, relative, warm
 from tests.bilevel.optimizers import test_torchopt_reference as reference
+from tests.bilevel.run_window import run_window
 from tests.bilevel.test_golden import total_problem
 from tests.bilevel.test_solver import as_float32, same_bits
 from tests.bilevel.zoo import CASES, build
@@ -77,7 +78,8 @@ def batches_of(case):
 def run(case, optimizer, method, *, batches=None, point=None):
     params, state = warm(case, optimizer) if point is None else point
     torch.manual_seed(11)
-    return method.window(
+    return run_window(
+        method,
         case.problem,
         optimizer,
         params,
@@ -129,7 +131,8 @@ def run(case, optimizer, method, *, batches=None, point=None):
 def test_five_steps_of_the_regression(method, optimizer, start, loss, expected):
     """Computed elsewhere by complex steps; the last printed digit is what limits the comparison."""
     params = {"w": torch.tensor(start, dtype=torch.float64)}
-    found = method.window(
+    found = run_window(
+        method,
         total_problem(0.5),
         optimizer,
         params,
@@ -165,8 +168,15 @@ def test_gradient_descent_on_a_quadratic(truncation):
         lambda w, x, _: (0.5 * quadratic @ w + upper_linear) @ w + 0.5 * x @ upper_quadratic @ x,
     )
     optimizer = SGD(lr)
-    found = Unrolled(truncation).window(
-        problem, optimizer, start, x, optimizer.init(start), [[None]] * count, 0
+    found = run_window(
+        Unrolled(truncation),
+        problem,
+        optimizer,
+        start,
+        x,
+        optimizer.init(start),
+        [[None]] * count,
+        0,
     )
     w = start
     for _ in range(count):
@@ -360,7 +370,7 @@ def test_three_steps_through_torchopt(name):
         if not recorded:
             moments = optree.tree_map(torch.Tensor.detach, moments)
     (expected,) = torch.autograd.grad(problem.upper_loss(params, None, meta), raw)
-    result = Unrolled().window(problem, ours, point, phi, state, [[train]] * STEPS, meta)
+    result = run_window(Unrolled(), problem, ours, point, phi, state, [[train]] * STEPS, meta)
     assert relative(result.hypergradient["raw"], expected) <= 1e-10
     params = tree.map(torch.Tensor.detach, params)
     assert relative(result.lower_params, params) <= 1e-12
@@ -465,11 +475,9 @@ def test_batch_normalisation_in_training_mode_needs_copies_of_its_buffers():
     def run(copied, product):
         ones = torch.ones(5, dtype=torch.float64)
         state = optimizer.init(params)
-        return (
-            Unrolled(product=product)
-            .window(problem(copied), optimizer, params, ones, state, [[x]] * 3, x)
-            .hypergradient
-        )
+        return run_window(
+            Unrolled(product=product), problem(copied), optimizer, params, ones, state, [[x]] * 3, x
+        ).hypergradient
 
     assert relative(run(True, Jvp()), run(True, Reverse())) <= 1e-10
     assert all(torch.equal(leaf, before[name]) for name, leaf in module.named_buffers())

@@ -22,9 +22,11 @@ from bilevel import (
     Jvp,
     LazyRowAdam,
     OneStep,
+    PassRequest,
     PerExample,
     Reverse,
     Unrolled,
+    Window,
     tree,
     warmup_cosine,
 )
@@ -215,6 +217,34 @@ def test_windows_start_after_upper_start():
     assert all(info.upper_loss is None for info in infos)
 
 
+@pytest.mark.parametrize("method", [OneStep(Jvp()), Unrolled(), Unrolled(1)], ids=str)
+@pytest.mark.parametrize("unroll_steps", [1, 3])
+def test_what_comes_next(method, unroll_steps):
+    """Windows where steps belong together, else single steps, the last of a window with an upper
+    step; a rest that is shorter than a window has none."""
+    case = build("mlp")
+    solver = make_solver(case, method, unroll_steps=unroll_steps, upper_start=2)
+    batches = batches_of(case)
+    state, taken = solver.init(case.params, case.upper_params), []
+    while int(state.lower_steps) < 7:
+        due = solver.next_steps(state, 7 - int(state.lower_steps))
+        upper_steps = int(state.upper_steps)
+        state, infos = solver.advance(
+            state, batches[: due.lower], case.upper_batch if due.upper else None
+        )
+        taken.append(tuple(due))
+        assert len(infos) == due.lower
+        assert int(state.upper_steps) - upper_steps == int(due.upper)
+    plain, last = (1, False), (1, True)
+    if unroll_steps == 1:
+        assert taken == [plain] * 2 + [last] * 5
+    elif isinstance(method, OneStep):
+        assert taken == [plain] * 4 + [last, plain, plain]
+    else:
+        assert taken == [plain] * 2 + [(3, True)] + [plain] * 2
+        assert solver.next_steps(state._replace(lower_steps=torch.tensor(5))) == (3, True)
+
+
 def test_wrong_use_is_refused():
     case = build("mlp")
     solver = make_solver(case, Unrolled())
@@ -251,7 +281,7 @@ def test_unrolled_is_checked():
 
 
 def test_a_users_own_hypergradient():
-    """Anything with check, init and window will do; its memory is part of the state."""
+    """Anything with check, init and record will do; its memory is part of the state."""
 
     @dataclass(frozen=True)
     class Random:
@@ -264,28 +294,32 @@ def test_a_users_own_hypergradient():
         def init(self, optimizer, lower_params, upper_params):
             return {"calls": torch.zeros((), dtype=torch.int64)}
 
-        def window(
-            self,
-            problem,
-            optimizer,
-            lower_params,
-            upper_params,
-            optimizer_state,
-            batches,
-            upper_batch,
-            memory,
-        ):
-            plain = OneStep(Jvp()).window(
-                problem, optimizer, lower_params, upper_params, optimizer_state, batches
-            )
-            found = tree.map(lambda leaf: torch.full_like(leaf, self.scale), upper_params)
+        def record(self, window, upper_batch, memory):
+            return RandomRecord(self.scale, window, memory, [])
+
+    @dataclass(frozen=True)
+    class RandomRecord:
+        scale: float
+        window: Window
+        memory: dict
+        points: list
+
+        def before(self, number, point, random):
+            self.points.append(point)
+            return PassRequest()
+
+        def after(self, step):
+            assert step.number == len(self.points) - 1
+            assert step.before is self.points[-1]
+            assert step.passed.grads is not None
+
+        def hypergradient(self, end):
+            assert len(self.points) == 3
+            assert same_bits(self.points[0].lower_params, case.params)
             return HypergradientResult(
-                plain.lower_params,
-                plain.optimizer_state,
-                plain.passes,
                 torch.zeros(()),
-                found,
-                {"calls": memory["calls"] + 1},
+                tree.map(lambda leaf: torch.full_like(leaf, self.scale), self.window.upper_params),
+                {"calls": self.memory["calls"] + 1},
                 {"residual": torch.ones(())},
                 ("made up",),
             )
@@ -298,6 +332,8 @@ def test_a_users_own_hypergradient():
         solver.init(case.params, case.upper_params), batches_of(case), case.upper_batch
     )
     assert int(state.memory["calls"]) == 1
+    plain, _ = solver.window(solver.init(case.params, case.upper_params), batches_of(case))
+    assert same_bits(state.lower_params, plain.lower_params)
     assert infos[-1].notes == ("made up",)
     assert infos[-1].figures == {"residual": 1.0}
     assert infos[0].figures == {}

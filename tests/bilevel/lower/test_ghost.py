@@ -15,6 +15,7 @@ from bilevel import SGD, Auto, Ghost, Jvp, OneStep, PerExample, Refusal, Reweigh
 from bilevel.lower.ghost import uses
 from bilevel.lower.lower_pass import lower_pass
 from bilevel.routes import Route
+from tests.bilevel.run_window import run_step
 from tests.oracles import per_example_gradients, random_like
 
 BATCH, STEPS, SIZE = 4, 3, 6
@@ -292,8 +293,8 @@ def assert_falls_back(problem, params, batch, reason):
         problem.per_example_loss, problem.weights, moved, rows=problem.rows
     )
     arguments = (problem, *arguments[1:])
-    found = OneStep(Auto()).step(*arguments)
-    expected = OneStep(Jvp()).step(*arguments)
+    found = run_step(OneStep(Auto()), *arguments)
+    expected = run_step(OneStep(Jvp()), *arguments)
     (note,) = [micro.note for micro in found.passed.micro_batches]
     assert reason in note
     torch.testing.assert_close(found.hypergradient, expected.hypergradient, rtol=1e-12, atol=0)

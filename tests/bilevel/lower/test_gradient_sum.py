@@ -11,21 +11,21 @@ import torch
 from bilevel import Dot, ReweightingProblem, tree
 from bilevel.lower.gradient_sum import GradientStream, GradientSum
 from bilevel.lower.lower_pass import lower_pass
-from tests.bilevel.hypergradients.test_trajectory import peak_bytes
+from tests.bilevel.hypergradients.test_replay_memory import peak_bytes
 from tests.bilevel.test_solver import same_bits
 from tests.oracles import random_like
 
 PARAMS = {"w": torch.tensor([1.0, 2.0], dtype=torch.float64), "idle": None, "b": torch.zeros(1)}
 
 
-@pytest.mark.parametrize("way", [GradientSum.add, GradientSum.add_later])
+@pytest.mark.parametrize("kept", [False, True])
 @pytest.mark.parametrize("factor", [2.0, torch.tensor(2.0), torch.tensor(2.0, dtype=torch.float64)])
-def test_sums_are_in_place_and_leave_the_gradients_alone(factor, way):
+def test_sums_are_in_place_and_leave_the_gradients_alone(factor, kept):
     total = GradientSum(PARAMS, widen=False)
     first = {"w": torch.tensor([1.0, 3.0], dtype=torch.float64), "idle": None, "b": None}
     second = {"w": torch.tensor([5.0, 7.0], dtype=torch.float64), "idle": None, "b": torch.ones(1)}
-    way(total, factor, first)
-    way(total, factor, second)
+    total.add(factor, first, kept=kept)
+    total.add(factor, second, kept=kept)
     found = total.mean(4.0)
     assert found["w"].tolist() == [3.0, 5.0]
     assert found["b"].tolist() == [0.5]

@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from bilevel import tree
+from bilevel.optimizers.base import Optimizer
 from bilevel.optimizers.lazy import LazyRowAdam
-from bilevel.optimizers.optimizers import AdamW, Optimizer
+from bilevel.optimizers.optimizers import AdamW
 from bilevel.optimizers.schedule import warmup_cosine
 
 ROWS = 6

@@ -12,8 +12,9 @@ import torch
 
 from bilevel import tree
 from bilevel.optimizers import rules
+from bilevel.optimizers.base import clip_scale
 from bilevel.optimizers.buckets import BUCKET_ENTRIES, bucket_indices
-from bilevel.optimizers.optimizers import SGD, Adagrad, Adam, AdamW, RMSProp, clip_scale
+from bilevel.optimizers.optimizers import SGD, Adagrad, Adam, AdamW, RMSProp
 from bilevel.optimizers.schedule import warmup_cosine
 
 STEPS = 100

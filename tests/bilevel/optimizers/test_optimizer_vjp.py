@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from bilevel import tree
-from bilevel.optimizers.optimizers import SGD, Adagrad, Adam, AdamW, OptimizerState, RMSProp
+from bilevel.optimizers.base import OptimizerState
+from bilevel.optimizers.optimizers import SGD, Adagrad, Adam, AdamW, RMSProp
 
 OPTIMIZERS = {
     "sgd": SGD(0.1, weight_decay=0.3, decay_mask=lambda name: name != "a"),

@@ -26,6 +26,7 @@ from recipes.evidence.bench.contenders import (
 from recipes.evidence.bench.decoder import Sizes
 from recipes.evidence.bench.evaluate import evaluate
 from recipes.evidence.bench.measure import Timed, in_rounds, median_of, with_flops, with_peak
+from tests.bilevel.run_window import run_step, run_window
 
 TINY = Sizes(
     layers=1, width=16, heads=2, hidden=32, vocabulary=32, examples=4, tokens=12, instances=16
@@ -155,7 +156,8 @@ def test_losses_in_float64_are_computed_in_float64(double):
 def test_unrolled_is_torchopts_double_backward(double, steps):
     wanted = peers.torchopt_unroll(double, steps)
     assert relative(reference("unrolled", double, steps), wanted) <= 1e-11
-    found = Unrolled().window(
+    found = run_window(
+        Unrolled(),
         double.problem,
         double.optimizer,
         double.lower,
@@ -187,7 +189,8 @@ def test_identity_at_the_new_parameters_is_darts_limit(double):
     still = double.cast(torch.float64)
     object.__setattr__(still, "optimizer", type(still.optimizer)(0.0))
     method = OneStep(CentralDifference(radius=1e-4), update_derivative=Identity())
-    found = method.step(
+    found = run_step(
+        method,
         still.problem,
         still.optimizer,
         still.lower,

@@ -25,6 +25,7 @@ from recipes.problems.learned_schedule import (
     search_grid,
     train,
 )
+from tests.bilevel.run_window import run_window
 
 OPTIONS = ScheduleOptions(steps=4, runs=2, rows=12, batch_size=5, hidden=3, wrong_share=0.25)
 
@@ -96,7 +97,8 @@ def test_the_hypergradient_is_that_of_a_plain_training_loop(task):
     schedule, validation = schedule_of(), {"x": task.validation.x, "y": task.validation.y}
     solver = make_solver(4, 1, 1.0)
     state = solver.init(task.network(0), schedule)
-    result = solver.hypergradient.window(
+    result = run_window(
+        solver.hypergradient,
         solver.problem,
         solver.lower_optimizer,
         state.lower_params,

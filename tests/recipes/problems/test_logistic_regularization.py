@@ -32,6 +32,7 @@ from recipes.problems.logistic_regularization import (
     solve_lower,
     upper_loss,
 )
+from tests.bilevel.run_window import run_window
 
 
 @pytest.fixture(scope="module")
@@ -89,7 +90,8 @@ def test_exact_gradient_is_that_of_one_more_newton_step(splits):
 
 def hypergradient_at(solver, w, penalties, splits, steps=1):
     state = solver.init(w, penalties)
-    return solver.hypergradient.window(
+    return run_window(
+        solver.hypergradient,
         solver.problem,
         solver.lower_optimizer,
         state.lower_params,

@@ -34,6 +34,7 @@ from recipes.problems.noisy_labels import (
     run_method,
     seconds_to,
 )
+from tests.bilevel.run_window import run_window
 
 
 def seeded(seed=0):
@@ -134,7 +135,8 @@ def test_the_table_hypergradient_agrees_with_differences_and_with_the_gradients(
     mean = {name: torch.stack([row[name] for row in rows]).mean(0) for name in params}
     mu = AdamW(1e-2).grads_vjp(mean, state.lower_optimizer, state.lower_params, v)
     dots = torch.stack([tree.vdot(mu, row) for row in rows]) / 12
-    result = solver.hypergradient.window(
+    result = run_window(
+        solver.hypergradient,
         solver.problem,
         solver.lower_optimizer,
         state.lower_params,

@@ -23,7 +23,7 @@ from recipes.run.resume import Run, cut_log
 from recipes.run.step_log import Unlogged
 from recipes.run.trouble import Seen
 from recipes.train.cold_start import run_cold_start
-from recipes.train.loop import train
+from recipes.train.loop import StepLogging, Training, train
 from recipes.train.training import run_training
 from tests.recipes.run.toy_problem import TOY, toy
 from tests.tiny_task import altered, model_bits, read_lines
@@ -50,7 +50,7 @@ WRITTEN = ("log.jsonl", "weights.jsonl", "test_questions.jsonl")
 @pytest.fixture
 def interrupt(monkeypatch):
     """``interrupt(n)``: the n-th lower step from now on is never taken."""
-    original = BilevelSolver.step
+    original = BilevelSolver.advance
 
     def at(number):
         calls = iter(range(1, number + 1))
@@ -60,7 +60,7 @@ def interrupt(monkeypatch):
                 raise KeyboardInterrupt
             return original(*args, **more)
 
-        monkeypatch.setattr(BilevelSolver, "step", step)
+        monkeypatch.setattr(BilevelSolver, "advance", step)
 
     yield at
     monkeypatch.undo()
@@ -226,19 +226,15 @@ def toy_batches(step):
 def toy_run(solver, start, steps, checkpoints):
     run = Run("bilevel-prm toy", checkpoints.directory.parent, checkpoints, start, start)
     run.directory.mkdir(exist_ok=True)
-    return train(
+    training = Training(
         solver,
-        run,
         steps=steps,
         lower_batches=toy_batches,
-        upper_batch=lambda step: {},
-        weighting=None,
-        log_every=4,
         title="toy",
-        progress=False,
-        learning_rates={},
         on_trouble="raise",
-    ).state
+        upper_batch=lambda step: {},
+    )
+    return train(run, training, StepLogging(4)).state
 
 
 def newest(checkpoints, example):

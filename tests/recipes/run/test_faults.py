@@ -24,7 +24,7 @@ from recipes.run.checkpoints import Checkpoints, Progress
 from recipes.run.errors import StepError, WriteError
 from recipes.run.resume import Run
 from recipes.run.step_log import append_line
-from recipes.train.loop import train
+from recipes.train.loop import StepLogging, Training, train
 from recipes.train.training import run_training
 from tests.tiny_task import model_bits
 
@@ -106,7 +106,7 @@ def test_a_disk_that_is_full_when_the_model_is_written(whole, disk, capsys):
 
 
 def test_a_disk_that_becomes_read_only(whole, disk, capsys, monkeypatch):
-    original, run = BilevelSolver.step, disk.path / "run"
+    original, run = BilevelSolver.advance, disk.path / "run"
 
     def third_finds_it_so(self, state, *rest):
         if int(state.lower_steps) == 2:
@@ -114,7 +114,7 @@ def test_a_disk_that_becomes_read_only(whole, disk, capsys, monkeypatch):
             disk.remount("ro")
         return original(self, state, *rest)
 
-    monkeypatch.setattr(BilevelSolver, "step", third_finds_it_so)
+    monkeypatch.setattr(BilevelSolver, "advance", third_finds_it_so)
     assert main(words(whole, run)) == 1
     said = capsys.readouterr().err.splitlines()[-1]
     assert said.startswith(
@@ -223,17 +223,15 @@ def test_an_image_that_goes_away_during_the_run(tmp_path, fault):
 
         shutil.copy(kept, image)
         return train(
-            solver,
             run,
-            steps=6,
-            lower_batches=lower,
-            upper_batch=None,
-            weighting=None,
-            log_every=1,
-            title="toy",
-            progress=False,
-            learning_rates={},
-            on_trouble="raise",
+            Training(
+                solver,
+                steps=6,
+                lower_batches=lower,
+                title="toy",
+                on_trouble="raise",
+            ),
+            StepLogging(1),
         )
 
     whole = go("whole", None)

@@ -26,7 +26,7 @@ def handlers():
 @pytest.fixture
 def send(monkeypatch):
     """``send(number, step)``: the signal arrives during that lower step, counted from 1."""
-    original = BilevelSolver.step
+    original = BilevelSolver.advance
 
     def at(number, when):
         steps = iter(range(1, when + 1))
@@ -36,7 +36,7 @@ def send(monkeypatch):
                 signal.raise_signal(number)
             return original(*args, **more)
 
-        monkeypatch.setattr(BilevelSolver, "step", step)
+        monkeypatch.setattr(BilevelSolver, "advance", step)
 
     yield at
     monkeypatch.undo()
@@ -72,7 +72,7 @@ def test_the_step_is_finished_the_state_saved_and_the_way_on_said(
 
 def test_loader_processes_that_the_signal_ended_are_no_fault(task, tmp_path, monkeypatch):
     """A signal to all processes of a job; torch says that its workers died, wherever we are."""
-    original = BilevelSolver.step
+    original = BilevelSolver.advance
 
     def step(self, state, *rest):
         if int(state.lower_steps) == 2:
@@ -80,7 +80,7 @@ def test_loader_processes_that_the_signal_ended_are_no_fault(task, tmp_path, mon
             raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Terminated. ")
         return original(self, state, *rest)
 
-    monkeypatch.setattr(BilevelSolver, "step", step)
+    monkeypatch.setattr(BilevelSolver, "advance", step)
     with pytest.raises(Stopped, match="stopped by SIGTERM after 2 of 4 lower steps"):
         run_training(task.train(tmp_path / "run"))
     assert (tmp_path / "run" / "checkpoints" / "step-2").is_dir()
@@ -92,7 +92,7 @@ def test_after_the_last_step_only_the_evaluation_is_left(task, tmp_path, send, m
     with pytest.raises(Stopped, match="after 3 of 3 lower steps"):
         run_training(options)
     monkeypatch.undo()
-    monkeypatch.setattr(BilevelSolver, "step", None)  # none is taken any more
+    monkeypatch.setattr(BilevelSolver, "advance", None)  # none is taken any more
     assert main(["train", "--resume", str(tmp_path / "run")]) == 0
     assert (tmp_path / "run" / "results.json").exists()
 

@@ -17,7 +17,7 @@ from recipes.run.errors import NonFiniteError
 from recipes.run.resume import Run
 from recipes.run.step_log import Unlogged
 from recipes.run.trouble import GIVE_UP, Seen, Trouble, find_troubles
-from recipes.train.loop import train
+from recipes.train.loop import StepLogging, Training, train
 from tests.tiny_task import read_lines
 from weighting import InstanceNet
 
@@ -203,17 +203,16 @@ def run_toy(
     folder.mkdir(exist_ok=True)
     run = Run("bilevel-prm toy", folder, checkpoints, beginning, start or beginning)
     return train(
-        solver,
         run,
-        steps=steps,
-        lower_batches=lambda step: [batch((lower or {}).get(step, 1.0))],
-        upper_batch=lambda step: batch((upper or {}).get(step, 1.0)),
-        weighting=None,
-        log_every=4,
-        title="toy",
-        progress=False,
-        learning_rates={},
-        on_trouble=on_trouble,
+        Training(
+            solver,
+            steps=steps,
+            lower_batches=lambda step: [batch((lower or {}).get(step, 1.0))],
+            title="toy",
+            on_trouble=on_trouble,
+            upper_batch=lambda step: batch((upper or {}).get(step, 1.0)),
+        ),
+        StepLogging(4),
     )
 
 

@@ -1,4 +1,4 @@
-"""The steps of an optimizer, last one first, without having kept what they were taken from.
+"""Replay memory: the steps of an optimizer, last one first, without having kept their points.
 
 From a kept point and the gradients, every later (θ, s) follows by the optimizer's elementwise
 update alone, in the same arithmetic and hence to the last bit, with no pass through the model. So a
@@ -9,93 +9,80 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from bilevel import tree
-from bilevel.optimizers.optimizers import Optimizer
-from bilevel.problem import Params
+from bilevel.lower.steps import Point, advance
+from bilevel.optimizers.base import Optimizer
 from bilevel.tree import Tree
 
 Store = Literal["device", "host"]
 
 
-class Point(NamedTuple):
-    """Lower parameters and optimizer state before a step."""
-
-    lower_params: Params
-    optimizer_state: Any
-
-
 @dataclass(frozen=True, eq=False)
 class Kept:
-    """A tree put by: where it was ("device"), or in CPU memory ("host"), pinned for a GPU."""
+    """A tree that is kept: where it was ("device"), or in CPU memory ("host"), pinned for a GPU."""
 
-    held: Tree
+    stored: Tree
 
     @property
     def nbytes(self) -> int:
         """Bytes of all its tensors."""
-        held: list[Any] = tree.leaves(self.held)
-        return sum(away.tensor.nbytes for away in held)
+        leaves: list[Any] = tree.leaves(self.stored)
+        return sum(leaf.tensor.nbytes for leaf in leaves)
 
     def fetch(self) -> Any:
         """Return the tree where it was."""
-        return tree.map(_Away.fetch, self.held)
+        return tree.map(_StoredTensor.fetch, self.stored)
 
 
 def keep(values: Any, store: Store) -> Kept:
-    """Put a tree by. With "host" nothing of it stays on the device; for the CPU it is a no-op."""
-    return Kept(tree.map(lambda leaf: _Away.of(leaf, store), values))
+    """Keep a tree. With "host" nothing of it stays on the device; on the CPU nothing is copied."""
+    return Kept(tree.map(lambda leaf: _StoredTensor.of(leaf, store), values))
 
 
 @dataclass(frozen=True, eq=False)
-class _Away:
+class _StoredTensor:
     tensor: Tensor
     device: torch.device
 
     @staticmethod
-    def of(leaf: Tensor, store: Store) -> _Away:
+    def of(leaf: Tensor, store: Store) -> _StoredTensor:
         leaf = leaf.detach()
         if store == "device" or leaf.device.type == "cpu":
-            return _Away(leaf, leaf.device)
+            return _StoredTensor(leaf, leaf.device)
         # Both copies run on the device's stream, in order; the CPU never looks at the numbers.
         host = torch.empty_like(leaf, device="cpu", pin_memory=leaf.is_cuda)
-        return _Away(host.copy_(leaf, non_blocking=leaf.is_cuda), leaf.device)
+        return _StoredTensor(host.copy_(leaf, non_blocking=leaf.is_cuda), leaf.device)
 
     def fetch(self) -> Tensor:
         return self.tensor.to(self.device, non_blocking=True)
 
 
-@torch.no_grad()
-def advance(optimizer: Optimizer, point: Point, grads: Tree) -> Point:
-    """Return the point after the step with these gradients."""
-    return Point(*optimizer.update(grads, point.optimizer_state, point.lower_params))
-
-
 def way_points(point: Point, steps: int) -> list[int]:
-    """Return the steps whose points `backwards` needs first, in order: to keep when they pass by.
+    """Return the steps whose points ``backwards`` needs first, in order: to keep when they pass by.
 
-    The first of `steps`, whose point this is, and the middles of what remains. The first alone
+    The first of ``steps``, whose point this is, and the middles of what remains. The first alone
     where points are hardly larger than gradients.
     """
-    found = [0]
+    indices = [0]
     light = _light(_bytes(point), _bytes(point.lower_params))
-    while steps - found[-1] > 1 and not light:
-        found.append((found[-1] + steps) // 2)
-    return found
+    while steps - indices[-1] > 1 and not light:
+        indices.append((indices[-1] + steps) // 2)
+    return indices
 
 
 def backwards(
     optimizer: Optimizer, points: list[tuple[int, Kept]], grads: list[Kept], store: Store
 ) -> Iterator[tuple[Tree, Point]]:
-    """Yield (gradient, point before its step), from the last step to the first.
+    """Yield (gradient, point before its step) from the last step to the first.
 
     Points are found by bisection: N steps take at most (N/2) log₂ N updates, N − 1 fewer if all
-    `way_points` are given, and log₂ N points in memory besides the start. Where a point is hardly
-    larger than a gradient (SGD without momentum), one is put by only when a used gradient has made
+    ``way_points`` are given, and log₂ N points in memory besides the start. Where a point is hardly
+    larger than a gradient (SGD without momentum), one is kept only when a used gradient has made
     room for it, for at most 3N updates more: then the gradients and the start are all there ever
     is, and memory grows by 1 × θ per step.
 
@@ -126,7 +113,7 @@ def backwards(
 
 
 def _light(point: int, gradient: int) -> bool:
-    """Whether a point, in bytes, is hardly larger than a gradient: there are no moments."""
+    """Return whether a point, in bytes, is hardly larger than a gradient: there are no moments."""
     return point <= 1.5 * gradient
 
 

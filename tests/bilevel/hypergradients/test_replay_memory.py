@@ -10,7 +10,8 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from bilevel import SGD, Adam, AdamW, ReweightingProblem, Unrolled, tree, warmup_cosine
-from bilevel.hypergradients.trajectory import Point, advance, backwards, keep, way_points
+from bilevel.hypergradients.replay_memory import Point, advance, backwards, keep, way_points
+from tests.bilevel.run_window import run_window
 from tests.bilevel.test_solver import same_bits
 from tests.oracles import random_like
 
@@ -123,7 +124,7 @@ def test_memory_per_step(optimizer):
         batches = [[x]] * steps
         upper = torch.ones(3)
         return peak_bytes(
-            lambda: method.window(problem, optimizer, params, upper, state, batches, x)
+            lambda: run_window(method, problem, optimizer, params, upper, state, batches, x)
         )
 
     peak(Unrolled(), 4)  # what the first call allocates for good

@@ -1,0 +1,149 @@
+"""The lower steps of a window: the one loop in which θ moves.
+
+Training, a window that is differentiated, and the second pass of a rollback all go through
+``take_steps``. A hypergradient takes no steps: it gives the loop a ``Recorder``, which is asked
+before each lower pass what the pass should leave behind, and is shown each step after it was taken.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from bilevel import tree
+from bilevel.autodiff import random_state
+from bilevel.autodiff.random_state import RandomState
+from bilevel.lower.lower_pass import LowerPass, lower_pass
+from bilevel.lower.route import Route
+from bilevel.optimizers.base import DifferentiableOptimizer, Optimizer
+from bilevel.problem import Batch, Params, Problem
+from bilevel.tree import Tree
+
+
+class Point(NamedTuple):
+    """Lower parameters and optimizer state before a step."""
+
+    lower_params: Params
+    optimizer_state: Any
+
+
+@dataclass(frozen=True, eq=False)
+class Window:
+    """A window: where it starts, and all that determines its lower steps.
+
+    Attributes:
+        problem: The losses.
+        optimizer: Takes the lower steps.
+        start: θ and the optimizer's state before the first step.
+        upper_params: φ, the same in all steps.
+        batches: Per lower step its micro-batches.
+    """
+
+    problem: Problem
+    optimizer: DifferentiableOptimizer
+    start: Point
+    upper_params: Params
+    batches: Sequence[Sequence[Batch]]
+
+
+class PassRequest(NamedTuple):
+    """What a lower pass should leave behind beside the gradient; by default nothing.
+
+    Attributes:
+        upper_params: φ as autograd leaves, for weights with a graph to them; None: φ without one.
+        differentiate: Whether a mixed product will be asked for.
+        direction: μ of that product, if it is known before the pass.
+    """
+
+    upper_params: Params | None = None
+    differentiate: bool = False
+    direction: Tree | None = None
+
+
+class Step(NamedTuple):
+    """A lower step that was taken.
+
+    Attributes:
+        number: Its number in the window, from 0.
+        before: θ and the optimizer's state before it.
+        random: The random state from which its lower pass was run.
+        passed: The lower pass, with its gradient.
+    """
+
+    number: int
+    before: Point
+    random: RandomState
+    passed: LowerPass
+
+
+class Recorder(Protocol):
+    """What remembers the steps of a window while they are taken."""
+
+    def before(self, number: int, point: Point, random: RandomState) -> PassRequest:
+        """Return what the lower pass of step ``number``, from this point, should leave behind.
+
+        The torch generators must be left as they are: see ``random_state.rewound_to``.
+        """
+
+    def after(self, step: Step) -> None:
+        """Keep of the step what will be needed. Whatever is not kept is freed."""
+
+
+class LowerSteps(NamedTuple):
+    """Lower steps that were taken.
+
+    Attributes:
+        end: θ and the optimizer's state after the last.
+        passes: The figures of each lower pass, in order (``LowerPass.summary``).
+    """
+
+    end: Point
+    passes: tuple[LowerPass, ...]
+
+
+def take_steps(window: Window, route: Route, recorder: Recorder | None = None) -> LowerSteps:
+    """Take the lower steps of a window, one for each entry of its batches.
+
+    The lower passes alone move the torch generators, and what a recorder asks for does not change
+    the gradients: with or without it the steps are the same bit for bit.
+
+    Args:
+        window: Where to start, and on which batches.
+        route: By which the lower passes are run.
+        recorder: What remembers the steps; None: nothing does (plain training).
+
+    Raises:
+        Refusal: The route has no per-example rule for something the model does.
+        ValueError: Losses or weights of a wrong shape, or micro-batches that do not suit the route.
+    """
+    plain = tree.map(Tensor.detach, window.upper_params)
+    point, passes = window.start, []
+    for index, micro_batches in enumerate(window.batches):
+        random = random_state.capture(point.lower_params)
+        request = PassRequest() if recorder is None else recorder.before(index, point, random)
+        passed = lower_pass(
+            window.problem,
+            route,
+            point.lower_params,
+            plain if request.upper_params is None else request.upper_params,
+            micro_batches,
+            differentiate=request.differentiate,
+            direction=request.direction,
+        )
+        following = advance(window.optimizer, point, passed.grads)
+        passes.append(passed.summary())
+        if recorder is not None:
+            recorder.after(Step(index, point, random, passed))
+        point = following
+        del request, passed, following  # not held while the next pass runs
+    return LowerSteps(point, tuple(passes))
+
+
+@torch.no_grad()
+def advance(optimizer: Optimizer, point: Point, grads: Tree) -> Point:
+    """Return the point after the step with these gradients."""
+    return Point(*optimizer.update(grads, point.optimizer_state, point.lower_params))
