@@ -32,22 +32,24 @@ ALLOWED = {
 LAYERS = {
     "bilevel": (
         ("tree", "checks"),
-        ("problem", "routes", "optimizers"),
+        ("problem", "optimizers"),
         ("autodiff", "state"),
         ("lower",),
+        ("routes",),
         ("hypergradients",),
         ("solver",),
         ("audit",),
     ),
     "prm": (
-        ("schema", "losses", "aggregations", "evaluation"),
-        ("inputs",),
+        ("schema", "names", "files"),
+        ("losses", "aggregations", "evaluation", "inputs"),
         ("data", "models"),
         ("scoring",),
     ),
     "weighting": (
-        ("bounds", "features", "heuristics", "normalise"),
-        ("instance_net", "stats", "tables"),
+        ("bounds", "files", "heuristics", "normalise"),
+        ("base",),
+        ("features", "instance_net", "tables"),
         ("store",),
     ),
     "recipes": (
