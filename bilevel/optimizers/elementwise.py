@@ -31,10 +31,10 @@ from bilevel.optimizers.point import (
     add_scale_path,
     check_shapes,
     column,
-    filled,
     or_else,
+    zero_filled,
 )
-from bilevel.optimizers.rules import Direction, add_decay, descend
+from bilevel.optimizers.rules import RuleStep, add_decay, descend
 from bilevel.optimizers.schedule import Schedule
 from bilevel.tree import Tree
 
@@ -146,7 +146,7 @@ class ElementwiseOptimizer:
             at = self._point(grads, state, params)
             first_bar, second_bar = (None, None) if state_bar is None else state_bar[1:]
             bars = [
-                filled(at.structure, bar, values)
+                zero_filled(at.structure, bar, values)
                 for bar, values in zip(
                     (params_bar, first_bar, second_bar), (at.params, *at.moments), strict=True
                 )
@@ -168,7 +168,7 @@ class ElementwiseOptimizer:
         with torch.no_grad():
             at = self._point(grads, state, params)
             nothing: Leaves = [None] * len(at.params)
-            bars = [filled(at.structure, params_bar, at.params), nothing, nothing]
+            bars = [zero_filled(at.structure, params_bar, at.params), nothing, nothing]
             check_shapes(params, at.params, bars[0], "cotangent")
             return at.structure.unflatten(self._pull_back(at, bars, all_inputs=False)[0])
 
@@ -207,7 +207,7 @@ class ElementwiseOptimizer:
     def _moments(self) -> tuple[bool, bool]:
         raise NotImplementedError
 
-    def _direction(self, g: Tensor, m: Tensor | None, s: Tensor | None, steps: int) -> Direction:
+    def _direction(self, g: Tensor, m: Tensor | None, s: Tensor | None, steps: int) -> RuleStep:
         raise NotImplementedError
 
     def _direction_vjp(
@@ -216,9 +216,9 @@ class ElementwiseOptimizer:
         m: Tensor | None,
         s: Tensor | None,
         steps: int,
-        bars: Direction,
+        bars: RuleStep,
         all_inputs: bool,
-    ) -> Direction:
+    ) -> RuleStep:
         raise NotImplementedError
 
     def _predicted_gain(self, s: Tensor | None, count: int) -> float | Tensor:
@@ -285,7 +285,7 @@ class ElementwiseOptimizer:
         ) -> tuple[Tensor | None, ...]:
             p_wide, g_rule = self._rule_inputs(at, key, p, g)
             p_bar = p_bar.to(p_wide.dtype)
-            given = Direction(p_bar * -at.lr, m_bar, s_bar)
+            given = RuleStep(p_bar * -at.lr, m_bar, s_bar)
             g_bar, *moment_bars = self._direction_vjp(g_rule, m, s, at.steps, given, all_inputs)
             old_bar = None
             if all_inputs:

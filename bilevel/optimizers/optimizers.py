@@ -19,7 +19,7 @@ from bilevel.checks import check_eps, require
 from bilevel.optimizers import rules
 from bilevel.optimizers.base import OptimizerState
 from bilevel.optimizers.elementwise import ElementwiseOptimizer
-from bilevel.optimizers.rules import Adaptive, Direction
+from bilevel.optimizers.rules import Adaptive, RuleStep
 from bilevel.tree import Tree
 
 
@@ -46,9 +46,9 @@ class SGD(ElementwiseOptimizer):
     def _moments(self) -> tuple[bool, bool]:
         return self.momentum > 0.0, False
 
-    def _direction(self, g: Tensor, m: Tensor | None, s: Tensor | None, steps: int) -> Direction:
+    def _direction(self, g: Tensor, m: Tensor | None, s: Tensor | None, steps: int) -> RuleStep:
         if m is None:
-            return Direction(g)
+            return RuleStep(g)
         return rules.momentum_direction(g, m, self.momentum, self.nesterov)
 
     def _direction_vjp(
@@ -57,11 +57,11 @@ class SGD(ElementwiseOptimizer):
         m: Tensor | None,
         s: Tensor | None,
         steps: int,
-        bars: Direction,
+        bars: RuleStep,
         all_inputs: bool,
-    ) -> Direction:
+    ) -> RuleStep:
         if m is None:
-            return Direction(bars.step)
+            return RuleStep(bars.step)
         return rules.momentum_vjp(bars, self.momentum, self.nesterov, all_inputs=all_inputs)
 
     def _predicted_gain(self, s: Tensor | None, count: int) -> float:
@@ -94,9 +94,9 @@ class _AdaptiveOptimizer(ElementwiseOptimizer):
         m: Tensor | None,
         s: Tensor | None,
         steps: int,
-        bars: Direction,
+        bars: RuleStep,
         all_inputs: bool,
-    ) -> Direction:
+    ) -> RuleStep:
         assert s is not None
         rule = self._coefficients(steps)
         return rules.adaptive_vjp(g, m, s, bars, rule, all_inputs=all_inputs)
@@ -135,10 +135,10 @@ class Adam(_AdaptiveOptimizer):
     def _moments(self) -> tuple[bool, bool]:
         return True, True
 
-    def _direction(self, g: Tensor, m: Tensor | None, s: Tensor | None, steps: int) -> Direction:
+    def _direction(self, g: Tensor, m: Tensor | None, s: Tensor | None, steps: int) -> RuleStep:
         assert m is not None
         assert s is not None
-        return Direction(*rules.adam_direction(g, m, s, steps, self.betas, self.eps))
+        return RuleStep(*rules.adam_direction(g, m, s, steps, self.betas, self.eps))
 
     def _coefficients(self, steps: int) -> Adaptive:
         beta1, beta2 = self.betas
@@ -181,7 +181,7 @@ class RMSProp(_AdaptiveOptimizer):
     def _moments(self) -> tuple[bool, bool]:
         return False, True
 
-    def _direction(self, g: Tensor, m: Tensor | None, s: Tensor | None, steps: int) -> Direction:
+    def _direction(self, g: Tensor, m: Tensor | None, s: Tensor | None, steps: int) -> RuleStep:
         assert s is not None
         return rules.rms_direction(g, s, self.beta, self.eps)
 
@@ -208,7 +208,7 @@ class Adagrad(_AdaptiveOptimizer):
     def _moments(self) -> tuple[bool, bool]:
         return False, True
 
-    def _direction(self, g: Tensor, m: Tensor | None, s: Tensor | None, steps: int) -> Direction:
+    def _direction(self, g: Tensor, m: Tensor | None, s: Tensor | None, steps: int) -> RuleStep:
         assert s is not None
         return rules.adagrad_direction(g, s, self.eps)
 

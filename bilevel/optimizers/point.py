@@ -42,7 +42,7 @@ def column(structure: Any, values: Tree, size: int) -> Leaves:
     return [None] * size if values is None else structure.flatten_up_to(values)
 
 
-def filled(structure: Any, bars: Tree, values: Leaves) -> Leaves:
+def zero_filled(structure: Any, bars: Tree, values: Leaves) -> Leaves:
     """Return one cotangent per leaf: zeros where it is None, None where there is no value."""
     return [
         torch.zeros_like(value) if bar is None and value is not None else bar

@@ -37,7 +37,7 @@ from torchopt.transform.scale_by_rss import ScaleByRssState
 from torchopt.transform.trace import TraceState
 
 
-class Direction(NamedTuple):
+class RuleStep(NamedTuple):
     """What a rule makes of a gradient: the step is ``params − lr · step``. None: no such moment."""
 
     step: Tensor
@@ -76,7 +76,7 @@ def descend(params: Tensor, step: Tensor, lr: float | Tensor) -> Tensor:
     return apply_updates(params, updates, inplace=False)
 
 
-def momentum_direction(grads: Tensor, first: Tensor, momentum: float, nesterov: bool) -> Direction:
+def momentum_direction(grads: Tensor, first: Tensor, momentum: float, nesterov: bool) -> RuleStep:
     """Return ``m' = μ m + g`` and the step m', or g + μ m' for Nesterov's.
 
     Source: Sutskever et al. 2013, in the form of `torch.optim.SGD` without dampening.
@@ -85,7 +85,7 @@ def momentum_direction(grads: Tensor, first: Tensor, momentum: float, nesterov: 
     dummy = first.new_zeros(1)
     rule.update(dummy, TraceState(dummy), inplace=False)  # spends the closure's "first call"
     step, state = rule.update(grads, TraceState(first), inplace=False)
-    return Direction(step, first_moment=state.trace)
+    return RuleStep(step, first_moment=state.trace)
 
 
 def adam_direction(
@@ -105,23 +105,21 @@ def adam_direction(
     return step.to(first.dtype), state.mu, state.nu
 
 
-def rms_direction(grads: Tensor, second: Tensor, beta: float, eps: float) -> Direction:
+def rms_direction(grads: Tensor, second: Tensor, beta: float, eps: float) -> RuleStep:
     """Return RMSProp's step and second moment (Tieleman & Hinton 2012), not centred."""
     rule = scale_by_rms(alpha=beta, eps=eps)
     step, state = rule.update(grads, ScaleByRmsState(second), inplace=False)
-    return Direction(step, second_moment=state.nu)
+    return RuleStep(step, second_moment=state.nu)
 
 
-def adagrad_direction(grads: Tensor, second: Tensor, eps: float) -> Direction:
+def adagrad_direction(grads: Tensor, second: Tensor, eps: float) -> RuleStep:
     """Return Adagrad's step and sum of squares (Duchi et al. 2011)."""
     rule = scale_by_rss(eps=eps)
     step, state = rule.update(grads, ScaleByRssState(second), inplace=False)
-    return Direction(step, second_moment=state.sum_of_squares)
+    return RuleStep(step, second_moment=state.sum_of_squares)
 
 
-def momentum_vjp(
-    bars: Direction, momentum: float, nesterov: bool, *, all_inputs: bool
-) -> Direction:
+def momentum_vjp(bars: RuleStep, momentum: float, nesterov: bool, *, all_inputs: bool) -> RuleStep:
     """Return the cotangents of gradient (as `step`) and, if asked for, of the old buffer::
 
     m̄ = m̄' + ū, or m̄' + μ ū with Nesterov        ḡ = m̄, or m̄ + ū
@@ -130,18 +128,18 @@ def momentum_vjp(
     if bars.first_moment is not None:
         buffer_bar = buffer_bar + bars.first_moment
     grads_bar = buffer_bar + bars.step if nesterov else buffer_bar
-    return Direction(grads_bar, momentum * buffer_bar if all_inputs else None)
+    return RuleStep(grads_bar, momentum * buffer_bar if all_inputs else None)
 
 
 def adaptive_vjp(
     grads: Tensor,
     first: Tensor | None,
     second: Tensor,
-    bars: Direction,
+    bars: RuleStep,
     rule: Adaptive,
     *,
     all_inputs: bool,
-) -> Direction:
+) -> RuleStep:
     """Return the cotangents of gradient (as `step`) and, if asked for, of the old moments.
 
     For cotangents ū, m̄', s̄' of direction and new moments, with D = √(s'/c₂) + ε::
@@ -164,7 +162,7 @@ def adaptive_vjp(
         slope = (grads / root.clamp_(min=least)).mul_(new_first)
         ratio = root.add_(eps).reciprocal_()
         slope.mul_(ratio).mul_(-rule.gain * gain).add_((1.0 - rule.beta1) * gain)
-        return Direction(ratio.mul_(bars.step).mul_(slope))
+        return RuleStep(ratio.mul_(bars.step).mul_(slope))
     # 1/√s', 0 where s' = 0. Masks would take ten times as long.
     inverse_root = root.reciprocal().nan_to_num_(nan=math.nan, posinf=0.0)
     scaled_denominator = root.add_(eps)
@@ -176,6 +174,6 @@ def adaptive_vjp(
     if bars.second_moment is not None:
         second_bar = second_bar + bars.second_moment
     grads_bar = (first_bar * (1.0 - rule.beta1)).addcmul_(grads, second_bar, value=2.0 * rule.gain)
-    return Direction(
+    return RuleStep(
         grads_bar, None if first is None else first_bar * rule.beta1, second_bar * rule.beta2
     )
