@@ -9,6 +9,7 @@ from typing import Any, NamedTuple, TypeAlias
 
 import optree
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from bilevel.audit.table import text_table
@@ -144,7 +145,7 @@ def compare_hypergradients(
     return HypergradientComparison(tuple(methods), tuple(norms), tuple(points), said)
 
 
-def _vector(hypergradient: Tree, upper_params: Params) -> Tensor:
+def _vector(hypergradient: Tree, upper_params: Params) -> Float[Tensor, " entries"]:
     """Return all entries in one vector, zeros where φ has no influence."""
     leaves, structure = optree.tree_flatten(upper_params)
     found = structure.flatten_up_to(hypergradient)
@@ -155,7 +156,7 @@ def _vector(hypergradient: Tree, upper_params: Params) -> Tensor:
     return torch.cat(pieces) if pieces else torch.zeros(0, dtype=torch.float64)
 
 
-def _agreement(first: Tensor, second: Tensor) -> Agreement:
+def _agreement(first: Float[Tensor, " entries"], second: Float[Tensor, " entries"]) -> Agreement:
     norms = float(first.norm()), float(second.norm())
     if not all(norms):
         return Agreement(math.nan, math.nan, math.nan)

@@ -7,6 +7,7 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import torch
+from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.nn import functional
 
@@ -20,15 +21,15 @@ _CPU_SCORES, _SCORES, _LEAST_ROWS = 1 << 19, 1 << 24, 64
 
 
 def attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attn_mask: Tensor | None = None,
+    query: Float[Tensor, "*batch queries size"],
+    key: Float[Tensor, "... keys size"],
+    value: Float[Tensor, "... keys width"],
+    attn_mask: Bool[Tensor, "..."] | Float[Tensor, "..."] | None = None,
     dropout_p: float = 0.0,
     is_causal: bool = False,
     scale: float | None = None,
     enable_gqa: bool = False,
-) -> Tensor:
+) -> Float[Tensor, "*batch queries width"]:
     """`torch.nn.functional.scaled_dot_product_attention`, whose MATH kernel holds all scores.
 
     A causal block leaves out the keys that it would mask. Dropout draws its numbers for all queries

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+from jaxtyping import Float
 from torch import Tensor
 from torch.autograd import forward_ad
 
@@ -37,7 +38,9 @@ def parts(*values: Any) -> tuple[Dual, ...] | None:
     return None if all(one.tangent is None for one in found) else found
 
 
-def joined(value: Tensor, tangent: Tensor) -> Tensor:
+def joined(
+    value: Float[Tensor, "*shape"], tangent: Float[Tensor, "*shape"]
+) -> Float[Tensor, "*shape"]:
     """Put a value and its tangent, of the same shape and precision, together."""
     dual: Tensor = forward_ad.make_dual(value, tangent)
     return dual

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any, NamedTuple, Protocol
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from bilevel.tree import Tree
@@ -31,7 +32,7 @@ class UpdateCotangents(NamedTuple):
     params: Tree
 
 
-def clip_scale(norm: Tensor, max_norm: float) -> Tensor:
+def clip_scale(norm: Float[Tensor, ""], max_norm: float) -> Float[Tensor, ""]:
     """Return min(1, max_norm / (norm + 1e-6)), the factor of `clip_grad_norm_`; scalar."""
     return torch.clamp(max_norm / (norm + CLIP_EPS), max=1.0)
 

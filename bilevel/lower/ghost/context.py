@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from bilevel import tree
@@ -74,8 +75,8 @@ class Context:
 
     def weight(
         self,
-        weights: Tensor,
-        owners: Mapping[int, Tensor],
+        weights: Float[Tensor, " batch"],
+        owners: Mapping[int, Int[Tensor, " rows"]],
         direction: Sequence[Tensor | None] | None,
         keep: bool,
     ) -> None:
@@ -89,7 +90,7 @@ class Context:
         self._all_one = bool((weights == 1.0).all())
         self.dots = weights.new_zeros(weights.shape, dtype=tree.wide_dtype(weights.dtype))
 
-    def later_dots(self, direction: Sequence[Tensor | None]) -> Tensor:
+    def later_dots(self, direction: Sequence[Tensor | None]) -> Float[Tensor, " batch"]:
         """Return the products [batch] from what was kept, and forget it."""
         assert self.dots is not None
         for leaf, dots in self._pending:
