@@ -51,7 +51,7 @@ from bilevel.optimizers.base import (
 from bilevel.optimizers.lazy import LazyRowAdam, LazyRowState
 from bilevel.optimizers.optimizers import SGD, Adagrad, Adam, AdamW, RMSProp
 from bilevel.optimizers.projected import Projected
-from bilevel.optimizers.schedule import Constant, Schedule, WarmupCosine, constant, warmup_cosine
+from bilevel.optimizers.schedule import Constant, Schedule, StepDecay, WarmupCosine
 from bilevel.problem import BilevelProblem, ReweightingProblem
 from bilevel.routes import Auto, CentralDifference, Dot, Ghost, Jvp, PerExample, Reverse, Route
 from bilevel.solver import BilevelSolver
@@ -107,6 +107,7 @@ __all__ = [
     "Schedule",
     "Stationarity",
     "StationarityWarning",
+    "StepDecay",
     "StepInfo",
     "Unrolled",
     "UpdateCotangents",
@@ -114,8 +115,6 @@ __all__ = [
     "WarmupCosine",
     "check_hypergradient",
     "compare_hypergradients",
-    "constant",
     "movement",
     "stationarity",
-    "warmup_cosine",
 ]

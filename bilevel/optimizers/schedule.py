@@ -109,15 +109,3 @@ class StepDecay:
             count = count.to(torch.float64)
             return self.peak * self.factor ** torch.floor(count / self.every)
         return float(self.peak * self.factor ** (count // self.every))
-
-
-def constant(lr: float) -> Constant:
-    """Return the schedule that is `lr` at every step."""
-    return Constant(lr)
-
-
-def warmup_cosine(
-    peak: float, warmup_steps: int, total_steps: int, floor: float = 0.0
-) -> WarmupCosine:
-    """Return linear warm-up to `peak`, then half a cosine to `floor` (see `WarmupCosine`)."""
-    return WarmupCosine(peak, warmup_steps, total_steps, floor)
