@@ -13,7 +13,7 @@ from typing import Any, TypeAlias
 
 import optree
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Num
 from torch import Tensor
 
 # Nested containers with tensors (or None) at the leaves; mypy has no recursive pytree type.
@@ -70,7 +70,7 @@ def axpy(factor: float | Tensor, x: Tree, y: Tree) -> Tree:
     return optree.tree_map(combine, x, y, none_is_leaf=True)
 
 
-def vdot(left: Tree, right: Tree) -> Float[Tensor, ""]:
+def vdot(left: Tree, right: Tree) -> Num[Tensor, ""]:
     """Return ⟨left, right⟩ = Σ over all entries, a scalar; None leaves contribute nothing.
 
     16-bit leaves are multiplied and summed in float32. The sum is pairwise or in blocks, not one
@@ -81,7 +81,7 @@ def vdot(left: Tree, right: Tree) -> Float[Tensor, ""]:
     return total(terms, like=left)
 
 
-def dot_terms(x: Tensor, y: Tensor) -> list[Float[Tensor, ""]]:
+def dot_terms(x: Tensor, y: Tensor) -> list[Tensor]:
     """Return scalars, at least float32, whose sum is ⟨x, y⟩: see `vdot`."""
     alike = x.dtype is y.dtype or wide_dtype(x.dtype) == wide_dtype(y.dtype)
     if not alike or x.shape != y.shape or not (_on_cpu(x) and _on_cpu(y)):
@@ -96,7 +96,7 @@ def _on_cpu(x: Tensor) -> bool:
     return x.is_cpu and type(x) in (Tensor, torch.nn.Parameter)
 
 
-def total(terms: list[Float[Tensor, ""]], like: Tree) -> Float[Tensor, ""]:
+def total(terms: list[Tensor], like: Tree) -> Tensor:
     """Return the sum of scalars, on the device of the first; a 0 of `like`'s if there are none."""
     if not terms:
         first = next(iter(leaves(like)), None)
