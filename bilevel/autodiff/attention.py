@@ -14,6 +14,7 @@ from torch.nn import functional
 from bilevel import tree
 from bilevel.autodiff import dual_numbers
 from bilevel.autodiff.dual_numbers import Dual
+from bilevel.autodiff.torch_private import softmax_tangent
 
 # Scores of one block of attention: 2 MB in float32, which stay in a core's cache. On other devices
 # every block costs launches, and the limit is there for memory alone.
@@ -86,7 +87,7 @@ def _dual_attention(
     """O = P V and O' = P' V + P V' in one go, with P = softmax(S), S = scale Q Kᵀ.
 
     S' = scale (Q' Kᵀ + Q K'ᵀ) is one product of twice the inner dimension, and
-    P' = P (S' − Σ P S') one kernel: that of the softmax's gradient, whose Jacobian is symmetric.
+    P' = P (S' − Σ P S') one kernel (`softmax_tangent`).
     torch's derivative of the MATH kernel takes some ten passes over the scores for the softmax.
     """
     (q, q_moved), (k, k_moved), (v, v_moved) = (_wide(one) for one in duals)
@@ -103,21 +104,21 @@ def _dual_attention(
     for rows, seen, mask, hiding in blocks:
         scores = q[..., rows, :] @ k[..., :seen, :].mT
         moved = both_queries[..., rows, :] @ both_keys[..., :seen, :].mT
-        unseeing = None
+        sees_nothing = None
         if mask is not None and hiding is not None:
             scores[..., hiding:].masked_fill_(mask[:, hiding:].logical_not(), -torch.inf)
         elif mask is not None and mask.dtype == torch.bool:
             scores = scores.masked_fill(mask.logical_not(), -torch.inf)
-            unseeing = mask.any(-1, keepdim=True).logical_not()
+            sees_nothing = mask.any(-1, keepdim=True).logical_not()
         elif mask is not None:
             scores = scores + mask
-            unseeing = mask.isneginf().all(-1, keepdim=True)
+            sees_nothing = mask.isneginf().all(-1, keepdim=True)
         p = torch.softmax(scores, -1)
-        p_moved = torch._softmax_backward_data(moved, p, -1, p.dtype)
+        p_moved = softmax_tangent(p, moved)
         out, out_moved = (p @ both_values[..., :seen, :]).chunk(2, -1)
         out_moved = out_moved + p_moved @ v[..., :seen, :]
-        if unseeing is not None:  # as the MATH kernel: a query that sees nothing finds zeros
-            out, out_moved = (one.masked_fill(unseeing, 0.0) for one in (out, out_moved))
+        if sees_nothing is not None:  # as the MATH kernel: a query that sees nothing finds zeros
+            out, out_moved = (one.masked_fill(sees_nothing, 0.0) for one in (out, out_moved))
         values.append(out)
         tangents.append(out_moved)
     dtype = duals[0].value.dtype

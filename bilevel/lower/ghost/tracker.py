@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from bilevel import tree
+from bilevel.autodiff.torch_private import transform_is_active
 from bilevel.lower.ghost.context import Context, Tap, Tracked, Use
 from bilevel.tree import Tree
 
@@ -189,7 +190,7 @@ class Tracker(TorchFunctionMode):
 
     def _handle(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         handler = self._operations.get(func)
-        transformed = _transformed()
+        transformed = transform_is_active()  # taps cannot go through one
         if handler is not None and not transformed:
             result = handler(self, *args, **kwargs)
             if result is not NotImplemented:
@@ -216,11 +217,6 @@ class Tracker(TorchFunctionMode):
             "bilevel.lower.ghost.operations, leave the parameter out of the lower parameters "
             "(frozen), or choose the route Jvp()"
         )
-
-
-def _transformed() -> bool:
-    """Whether a torch.func transform (vmap, say) is under way, which taps cannot go through."""
-    return torch._C._functorch.peek_interpreter_stack() is not None
 
 
 def _real(tensor: Tensor) -> bool:
