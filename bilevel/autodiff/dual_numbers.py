@@ -44,24 +44,3 @@ def joined(
     """Put a value and its tangent, of the same shape and precision, together."""
     dual: Tensor = forward_ad.make_dual(value, tangent)
     return dual
-
-
-def product(a: Any, b: Any) -> Tensor | None:
-    """Return a b, with the tangent a' b + a b'; None if that is torch's matter.
-
-    Beside a constant b torch computes a b' too, with zeros that it does not store, and takes a
-    quarter of a millisecond to find out their shape. A layer with rotary positions has eight such
-    products.
-    """
-    if not all(isinstance(one, Tensor | float | int) for one in (a, b)):
-        return None
-    found = parts(a, b)
-    if found is None:
-        return None
-    x, y = found
-    if x.tangent is None:
-        return joined(x.value * y.value, x.value * y.tangent)
-    tangent = x.tangent * y.value
-    if y.tangent is not None:
-        tangent = tangent + x.value * y.tangent
-    return joined(x.value * y.value, tangent)

@@ -14,12 +14,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
 from bilevel.autodiff.attention import attention
-from bilevel.autodiff.dual_numbers import product
 
 # What torch's messages about missing derivatives have in common.
 UNSUPPORTED = ("forward AD", "forward-mode", "functorch", "jvp", "double backward")
-
-_PRODUCTS = (torch.mul, Tensor.mul, Tensor.__mul__, Tensor.__rmul__)
 
 
 @contextmanager
@@ -66,8 +63,6 @@ class _Equals(TorchFunctionMode):
     at once, and its causal form computes those it masks. The derivative of 1,024 tokens took 7
     forward passes, and 4 in blocks; with dual numbers by hand it takes 3.1
     (`bilevel.autodiff.attention`).
-
-    Products of two factors, of which one is constant: see `bilevel.autodiff.dual_numbers.product`.
     """
 
     def __torch_function__(
@@ -84,10 +79,6 @@ class _Equals(TorchFunctionMode):
             return args[0].copy_(_masked_scatter(*args, **kwargs))
         if func is functional.scaled_dot_product_attention:
             return attention(*args, **kwargs)
-        if func in _PRODUCTS and len(args) == 2 and not kwargs:
-            dual = product(*args)
-            if dual is not None:
-                return dual
         return func(*args, **kwargs)
 
 
