@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Bool, Float
@@ -36,7 +36,7 @@ def attention(
     A causal block leaves out the keys that it would mask. Dropout draws its numbers for all queries
     at once, so then all are one block.
     """
-    whole: Any = partial(
+    whole: Callable[..., Tensor] = partial(
         functional.scaled_dot_product_attention, scale=scale, enable_gqa=enable_gqa
     )
     if dropout_p or query.is_nested or (is_causal and attn_mask is not None):
@@ -46,11 +46,11 @@ def attention(
     still = attn_mask is None or dual_numbers.parts(attn_mask) is None
     if duals is not None and still and not torch.is_autocast_enabled(query.device.type):
         return _dual_attention(duals, blocks, scale, enable_gqa)
-    found = [
+    outputs = [
         whole(query[..., rows, :], key[..., :seen, :], value[..., :seen, :], attn_mask=mask)
         for rows, seen, mask, _ in blocks
     ]
-    return torch.cat(found, dim=-2)
+    return torch.cat(outputs, dim=-2)
 
 
 class _Block(NamedTuple):
@@ -117,7 +117,7 @@ def _dual_attention(
         p_moved = softmax_tangent(p, moved)
         out, out_moved = (p @ both_values[..., :seen, :]).chunk(2, -1)
         out_moved = out_moved + p_moved @ v[..., :seen, :]
-        if sees_nothing is not None:  # as the MATH kernel: a query that sees nothing finds zeros
+        if sees_nothing is not None:  # as the MATH kernel: a query that sees nothing gets zeros
             out, out_moved = (one.masked_fill(sees_nothing, 0.0) for one in (out, out_moved))
         values.append(out)
         tangents.append(out_moved)

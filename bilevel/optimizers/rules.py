@@ -46,7 +46,9 @@ class RuleStep(NamedTuple):
 
 
 class Adaptive(NamedTuple):
-    """Coefficients of one step of an adaptive rule, ``u = (m'/c₁) / (√(s'/c₂) + ε)`` with::
+    """Coefficients of one step of an adaptive rule.
+
+    ``u = (m'/c₁) / (√(s'/c₂) + ε)`` with::
 
         m' = β₁ m + (1 − β₁) g        s' = β₂ s + γ g²
 
@@ -67,13 +69,15 @@ def add_decay(grads: Tensor, params: Tensor, weight_decay: float) -> Tensor:
     if weight_decay == 0.0:
         return grads
     decay = add_decayed_weights(weight_decay)
-    return decay.update(grads, EmptyState(), params=params, inplace=False)[0]
+    decayed: Tensor = decay.update(grads, EmptyState(), params=params, inplace=False)[0]
+    return decayed
 
 
 def descend(params: Tensor, step: Tensor, lr: float | Tensor) -> Tensor:
     """Return ``params − lr · step``."""
     updates, _ = scale(-lr).update(step, EmptyState(), inplace=False)
-    return apply_updates(params, updates, inplace=False)
+    new_params: Tensor = apply_updates(params, updates, inplace=False)
+    return new_params
 
 
 def momentum_direction(grads: Tensor, first: Tensor, momentum: float, nesterov: bool) -> RuleStep:
@@ -120,9 +124,11 @@ def adagrad_direction(grads: Tensor, second: Tensor, eps: float) -> RuleStep:
 
 
 def momentum_vjp(bars: RuleStep, momentum: float, nesterov: bool, *, all_inputs: bool) -> RuleStep:
-    """Return the cotangents of gradient (as `step`) and, if asked for, of the old buffer::
+    """Return the cotangents of gradient (as `step`) and, if asked for, of the old buffer.
 
-    m̄ = m̄' + ū, or m̄' + μ ū with Nesterov        ḡ = m̄, or m̄ + ū
+    ::
+
+        m̄ = m̄' + ū, or m̄' + μ ū with Nesterov        ḡ = m̄, or m̄ + ū
     """
     buffer_bar = momentum * bars.step if nesterov else bars.step
     if bars.first_moment is not None:

@@ -15,6 +15,8 @@ from bilevel.autodiff.torch_private import transform_is_active
 from bilevel.lower.ghost.context import Context, Tap, Tracked, Use
 from bilevel.tree import Tree
 
+_tap: Callable[..., Tensor] = Tap.apply
+
 
 class Refusal(ValueError):
     """A parameter is used in a way for which there is no per-example rule."""
@@ -117,7 +119,7 @@ class Tracker(TorchFunctionMode):
             return f"{names} give an output {shape} in {type(use).__name__}"
 
         self._rows.append((len(output), describe))
-        tapped: Tensor = Tap.apply(
+        return _tap(
             output,
             use,
             self._context,
@@ -126,7 +128,6 @@ class Tracker(TorchFunctionMode):
             *[tensor.detach() for tensor in saved],
             *[entry.shadow for entry in present],
         )
-        return tapped
 
     def derive(
         self,
@@ -134,8 +135,12 @@ class Tracker(TorchFunctionMode):
         transform: Callable[[Tensor], Any],
         tangent: Callable[[Tensor], Any] | None = None,
     ) -> Any:
-        """Track what a linear (or, with its linear part `tangent`, affine) map makes of a
-        parameter: a tensor, or a sequence of tensors.
+        """Track a tensor, or a sequence of tensors, that a map makes of a parameter.
+
+        Args:
+            entry: The parameter.
+            transform: The map: linear or, if `tangent` is given, affine.
+            tangent: Its linear part.
         """
         linear = transform if tangent is None else tangent
         visible = transform(entry.visible)
