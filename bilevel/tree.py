@@ -29,14 +29,14 @@ ROOT_NAME = "value"
 
 
 def leaves(tree: Tree) -> list[Tensor]:
-    """Return the tensors of `tree` in its fixed order (dict keys sorted), without the Nones."""
+    """Return the tensors of ``tree`` in its fixed order (dict keys sorted), without the Nones."""
     return [leaf for leaf in optree.tree_leaves(tree, none_is_leaf=True) if leaf is not None]
 
 
 def map(fn: Callable[..., Any], tree: T, *rest: Tree) -> T:
     """Apply ``fn(leaf, *rest_leaves)``; where any of the leaves is None the result is None.
 
-    Structure and type are those of `tree` as long as `fn` makes tensors of tensors.
+    Structure and type are those of ``tree`` as long as ``fn`` makes tensors of tensors.
 
     Raises:
         ValueError: The structures differ (optree's message names both).
@@ -50,7 +50,7 @@ def map(fn: Callable[..., Any], tree: T, *rest: Tree) -> T:
 
 
 def zeros_like(tree: T, *, dtype: torch.dtype | None = None) -> T:
-    """Return zeros of the same shapes and devices, in `dtype` if given."""
+    """Return zeros of the same shapes and devices, in ``dtype`` if given."""
     return map(lambda leaf: torch.zeros_like(leaf, dtype=dtype, requires_grad=False), tree)
 
 
@@ -89,7 +89,7 @@ def vdot(left: Tree, right: Tree) -> Num[Tensor, ""]:
 
 
 def dot_terms(x: Tensor, y: Tensor) -> list[Tensor]:
-    """Return scalars, at least float32, whose sum is ⟨x, y⟩: see `vdot`."""
+    """Return scalars, at least float32, whose sum is ⟨x, y⟩: see ``vdot``."""
     alike = x.dtype is y.dtype or wide_dtype(x.dtype) == wide_dtype(y.dtype)
     if not alike or x.shape != y.shape or not (_on_cpu(x) and _on_cpu(y)):
         return [(_wide(x) * _wide(y)).sum()]
@@ -104,7 +104,10 @@ def _on_cpu(x: Tensor) -> bool:
 
 
 def total(terms: list[Tensor], like: Tree) -> Tensor:
-    """Return the sum of scalars, on the device of the first; a 0 of `like`'s if there are none."""
+    """Return the sum of scalars, on the device of the first.
+
+    If there are none it is a 0 of the precision and on the device of ``like``.
+    """
     if not terms:
         first = next(iter(leaves(like)), None)
         return torch.zeros(()) if first is None else first.new_zeros(())
@@ -114,7 +117,7 @@ def total(terms: list[Tensor], like: Tree) -> Tensor:
 def norm(tree: Tree) -> Float[Tensor, ""]:
     """Return the Euclidean norm of all entries together, a scalar (at least float32).
 
-    For float32 and float64 leaves this is what `torch.nn.utils.clip_grad_norm_` computes.
+    For float32 and float64 leaves this is what ``torch.nn.utils.clip_grad_norm_`` computes.
     """
     tensors = leaves(tree)
     if not tensors:
@@ -157,13 +160,13 @@ def flatten(tree: Tree) -> dict[str, Tensor]:
 
 
 def unflatten(named: Mapping[str, Tensor], example: T) -> T:
-    """Rebuild the tree that `flatten` took apart.
+    """Rebuild the tree that ``flatten`` took apart.
 
-    It has the structure of `example`, None leaves included, and the tensors of `named`.
+    It has the structure of ``example``, None leaves included, and the tensors of ``named``.
 
     Raises:
-        ValueError: A path of `example` is missing from `named` or the other way round, or a
-            tensor differs from that of `example` in shape or dtype.
+        ValueError: A path of ``example`` is missing from ``named`` or the other way round, or a
+            tensor differs from that of ``example`` in shape or dtype.
     """
     expected = flatten(example)
     missing, unexpected = sorted(expected.keys() - named.keys()), sorted(named.keys() - expected)

@@ -31,7 +31,7 @@ def attention(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Float[Tensor, "*batch queries width"]:
-    """`torch.nn.functional.scaled_dot_product_attention`, whose MATH kernel holds all scores.
+    """``torch.nn.functional.scaled_dot_product_attention``, whose MATH kernel holds all scores.
 
     A causal block leaves out the keys that it would mask. Dropout draws its numbers for all queries
     at once, so then all are one block.
@@ -56,7 +56,7 @@ def attention(
 class _Block(NamedTuple):
     """Some queries, how many of the keys they see, and their mask.
 
-    A causal mask hides nothing before column `hiding`; other masks may anywhere.
+    A causal mask hides nothing before column ``hiding``; other masks may anywhere.
     """
 
     rows: slice
@@ -87,7 +87,7 @@ def _dual_attention(
     """O = P V and O' = P' V + P V' in one go, with P = softmax(S), S = scale Q Kᵀ.
 
     S' = scale (Q' Kᵀ + Q K'ᵀ) is one product of twice the inner dimension, and
-    P' = P (S' − Σ P S') one kernel (`softmax_tangent`).
+    P' = P (S' − Σ P S') one kernel (``softmax_tangent``).
     torch's derivative of the MATH kernel takes some ten passes over the scores for the softmax.
     """
     (q, q_moved), (k, k_moved), (v, v_moved) = (_wide(one) for one in duals)

@@ -1,7 +1,7 @@
 """Dual numbers by hand, where torch's own forward-mode derivative takes many passes over memory.
 
-A dual number is a value with a tangent, what `torch.func.jvp` gives to the function that it
-differentiates. `torch.autograd.forward_ad` takes it apart and puts it together, at the innermost
+A dual number is a value with a tangent, what ``torch.func.jvp`` gives to the function that it
+differentiates. ``torch.autograd.forward_ad`` takes it apart and puts it together, at the innermost
 level of nested derivatives, so the formulas made with it compose with all others.
 """
 
@@ -22,12 +22,12 @@ class Dual(NamedTuple):
 
 
 def parts(*values: Any) -> tuple[Dual, ...] | None:
-    """Take tensors apart; numbers do not move. None if nothing does, and under `torch.vmap`.
+    """Take tensors apart; numbers do not move. None if nothing does, and under ``torch.vmap``.
 
     There torch cannot take dual numbers apart, and its own derivatives have to do.
     """
     try:
-        found = tuple(
+        duals = tuple(
             Dual(*forward_ad.unpack_dual(value)) if isinstance(value, Tensor) else Dual(value, None)
             for value in values
         )
@@ -35,7 +35,7 @@ def parts(*values: Any) -> tuple[Dual, ...] | None:
         if "Batching rule not implemented" not in str(error):
             raise
         return None
-    return None if all(one.tangent is None for one in found) else found
+    return None if all(dual.tangent is None for dual in duals) else duals
 
 
 def joined(

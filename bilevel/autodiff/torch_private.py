@@ -1,8 +1,8 @@
 """torch's private functions that the package needs: nothing public does the same.
 
 They may go or change with any release, so no other module names one, and
-`tests/bilevel/autodiff/test_torch_private.py` holds each to values that public functions give. It
-also fails under a release that is not among `TRIED`, and says what to check.
+``tests/bilevel/autodiff/test_torch_private.py`` holds each to values that public functions give. It
+also fails under a release that is not among ``TRIED``, and says what to check.
 """
 
 from __future__ import annotations
@@ -34,5 +34,5 @@ def softmax_tangent(
 
 
 def transform_is_active() -> bool:
-    """Return whether a transform of `torch.func` (``vmap``, ``jvp``, ``grad``) is under way."""
+    """Return whether a transform of ``torch.func`` (``vmap``, ``jvp``, ``grad``) is under way."""
     return torch._C._functorch.peek_interpreter_stack() is not None

@@ -25,7 +25,7 @@ class OptimizerState(NamedTuple):
 
 
 class UpdateCotangents(NamedTuple):
-    """Cotangents of the inputs of an update; `state` has its structure, with 0 steps."""
+    """Cotangents of the inputs of an update; ``state`` has its structure, with 0 steps."""
 
     grads: Tree
     state: OptimizerState
@@ -33,7 +33,7 @@ class UpdateCotangents(NamedTuple):
 
 
 def clip_scale(norm: Float[Tensor, ""], max_norm: float) -> Float[Tensor, ""]:
-    """Return min(1, max_norm / (norm + 1e-6)), the factor of `clip_grad_norm_`; scalar."""
+    """Return min(1, max_norm / (norm + 1e-6)), the factor of ``clip_grad_norm_``; scalar."""
     return torch.clamp(max_norm / (norm + CLIP_EPS), max=1.0)
 
 
@@ -64,4 +64,4 @@ class DifferentiableOptimizer(Optimizer, Protocol):
         """Return (∂params'/∂grads)ᵀ params_bar."""
 
     def predicted_grads_vjp(self, state: OptimizerState, params: Tree, params_bar: Tree) -> Tree:
-        """Return `grads_vjp` as far as it is known before the gradient is."""
+        """Return ``grads_vjp`` as far as it is known before the gradient is."""

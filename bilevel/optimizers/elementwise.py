@@ -7,7 +7,7 @@ For every leaf θ with gradient g (of all leaves together for the clip scale c):
     u, moments' = rule(g₂, moments)    (without L2 decay g₂ = g₁)
     θ' = θ − lr (u + λ θ)      decoupled weight decay
 
-The optimizers in `optimizer` add the rule and its hyperparameters.
+The optimizers in ``optimizers`` add the rule and its hyperparameters.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class ElementwiseOptimizer:
     Args:
         lr: The learning rate, or a function of the steps taken before this one.
         weight_decay: λ of the equations above.
-        decay_mask: Whether to decay the leaf of that path ('/'-joined, see `tree.names`; the
+        decay_mask: Whether to decay the leaf of that path ('/'-joined, see ``tree.names``; the
             parameter's name for a flat dict). None: decay all. E.g.
             ``lambda name: not name.endswith("bias")``. In place of torch's parameter groups.
         max_norm: Largest norm of all gradients together; None: no clipping.
@@ -77,7 +77,7 @@ class ElementwiseOptimizer:
     def init(self, params: Tree) -> OptimizerState:
         """Return the state before the first step: 0 steps and zero moments.
 
-        Moments have the dtype of their parameter, or `state_dtype`; the update is computed in
+        Moments have the dtype of their parameter, or ``state_dtype``; the update is computed in
         that dtype too, and the new parameters are rounded to their own.
         """
         has_first, has_second = self._moments()
@@ -90,18 +90,18 @@ class ElementwiseOptimizer:
     def update(
         self, grads: Tree, state: OptimizerState, params: Tree
     ) -> tuple[Tree, OptimizerState]:
-        """Take one step, in the caller's grad mode (train under `torch.no_grad`).
+        """Take one step, in the caller's grad mode (train under ``torch.no_grad``).
 
         Args:
-            grads: Gradients like `params`; None: leave that leaf and its moments as they are.
-            state: From `init` or the previous `update`.
+            grads: Gradients like ``params``; None: leave that leaf and its moments as they are.
+            state: From ``init`` or the previous ``update``.
             params: Tensors of any shape and float dtype.
 
         Returns:
             The new parameters and the new state; the old ones are not changed.
 
         Raises:
-            ValueError: `grads` or `state` differ from `params` in structure or shape.
+            ValueError: ``grads`` or ``state`` differ from ``params`` in structure or shape.
         """
         at = self._point(grads, state, params)
 
@@ -126,12 +126,12 @@ class ElementwiseOptimizer:
         params_bar: Tree,
         state_bar: OptimizerState | None = None,
     ) -> UpdateCotangents:
-        """Return the transposed derivative of `update` at (grads, state, params).
+        """Return the transposed derivative of ``update`` at (grads, state, params).
 
         Args:
-            grads: As given to `update`.
-            state: As given to `update`: the state before the step.
-            params: As given to `update`.
+            grads: As given to ``update``.
+            state: As given to ``update``: the state before the step.
+            params: As given to ``update``.
             params_bar: Cotangent of the new parameters; None leaves are zero.
             state_bar: Cotangent of the new state (its steps are ignored); None: zero.
 
@@ -139,8 +139,8 @@ class ElementwiseOptimizer:
             ``(∂(params', state')/∂x)ᵀ (params_bar, state_bar)`` for x = grads, state, params,
             without an autograd graph. The gradients' is None where the gradient is.
 
-        The clip scale is held constant unless `differentiate_clip`. Where the second moment
-        after the step is 0 its derivative does not exist; 0 is returned (see `rules`).
+        The clip scale is held constant unless ``differentiate_clip``. Where the second moment
+        after the step is 0 its derivative does not exist; 0 is returned (see ``rules``).
         """
         with torch.no_grad():
             at = self._point(grads, state, params)
@@ -163,7 +163,7 @@ class ElementwiseOptimizer:
     def grads_vjp(self, grads: Tree, state: OptimizerState, params: Tree, params_bar: Tree) -> Tree:
         """Return ``(∂params'/∂grads)ᵀ params_bar``, e.g. ``−lr · params_bar`` for plain SGD.
 
-        The gradient part of `vjp`, for less; arguments and conventions as there.
+        The gradient part of ``vjp``, for less; arguments and conventions as there.
         """
         with torch.no_grad():
             at = self._point(grads, state, params)
@@ -173,15 +173,15 @@ class ElementwiseOptimizer:
             return at.structure.unflatten(self._pull_back(at, bars, all_inputs=False)[0])
 
     def predicted_grads_vjp(self, state: OptimizerState, params: Tree, params_bar: Tree) -> Tree:
-        """Return `grads_vjp` as far as it is known before the gradient of the step is.
+        """Return ``grads_vjp`` as far as it is known before the gradient of the step is.
 
-        Exact for SGD. The adaptive optimizers use the second moment as it stands in `state`
+        Exact for SGD. The adaptive optimizers use the second moment as it stands in ``state``
         (bias-corrected by the steps it has seen) and leave out the term in which the gradient
         changes its own second moment. Entries whose second moment is 0 (or nothing beside eps),
         thus all of them in a cold state, get plain ``−lr · params_bar``: their true factor may be
         anything from nearly 0 to lr / eps, depending on the gradient to come. The clip scale is
         taken as 1.
-        None leaves of `params_bar` stay None.
+        None leaves of ``params_bar`` stay None.
         """
         with torch.no_grad():
             structure = optree.tree_structure(params, none_is_leaf=True)
@@ -271,7 +271,7 @@ class ElementwiseOptimizer:
         return p, g if self._decoupled else add_decay(g, p, key.decay)
 
     def _pull_back(self, at: UpdatePoint, bars: list[Leaves], *, all_inputs: bool) -> list[Leaves]:
-        """Return the cotangents of gradients and, with `all_inputs`, parameters and moments."""
+        """Return the cotangents of gradients and, with ``all_inputs``, parameters and moments."""
 
         def rule(
             key: LeafKey,

@@ -51,7 +51,7 @@ def zero_filled(structure: Any, bars: Tree, values: Leaves) -> Leaves:
 
 
 def or_else(columns: list[Leaves], defaults: list[Leaves]) -> list[Leaves]:
-    """Return `columns` with each None replaced by its default (leaves without a gradient)."""
+    """Return ``columns`` with each None replaced by its default (leaves without a gradient)."""
     return [
         [old if new is None else new for old, new in zip(olds, news, strict=True)]
         for olds, news in zip(defaults, columns, strict=True)
@@ -75,7 +75,7 @@ def add_scale_path(at: UpdatePoint, grads_bar: Leaves, max_norm: float) -> Leave
 
 
 def check_shapes(params: Tree, leaves: Leaves, values: Leaves, what: str) -> None:
-    """Raise ValueError, naming the leaf, if a value (a `what`) has not its parameter's shape."""
+    """Raise ValueError, naming the leaf, if a value (a ``what``) has not its parameter's shape."""
     for index, (leaf, value) in enumerate(zip(leaves, values, strict=True)):
         if leaf is not None and value is not None and leaf.shape != value.shape:
             name = tree.names(params, none_is_leaf=True)[index]

@@ -1,17 +1,17 @@
 """Update directions (TorchOpt's) and their derivatives in closed form, for one tensor.
 
 The only module that imports torchopt. That library is unmaintained and has known defects, kept
-out here (each is covered by a test against `torch.optim` or finite differences):
+out here (each is covered by a test against ``torch.optim`` or finite differences):
 
 - it works in place by default: ``inplace=False`` at every call;
-- `trace` counts its own calls in a closure, so a transformation built after a resume would
+- ``trace`` counts its own calls in a closure, so a transformation built after a resume would
   forget the momentum: its first call is spent on a dummy;
 - Adam's bias correction is a float32 power of the count: a float64 count makes it exact;
 - differentiating through Adam, RMSProp or Adagrad gives NaN where a gradient is exactly 0:
-  `adaptive_vjp` does not differentiate through it.
+  ``adaptive_vjp`` does not differentiate through it.
 
-Everything is elementwise: tensors are a parameter or several put end to end (`buckets`), and
-`steps` is the number of steps taken, this one included.
+Everything is elementwise: tensors are a parameter or several put end to end (``buckets``), and
+``steps`` is the number of steps taken, this one included.
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ def descend(params: Tensor, step: Tensor, lr: float | Tensor) -> Tensor:
 def momentum_direction(grads: Tensor, first: Tensor, momentum: float, nesterov: bool) -> RuleStep:
     """Return ``m' = μ m + g`` and the step m', or g + μ m' for Nesterov's.
 
-    Source: Sutskever et al. 2013, in the form of `torch.optim.SGD` without dampening.
+    Source: Sutskever et al. 2013, in the form of ``torch.optim.SGD`` without dampening.
     """
     rule = trace(momentum, nesterov=nesterov)
     dummy = first.new_zeros(1)
@@ -100,7 +100,7 @@ def adam_direction(
     betas: tuple[float, float],
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return Adam's step and new moments (Kingma & Ba 2014); `steps` may be one per row."""
+    """Return Adam's step and new moments (Kingma & Ba 2014); ``steps`` may be one per row."""
     # On the CPU unless given per row: a scalar there mixes with any device, without a transfer.
     taken = steps if isinstance(steps, Tensor) else torch.tensor(steps, device="cpu")
     count = taken.to(torch.float64) - 1.0
@@ -124,7 +124,7 @@ def adagrad_direction(grads: Tensor, second: Tensor, eps: float) -> RuleStep:
 
 
 def momentum_vjp(bars: RuleStep, momentum: float, nesterov: bool, *, all_inputs: bool) -> RuleStep:
-    """Return the cotangents of gradient (as `step`) and, if asked for, of the old buffer.
+    """Return the cotangents of gradient (as ``step``) and, if asked for, of the old buffer.
 
     ::
 
@@ -146,7 +146,7 @@ def adaptive_vjp(
     *,
     all_inputs: bool,
 ) -> RuleStep:
-    """Return the cotangents of gradient (as `step`) and, if asked for, of the old moments.
+    """Return the cotangents of gradient (as ``step``) and, if asked for, of the old moments.
 
     For cotangents ū, m̄', s̄' of direction and new moments, with D = √(s'/c₂) + ε::
 
@@ -159,7 +159,7 @@ def adaptive_vjp(
     """
     new_first = grads if first is None else torch.lerp(first, grads, 1.0 - rule.beta1)
     root = (second * rule.beta2).addcmul_(grads, grads, value=rule.gain).sqrt_()  # √s'
-    # The factors √c₂ of D are collected in `gain`.
+    # The factors √c₂ of D are collected in ``gain``.
     eps = rule.eps * math.sqrt(rule.correction2)
     gain = math.sqrt(rule.correction2) / rule.correction1
     if not all_inputs:

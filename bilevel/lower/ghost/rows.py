@@ -26,14 +26,14 @@ class RowGradients:
     """Gradients of one parameter, one per row of the leading dimension, formed or not.
 
     Attributes:
-        sums: (row weights [rows] or None, direction shaped like the parameter or None) -> `Sums`.
+        sums: (row weights [rows] or None, direction shaped like the parameter or None) -> ``Sums``.
     """
 
     sums: Callable[[Tensor | None, Tensor | None], Sums]
 
 
 def formed(gradients: Float[Tensor, "rows ..."], shape: torch.Size | None = None) -> RowGradients:
-    """Gradients that exist, [rows, *shape]; `shape` is the parameter's if it has another one."""
+    """Gradients that exist, [rows, *shape]; ``shape`` is the parameter's if it has another one."""
     flat = gradients.flatten(1) if gradients.dim() > 1 else gradients[:, None]
     shape = gradients.shape[1:] if shape is None else shape
 
@@ -103,7 +103,7 @@ def scale_rows(
 
 
 def sum_tokens(rows: Float[Tensor, "rows ..."], inner: torch.Size) -> Float[Tensor, "rows ..."]:
-    """Sum [rows, ..., *inner] over what broadcasting `inner` (without rows) had repeated."""
+    """Sum [rows, ..., *inner] over what broadcasting ``inner`` (without rows) had repeated."""
     kept = rows.sum_to_size(len(rows), *[1] * (rows.dim() - 1 - len(inner)), *inner)
     return kept.reshape(len(rows), *inner)
 

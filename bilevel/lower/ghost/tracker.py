@@ -27,15 +27,15 @@ class Tracker(TorchFunctionMode):
 
     Args:
         operations: torch function -> handler(tracker, *args, **kwargs), which returns the
-            operation's output or `NotImplemented`.
-        params: The parameters; the loss must be given `visible` instead.
+            operation's output or ``NotImplemented``.
+        params: The parameters; the loss must be given ``visible`` instead.
         batch: Its integer tensors, and integer tensors computed from these, are known to carry
             the examples in their leading dimension; an index that is not (positions, say) makes
             the looked-up rows a mere rearrangement of the parameter.
         context: Of the micro-batch.
 
-    Parameters reach the loss as leaves of their own (`visible`), while the taps send gradients to
-    others (`collectors`): whatever reaches a visible leaf in the backward pass has escaped the
+    Parameters reach the loss as leaves of their own (``visible``), while the taps send gradients to
+    others (``collectors``): whatever reaches a visible leaf in the backward pass has escaped the
     taps.
     """
 
@@ -57,7 +57,7 @@ class Tracker(TorchFunctionMode):
         self._indices: list[Tensor] = [
             leaf for leaf in tree.leaves(batch) if isinstance(leaf, Tensor) and not _real(leaf)
         ]
-        # Keyed by identity; whoever is in here is kept alive by `Tracked` or `_indices`.
+        # Keyed by identity; whoever is in here is kept alive by ``Tracked`` or ``_indices``.
         self._known: dict[int, Tracked | None] = dict.fromkeys(map(id, self._indices))
         leaves = zip(tree.leaves(self.visible), tree.leaves(self.collectors), strict=True)
         for leaf, (visible, collector) in enumerate(leaves):
@@ -88,7 +88,7 @@ class Tracker(TorchFunctionMode):
             self._indices.append(result)
         return result
 
-    # For the handlers in `operations`.
+    # For the handlers in ``operations``.
 
     def find(self, value: Any) -> Tracked | None:
         """Return the entry of a tracked tensor, None for anything else."""
@@ -110,7 +110,7 @@ class Tracker(TorchFunctionMode):
         entries: Sequence[Tracked | None],
         saved: Sequence[Tensor] = (),
     ) -> Tensor:
-        """Return `output` as seen by the rest of the loss, gradients of the entries behind it."""
+        """Return ``output`` as seen by the rest of the loss, gradients of the entries behind it."""
         present = [entry for entry in entries if entry is not None]
         shape = tuple(output.shape)
 
@@ -139,7 +139,7 @@ class Tracker(TorchFunctionMode):
 
         Args:
             entry: The parameter.
-            transform: The map: linear or, if `tangent` is given, affine.
+            transform: The map: linear or, if ``tangent`` is given, affine.
             tangent: Its linear part.
         """
         linear = transform if tangent is None else tangent
