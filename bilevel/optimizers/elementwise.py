@@ -32,6 +32,7 @@ from bilevel.optimizers.point import (
     check_shapes,
     column,
     or_else,
+    update_point,
     zero_filled,
 )
 from bilevel.optimizers.rules import RuleStep, add_decay, descend
@@ -226,9 +227,10 @@ class ElementwiseOptimizer:
 
     # Bookkeeping.
 
-    def _decays(self, params: Tree, size: int) -> list[float]:
+    def _decays(self, params: Tree) -> list[float] | float:
+        """Return λ of each leaf, or of all."""
         if self.decay_mask is None:
-            return [self.weight_decay] * size
+            return self.weight_decay
         names = tree.names(params, none_is_leaf=True)
         return [self.weight_decay if self.decay_mask(name) else 0.0 for name in names]
 
@@ -236,29 +238,11 @@ class ElementwiseOptimizer:
         return self.lr(count) if callable(self.lr) else self.lr
 
     def _point(self, grads: Tree, state: OptimizerState, params: Tree) -> UpdatePoint:
-        leaves, structure = optree.tree_flatten(params, none_is_leaf=True)
-        gradients = structure.flatten_up_to(grads)
-        check_shapes(params, leaves, gradients, "gradient")
-        count = int(state.steps)
-        norm = scale = None
-        if self.max_norm is not None:
-            norm = tree.norm(grads) if self.differentiate_clip else tree.norm(grads).detach()
-            scale = clip_scale(norm, self.max_norm)
-        decays = self._decays(params, len(leaves))
-        return UpdatePoint(
-            structure=structure,
-            params=leaves,
-            grads=gradients,
-            moments=[column(structure, moment, len(leaves)) for moment in state[1:]],
-            keys=[
-                None if p is None or g is None else LeafKey(p.dtype, g.dtype, p.device, decay)
-                for p, g, decay in zip(leaves, gradients, decays, strict=True)
-            ],
-            steps=count + 1,
-            lr=self._lr(count),
-            norm=norm,
-            scale=scale,
-        )
+        at = update_point(grads, state, params, self._lr(int(state.steps)), self._decays(params))
+        if self.max_norm is None:
+            return at
+        norm = tree.norm(grads) if self.differentiate_clip else tree.norm(grads).detach()
+        return at._replace(norm=norm, scale=clip_scale(norm, self.max_norm))
 
     def _rule_inputs(
         self, at: UpdatePoint, key: LeafKey, p: Tensor, g: Tensor

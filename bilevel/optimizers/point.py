@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple, TypeAlias
 
+import optree
 import torch
 from torch import Tensor
 
 from bilevel import tree
-from bilevel.optimizers.base import CLIP_EPS
+from bilevel.optimizers.base import CLIP_EPS, OptimizerState
 from bilevel.tree import Tree
 
 Leaves: TypeAlias = list[Tensor | None]
@@ -33,8 +34,46 @@ class UpdatePoint(NamedTuple):
     keys: list[LeafKey | None]
     steps: int
     lr: float | Tensor
-    norm: Tensor | None
-    scale: Tensor | None
+    norm: Tensor | None = None
+    scale: Tensor | None = None
+
+
+def update_point(
+    grads: Tree,
+    state: OptimizerState,
+    params: Tree,
+    lr: float | Tensor,
+    decays: list[float] | float,
+) -> UpdatePoint:
+    """Return the point of an update that is not clipped.
+
+    Args:
+        grads: Gradients like ``params``; None leaves are left out of the update.
+        state: The state before the step.
+        params: The parameters before the step.
+        lr: Learning rate of the step.
+        decays: Weight decay of each leaf, or of all.
+
+    Raises:
+        ValueError: Structures differ, or a gradient has not its parameter's shape.
+    """
+    leaves, structure = optree.tree_flatten(params, none_is_leaf=True)
+    gradients = structure.flatten_up_to(grads)
+    check_shapes(params, leaves, gradients, "gradient")
+    if isinstance(decays, float | int):
+        decays = [decays] * len(leaves)
+    return UpdatePoint(
+        structure=structure,
+        params=leaves,
+        grads=gradients,
+        moments=[column(structure, moment, len(leaves)) for moment in state[1:]],
+        keys=[
+            None if p is None or g is None else LeafKey(p.dtype, g.dtype, p.device, decay)
+            for p, g, decay in zip(leaves, gradients, decays, strict=True)
+        ],
+        steps=int(state.steps) + 1,
+        lr=lr,
+    )
 
 
 def column(structure: Any, values: Tree, size: int) -> Leaves:
