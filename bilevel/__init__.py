@@ -1,29 +1,30 @@
 """Bilevel optimization with exact, cheap hypergradients.
 
 A problem is a pair of pure functions of (lower parameters, upper parameters, batch), an algorithm
-a frozen dataclass of its hyperparameters, a state a pytree of tensors. Start with `BilevelProblem`
-or `ReweightingProblem`, and `BilevelSolver`; audit with `check_hypergradient`.
+a frozen dataclass of its hyperparameters, a state a pytree of tensors. Start with
+``BilevelProblem`` or ``ReweightingProblem``, and ``BilevelSolver``; audit with
+``check_hypergradient``.
 
 What is claimed of each hypergradient, and held to it by tests:
 
 ============  ==========================================  ==================================
 class         is the derivative of                        exact for
 ============  ==========================================  ==================================
-`OneStep`     the upper loss after the last lower step    every optimizer here, every route
-                                                          but `CentralDifference`, in order
+OneStep       the upper loss after the last lower step    every optimizer here, every route
+                                                          but CentralDifference, in order
                                                           lower-first
-`Unrolled`    the upper loss after the last T steps       every optimizer here
-`Implicit`    the upper loss at the lower level solved    a stationary θ, no weight decay in
+Unrolled      the upper loss after the last T steps       every optimizer here
+Implicit      the upper loss at the lower level solved    a stationary θ, no weight decay in
                                                           the optimizer, no damping
-`Penalty`     a penalised problem                         no λ: its error falls as 1/λ
+Penalty       a penalised problem                         no λ: its error falls as 1/λ
 ============  ==========================================  ==================================
 
-Limits: `Unrolled` (T = 1) is `OneStep`; at a stationary θ, T steps of `SGD` (η) are `Implicit` with
-``Neumann(T − 1, η)``, and T → ∞ is `Implicit` solved; `CentralDifference` is of second order in its
-step. Layers: linear, attention, RMSNorm, LayerNorm, GroupNorm, convolutions, embeddings, tied and
-frozen parameters, dropout (the same in all passes). Precision, on the models of the tests: float64
-to rounding, float32 within 1e-4, bfloat16 within 2.5 % through one step and 10 % through several or
-implicitly, with moments in float32.
+Limits: ``Unrolled`` (T = 1) is ``OneStep``; at a stationary θ, T steps of ``SGD`` (η) are
+``Implicit`` with ``Neumann(T − 1, η)``, and T → ∞ is ``Implicit`` solved; ``CentralDifference`` is
+of second order in its step. Layers: linear, attention, RMSNorm, LayerNorm, GroupNorm, convolutions,
+embeddings, tied and frozen parameters, dropout (the same in all passes). Precision, on the models
+of the tests: float64 to rounding, float32 within 1e-4, bfloat16 within 2.5 % through one step and
+10 % through several or implicitly, with moments in float32.
 """
 
 from __future__ import annotations
@@ -57,7 +58,7 @@ from bilevel.optimizers.base import (
 from bilevel.optimizers.lazy import LazyRowAdam, LazyRowState
 from bilevel.optimizers.optimizers import SGD, Adagrad, Adam, AdamW, RMSProp
 from bilevel.optimizers.projected import Projected
-from bilevel.optimizers.schedule import Constant, Schedule, WarmupCosine, constant, warmup_cosine
+from bilevel.optimizers.schedule import Constant, Schedule, StepDecay, WarmupCosine
 from bilevel.problem import BilevelProblem, ReweightingProblem
 from bilevel.routes import Auto, CentralDifference, Dot, Ghost, Jvp, PerExample, Reverse, Route
 from bilevel.solver import BilevelSolver, NextSteps
@@ -119,6 +120,7 @@ __all__ = [
     "Stationarity",
     "StationarityWarning",
     "Step",
+    "StepDecay",
     "StepInfo",
     "Unrolled",
     "UpdateCotangents",
@@ -127,9 +129,7 @@ __all__ = [
     "Window",
     "check_hypergradient",
     "compare_hypergradients",
-    "constant",
     "movement",
     "stationarity",
     "take_window",
-    "warmup_cosine",
 ]

@@ -17,7 +17,7 @@ def require(
     low_open: bool = False,
     high_open: bool = True,
 ) -> None:
-    """Raise ValueError unless `value` lies between `low` and `high` (NaN never does).
+    """Raise ValueError unless ``value`` lies between ``low`` and ``high`` (NaN never does).
 
     Args:
         owner: The object whose field it is; its class name opens the message.
@@ -25,8 +25,8 @@ def require(
         value: The value found.
         low: Lower end of the allowed range.
         high: Upper end of the allowed range.
-        low_open: Whether `low` itself is refused.
-        high_open: Whether `high` itself is refused.
+        low_open: Whether ``low`` itself is refused.
+        high_open: Whether ``high`` itself is refused.
     """
     above = value > low if low_open else value >= low
     below = value < high if high_open else value <= high
@@ -39,7 +39,18 @@ def require(
 
 
 def check_eps(owner: object, eps: float, least: float, dtype: torch.dtype, remedy: str) -> None:
-    """Raise ValueError if `least`, the smallest number that `eps` goes into, is 0 in `dtype`."""
+    """Refuse an ``eps`` that is lost in the precision of the moments.
+
+    Args:
+        owner: The optimizer whose hyperparameter it is.
+        eps: The value found.
+        least: The smallest number that ``eps`` goes into.
+        dtype: The precision.
+        remedy: What to do instead; closes the message.
+
+    Raises:
+        ValueError: ``least`` is 0 in ``dtype``.
+    """
     if torch.tensor(least, dtype=dtype) == 0.0:
         raise ValueError(
             f"{type(owner).__name__}: eps={eps:g} is lost in {dtype}, the precision of the "

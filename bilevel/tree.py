@@ -9,14 +9,18 @@ autograd if the tensors do.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeVar
 
 import optree
 import torch
+from jaxtyping import Bool, Float, Num
 from torch import Tensor
 
-# Nested containers with tensors (or None) at the leaves; mypy has no recursive pytree type.
+# Nested containers with tensors (or None) at the leaves, of a structure that is not known here.
 Tree: TypeAlias = Any
+
+# A tree of a type that the caller knows, ``dict[str, Tensor]`` say, and gets back.
+T = TypeVar("T")
 
 _BLOCK = 1 << 18  # entries of one BLAS dot: off by 1e-6 of the norm of the products in float32
 
@@ -25,12 +29,14 @@ ROOT_NAME = "value"
 
 
 def leaves(tree: Tree) -> list[Tensor]:
-    """Return the tensors of `tree` in its fixed order (dict keys sorted), without the Nones."""
+    """Return the tensors of ``tree`` in its fixed order (dict keys sorted), without the Nones."""
     return [leaf for leaf in optree.tree_leaves(tree, none_is_leaf=True) if leaf is not None]
 
 
-def map(fn: Callable[..., Any], tree: Tree, *rest: Tree) -> Tree:
+def map(fn: Callable[..., Any], tree: T, *rest: Tree) -> T:
     """Apply ``fn(leaf, *rest_leaves)``; where any of the leaves is None the result is None.
+
+    Structure and type are those of ``tree`` as long as ``fn`` makes tensors of tensors.
 
     Raises:
         ValueError: The structures differ (optree's message names both).
@@ -39,25 +45,26 @@ def map(fn: Callable[..., Any], tree: Tree, *rest: Tree) -> Tree:
     def apply(*tensors: Tensor | None) -> Any:
         return None if any(tensor is None for tensor in tensors) else fn(*tensors)
 
-    return optree.tree_map(apply, tree, *rest, none_is_leaf=True)
+    mapped: T = optree.tree_map(apply, tree, *rest, none_is_leaf=True)
+    return mapped
 
 
-def zeros_like(tree: Tree, *, dtype: torch.dtype | None = None) -> Tree:
-    """Return zeros of the same shapes and devices, in `dtype` if given."""
+def zeros_like(tree: T, *, dtype: torch.dtype | None = None) -> T:
+    """Return zeros of the same shapes and devices, in ``dtype`` if given."""
     return map(lambda leaf: torch.zeros_like(leaf, dtype=dtype, requires_grad=False), tree)
 
 
-def add(left: Tree, right: Tree) -> Tree:
+def add(left: T, right: T) -> T:
     """Return ``left + right``; a None on one side counts as zero."""
     return axpy(1.0, left, right)
 
 
-def scale(factor: float | Tensor, tree: Tree) -> Tree:
+def scale(factor: float | Tensor, tree: T) -> T:
     """Return ``factor * tree``."""
     return map(lambda leaf: leaf * factor, tree)
 
 
-def axpy(factor: float | Tensor, x: Tree, y: Tree) -> Tree:
+def axpy(factor: float | Tensor, x: T, y: T) -> T:
     """Return ``factor * x + y``; a None on one side counts as zero."""
 
     def combine(x_leaf: Tensor | None, y_leaf: Tensor | None) -> Tensor | None:
@@ -66,10 +73,11 @@ def axpy(factor: float | Tensor, x: Tree, y: Tree) -> Tree:
         scaled = x_leaf * factor if isinstance(factor, Tensor) or factor != 1.0 else x_leaf
         return scaled if y_leaf is None else y_leaf + scaled
 
-    return optree.tree_map(combine, x, y, none_is_leaf=True)
+    combined: T = optree.tree_map(combine, x, y, none_is_leaf=True)
+    return combined
 
 
-def vdot(left: Tree, right: Tree) -> Tensor:
+def vdot(left: Tree, right: Tree) -> Num[Tensor, ""]:
     """Return ⟨left, right⟩ = Σ over all entries, a scalar; None leaves contribute nothing.
 
     16-bit leaves are multiplied and summed in float32. The sum is pairwise or in blocks, not one
@@ -81,7 +89,7 @@ def vdot(left: Tree, right: Tree) -> Tensor:
 
 
 def dot_terms(x: Tensor, y: Tensor) -> list[Tensor]:
-    """Return scalars, at least float32, whose sum is ⟨x, y⟩: see `vdot`."""
+    """Return scalars, at least float32, whose sum is ⟨x, y⟩: see ``vdot``."""
     alike = x.dtype is y.dtype or wide_dtype(x.dtype) == wide_dtype(y.dtype)
     if not alike or x.shape != y.shape or not (_on_cpu(x) and _on_cpu(y)):
         return [(_wide(x) * _wide(y)).sum()]
@@ -96,26 +104,30 @@ def _on_cpu(x: Tensor) -> bool:
 
 
 def total(terms: list[Tensor], like: Tree) -> Tensor:
-    """Return the sum of scalars, on the device of the first; a 0 of `like`'s if there are none."""
+    """Return the sum of scalars, on the device of the first.
+
+    If there are none it is a 0 of the precision and on the device of ``like``.
+    """
     if not terms:
         first = next(iter(leaves(like)), None)
         return torch.zeros(()) if first is None else first.new_zeros(())
     return torch.stack([term.to(terms[0].device) for term in terms]).sum()
 
 
-def norm(tree: Tree) -> Tensor:
+def norm(tree: Tree) -> Float[Tensor, ""]:
     """Return the Euclidean norm of all entries together, a scalar (at least float32).
 
-    For float32 and float64 leaves this is what `torch.nn.utils.clip_grad_norm_` computes.
+    For float32 and float64 leaves this is what ``torch.nn.utils.clip_grad_norm_`` computes.
     """
     tensors = leaves(tree)
     if not tensors:
         return torch.zeros(())
     norms = [torch.linalg.vector_norm(leaf, dtype=wide_dtype(leaf.dtype)) for leaf in tensors]
-    return torch.linalg.vector_norm(torch.stack([n.to(norms[0].device) for n in norms]))
+    together: Tensor = torch.linalg.vector_norm(torch.stack([n.to(norms[0].device) for n in norms]))
+    return together
 
 
-def allfinite(tree: Tree) -> Tensor:
+def allfinite(tree: Tree) -> Bool[Tensor, ""]:
     """Return a scalar bool tensor: no entry is infinite or NaN."""
     checks = [torch.isfinite(leaf).all() for leaf in leaves(tree)]
     if not checks:
@@ -147,13 +159,14 @@ def flatten(tree: Tree) -> dict[str, Tensor]:
     return dict(zip(names(tree), optree.tree_leaves(tree), strict=True))
 
 
-def unflatten(named: Mapping[str, Tensor], example: Tree) -> Tree:
-    """Rebuild the tree that `flatten` took apart: the structure of `example`, its None leaves
-    included, with the tensors of `named`.
+def unflatten(named: Mapping[str, Tensor], example: T) -> T:
+    """Rebuild the tree that ``flatten`` took apart.
+
+    It has the structure of ``example``, None leaves included, and the tensors of ``named``.
 
     Raises:
-        ValueError: A path of `example` is missing from `named` or the other way round, or a
-            tensor differs from that of `example` in shape or dtype.
+        ValueError: A path of ``example`` is missing from ``named`` or the other way round, or a
+            tensor differs from that of ``example`` in shape or dtype.
     """
     expected = flatten(example)
     missing, unexpected = sorted(expected.keys() - named.keys()), sorted(named.keys() - expected)
@@ -163,13 +176,15 @@ def unflatten(named: Mapping[str, Tensor], example: Tree) -> Tree:
             f"unexpected {unexpected}: was it saved with another model or optimizer?"
         )
     for path, tensor in expected.items():
-        found = named[path]
-        if found.shape != tensor.shape or found.dtype != tensor.dtype:
+        value = named[path]
+        if value.shape != tensor.shape or value.dtype != tensor.dtype:
             raise ValueError(
-                f"{path}: expected {tensor.dtype} {tuple(tensor.shape)}, found {found.dtype} "
-                f"{tuple(found.shape)}: was it saved with another model or precision?"
+                f"{path}: expected {tensor.dtype} {tuple(tensor.shape)}, found {value.dtype} "
+                f"{tuple(value.shape)}: was it saved with another model or precision?"
             )
-    return optree.tree_unflatten(optree.tree_structure(example), [named[path] for path in expected])
+    structure = optree.tree_structure(example)
+    rebuilt: T = optree.tree_unflatten(structure, [named[path] for path in expected])
+    return rebuilt
 
 
 def _part(entry: Any) -> str:

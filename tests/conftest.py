@@ -9,6 +9,10 @@ import pytest
 import torch
 from hypothesis import settings
 
+from tests import shape_checks
+
+shape_checks.install("bilevel", "weighting", "prm")
+
 # How long an example takes depends on what else the machine does. The same code must get the same
 # verdict every time: random search belongs to `make fuzz`, not to the suite.
 settings.register_profile("values only", deadline=None, derandomize=True)

@@ -19,9 +19,9 @@ CORE = ("bilevel", "weighting", "prm")
 PACKAGES = (*CORE, "recipes")
 MODULES = [path for name in PACKAGES for path in sorted((ROOT / name).rglob("*.py"))]
 ALLOWED = {
-    "bilevel": {"torch", "torchopt", "optree"},
-    "weighting": {"torch", "safetensors"},
-    "prm": {"torch", "jaxtyping", "transformers", "jinja2", "PIL", "numpy", "safetensors", "peft"},
+    "bilevel": {"torch", "torchopt", "optree", "jaxtyping"},
+    "weighting": {"torch", "safetensors", "jaxtyping"},
+    "prm": {"torch", "transformers", "jinja2", "PIL", "numpy", "safetensors", "peft", "jaxtyping"},
     "recipes": {
         *(*CORE, "torch", "torchopt", "optree", "transformers", "tokenizers", "safetensors"),
         *("PIL", "numpy", "sklearn", "yaml", "tqdm", "filelock"),

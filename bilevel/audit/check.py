@@ -29,12 +29,12 @@ STEPS = (1e-1, 1e-2, 1e-3, 1e-4, 1e-5, 1e-6, 1e-7)
 
 @dataclass(frozen=True)
 class HypergradientCheck:
-    """Verdict of `check_hypergradient`; true if the hypergradient agrees. Print it.
+    """Verdict of ``check_hypergradient``; true if the hypergradient agrees. Print it.
 
     Attributes:
         outcome: "agrees", "disagrees", "inconclusive": rounding hides the answer, or the error
             still falls at the smallest step; or "approximates": the method is by design not the
-            derivative through the steps, and `relative_error` is how far from it it is here.
+            derivative through the steps, and ``relative_error`` is how far from it it is here.
         relative_error: Of the directional derivatives, at the best step.
         errors: Finite-difference step (relative to φ) -> relative error.
         best_step: The step with the smallest error.
@@ -80,35 +80,36 @@ def check_hypergradient(
         (f(φ + ε d) − f(φ − ε d)) / 2ε,     f(φ) = L_upper(θ(φ), φ)
 
     where θ(φ) is reached by the lower steps that the hypergradient says it goes through (one for
-    `OneStep`; for a truncated `Unrolled` the point before its steps is held constant), taken by
+    ``OneStep``; for a truncated ``Unrolled`` the point before its steps is held constant), taken by
     plain autograd with the same random numbers and the clip scales of the steps held constant
     unless they are differentiated.
 
-    `OneStep` in order upper-first, or with another `update_derivative` than `Exact`, stands for
-    another derivative by design: f(φ) = ⟨μ, ∇_θ L_lower(θ, φ)⟩ + L_upper(·, φ) with its own μ. The
-    distance from the true derivative is reported as `approximation_error`. Methods that do not go
-    through the steps (`Implicit`, `Penalty`) are compared with the derivative through the whole
-    window and called "approximates", with that distance, unless they agree.
+    ``OneStep`` in order upper-first, or with another ``update_derivative`` than ``Exact``, stands
+    for another derivative by design: f(φ) = ⟨μ, ∇_θ L_lower(θ, φ)⟩ + L_upper(·, φ) with its own μ.
+    The distance from the true derivative is reported as ``approximation_error``. Methods that do
+    not go through the steps (``Implicit``, ``Penalty``) are compared with the derivative through
+    the whole window and called "approximates", with that distance, unless they agree.
 
-    With `solve_steps` = N, `Implicit` is held to what it claims: N plain lower steps on the
+    With ``solve_steps`` = N, ``Implicit`` is held to what it claims: N plain lower steps on the
     micro-batches, with the same random numbers in each, solve the lower level; the hypergradient is
     computed there (after one more step), and f(φ) goes on from there for N steps under φ. Both are
     right only as far as N steps solve it, so the message says how far θ still moved and what
-    stationarity `Implicit` found, and damping counts as an error. Choose N by it: where the lower
+    stationarity ``Implicit`` found, and damping counts as an error. Choose N by it: where the lower
     level contracts by a factor r per step, r^N is the relative error of the comparison.
 
-    Nothing is changed. An average of v (`direction_decay`) is left out of the audit. Use float64
+    Nothing is changed. An average of v (``direction_decay``) is left out of the audit. Use float64
     parameters and batches where possible: differences of float32 losses drown small slopes.
 
     Args:
         solver: The solver to audit.
         state: Where; best after a few steps, not from a cold optimizer.
-        lower_batches: As for `solver.step`, the micro-batches of one step; or as for
-            `solver.window`, the micro-batches of each step, where `solver.step` would refuse.
+        lower_batches: As for ``solver.step``, the micro-batches of one step; or as for
+            ``solver.window``, the micro-batches of each step, where ``solver.step`` would refuse.
         upper_batch: As for both.
         directions: How many random directions.
         steps: Values of ε to try, relative to the size of φ's entries.
-        solve_steps: Lower steps that solve the lower level, for `Implicit`; 0: as said above.
+        solve_steps: Lower steps that solve the lower level, for ``Implicit``; 0: those of
+            the window.
         tolerance: Largest relative error that agrees; None: 1e-5 for float64, 2e-2 for float32,
             0.2 below.
         generator: Of the directions.
@@ -117,7 +118,8 @@ def check_hypergradient(
     there are two per direction and step size (and once more for the steps themselves).
 
     Raises:
-        ValueError: `solve_steps` for a method that does not speak of the solved lower level.
+        ValueError: ``solve_steps`` for a method that is not the derivative of the solved lower
+            level.
     """
     audit: AuditedSteps | AuditedSolution
     if solve_steps:

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple, TypeAlias
 
 import optree
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from bilevel.audit.table import text_table
@@ -44,9 +45,10 @@ class HypergradientComparison:
 
     Attributes:
         names: The methods; the first is what the printed table compares with.
-        norms: Per point, the hypergradients' norms in the order of `names`.
-        points: Per point, (a, b) -> `Agreement` of b with a for each pair, a before b in `names`.
-        notes: Per method, what it had to say, once each; the table prints the last.
+        norms: Per point, the hypergradients' norms in the order of ``names``.
+        points: Per point, (a, b) -> ``Agreement`` of b with a for each pair, a before b in
+            ``names``.
+        notes: Per method, its notes, once each; the table prints the last.
     """
 
     names: tuple[str, ...]
@@ -67,15 +69,15 @@ class HypergradientComparison:
         for name, norm in zip(others, norms[1:], strict=True):
             cosines = [point[reference, name].cosine for point in self.points]
             least = min((value for value in cosines if not math.isnan(value)), default=math.nan)
-            found = self.mean(reference, name)
-            row = [f"{found.cosine:.4f}", f"{least:.4f}", f"{found.norm_ratio:.3g}"]
-            rows.append([name, norm, *row, f"{found.same_sign:.1%}"])
+            mean = self.mean(reference, name)
+            row = [f"{mean.cosine:.4f}", f"{least:.4f}", f"{mean.norm_ratio:.3g}"]
+            rows.append([name, norm, *row, f"{mean.same_sign:.1%}"])
         count = len(self.points)
         head = f"hypergradients at {count} point{'s' * (count != 1)}, against {reference!r}"
         noted = [
-            f"  {name}: {said[-1]}" + (f" (last of {len(said)} notes)" if len(said) > 1 else "")
-            for name, said in self.notes.items()
-            if said
+            f"  {name}: {notes[-1]}" + (f" (last of {len(notes)} notes)" if len(notes) > 1 else "")
+            for name, notes in self.notes.items()
+            if notes
         ]
         return "\n".join([head, *text_table(rows), *noted])
 
@@ -104,7 +106,7 @@ def compare_hypergradients(
         solver: Problem and lower optimizer; its own hypergradient plays no part.
         windows: Where to compare.
         methods: By name; the first is the reference.
-        memories: What methods start with, by name; for others it is their `init`.
+        memories: What methods start with, by name; for others it is their ``init``.
 
     Cost: per window that of all methods.
 
@@ -117,7 +119,7 @@ def compare_hypergradients(
     norms, points = [], []
     notes: dict[str, dict[str, None]] = {name: {} for name in methods}
     for state, batches, upper_batch in windows:
-        found: dict[str, Tensor] = {}
+        vectors: dict[str, Tensor] = {}
         start = Point(state.lower_params, state.lower_optimizer)
         window = Window(solver.problem, solver.lower_optimizer, start, state.upper_params, batches)
         for name, method in methods.items():
@@ -132,27 +134,29 @@ def compare_hypergradients(
             assert result is not None
             kept[name] = result.memory
             notes[name].update(dict.fromkeys(result.notes))
-            found[name] = _vector(result.hypergradient, state.upper_params)
-        norms.append(tuple(float(vector.norm()) for vector in found.values()))
-        points.append({pair: _agreement(*(found[name] for name in pair)) for pair in _pairs(found)})
+            vectors[name] = _vector(result.hypergradient, state.upper_params)
+        norms.append(tuple(float(vector.norm()) for vector in vectors.values()))
+        points.append(
+            {pair: _agreement(*(vectors[name] for name in pair)) for pair in _pairs(vectors)}
+        )
     if not points:
         raise ValueError("windows: expected at least one (state, batches, upper_batch), found none")
-    said = {name: tuple(lines) for name, lines in notes.items()}
-    return HypergradientComparison(tuple(methods), tuple(norms), tuple(points), said)
+    notes_of = {name: tuple(lines) for name, lines in notes.items()}
+    return HypergradientComparison(tuple(methods), tuple(norms), tuple(points), notes_of)
 
 
-def _vector(hypergradient: Tree, upper_params: Params) -> Tensor:
+def _vector(hypergradient: Tree, upper_params: Params) -> Float[Tensor, " entries"]:
     """Return all entries in one vector, zeros where φ has no influence."""
     leaves, structure = optree.tree_flatten(upper_params)
-    found = structure.flatten_up_to(hypergradient)
+    slopes = structure.flatten_up_to(hypergradient)
     pieces = [
-        (torch.zeros_like(leaf) if one is None else one).detach().flatten().double().cpu()
-        for leaf, one in zip(leaves, found, strict=True)
+        (torch.zeros_like(leaf) if slope is None else slope).detach().flatten().double().cpu()
+        for leaf, slope in zip(leaves, slopes, strict=True)
     ]
     return torch.cat(pieces) if pieces else torch.zeros(0, dtype=torch.float64)
 
 
-def _agreement(first: Tensor, second: Tensor) -> Agreement:
+def _agreement(first: Float[Tensor, " entries"], second: Float[Tensor, " entries"]) -> Agreement:
     norms = float(first.norm()), float(second.norm())
     if not all(norms):
         return Agreement(math.nan, math.nan, math.nan)

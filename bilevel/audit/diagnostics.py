@@ -1,7 +1,7 @@
-"""What a run should be asked: is the lower level solved, does φ move.
+"""Two questions to ask of a run: is the lower level solved, and does φ move?
 
-`check_hypergradient` tells whether a hypergradient is right, `compare_hypergradients` how far apart
-two of them are; the functions here tell whether either can do any good.
+``check_hypergradient`` tells whether a hypergradient is right, ``compare_hypergradients`` how far
+apart two of them are; the functions here tell whether either can do any good.
 """
 
 from __future__ import annotations
@@ -58,10 +58,10 @@ def stationarity(
 ) -> Stationarity:
     """Measure the lower gradient at θ over several batches, against its own noise.
 
-    `Implicit` and `Penalty` rest on a lower level that is solved: as long as ``grad_norm`` is well
-    above ``noise_norm`` it is not, at the batches' resolution. (`Implicit` measures the same on the
-    batches of one step, as a distance, with the curvature.) The noise is estimated with weights
-    w_b = n_b / N, without keeping gradients::
+    ``Implicit`` and ``Penalty`` rest on a lower level that is solved: as long as ``grad_norm`` is
+    well above ``noise_norm`` it is not, at the batches' resolution. (``Implicit`` measures the same
+    on the batches of one step, as a distance, with the curvature.) The noise is estimated with
+    weights w_b = n_b / N, without keeping gradients::
 
         noise_norm² = (Σ w_b ‖g_b‖² − ‖ḡ‖²) · Σ w_b² / (1 − Σ w_b²)
 
@@ -98,7 +98,7 @@ def stationarity(
 
 
 class LeafMovement(NamedTuple):
-    """What happened to one leaf; `at_bound` is None without a bound."""
+    """What happened to one leaf; ``at_bound`` is None without a bound."""
 
     name: str
     entries: int
@@ -135,7 +135,7 @@ def movement(
     Args:
         before: φ.
         after: φ later, of the same structure.
-        bounds: (low, high) of all leaves, or of some by name ('/'-joined path, `tree.names`). In
+        bounds: (low, high) of all leaves, or of some by name ('/'-joined path, ``tree.names``). In
             terms of φ itself: for a bound that maps raw weights, those at its ends.
 
     Raises:
@@ -146,14 +146,14 @@ def movement(
     unknown = sorted(by_name.keys() - news.keys())
     if unknown:
         raise ValueError(f"bounds: expected leaves of {sorted(news)}, found {unknown}")
-    found = []
+    moved = []
     for name, (old, new) in tree.map(lambda *pair: pair, olds, news).items():
         wide = torch.promote_types(new.dtype, torch.float32)
         change = (new.detach().to(wide) - old.detach().to(wide)).abs()
         bound = by_name.get(name)
         outside = None if bound is None else (new <= bound[0]) | (new >= bound[1])
         empty = new.numel() == 0
-        found.append(
+        moved.append(
             LeafMovement(
                 name,
                 new.numel(),
@@ -163,4 +163,4 @@ def movement(
                 None if outside is None or empty else float(outside.double().mean()),
             )
         )
-    return Movement(tuple(found))
+    return Movement(tuple(moved))

@@ -1,7 +1,7 @@
 """What is audited: functions of φ whose slope the hypergradient should be.
 
-The upper loss after the steps that it went through (`AuditedSteps`), or after the lower level is
-solved (`AuditedSolution`).
+The upper loss after the steps that it went through (``AuditedSteps``), or after the lower level is
+solved (``AuditedSolution``).
 """
 
 from __future__ import annotations
@@ -47,8 +47,8 @@ class AuditedSteps:
     """A window with its hypergradient, and the same steps by plain autograd as functions of φ.
 
     Attributes:
-        result: Of the hypergradient, without an average of v (`direction_decay`).
-        exact: Whether it claims to be the slope of `upper_after`.
+        result: Of the hypergradient, without an average of v (``direction_decay``).
+        exact: Whether it claims to be the slope of ``upper_after``.
         lower_gradient_error: Relative error of its last gradient against plain autograd's.
         notes: What should be known of the steps.
     """
@@ -108,7 +108,7 @@ class AuditedSteps:
         return self._upper(_Start(start.point, before.random), upper_params)
 
     def claimed_by_one_step(self) -> Callable[[Params], Tensor]:
-        """Return φ -> ⟨μ, ∇_θ L_lower(θ, φ)⟩ + L_upper(·, φ), with μ as `OneStep` forms it.
+        """Return φ -> ⟨μ, ∇_θ L_lower(θ, φ)⟩ + L_upper(·, φ), with μ as ``OneStep`` forms it.
 
         What it stands for by design where it is not exact: order upper-first, whose v and direct
         term are those at θ, and other conventions for the derivative of the update.
@@ -127,8 +127,8 @@ class AuditedSteps:
         mu = one_step.update_derivative.pull_back(self._optimizer, grads, state, params, v)
 
         def claimed(upper_params: Params) -> Tensor:
-            found, _ = self._grads(self._last, upper_params, self._batches[-1])
-            return tree.vdot(found, mu) + self._upper(_Start(at, self._last.random), upper_params)
+            lower, _ = self._grads(self._last, upper_params, self._batches[-1])
+            return tree.vdot(lower, mu) + self._upper(_Start(at, self._last.random), upper_params)
 
         return claimed
 
@@ -157,9 +157,9 @@ class AuditedSteps:
 class AuditedSolution:
     """The lower level solved on one batch, and solved again for any φ near by.
 
-    From the state `solve_steps` plain lower steps are taken on the batches, always with the same
+    From the state ``solve_steps`` plain lower steps are taken on the batches, always with the same
     random numbers, so that there is one lower loss to solve; the hypergradient is computed there,
-    after one more. `upper_after` goes on from the same point with another φ, as many steps again.
+    after one more. ``upper_after`` goes on from the same point with another φ, as many steps again.
 
     Attributes:
         result: Of the hypergradient at the solution, without what it keeps between windows.
@@ -259,7 +259,7 @@ def slope_errors(
             )
             measured.append(float(ahead - behind) / (2.0 * step * size))
             values.append(abs(float(ahead)) * torch.finfo(ahead.dtype).eps / (step * size))
-        gaps = [found - slope for found, slope in zip(measured, slopes, strict=True)]
+        gaps = [slope_seen - slope for slope_seen, slope in zip(measured, slopes, strict=True)]
         length = max(math.hypot(*slopes), math.hypot(*measured))
         errors[step] = ratio(math.hypot(*gaps), length)
         floors[step] = ratio(math.hypot(*values), length)

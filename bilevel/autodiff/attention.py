@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
+from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.nn import functional
 
 from bilevel import tree
 from bilevel.autodiff import dual_numbers
 from bilevel.autodiff.dual_numbers import Dual
+from bilevel.autodiff.torch_private import softmax_tangent
 
 # Scores of one block of attention: 2 MB in float32, which stay in a core's cache. On other devices
 # every block costs launches, and the limit is there for memory alone.
@@ -20,21 +22,21 @@ _CPU_SCORES, _SCORES, _LEAST_ROWS = 1 << 19, 1 << 24, 64
 
 
 def attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attn_mask: Tensor | None = None,
+    query: Float[Tensor, "*batch queries size"],
+    key: Float[Tensor, "... keys size"],
+    value: Float[Tensor, "... keys width"],
+    attn_mask: Bool[Tensor, "..."] | Float[Tensor, "..."] | None = None,
     dropout_p: float = 0.0,
     is_causal: bool = False,
     scale: float | None = None,
     enable_gqa: bool = False,
-) -> Tensor:
-    """`torch.nn.functional.scaled_dot_product_attention`, whose MATH kernel holds all scores.
+) -> Float[Tensor, "*batch queries width"]:
+    """``torch.nn.functional.scaled_dot_product_attention``, whose MATH kernel holds all scores.
 
     A causal block leaves out the keys that it would mask. Dropout draws its numbers for all queries
     at once, so then all are one block.
     """
-    whole: Any = partial(
+    whole: Callable[..., Tensor] = partial(
         functional.scaled_dot_product_attention, scale=scale, enable_gqa=enable_gqa
     )
     if dropout_p or query.is_nested or (is_causal and attn_mask is not None):
@@ -44,17 +46,17 @@ def attention(
     still = attn_mask is None or dual_numbers.parts(attn_mask) is None
     if duals is not None and still and not torch.is_autocast_enabled(query.device.type):
         return _dual_attention(duals, blocks, scale, enable_gqa)
-    found = [
+    outputs = [
         whole(query[..., rows, :], key[..., :seen, :], value[..., :seen, :], attn_mask=mask)
         for rows, seen, mask, _ in blocks
     ]
-    return torch.cat(found, dim=-2)
+    return torch.cat(outputs, dim=-2)
 
 
 class _Block(NamedTuple):
     """Some queries, how many of the keys they see, and their mask.
 
-    A causal mask hides nothing before column `hiding`; other masks may anywhere.
+    A causal mask hides nothing before column ``hiding``; other masks may anywhere.
     """
 
     rows: slice
@@ -85,7 +87,7 @@ def _dual_attention(
     """O = P V and O' = P' V + P V' in one go, with P = softmax(S), S = scale Q Kᵀ.
 
     S' = scale (Q' Kᵀ + Q K'ᵀ) is one product of twice the inner dimension, and
-    P' = P (S' − Σ P S') one kernel: that of the softmax's gradient, whose Jacobian is symmetric.
+    P' = P (S' − Σ P S') one kernel (``softmax_tangent``).
     torch's derivative of the MATH kernel takes some ten passes over the scores for the softmax.
     """
     (q, q_moved), (k, k_moved), (v, v_moved) = (_wide(one) for one in duals)
@@ -102,21 +104,21 @@ def _dual_attention(
     for rows, seen, mask, hiding in blocks:
         scores = q[..., rows, :] @ k[..., :seen, :].mT
         moved = both_queries[..., rows, :] @ both_keys[..., :seen, :].mT
-        unseeing = None
+        sees_nothing = None
         if mask is not None and hiding is not None:
             scores[..., hiding:].masked_fill_(mask[:, hiding:].logical_not(), -torch.inf)
         elif mask is not None and mask.dtype == torch.bool:
             scores = scores.masked_fill(mask.logical_not(), -torch.inf)
-            unseeing = mask.any(-1, keepdim=True).logical_not()
+            sees_nothing = mask.any(-1, keepdim=True).logical_not()
         elif mask is not None:
             scores = scores + mask
-            unseeing = mask.isneginf().all(-1, keepdim=True)
+            sees_nothing = mask.isneginf().all(-1, keepdim=True)
         p = torch.softmax(scores, -1)
-        p_moved = torch._softmax_backward_data(moved, p, -1, p.dtype)
+        p_moved = softmax_tangent(p, moved)
         out, out_moved = (p @ both_values[..., :seen, :]).chunk(2, -1)
         out_moved = out_moved + p_moved @ v[..., :seen, :]
-        if unseeing is not None:  # as the MATH kernel: a query that sees nothing finds zeros
-            out, out_moved = (one.masked_fill(unseeing, 0.0) for one in (out, out_moved))
+        if sees_nothing is not None:  # as the MATH kernel: a query that sees nothing gets zeros
+            out, out_moved = (one.masked_fill(sees_nothing, 0.0) for one in (out, out_moved))
         values.append(out)
         tangents.append(out_moved)
     dtype = duals[0].value.dtype

@@ -1,7 +1,7 @@
 """Dual numbers by hand, where torch's own forward-mode derivative takes many passes over memory.
 
-A dual number is a value with a tangent, what `torch.func.jvp` gives to the function that it
-differentiates. `torch.autograd.forward_ad` takes it apart and puts it together, at the innermost
+A dual number is a value with a tangent, what ``torch.func.jvp`` gives to the function that it
+differentiates. ``torch.autograd.forward_ad`` takes it apart and puts it together, at the innermost
 level of nested derivatives, so the formulas made with it compose with all others.
 """
 
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+from jaxtyping import Float
 from torch import Tensor
 from torch.autograd import forward_ad
 
@@ -21,12 +22,12 @@ class Dual(NamedTuple):
 
 
 def parts(*values: Any) -> tuple[Dual, ...] | None:
-    """Take tensors apart; numbers do not move. None if nothing does, and under `torch.vmap`.
+    """Take tensors apart; numbers do not move. None if nothing does, and under ``torch.vmap``.
 
     There torch cannot take dual numbers apart, and its own derivatives have to do.
     """
     try:
-        found = tuple(
+        duals = tuple(
             Dual(*forward_ad.unpack_dual(value)) if isinstance(value, Tensor) else Dual(value, None)
             for value in values
         )
@@ -34,31 +35,12 @@ def parts(*values: Any) -> tuple[Dual, ...] | None:
         if "Batching rule not implemented" not in str(error):
             raise
         return None
-    return None if all(one.tangent is None for one in found) else found
+    return None if all(dual.tangent is None for dual in duals) else duals
 
 
-def joined(value: Tensor, tangent: Tensor) -> Tensor:
+def joined(
+    value: Float[Tensor, "*shape"], tangent: Float[Tensor, "*shape"]
+) -> Float[Tensor, "*shape"]:
     """Put a value and its tangent, of the same shape and precision, together."""
     dual: Tensor = forward_ad.make_dual(value, tangent)
     return dual
-
-
-def product(a: Any, b: Any) -> Tensor | None:
-    """Return a b, with the tangent a' b + a b'; None if that is torch's matter.
-
-    Beside a constant b torch computes a b' too, with zeros that it does not store, and takes a
-    quarter of a millisecond to find out their shape. A layer with rotary positions has eight such
-    products.
-    """
-    if not all(isinstance(one, Tensor | float | int) for one in (a, b)):
-        return None
-    found = parts(a, b)
-    if found is None:
-        return None
-    x, y = found
-    if x.tangent is None:
-        return joined(x.value * y.value, x.value * y.tangent)
-    tangent = x.tangent * y.value
-    if y.tangent is not None:
-        tangent = tangent + x.value * y.tangent
-    return joined(x.value * y.value, tangent)

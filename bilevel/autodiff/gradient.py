@@ -11,10 +11,10 @@ from torch import Tensor
 
 from bilevel import tree
 from bilevel.problem import Batch, Params, Problem, detached, upper_value
-from bilevel.tree import Tree
+from bilevel.tree import T, Tree
 
 
-def as_leaves(params: Tree) -> Tree:
+def as_leaves(params: T) -> T:
     """Return the same values as new autograd leaves that require grad."""
     return tree.map(lambda leaf: leaf.detach().requires_grad_(), params)
 
@@ -39,14 +39,14 @@ def gradients(
     used = [index for index, output in enumerate(outputs) if output.requires_grad]
     result: list[Tensor | None] = [None] * len(leaves)
     if wanted and used:
-        found = torch.autograd.grad(
+        grads = torch.autograd.grad(
             [outputs[index] for index in used],
             [leaves[index] for index in wanted],
             None if cotangents is None else [cotangents[index] for index in used],
             allow_unused=True,
             create_graph=create_graph,
         )
-        for index, gradient in zip(wanted, found, strict=True):
+        for index, gradient in zip(wanted, grads, strict=True):
             result[index] = gradient
     return structure.unflatten(result)
 
@@ -71,5 +71,5 @@ def upper_gradient(
     with torch.enable_grad():
         lower, upper = as_leaves(lower_params), as_leaves(upper_params)
         loss, aux = upper_value(problem, lower, upper, batch)
-        found_lower, direct = gradients([loss], (lower, upper))
-    return UpperGradient(loss.detach(), found_lower, direct, detached(aux))
+        v, direct = gradients([loss], (lower, upper))
+    return UpperGradient(loss.detach(), v, direct, detached(aux))

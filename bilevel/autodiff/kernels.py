@@ -1,4 +1,4 @@
-"""What torch needs to be told before it differentiates a model twice, or in forward mode."""
+"""Operations under which torch differentiates a model twice, or in forward mode."""
 
 from __future__ import annotations
 
@@ -14,12 +14,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
 from bilevel.autodiff.attention import attention
-from bilevel.autodiff.dual_numbers import product
 
 # What torch's messages about missing derivatives have in common.
 UNSUPPORTED = ("forward AD", "forward-mode", "functorch", "jvp", "double backward")
-
-_PRODUCTS = (torch.mul, Tensor.mul, Tensor.__mul__, Tensor.__rmul__)
 
 
 @contextmanager
@@ -27,7 +24,7 @@ def differentiable_kernels() -> Iterator[None]:
     """Run with operations that have forward-mode and second derivatives, right ones.
 
     Attention takes its only kernel that has them, MATH, for a block of queries at a time; some
-    other operations their equals: see `_Equals`.
+    other operations are replaced by equal ones: see ``_Equals``.
 
     Raises:
         RuntimeError: Some other operation lacks them, with torch's message and what to do.
@@ -56,18 +53,16 @@ def differentiable_kernels() -> Iterator[None]:
 
 
 class _Equals(TorchFunctionMode):
-    """Puts other operations with the same values in the place of some.
+    """Replaces some operations by others of the same values.
 
-    `masked_scatter`, with which multimodal models of transformers put image features among the
+    ``masked_scatter``, with which multimodal models of transformers put image features among the
     text's: in forward over reverse torch (seen in 2.13) gives the gradient of the scattered values
     the tangent of the whole tensor, which raises for its size or, where that fits, is wrong.
 
-    `scaled_dot_product_attention`: its MATH kernel holds the scores of all queries with all keys
+    ``scaled_dot_product_attention``: its MATH kernel holds the scores of all queries with all keys
     at once, and its causal form computes those it masks. The derivative of 1,024 tokens took 7
     forward passes, and 4 in blocks; with dual numbers by hand it takes 3.1
-    (`bilevel.autodiff.attention`).
-
-    Products of two factors, of which one is constant: see `bilevel.autodiff.dual_numbers.product`.
+    (``bilevel.autodiff.attention``).
     """
 
     def __torch_function__(
@@ -84,17 +79,13 @@ class _Equals(TorchFunctionMode):
             return args[0].copy_(_masked_scatter(*args, **kwargs))
         if func is functional.scaled_dot_product_attention:
             return attention(*args, **kwargs)
-        if func in _PRODUCTS and len(args) == 2 and not kwargs:
-            dual = product(*args)
-            if dual is not None:
-                return dual
         return func(*args, **kwargs)
 
 
 def _masked_scatter(input: Tensor, mask: Tensor, source: Tensor) -> Tensor:
-    """The k-th true entry of the mask, in memory order, gets the k-th entry of `source`."""
+    """The k-th true entry of the mask, in memory order, gets the k-th entry of ``source``."""
     input, mask = torch.broadcast_tensors(input, mask)
     if not source.numel():
         return input.clone()
-    place = (mask.reshape(-1).cumsum(0) - 1).clamp(0, source.numel() - 1)
-    return torch.where(mask, source.reshape(-1)[place].view(mask.shape), input)
+    rank = (mask.reshape(-1).cumsum(0) - 1).clamp(0, source.numel() - 1)
+    return torch.where(mask, source.reshape(-1)[rank].view(mask.shape), input)

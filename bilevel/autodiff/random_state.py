@@ -40,7 +40,7 @@ def capture(params: Tree) -> RandomState:
 
 
 def restore(state: RandomState) -> None:
-    """Continue from `state`."""
+    """Continue from ``state``."""
     torch.set_rng_state(state.cpu)
     for device, generator_state in state.devices:
         torch.get_device_module(device).set_rng_state(generator_state, device)
@@ -48,7 +48,7 @@ def restore(state: RandomState) -> None:
 
 @contextmanager
 def rewound_to(state: RandomState, params: Tree) -> Iterator[None]:
-    """Run the body from `state`; afterwards the generators are where they were before."""
+    """Run the body from ``state``; afterwards the generators are where they were before."""
     before = capture(params)
     restore(state)
     try:

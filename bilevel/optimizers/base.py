@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any, NamedTuple, Protocol
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from bilevel.tree import Tree
@@ -24,15 +25,15 @@ class OptimizerState(NamedTuple):
 
 
 class UpdateCotangents(NamedTuple):
-    """Cotangents of the inputs of an update; `state` has its structure, with 0 steps."""
+    """Cotangents of the inputs of an update; ``state`` has its structure, with 0 steps."""
 
     grads: Tree
     state: OptimizerState
     params: Tree
 
 
-def clip_scale(norm: Tensor, max_norm: float) -> Tensor:
-    """Return min(1, max_norm / (norm + 1e-6)), the factor of `clip_grad_norm_`; scalar."""
+def clip_scale(norm: Float[Tensor, ""], max_norm: float) -> Float[Tensor, ""]:
+    """Return min(1, max_norm / (norm + 1e-6)), the factor of ``clip_grad_norm_``; scalar."""
     return torch.clamp(max_norm / (norm + CLIP_EPS), max=1.0)
 
 
@@ -63,4 +64,4 @@ class DifferentiableOptimizer(Optimizer, Protocol):
         """Return (∂params'/∂grads)ᵀ params_bar."""
 
     def predicted_grads_vjp(self, state: OptimizerState, params: Tree, params_bar: Tree) -> Tree:
-        """Return `grads_vjp` as far as it is known before the gradient is."""
+        """Return ``grads_vjp`` as far as it is known before the gradient is."""

@@ -5,7 +5,7 @@ copy; so temporaries are never larger than one bucket or one parameter. Measured
 step in float32 on one core of a shared CPU, milliseconds (range of medians over runs):
 
 =========================  ==================  ======================  =========  ===========
-parameters                 torch.optim.AdamW   TorchOpt, leaf by leaf  `update`   `grads_vjp`
+parameters                 torch.optim.AdamW   TorchOpt, leaf by leaf  update     grads_vjp
 =========================  ==================  ======================  =========  ===========
 100 of 100 entries         1.7–1.9             3.8–4.3                 1.4        1.0
 100 of 1,000               1.9                 4.1–4.6                 1.7–1.9    1.3–1.6
@@ -59,14 +59,14 @@ def map_buckets(
     """Apply ``rule(key, *joined columns) -> outputs`` bucket by bucket.
 
     Args:
-        rule: Elementwise in all its tensors; returns `outputs` tensors of their shape, or None.
+        rule: Elementwise in all its tensors; returns ``outputs`` tensors of their shape, or None.
         leaves: The parameters, which give shapes and grouping.
         keys: One per leaf: leaves with equal keys may be joined; None: leave this leaf out.
         columns: Further values per leaf, each column all tensors or all None within a bucket.
         outputs: How many results the rule returns.
 
     Returns:
-        One list per output, with the shapes of `leaves`, None where a leaf was left out.
+        One list per output, with the shapes of ``leaves``, None where a leaf was left out.
     """
     results: list[list[Tensor | None]] = [[None] * len(leaves) for _ in range(outputs)]
     for indices in bucket_indices(leaves, keys):

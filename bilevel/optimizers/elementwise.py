@@ -7,7 +7,7 @@ For every leaf θ with gradient g (of all leaves together for the clip scale c):
     u, moments' = rule(g₂, moments)    (without L2 decay g₂ = g₁)
     θ' = θ − lr (u + λ θ)      decoupled weight decay
 
-The optimizers in `optimizer` add the rule and its hyperparameters.
+The optimizers in ``optimizers`` add the rule and its hyperparameters.
 """
 
 from __future__ import annotations
@@ -31,10 +31,11 @@ from bilevel.optimizers.point import (
     add_scale_path,
     check_shapes,
     column,
-    filled,
     or_else,
+    update_point,
+    zero_filled,
 )
-from bilevel.optimizers.rules import Direction, add_decay, descend
+from bilevel.optimizers.rules import RuleStep, add_decay, descend
 from bilevel.optimizers.schedule import Schedule
 from bilevel.tree import Tree
 
@@ -46,7 +47,7 @@ class ElementwiseOptimizer:
     Args:
         lr: The learning rate, or a function of the steps taken before this one.
         weight_decay: λ of the equations above.
-        decay_mask: Whether to decay the leaf of that path ('/'-joined, see `tree.names`; the
+        decay_mask: Whether to decay the leaf of that path ('/'-joined, see ``tree.names``; the
             parameter's name for a flat dict). None: decay all. E.g.
             ``lambda name: not name.endswith("bias")``. In place of torch's parameter groups.
         max_norm: Largest norm of all gradients together; None: no clipping.
@@ -77,7 +78,7 @@ class ElementwiseOptimizer:
     def init(self, params: Tree) -> OptimizerState:
         """Return the state before the first step: 0 steps and zero moments.
 
-        Moments have the dtype of their parameter, or `state_dtype`; the update is computed in
+        Moments have the dtype of their parameter, or ``state_dtype``; the update is computed in
         that dtype too, and the new parameters are rounded to their own.
         """
         has_first, has_second = self._moments()
@@ -90,18 +91,18 @@ class ElementwiseOptimizer:
     def update(
         self, grads: Tree, state: OptimizerState, params: Tree
     ) -> tuple[Tree, OptimizerState]:
-        """Take one step, in the caller's grad mode (train under `torch.no_grad`).
+        """Take one step, in the caller's grad mode (train under ``torch.no_grad``).
 
         Args:
-            grads: Gradients like `params`; None: leave that leaf and its moments as they are.
-            state: From `init` or the previous `update`.
+            grads: Gradients like ``params``; None: leave that leaf and its moments as they are.
+            state: From ``init`` or the previous ``update``.
             params: Tensors of any shape and float dtype.
 
         Returns:
             The new parameters and the new state; the old ones are not changed.
 
         Raises:
-            ValueError: `grads` or `state` differ from `params` in structure or shape.
+            ValueError: ``grads`` or ``state`` differ from ``params`` in structure or shape.
         """
         at = self._point(grads, state, params)
 
@@ -126,12 +127,12 @@ class ElementwiseOptimizer:
         params_bar: Tree,
         state_bar: OptimizerState | None = None,
     ) -> UpdateCotangents:
-        """Return the transposed derivative of `update` at (grads, state, params).
+        """Return the transposed derivative of ``update`` at (grads, state, params).
 
         Args:
-            grads: As given to `update`.
-            state: As given to `update`: the state before the step.
-            params: As given to `update`.
+            grads: As given to ``update``.
+            state: As given to ``update``: the state before the step.
+            params: As given to ``update``.
             params_bar: Cotangent of the new parameters; None leaves are zero.
             state_bar: Cotangent of the new state (its steps are ignored); None: zero.
 
@@ -139,14 +140,14 @@ class ElementwiseOptimizer:
             ``(∂(params', state')/∂x)ᵀ (params_bar, state_bar)`` for x = grads, state, params,
             without an autograd graph. The gradients' is None where the gradient is.
 
-        The clip scale is held constant unless `differentiate_clip`. Where the second moment
-        after the step is 0 its derivative does not exist; 0 is returned (see `rules`).
+        The clip scale is held constant unless ``differentiate_clip``. Where the second moment
+        after the step is 0 its derivative does not exist; 0 is returned (see ``rules``).
         """
         with torch.no_grad():
             at = self._point(grads, state, params)
             first_bar, second_bar = (None, None) if state_bar is None else state_bar[1:]
             bars = [
-                filled(at.structure, bar, values)
+                zero_filled(at.structure, bar, values)
                 for bar, values in zip(
                     (params_bar, first_bar, second_bar), (at.params, *at.moments), strict=True
                 )
@@ -163,25 +164,25 @@ class ElementwiseOptimizer:
     def grads_vjp(self, grads: Tree, state: OptimizerState, params: Tree, params_bar: Tree) -> Tree:
         """Return ``(∂params'/∂grads)ᵀ params_bar``, e.g. ``−lr · params_bar`` for plain SGD.
 
-        The gradient part of `vjp`, for less; arguments and conventions as there.
+        The gradient part of ``vjp``, for less; arguments and conventions as there.
         """
         with torch.no_grad():
             at = self._point(grads, state, params)
             nothing: Leaves = [None] * len(at.params)
-            bars = [filled(at.structure, params_bar, at.params), nothing, nothing]
+            bars = [zero_filled(at.structure, params_bar, at.params), nothing, nothing]
             check_shapes(params, at.params, bars[0], "cotangent")
             return at.structure.unflatten(self._pull_back(at, bars, all_inputs=False)[0])
 
     def predicted_grads_vjp(self, state: OptimizerState, params: Tree, params_bar: Tree) -> Tree:
-        """Return `grads_vjp` as far as it is known before the gradient of the step is.
+        """Return ``grads_vjp`` as far as it is known before the gradient of the step is.
 
-        Exact for SGD. The adaptive optimizers use the second moment as it stands in `state`
+        Exact for SGD. The adaptive optimizers use the second moment as it stands in ``state``
         (bias-corrected by the steps it has seen) and leave out the term in which the gradient
         changes its own second moment. Entries whose second moment is 0 (or nothing beside eps),
         thus all of them in a cold state, get plain ``−lr · params_bar``: their true factor may be
         anything from nearly 0 to lr / eps, depending on the gradient to come. The clip scale is
         taken as 1.
-        None leaves of `params_bar` stay None.
+        None leaves of ``params_bar`` stay None.
         """
         with torch.no_grad():
             structure = optree.tree_structure(params, none_is_leaf=True)
@@ -207,7 +208,7 @@ class ElementwiseOptimizer:
     def _moments(self) -> tuple[bool, bool]:
         raise NotImplementedError
 
-    def _direction(self, g: Tensor, m: Tensor | None, s: Tensor | None, steps: int) -> Direction:
+    def _direction(self, g: Tensor, m: Tensor | None, s: Tensor | None, steps: int) -> RuleStep:
         raise NotImplementedError
 
     def _direction_vjp(
@@ -216,9 +217,9 @@ class ElementwiseOptimizer:
         m: Tensor | None,
         s: Tensor | None,
         steps: int,
-        bars: Direction,
+        bars: RuleStep,
         all_inputs: bool,
-    ) -> Direction:
+    ) -> RuleStep:
         raise NotImplementedError
 
     def _predicted_gain(self, s: Tensor | None, count: int) -> float | Tensor:
@@ -226,9 +227,10 @@ class ElementwiseOptimizer:
 
     # Bookkeeping.
 
-    def _decays(self, params: Tree, size: int) -> list[float]:
+    def _decays(self, params: Tree) -> list[float] | float:
+        """Return λ of each leaf, or of all."""
         if self.decay_mask is None:
-            return [self.weight_decay] * size
+            return self.weight_decay
         names = tree.names(params, none_is_leaf=True)
         return [self.weight_decay if self.decay_mask(name) else 0.0 for name in names]
 
@@ -236,29 +238,11 @@ class ElementwiseOptimizer:
         return self.lr(count) if callable(self.lr) else self.lr
 
     def _point(self, grads: Tree, state: OptimizerState, params: Tree) -> UpdatePoint:
-        leaves, structure = optree.tree_flatten(params, none_is_leaf=True)
-        gradients = structure.flatten_up_to(grads)
-        check_shapes(params, leaves, gradients, "gradient")
-        count = int(state.steps)
-        norm = scale = None
-        if self.max_norm is not None:
-            norm = tree.norm(grads) if self.differentiate_clip else tree.norm(grads).detach()
-            scale = clip_scale(norm, self.max_norm)
-        decays = self._decays(params, len(leaves))
-        return UpdatePoint(
-            structure=structure,
-            params=leaves,
-            grads=gradients,
-            moments=[column(structure, moment, len(leaves)) for moment in state[1:]],
-            keys=[
-                None if p is None or g is None else LeafKey(p.dtype, g.dtype, p.device, decay)
-                for p, g, decay in zip(leaves, gradients, decays, strict=True)
-            ],
-            steps=count + 1,
-            lr=self._lr(count),
-            norm=norm,
-            scale=scale,
-        )
+        at = update_point(grads, state, params, self._lr(int(state.steps)), self._decays(params))
+        if self.max_norm is None:
+            return at
+        norm = tree.norm(grads) if self.differentiate_clip else tree.norm(grads).detach()
+        return at._replace(norm=norm, scale=clip_scale(norm, self.max_norm))
 
     def _rule_inputs(
         self, at: UpdatePoint, key: LeafKey, p: Tensor, g: Tensor
@@ -271,7 +255,7 @@ class ElementwiseOptimizer:
         return p, g if self._decoupled else add_decay(g, p, key.decay)
 
     def _pull_back(self, at: UpdatePoint, bars: list[Leaves], *, all_inputs: bool) -> list[Leaves]:
-        """Return the cotangents of gradients and, with `all_inputs`, parameters and moments."""
+        """Return the cotangents of gradients and, with ``all_inputs``, parameters and moments."""
 
         def rule(
             key: LeafKey,
@@ -285,7 +269,7 @@ class ElementwiseOptimizer:
         ) -> tuple[Tensor | None, ...]:
             p_wide, g_rule = self._rule_inputs(at, key, p, g)
             p_bar = p_bar.to(p_wide.dtype)
-            given = Direction(p_bar * -at.lr, m_bar, s_bar)
+            given = RuleStep(p_bar * -at.lr, m_bar, s_bar)
             g_bar, *moment_bars = self._direction_vjp(g_rule, m, s, at.steps, given, all_inputs)
             old_bar = None
             if all_inputs:

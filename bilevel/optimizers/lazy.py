@@ -42,8 +42,8 @@ class LazyRowAdam:
         θ' = θ − lr ( m'/(1 − β₁ⁿ) / (√(s'/(1 − β₂ⁿ)) + eps) + weight_decay θ )
 
     All other rows, and their moments, stay bit for bit. With every row visited at every step it
-    is `AdamW`; its rule is that of `torch.optim.SparseAdam`, but with a count per row. The
-    schedule of `lr` runs on the steps of the whole table. It has no `vjp`: it serves the upper
+    is ``AdamW``; its rule is that of ``torch.optim.SparseAdam``, but with a count per row. The
+    schedule of ``lr`` runs on the steps of the whole table. It has no ``vjp``: it serves the upper
     level, through whose update nothing is differentiated.
 
     Momentum lasts for 1/(1 − β₁) visits. A row with a few tens of them over a whole run is moved
@@ -73,7 +73,8 @@ class LazyRowAdam:
         """Return the state before the first step.
 
         Raises:
-            ValueError: A leaf is a scalar, thus has no rows, or `eps` underflows in its precision.
+            ValueError: A leaf is a scalar, thus has no rows, or ``eps`` underflows in its
+                precision.
         """
         for name, leaf in tree.flatten(params).items():
             if leaf.dim() == 0:
@@ -90,15 +91,15 @@ class LazyRowAdam:
         """Take one step.
 
         Args:
-            grads: Dense gradients like `params`; rows of zeros, and None leaves, are skipped.
-            state: From `init` or the previous `update`.
+            grads: Dense gradients like ``params``; rows of zeros, and None leaves, are skipped.
+            state: From ``init`` or the previous ``update``.
             params: Tables, [rows, ...].
 
         Returns:
             The new tables and the new state; the old ones are not changed.
 
         Raises:
-            ValueError: `grads` or `state` differ from `params` in structure or shape.
+            ValueError: ``grads`` or ``state`` differ from ``params`` in structure or shape.
         """
         leaves, structure = optree.tree_flatten(params, none_is_leaf=True)
         columns = [structure.flatten_up_to(column) for column in (grads, *state[1:])]

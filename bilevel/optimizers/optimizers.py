@@ -1,8 +1,9 @@
 """Optimizers as pure functions, each with the exact derivative of its own update.
 
-An optimizer is a frozen dataclass of hyperparameters: `init` and `update` take a step, `vjp` and
-`grads_vjp` pull cotangents back through that step (clipping and weight decay included), without
-an autograd graph, finite and right where a gradient is 0. See `update` for the equations.
+An optimizer is a frozen dataclass of hyperparameters: ``init`` and ``update`` take a step, ``vjp``
+and ``grads_vjp`` pull cotangents back through that step (clipping and weight decay included),
+without an autograd graph, finite and right where a gradient is 0. See ``elementwise`` for the
+equations.
 """
 
 from __future__ import annotations
@@ -19,15 +20,15 @@ from bilevel.checks import check_eps, require
 from bilevel.optimizers import rules
 from bilevel.optimizers.base import OptimizerState
 from bilevel.optimizers.elementwise import ElementwiseOptimizer
-from bilevel.optimizers.rules import Adaptive, Direction
+from bilevel.optimizers.rules import Adaptive, RuleStep
 from bilevel.tree import Tree
 
 
 @dataclass(frozen=True)
 class SGD(ElementwiseOptimizer):
-    """Gradient descent, with heavy-ball or Nesterov momentum; `torch.optim.SGD`'s arithmetic.
+    """Gradient descent, with heavy-ball or Nesterov momentum; ``torch.optim.SGD``'s arithmetic.
 
-    ``m' = μ m + g₂``; ``u = m'``, or ``g₂ + μ m'`` with `nesterov`; ``u = g₂`` if μ = 0.
+    ``m' = μ m + g₂``; ``u = m'``, or ``g₂ + μ m'`` with ``nesterov``; ``u = g₂`` if μ = 0.
 
     Raises:
         ValueError: lr < 0, momentum outside [0, 1), nesterov without momentum,
@@ -46,9 +47,9 @@ class SGD(ElementwiseOptimizer):
     def _moments(self) -> tuple[bool, bool]:
         return self.momentum > 0.0, False
 
-    def _direction(self, g: Tensor, m: Tensor | None, s: Tensor | None, steps: int) -> Direction:
+    def _direction(self, g: Tensor, m: Tensor | None, s: Tensor | None, steps: int) -> RuleStep:
         if m is None:
-            return Direction(g)
+            return RuleStep(g)
         return rules.momentum_direction(g, m, self.momentum, self.nesterov)
 
     def _direction_vjp(
@@ -57,11 +58,11 @@ class SGD(ElementwiseOptimizer):
         m: Tensor | None,
         s: Tensor | None,
         steps: int,
-        bars: Direction,
+        bars: RuleStep,
         all_inputs: bool,
-    ) -> Direction:
+    ) -> RuleStep:
         if m is None:
-            return Direction(bars.step)
+            return RuleStep(bars.step)
         return rules.momentum_vjp(bars, self.momentum, self.nesterov, all_inputs=all_inputs)
 
     def _predicted_gain(self, s: Tensor | None, count: int) -> float:
@@ -76,7 +77,7 @@ class _AdaptiveOptimizer(ElementwiseOptimizer):
         """Return the state before the first step.
 
         Raises:
-            ValueError: `eps` underflows in the precision of the moments.
+            ValueError: ``eps`` underflows in the precision of the moments.
         """
         first = self._coefficients(1)
         # The derivative has eps √c₂ in its denominators.
@@ -94,9 +95,9 @@ class _AdaptiveOptimizer(ElementwiseOptimizer):
         m: Tensor | None,
         s: Tensor | None,
         steps: int,
-        bars: Direction,
+        bars: RuleStep,
         all_inputs: bool,
-    ) -> Direction:
+    ) -> RuleStep:
         assert s is not None
         rule = self._coefficients(steps)
         return rules.adaptive_vjp(g, m, s, bars, rule, all_inputs=all_inputs)
@@ -113,7 +114,7 @@ class _AdaptiveOptimizer(ElementwiseOptimizer):
 
 @dataclass(frozen=True)
 class Adam(_AdaptiveOptimizer):
-    """Adam (Kingma & Ba 2014), with L2 weight decay; `torch.optim.Adam`'s arithmetic.
+    """Adam (Kingma & Ba 2014), with L2 weight decay; ``torch.optim.Adam``'s arithmetic.
 
     ``m' = β₁ m + (1 − β₁) g₂``, ``s' = β₂ s + (1 − β₂) g₂²``,
     ``u = m'/(1 − β₁ᵗ) / (√(s'/(1 − β₂ᵗ)) + eps)`` at step t = 1, 2, …
@@ -135,10 +136,10 @@ class Adam(_AdaptiveOptimizer):
     def _moments(self) -> tuple[bool, bool]:
         return True, True
 
-    def _direction(self, g: Tensor, m: Tensor | None, s: Tensor | None, steps: int) -> Direction:
+    def _direction(self, g: Tensor, m: Tensor | None, s: Tensor | None, steps: int) -> RuleStep:
         assert m is not None
         assert s is not None
-        return Direction(*rules.adam_direction(g, m, s, steps, self.betas, self.eps))
+        return RuleStep(*rules.adam_direction(g, m, s, steps, self.betas, self.eps))
 
     def _coefficients(self, steps: int) -> Adaptive:
         beta1, beta2 = self.betas
@@ -147,12 +148,12 @@ class Adam(_AdaptiveOptimizer):
 
 @dataclass(frozen=True)
 class AdamW(Adam):
-    """Adam with decoupled weight decay (Loshchilov & Hutter 2019); `torch.optim.AdamW`'s.
+    """Adam with decoupled weight decay (Loshchilov & Hutter 2019); ``torch.optim.AdamW``'s.
 
-    ``θ' = θ − lr (u + weight_decay θ)``, with u as in `Adam`.
+    ``θ' = θ − lr (u + weight_decay θ)``, with u as in ``Adam``.
 
     Raises:
-        ValueError: As `Adam`.
+        ValueError: As ``Adam``.
     """
 
     weight_decay: float = field(default=0.01, kw_only=True)
@@ -162,9 +163,9 @@ class AdamW(Adam):
 
 @dataclass(frozen=True)
 class RMSProp(_AdaptiveOptimizer):
-    """RMSProp (Tieleman & Hinton 2012), not centred; `torch.optim.RMSprop`'s arithmetic.
+    """RMSProp (Tieleman & Hinton 2012), not centred; ``torch.optim.RMSprop``'s arithmetic.
 
-    ``s' = beta s + (1 − beta) g₂²``, ``u = g₂ / (√s' + eps)``. `beta` is torch's ``alpha``.
+    ``s' = beta s + (1 − beta) g₂²``, ``u = g₂ / (√s' + eps)``. ``beta`` is torch's ``alpha``.
 
     Raises:
         ValueError: lr < 0, beta outside [0, 1), eps ≤ 0, weight_decay < 0, max_norm ≤ 0.
@@ -181,7 +182,7 @@ class RMSProp(_AdaptiveOptimizer):
     def _moments(self) -> tuple[bool, bool]:
         return False, True
 
-    def _direction(self, g: Tensor, m: Tensor | None, s: Tensor | None, steps: int) -> Direction:
+    def _direction(self, g: Tensor, m: Tensor | None, s: Tensor | None, steps: int) -> RuleStep:
         assert s is not None
         return rules.rms_direction(g, s, self.beta, self.eps)
 
@@ -191,7 +192,7 @@ class RMSProp(_AdaptiveOptimizer):
 
 @dataclass(frozen=True)
 class Adagrad(_AdaptiveOptimizer):
-    """Adagrad (Duchi et al. 2011); `torch.optim.Adagrad`'s arithmetic.
+    """Adagrad (Duchi et al. 2011); ``torch.optim.Adagrad``'s arithmetic.
 
     ``s' = s + g₂²``, ``u = g₂ / (√s' + eps)``.
 
@@ -208,7 +209,7 @@ class Adagrad(_AdaptiveOptimizer):
     def _moments(self) -> tuple[bool, bool]:
         return False, True
 
-    def _direction(self, g: Tensor, m: Tensor | None, s: Tensor | None, steps: int) -> Direction:
+    def _direction(self, g: Tensor, m: Tensor | None, s: Tensor | None, steps: int) -> RuleStep:
         assert s is not None
         return rules.adagrad_direction(g, s, self.eps)
 

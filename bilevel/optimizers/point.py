@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple, TypeAlias
 
+import optree
 import torch
 from torch import Tensor
 
 from bilevel import tree
-from bilevel.optimizers.base import CLIP_EPS
+from bilevel.optimizers.base import CLIP_EPS, OptimizerState
 from bilevel.tree import Tree
 
 Leaves: TypeAlias = list[Tensor | None]
@@ -33,8 +34,46 @@ class UpdatePoint(NamedTuple):
     keys: list[LeafKey | None]
     steps: int
     lr: float | Tensor
-    norm: Tensor | None
-    scale: Tensor | None
+    norm: Tensor | None = None
+    scale: Tensor | None = None
+
+
+def update_point(
+    grads: Tree,
+    state: OptimizerState,
+    params: Tree,
+    lr: float | Tensor,
+    decays: list[float] | float,
+) -> UpdatePoint:
+    """Return the point of an update that is not clipped.
+
+    Args:
+        grads: Gradients like ``params``; None leaves are left out of the update.
+        state: The state before the step.
+        params: The parameters before the step.
+        lr: Learning rate of the step.
+        decays: Weight decay of each leaf, or of all.
+
+    Raises:
+        ValueError: Structures differ, or a gradient has not its parameter's shape.
+    """
+    leaves, structure = optree.tree_flatten(params, none_is_leaf=True)
+    gradients = structure.flatten_up_to(grads)
+    check_shapes(params, leaves, gradients, "gradient")
+    if isinstance(decays, float | int):
+        decays = [decays] * len(leaves)
+    return UpdatePoint(
+        structure=structure,
+        params=leaves,
+        grads=gradients,
+        moments=[column(structure, moment, len(leaves)) for moment in state[1:]],
+        keys=[
+            None if p is None or g is None else LeafKey(p.dtype, g.dtype, p.device, decay)
+            for p, g, decay in zip(leaves, gradients, decays, strict=True)
+        ],
+        steps=int(state.steps) + 1,
+        lr=lr,
+    )
 
 
 def column(structure: Any, values: Tree, size: int) -> Leaves:
@@ -42,7 +81,7 @@ def column(structure: Any, values: Tree, size: int) -> Leaves:
     return [None] * size if values is None else structure.flatten_up_to(values)
 
 
-def filled(structure: Any, bars: Tree, values: Leaves) -> Leaves:
+def zero_filled(structure: Any, bars: Tree, values: Leaves) -> Leaves:
     """Return one cotangent per leaf: zeros where it is None, None where there is no value."""
     return [
         torch.zeros_like(value) if bar is None and value is not None else bar
@@ -51,7 +90,7 @@ def filled(structure: Any, bars: Tree, values: Leaves) -> Leaves:
 
 
 def or_else(columns: list[Leaves], defaults: list[Leaves]) -> list[Leaves]:
-    """Return `columns` with each None replaced by its default (leaves without a gradient)."""
+    """Return ``columns`` with each None replaced by its default (leaves without a gradient)."""
     return [
         [old if new is None else new for old, new in zip(olds, news, strict=True)]
         for olds, news in zip(defaults, columns, strict=True)
@@ -75,7 +114,7 @@ def add_scale_path(at: UpdatePoint, grads_bar: Leaves, max_norm: float) -> Leave
 
 
 def check_shapes(params: Tree, leaves: Leaves, values: Leaves, what: str) -> None:
-    """Raise ValueError, naming the leaf, if a value (a `what`) has not its parameter's shape."""
+    """Raise ValueError, naming the leaf, if a value (a ``what``) has not its parameter's shape."""
     for index, (leaf, value) in enumerate(zip(leaves, values, strict=True)):
         if leaf is not None and value is not None and leaf.shape != value.shape:
             name = tree.names(params, none_is_leaf=True)[index]

@@ -21,8 +21,8 @@ class Projected:
         optimizer: Takes the step.
         project: φ -> the nearest φ of the set, of the same structure; idempotent.
 
-    Source: projected gradient descent (Bertsekas 1976); the derivative of `project` is not part of
-    any hypergradient, so this is for the upper level.
+    Source: projected gradient descent (Bertsekas 1976); the derivative of ``project`` is not part
+    of any hypergradient, so this is for the upper level.
     """
 
     optimizer: Optimizer

@@ -1,17 +1,17 @@
 """Update directions (TorchOpt's) and their derivatives in closed form, for one tensor.
 
 The only module that imports torchopt. That library is unmaintained and has known defects, kept
-out here (each is covered by a test against `torch.optim` or finite differences):
+out here (each is covered by a test against ``torch.optim`` or finite differences):
 
 - it works in place by default: ``inplace=False`` at every call;
-- `trace` counts its own calls in a closure, so a transformation built after a resume would
+- ``trace`` counts its own calls in a closure, so a transformation built after a resume would
   forget the momentum: its first call is spent on a dummy;
 - Adam's bias correction is a float32 power of the count: a float64 count makes it exact;
 - differentiating through Adam, RMSProp or Adagrad gives NaN where a gradient is exactly 0:
-  `adaptive_vjp` does not differentiate through it.
+  ``adaptive_vjp`` does not differentiate through it.
 
-Everything is elementwise: tensors are a parameter or several put end to end (`buckets`), and
-`steps` is the number of steps taken, this one included.
+Everything is elementwise: tensors are a parameter or several put end to end (``buckets``), and
+``steps`` is the number of steps taken, this one included.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from torchopt.transform.scale_by_rss import ScaleByRssState
 from torchopt.transform.trace import TraceState
 
 
-class Direction(NamedTuple):
+class RuleStep(NamedTuple):
     """What a rule makes of a gradient: the step is ``params − lr · step``. None: no such moment."""
 
     step: Tensor
@@ -46,7 +46,9 @@ class Direction(NamedTuple):
 
 
 class Adaptive(NamedTuple):
-    """Coefficients of one step of an adaptive rule, ``u = (m'/c₁) / (√(s'/c₂) + ε)`` with::
+    """Coefficients of one step of an adaptive rule.
+
+    ``u = (m'/c₁) / (√(s'/c₂) + ε)`` with::
 
         m' = β₁ m + (1 − β₁) g        s' = β₂ s + γ g²
 
@@ -67,25 +69,27 @@ def add_decay(grads: Tensor, params: Tensor, weight_decay: float) -> Tensor:
     if weight_decay == 0.0:
         return grads
     decay = add_decayed_weights(weight_decay)
-    return decay.update(grads, EmptyState(), params=params, inplace=False)[0]
+    decayed: Tensor = decay.update(grads, EmptyState(), params=params, inplace=False)[0]
+    return decayed
 
 
 def descend(params: Tensor, step: Tensor, lr: float | Tensor) -> Tensor:
     """Return ``params − lr · step``."""
     updates, _ = scale(-lr).update(step, EmptyState(), inplace=False)
-    return apply_updates(params, updates, inplace=False)
+    new_params: Tensor = apply_updates(params, updates, inplace=False)
+    return new_params
 
 
-def momentum_direction(grads: Tensor, first: Tensor, momentum: float, nesterov: bool) -> Direction:
+def momentum_direction(grads: Tensor, first: Tensor, momentum: float, nesterov: bool) -> RuleStep:
     """Return ``m' = μ m + g`` and the step m', or g + μ m' for Nesterov's.
 
-    Source: Sutskever et al. 2013, in the form of `torch.optim.SGD` without dampening.
+    Source: Sutskever et al. 2013, in the form of ``torch.optim.SGD`` without dampening.
     """
     rule = trace(momentum, nesterov=nesterov)
     dummy = first.new_zeros(1)
     rule.update(dummy, TraceState(dummy), inplace=False)  # spends the closure's "first call"
     step, state = rule.update(grads, TraceState(first), inplace=False)
-    return Direction(step, first_moment=state.trace)
+    return RuleStep(step, first_moment=state.trace)
 
 
 def adam_direction(
@@ -96,7 +100,7 @@ def adam_direction(
     betas: tuple[float, float],
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return Adam's step and new moments (Kingma & Ba 2014); `steps` may be one per row."""
+    """Return Adam's step and new moments (Kingma & Ba 2014); ``steps`` may be one per row."""
     # On the CPU unless given per row: a scalar there mixes with any device, without a transfer.
     taken = steps if isinstance(steps, Tensor) else torch.tensor(steps, device="cpu")
     count = taken.to(torch.float64) - 1.0
@@ -105,44 +109,44 @@ def adam_direction(
     return step.to(first.dtype), state.mu, state.nu
 
 
-def rms_direction(grads: Tensor, second: Tensor, beta: float, eps: float) -> Direction:
+def rms_direction(grads: Tensor, second: Tensor, beta: float, eps: float) -> RuleStep:
     """Return RMSProp's step and second moment (Tieleman & Hinton 2012), not centred."""
     rule = scale_by_rms(alpha=beta, eps=eps)
     step, state = rule.update(grads, ScaleByRmsState(second), inplace=False)
-    return Direction(step, second_moment=state.nu)
+    return RuleStep(step, second_moment=state.nu)
 
 
-def adagrad_direction(grads: Tensor, second: Tensor, eps: float) -> Direction:
+def adagrad_direction(grads: Tensor, second: Tensor, eps: float) -> RuleStep:
     """Return Adagrad's step and sum of squares (Duchi et al. 2011)."""
     rule = scale_by_rss(eps=eps)
     step, state = rule.update(grads, ScaleByRssState(second), inplace=False)
-    return Direction(step, second_moment=state.sum_of_squares)
+    return RuleStep(step, second_moment=state.sum_of_squares)
 
 
-def momentum_vjp(
-    bars: Direction, momentum: float, nesterov: bool, *, all_inputs: bool
-) -> Direction:
-    """Return the cotangents of gradient (as `step`) and, if asked for, of the old buffer::
+def momentum_vjp(bars: RuleStep, momentum: float, nesterov: bool, *, all_inputs: bool) -> RuleStep:
+    """Return the cotangents of gradient (as ``step``) and, if asked for, of the old buffer.
 
-    m̄ = m̄' + ū, or m̄' + μ ū with Nesterov        ḡ = m̄, or m̄ + ū
+    ::
+
+        m̄ = m̄' + ū, or m̄' + μ ū with Nesterov        ḡ = m̄, or m̄ + ū
     """
     buffer_bar = momentum * bars.step if nesterov else bars.step
     if bars.first_moment is not None:
         buffer_bar = buffer_bar + bars.first_moment
     grads_bar = buffer_bar + bars.step if nesterov else buffer_bar
-    return Direction(grads_bar, momentum * buffer_bar if all_inputs else None)
+    return RuleStep(grads_bar, momentum * buffer_bar if all_inputs else None)
 
 
 def adaptive_vjp(
     grads: Tensor,
     first: Tensor | None,
     second: Tensor,
-    bars: Direction,
+    bars: RuleStep,
     rule: Adaptive,
     *,
     all_inputs: bool,
-) -> Direction:
-    """Return the cotangents of gradient (as `step`) and, if asked for, of the old moments.
+) -> RuleStep:
+    """Return the cotangents of gradient (as ``step``) and, if asked for, of the old moments.
 
     For cotangents ū, m̄', s̄' of direction and new moments, with D = √(s'/c₂) + ε::
 
@@ -155,7 +159,7 @@ def adaptive_vjp(
     """
     new_first = grads if first is None else torch.lerp(first, grads, 1.0 - rule.beta1)
     root = (second * rule.beta2).addcmul_(grads, grads, value=rule.gain).sqrt_()  # √s'
-    # The factors √c₂ of D are collected in `gain`.
+    # The factors √c₂ of D are collected in ``gain``.
     eps = rule.eps * math.sqrt(rule.correction2)
     gain = math.sqrt(rule.correction2) / rule.correction1
     if not all_inputs:
@@ -164,7 +168,7 @@ def adaptive_vjp(
         slope = (grads / root.clamp_(min=least)).mul_(new_first)
         ratio = root.add_(eps).reciprocal_()
         slope.mul_(ratio).mul_(-rule.gain * gain).add_((1.0 - rule.beta1) * gain)
-        return Direction(ratio.mul_(bars.step).mul_(slope))
+        return RuleStep(ratio.mul_(bars.step).mul_(slope))
     # 1/√s', 0 where s' = 0. Masks would take ten times as long.
     inverse_root = root.reciprocal().nan_to_num_(nan=math.nan, posinf=0.0)
     scaled_denominator = root.add_(eps)
@@ -176,6 +180,6 @@ def adaptive_vjp(
     if bars.second_moment is not None:
         second_bar = second_bar + bars.second_moment
     grads_bar = (first_bar * (1.0 - rule.beta1)).addcmul_(grads, second_bar, value=2.0 * rule.gain)
-    return Direction(
+    return RuleStep(
         grads_bar, None if first is None else first_bar * rule.beta1, second_bar * rule.beta2
     )

@@ -24,7 +24,7 @@ class Constant:
     """The same learning rate at every step.
 
     Raises:
-        ValueError: `lr` is negative or not finite.
+        ValueError: ``lr`` is negative or not finite.
     """
 
     lr: float
@@ -33,13 +33,13 @@ class Constant:
         require(self, "lr", self.lr)
 
     def __call__(self, count: int | Tensor) -> float:
-        """Return the learning rate of step `count`."""
+        """Return the learning rate of step ``count``."""
         return self.lr
 
 
 @dataclass(frozen=True)
 class WarmupCosine:
-    """Linear warm-up from 0 to `peak`, then half a cosine down to `floor`.
+    """Linear warm-up from 0 to ``peak``, then half a cosine down to ``floor``.
 
     With w = warmup_steps, T = total_steps and step count k::
 
@@ -47,13 +47,13 @@ class WarmupCosine:
         lr(k) = floor + (peak − floor) · ½(1 + cos(π (k − w) / (T − w)))  for w ≤ k ≤ T
         lr(k) = floor                                                     for k > T
 
-    With ``floor=0`` it equals `transformers.get_cosine_schedule_with_warmup` up to step T; after
+    With ``floor=0`` it equals ``transformers.get_cosine_schedule_with_warmup`` up to step T; after
     T that one climbs again, this one stays. The first step's rate is 0 if there is a warm-up.
     An int gives a float; a tensor of counts gives a float64 tensor of the same shape.
 
     Raises:
-        ValueError: `peak` is negative, `total_steps` below 1, `warmup_steps` outside
-            [0, total_steps] or `floor` outside [0, peak].
+        ValueError: ``peak`` is negative, ``total_steps`` below 1, ``warmup_steps`` outside
+            [0, total_steps] or ``floor`` outside [0, peak].
     """
 
     peak: float
@@ -68,7 +68,7 @@ class WarmupCosine:
         require(self, "floor", self.floor, high=self.peak, high_open=False)
 
     def __call__(self, count: int | Tensor) -> float | Tensor:
-        """Return the learning rate of step `count` (0 is the first step)."""
+        """Return the learning rate of step ``count`` (0 is the first step)."""
         cooldown_steps = max(1, self.total_steps - self.warmup_steps)
         if isinstance(count, Tensor):
             return self._of_tensor(count.to(torch.float64), cooldown_steps)
@@ -88,10 +88,10 @@ class WarmupCosine:
 
 @dataclass(frozen=True)
 class StepDecay:
-    """``lr(k) = peak · factor^⌊k / every⌋``: `torch.optim.lr_scheduler.StepLR`.
+    """``lr(k) = peak · factor^⌊k / every⌋``: ``torch.optim.lr_scheduler.StepLR``.
 
     Raises:
-        ValueError: `peak` is negative, `every` below 1 or `factor` outside (0, 1].
+        ValueError: ``peak`` is negative, ``every`` below 1 or ``factor`` outside (0, 1].
     """
 
     peak: float
@@ -104,20 +104,8 @@ class StepDecay:
         require(self, "factor", self.factor, low_open=True, high=1.0, high_open=False)
 
     def __call__(self, count: int | Tensor) -> float | Tensor:
-        """Return the learning rate of step `count`; a tensor of counts gives float64."""
+        """Return the learning rate of step ``count``; a tensor of counts gives float64."""
         if isinstance(count, Tensor):
             count = count.to(torch.float64)
             return self.peak * self.factor ** torch.floor(count / self.every)
         return float(self.peak * self.factor ** (count // self.every))
-
-
-def constant(lr: float) -> Constant:
-    """Return the schedule that is `lr` at every step."""
-    return Constant(lr)
-
-
-def warmup_cosine(
-    peak: float, warmup_steps: int, total_steps: int, floor: float = 0.0
-) -> WarmupCosine:
-    """Return linear warm-up to `peak`, then half a cosine to `floor` (see `WarmupCosine`)."""
-    return WarmupCosine(peak, warmup_steps, total_steps, floor)

@@ -1,4 +1,4 @@
-"""What the package is made of: torch and torchopt, every public name, nothing else."""
+"""What the package is made of: torch and its companions, every public name, nothing else."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def test_importing_needs_no_transformers():
 
 
 def test_only_torch_and_its_companions_are_imported():
-    allowed = {"bilevel", "optree", "torch", "torchopt", *sys.stdlib_module_names}
+    allowed = {"bilevel", "jaxtyping", "optree", "torch", "torchopt", *sys.stdlib_module_names}
     for path in Path(bilevel.__file__).parent.rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             names = []

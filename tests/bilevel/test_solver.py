@@ -22,15 +22,15 @@ from bilevel import (
     OneStep,
     PerExample,
     Reverse,
+    WarmupCosine,
     tree,
-    warmup_cosine,
 )
 from tests.bilevel.hypergradients.test_one_step import pick, relative
 from tests.bilevel.run_window import run_step
 from tests.bilevel.zoo import build
 from tests.oracles import lower_gradient
 
-LOWER = AdamW(warmup_cosine(0.05, 1, 20), weight_decay=0.1, max_norm=0.5)
+LOWER = AdamW(WarmupCosine(0.05, 1, 20), weight_decay=0.1, max_norm=0.5)
 STEPS = [
     OneStep(Auto()),
     OneStep(Auto(), "upper-first"),

@@ -1,4 +1,4 @@
-"""Rules for arithmetic with parameters, concatenation, and views of them. See `operations`."""
+"""Rules for arithmetic with parameters, concatenation, and views of them. See ``operations``."""
 
 from __future__ import annotations
 
@@ -100,7 +100,7 @@ def _shift(
 
 
 def _one_tracked(t: Tracker, input: Any, other: Any) -> tuple[Tracked | None, Any, bool]:
-    """Return the tracked operand, the other one, and whether it is `other` that is tracked."""
+    """Return the tracked operand, the other one, and whether it is ``other`` that is tracked."""
     left, right = t.find(input), t.find(other)
     if left is not None and right is not None:
         return None, None, False

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from bilevel import tree
@@ -58,8 +59,8 @@ Pending = tuple[int, Callable[[Tensor], Tensor]]
 class Context:
     """Weights, owners and direction of one micro-batch; gathers the per-example products.
 
-    Set up by the pass between forward and backward: without a call of `weight` it is an
-    ordinary backward pass (the loss itself being weighted). `entries_limit`: see `PerExample`.
+    Set up by the pass between forward and backward: without a call of ``weight`` it is an
+    ordinary backward pass (the loss itself being weighted). ``entries_limit``: see ``PerExample``.
     """
 
     def __init__(self, entries_limit: int) -> None:
@@ -74,12 +75,12 @@ class Context:
 
     def weight(
         self,
-        weights: Tensor,
-        owners: Mapping[int, Tensor],
+        weights: Float[Tensor, " batch"],
+        owners: Mapping[int, Int[Tensor, " rows"]],
         direction: Sequence[Tensor | None] | None,
         keep: bool,
     ) -> None:
-        """Ask for gradients weighted per example, and products with `direction` or, kept, later.
+        """Ask for gradients weighted per example, and products with ``direction`` or, kept, later.
 
         If the weights are all exactly 1, the gradients come from autograd's own kernels.
         """
@@ -89,7 +90,7 @@ class Context:
         self._all_one = bool((weights == 1.0).all())
         self.dots = weights.new_zeros(weights.shape, dtype=tree.wide_dtype(weights.dtype))
 
-    def later_dots(self, direction: Sequence[Tensor | None]) -> Tensor:
+    def later_dots(self, direction: Sequence[Tensor | None]) -> Float[Tensor, " batch"]:
         """Return the products [batch] from what was kept, and forget it."""
         assert self.dots is not None
         for leaf, dots in self._pending:
@@ -132,9 +133,9 @@ class Context:
         self, row: RowGradients, entry: Tracked, owner: Tensor | None
     ) -> Callable[[Tensor], Tensor]:
         def dots(direction: Tensor) -> Tensor:
-            found = row.sums(None, entry.tangent(direction))[1]
-            assert found is not None
-            return self._per_example(found, owner)
+            products = row.sums(None, entry.tangent(direction))[1]
+            assert products is not None
+            return self._per_example(products, owner)
 
         return dots
 
@@ -162,7 +163,7 @@ class Tap(torch.autograd.Function):
         saved: int,
         *tensors: Tensor,
     ) -> Tensor:
-        """`tensors`: what the use saves for its backward pass, then the entries' shadows."""
+        """``tensors``: what the use saves for its backward pass, then the entries' shadows."""
         ctx.use, ctx.context, ctx.entries = use, context, entries
         # Activation checkpointing fills in what is saved here by running the model again. If it
         # does so without taps, the marker, like nothing that torch saves, makes it notice.

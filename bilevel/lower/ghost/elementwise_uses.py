@@ -1,4 +1,4 @@
-"""Uses of parameters that meet their input entry by entry: scales, shifts, slices. See `uses`."""
+"""Uses of parameters that meet their input entry by entry: scales, shifts, slices. See ``uses``."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from bilevel.lower.ghost.rows import (
 
 @dataclass(frozen=True)
 class Normalised:
-    """``y = weight · x̂ + bias``, x̂ the normalised x, which `normalise` recomputes; saved: x.
+    """``y = weight · x̂ + bias``, x̂ the normalised x, which ``normalise`` recomputes; saved: x.
 
     Args:
         weight: Whether the weight is tracked.
@@ -99,7 +99,7 @@ class Broadcast:
 
 @dataclass(frozen=True)
 class Concatenated:
-    """``y = cat([..., p, ...], dim)``, dim > 0: p is the slice of y from `start` on."""
+    """``y = cat([..., p, ...], dim)``, dim > 0: p is the slice of y from ``start`` on."""
 
     dim: int
     start: int

@@ -1,4 +1,4 @@
-"""Rules for layers: linear maps, look-ups, normalisations, convolutions. See `operations`."""
+"""Rules for layers: linear maps, look-ups, normalisations, convolutions. See ``operations``."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def linear(t: Tracker, input: Tensor, weight: Tensor, bias: Tensor | None = None
 
 
 def matmul(t: Tracker, input: Tensor, other: Tensor) -> Any:
-    """``input @ other``, the parameter being `other`, a matrix or a vector."""
+    """``input @ other``, the parameter being ``other``, a matrix or a vector."""
     w = t.find(other)
     if w is None or t.find(input) or input.dim() < 2 or other.dim() > 2:
         return NotImplemented

@@ -2,11 +2,11 @@
 
 A handler has the signature of its torch function after the tracker. It computes the output with
 the parameter's value and taps it; or tracks the output, if that is a view, a cast or another
-linear map of the parameter alone; or returns `NotImplemented`, which refuses.
+linear map of the parameter alone; or returns ``NotImplemented``, which refuses.
 
-Rules exist for `linear`, `matmul`/`mm`/`mv`/`addmm` with the parameter on the right, `embedding`,
-`layer_norm`, `rms_norm`, `group_norm`, `conv1d/2d/3d`, broadcast `mul`, `add`, `sub`, `cat`,
-views, casts and scalar multiples.
+Rules exist for ``linear``, ``matmul``/``mm``/``mv``/``addmm`` with the parameter on the right,
+``embedding``, ``layer_norm``, ``rms_norm``, ``group_norm``, ``conv1d/2d/3d``, broadcast ``mul``,
+``add``, ``sub``, ``cat``, views, casts and scalar multiples.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ VIEWS = [
 
 
 def _table() -> dict[Any, Handler]:
-    """Return torch function -> handler; most functions exist in `torch` and as methods."""
+    """Return torch function -> handler; most functions exist in ``torch`` and as methods."""
     table: dict[Any, Handler] = {
         functional.linear: layers.linear,
         functional.embedding: layers.embedding,
@@ -68,15 +68,15 @@ def _table() -> dict[Any, Handler]:
         for function in _functions(name):
             table[function] = partial(layers.convolution, convolve=function)
     getters = [getattr(Tensor, name).__get__ for name in ("T", "mT")]
-    for function in (*getters, *(found for name in VIEWS for found in _functions(name))):
+    for function in (*getters, *(function for name in VIEWS for function in _functions(name))):
         table[function] = partial(arithmetic.view, function=function)
     return table
 
 
 def _functions(name: str) -> list[Any]:
-    """Return the function of that name in torch and the method; `torch.float` is a dtype."""
-    found = [getattr(owner, name, None) for owner in (torch, Tensor)]
-    return [function for function in found if callable(function)]
+    """Return the function of that name in torch and the method; ``torch.float`` is a dtype."""
+    candidates = [getattr(owner, name, None) for owner in (torch, Tensor)]
+    return [function for function in candidates if callable(function)]
 
 
 OPERATIONS = _table()

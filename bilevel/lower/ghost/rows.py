@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TypeAlias
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from bilevel import tree
@@ -25,14 +26,14 @@ class RowGradients:
     """Gradients of one parameter, one per row of the leading dimension, formed or not.
 
     Attributes:
-        sums: (row weights [rows] or None, direction shaped like the parameter or None) -> `Sums`.
+        sums: (row weights [rows] or None, direction shaped like the parameter or None) -> ``Sums``.
     """
 
     sums: Callable[[Tensor | None, Tensor | None], Sums]
 
 
-def formed(gradients: Tensor, shape: torch.Size | None = None) -> RowGradients:
-    """Gradients that exist, [rows, *shape]; `shape` is the parameter's if it has another one."""
+def formed(gradients: Float[Tensor, "rows ..."], shape: torch.Size | None = None) -> RowGradients:
+    """Gradients that exist, [rows, *shape]; ``shape`` is the parameter's if it has another one."""
     flat = gradients.flatten(1) if gradients.dim() > 1 else gradients[:, None]
     shape = gradients.shape[1:] if shape is None else shape
 
@@ -43,13 +44,10 @@ def formed(gradients: Tensor, shape: torch.Size | None = None) -> RowGradients:
     return RowGradients(sums)
 
 
-def products(left: Tensor, right: Tensor) -> RowGradients:
-    """Gradients Σ_tokens left ⊗ right, [rows, m, n], formed for a few rows at a time.
-
-    Args:
-        left: [rows, tokens, m].
-        right: [rows, tokens, n].
-    """
+def products(
+    left: Float[Tensor, "rows tokens m"], right: Float[Tensor, "rows tokens n"]
+) -> RowGradients:
+    """Return gradients Σ_tokens left ⊗ right, [rows, m, n], formed for a few rows at a time."""
     shape = torch.Size([left.shape[2], right.shape[2]])
     step = max(1, CHUNK_ENTRIES // shape.numel())
 
@@ -89,19 +87,23 @@ def contracted(
     return RowGradients(sums)
 
 
-def row_dots(b: Tensor, along: Tensor) -> Tensor:
+def row_dots(
+    b: Float[Tensor, " rows *inner"], along: Float[Tensor, " rows *inner"]
+) -> Float[Tensor, " rows"]:
     """Return Σ b · along over all but the rows, accumulated in at least float32; [rows]."""
     wide = tree.wide_dtype(b.dtype)
     return (b * along).flatten(1).sum(1, dtype=wide)
 
 
-def scale_rows(b: Tensor, weights: Tensor) -> Tensor:
+def scale_rows(
+    b: Float[Tensor, " rows *inner"], weights: Float[Tensor, " rows"]
+) -> Float[Tensor, " rows *inner"]:
     """Return b with row r times weight r."""
     return b * weights.reshape(-1, *[1] * (b.dim() - 1))
 
 
-def sum_tokens(rows: Tensor, inner: torch.Size) -> Tensor:
-    """Sum [rows, ..., *inner] over what broadcasting `inner` (without rows) had repeated."""
+def sum_tokens(rows: Float[Tensor, "rows ..."], inner: torch.Size) -> Float[Tensor, "rows ..."]:
+    """Sum [rows, ..., *inner] over what broadcasting ``inner`` (without rows) had repeated."""
     kept = rows.sum_to_size(len(rows), *[1] * (rows.dim() - 1 - len(inner)), *inner)
     return kept.reshape(len(rows), *inner)
 

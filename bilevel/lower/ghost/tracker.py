@@ -11,8 +11,11 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from bilevel import tree
+from bilevel.autodiff.torch_private import transform_is_active
 from bilevel.lower.ghost.context import Context, Tap, Tracked, Use
 from bilevel.tree import Tree
+
+_tap: Callable[..., Tensor] = Tap.apply
 
 
 class Refusal(ValueError):
@@ -24,15 +27,15 @@ class Tracker(TorchFunctionMode):
 
     Args:
         operations: torch function -> handler(tracker, *args, **kwargs), which returns the
-            operation's output or `NotImplemented`.
-        params: The parameters; the loss must be given `visible` instead.
+            operation's output or ``NotImplemented``.
+        params: The parameters; the loss must be given ``visible`` instead.
         batch: Its integer tensors, and integer tensors computed from these, are known to carry
             the examples in their leading dimension; an index that is not (positions, say) makes
             the looked-up rows a mere rearrangement of the parameter.
         context: Of the micro-batch.
 
-    Parameters reach the loss as leaves of their own (`visible`), while the taps send gradients to
-    others (`collectors`): whatever reaches a visible leaf in the backward pass has escaped the
+    Parameters reach the loss as leaves of their own (``visible``), while the taps send gradients to
+    others (``collectors``): whatever reaches a visible leaf in the backward pass has escaped the
     taps.
     """
 
@@ -54,7 +57,7 @@ class Tracker(TorchFunctionMode):
         self._indices: list[Tensor] = [
             leaf for leaf in tree.leaves(batch) if isinstance(leaf, Tensor) and not _real(leaf)
         ]
-        # Keyed by identity; whoever is in here is kept alive by `Tracked` or `_indices`.
+        # Keyed by identity; whoever is in here is kept alive by ``Tracked`` or ``_indices``.
         self._known: dict[int, Tracked | None] = dict.fromkeys(map(id, self._indices))
         leaves = zip(tree.leaves(self.visible), tree.leaves(self.collectors), strict=True)
         for leaf, (visible, collector) in enumerate(leaves):
@@ -85,7 +88,7 @@ class Tracker(TorchFunctionMode):
             self._indices.append(result)
         return result
 
-    # For the handlers in `operations`.
+    # For the handlers in ``operations``.
 
     def find(self, value: Any) -> Tracked | None:
         """Return the entry of a tracked tensor, None for anything else."""
@@ -107,7 +110,7 @@ class Tracker(TorchFunctionMode):
         entries: Sequence[Tracked | None],
         saved: Sequence[Tensor] = (),
     ) -> Tensor:
-        """Return `output` as seen by the rest of the loss, gradients of the entries behind it."""
+        """Return ``output`` as seen by the rest of the loss, gradients of the entries behind it."""
         present = [entry for entry in entries if entry is not None]
         shape = tuple(output.shape)
 
@@ -116,7 +119,7 @@ class Tracker(TorchFunctionMode):
             return f"{names} give an output {shape} in {type(use).__name__}"
 
         self._rows.append((len(output), describe))
-        tapped: Tensor = Tap.apply(
+        return _tap(
             output,
             use,
             self._context,
@@ -125,7 +128,6 @@ class Tracker(TorchFunctionMode):
             *[tensor.detach() for tensor in saved],
             *[entry.shadow for entry in present],
         )
-        return tapped
 
     def derive(
         self,
@@ -133,8 +135,12 @@ class Tracker(TorchFunctionMode):
         transform: Callable[[Tensor], Any],
         tangent: Callable[[Tensor], Any] | None = None,
     ) -> Any:
-        """Track what a linear (or, with its linear part `tangent`, affine) map makes of a
-        parameter: a tensor, or a sequence of tensors.
+        """Track a tensor, or a sequence of tensors, that a map makes of a parameter.
+
+        Args:
+            entry: The parameter.
+            transform: The map: linear or, if ``tangent`` is given, affine.
+            tangent: Its linear part.
         """
         linear = transform if tangent is None else tangent
         visible = transform(entry.visible)
@@ -189,7 +195,7 @@ class Tracker(TorchFunctionMode):
 
     def _handle(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         handler = self._operations.get(func)
-        transformed = _transformed()
+        transformed = transform_is_active()  # taps cannot go through one
         if handler is not None and not transformed:
             result = handler(self, *args, **kwargs)
             if result is not NotImplemented:
@@ -216,11 +222,6 @@ class Tracker(TorchFunctionMode):
             "bilevel.lower.ghost.operations, leave the parameter out of the lower parameters "
             "(frozen), or choose the route Jvp()"
         )
-
-
-def _transformed() -> bool:
-    """Whether a torch.func transform (vmap, say) is under way, which taps cannot go through."""
-    return torch._C._functorch.peek_interpreter_stack() is not None
 
 
 def _real(tensor: Tensor) -> bool:

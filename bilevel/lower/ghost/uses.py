@@ -1,7 +1,7 @@
 """Uses of parameters by operations: gradients, per-row gradients and their products with μ.
 
 Axes: rows (the leading dimension of b), tokens (all dimensions between rows and channels).
-`gradients` runs the very kernels of autograd's own backward formulas, so that an ordinary
+``gradients`` runs the very kernels of autograd's own backward formulas, so that an ordinary
 training step is reproduced bit for bit.
 """
 

@@ -19,8 +19,8 @@ from bilevel import (
     OneStep,
     PerExample,
     Reverse,
+    WarmupCosine,
     tree,
-    warmup_cosine,
 )
 from bilevel.autodiff.gradient import upper_gradient
 from tests.bilevel.run_window import run_step
@@ -32,7 +32,7 @@ OPTIMIZERS = {
     "momentum": SGD(0.3, 0.8),
     "nesterov": SGD(0.3, 0.8, nesterov=True, weight_decay=0.1),
     "adam": Adam(0.05, (0.8, 0.9), 1e-3),
-    "adamw": AdamW(warmup_cosine(0.05, 2, 20), weight_decay=0.1),
+    "adamw": AdamW(WarmupCosine(0.05, 2, 20), weight_decay=0.1),
 }
 LOWER_FIRST = [Auto(), PerExample(), PerExample(entries_limit=0), Jvp(), CentralDifference()]
 UPPER_FIRST = [Auto(), Ghost(), PerExample(), Jvp(), CentralDifference()]

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from bilevel import SGD, Adam, AdamW, ReweightingProblem, Unrolled, tree, warmup_cosine
+from bilevel import SGD, Adam, AdamW, ReweightingProblem, Unrolled, WarmupCosine, tree
 from bilevel.hypergradients.replay_memory import Point, advance, backwards, keep, way_points
 from tests.bilevel.run_window import run_window
 from tests.bilevel.test_solver import same_bits
@@ -28,7 +28,7 @@ class Counted:
         return self.optimizer.update(grads, state, params)
 
 
-ADAMW = AdamW(warmup_cosine(0.05, 2, 20), weight_decay=0.1, max_norm=1.0)
+ADAMW = AdamW(WarmupCosine(0.05, 2, 20), weight_decay=0.1, max_norm=1.0)
 
 
 @pytest.mark.parametrize("store", ["device", "host"])

@@ -25,8 +25,8 @@ from bilevel import (
     ReweightingProblem,
     RMSProp,
     Unrolled,
+    WarmupCosine,
     tree,
-    warmup_cosine,
 )
 from tests.bilevel.hypergradients.test_one_step import pick, relative, warm
 from tests.bilevel.optimizers import test_torchopt_reference as reference
@@ -53,14 +53,14 @@ OPTIMIZERS = {
     ),
     "adam": Adam(0.05, (0.8, 0.9), 1e-3, weight_decay=0.1),
     "adamw": AdamW(
-        warmup_cosine(0.05, 2, 20),
+        WarmupCosine(0.05, 2, 20),
         (0.8, 0.9),
         1e-3,
         weight_decay=0.1,
         decay_mask=lambda name: not name.endswith("bias"),
     ),
     "rmsprop": RMSProp(0.05, 0.9, 1e-3),
-    "adagrad": Adagrad(warmup_cosine(0.05, 2, 20), 1e-3),
+    "adagrad": Adagrad(WarmupCosine(0.05, 2, 20), 1e-3),
 }
 CLIPS = {
     "unclipped": {},

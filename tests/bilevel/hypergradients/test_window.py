@@ -26,15 +26,15 @@ from bilevel import (
     PerExample,
     Reverse,
     Unrolled,
+    WarmupCosine,
     Window,
     tree,
-    warmup_cosine,
 )
 from tests.bilevel.hypergradients.test_one_step import pick, relative
 from tests.bilevel.test_solver import same_bits
 from tests.bilevel.zoo import build
 
-LOWER = AdamW(warmup_cosine(0.05, 1, 20), weight_decay=0.1, max_norm=0.5)
+LOWER = AdamW(WarmupCosine(0.05, 1, 20), weight_decay=0.1, max_norm=0.5)
 METHODS = [
     OneStep(Auto()),
     OneStep(Ghost(), "upper-first"),

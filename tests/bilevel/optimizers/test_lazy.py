@@ -9,7 +9,7 @@ from bilevel import tree
 from bilevel.optimizers.base import Optimizer
 from bilevel.optimizers.lazy import LazyRowAdam
 from bilevel.optimizers.optimizers import AdamW
-from bilevel.optimizers.schedule import warmup_cosine
+from bilevel.optimizers.schedule import WarmupCosine
 
 ROWS = 6
 
@@ -33,7 +33,7 @@ def gradients(step: int, visited: list[int]) -> dict[str, torch.Tensor]:
 
 
 def test_with_every_row_visited_it_is_adamw() -> None:
-    schedule = warmup_cosine(0.1, 5, 40)
+    schedule = WarmupCosine(0.1, 5, 40)
     arguments = {"betas": (0.8, 0.99), "eps": 1e-6, "weight_decay": 0.1, "max_norm": 2.0}
     lazy, dense = LazyRowAdam(schedule, **arguments), AdamW(schedule, **arguments)
     lazy_params, dense_params = table(), table()

@@ -15,10 +15,10 @@ from bilevel.optimizers import rules
 from bilevel.optimizers.base import clip_scale
 from bilevel.optimizers.buckets import BUCKET_ENTRIES, bucket_indices
 from bilevel.optimizers.optimizers import SGD, Adagrad, Adam, AdamW, RMSProp
-from bilevel.optimizers.schedule import warmup_cosine
+from bilevel.optimizers.schedule import WarmupCosine
 
 STEPS = 100
-SCHEDULE = warmup_cosine(0.05, 10, STEPS, floor=0.001)
+SCHEDULE = WarmupCosine(0.05, 10, STEPS, floor=0.001)
 
 
 def make_params(dtype: torch.dtype = torch.float64) -> dict[str, torch.Tensor]:

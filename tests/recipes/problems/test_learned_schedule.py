@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy
 
-from bilevel import check_hypergradient, tree, warmup_cosine
+from bilevel import WarmupCosine, check_hypergradient, tree
 from recipes.options.values import OptionError
 from recipes.problems import learned_schedule
 from recipes.problems.digit_reweighting import logits
@@ -154,7 +154,7 @@ def test_every_run_starts_afresh(task):
 
 def test_shapes():
     cosine = from_shape(learned_schedule._SHAPES["cosine"], 10, 0.7, 0.01)
-    expected = torch.tensor([warmup_cosine(0.7, 0, 10)(step) for step in range(10)])
+    expected = torch.tensor([WarmupCosine(0.7, 0, 10)(step) for step in range(10)])
     torch.testing.assert_close(cosine["log_rate"].exp(), expected, rtol=1e-5, atol=0)
     torch.testing.assert_close(cosine["log_decay"].exp(), 0.01 * expected, rtol=1e-5, atol=0)
     flat = constant(3, 0.5, 0.01)
