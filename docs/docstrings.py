@@ -65,13 +65,12 @@ def _table_size(lines: list[str]) -> int:
 def _table(lines: list[str]) -> list[str]:
     """Return a table as Markdown; a row whose first cell is empty continues the one before."""
     starts = [match.start() for match in re.finditer("=+", lines[0])]
-    ends = [*starts[1:], None]
     rules = [number for number, line in enumerate(lines) if _RULE.match(line)]
     rows: list[list[str]] = []
     for line in lines[1:]:
         if _RULE.match(line):
             continue
-        cells = [line[start:end].strip() for start, end in zip(starts, ends, strict=True)]
+        cells = _cells(line, starts)
         if cells[0] or not rows:
             rows.append(cells)
         else:
@@ -81,6 +80,17 @@ def _table(lines: list[str]) -> list[str]:
     rows.insert(1, ["---"] * len(starts))
     indent = _indent(lines[0])
     return ["", *(f"{indent}| {' | '.join(row)} |" for row in rows), ""]
+
+
+def _cells(line: str, starts: list[int]) -> list[str]:
+    """Return the cells of a line; a word that stands across a start belongs to the cell before."""
+    at = [
+        start if line[start - 1 : start].isspace() else max(start, line.find(" ", start))
+        for start in starts[1:]
+    ]
+    return [
+        line[start:end].strip() for start, end in zip([starts[0], *at], [*at, None], strict=True)
+    ]
 
 
 def _indent(line: str) -> str:
