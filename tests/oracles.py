@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from bilevel import tree
 
@@ -39,6 +40,21 @@ def lower_gradient(problem, params, upper_params, batch, random=None):
     assert isinstance(leaves, dict)
     assert sorted(names) == sorted(leaves)
     return dict(zip(names, found, strict=True))
+
+
+def by_double_backward(case, direction):
+    """∇ ⟨∇_θ L, v⟩ by the plainest autograd."""
+    leaves = {name: leaf.detach().requires_grad_() for name, leaf in case.params.items()}
+    torch.manual_seed(11)
+    with sdpa_kernel(SDPBackend.MATH):
+        loss = case.problem.lower_loss(leaves, case.upper_params, case.batch)
+        grads = torch.autograd.grad(loss, list(leaves.values()), create_graph=True)
+        along = sum((g * direction[name]).sum() for name, g in zip(leaves, grads, strict=True))
+        found = torch.autograd.grad(along, list(leaves.values()), allow_unused=True)
+    return {
+        name: torch.zeros_like(leaf) if one is None else one
+        for (name, leaf), one in zip(leaves.items(), found, strict=True)
+    }
 
 
 def upper_after_step(problem, optimizer, params, state, batch, upper_batch, random, at):

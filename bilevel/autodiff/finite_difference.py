@@ -28,7 +28,7 @@ MISMATCH = ("dtype", "scalar type", "should be the same")
 
 
 class DifferenceStep(Protocol):
-    """How far to shift the parameters; see the route `CentralDifference`."""
+    """How far to shift the parameters; see the route ``CentralDifference``."""
 
     @property
     def relative_step(self) -> float | None:

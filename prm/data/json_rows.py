@@ -74,7 +74,7 @@ def json_rows(path: Path) -> Iterator[tuple[int, Any | DataError]]:
 
 
 def json_line(raw: bytes, path: Path, line: int) -> Any:
-    """The value of one line of a JSONL file, as strict as `json_rows`.
+    """The value of one line of a JSONL file, as strict as ``json_rows``.
 
     Raises:
         DataError: It cannot be had.

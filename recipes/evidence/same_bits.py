@@ -172,7 +172,8 @@ def checkout_of(commit: str, folder: Path) -> tuple[str, Path]:
     path = folder / "code" / name[:12]
     if not path.exists():
         path.mkdir(parents=True)
-        archive = subprocess.Popen(["git", "archive", name], stdout=subprocess.PIPE)
+        root = _git("rev-parse", "--show-toplevel")  # from a subfolder git archives that alone
+        archive = subprocess.Popen(["git", "archive", name], stdout=subprocess.PIPE, cwd=root)
         subprocess.run(["tar", "-x", "-C", str(path)], stdin=archive.stdout, check=True)
         if archive.wait():
             raise RuntimeError(f"git archive {name} failed")

@@ -39,13 +39,12 @@ from bilevel import (
     Unrolled,
     tree,
 )
-from tests.bilevel.autodiff.test_finite_difference import cast
-from tests.bilevel.hypergradients.test_one_step import pick, relative, warm
-from tests.bilevel.hypergradients.test_unrolled import OPTIMIZERS, run
-from tests.bilevel.lower.test_hessian_product import build_used, by_double_backward
+from tests.bilevel.comparing import relative
+from tests.bilevel.run_case import OPTIMIZERS, run_case_window, warm
 from tests.bilevel.run_window import run_window
+from tests.bilevel.variants import build_used, cast, pick
 from tests.bilevel.zoo import CASES, build
-from tests.oracles import random_like, slope, upper_after_window
+from tests.oracles import by_double_backward, random_like, slope, upper_after_window
 
 OTHERS = ("nesterov", "adamw", "rmsprop", "adagrad")
 PIECES = ([0, 1, 2, 3, 4], [1, 2, 3])
@@ -58,7 +57,7 @@ def test_two_steps_of_every_optimizer_through_every_layer(name, kind):
     point = warm(case, optimizer)
     batches = [[pick(case.batch, rows)] for rows in PIECES]
     found = {
-        method: run(case, optimizer, method, batches=batches, point=point).hypergradient
+        method: run_case_window(case, optimizer, method, batches=batches, point=point).hypergradient
         for method in (Unrolled(), Unrolled(1), OneStep(Jvp()), OneStep(Reverse()))
     }
     for one_step in (OneStep(Jvp()), OneStep(Reverse())):
@@ -149,10 +148,10 @@ def test_differences_through_several_steps_are_of_second_order():
     """The error of every product falls with the square of its step, and so does their sum's."""
     case, optimizer = build("encoder"), OPTIMIZERS["adamw"]
     point = warm(case, optimizer)
-    exact = run(case, optimizer, Unrolled(), point=point).hypergradient
+    exact = run_case_window(case, optimizer, Unrolled(), point=point).hypergradient
     errors = [
         relative(
-            run(
+            run_case_window(
                 case, optimizer, Unrolled(product=CentralDifference(step)), point=point
             ).hypergradient,
             exact,

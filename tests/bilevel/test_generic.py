@@ -7,8 +7,6 @@ from dataclasses import replace
 import pytest
 import torch
 from torch import nn
-from torch.func import functional_call
-from torch.nn import functional
 
 from bilevel import (
     SGD,
@@ -21,23 +19,14 @@ from bilevel import (
     Reverse,
     tree,
 )
-from tests.bilevel.hypergradients.test_one_step import (
-    assert_matches_differences,
-    relative,
-    run,
-    warm,
-)
+from tests.bilevel.comparing import relative
+from tests.bilevel.problems import below_the_network, weights_from_losses
+from tests.bilevel.run_case import assert_matches_differences, run_case_step, warm
 from tests.bilevel.run_window import run_step
-from tests.bilevel.zoo import Case, Encoder, Language, build, make, tokens, vectors
+from tests.bilevel.zoo import Encoder, Language, build, make, tokens, vectors
 from tests.oracles import random_like, slope, upper_after_step
 
 ROUTES = [Auto(), Jvp(), CentralDifference()]
-
-
-def weights_from_losses(upper, batch, features):
-    """An instance net on the loss, whose own layer norm is differentiated twice."""
-    hidden = torch.tanh(torch.outer(features["losses"], upper["table"]))
-    return functional.layer_norm(hidden, (5,)) @ upper["table"] * upper["scale"] + 1.0
 
 
 @pytest.mark.parametrize("order", ["lower-first", "upper-first"])
@@ -47,15 +36,15 @@ def test_features_that_are_not_detached(module, order):
     case = make(module(), tokens, weights=weights_from_losses)
     case = replace(case, problem=replace(case.problem, detach_features=False))
     optimizer = Adam(0.05, (0.8, 0.9), 1e-3)
-    reverse = run(case, optimizer, OneStep(Reverse(), order))
+    reverse = run_case_step(case, optimizer, OneStep(Reverse(), order))
     if order == "lower-first":
         assert_matches_differences(case, optimizer, reverse.hypergradient)
     detached = replace(case, problem=replace(case.problem, detach_features=True))
-    other = run(detached, optimizer, OneStep(Reverse(), order))
+    other = run_case_step(detached, optimizer, OneStep(Reverse(), order))
     assert relative(other.hypergradient, reverse.hypergradient) > 1e-3
     assert relative(other.passed.grads, reverse.passed.grads) > 1e-3
     for route in ROUTES:
-        found = run(case, optimizer, OneStep(route, order))
+        found = run_case_step(case, optimizer, OneStep(route, order))
         limit = 1e-6 if isinstance(route, CentralDifference) else 1e-10
         assert relative(found.hypergradient, reverse.hypergradient) <= limit, route
         assert relative(found.passed.grads, reverse.passed.grads) <= 1e-12
@@ -66,54 +55,22 @@ def test_a_net_on_detached_features_by_every_route():
     case = make(Encoder(), tokens, weights=weights_from_losses)
     case = replace(case, problem=replace(case.problem, rows=build("encoder").problem.rows))
     optimizer = Adam(0.05, (0.8, 0.9), 1e-3)
-    reverse = run(case, optimizer, OneStep(Reverse()))
+    reverse = run_case_step(case, optimizer, OneStep(Reverse()))
     for route in ROUTES:
-        result = run(case, optimizer, OneStep(route))
+        result = run_case_step(case, optimizer, OneStep(route))
         limit = 1e-6 if isinstance(route, CentralDifference) else 1e-10
         assert result.passed.micro_batches[0].note is None
         assert relative(result.hypergradient, reverse.hypergradient) <= limit, route
-
-
-class Shifted(nn.Module):
-    """φ under everything: a learned input noise scale below layer norm, attention and dropout."""
-
-    def __init__(self):
-        super().__init__()
-        self.encoder, self.language = Encoder(), Language(dropout=0.3)
-
-    def forward(self, tokens, shift):
-        x = self.language.block(self.language.embed(tokens) + shift)
-        return self.encoder.norm(x[:, -1, :6] * shift[0]) @ self.encoder.out
-
-
-def below_the_network() -> Case:
-    torch.manual_seed(3)
-    module = Shifted().double()
-    case = make(Encoder(), tokens)
-    params = {name: leaf.detach() for name, leaf in module.named_parameters()}
-
-    def loss(lower, upper, batch, ridge):
-        shift = torch.cat([upper["table"], upper["table"][:3]]) * upper["scale"]
-        logits = functional_call(module, lower, (batch["inputs"]["tokens"], shift))
-        decay = ridge * torch.exp(upper["scale"]) * lower["encoder.out"].square().sum()
-        return functional.cross_entropy(logits, batch["labels"]) + decay
-
-    problem = BilevelProblem(
-        lambda lower, upper, batch: loss(lower, upper, batch, 0.1),
-        lambda lower, upper, batch: loss(lower, upper, batch, 0.0),
-        batch_size=lambda batch: len(batch["labels"]),
-    )
-    return replace(case, problem=problem, params=params)
 
 
 @pytest.mark.parametrize("optimizer", [SGD(0.3, 0.8), Adam(0.05, (0.8, 0.9), 1e-3)], ids=str)
 def test_upper_parameters_below_layer_norm_and_attention(optimizer):
     """Where reverse over forward would be wrong."""
     case = below_the_network()
-    reverse = run(case, optimizer, OneStep(Reverse())).hypergradient
+    reverse = run_case_step(case, optimizer, OneStep(Reverse())).hypergradient
     assert_matches_differences(case, optimizer, reverse)
     for route in ROUTES:
-        found = run(case, optimizer, OneStep(route)).hypergradient
+        found = run_case_step(case, optimizer, OneStep(route)).hypergradient
         limit = 1e-6 if isinstance(route, CentralDifference) else 1e-10
         assert relative(found, reverse) <= limit, route
 
@@ -207,9 +164,11 @@ def test_no_influence_of_the_lower_parameters_leaves_the_direct_term():
 def test_the_size_of_the_difference_step():
     case = make(nn.Linear(4, 3), lambda size: {"input": vectors(size)["x"]})
     optimizer = SGD(0.3)
-    reverse = run(case, optimizer, OneStep(Reverse())).hypergradient
+    reverse = run_case_step(case, optimizer, OneStep(Reverse())).hypergradient
     errors = [
-        relative(run(case, optimizer, OneStep(CentralDifference(step))).hypergradient, reverse)
+        relative(
+            run_case_step(case, optimizer, OneStep(CentralDifference(step))).hypergradient, reverse
+        )
         for step in (0.2, 0.02)
     ]
     assert 90 < errors[0] / errors[1] < 110  # second order

@@ -19,21 +19,12 @@ from bilevel import (
     ReweightingProblem,
     tree,
 )
+from tests.bilevel.problems import total_problem
 from tests.bilevel.run_window import run_step
 from tests.bilevel.zoo import CASES, build
 from tests.oracles import REGRESSION, VALIDATION, WEIGHTS, half_squares, per_example_gradients
 
 EXACT = [Jvp(), Reverse()]
-
-
-def total_problem(ridge: float) -> BilevelProblem:
-    """½ Σ s_i (x_i·w − y_i)² + ridge/2 ‖w‖² below, ½ ‖X_v w − y_v‖² above."""
-    return BilevelProblem(
-        lambda lower, upper, batch: (
-            (upper["s"] * half_squares(lower, batch)).sum() + ridge / 2 * lower["w"].square().sum()
-        ),
-        lambda lower, upper, batch: half_squares(lower, batch).sum(),
-    )
 
 
 def mean_problem() -> ReweightingProblem:

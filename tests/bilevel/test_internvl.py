@@ -22,7 +22,7 @@ from bilevel import (
     tree,
 )
 from bilevel.autodiff.gradient import upper_gradient
-from tests.bilevel.hypergradients.test_one_step import relative
+from tests.bilevel.comparing import relative
 from tests.bilevel.run_window import run_step, run_window
 from tests.oracles import per_example_gradients, random_like
 

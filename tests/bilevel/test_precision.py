@@ -29,9 +29,10 @@ from bilevel import (
     Reverse,
     tree,
 )
-from tests.bilevel.autodiff.test_finite_difference import cast
-from tests.bilevel.hypergradients.test_one_step import pick, relative, warm
+from tests.bilevel.comparing import relative
+from tests.bilevel.run_case import warm
 from tests.bilevel.run_window import run_step, run_window
+from tests.bilevel.variants import cast, pick
 from tests.bilevel.zoo import build
 
 OPTIMIZERS = {

@@ -26,8 +26,7 @@ from bilevel import (
 from bilevel.lower.lower_pass import lower_pass
 from bilevel.lower.second_order import second_derivatives
 from bilevel.problem import is_separable, weighted_mean
-from tests.bilevel.hypergradients.test_one_step import relative
-from tests.bilevel.test_solver import same_bits
+from tests.bilevel.comparing import relative, same_bits
 from tests.bilevel.zoo import build
 from tests.oracles import random_like
 

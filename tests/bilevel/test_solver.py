@@ -25,8 +25,9 @@ from bilevel import (
     WarmupCosine,
     tree,
 )
-from tests.bilevel.hypergradients.test_one_step import pick, relative
+from tests.bilevel.comparing import relative, same_bits
 from tests.bilevel.run_window import run_step
+from tests.bilevel.variants import cast, pick
 from tests.bilevel.zoo import build
 from tests.oracles import lower_gradient
 
@@ -51,31 +52,11 @@ def trajectory(solver, case, batches, upper_batch, steps=3, upper_params=None):
     return state, info
 
 
-def same_bits(left, right) -> bool:
-    pairs = zip(tree.leaves(left), tree.leaves(right), strict=True)
-    return all(torch.equal(x, y) for x, y in pairs)
-
-
-def as_float32(case):
-    def cast(value):
-        floating = isinstance(value, torch.Tensor) and value.is_floating_point()
-        return value.float() if floating else value
-
-    batches = [tree.map(cast, batch) for batch in (case.batch, case.upper_batch)]
-    return replace(
-        case,
-        params=tree.map(cast, case.params),
-        upper_params=tree.map(cast, case.upper_params),
-        batch=batches[0],
-        upper_batch=batches[1],
-    )
-
-
 @pytest.mark.parametrize("one_step", STEPS, ids=str)
 @pytest.mark.parametrize("name", ["mlp", "dropout", "encoder", "vision", "tiles"])
 def test_with_an_upper_learning_rate_of_zero_training_is_as_without_upper_level(name, one_step):
     """Whatever the weights are, not only 1; in float32, where any other sum would show."""
-    case = as_float32(build(name))
+    case = cast(build(name), torch.float32)
     solver = BilevelSolver(case.problem, LOWER, SGD(0.0), one_step)
     with_upper, info = trajectory(solver, case, [case.batch], case.upper_batch)
     without, _ = trajectory(solver, case, [case.batch], None)
@@ -91,7 +72,7 @@ def test_with_an_upper_learning_rate_of_zero_training_is_as_without_upper_level(
 @pytest.mark.parametrize("name", ["mlp", "dropout", "encoder", "vision", "tiles"])
 def test_with_weights_of_one_training_is_plain_training(name, one_step):
     """A hand-written loop: mean loss, autograd, optimizer; dropout drawn from the same stream."""
-    case = as_float32(build(name))
+    case = cast(build(name), torch.float32)
     ones = {"table": torch.ones(5), "scale": torch.ones(())}
     solver = BilevelSolver(case.problem, LOWER, SGD(0.0), one_step)
     found, _ = trajectory(solver, case, [case.batch], case.upper_batch, upper_params=ones)
@@ -108,7 +89,7 @@ def test_with_weights_of_one_training_is_plain_training(name, one_step):
 
 @pytest.mark.parametrize("route", [Dot(), Auto(), Ghost(), Jvp()])
 def test_single_examples_accumulated_are_plain_training_too(route):
-    case = as_float32(build("mlp"))
+    case = cast(build("mlp"), torch.float32)
     ones = {"table": torch.ones(5), "scale": torch.ones(())}
     solver = BilevelSolver(
         case.problem, LOWER, SGD(0.0), OneStep(route, "upper-first"), accumulation=2

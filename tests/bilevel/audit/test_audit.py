@@ -30,9 +30,9 @@ from bilevel import (
     check_hypergradient,
     tree,
 )
-from tests.bilevel.hypergradients.test_one_step import pick
+from tests.bilevel.problems import below_the_network
 from tests.bilevel.quadratic import Quadratic
-from tests.bilevel.test_generic import below_the_network
+from tests.bilevel.variants import pick
 from tests.bilevel.zoo import build, make, tokens, vectors
 
 DIFFERENTIATED = {"differentiate_clip": True}

@@ -26,10 +26,10 @@ from bilevel import (
     stationarity,
     tree,
 )
-from tests.bilevel.hypergradients.test_one_step import pick
+from tests.bilevel.comparing import same_bits
 from tests.bilevel.quadratic import Quadratic
 from tests.bilevel.run_window import run_window
-from tests.bilevel.test_solver import same_bits
+from tests.bilevel.variants import pick
 from tests.bilevel.zoo import build
 
 F64 = torch.float64

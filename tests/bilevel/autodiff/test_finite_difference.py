@@ -23,20 +23,14 @@ from bilevel import (
     tree,
 )
 from bilevel.autodiff.finite_difference import central_difference
-from tests.bilevel.hypergradients.test_one_step import relative, run
+from tests.bilevel.comparing import loglog_slope, relative
+from tests.bilevel.run_case import run_case_step
 from tests.bilevel.run_window import run_step
+from tests.bilevel.variants import cast
 from tests.bilevel.zoo import build, make, tokens
 from tests.oracles import random_like
 
 F64 = torch.float64
-
-
-def loglog_slope(steps, errors) -> float:
-    """Least-squares slope of log error against log step."""
-    x, y = ([math.log(value) for value in values] for values in (steps, errors))
-    mean_x, mean_y = sum(x) / len(x), sum(y) / len(y)
-    top = sum((a - mean_x) * (b - mean_y) for a, b in zip(x, y, strict=True))
-    return top / sum((a - mean_x) ** 2 for a in x)
 
 
 def cubic(params, _):
@@ -188,7 +182,7 @@ def test_parameters_and_batches_are_never_written(dtype, widen):
     case = cast(build("mlp"), dtype)
     held = {name: leaf.clone() for name, leaf in case.params.items()}
     inputs = case.batch["inputs"]["x"].clone()
-    run(case, SGD(0.3), OneStep(CentralDifference(widen=widen)), warm_steps=0)
+    run_case_step(case, SGD(0.3), OneStep(CentralDifference(widen=widen)), warm_steps=0)
     for name, leaf in case.params.items():
         assert torch.equal(leaf, held[name])
         assert leaf.grad is None
@@ -199,8 +193,8 @@ def test_both_sides_see_the_random_numbers_of_the_step():
     """Under dropout the difference is that of one function: equal to the exact route's."""
     case = build("dropout")
     optimizer = Adam(0.05, (0.8, 0.9), 1e-3)
-    exact = run(case, optimizer, OneStep(Reverse())).hypergradient
-    found = run(case, optimizer, OneStep(CentralDifference())).hypergradient
+    exact = run_case_step(case, optimizer, OneStep(Reverse())).hypergradient
+    found = run_case_step(case, optimizer, OneStep(CentralDifference())).hypergradient
     assert relative(found, exact) <= 1e-7
 
 
@@ -208,7 +202,7 @@ def test_the_generator_is_left_where_the_lower_pass_leaves_it():
     case, optimizer = build("dropout"), SGD(0.3)
     left = []
     for route in (Reverse(), CentralDifference()):
-        run(case, optimizer, OneStep(route))
+        run_case_step(case, optimizer, OneStep(route))
         left.append(torch.get_rng_state())
     assert torch.equal(*left)
 
@@ -224,29 +218,9 @@ def test_fused_attention_is_kept():
 
     problem = replace(case.problem, per_example_loss=fused, upper_loss=case.problem.upper_loss)
     optimizer = SGD(0.3)
-    exact = run(case, optimizer, OneStep(Reverse())).hypergradient
-    found = run(replace(case, problem=problem), optimizer, OneStep(CentralDifference()))
+    exact = run_case_step(case, optimizer, OneStep(Reverse())).hypergradient
+    found = run_case_step(replace(case, problem=problem), optimizer, OneStep(CentralDifference()))
     assert relative(found.hypergradient, exact) <= 1e-7
-
-
-def cast(case, dtype):
-    """θ and the batches in `dtype`, φ in float32 (float64 with float64)."""
-
-    def to(kind):
-        def change(value):
-            floating = isinstance(value, torch.Tensor) and value.is_floating_point()
-            return value.to(kind) if floating else value
-
-        return change
-
-    upper = dtype if dtype == F64 else torch.float32
-    return replace(
-        case,
-        params=tree.map(to(dtype), case.params),
-        upper_params=tree.map(to(upper), case.upper_params),
-        batch=tree.map(to(dtype), case.batch),
-        upper_batch=tree.map(to(dtype), case.upper_batch),
-    )
 
 
 def along(case, route, dtype, direction):
@@ -322,9 +296,9 @@ def test_a_loss_with_16_bit_weights_of_its_own_says_what_to_choose():
     case = make(Frozen(), tokens, classes=11, frozen=frozen, dtype=torch.bfloat16)
     case = replace(case, upper_params=tree.map(torch.Tensor.float, case.upper_params))
     with pytest.raises(RuntimeError, match=r"16-bit tensors of its own.*widen=False"):
-        run(case, SGD(0.3), OneStep(CentralDifference()), warm_steps=0)
-    found = run(case, SGD(0.3), OneStep(CentralDifference(widen=False)), warm_steps=0)
-    exact = run(case, SGD(0.3), OneStep(Reverse()), warm_steps=0)
+        run_case_step(case, SGD(0.3), OneStep(CentralDifference()), warm_steps=0)
+    found = run_case_step(case, SGD(0.3), OneStep(CentralDifference(widen=False)), warm_steps=0)
+    exact = run_case_step(case, SGD(0.3), OneStep(Reverse()), warm_steps=0)
     assert relative(found.hypergradient, exact.hypergradient) <= 0.1
 
 

@@ -24,7 +24,7 @@ from bilevel import (
     tree,
 )
 from bilevel.optimizers.base import OptimizerState
-from tests.bilevel.hypergradients.test_one_step import relative
+from tests.bilevel.comparing import relative
 from tests.bilevel.quadratic import Quadratic
 from tests.bilevel.run_window import run_step
 from tests.bilevel.zoo import build

@@ -32,8 +32,9 @@ from bilevel import (
     Unrolled,
     tree,
 )
-from tests.bilevel.hypergradients.test_one_step import pick, relative
+from tests.bilevel.comparing import relative
 from tests.bilevel.run_window import run_window
+from tests.bilevel.variants import pick
 from tests.bilevel.zoo import build
 from tests.oracles import REGRESSION, VALIDATION, WEIGHTS, half_squares, random_like, slope
 

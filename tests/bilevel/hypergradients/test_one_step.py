@@ -23,7 +23,10 @@ from bilevel import (
     tree,
 )
 from bilevel.autodiff.gradient import upper_gradient
+from tests.bilevel.comparing import relative
+from tests.bilevel.run_case import assert_matches_differences, run_case_step, warm
 from tests.bilevel.run_window import run_step
+from tests.bilevel.variants import pick
 from tests.bilevel.zoo import CASES, build
 from tests.oracles import random_like, slope, upper_after_step
 
@@ -38,62 +41,14 @@ LOWER_FIRST = [Auto(), PerExample(), PerExample(entries_limit=0), Jvp(), Central
 UPPER_FIRST = [Auto(), Ghost(), PerExample(), Jvp(), CentralDifference()]
 
 
-def warm(case, optimizer, steps=3):
-    """Parameters and optimizer state after a few steps on random gradients."""
-    params, state = case.params, optimizer.init(case.params)
-    for seed in range(steps):
-        grads = tree.scale(0.1, random_like(params, seed))
-        params, state = optimizer.update(grads, state, params)
-    return params, state
-
-
-def run(case, optimizer, one_step, *, batches=None, warm_steps=3):
-    params, state = warm(case, optimizer, warm_steps)
-    torch.manual_seed(11)
-    return run_step(
-        one_step,
-        case.problem,
-        optimizer,
-        params,
-        case.upper_params,
-        state,
-        [case.batch] if batches is None else batches,
-        case.upper_batch,
-    )
-
-
-def relative(found, expected) -> float:
-    return float(tree.norm(tree.axpy(-1.0, expected, found)) / tree.norm(expected))
-
-
-def assert_matches_differences(case, optimizer, hypergradient, tolerance=1e-6):
-    params, state = warm(case, optimizer)
-    torch.manual_seed(11)
-    function = upper_after_step(
-        case.problem,
-        optimizer,
-        params,
-        state,
-        case.batch,
-        case.upper_batch,
-        torch.get_rng_state(),
-        at=case.upper_params,
-    )
-    for seed in (0, 1):
-        direction = random_like(case.upper_params, seed)
-        expected = slope(function, case.upper_params, direction)
-        found = float(tree.vdot(hypergradient, direction))
-        assert abs(found - expected) <= tolerance * max(abs(expected), 1e-3)
-
-
 @pytest.mark.parametrize("optimizer", OPTIMIZERS.values(), ids=OPTIMIZERS)
 @pytest.mark.parametrize("name", CASES)
 def test_lower_first_is_exact_by_every_route(name, optimizer):
     case = build(name)
-    reverse = run(case, optimizer, OneStep(Reverse())).hypergradient
+    reverse = run_case_step(case, optimizer, OneStep(Reverse())).hypergradient
     assert_matches_differences(case, optimizer, reverse)
     for route in LOWER_FIRST:
-        result = run(case, optimizer, OneStep(route))
+        result = run_case_step(case, optimizer, OneStep(route))
         assert [micro.note for micro in result.passed.micro_batches] == [None]
         limit = 1e-6 if isinstance(route, CentralDifference) else 1e-10
         assert relative(result.hypergradient, reverse) <= limit, route
@@ -103,9 +58,9 @@ def test_lower_first_is_exact_by_every_route(name, optimizer):
 @pytest.mark.parametrize("name", CASES)
 def test_upper_first_routes_agree(name, optimizer):
     case = build(name)
-    reverse = run(case, optimizer, OneStep(Reverse(), "upper-first")).hypergradient
+    reverse = run_case_step(case, optimizer, OneStep(Reverse(), "upper-first")).hypergradient
     for route in UPPER_FIRST:
-        result = run(case, optimizer, OneStep(route, "upper-first"))
+        result = run_case_step(case, optimizer, OneStep(route, "upper-first"))
         limit = 1e-6 if isinstance(route, CentralDifference) else 1e-10
         assert relative(result.hypergradient, reverse) <= limit, route
 
@@ -114,7 +69,7 @@ def test_upper_first_routes_agree(name, optimizer):
 def test_upper_first_is_exact_for_sgd_given_v_at_the_old_parameters(name):
     """Then μ = −lr v, and only v differs from lower-first: differences with v held at θ."""
     case, optimizer = build(name), OPTIMIZERS["nesterov"]
-    result = run(case, optimizer, OneStep(Ghost(), "upper-first"))
+    result = run_case_step(case, optimizer, OneStep(Ghost(), "upper-first"))
     params, state = warm(case, optimizer)
     torch.manual_seed(11)
     random = torch.get_rng_state()
@@ -144,11 +99,11 @@ def test_active_clip(name, kind, differentiate_clip):
     case = build(name)
     clip = {"max_norm": 0.05, "differentiate_clip": differentiate_clip}
     optimizer = SGD(0.3, **clip) if kind == "sgd" else Adam(0.05, (0.8, 0.9), 1e-3, **clip)
-    reverse = run(case, optimizer, OneStep(Reverse()))
+    reverse = run_case_step(case, optimizer, OneStep(Reverse()))
     assert tree.norm(reverse.passed.grads) > 0.1
     assert_matches_differences(case, optimizer, reverse.hypergradient)
     for route in LOWER_FIRST[:-1]:
-        found = run(case, optimizer, OneStep(route)).hypergradient
+        found = run_case_step(case, optimizer, OneStep(route)).hypergradient
         assert relative(found, reverse.hypergradient) <= 1e-10, route
 
 
@@ -156,10 +111,10 @@ def test_active_clip(name, kind, differentiate_clip):
 @pytest.mark.parametrize("name", ["mlp", "encoder", "vision"])
 def test_dot_on_single_examples_equals_the_batch(name, order):
     case, optimizer = build(name), OPTIMIZERS["adam"]
-    together = run(case, optimizer, OneStep(Reverse(), order))
+    together = run_case_step(case, optimizer, OneStep(Reverse(), order))
     singles = [pick(case.batch, [row]) for row in range(5)]
     for route in (Dot(), Auto(), Jvp()):
-        alone = run(case, optimizer, OneStep(route, order), batches=singles)
+        alone = run_case_step(case, optimizer, OneStep(route, order), batches=singles)
         assert relative(alone.hypergradient, together.hypergradient) <= 1e-10
         assert relative(alone.lower_params, together.lower_params) <= 1e-12
 
@@ -169,9 +124,9 @@ def test_dot_on_single_examples_equals_the_batch(name, order):
 @pytest.mark.parametrize("name", ["attention", "tiles"])
 def test_unequal_micro_batches_equal_the_batch(name, route, order):
     case, optimizer = build(name), OPTIMIZERS["adamw"]
-    together = run(case, optimizer, OneStep(Reverse(), order))
+    together = run_case_step(case, optimizer, OneStep(Reverse(), order))
     pieces = [pick(case.batch, [0, 1, 2]), pick(case.batch, [3, 4])]
-    apart = run(case, optimizer, OneStep(route, order), batches=pieces)
+    apart = run_case_step(case, optimizer, OneStep(route, order), batches=pieces)
     limit = 1e-6 if isinstance(route, CentralDifference) else 1e-10
     assert relative(apart.hypergradient, together.hypergradient) <= limit
     assert relative(apart.passed.grads, together.passed.grads) <= 1e-12
@@ -185,10 +140,14 @@ def test_zero_gradients_leave_adam_finite_and_exact():
     case.params["gain"][0] = 0.0
     optimizer = Adam(0.05, (0.8, 0.9), 1e-2)
     for order, routes in (("lower-first", LOWER_FIRST), ("upper-first", UPPER_FIRST)):
-        reverse = run(case, optimizer, OneStep(Reverse(), order), warm_steps=0).hypergradient
+        reverse = run_case_step(
+            case, optimizer, OneStep(Reverse(), order), warm_steps=0
+        ).hypergradient
         assert tree.allfinite(reverse)
         for route in routes:
-            found = run(case, optimizer, OneStep(route, order), warm_steps=0).hypergradient
+            found = run_case_step(
+                case, optimizer, OneStep(route, order), warm_steps=0
+            ).hypergradient
             limit = 1e-6 if isinstance(route, CentralDifference) else 1e-10
             assert relative(found, reverse) <= limit
 
@@ -196,14 +155,14 @@ def test_zero_gradients_leave_adam_finite_and_exact():
 def test_unused_parameters_get_no_gradient_and_stay():
     case = build("mlp")
     for route in (Auto(), Jvp(), PerExample()):
-        result = run(case, AdamW(0.1, weight_decay=0.5), OneStep(route), warm_steps=0)
+        result = run_case_step(case, AdamW(0.1, weight_decay=0.5), OneStep(route), warm_steps=0)
         assert result.passed.grads["unused"] is None
         assert torch.equal(result.lower_params["unused"], case.params["unused"])
 
 
 def test_a_weight_of_zero_still_has_its_derivative():
     case, optimizer = build("mlp"), SGD(0.3)
-    result = run(case, optimizer, OneStep())
+    result = run_case_step(case, optimizer, OneStep())
     weights = result.passed.micro_batches[0].weights.detach()
     assert float(weights[4]) == 0.0
     assert abs(float(result.hypergradient["table"][4])) > 1e-4
@@ -251,18 +210,3 @@ def test_direction_decay_averages_v_with_bias_correction(order):
     assert int(direction.updates) == 3
     corrected = tree.scale(1.0 / (1.0 - rho**3), direction.average)
     assert relative(corrected, average) <= 1e-12
-
-
-def pick(batch, rows):
-    """The sub-batch of these examples."""
-    inputs = {}
-    for name, value in batch["inputs"].items():
-        if name == "owner" or name == "tiles":
-            owner = batch["inputs"]["owner"]
-            keep = torch.cat([(owner == row).nonzero().squeeze(1) for row in rows])
-            inputs[name] = value[keep]
-            if name == "owner":
-                inputs[name] = inputs[name] - min(rows)
-        else:
-            inputs[name] = value[rows]
-    return {"inputs": inputs, "labels": batch["labels"][rows], "index": batch["index"][rows]}

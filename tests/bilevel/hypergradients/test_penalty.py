@@ -19,12 +19,11 @@ from bilevel import (
     PenaltyMemory,
     tree,
 )
-from tests.bilevel.autodiff.test_finite_difference import loglog_slope
-from tests.bilevel.hypergradients.test_one_step import pick, relative
+from tests.bilevel.comparing import loglog_slope, relative, same_bits
+from tests.bilevel.problems import weights_from_losses
 from tests.bilevel.quadratic import Quadratic
 from tests.bilevel.run_window import run_window
-from tests.bilevel.test_generic import weights_from_losses
-from tests.bilevel.test_solver import same_bits
+from tests.bilevel.variants import pick
 from tests.bilevel.zoo import Encoder, build, make, tokens
 from tests.oracles import REGRESSION, VALIDATION, WEIGHTS, half_squares
 

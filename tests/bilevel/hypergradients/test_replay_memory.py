@@ -7,13 +7,13 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from torch.profiler import ProfilerActivity, profile
 
 from bilevel import SGD, Adam, AdamW, ReweightingProblem, Unrolled, WarmupCosine, tree
 from bilevel.hypergradients.replay_memory import Point, advance, backwards, keep, way_points
+from tests.bilevel.comparing import same_bits
 from tests.bilevel.run_window import run_window
-from tests.bilevel.test_solver import same_bits
 from tests.oracles import random_like
+from tests.peak_bytes import peak_bytes
 
 
 @dataclass
@@ -64,22 +64,6 @@ def test_way_points_are_the_start_and_the_middles_of_what_remains():
     found = {steps: way_points(point, steps) for steps in (1, 2, 7, 16)}
     assert found == {1: [0], 2: [0, 1], 7: [0, 3, 5, 6], 16: [0, 8, 12, 14, 15]}
     assert way_points(Point(params, SGD(0.1).init(params)), 16) == [0]
-
-
-def peak_bytes(run) -> int:
-    """Most bytes that were allocated at once while `run` ran, over those before it."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
-        result = run()
-    events = recorded.profiler.kineto_results.events()
-    changes = sorted(
-        (event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]"
-    )
-    held = peak = 0
-    for _, size in changes:
-        held += size
-        peak = max(peak, held)
-    del result
-    return peak
 
 
 WIDTH = 200

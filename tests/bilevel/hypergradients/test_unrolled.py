@@ -14,7 +14,6 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from bilevel import (
     SGD,
-    Adagrad,
     Adam,
     AdamW,
     BilevelProblem,
@@ -23,16 +22,15 @@ from bilevel import (
     OneStep,
     Reverse,
     ReweightingProblem,
-    RMSProp,
     Unrolled,
-    WarmupCosine,
     tree,
 )
-from tests.bilevel.hypergradients.test_one_step import pick, relative, warm
-from tests.bilevel.optimizers import test_torchopt_reference as reference
+from tests.bilevel import torchopt_reference as reference
+from tests.bilevel.comparing import relative, same_bits
+from tests.bilevel.problems import total_problem
+from tests.bilevel.run_case import OPTIMIZERS, batches_of, run_case_window, warm
 from tests.bilevel.run_window import run_window
-from tests.bilevel.test_golden import total_problem
-from tests.bilevel.test_solver import as_float32, same_bits
+from tests.bilevel.variants import cast, pick
 from tests.bilevel.zoo import CASES, build
 from tests.oracles import (
     REGRESSION,
@@ -45,49 +43,11 @@ from tests.oracles import (
 )
 
 STEPS = 3
-OPTIMIZERS = {
-    "sgd": SGD(0.3),
-    "momentum": SGD(0.3, 0.8),
-    "nesterov": SGD(
-        0.3, 0.8, nesterov=True, weight_decay=0.1, decay_mask=lambda name: "head" not in name
-    ),
-    "adam": Adam(0.05, (0.8, 0.9), 1e-3, weight_decay=0.1),
-    "adamw": AdamW(
-        WarmupCosine(0.05, 2, 20),
-        (0.8, 0.9),
-        1e-3,
-        weight_decay=0.1,
-        decay_mask=lambda name: not name.endswith("bias"),
-    ),
-    "rmsprop": RMSProp(0.05, 0.9, 1e-3),
-    "adagrad": Adagrad(WarmupCosine(0.05, 2, 20), 1e-3),
-}
 CLIPS = {
     "unclipped": {},
     "clip held": {"max_norm": 0.05},
     "clip differentiated": {"max_norm": 0.05, "differentiate_clip": True},
 }
-
-
-def batches_of(case):
-    """Other examples in every step, in one or two micro-batches of unequal size."""
-    pieces = ([[0, 1, 2, 3, 4]], [[1, 2, 3]], [[3, 4], [0, 1, 2]])
-    return [[pick(case.batch, rows) for rows in step] for step in pieces]
-
-
-def run(case, optimizer, method, *, batches=None, point=None):
-    params, state = warm(case, optimizer) if point is None else point
-    torch.manual_seed(11)
-    return run_window(
-        method,
-        case.problem,
-        optimizer,
-        params,
-        case.upper_params,
-        state,
-        batches_of(case) if batches is None else batches,
-        case.upper_batch,
-    )
 
 
 # Known numbers and closed forms.
@@ -196,7 +156,7 @@ def test_gradient_descent_on_a_quadratic(truncation):
 @pytest.mark.parametrize("optimizer", OPTIMIZERS.values(), ids=OPTIMIZERS)
 def test_every_optimizer_against_differences(optimizer, clip):
     case, optimizer = build("mlp"), replace(optimizer, **clip)
-    found = run(case, optimizer, Unrolled())
+    found = run_case_window(case, optimizer, Unrolled())
     if clip:
         assert all(passed.grad_norm > 0.1 for passed in found.passes)
     assert_is_the_slope(case, optimizer, found.hypergradient)
@@ -206,8 +166,8 @@ def test_every_optimizer_against_differences(optimizer, clip):
 @pytest.mark.parametrize("clip", CLIPS.values(), ids=CLIPS)
 def test_truncation_holds_the_point_before_its_steps(truncation, clip):
     case, optimizer = build("mlp"), replace(OPTIMIZERS["adamw"], **clip)
-    found = run(case, optimizer, Unrolled(truncation)).hypergradient
-    whole = run(case, optimizer, Unrolled()).hypergradient
+    found = run_case_window(case, optimizer, Unrolled(truncation)).hypergradient
+    whole = run_case_window(case, optimizer, Unrolled()).hypergradient
     assert relative(found, whole) > 1e-3
     assert_is_the_slope(case, optimizer, found, truncation)
 
@@ -308,17 +268,20 @@ def test_every_layer_against_a_graph_of_all_steps(name, kind):
     case, (optimizer, constants) = build(name), GRAPHS[kind]
     point = warm(case, optimizer)
     expected = by_graph(case, point=point, steps=STEPS, **constants)
-    found = run(case, optimizer, Unrolled(), point=point).hypergradient
+    found = run_case_window(case, optimizer, Unrolled(), point=point).hypergradient
     assert relative(found, expected) <= 1e-10
     if kind == "adam":
-        found = run(case, optimizer, Unrolled(product=Jvp()), point=point).hypergradient
+        found = run_case_window(case, optimizer, Unrolled(product=Jvp()), point=point).hypergradient
         assert relative(found, expected) <= 1e-10
         difference = Unrolled(product=CentralDifference())
         assert (
-            relative(run(case, optimizer, difference, point=point).hypergradient, expected) <= 1e-6
+            relative(
+                run_case_window(case, optimizer, difference, point=point).hypergradient, expected
+            )
+            <= 1e-6
         )
         truncated = by_graph(case, point=point, steps=2, **constants)
-        found = run(case, optimizer, Unrolled(2, replay=1), point=point).hypergradient
+        found = run_case_window(case, optimizer, Unrolled(2, replay=1), point=point).hypergradient
         assert relative(found, truncated) <= 1e-10
 
 
@@ -338,7 +301,7 @@ def test_weights_of_features(product, limit, detach_features):
     optimizer, constants = GRAPHS["adam"]
     point = warm(case, optimizer)
     expected = by_graph(case, point=point, steps=STEPS, **constants)
-    found = run(case, optimizer, Unrolled(product=product), point=point).hypergradient
+    found = run_case_window(case, optimizer, Unrolled(product=product), point=point).hypergradient
     assert relative(found, expected) <= limit
 
 
@@ -381,28 +344,32 @@ def test_three_steps_through_torchopt(name):
 
 @pytest.mark.parametrize("optimizer", [OPTIMIZERS["adamw"], OPTIMIZERS["nesterov"]], ids=str)
 def test_what_is_remembered_does_not_change_a_bit(optimizer):
-    case = as_float32(build("dropout"))
+    case = cast(build("dropout"), torch.float32)
     case = replace(case, upper_params=tree.map(torch.Tensor.float, case.upper_params))
     batches = batches_of(case) * 3
-    first = run(case, optimizer, Unrolled(), batches=batches)
+    first = run_case_window(case, optimizer, Unrolled(), batches=batches)
     for replay in (1, 2, 3, 5, 50, "sqrt"):
         for store in ("device", "host"):
-            other = run(case, optimizer, Unrolled(replay=replay, store=store), batches=batches)
+            other = run_case_window(
+                case, optimizer, Unrolled(replay=replay, store=store), batches=batches
+            )
             assert same_bits(other.hypergradient, first.hypergradient)
             assert same_bits(other.lower_params, first.lower_params)
             assert same_bits(other.optimizer_state, first.optimizer_state)
-    other = run(case, optimizer, Unrolled(store="host"), batches=batches)
+    other = run_case_window(case, optimizer, Unrolled(store="host"), batches=batches)
     assert same_bits(other.hypergradient, first.hypergradient)
 
 
 @pytest.mark.parametrize("name", ["mlp", "dropout", "encoder"])
 def test_one_step_is_one_step(name):
     """A window of one, or a truncation to one, is `OneStep` bit for bit."""
-    case, optimizer = as_float32(build(name)), OPTIMIZERS["adamw"]
+    case, optimizer = cast(build(name), torch.float32), OPTIMIZERS["adamw"]
     for method, batches in ((Unrolled(), batches_of(case)[:1]), (Unrolled(1), batches_of(case))):
         for product in (Jvp(), Reverse()):
-            ours = run(case, optimizer, replace(method, product=product), batches=batches)
-            other = run(case, optimizer, OneStep(product), batches=batches)
+            ours = run_case_window(
+                case, optimizer, replace(method, product=product), batches=batches
+            )
+            other = run_case_window(case, optimizer, OneStep(product), batches=batches)
             assert same_bits(ours.hypergradient, other.hypergradient)
             assert same_bits(ours.lower_params, other.lower_params)
             assert torch.equal(ours.upper_loss, other.upper_loss)
@@ -412,8 +379,8 @@ def test_one_step_is_one_step(name):
 def test_micro_batches_are_the_batch(name):
     case, optimizer = build(name), OPTIMIZERS["adam"]
     pieces = [pick(case.batch, [0, 1, 2]), pick(case.batch, [3, 4])]
-    together = run(case, optimizer, Unrolled(), batches=[[case.batch]] * STEPS)
-    apart = run(case, optimizer, Unrolled(), batches=[pieces] * STEPS)
+    together = run_case_window(case, optimizer, Unrolled(), batches=[[case.batch]] * STEPS)
+    apart = run_case_window(case, optimizer, Unrolled(), batches=[pieces] * STEPS)
     assert relative(apart.hypergradient, together.hypergradient) <= 1e-11
     assert relative(apart.lower_params, together.lower_params) <= 1e-12
 
@@ -422,7 +389,7 @@ def test_micro_batches_are_the_batch(name):
 def test_batches_of_any_kind(kind):
     """The library never looks into a batch."""
     case, optimizer = build("mlp"), OPTIMIZERS["adam"]
-    expected = run(case, optimizer, Unrolled())
+    expected = run_case_window(case, optimizer, Unrolled())
 
     def wrap(batch):
         inputs, labels, index = batch["inputs"], batch["labels"], batch["index"]
@@ -450,7 +417,7 @@ def test_batches_of_any_kind(kind):
     )
     batches = [[wrap(batch) for batch in step] for step in batches_of(case)]
     wrapped = replace(case, problem=problem, upper_batch=wrap(case.upper_batch))
-    found = run(wrapped, optimizer, Unrolled(replay=1), batches=batches)
+    found = run_case_window(wrapped, optimizer, Unrolled(replay=1), batches=batches)
     assert same_bits(found.hypergradient, expected.hypergradient)
 
 
@@ -498,7 +465,7 @@ def test_zero_gradients_and_cold_states_are_finite_and_exact(optimizer):
     # Away from the kink: Adam's step is ± lr within eps of a gradient of 0.
     optimizer = replace(optimizer, eps=1e-1)
     cold = case.params, optimizer.init(case.params)
-    found = run(case, optimizer, Unrolled(), point=cold)
+    found = run_case_window(case, optimizer, Unrolled(), point=cold)
     assert tree.allfinite(found.hypergradient)
     grads = lower_gradient(case.problem, case.params, case.upper_params, case.batch)
     assert any(bool((leaf == 0.0).any()) for leaf in tree.leaves(grads))
@@ -516,7 +483,7 @@ def test_zero_gradients_and_cold_states_are_finite_and_exact(optimizer):
     expected = slope(function, case.upper_params, direction)
     assert abs(float(tree.vdot(found.hypergradient, direction)) / expected - 1.0) <= 1e-6
     tiny = replace(optimizer, eps=1e-8)
-    assert tree.allfinite(run(case, tiny, Unrolled(), point=cold).hypergradient)
+    assert tree.allfinite(run_case_window(case, tiny, Unrolled(), point=cold).hypergradient)
 
 
 @pytest.mark.parametrize(
@@ -538,7 +505,9 @@ def test_precision(name, dtype, limit):
         upper = cast_all(cast_all(case.upper_params, torch.float32), wide)
         found = replace(case, upper_params=upper, batch=rounded[1], upper_batch=rounded[2])
         optimizer = replace(OPTIMIZERS["adamw"], state_dtype=wide)
-        return run(found, optimizer, Unrolled(), point=(rounded[0], moments)).hypergradient
+        return run_case_window(
+            found, optimizer, Unrolled(), point=(rounded[0], moments)
+        ).hypergradient
 
     def cast_all(values, to):
         return tree.map(lambda leaf: cast(leaf, to), values)
@@ -555,8 +524,8 @@ def test_auto_is_jvp_at_the_first_step_and_reverse_at_the_others(name):
     case, optimizer = build(name), OPTIMIZERS["adamw"]
     for steps, product in ((1, Jvp()), (STEPS, Reverse())):
         batches = batches_of(case)[:steps]
-        ours = run(case, optimizer, Unrolled(), batches=batches)
-        other = run(case, optimizer, Unrolled(product=product), batches=batches)
+        ours = run_case_window(case, optimizer, Unrolled(), batches=batches)
+        other = run_case_window(case, optimizer, Unrolled(product=product), batches=batches)
         assert same_bits(ours.lower_params, other.lower_params)
         assert same_bits(ours.hypergradient, other.hypergradient) == (steps == 1)
         assert relative(ours.hypergradient, other.hypergradient) <= 1e-12

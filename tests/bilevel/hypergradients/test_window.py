@@ -30,8 +30,8 @@ from bilevel import (
     Window,
     tree,
 )
-from tests.bilevel.hypergradients.test_one_step import pick, relative
-from tests.bilevel.test_solver import same_bits
+from tests.bilevel.comparing import relative, same_bits
+from tests.bilevel.variants import pick
 from tests.bilevel.zoo import build
 
 LOWER = AdamW(WarmupCosine(0.05, 1, 20), weight_decay=0.1, max_norm=0.5)

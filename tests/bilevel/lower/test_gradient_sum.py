@@ -11,9 +11,9 @@ import torch
 from bilevel import Dot, ReweightingProblem, tree
 from bilevel.lower.gradient_sum import GradientStream, GradientSum
 from bilevel.lower.lower_pass import lower_pass
-from tests.bilevel.hypergradients.test_replay_memory import peak_bytes
-from tests.bilevel.test_solver import same_bits
+from tests.bilevel.comparing import same_bits
 from tests.oracles import random_like
+from tests.peak_bytes import peak_bytes
 
 PARAMS = {"w": torch.tensor([1.0, 2.0], dtype=torch.float64), "idle": None, "b": torch.zeros(1)}
 

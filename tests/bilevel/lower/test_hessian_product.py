@@ -6,15 +6,15 @@ from dataclasses import replace
 
 import pytest
 import torch
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from bilevel import BilevelProblem, CentralDifference, Jvp, Reverse, tree
 from bilevel.lower.hessian_product import hessian_product
 from bilevel.lower.lower_pass import lower_pass
-from tests.bilevel.hypergradients.test_one_step import pick, relative
-from tests.bilevel.test_generic import weights_from_losses
+from tests.bilevel.comparing import relative
+from tests.bilevel.problems import weights_from_losses
+from tests.bilevel.variants import build_used, pick
 from tests.bilevel.zoo import CASES, Encoder, build, make, tokens
-from tests.oracles import lower_gradient, random_like
+from tests.oracles import by_double_backward, lower_gradient, random_like
 
 ROUTES = [Jvp(), Reverse(), CentralDifference()]
 
@@ -35,21 +35,6 @@ def used(case, direction):
     return tree.map(lambda leaf, _: leaf, direction, passed_at(case).grads)
 
 
-def by_double_backward(case, direction):
-    """∇ ⟨∇_θ L, v⟩ by the plainest autograd."""
-    leaves = {name: leaf.detach().requires_grad_() for name, leaf in case.params.items()}
-    torch.manual_seed(11)
-    with sdpa_kernel(SDPBackend.MATH):
-        loss = case.problem.lower_loss(leaves, case.upper_params, case.batch)
-        grads = torch.autograd.grad(loss, list(leaves.values()), create_graph=True)
-        along = sum((g * direction[name]).sum() for name, g in zip(leaves, grads, strict=True))
-        found = torch.autograd.grad(along, list(leaves.values()), allow_unused=True)
-    return {
-        name: torch.zeros_like(leaf) if one is None else one
-        for (name, leaf), one in zip(leaves.items(), found, strict=True)
-    }
-
-
 def by_differences(case, direction, step=1e-3):
     """Differences of gradients, extrapolated to fourth order."""
 
@@ -62,25 +47,6 @@ def by_differences(case, direction, step=1e-3):
         return tree.scale(0.5 / size, tree.axpy(-1.0, gradient(-size), gradient(size)))
 
     return tree.axpy(-1 / 3, central(step), tree.scale(4 / 3, central(step / 2)))
-
-
-def without_unused(case):
-    return replace(case, params={k: v for k, v in case.params.items() if k != "unused"})
-
-
-def build_used(name):
-    """A case of the zoo whose every parameter is used; `mlp` has one that is not."""
-    case = build(name)
-    if name != "mlp":
-        return case
-    held = {"unused": case.params["unused"]}
-
-    def per_example_loss(lower, batch):
-        return case.problem.per_example_loss({**held, **lower}, batch)
-
-    return without_unused(
-        replace(case, problem=replace(case.problem, per_example_loss=per_example_loss))
-    )
 
 
 @pytest.mark.parametrize("name", CASES)

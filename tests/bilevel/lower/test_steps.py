@@ -11,8 +11,8 @@ from bilevel import AdamW, Jvp, PassRequest, Point, Window, tree
 from bilevel.autodiff.gradient import as_leaves
 from bilevel.autodiff.random_state import capture
 from bilevel.lower.steps import take_steps
-from tests.bilevel.hypergradients.test_one_step import pick, relative
-from tests.bilevel.test_solver import same_bits
+from tests.bilevel.comparing import relative, same_bits
+from tests.bilevel.variants import pick
 from tests.bilevel.zoo import build
 from tests.oracles import lower_gradient
 

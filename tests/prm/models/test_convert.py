@@ -3,108 +3,18 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForImageTextToText, Qwen2Config, Qwen2ForCausalLM
+from transformers import AutoModelForImageTextToText
 
 from prm.models.convert import convert_internvl
 from prm.models.internvl_layout import Layout
 from prm.models.model import load_prm
 from prm.schema import Step, StepExample
-from tests.prm.original_internvl import InternLM2, OriginalInternVL
-from tests.prm.tiny import byte_tokenizer, qwen2_tokenizer
-
-VISION = {
-    "hidden_size": 16,
-    "intermediate_size": 24,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "image_size": 56,
-    "patch_size": 14,
-    "qkv_bias": True,
-    "qk_normalization": False,
-    "norm_type": "layer_norm",
-    "layer_norm_eps": 1e-6,
-    "model_type": "intern_vit_6b",
-    "drop_path_rate": 0.1,
-    "use_flash_attn": True,
-}
-TEXT = {
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 4096,
-    "rms_norm_eps": 1e-6,
-    "rope_theta": 1e6,
-    "hidden_act": "silu",
-    "torch_dtype": "bfloat16",
-    "_attn_implementation_autoset": True,
-}
-
-
-def make_original(kind: str, *, tied: bool = False) -> tuple[dict, OriginalInternVL, object]:
-    """Original config, model in float64, tokenizer; every parameter random."""
-    tokenizer = qwen2_tokenizer() if kind == "qwen2" else byte_tokenizer()
-    text = {**TEXT, "model_type": kind, "vocab_size": len(tokenizer), "tie_word_embeddings": tied}
-    rms = kind == "internlm2"  # and with it the vision tower of the 6B model
-    vision = {**VISION, "qk_normalization": rms, "norm_type": "rms_norm" if rms else "layer_norm"}
-    config = {
-        "model_type": "internvl_chat",
-        "architectures": ["InternVLChatModel"],
-        "auto_map": {"AutoModel": "modeling_internvl_chat.InternVLChatModel"},
-        "llm_config": {**text, "bias": False} if kind == "internlm2" else text,
-        "vision_config": vision,
-        "force_image_size": 56,
-        "downsample_ratio": 0.5,
-        "ps_version": "v2",
-        "select_layer": -1,
-        "template": "internvl2_5",
-        "use_thumbnail": True,
-        "dynamic_image_size": True,
-        "max_dynamic_patch": 6,
-    }
-    torch.manual_seed(0)
-    if kind == "qwen2":
-        native = {name: value for name, value in text.items() if not name.startswith("_")}
-        native.pop("torch_dtype")
-        decoder = Qwen2ForCausalLM(Qwen2Config(**native))
-    else:
-        decoder = InternLM2(text)
-    model = OriginalInternVL(config, decoder, tokenizer.convert_tokens_to_ids("<IMG_CONTEXT>"))
-    model = model.double().requires_grad_(False)
-    for parameter in model.parameters():
-        parameter.normal_(0.0, 0.3)
-    return config, model, tokenizer
-
-
-def write(folder: Path, config: dict, state: dict, tokenizer, shards: int = 1) -> Path:
-    folder.mkdir()
-    (folder / "config.json").write_text(json.dumps(config))
-    tokenizer.save_pretrained(folder)
-    names, where = sorted(state), {}
-    for place in range(shards):
-        part = {name: state[name].clone() for name in names[place::shards]}
-        file = (
-            "model.safetensors" if shards == 1 else f"model-{place + 1:05d}-of-{shards}.safetensors"
-        )
-        save_file(part, folder / file)
-        where |= dict.fromkeys(part, file)
-    if shards > 1:
-        (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": where}))
-    return folder
-
-
-def state_of(model: OriginalInternVL, *, tied: bool = False) -> dict:
-    state = model.state_dict()
-    if tied:
-        del state["language_model.lm_head.weight"]
-    return state
+from tests.prm.models.original_checkpoint import make_original, state_of, write_original
 
 
 @pytest.mark.parametrize(
@@ -113,7 +23,7 @@ def state_of(model: OriginalInternVL, *, tied: bool = False) -> dict:
 )
 def test_logits_are_those_of_the_original(tmp_path, kind, tied, shards):
     config, model, tokenizer = make_original(kind, tied=tied)
-    source = write(tmp_path / "old", config, state_of(model, tied=tied), tokenizer, shards)
+    source = write_original(tmp_path / "old", config, state_of(model, tied=tied), tokenizer, shards)
     target = tmp_path / "new"
     written = convert_internvl(source, target)
     native = AutoModelForImageTextToText.from_pretrained(target, dtype=torch.float64)
@@ -134,7 +44,7 @@ def test_a_converted_folder_judges_steps_with_an_image(tmp_path):
     config, model, tokenizer = make_original("qwen2")
     state = {name: value.to(torch.bfloat16) for name, value in state_of(model).items()}
     target = tmp_path / "new"
-    convert_internvl(write(tmp_path / "old", config, state, tokenizer), target)
+    convert_internvl(write_original(tmp_path / "old", config, state, tokenizer), target)
     assert json.loads((target / "config.json").read_text())["dtype"] == "bfloat16"
     prm = load_prm(target)
     image = tmp_path / "image.png"
@@ -150,7 +60,7 @@ def test_bits_are_kept_and_fused_projections_taken_apart(tmp_path):
     config, model, tokenizer = make_original("qwen2")
     state = {name: value.to(torch.bfloat16) for name, value in state_of(model).items()}
     target = tmp_path / "new"
-    convert_internvl(write(tmp_path / "old", config, state, tokenizer, 2), target)
+    convert_internvl(write_original(tmp_path / "old", config, state, tokenizer, 2), target)
     found: dict = {}
     for file in target.glob("*.safetensors"):
         found |= load_file(file)
@@ -242,7 +152,7 @@ def test_what_does_not_fit_is_refused_and_nothing_written(tmp_path, change, mess
     config, model, tokenizer = make_original("qwen2")
     state = state_of(model)
     change(config, state)
-    source = write(tmp_path / "old", config, state, tokenizer)
+    source = write_original(tmp_path / "old", config, state, tokenizer)
     with pytest.raises(ValueError, match=message):
         convert_internvl(source, tmp_path / "new")
     assert [path.name for path in tmp_path.iterdir()] == ["old"]
@@ -250,7 +160,7 @@ def test_what_does_not_fit_is_refused_and_nothing_written(tmp_path, change, mess
 
 def test_a_tensor_in_two_shards_is_refused(tmp_path):
     config, model, tokenizer = make_original("qwen2")
-    source = write(tmp_path / "old", config, state_of(model), tokenizer)
+    source = write_original(tmp_path / "old", config, state_of(model), tokenizer)
     save_file({"mlp1.1.bias": torch.zeros(32)}, source / "other.safetensors")
     with pytest.raises(ValueError, match=r"mlp1\.1\.bias is in model\.safetensors and in other"):
         convert_internvl(source, tmp_path / "new")
@@ -259,7 +169,7 @@ def test_a_tensor_in_two_shards_is_refused(tmp_path):
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors", "tokenizer.json"])
 def test_missing_files_are_named(tmp_path, name):
     config, model, tokenizer = make_original("qwen2")
-    source = write(tmp_path / "old", config, state_of(model), tokenizer)
+    source = write_original(tmp_path / "old", config, state_of(model), tokenizer)
     (source / name).unlink()
     with pytest.raises(FileNotFoundError, match=name.replace("model.", r"\*.")):
         convert_internvl(source, tmp_path / "new")
@@ -267,7 +177,7 @@ def test_missing_files_are_named(tmp_path, name):
 
 def test_a_full_target_is_left_alone(tmp_path):
     config, model, tokenizer = make_original("qwen2")
-    source = write(tmp_path / "old", config, state_of(model), tokenizer)
+    source = write_original(tmp_path / "old", config, state_of(model), tokenizer)
     target = tmp_path / "new"
     target.mkdir()
     (target / "mine").write_text("kept")

@@ -89,7 +89,7 @@ def test_a_run_that_writes_its_log_and_ends_at_once_is_seen_to_its_end(tmp_path,
             for step in range(1, 101):
                 logged(step)
 
-    monkeypatch.setattr("recipes.soak._options", lambda *_: None)
+    monkeypatch.setattr("recipes.evidence.soak._options", lambda *_: None)
     monkeypatch.setattr("recipes.train.training.run_training", whole)
     found = soak(tmp_path, 100)
     assert (found["steps"], found["samples"]) == (100, 100)

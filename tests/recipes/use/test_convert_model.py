@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from prm.models.model import load_prm
 from recipes.__main__ import main
-from tests.prm.models.test_convert import make_original, state_of, write
+from tests.prm.models.original_checkpoint import make_original, state_of, write_original
 
 
 def test_the_written_folder_is_a_model(tmp_path, capsys):
     config, model, tokenizer = make_original("qwen2")
-    source = write(tmp_path / "old", config, state_of(model), tokenizer)
+    source = write_original(tmp_path / "old", config, state_of(model), tokenizer)
     target = tmp_path / "new"
     assert main(["convert-model", "--input", str(source), "--output", str(target)]) == 0
     count = sum(value.numel() for value in model.parameters())
@@ -21,7 +21,7 @@ def test_mistakes_are_one_line(tmp_path, capsys):
     config, model, tokenizer = make_original("qwen2")
     state = state_of(model)
     del state["mlp1.3.bias"]
-    source = write(tmp_path / "old", config, state, tokenizer)
+    source = write_original(tmp_path / "old", config, state, tokenizer)
     words = ["convert-model", "--input", str(source), "--output"]
     assert main([*words, str(tmp_path / "new")]) == 2
     assert "missing: model.multi_modal_projector.linear_2.bias" in capsys.readouterr().err
