@@ -1,8 +1,8 @@
 """Weights for the training rows of a digit classifier, learned or not: how the core is used.
 
 Lower level: a small network, each row's loss times its weight. Upper level: the loss on clean
-scans. ``instance_table``, ``meta_weight_net`` and ``make_solver`` are all that the core asks for; the
-rules further down need no upper level and are there to compare with.
+scans. ``instance_table``, ``meta_weight_net`` and ``make_solver`` are all that the core asks for;
+the rules further down need no upper level and are there to compare with.
 """
 
 from __future__ import annotations
