@@ -208,10 +208,11 @@ def one_for_all(splits: Splits) -> Tensor:
     """The best single penalty of 41 from e^−10 to 1, by the logistic loss on validation rows."""
     grid = torch.linspace(-10.0, 0.0, 41, dtype=torch.float64)
     candidates = [value.expand(splits.train.x.shape[1]) for value in grid]
-    return min(
+    best: Tensor = min(
         candidates,
         key=lambda p: float(logistic_loss(solve_lower(p, splits.train)[0], splits.validation)),
     )
+    return best
 
 
 def methods_of(options: RegularizationOptions) -> dict[str, Hypergradient]:

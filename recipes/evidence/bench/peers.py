@@ -119,13 +119,14 @@ def betty_engine(case: Case) -> Callable[[], Tensor] | None:
     engine = importlib.import_module("betty.engine")
     found: list[Tensor] = []
 
-    class Lower(implicit):
+    class Lower(implicit):  # type: ignore[misc]
         def training_step(self, batch: Any) -> Tensor:
             params = dict(self.module.named_parameters())
             losses, _ = case.problem.per_example_loss(params, batch)
-            return (self.upper(batch["instance"]) * losses).mean()
+            weights: Tensor = self.upper(batch["instance"])
+            return (weights * losses).mean()
 
-    class Upper(implicit):
+    class Upper(implicit):  # type: ignore[misc]
         def training_step(self, batch: Any) -> Tensor:
             params = dict(self.lower.module.named_parameters())
             return case.upper_loss(params, {}, batch)
