@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Protocol, TypeAlias
+from typing import Any, ClassVar, Protocol, TypeAlias
 
 from torch import Tensor
 
@@ -85,7 +85,7 @@ class Route(Protocol):
 
     def loss_slopes(
         self,
-        problem: ReweightingProblem,
+        problem: ReweightingProblem[Any, Any, Any],
         micro: MicroBatch,
         lower_params: Params,
         direction: Tree,

@@ -67,7 +67,9 @@ def upper_loss(w: Tensor, penalties: Tensor, rows: Rows) -> Tensor:
     return logistic_loss(w, rows) + PRIOR / 2 * (penalties - START).square().mean()
 
 
-def make_solver(hypergradient: Hypergradient, lower_steps: int, upper_steps: int) -> BilevelSolver:
+def make_solver(
+    hypergradient: Hypergradient, lower_steps: int, upper_steps: int
+) -> BilevelSolver[Tensor, Tensor, Rows]:
     """A window is `lower_steps` of gradient descent with momentum, then a step on λ."""
     return BilevelSolver(
         BilevelProblem(lower_loss, upper_loss),
@@ -79,8 +81,8 @@ def make_solver(hypergradient: Hypergradient, lower_steps: int, upper_steps: int
 
 
 def search(
-    solver: BilevelSolver, train: Rows, validation: Rows, upper_steps: int
-) -> Iterator[tuple[BilevelState, StepInfo]]:
+    solver: BilevelSolver[Tensor, Tensor, Rows], train: Rows, validation: Rows, upper_steps: int
+) -> Iterator[tuple[BilevelState[Tensor, Tensor], StepInfo]]:
     """Every window's end. All rows at every step; w goes on from where the last window left it."""
     zeros = train.x.new_zeros(train.x.shape[1])
     state = solver.init(zeros, zeros + START)

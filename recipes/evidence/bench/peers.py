@@ -208,9 +208,12 @@ def _copied(case: Case) -> nn.Module:
 
 
 def _put_state(case: Case, module: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    _, first, second = case.state
+    assert isinstance(first, dict)
+    assert isinstance(second, dict)
     for name, parameter in module.named_parameters():
         optimizer.state[parameter] = {
             "step": case.state.steps.to(torch.float32),
-            "exp_avg": case.state.first_moment[name].clone(),
-            "exp_avg_sq": case.state.second_moment[name].clone(),
+            "exp_avg": first[name].clone(),
+            "exp_avg_sq": second[name].clone(),
         }
