@@ -90,7 +90,7 @@ def test_a_run_that_writes_its_log_and_ends_at_once_is_seen_to_its_end(tmp_path,
                 logged(step)
 
     monkeypatch.setattr("recipes.soak._options", lambda *_: None)
-    monkeypatch.setattr("recipes.runs.run_training", whole)
+    monkeypatch.setattr("recipes.train.training.run_training", whole)
     found = soak(tmp_path, 100)
     assert (found["steps"], found["samples"]) == (100, 100)
 
