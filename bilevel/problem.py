@@ -4,22 +4,28 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, TypeAlias, TypeGuard
+from typing import Any, Generic, TypeAlias, TypeGuard, TypeVar
 
+from jaxtyping import Float
 from torch import Tensor
 
 from bilevel import tree
-from bilevel.tree import Tree
+from bilevel.tree import T, Tree
 
 Params: TypeAlias = Tree  # of floating-point tensors, usually dict[str, Tensor]
 
 # Whatever the functions of the problem understand: the library hands it on and never looks into it.
-Batch: TypeAlias = Any
+Batch: TypeAlias = object
 Loss: TypeAlias = Tensor | tuple[Tensor, Any]  # a scalar, or a scalar and auxiliary outputs
+
+# What the user's functions take: lower parameters, upper parameters, a batch.
+Lower = TypeVar("Lower", bound=Tree)
+Upper = TypeVar("Upper", bound=Tree)
+BatchT = TypeVar("BatchT")
 
 
 @dataclass(frozen=True)
-class BilevelProblem:
+class BilevelProblem(Generic[Lower, Upper, BatchT]):
     """``min_φ upper_loss(θ*(φ), φ)`` with θ*(φ) reached by steps on ``lower_loss(θ, φ)``.
 
     Args:
@@ -33,13 +39,13 @@ class BilevelProblem:
     state, which is rewound for every pass of a step.
     """
 
-    lower_loss: Callable[[Params, Params, Batch], Loss]
-    upper_loss: Callable[[Params, Params, Batch], Loss]
-    batch_size: Callable[[Batch], int] | None = None
+    lower_loss: Callable[[Lower, Upper, BatchT], Loss]
+    upper_loss: Callable[[Lower, Upper, BatchT], Loss]
+    batch_size: Callable[[BatchT], int] | None = None
 
 
 @dataclass(frozen=True)
-class ReweightingProblem:
+class ReweightingProblem(Generic[Lower, Upper, BatchT]):
     """A bilevel problem whose upper parameters weight the examples of the lower loss.
 
     The lower loss is::
@@ -64,19 +70,21 @@ class ReweightingProblem:
     training mode, no contrastive terms); ``check_hypergradient`` finds out.
     """
 
-    per_example_loss: Callable[[Params, Batch], tuple[Tensor, Any]]
-    weights: Callable[[Params, Batch, Any], Tensor]
-    upper_loss: Callable[[Params, Params, Batch], Loss]
+    per_example_loss: Callable[[Lower, BatchT], tuple[Tensor, Any]]
+    weights: Callable[[Upper, BatchT, Any], Tensor]
+    upper_loss: Callable[[Lower, Upper, BatchT], Loss]
     detach_features: bool = True
-    rows: Callable[[Batch], Mapping[int, Tensor]] | None = None
+    rows: Callable[[BatchT], Mapping[int, Tensor]] | None = None
 
-    def lower_loss(self, lower_params: Params, upper_params: Params, batch: Batch) -> Tensor:
+    def lower_loss(
+        self, lower_params: Lower, upper_params: Upper, batch: BatchT
+    ) -> Float[Tensor, ""]:
         """Return the weighted mean loss, a scalar."""
         losses, features = self.losses(lower_params, batch)
         return weighted_mean(self.weights_of(upper_params, batch, features, losses), losses)
 
-    def losses(self, lower_params: Params, batch: Batch) -> tuple[Tensor, Tree]:
-        """Return checked per-example losses [batch] and features, detached if so declared.
+    def losses(self, lower_params: Lower, batch: BatchT) -> tuple[Float[Tensor, " batch"], Any]:
+        """Return checked per-example losses and features, detached if so declared.
 
         Raises:
             ValueError: The losses are not a vector.
@@ -93,9 +101,9 @@ class ReweightingProblem:
         return losses, features
 
     def weights_of(
-        self, upper_params: Params, batch: Batch, features: Tree, losses: Tensor
-    ) -> Tensor:
-        """Return the weights [batch] that go with these losses.
+        self, upper_params: Upper, batch: BatchT, features: Any, losses: Float[Tensor, " batch"]
+    ) -> Float[Tensor, " batch"]:
+        """Return the weights that go with these losses.
 
         Raises:
             ValueError: The shapes differ.
@@ -109,10 +117,11 @@ class ReweightingProblem:
         return weights
 
 
-Problem: TypeAlias = BilevelProblem | ReweightingProblem
+# A problem of parameters and batches that are handed on to its functions and not looked into.
+Problem: TypeAlias = BilevelProblem[Any, Any, Any] | ReweightingProblem[Any, Any, Any]
 
 
-def is_separable(problem: Problem) -> TypeGuard[ReweightingProblem]:
+def is_separable(problem: Problem) -> TypeGuard[ReweightingProblem[Any, Any, Any]]:
     """Return whether the weights of the losses are a function of φ alone, the features being data.
 
     Then ∇_θ L is the sum of the examples' gradients, each times its weight, and what φ has to do
@@ -121,8 +130,10 @@ def is_separable(problem: Problem) -> TypeGuard[ReweightingProblem]:
     return isinstance(problem, ReweightingProblem) and problem.detach_features
 
 
-def weighted_mean(weights: Tensor, losses: Tensor) -> Tensor:
-    """Return ``(1/batch) Σ_i w_i ℓ_i`` of weights and losses [batch], a scalar.
+def weighted_mean(
+    weights: Float[Tensor, " batch"], losses: Float[Tensor, " batch"]
+) -> Float[Tensor, ""]:
+    """Return ``(1/batch) Σ_i w_i ℓ_i`` of weights and losses.
 
     The one place where the losses of a batch are reduced. The weights are not normalised: a batch
     whose weights are small takes a small step.
@@ -132,8 +143,8 @@ def weighted_mean(weights: Tensor, losses: Tensor) -> Tensor:
 
 def lower_value(
     problem: Problem, lower_params: Params, upper_params: Params, batch: Batch
-) -> tuple[Tensor, Any]:
-    """Return the lower loss, a scalar, and what the user's function returned beside it (or None).
+) -> tuple[Float[Tensor, ""], Any]:
+    """Return the lower loss and what the user's function returned beside it (or None).
 
     Raises:
         ValueError: The loss is neither a scalar tensor nor (scalar tensor, aux).
@@ -143,8 +154,8 @@ def lower_value(
 
 def upper_value(
     problem: Problem, lower_params: Params, upper_params: Params, batch: Batch
-) -> tuple[Tensor, Any]:
-    """Return the upper loss, a scalar, and what the user's function returned beside it (or None).
+) -> tuple[Float[Tensor, ""], Any]:
+    """Return the upper loss and what the user's function returned beside it (or None).
 
     Raises:
         ValueError: The loss is neither a scalar tensor nor (scalar tensor, aux).
@@ -152,12 +163,12 @@ def upper_value(
     return _value_and_aux(problem.upper_loss(lower_params, upper_params, batch), "upper_loss")
 
 
-def detached(aux: Any) -> Any:
+def detached(aux: T) -> T:
     """Return a pytree with its tensors detached; other leaves as they are."""
     return tree.map(_detach, aux)
 
 
-def _value_and_aux(value: Any, name: str) -> tuple[Tensor, Any]:
+def _value_and_aux(value: Loss, name: str) -> tuple[Float[Tensor, ""], Any]:
     loss, aux = value if isinstance(value, tuple) and len(value) == 2 else (value, None)
     if not isinstance(loss, Tensor) or loss.dim() != 0:
         shape = tuple(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import Generic, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -21,7 +21,7 @@ from bilevel.hypergradients.one_step import OneStep
 from bilevel.lower.lower_pass import LowerPass
 from bilevel.lower.steps import Point, Window
 from bilevel.optimizers.base import DifferentiableOptimizer, Optimizer, clip_scale
-from bilevel.problem import Batch, Params, Problem
+from bilevel.problem import BatchT, BilevelProblem, Lower, ReweightingProblem, Upper
 from bilevel.state import BilevelState, StepInfo
 
 
@@ -33,7 +33,7 @@ class NextSteps(NamedTuple):
 
 
 @dataclass(frozen=True)
-class BilevelSolver:
+class BilevelSolver(Generic[Lower, Upper, BatchT]):
     """Lower steps on θ and, between them, upper steps on φ along the hypergradient.
 
     ``window`` takes ``unroll_steps`` lower steps and then an upper step; ``step`` takes one lower
@@ -62,7 +62,7 @@ class BilevelSolver:
             problem, the optimizer or the window.
     """
 
-    problem: Problem
+    problem: BilevelProblem[Lower, Upper, BatchT] | ReweightingProblem[Lower, Upper, BatchT]
     lower_optimizer: DifferentiableOptimizer
     upper_optimizer: Optimizer
     hypergradient: Hypergradient = OneStep()
@@ -79,7 +79,7 @@ class BilevelSolver:
                 )
         self.hypergradient.check(self.problem, self.lower_optimizer, self.unroll_steps)
 
-    def init(self, lower_params: Params, upper_params: Params) -> BilevelState:
+    def init(self, lower_params: Lower, upper_params: Upper) -> BilevelState[Lower, Upper]:
         """Return the state before the first step; the tensors given are never changed.
 
         Raises:
@@ -105,7 +105,9 @@ class BilevelSolver:
             upper_skipped=torch.zeros((), dtype=torch.int64),
         )
 
-    def next_steps(self, state: BilevelState, remaining: int | None = None) -> NextSteps:
+    def next_steps(
+        self, state: BilevelState[Lower, Upper], remaining: int | None = None
+    ) -> NextSteps:
         """Return what comes next: how many lower steps, and whether an upper step after them.
 
         A window where its steps belong together, else one step. ``advance`` takes them::
@@ -125,25 +127,25 @@ class BilevelSolver:
         whole = self.starts_window(state) and fits
         return NextSteps(self.unroll_steps if whole else 1, whole)
 
-    def wants_upper(self, state: BilevelState) -> bool:
+    def wants_upper(self, state: BilevelState[Lower, Upper]) -> bool:
         """Return whether the next step is one after which an upper step is due."""
         return self._place_in_window(state) == self.unroll_steps - 1
 
-    def starts_window(self, state: BilevelState) -> bool:
+    def starts_window(self, state: BilevelState[Lower, Upper]) -> bool:
         """Return whether the next ``unroll_steps`` steps are a window with an upper step."""
         return self._place_in_window(state) == 0
 
-    def _place_in_window(self, state: BilevelState) -> int | None:
+    def _place_in_window(self, state: BilevelState[Lower, Upper]) -> int | None:
         """Return the steps since the window began; None before ``upper_start``."""
         since = int(state.lower_steps) - self.upper_start
         return since % self.unroll_steps if since >= 0 else None
 
     def step(
         self,
-        state: BilevelState,
-        lower_batches: Sequence[Batch],
-        upper_batch: Batch | None = None,
-    ) -> tuple[BilevelState, StepInfo]:
+        state: BilevelState[Lower, Upper],
+        lower_batches: Sequence[BatchT],
+        upper_batch: BatchT | None = None,
+    ) -> tuple[BilevelState[Lower, Upper], StepInfo]:
         """Take a lower step and, if it is due and there is a batch for it, an upper step.
 
         Args:
@@ -168,10 +170,10 @@ class BilevelSolver:
 
     def window(
         self,
-        state: BilevelState,
-        batches: Sequence[Sequence[Batch]],
-        upper_batch: Batch | None = None,
-    ) -> tuple[BilevelState, tuple[StepInfo, ...]]:
+        state: BilevelState[Lower, Upper],
+        batches: Sequence[Sequence[BatchT]],
+        upper_batch: BatchT | None = None,
+    ) -> tuple[BilevelState[Lower, Upper], tuple[StepInfo, ...]]:
         """Take the lower steps of a window and, given a batch for it, an upper step.
 
         Args:
@@ -200,10 +202,10 @@ class BilevelSolver:
 
     def advance(
         self,
-        state: BilevelState,
-        batches: Sequence[Sequence[Batch]],
-        upper_batch: Batch | None = None,
-    ) -> tuple[BilevelState, tuple[StepInfo, ...]]:
+        state: BilevelState[Lower, Upper],
+        batches: Sequence[Sequence[BatchT]],
+        upper_batch: BatchT | None = None,
+    ) -> tuple[BilevelState[Lower, Upper], tuple[StepInfo, ...]]:
         """Take these lower steps and, given a batch for it, an upper step, due or not.
 
         What ``step`` and ``window`` come down to; see ``next_steps``.
@@ -244,7 +246,7 @@ class BilevelSolver:
                 again = replace(window, upper_params=new.upper_params)
                 taken, _ = take_window(again, self.hypergradient)
         new = new._replace(
-            lower_params=taken.end.lower_params,
+            lower_params=cast("Lower", taken.end.lower_params),  # steps keep the structure
             lower_optimizer=taken.end.optimizer_state,
             lower_steps=state.lower_steps + len(batches),
         )
@@ -254,7 +256,9 @@ class BilevelSolver:
             infos[-1] = self._with_upper(infos[-1], upper, skipped)
         return new, tuple(infos)
 
-    def _upper_step(self, state: BilevelState, result: HypergradientResult) -> BilevelState:
+    def _upper_step(
+        self, state: BilevelState[Lower, Upper], result: HypergradientResult
+    ) -> BilevelState[Lower, Upper]:
         """Return the state with the upper step taken, or skipped if it is not finite."""
         if not tree.allfinite(result.hypergradient):
             return state._replace(upper_skipped=state.upper_skipped + 1)

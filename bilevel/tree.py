@@ -8,8 +8,8 @@ autograd if the tensors do.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Any, TypeAlias, TypeVar
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
 import optree
 import torch
@@ -17,10 +17,14 @@ from jaxtyping import Bool, Float, Num
 from torch import Tensor
 
 # Nested containers with tensors (or None) at the leaves, of a structure that is not known here.
-Tree: TypeAlias = Any
+if TYPE_CHECKING:
+    Tree: TypeAlias = "Tensor | Mapping[str, Tree] | Sequence[Tree] | None"
+else:  # typing cannot resolve an alias that names itself
+    Tree = object
 
 # A tree of a type that the caller knows, ``dict[str, Tensor]`` say, and gets back.
 T = TypeVar("T")
+TreeT = TypeVar("TreeT", bound=Tree)
 
 _BLOCK = 1 << 18  # entries of one BLAS dot: off by 1e-6 of the norm of the products in float32
 
@@ -159,7 +163,7 @@ def flatten(tree: Tree) -> dict[str, Tensor]:
     return dict(zip(names(tree), optree.tree_leaves(tree), strict=True))
 
 
-def unflatten(named: Mapping[str, Tensor], example: T) -> T:
+def unflatten(named: Mapping[str, Tensor], example: TreeT) -> TreeT:
     """Rebuild the tree that ``flatten`` took apart.
 
     It has the structure of ``example``, None leaves included, and the tensors of ``named``.
@@ -183,7 +187,7 @@ def unflatten(named: Mapping[str, Tensor], example: T) -> T:
                 f"{tuple(value.shape)}: was it saved with another model or precision?"
             )
     structure = optree.tree_structure(example)
-    rebuilt: T = optree.tree_unflatten(structure, [named[path] for path in expected])
+    rebuilt: TreeT = optree.tree_unflatten(structure, [named[path] for path in expected])
     return rebuilt
 
 

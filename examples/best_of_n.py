@@ -1,4 +1,4 @@
-"""A process reward model in Python, from loading to best-of-N, on sums in two fallible steps::
+"""A process reward model in Python, from loading to best-of-N, on sums in two fallible steps.
 
     s_k = p("+" after step k)    score = min_k s_k    selected = argmax of 8 candidates' scores
 

@@ -34,7 +34,7 @@ def main() -> dict[str, float]:
     problem = BilevelProblem(loss, lambda theta, _, rows: loss(theta, x[rows], y[rows]))
     solver = BilevelSolver(problem, SGD(0.5), Adam(WarmupCosine(0.02, 0, 200)), Unrolled(), 20)
 
-    def start(images: Tensor) -> BilevelState:
+    def start(images: Tensor) -> BilevelState[dict[str, Tensor], Tensor]:
         theta = {name: torch.randn_like(leaf) / 8 for name, leaf in model.named_parameters()}
         return solver.init(theta, images)
 

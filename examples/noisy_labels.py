@@ -36,7 +36,7 @@ def main() -> dict[str, float]:
         logits = functional_call(model, theta, batch[0])
         return cross_entropy(logits, batch[1], reduction="none"), None  # no features for weights
 
-    problem = ReweightingProblem(
+    problem = ReweightingProblem[dict[str, Tensor], dict[str, Tensor], list[Tensor]](
         per_example_loss=losses,
         weights=lambda phi, batch, features: table.weights(phi, batch[2]),
         upper_loss=lambda theta, phi, batch: losses(theta, batch)[0].mean(),

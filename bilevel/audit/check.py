@@ -14,7 +14,7 @@ from bilevel import tree
 from bilevel.audit.steps import AuditedSolution, AuditedSteps, slope_errors
 from bilevel.hypergradients.base import Hypergradient, spans_window
 from bilevel.hypergradients.one_step import OneStep
-from bilevel.problem import Batch, Params
+from bilevel.problem import BatchT, Lower, Params, Upper
 from bilevel.solver import BilevelSolver
 from bilevel.state import BilevelState
 from bilevel.tree import Tree
@@ -62,10 +62,10 @@ class HypergradientCheck:
 
 
 def check_hypergradient(
-    solver: BilevelSolver,
-    state: BilevelState,
+    solver: BilevelSolver[Lower, Upper, BatchT],
+    state: BilevelState[Lower, Upper],
     lower_batches: Sequence[Any],
-    upper_batch: Batch,
+    upper_batch: BatchT,
     *,
     directions: int = 4,
     steps: Sequence[float] = STEPS,

@@ -16,13 +16,13 @@ from bilevel.audit.table import text_table
 from bilevel.autodiff import random_state
 from bilevel.hypergradients.base import Hypergradient, take_window
 from bilevel.lower.steps import Point, Window
-from bilevel.problem import Batch, Params
+from bilevel.problem import BatchT, Lower, Params, Upper
 from bilevel.solver import BilevelSolver
 from bilevel.state import BilevelState
 from bilevel.tree import Tree
 
 # A state, the micro-batches of each lower step of the window that starts there, an upper batch.
-ComparedWindow: TypeAlias = tuple[BilevelState, Sequence[Sequence[Batch]], Batch]
+ComparedWindow: TypeAlias = tuple[BilevelState[Lower, Upper], Sequence[Sequence[BatchT]], BatchT]
 
 
 class Agreement(NamedTuple):
@@ -83,8 +83,8 @@ class HypergradientComparison:
 
 
 def compare_hypergradients(
-    solver: BilevelSolver,
-    windows: Iterable[ComparedWindow],
+    solver: BilevelSolver[Lower, Upper, BatchT],
+    windows: Iterable[ComparedWindow[Lower, Upper, BatchT]],
     methods: Mapping[str, Hypergradient],
     *,
     memories: Mapping[str, Any] | None = None,

@@ -57,8 +57,8 @@ class AuditedSteps:
 
     def __init__(
         self,
-        solver: BilevelSolver,
-        state: BilevelState,
+        solver: BilevelSolver[Any, Any, Any],
+        state: BilevelState[Any, Any],
         batches: Sequence[Sequence[Batch]],
         upper_batch: Batch,
     ) -> None:
@@ -171,8 +171,8 @@ class AuditedSolution:
 
     def __init__(
         self,
-        solver: BilevelSolver,
-        state: BilevelState,
+        solver: BilevelSolver[Any, Any, Any],
+        state: BilevelState[Any, Any],
         batches: Sequence[Batch],
         upper_batch: Batch,
         solve_steps: int,

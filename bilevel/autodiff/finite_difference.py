@@ -112,7 +112,8 @@ def moving(
         filled = [leaf if leaf is None else leaf.detach() for leaf in leaves]
         for index, value in zip(indices, values, strict=True):
             filled[index] = value
-        return structure.unflatten(filled)
+        shifted: Params = structure.unflatten(filled)
+        return shifted
 
     return (
         rebuild,

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from bilevel import tree
 from bilevel.problem import Batch, Params, Problem, detached, upper_value
-from bilevel.tree import T, Tree
+from bilevel.tree import T, Tree, TreeT
 
 
 def as_leaves(params: T) -> T:
@@ -21,11 +21,11 @@ def as_leaves(params: T) -> T:
 
 def gradients(
     outputs: Sequence[Tensor],
-    params: Tree,
+    params: TreeT,
     cotangents: Sequence[Tensor] | None = None,
     *,
     create_graph: bool = False,
-) -> Tree:
+) -> TreeT:
     """Return Σ_k ⟨cotangent_k, ∂output_k/∂params⟩, None at leaves that no output depends on.
 
     Args:
@@ -48,7 +48,8 @@ def gradients(
         )
         for index, gradient in zip(wanted, grads, strict=True):
             result[index] = gradient
-    return structure.unflatten(result)
+    found: TreeT = structure.unflatten(result)
+    return found
 
 
 class UpperGradient(NamedTuple):

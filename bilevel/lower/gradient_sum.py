@@ -98,7 +98,8 @@ class GradientSum:
                 summed = (summed if count == 1.0 else summed.div_(count)).to(leaf.dtype)
             result.append(summed)
         self._pending.clear()
-        return self.structure.unflatten(result)
+        averaged: Tree = self.structure.unflatten(result)
+        return averaged
 
 
 class GradientStream:

@@ -73,7 +73,7 @@ class PassContext:
     direction: Tree | None
 
     @property
-    def reweighting(self) -> ReweightingProblem:
+    def reweighting(self) -> ReweightingProblem[Any, Any, Any]:
         """The problem, where it is known to have per-example losses."""
         assert isinstance(self.problem, ReweightingProblem)
         return self.problem

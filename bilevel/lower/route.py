@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Protocol, TypeAlias, runtime_checkable
+from typing import Any, ClassVar, Protocol, TypeAlias, runtime_checkable
 
 from torch import Tensor
 
@@ -86,7 +86,7 @@ class Route(Protocol):
 
     def loss_slopes(
         self,
-        problem: ReweightingProblem,
+        problem: ReweightingProblem[Any, Any, Any],
         micro: MicroBatch,
         lower_params: Params,
         direction: Tree,

@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import Any, NamedTuple, Protocol
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int64
 from torch import Tensor
 
-from bilevel.tree import Tree
+from bilevel.tree import Tree, TreeT
 
 CLIP_EPS = 1e-6  # added to the norm, as in torch.nn.utils.clip_grad_norm_
 
@@ -19,7 +19,7 @@ class OptimizerState(NamedTuple):
     They are common to all leaves: a step in which a leaf has no gradient counts for it too.
     """
 
-    steps: Tensor
+    steps: Int64[Tensor, ""]
     first_moment: Tree
     second_moment: Tree
 
@@ -43,7 +43,7 @@ class Optimizer(Protocol):
     def init(self, params: Tree) -> Any:
         """Return the state before the first step."""
 
-    def update(self, grads: Tree, state: Any, params: Tree) -> tuple[Tree, Any]:
+    def update(self, grads: Tree, state: Any, params: TreeT) -> tuple[TreeT, Any]:
         """Return new parameters and state; a leaf whose gradient is None stays as it is."""
 
 

@@ -37,7 +37,7 @@ from bilevel.optimizers.point import (
 )
 from bilevel.optimizers.rules import RuleStep, add_decay, descend
 from bilevel.optimizers.schedule import Schedule
-from bilevel.tree import Tree
+from bilevel.tree import Tree, TreeT
 
 
 @dataclass(frozen=True)
@@ -89,8 +89,8 @@ class ElementwiseOptimizer:
         )
 
     def update(
-        self, grads: Tree, state: OptimizerState, params: Tree
-    ) -> tuple[Tree, OptimizerState]:
+        self, grads: Tree, state: OptimizerState, params: TreeT
+    ) -> tuple[TreeT, OptimizerState]:
         """Take one step, in the caller's grad mode (train under ``torch.no_grad``).
 
         Args:
@@ -171,7 +171,8 @@ class ElementwiseOptimizer:
             nothing: Leaves = [None] * len(at.params)
             bars = [zero_filled(at.structure, params_bar, at.params), nothing, nothing]
             check_shapes(params, at.params, bars[0], "cotangent")
-            return at.structure.unflatten(self._pull_back(at, bars, all_inputs=False)[0])
+            pulled: Tree = at.structure.unflatten(self._pull_back(at, bars, all_inputs=False)[0])
+            return pulled
 
     def predicted_grads_vjp(self, state: OptimizerState, params: Tree, params_bar: Tree) -> Tree:
         """Return ``grads_vjp`` as far as it is known before the gradient of the step is.
@@ -201,7 +202,9 @@ class ElementwiseOptimizer:
                 return (gain.mul_(bar).mul_(-lr).to(bar.dtype),)
 
             keys = [None if bar is None else (bar.dtype, bar.device) for bar in p_bars]
-            return structure.unflatten(map_buckets(rule, leaves, keys, [p_bars, seconds], 1)[0])
+            columns = map_buckets(rule, leaves, keys, [p_bars, seconds], 1)
+            predicted: Tree = structure.unflatten(columns[0])
+            return predicted
 
     # What an optimizer adds: which moments it keeps, its rule, and the rule's derivative.
 

@@ -20,7 +20,7 @@ from bilevel.optimizers.base import clip_scale
 from bilevel.optimizers.point import check_shapes
 from bilevel.optimizers.rules import adam_direction, add_decay, descend
 from bilevel.optimizers.schedule import Schedule
-from bilevel.tree import Tree
+from bilevel.tree import Tree, TreeT
 
 
 class LazyRowState(NamedTuple):
@@ -87,7 +87,7 @@ class LazyRowAdam:
             second_moment=tree.zeros_like(params),
         )
 
-    def update(self, grads: Tree, state: LazyRowState, params: Tree) -> tuple[Tree, LazyRowState]:
+    def update(self, grads: Tree, state: LazyRowState, params: TreeT) -> tuple[TreeT, LazyRowState]:
         """Take one step.
 
         Args:

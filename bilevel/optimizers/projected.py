@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from bilevel.optimizers.base import Optimizer
-from bilevel.tree import Tree
+from bilevel.tree import Tree, TreeT
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class Projected:
     """
 
     optimizer: Optimizer
-    project: Callable[[Tree], Tree]
+    project: Callable[[Any], Any]
 
     @property
     def max_norm(self) -> float | None:
@@ -37,7 +37,8 @@ class Projected:
         """Return the optimizer's state before the first step."""
         return self.optimizer.init(params)
 
-    def update(self, grads: Tree, state: Any, params: Tree) -> tuple[Tree, Any]:
+    def update(self, grads: Tree, state: Any, params: TreeT) -> tuple[TreeT, Any]:
         """Return the projected new parameters and the optimizer's new state."""
         new_params, new_state = self.optimizer.update(grads, state, params)
-        return self.project(new_params), new_state
+        projected: TreeT = self.project(new_params)
+        return projected, new_state

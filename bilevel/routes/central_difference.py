@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -72,7 +73,7 @@ class CentralDifference(PlainBackward):
 
     def loss_slopes(
         self,
-        problem: ReweightingProblem,
+        problem: ReweightingProblem[Any, Any, Any],
         micro: MicroBatch,
         lower_params: Params,
         direction: Tree,

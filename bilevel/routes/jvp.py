@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,7 +26,7 @@ class ForwardProducts(PlainBackward):
 
     def loss_slopes(
         self,
-        problem: ReweightingProblem,
+        problem: ReweightingProblem[Any, Any, Any],
         micro: MicroBatch,
         lower_params: Params,
         direction: Tree,
@@ -55,7 +56,10 @@ class Jvp(ForwardProducts):
 
 
 def loss_tangents(
-    problem: ReweightingProblem, micro: MicroBatch, lower_params: Params, direction: Tree
+    problem: ReweightingProblem[Any, Any, Any],
+    micro: MicroBatch,
+    lower_params: Params,
+    direction: Tree,
 ) -> Tensor:
     """Return the forward-mode derivative of the losses along μ, over the size; [size].
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,7 +30,7 @@ class Reverse(PlainBackward):
 
     def loss_slopes(
         self,
-        problem: ReweightingProblem,
+        problem: ReweightingProblem[Any, Any, Any],
         micro: MicroBatch,
         lower_params: Params,
         direction: Tree,
@@ -64,7 +65,7 @@ def double_backward(at: DerivativeRequest) -> Sequence[Tensor | None]:
             if grad is not None
         ]
         wanted = [*chosen(params, at.lower_wanted), *chosen(upper, at.upper_wanted)]
-        derivative: list[Tensor | None]
+        derivative: Sequence[Tensor | None]
         derivative = gradients([grad for grad, _ in pairs], wanted, [d for _, d in pairs])
     return derivative
 

@@ -77,7 +77,9 @@ def ordered_map(
 
 @contextmanager
 def _without_warnings() -> Iterator[None]:
-    """How many processes there are is the caller's decision; and they use no threads, next to which
+    """Silence two warnings: of many processes, and of forking.
+
+    How many processes there are is the caller's decision; and they use no threads, next to which
     Python 3.12 warns of forking.
     """
     with warnings.catch_warnings():

@@ -226,10 +226,9 @@ _METHODS: Mapping[str, Callable[[_Maker], Path]] = {
 
 
 def _own_row(results: Mapping[str, Any]) -> str:
+    rows: Mapping[str, Any] = results["rows"]
     return next(
-        name
-        for name in results["rows"]
-        if not name.startswith("pass@") and name != "self_consistency"
+        name for name in rows if not name.startswith("pass@") and name != "self_consistency"
     )
 
 

@@ -32,7 +32,8 @@ class Scans:
 
     def of(self, digit: int, rng: np.random.Generator) -> np.ndarray:
         """One random scan of ``digit``, [8, 8]."""
-        return self.images[rng.choice(np.flatnonzero(self.digits == digit))]
+        scan: np.ndarray = self.images[rng.choice(np.flatnonzero(self.digits == digit))]
+        return scan
 
 
 def load_scans() -> Mapping[str, Scans]:

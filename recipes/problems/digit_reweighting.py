@@ -72,7 +72,9 @@ def logits(theta: Params, x: Tensor) -> Tensor:
     return linear(hidden, theta["out.weight"], theta["out.bias"])
 
 
-def make_solver(weighting: Weighting, lr: float, warm_up: int = 0) -> BilevelSolver:
+def make_solver(
+    weighting: Weighting, lr: float, warm_up: int = 0
+) -> BilevelSolver[Params, Params, Batch]:
     """Two losses and their optimizers; a row's loss is also what its weight may depend on."""
 
     def per_example_loss(theta: Params, batch: Batch) -> tuple[Tensor, Tensor]:

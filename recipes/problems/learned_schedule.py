@@ -68,7 +68,7 @@ def upper_loss(theta: Params, schedule: Schedule, batch: Batch) -> Tensor:
     return cross_entropy(logits(theta, batch["x"]), batch["y"])
 
 
-def make_solver(steps: int, runs: int, upper_lr: float) -> BilevelSolver:
+def make_solver(steps: int, runs: int, upper_lr: float) -> BilevelSolver[Params, Schedule, Batch]:
     """A window is one training run."""
     return BilevelSolver(
         BilevelProblem(lower_loss, upper_loss),
@@ -79,7 +79,9 @@ def make_solver(steps: int, runs: int, upper_lr: float) -> BilevelSolver:
     )
 
 
-def learn(solver: BilevelSolver, task: Task, schedule: Schedule, runs: int) -> Schedule:
+def learn(
+    solver: BilevelSolver[Params, Schedule, Batch], task: Task, schedule: Schedule, runs: int
+) -> Schedule:
     """One step on the schedule after each of the training runs."""
     validation = {"x": task.validation.x, "y": task.validation.y}
     state = solver.init(task.network(0), schedule)

@@ -67,7 +67,9 @@ def upper_loss(w: Tensor, penalties: Tensor, rows: Rows) -> Tensor:
     return logistic_loss(w, rows) + PRIOR / 2 * (penalties - START).square().mean()
 
 
-def make_solver(hypergradient: Hypergradient, lower_steps: int, upper_steps: int) -> BilevelSolver:
+def make_solver(
+    hypergradient: Hypergradient, lower_steps: int, upper_steps: int
+) -> BilevelSolver[Tensor, Tensor, Rows]:
     """A window is `lower_steps` of gradient descent with momentum, then a step on λ."""
     return BilevelSolver(
         BilevelProblem(lower_loss, upper_loss),
@@ -79,8 +81,8 @@ def make_solver(hypergradient: Hypergradient, lower_steps: int, upper_steps: int
 
 
 def search(
-    solver: BilevelSolver, train: Rows, validation: Rows, upper_steps: int
-) -> Iterator[tuple[BilevelState, StepInfo]]:
+    solver: BilevelSolver[Tensor, Tensor, Rows], train: Rows, validation: Rows, upper_steps: int
+) -> Iterator[tuple[BilevelState[Tensor, Tensor], StepInfo]]:
     """Every window's end. All rows at every step; w goes on from where the last window left it."""
     zeros = train.x.new_zeros(train.x.shape[1])
     state = solver.init(zeros, zeros + START)
@@ -208,10 +210,11 @@ def one_for_all(splits: Splits) -> Tensor:
     """The best single penalty of 41 from e^−10 to 1, by the logistic loss on validation rows."""
     grid = torch.linspace(-10.0, 0.0, 41, dtype=torch.float64)
     candidates = [value.expand(splits.train.x.shape[1]) for value in grid]
-    return min(
+    best: Tensor = min(
         candidates,
         key=lambda p: float(logistic_loss(solve_lower(p, splits.train)[0], splits.validation)),
     )
+    return best
 
 
 def methods_of(options: RegularizationOptions) -> dict[str, Hypergradient]:

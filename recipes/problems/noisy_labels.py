@@ -212,7 +212,10 @@ def _by_class(values: Tensor, labels: Tensor) -> Tensor:
 
 @torch.no_grad()
 def _weight_figures(
-    solver: BilevelSolver, state: BilevelState, scans: Scans, task: Task
+    solver: BilevelSolver[Params, Params, Batch],
+    state: BilevelState[Params, Params],
+    scans: Scans,
+    task: Task,
 ) -> dict[str, float]:
     """What the final weights of all rows say of the damage, and recall at both ends of the tail."""
     figures: dict[str, float] = {}

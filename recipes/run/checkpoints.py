@@ -55,7 +55,7 @@ class Progress:
         seen: The troubles so far.
     """
 
-    state: BilevelState
+    state: BilevelState[Any, Any]
     random: RandomState
     unlogged: Unlogged = Unlogged({})
     seen: Seen = Seen({})
@@ -153,7 +153,7 @@ class Checkpoints:
             remove_directory(path)
         return [path.name for path in later]
 
-    def load(self, path: Path, example: BilevelState) -> Progress:
+    def load(self, path: Path, example: BilevelState[Any, Any]) -> Progress:
         """Read a checkpoint onto the devices of ``example``.
 
         Args:
@@ -237,8 +237,8 @@ def _tensors(progress: Progress) -> dict[str, Tensor]:
 
 
 def _levels_and_random(
-    tensors: Mapping[str, Tensor], example: BilevelState
-) -> tuple[BilevelState, RandomState]:
+    tensors: Mapping[str, Tensor], example: BilevelState[Any, Any]
+) -> tuple[BilevelState[Any, Any], RandomState]:
     parts: dict[str, dict[str, Tensor]] = {"state": {}, "random": {}}
     for path, tensor in tensors.items():
         part, _, name = path.partition("/")

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -102,7 +103,9 @@ class Run:
 
 
 @contextmanager
-def open_run(options: LowerOptions, model: torch.nn.Module, state: BilevelState) -> Iterator[Run]:
+def open_run(
+    options: LowerOptions, model: torch.nn.Module, state: BilevelState[Any, Any]
+) -> Iterator[Run]:
     """Open a run, and lock its directory while the body runs.
 
     A new run gets a new directory. A resumed one keeps its own: what was logged after the

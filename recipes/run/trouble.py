@@ -21,6 +21,7 @@ import math
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -86,10 +87,10 @@ def added(counts: Mapping[str, int], troubles: Sequence[Trouble]) -> dict[str, i
 
 
 def find_troubles(
-    solver: BilevelSolver,
+    solver: BilevelSolver[Any, Any, Any],
     weighting: Weighting | None,
-    before: BilevelState,
-    after: BilevelState,
+    before: BilevelState[Any, Any],
+    after: BilevelState[Any, Any],
     infos: Sequence[StepInfo],
     seen: Seen,
 ) -> list[Trouble]:
@@ -161,7 +162,7 @@ def _of_size(norm: float, before: Sequence[float]) -> list[Trouble]:
     return []
 
 
-def _is_cold(solver: BilevelSolver, lower_steps: int, taken: int) -> bool:
+def _is_cold(solver: BilevelSolver[Any, Any, Any], lower_steps: int, taken: int) -> bool:
     """Whether the hypergradient went through nothing but the first step of the lower optimizer."""
     method = solver.hypergradient
     through = (isinstance(method, OneStep) and method.order == "lower-first") or isinstance(

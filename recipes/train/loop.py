@@ -42,7 +42,7 @@ class Training:
         on_trouble: What a step leads to whose result is of no use, see ``recipes.run.trouble``.
     """
 
-    solver: BilevelSolver
+    solver: BilevelSolver[Any, Any, Batch]
     steps: int
     lower_batches: Callable[[int], Sequence[Batch]]
     title: str
@@ -116,8 +116,8 @@ def train(run: Run, training: Training, logging: StepLogging) -> Progress:
 
 
 def next_steps(
-    training: Training, state: BilevelState
-) -> tuple[BilevelState, tuple[StepInfo, ...]]:
+    training: Training, state: BilevelState[Any, Any]
+) -> tuple[BilevelState[Any, Any], tuple[StepInfo, ...]]:
     """Take the next lower step, or window, and the upper step if one is due after it.
 
     What remains of a run at its end and is shorter than a window is taken step by step, without an
@@ -178,7 +178,7 @@ def judge(
     run: Run,
     training: Training,
     progress: Progress,
-    state: BilevelState,
+    state: BilevelState[Any, Any],
     infos: Sequence[StepInfo],
 ) -> Judged:
     """Accept the steps that led from ``progress`` to ``state``, or reject them.

@@ -19,7 +19,7 @@ from recipes.options.choices import ImplicitOptions, OneStepOptions, PenaltyOpti
 from recipes.options.train import LowerOptions, TrainOptions
 from recipes.options.values import blaming
 from recipes.train.hypergradients import make_hypergradient
-from recipes.train.objective import Objective
+from recipes.train.objective import Objective, Solver
 
 
 def _schedule(
@@ -93,14 +93,14 @@ def upper_optimizer(options: TrainOptions, peak: float) -> Any:
         )
 
 
-def make_plain_solver(options: LowerOptions, problem: Problem) -> BilevelSolver:
+def make_plain_solver(options: LowerOptions, problem: Problem) -> Solver:
     """A solver that only ever takes lower steps."""
     return BilevelSolver(
         problem, lower_optimizer(options), SGD(0.0), accumulation=options.lower.accumulation
     )
 
 
-def make_solver(options: TrainOptions, objective: Objective, upper_peak: float) -> BilevelSolver:
+def make_solver(options: TrainOptions, objective: Objective, upper_peak: float) -> Solver:
     """The bilevel solver of a run.
 
     Args:

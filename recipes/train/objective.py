@@ -8,12 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, TypeAlias
 
 import torch
 from torch import Tensor
 
-from bilevel import ReweightingProblem
+from bilevel import BilevelSolver, BilevelState, ReweightingProblem
 from prm.aggregations import Aggregation
 from prm.inputs.image_inputs import row_owners
 from prm.losses import outcome_loss, pair_loss, step_cross_entropy, step_squared_error
@@ -24,6 +24,8 @@ from weighting import Weighting, batch_features, batch_mean_one
 
 Params = Mapping[str, Tensor]
 Batch = Mapping[str, Tensor]
+Solver: TypeAlias = BilevelSolver[Params, Params, Batch]
+State: TypeAlias = BilevelState[Params, Params]
 
 
 @dataclass(frozen=True)
@@ -127,7 +129,7 @@ class Objective:
             return pair_loss(scores[..., 0], batch["correct"], batch["group"])
         return outcome_loss(scores, batch["correct"], self.loss_target).mean()
 
-    def problem(self) -> ReweightingProblem:
+    def problem(self) -> ReweightingProblem[Params, Params, Batch]:
         """The bilevel problem over parameter dicts."""
         return ReweightingProblem(
             per_example_loss=self.per_example_loss,

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from bilevel import BilevelProblem, BilevelSolver, BilevelState
+from bilevel import BilevelProblem
 from prm.aggregations import AGGREGATIONS
 from prm.inputs.collate import Batch
 from prm.models.model import PRM, save_prm
@@ -41,7 +41,7 @@ from recipes.train.make_solver import (
     make_plain_solver,
     make_solver,
 )
-from recipes.train.objective import Objective
+from recipes.train.objective import Objective, Solver, State
 from recipes.train.results import evaluate_all, print_summary, row_name
 from recipes.train.time_scale import print_time_scale, time_scale
 from recipes.train.weight_report import (
@@ -66,7 +66,7 @@ class _Task:
 class _Method(NamedTuple):
     """How a run trains: the solver, the initial upper parameters, learning rates to log."""
 
-    solver: BilevelSolver
+    solver: Solver
     upper: dict[str, Tensor]
     rates: Mapping[str, Callable[[int], float]]
 
@@ -135,7 +135,7 @@ def run_training(options: TrainOptions, logged: Callable[[int], None] | None = N
 
 def _report_weights(
     task: _Task,
-    state: BilevelState,
+    state: State,
     initial: _Initial | None,
     visits: Tensor,
     directory: Path,

@@ -11,7 +11,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bilevel import BilevelState
 from prm.evaluation.metrics import roc_auc
 from prm.losses import step_cross_entropy
 from prm.schema import StepExample
@@ -20,7 +19,7 @@ from recipes.loading import Examples, Solutions
 from recipes.options.train import TrainOptions
 from recipes.run.files import write_text
 from recipes.train.data import TrainData, lower_examples
-from recipes.train.objective import Objective
+from recipes.train.objective import Objective, State
 from weighting import EXAMPLE_KEYS, Weighting, reads_model, save_weighting
 
 _SMALLEST_DISTANCE = 2.0**-25
@@ -112,7 +111,7 @@ def model_batches(
 def final_weights(
     options: TrainOptions,
     objective: Objective,
-    state: BilevelState,
+    state: State,
     data: TrainData,
     reference: Tensor | None,
 ) -> tuple[Tensor, Tensor | None]:

@@ -43,7 +43,7 @@ class Tracker(TorchFunctionMode):
         self,
         operations: Mapping[Any, Callable[..., Any]],
         params: Tree,
-        batch: Tree,
+        batch: Any,
         context: Context,
     ) -> None:
         super().__init__()

@@ -38,7 +38,7 @@ class Case:
     upper_batch: Batch
 
     @property
-    def problem(self) -> ReweightingProblem:
+    def problem(self) -> ReweightingProblem[Mapping[str, Tensor], dict[str, Tensor], Batch]:
         """Weights 2 σ(raw) of a table; losses are means over the tokens of a sequence."""
         return ReweightingProblem(self._losses, _weights, self.upper_loss)
 

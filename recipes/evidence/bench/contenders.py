@@ -83,7 +83,8 @@ class Contender:
     @property
     def every(self) -> int:
         """In every how many-th round of the timing it is due: K^¾ for K steps."""
-        return round(max(self.steps, self.work) ** 0.75)
+        power: float = max(self.steps, self.work) ** 0.75
+        return round(power)
 
 
 class Shown:

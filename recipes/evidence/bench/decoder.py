@@ -51,7 +51,8 @@ class _Block(nn.Module):
         mixed = functional.scaled_dot_product_attention(query, key, value, is_causal=True)
         x = x + self.out(mixed.transpose(1, 2).flatten(-2))
         y = self.hidden_norm(x)
-        return x + self.down(functional.silu(self.gate(y)) * self.up(y))
+        hidden: Tensor = self.down(functional.silu(self.gate(y)) * self.up(y))
+        return x + hidden
 
 
 def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -30,7 +30,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bilevel import SGD, BilevelSolver, BilevelState, Ghost, Jvp, OneStep, PerExample, Reverse
+from bilevel import SGD, BilevelSolver, Ghost, Jvp, OneStep, PerExample, Reverse
 from bilevel.hypergradients.one_step import Order
 from bilevel.routes import CentralDifference, Route
 from prm.aggregations import AGGREGATIONS
@@ -44,7 +44,7 @@ from recipes.run.files import write_json
 from recipes.run.provenance import environment
 from recipes.train.data import read_train_data
 from recipes.train.make_solver import lower_optimizer
-from recipes.train.objective import Objective
+from recipes.train.objective import Objective, Solver, State
 from weighting import InstanceTable
 
 _WARM_UP = 3
@@ -69,7 +69,7 @@ class Setup:
     lower_batch: Batch
     upper_batch: Batch
 
-    def solver(self, route: Route, order: Order) -> BilevelSolver:
+    def solver(self, route: Route, order: Order) -> Solver:
         """A solver with this route; upper steps at every lower step."""
         return BilevelSolver(
             self.objective.problem(), self.optimizer, SGD(1.0), OneStep(route, order)
@@ -122,7 +122,7 @@ def make_setup(batch_size: int, meta_batch_size: int) -> Setup:
     return setup
 
 
-def warm_state(setup: Setup, solver: BilevelSolver) -> BilevelState:
+def warm_state(setup: Setup, solver: Solver) -> State:
     """A state whose Adam moments are not cold."""
     state = solver.init(setup.lower, setup.upper)
     for _ in range(_WARM_UP):

@@ -18,7 +18,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-import torch
+from torch._C._autograd import _enable_record_function
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -32,11 +32,11 @@ def with_peak(run: Callable[[], T]) -> tuple[T, int]:
     gc.collect()  # garbage of before, freed while recording, would be subtracted
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
         # Without the record of every operation: for 64 steps it takes 7 GB.
-        torch.autograd._enable_record_function(False)
+        _enable_record_function(False)
         try:
             result = run()
         finally:
-            torch.autograd._enable_record_function(True)
+            _enable_record_function(True)
     profiler: Any = recorded.profiler
     events = profiler.kineto_results.events()
     changes = [(e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]"]

@@ -119,13 +119,14 @@ def betty_engine(case: Case) -> Callable[[], Tensor] | None:
     engine = importlib.import_module("betty.engine")
     found: list[Tensor] = []
 
-    class Lower(implicit):
+    class Lower(implicit):  # type: ignore[misc]
         def training_step(self, batch: Any) -> Tensor:
             params = dict(self.module.named_parameters())
             losses, _ = case.problem.per_example_loss(params, batch)
-            return (self.upper(batch["instance"]) * losses).mean()
+            weights: Tensor = self.upper(batch["instance"])
+            return (weights * losses).mean()
 
-    class Upper(implicit):
+    class Upper(implicit):  # type: ignore[misc]
         def training_step(self, batch: Any) -> Tensor:
             params = dict(self.lower.module.named_parameters())
             return case.upper_loss(params, {}, batch)
@@ -207,9 +208,12 @@ def _copied(case: Case) -> nn.Module:
 
 
 def _put_state(case: Case, module: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    _, first, second = case.state
+    assert isinstance(first, dict)
+    assert isinstance(second, dict)
     for name, parameter in module.named_parameters():
         optimizer.state[parameter] = {
             "step": case.state.steps.to(torch.float32),
-            "exp_avg": case.state.first_moment[name].clone(),
-            "exp_avg_sq": case.state.second_moment[name].clone(),
+            "exp_avg": first[name].clone(),
+            "exp_avg_sq": second[name].clone(),
         }
