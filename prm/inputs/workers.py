@@ -77,8 +77,10 @@ def ordered_map(
 
 @contextmanager
 def _without_warnings() -> Iterator[None]:
-    """How many processes there are is the caller's decision; and they use no threads, next to which
-    Python 3.12 warns of forking.
+    """Silence two warnings of starting the processes.
+
+    The caller decides how many processes there are, so torch need not warn of too many. They use no
+    threads, so Python 3.12 need not warn of forking beside threads.
     """
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "This DataLoader will create", UserWarning)
