@@ -45,7 +45,7 @@ def ordered_map(
             collate_fn=_unchanged,
             worker_init_fn=_leave_interrupts,
             multiprocessing_context="fork",
-            generator=torch.Generator(),  # else a seed is drawn from the global random state
+            generator=torch.Generator(),  # otherwise a seed is drawn from the global random state
         )
     iterator: Iterator[Any] | None = None
     result: Any = None
@@ -63,8 +63,8 @@ def ordered_map(
             raise
         died = " ".join(str(error).split())
     finally:
-        # Now, while its queues work: an error holds this frame, in a cycle, and the processes of an
-        # iterator that the garbage collector finds never hear that they may go.
+        # Deleted here, while its queues work: an error keeps this frame alive in a cycle, and the
+        # processes of an iterator that the garbage collector deletes are never told to end.
         iterator = result = None
     if died:
         raise DataError(
@@ -90,7 +90,7 @@ def _without_warnings() -> Iterator[None]:
 
 @dataclass(frozen=True)
 class _Failed:
-    """Stands for a result whose computation failed: DataLoader would not raise the same error."""
+    """The error of a failed computation, passed as a result because DataLoader would change it."""
 
     error: Exception
 
@@ -111,5 +111,5 @@ def _unchanged(result: Result) -> Result:
 
 
 def _leave_interrupts(worker: int) -> None:
-    """Ctrl-C goes to the whole group of processes; what it means is the main process's business."""
+    """Ignore Ctrl-C, which reaches the whole group of processes; the main process handles it."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
