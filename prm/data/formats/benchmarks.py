@@ -76,7 +76,9 @@ def read_processbench(record: Mapping[str, Any], location: Location) -> tuple[St
     )
 
 
-def read_visualprocessbench(record: Mapping[str, Any], location: Location) -> tuple[StepExample, ...]:
+def read_visualprocessbench(
+    record: Mapping[str, Any], location: Location
+) -> tuple[StepExample, ...]:
     """Return the example of a VisualProcessBench row.
 
     Raises:

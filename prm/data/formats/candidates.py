@@ -19,8 +19,8 @@ from typing import Any
 
 from prm.data.formats.turns import question_text
 from prm.data.record_fields import Location, Words, domain_key, extra_of
-from prm.schema import Step, StepExample
 from prm.data.splitter import final_answer, solution_steps
+from prm.schema import Step, StepExample
 
 
 def matches_test(record: Mapping[str, Any]) -> bool:

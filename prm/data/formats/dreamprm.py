@@ -16,8 +16,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from prm.data.record_fields import Location, domain_key, extra_of
-from prm.schema import Step, StepExample
 from prm.data.splitter import final_answer, solution_steps
+from prm.schema import Step, StepExample
 
 _FIRST_STEP = re.compile(r"^[ \t]*(?:#{1,6}[ \t]*)?\*{0,2}Step[ \t]*1\b", re.I | re.M)
 _USED = ("id", "input", "image_path", "group")

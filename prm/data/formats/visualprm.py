@@ -16,8 +16,8 @@ from typing import Any
 
 from prm.data.formats.turns import Turn, question_and_steps
 from prm.data.record_fields import Location, Words, domain_key, extra_of
-from prm.schema import Step, StepExample
 from prm.data.splitter import final_answer
+from prm.schema import Step, StepExample
 
 _ROLES = {"system": "system", "human": "user", "gpt": "assistant"}
 _USED = ("id", "image", "images", "conversations", "true_false", "group")
@@ -51,7 +51,9 @@ def read(record: Mapping[str, Any], location: Location) -> tuple[StepExample, ..
     needs_id = raw is None or is_meta
     return (
         StepExample(
-            id=location.default_id(raw, (question, *(step.text for step in steps))) if needs_id else str(raw),
+            id=location.default_id(raw, (question, *(step.text for step in steps)))
+            if needs_id
+            else str(raw),
             question=question,
             images=images,
             steps=tuple(Step(step.text) for step in steps) if is_meta else steps,
