@@ -47,7 +47,7 @@ class Location:
     def refuse(
         self, field: str | None, expected: str, found: object, remedy: str | None = None
     ) -> NoReturn:
-        """Raise the ``DataError`` of this location; ``found`` is described unless it is ``Words``."""
+        """Raise this location's ``DataError``; ``found`` is described unless it is ``Words``."""
         raise DataError(
             expected=expected,
             found=found if isinstance(found, Words) else describe(found),
@@ -86,7 +86,7 @@ class Location:
         return None if value is None else self.text(value, field, blank=blank)
 
     def name(self, record: Mapping[str, Any], field: str) -> str | None:
-        """Return a string or an integer as text (other projects' ids are often numbers), or None."""
+        """Return a string or an integer as text (foreign ids are often numbers), or None."""
         value = record.get(field)
         if isinstance(value, int) and not isinstance(value, bool):
             return str(value)
