@@ -1,8 +1,8 @@
 """Files and folders that appear under their names only when they are complete.
 
-One way of writing for the whole package: everything goes to a temporary name beside the target
-(``.NAME.PID.unfinished``), is flushed to the disk, and is then renamed. A writer that fails, or is
-killed, leaves what stood under the name as it was.
+The whole package writes in one way: to a temporary name beside the target
+(``.NAME.PID.unfinished``), which is flushed to the disk and then renamed. A writer that fails, or
+is killed, leaves the previous file as it was.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from pathlib import Path
 def atomic_write(path: Path) -> Iterator[Path]:
     """Yield a temporary name for a file or a folder, which is renamed to ``path`` at the end.
 
-    The body of the ``with`` statement writes a file, or makes a folder and fills it, under the name
-    that it is given. What it wrote is flushed to the disk (each file of a folder), renamed, and the
-    rename is flushed, too. If the body raises, what it wrote is removed.
+    The body of the ``with`` statement writes a file, or creates and fills a folder, under the name
+    that it is given. The result is flushed to the disk (each file of a folder) and renamed, and the
+    rename is flushed, too. If the body raises, the result is removed.
 
     Args:
         path: The target. A file is replaced; a folder must be empty or not exist.
@@ -29,7 +29,7 @@ def atomic_write(path: Path) -> Iterator[Path]:
         The temporary name, in the folder of ``path``.
 
     Raises:
-        OSError: The target is a folder that is not empty, or the disk refuses.
+        OSError: The target is a folder that is not empty, or writing fails.
     """
     unfinished = path.with_name(f".{path.name}.{os.getpid()}.unfinished")
     try:

@@ -1,4 +1,4 @@
-"""Names by which a caller chooses: aggregations, formats, contexts, rules for ties.
+"""Names by which a caller chooses aggregations, formats, contexts and rules for ties.
 
 Each is a ``Literal`` type, the one list of its names: functions are annotated with it, and
 ``typing.get_args`` turns it into a tuple, for a command line or a check. Nothing here imports
@@ -12,28 +12,30 @@ from typing import Literal, get_args
 AggregationName = Literal[
     "mean", "min", "max", "last", "product", "log_mean", "logit_mean", "logit_sum"
 ]
-"""How step scores become a solution score; ``prm.aggregations.AGGREGATIONS`` holds the
+"""Ways to combine step scores into a solution score; ``prm.aggregations.AGGREGATIONS`` holds the
 functions."""
 
 Context = Literal["plus", "gold", "masked"]
-"""What stands in the assistant slots of earlier steps: "+" always (as when nothing is known),
-the step's gold label ("-" below 0.5; "+" where there is none), or the tokenizer's padding token,
-which says nothing."""
+"""The content of the assistant slots of earlier steps: always "+" (as when no label is known), the
+step's gold label ("-" below 0.5; "+" where there is none), or the tokenizer's padding token, which
+carries no information."""
 
 LossTarget = Literal["both", "+"]
-"""Which scores the upper-level loss compares with the outcome; see ``prm.losses.outcome_loss``."""
+"""The scores that the upper-level loss compares with the outcome; see
+``prm.losses.outcome_loss``."""
 
 TieRule = Literal["expected", "first", "last"]
-"""What a selection is worth where several candidates are best: the average over a fair draw among
-them, the first, the last."""
+"""The value of a selection where several candidates are best: the average over a fair draw among
+them, or the value of the first or of the last."""
 
 DrawRule = Literal["random", "first", "last"]
-"""Which of several best candidates is taken: one at random, the first, the last."""
+"""The candidate that is selected among several best ones: one at random, the first, or the last."""
 
 ImageCheck = Literal["exists", "header", "decode", "sample"]
-"""How closely an image is looked at: the file is there; its header tells a size and it does not
-look cut off; every pixel is decoded; the pixels of the first thousand images, the headers of the
-others (about 0.1 ms each, where decoding a photo takes 10)."""
+"""How closely an image is checked. "exists": the file is there. "header": its header gives a size,
+and it does not look cut off. "decode": every pixel is decoded. "sample": the first thousand images
+are decoded, and of the others the header is read (about 0.1 ms each, whereas decoding a photo takes
+10)."""
 
 FormatName = Literal[
     "prm-jsonl",

@@ -1,4 +1,4 @@
-"""What an example is: a question, its images, and the steps of one solution with their labels."""
+"""The schema of an example: a question, its images, and the labelled steps of one solution."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ class Step:
     """One step of a solution.
 
     Attributes:
-        text: What the step says.
-        label: Probability in [0, 1] that the step is right: 1.0 for "+", 0.0 for "-", in between
-            for soft (Monte Carlo) labels; None for a step without a label.
+        text: Text of the step.
+        label: Probability in [0, 1] that the step is right: 1.0 for "+", 0.0 for "-", a value in
+            between for a soft (Monte Carlo) label; None for a step without a label.
     """
 
     text: str
@@ -33,8 +33,8 @@ class StepExample:
         steps: The solution, at least one step.
         domain: Name of the domain, for domain weights and reports.
         answer: The answer that the solution ends with, for votes.
-        correct: Whether that answer is right; set on outcome (meta, dev, test) rows.
-        group: Ties the candidate solutions of one question together.
+        correct: Whether that answer is right; outcome rows (meta, dev, test) have it.
+        group: Id that the candidate solutions of one question share.
         extra: Every other key of the record, unchanged.
     """
 
@@ -54,15 +54,15 @@ class StepExample:
 
 
 class DataError(ValueError):
-    """A record, or a file that it names, is not what it has to be.
+    """An error in a record, or in a file that the record names.
 
     Attributes:
         expected: What should have been there.
-        found: What was there.
+        found: What was there instead.
         file: The file at fault, if there is one.
         line: Line in ``file``, counted from 1.
         field: Path of the field inside the record, such as ``steps[2].label``.
-        example: Id of the example, where no file is known.
+        example: Id of the example, if no file is known.
         remedy: What to change.
     """
 
@@ -99,7 +99,7 @@ class DataError(ValueError):
 
 
 def _middle_out(text: str, most: int = 1_000) -> str:
-    """``text``, without its middle if it is longer than anybody reads."""
+    """Return ``text``, without its middle if it is longer than ``most`` characters."""
     return text if len(text) <= most else f"{text[: most // 2]} ... {text[-most // 2 :]}"
 
 

@@ -1,1 +1,1 @@
-"""Records: files of every known format, read, checked, written."""
+"""Reading, checking and writing the records of every known format."""

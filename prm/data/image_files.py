@@ -1,6 +1,6 @@
-"""Whether the images that records name can be used: inside their folder, there, readable.
+"""Checks that the images of records exist, are readable, and lie in the folder of the images.
 
-Each path is looked at once. Records come from files that others wrote; by default they reach no
+Each path is checked once. Records may come from other people's files, so by default they reach no
 image outside the folder that the user named.
 """
 
@@ -30,7 +30,7 @@ class ImageProblem:
     Attributes:
         fault: What kind of problem.
         expected: What the field should have named.
-        found: What is there.
+        found: What is there instead.
         remedy: What to change.
     """
 
@@ -41,12 +41,12 @@ class ImageProblem:
 
 
 class ImageFiles:
-    """Checks image paths, each path once (memory: one string per distinct path).
+    """Check image paths, each path once (memory: one string per distinct path).
 
     Args:
-        root: Folder that the images have to lie in, symbolic links followed.
-        allow_outside: Take images elsewhere, too.
-        check: How closely to look at a file.
+        root: Folder in which the images have to lie after symbolic links are followed.
+        allow_outside: Accept images outside this folder, too.
+        check: How closely to check a file.
     """
 
     def __init__(
@@ -67,11 +67,11 @@ class ImageFiles:
 
     @property
     def count(self) -> int:
-        """How many different paths have been looked at."""
+        """The number of different paths that have been checked."""
         return len(self._fine) + len(self._problems)
 
     def problem(self, image: Path) -> ImageProblem | None:
-        """Why ``image`` cannot be used; None if it can."""
+        """Return why ``image`` cannot be used, or None if it can."""
         path = str(image)
         if path in self._fine:
             return None
@@ -112,7 +112,7 @@ class ImageFiles:
     def _read(self, path: Path) -> ImageProblem | None:
         if self._check == "exists":
             return None
-        # Pillow is loaded only by those who ask for more than existence.
+        # Imported here so that Pillow is loaded only for a check of more than existence.
         from prm.inputs.tiles import image_size, read_image
 
         first = self._check == "sample" and self.count < SAMPLE
@@ -139,7 +139,7 @@ def _missing(found: str) -> ImageProblem:
 
 
 def _looks_cut_off(path: Path) -> bool:
-    """A PNG or JPEG file without its end mark; only decoding can tell whether it matters."""
+    """Whether a PNG or JPEG file lacks its end mark; only decoding shows whether that matters."""
     try:
         with path.open("rb") as file:
             start = file.read(4)

@@ -1,7 +1,7 @@
-"""Values of a JSONL file or of one JSON array, one at a time, each with its place.
+"""Read the values of a JSONL file or of one JSON array one at a time, each with its line.
 
-The file is never held whole: memory is one row and a buffer. Mistakes come out in the place of the
-value, so that a check can go on behind them.
+The file is never held whole: memory is one row and a buffer. A mistake is yielded instead of the
+value, so that a check can go on after it.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ _NUMBER = "+-.eE0123456789"
 _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 _LONE = re.compile("[\ud800-\udfff]")
 _TAIL = 16
-"""A value cut off by the end of the buffer fails within so many characters of it."""
+"""A value that the end of the buffer cuts off fails within this many characters of the end."""
 
 
 class _Refused(Exception):
-    """A mistake whose place the caller knows."""
+    """A mistake whose file and line the caller adds."""
 
     def __init__(
         self, expected: str, found: str, remedy: str | None = None, field: str | None = None
@@ -52,11 +52,11 @@ class _Refused(Exception):
 
 
 def json_rows(path: Path) -> Iterator[tuple[int, Any | DataError]]:
-    """(line, value) of every line of a JSONL file, or (row, value) of every row of a JSON array.
+    """Yield (line, value) of every line of a JSONL file, or (row, value) of every array element.
 
-    Which of the two a file is shows in its first character. Where a value cannot be had the
-    ``DataError`` that says why stands in its place. Behind malformed JSON an array cannot be read
-    on (nothing says where the next row starts); a JSONL file can.
+    The first character of the file tells which of the two it is. Where a value cannot be read, the
+    ``DataError`` that says why is yielded instead. After malformed JSON an array cannot be read
+    further, because nothing says where its next row starts; a JSONL file can.
 
     Raises:
         FileNotFoundError: ``path`` does not exist.
@@ -74,10 +74,10 @@ def json_rows(path: Path) -> Iterator[tuple[int, Any | DataError]]:
 
 
 def json_line(raw: bytes, path: Path, line: int) -> Any:
-    """The value of one line of a JSONL file, as strict as ``json_rows``.
+    """Return the value of one line of a JSONL file, as strictly as ``json_rows``.
 
     Raises:
-        DataError: It cannot be had.
+        DataError: The line cannot be read.
     """
     try:
         return _decode_line(raw)
@@ -105,7 +105,7 @@ def _too_large(found: str, remedy: str) -> _Refused:
 
 def _decode_line(raw: bytes) -> Any:
     try:
-        text = raw.decode().rstrip("\r\n")  # else an error at its end is one of the next line
+        text = raw.decode().rstrip("\r\n")  # otherwise an error at its end names the next line
     except UnicodeDecodeError as error:
         found = f"byte {raw[error.start]:#04x} at column {error.start + 1}"
         raise _Refused("UTF-8", found, "save the file as UTF-8") from error
@@ -124,7 +124,7 @@ def _decode_line(raw: bytes) -> Any:
 
 
 class _Buffer:
-    """The text of a file from ``position`` on, read as far as is needed."""
+    """The text of a file from ``position`` on, read only as far as needed."""
 
     def __init__(self, file: IO[bytes]) -> None:
         self.text = ""
@@ -135,7 +135,7 @@ class _Buffer:
         self._read = 0
 
     def more(self) -> None:
-        """Append at least as much as is held; sets ``ended`` at the end of the file."""
+        """Append at least as much text as is held, and set ``ended`` at the end of the file."""
         held = self.text[self.position :]
         raw = self._file.read(max(_CHUNK, len(held)))
         try:
@@ -149,7 +149,7 @@ class _Buffer:
         self.ended = not raw
 
     def peek(self) -> str:
-        """The next character that is no white space, or "" at the end of the file."""
+        """Return the next character that is not white space, or "" at the end of the file."""
         while True:
             while self.position < len(self.text):
                 if self.text[self.position] not in _SPACE:
@@ -160,7 +160,7 @@ class _Buffer:
             self.more()
 
     def value(self) -> Any | _Refused:
-        """Decode the value at ``position`` and go behind it, also where it is refused."""
+        """Decode the value at ``position`` and move past it, even if it is refused."""
         while True:
             try:
                 value, end = self._decode()
@@ -183,11 +183,11 @@ class _Buffer:
             self.more()
 
     def _may_go_on(self, end: int) -> bool:
-        """Whether what ends at ``end`` may be the start of a longer value.
+        """Whether the value that ends at ``end`` may be the start of a longer one.
 
         A number cut at the end of the buffer decodes as a shorter one: "0." as 0 and "1e-" as 1,
-        with the characters behind ``end`` left over. It is complete only where another character
-        than those of numbers stands behind it.
+        with the characters after ``end`` left over. It is complete only if a character follows
+        that is not part of a number.
         """
         while end < len(self.text) and self.text[end] in _NUMBER:
             end += 1
@@ -199,7 +199,7 @@ class _Buffer:
             if _SURROGATE.search(self.text, self.position, end):
                 _refuse_surrogates(value)
             return value, end
-        except _Refused as refused:  # JSON, but not what we take: find its end
+        except _Refused as refused:  # valid JSON that we do not accept: find its end
             return refused, _ANY_JSON.raw_decode(self.text, self.position)[1]
 
 
@@ -208,7 +208,7 @@ def _array_rows(file: IO[bytes], path: Path) -> Iterator[tuple[int, Any | DataEr
     row = 0
     try:
         buffer.peek()
-        buffer.position += 1  # the bracket that told what the file is
+        buffer.position += 1  # skip the opening bracket
         if buffer.peek() == "]":
             buffer.position += 1
         else:
@@ -231,7 +231,7 @@ def _array_rows(file: IO[bytes], path: Path) -> Iterator[tuple[int, Any | DataEr
 
 
 def _refuse_surrogates(value: object) -> None:
-    """Half of a pair of escapes makes a string that can be neither written nor tokenised."""
+    """Refuse lone surrogate escapes: such a string can be neither written nor tokenised."""
     left = [(value, "")]
     while left:
         value, field = left.pop()
@@ -239,7 +239,7 @@ def _refuse_surrogates(value: object) -> None:
             for key, held in value.items():
                 left += [(key, field), (held, f"{field}.{key}" if field else key)]
         elif isinstance(value, list):
-            left += [(held, f"{field}[{place}]") for place, held in enumerate(value)]
+            left += [(held, f"{field}[{index}]") for index, held in enumerate(value)]
         elif isinstance(value, str) and _LONE.search(value):
             found = f"a lone surrogate in {ascii(value)[:60]}"
             raise _Refused("text that UTF-8 can hold", found, field=ascii(field)[1:-1] or None)
@@ -268,7 +268,7 @@ def _finite(digits: str) -> float:
 def _whole(digits: str) -> int:
     try:
         return int(digits)
-    except ValueError as error:  # Python converts no more than 4300 digits: time is quadratic
+    except ValueError as error:  # Python converts at most 4300 digits, since time is quadratic
         found = f"a whole number of {len(digits):,} digits"
         raise _Refused(
             "JSON with numbers of a common size", found, "write a shorter number"

@@ -1,4 +1,4 @@
-"""Files of examples: read in any known format with every record checked, written all or nothing."""
+"""Read files of examples in any known format, check every record, and write whole files only."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 from prm.data.formats.table import Format, detect, format_named
 from prm.data.image_files import ImageFiles
 from prm.data.json_rows import json_rows
-from prm.data.record_fields import Place, image_field
+from prm.data.record_fields import Location, image_field
 from prm.data.records import parse_record, to_record
 from prm.files import write_lines
 from prm.names import ImageCheck
@@ -23,9 +23,9 @@ class Row:
     """One record of a file.
 
     Attributes:
-        line: Line of a JSONL file, row of a JSON array, counted from 1.
-        record: The decoded record as it stands in the file.
-        examples: What it holds: one example, or one per candidate solution.
+        line: Line of a JSONL file or row of a JSON array, counted from 1.
+        record: The decoded record as it is in the file.
+        examples: Its examples: one, or one per candidate solution.
         format: Name of its format.
     """
 
@@ -38,15 +38,15 @@ class Row:
 def iter_rows(
     path: str | Path, image_root: str | Path | None = None, *, format: str = "auto"
 ) -> Iterator[Row | DataError]:
-    """Every record of a file, one at a time; a ``DataError`` in the place of one that is wrong.
+    """Yield every record of a file, or a ``DataError`` instead of a record that is wrong.
 
-    JSONL or one JSON array, never held whole. Images are neither opened nor looked for, and ids are
-    not compared: see ``checked_rows``.
+    The file is JSONL or one JSON array, and is never held whole. Images are neither opened nor
+    looked for, and ids are not compared; ``checked_rows`` does both.
 
     Args:
         path: The file.
-        image_root: Folder that image paths are relative to; None: the folder of ``path``.
-        format: A name of ``prm.names.FORMAT_NAMES``; "auto": the format that the first
+        image_root: Folder that image paths are relative to. None means the folder of ``path``.
+        format: A name of ``prm.names.FORMAT_NAMES``. "auto" means the format that the first
             record looks like. Records of several formats in one file are errors.
 
     Raises:
@@ -60,13 +60,13 @@ def iter_rows(
         if isinstance(record, DataError):
             yield record
             continue
-        place = Place(root, path, line)
+        location = Location(root, path, line)
         try:
             if known is None:
-                known = detect(record, place)
+                known = detect(record, location)
             elif not isinstance(record, dict):
-                place.refuse(None, "a JSON object", record, "write one object per line")
-            yield Row(line, record, known.read(record, place), known.name)
+                location.refuse(None, "a JSON object", record, "write one object per line")
+            yield Row(line, record, known.read(record, location), known.name)
         except DataError as error:
             yield error
 
@@ -79,10 +79,11 @@ def checked_rows(
     check_images: ImageCheck = "exists",
     allow_outside_images: bool = False,
 ) -> Iterator[Row]:
-    """Every record of a file, one at a time; the first that is wrong is raised.
+    """Yield every record of a file, and raise the error of the first that is wrong.
 
-    Beyond ``iter_rows``: ids are unique, and images exist, lie below ``image_root`` (symbolic links
-    followed) unless ``allow_outside_images``, and stand ``check_images``, each path looked at once.
+    Beyond what ``iter_rows`` checks, ids have to be unique, and images have to exist, to pass
+    ``check_images``, and to lie below ``image_root`` after symbolic links are followed, unless
+    ``allow_outside_images``. Each path is checked once.
 
     Raises:
         DataError: A record cannot be used. The error names file, line or row, field, what was
@@ -121,7 +122,7 @@ def read_examples(
     check_images: ImageCheck = "exists",
     allow_outside_images: bool = False,
 ) -> list[StepExample]:
-    """All examples of a file in any known format; see ``checked_rows`` for what is checked."""
+    """Return all examples of a file in any known format, checked as by ``checked_rows``."""
     rows = checked_rows(
         path,
         image_root,
@@ -139,16 +140,16 @@ def read_jsonl(
     check_images: bool = False,
     allow_outside_images: bool = False,
 ) -> list[StepExample]:
-    """Read a file of our own records; every line has to be right, nothing is skipped.
+    """Read a file of our own records, of which every line has to be right; none is skipped.
 
     Args:
         path: UTF-8, one JSON object a line (see ``prm.data.record_fields.FIELDS``); labels are
-            "+", "-", a number in [0, 1], [right, all] rollouts or null. Keys that are no fields go
-            to ``StepExample.extra``.
-        image_root: Folder that image paths are relative to; None: the folder of ``path``.
-        check_images: Decode every image once, so that a truncated file is found now and not in
+            "+", "-", a number in [0, 1], [right, all] rollouts or null. Keys that are not fields
+            go to ``StepExample.extra``.
+        image_root: Folder that image paths are relative to. None means the folder of ``path``.
+        check_images: Decode every image once, so that a truncated file is detected now and not in
             the middle of a run. Otherwise only the existence of image files is checked.
-        allow_outside_images: Take images outside ``image_root``, too.
+        allow_outside_images: Accept images outside ``image_root``, too.
 
     Raises:
         DataError: A record cannot be used. The error names file, line, field, what was expected
@@ -165,7 +166,7 @@ def read_jsonl(
 
 
 def repeated_id(name: str, path: Path, line: int, first: int | str) -> DataError:
-    """The error of an id that the line ``first`` has."""
+    """Return the error of an id that the line ``first`` already has."""
     return DataError(
         expected="an id that no other line has",
         found=f"{name!r} again, first on line {first}",
@@ -180,7 +181,7 @@ def repeated_id(name: str, path: Path, line: int, first: int | str) -> DataError
 def image_errors(
     row: Row, example: StepExample, images: ImageFiles, path: Path
 ) -> Iterator[DataError]:
-    """The errors of the images of an example of ``row``."""
+    """Yield the errors of the images of an example of ``row``."""
     for number, image in enumerate(example.images):
         problem = images.problem(image)
         if problem is not None:
@@ -199,13 +200,13 @@ def write_jsonl(
 ) -> None:
     """Write examples so that ``read_jsonl`` returns them equal.
 
-    The file appears under its name only when complete (temporary name, then rename). Images below
-    ``image_root`` (None: the folder of ``path``) are written relative to it, others as they are;
-    the latter are read back only with ``allow_outside_images``.
+    The file appears under its name only when it is complete. Images below ``image_root`` (None
+    means the folder of ``path``) are written relative to it, others as they are; the latter are
+    read back only with ``allow_outside_images``.
 
     Raises:
-        DataError: An example that ``read_jsonl`` would refuse, or a key of ``extra`` that is the
-            name of a field; ``path`` is then left as it was.
+        DataError: ``read_jsonl`` would refuse an example, or a key of ``extra`` is the name of a
+            field; ``path`` is then left as it was.
     """
     path = Path(path)
     root = path.parent if image_root is None else Path(image_root)

@@ -1,4 +1,7 @@
-"""Fields of a decoded JSON record, each checked with its place: what every data format shares."""
+"""Read the fields of a decoded JSON record, and refuse wrong ones with their location.
+
+Every data format reads its records with these methods.
+"""
 
 from __future__ import annotations
 
@@ -14,10 +17,10 @@ from typing import Any, NoReturn
 from prm.schema import DataError
 
 FIELDS = ("id", "question", "images", "steps", "domain", "answer", "correct", "group")
-"""Fields of the project's own records; every other key of theirs is kept in ``extra``."""
+"""Fields of the project's own records; every other key of a record is kept in ``extra``."""
 
 IMAGE_FIELDS = ("images", "image", "image_path")
-"""Where records of the formats that are read name their images."""
+"""Fields in which records of the known formats name their images."""
 
 LABELS = '"+", "-", a number in [0, 1] or null (or [right, all], two counts of rollouts)'
 _NEAR = 0.8
@@ -28,8 +31,8 @@ class Words(str):
 
 
 @dataclass(frozen=True)
-class Place:
-    """Where a record stands, and the folder that its image paths are relative to.
+class Location:
+    """The location of a record, and the folder that its image paths are relative to.
 
     Attributes:
         root: Folder of the images.
@@ -44,7 +47,7 @@ class Place:
     def refuse(
         self, field: str | None, expected: str, found: object, remedy: str | None = None
     ) -> NoReturn:
-        """Raise the ``DataError`` of this place; ``found`` is described unless it is ``Words``."""
+        """Raise this location's ``DataError``; ``found`` is described unless it is ``Words``."""
         raise DataError(
             expected=expected,
             found=found if isinstance(found, Words) else describe(found),
@@ -63,7 +66,7 @@ class Place:
                 self.refuse(name, f"the field {name!r}", Words("nothing"), remedy)
 
     def text(self, value: object, field: str, *, blank: bool = False) -> str:
-        """A string that UTF-8 can hold; white space alone only if ``blank``."""
+        """Return a string that UTF-8 can hold; it may be white space alone only if ``blank``."""
         if not isinstance(value, str):
             self.refuse(field, "a string", value)
         if not blank and not value.strip():
@@ -78,26 +81,26 @@ class Place:
     def optional_text(
         self, record: Mapping[str, Any], field: str, *, blank: bool = False
     ) -> str | None:
-        """As ``text``, None where the field is null or absent."""
+        """Return a string as ``text`` does, or None where the field is null or absent."""
         value = record.get(field)
         return None if value is None else self.text(value, field, blank=blank)
 
     def name(self, record: Mapping[str, Any], field: str) -> str | None:
-        """A string or an integer as text (ids of other projects are often numbers), or None."""
+        """Return a string or an integer as text (foreign ids are often numbers), or None."""
         value = record.get(field)
         if isinstance(value, int) and not isinstance(value, bool):
             return str(value)
         return self.optional_text(record, field)
 
     def optional_bool(self, record: Mapping[str, Any], field: str) -> bool | None:
-        """True, false, or None where the field is null or absent."""
+        """Return true or false, or None where the field is null or absent."""
         value = record.get(field)
         if value is not None and not isinstance(value, bool):
             self.refuse(field, "true, false or null", value)
         return value
 
     def listed(self, value: object, field: str, what: str, remedy: str | None = None) -> list[Any]:
-        """A list with at least one element."""
+        """Return a list that has at least one element."""
         if not isinstance(value, list):
             self.refuse(field, f"a list of {what}", value)
         if not value:
@@ -108,8 +111,8 @@ class Place:
     def label(self, value: object, field: str, *, boolean: bool = False) -> float | None:
         """Return the probability that a step is right; None for a step without a label.
 
-        [K, N], K right of N rollouts, is K / N; [0, 0], never sampled, is None. True and false
-        count only if ``boolean``.
+        [K, N], where K of N rollouts were right, is K / N; [0, 0], a step that was never sampled,
+        is None. True and false are labels only if ``boolean``.
         """
         if value is None:
             return None
@@ -122,7 +125,7 @@ class Place:
         expected = LABELS if not boolean else f"true, false, {LABELS}"
         if isinstance(value, bool) or not isinstance(value, int | float):
             self.refuse(field, expected, value)
-        if not 0 <= value <= 1:  # NaN is refused, too; and a whole number of any size compares
+        if not 0 <= value <= 1:  # this refuses NaN, too, and works for an integer of any size
             self.refuse(field, expected, value)
         return float(value)
 
@@ -135,7 +138,7 @@ class Place:
         return None if total == 0 else right / total
 
     def image(self, value: object, field: str, *, cut_parents: bool = False) -> Path:
-        """The path of an image; whether the file exists is the reader's business.
+        """Return the path of an image; the reader checks whether the file exists.
 
         With ``cut_parents`` leading ``../`` are dropped from a path that would leave the root: the
         meta file of DreamPRM-1.5 writes ``../data/...`` for ``data/...`` below its repository.
@@ -151,7 +154,7 @@ class Place:
     def images(
         self, record: Mapping[str, Any], *fields: str, cut_parents: bool = False
     ) -> tuple[Path, ...]:
-        """Images of the one of ``fields`` that is there: one path, a list of paths, or null."""
+        """Return the images of the one field present: one path, a list of paths, or null."""
         present = [name for name in fields if record.get(name) is not None]
         if not present:
             return ()
@@ -168,14 +171,14 @@ class Place:
         )
 
     def own_id(self, record: Mapping[str, Any], texts: Iterable[str]) -> str:
-        """The field ``id``, or one made from the record's texts."""
-        return self.name(record, "id") or self.made_id(None, texts)
+        """Return the field ``id``, or an id that is derived from the record's texts."""
+        return self.name(record, "id") or self.default_id(None, texts)
 
-    def made_id(self, raw: str | None, texts: Iterable[str], number: int | None = None) -> str:
-        """An id for a record that has none of its own: source id, row, and a hash of the text.
+    def default_id(self, raw: str | None, texts: Iterable[str], number: int | None = None) -> str:
+        """Return an id for a record without one: its source's id, its row, and a hash of the text.
 
-        The hash keeps rows of the same number in other files, or of the file after a change, from
-        being taken for this one.
+        The hash tells the row from rows of the same number in other files, and in the same file
+        after a change.
         """
         digest = hashlib.blake2b(digest_size=4)
         for text in texts:
@@ -185,12 +188,12 @@ class Place:
 
 
 def domain_key(record: Mapping[str, Any]) -> str:
-    """Which of the keys "domain" and "dataset" names the domain of a foreign record."""
+    """Return the key that names the domain of a foreign record: "domain" or "dataset"."""
     return "domain" if record.get("domain") is not None else "dataset"
 
 
 def image_field(record: object, number: int) -> str:
-    """The field of a record that names its image ``number``, for messages."""
+    """Return the field of a record that names its image ``number``, for messages."""
     for name in IMAGE_FIELDS:
         value = record.get(name) if isinstance(record, dict) else None
         if value is not None:
@@ -199,10 +202,11 @@ def image_field(record: object, number: int) -> str:
 
 
 def extra_of(record: Mapping[str, Any], used: Sequence[str], **more: Any) -> dict[str, Any]:
-    """The keys of a foreign record that no field took, for ``StepExample.extra``.
+    """Return the keys of a foreign record that no field took, for ``StepExample.extra``.
 
-    A key that is a field of our own records, or nearly, is kept as ``source_<key>``: in another
-    format it means something else (``answer`` of VisualProcessBench is the reference answer).
+    A key that equals or resembles a field of our own records is kept as ``source_<key>``, because
+    it means something else in another format (``answer`` of VisualProcessBench is the reference
+    answer).
     """
     kept = {
         f"source_{key}" if key in FIELDS or near_field(key, FIELDS) else key: value
@@ -214,7 +218,7 @@ def extra_of(record: Mapping[str, Any], used: Sequence[str], **more: Any) -> dic
 
 @lru_cache(maxsize=1024)  # the same few keys come with every row
 def near_field(key: str, known: tuple[str, ...]) -> str | None:
-    """The field that ``key`` looks like a misspelling of."""
+    """Return the field of which ``key`` looks like a misspelling, or None."""
     near = next((name for name in known if name == key.strip().lower()), None)
     if near is None and len(key) > 3:
         near = next(iter(difflib.get_close_matches(key.lower(), known, 1, _NEAR)), None)
@@ -222,12 +226,12 @@ def near_field(key: str, known: tuple[str, ...]) -> str | None:
 
 
 def is_below(path: str, root: str) -> bool:
-    """Whether the normalised absolute ``path`` lies in the folder ``root`` (or is it)."""
+    """Whether the normalised absolute ``path`` lies in the folder ``root``, or equals it."""
     return path == root or path.startswith(root.rstrip(os.sep) + os.sep)
 
 
 def describe(value: object) -> str:
-    """``value`` in a few words, for a message: its JSON kind and, if short, itself."""
+    """Describe ``value`` for a message by its JSON kind and, where it is short, by itself."""
     if value is None:
         return "null"
     if isinstance(value, bool):

@@ -1,4 +1,4 @@
-"""One record of the JSONL contract, checked field by field, to a ``StepExample`` and back."""
+"""Convert a record of the JSONL contract, checked field by field, to a ``StepExample`` and back."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from prm.data.record_fields import FIELDS, Place, Words, near_field
+from prm.data.record_fields import FIELDS, Location, Words, near_field
 from prm.schema import Step, StepExample
 
 STEP_FIELDS = ("text", "label")
@@ -15,39 +15,40 @@ STEP_FIELDS = ("text", "label")
 def parse_record(
     record: object, image_root: Path, *, file: Path | None = None, line: int | None = None
 ) -> StepExample:
-    """Check a decoded JSON value and make an example of it.
+    """Check a decoded JSON value and convert it to an example.
 
-    Image paths are taken relative to ``image_root``; whether they exist is the reader's business.
+    Image paths are relative to ``image_root``; the reader checks whether the images exist.
 
     Raises:
         DataError: A field is wrong; the error names ``file``, ``line`` and the field.
     """
-    return parse(record, Place(image_root, file, line))
+    return parse(record, Location(image_root, file, line))
 
 
-def parse(record: object, place: Place) -> StepExample:
-    """As ``parse_record``."""
+def parse(record: object, location: Location) -> StepExample:
+    """Convert a record as ``parse_record`` does, at a given location."""
     if not isinstance(record, dict):
-        place.refuse(None, "a JSON object", record, "write one object per line")
-    _check_keys(record, FIELDS, "", place, extra_allowed=True)
-    place.need(record, "id", "question", "steps")
+        location.refuse(None, "a JSON object", record, "write one object per line")
+    _check_keys(record, FIELDS, "", location, extra_allowed=True)
+    location.need(record, "id", "question", "steps")
     return StepExample(
-        id=place.text(record["id"], "id"),
-        question=place.text(record["question"], "question"),
-        images=_images(record.get("images"), place),
-        steps=_steps(record["steps"], place),
-        domain=place.optional_text(record, "domain"),
-        answer=place.optional_text(record, "answer", blank=True),
-        correct=place.optional_bool(record, "correct"),
-        group=place.optional_text(record, "group"),
+        id=location.text(record["id"], "id"),
+        question=location.text(record["question"], "question"),
+        images=_images(record.get("images"), location),
+        steps=_steps(record["steps"], location),
+        domain=location.optional_text(record, "domain"),
+        answer=location.optional_text(record, "answer", blank=True),
+        correct=location.optional_bool(record, "correct"),
+        group=location.optional_text(record, "group"),
         extra={key: value for key, value in record.items() if key not in FIELDS},
     )
 
 
 def to_record(example: StepExample, image_root: Path) -> dict[str, Any]:
-    """The JSON object of an example: "+" and "-" for labels 1 and 0, absent fields left out.
+    """Return the JSON object of an example.
 
-    Images below ``image_root`` are written relative to it, others as they are.
+    Labels 1 and 0 become "+" and "-", and absent fields are left out. Images below ``image_root``
+    are written relative to it, others as they are.
     """
     optional = {
         "domain": example.domain,
@@ -66,7 +67,7 @@ def to_record(example: StepExample, image_root: Path) -> dict[str, Any]:
 
 
 def relative(path: Path, root: Path) -> str:
-    """``path`` as it is written into a file whose images lie below ``root``."""
+    """Return ``path`` in the form in which a file with images below ``root`` holds it."""
     return path.relative_to(root).as_posix() if path.is_relative_to(root) else path.as_posix()
 
 
@@ -74,7 +75,7 @@ def _check_keys(
     record: Mapping[str, Any],
     known: tuple[str, ...],
     prefix: str,
-    place: Place,
+    location: Location,
     *,
     extra_allowed: bool,
 ) -> None:
@@ -84,10 +85,10 @@ def _check_keys(
         near = near_field(key, known)
         if near is not None:
             remedy = f"rename it to {near!r}"
-            place.refuse(prefix + key, f"the field {near!r}", Words(repr(key)), remedy)
+            location.refuse(prefix + key, f"the field {near!r}", Words(repr(key)), remedy)
         if not extra_allowed:
             names = " and ".join(repr(name) for name in known)
-            place.refuse(
+            location.refuse(
                 prefix + key,
                 f"only {names} in a step",
                 Words(repr(key)),
@@ -95,26 +96,26 @@ def _check_keys(
             )
 
 
-def _images(value: object, place: Place) -> tuple[Path, ...]:
+def _images(value: object, location: Location) -> tuple[Path, ...]:
     if value is None:
         return ()
     if not isinstance(value, list):
-        place.refuse("images", "a list of paths", value, "write one image as a list of one path")
-    return tuple(place.image(path, f"images[{number}]") for number, path in enumerate(value))
+        location.refuse("images", "a list of paths", value, "write one image as a list of one path")
+    return tuple(location.image(path, f"images[{number}]") for number, path in enumerate(value))
 
 
-def _steps(value: object, place: Place) -> tuple[Step, ...]:
-    records = place.listed(value, "steps", "steps", "remove the record or give it steps")
+def _steps(value: object, location: Location) -> tuple[Step, ...]:
+    records = location.listed(value, "steps", "steps", "remove the record or give it steps")
     steps = []
     for number, step in enumerate(records):
         field = f"steps[{number}]"
         if not isinstance(step, dict):
-            place.refuse(field, 'an object such as {"text": ..., "label": "+"}', step)
-        _check_keys(step, STEP_FIELDS, f"{field}.", place, extra_allowed=False)
+            location.refuse(field, 'an object such as {"text": ..., "label": "+"}', step)
+        _check_keys(step, STEP_FIELDS, f"{field}.", location, extra_allowed=False)
         if "text" not in step:
-            place.refuse(f"{field}.text", "the field 'text'", Words("nothing"))
-        text = place.text(step["text"], f"{field}.text")
-        steps.append(Step(text, place.label(step.get("label"), f"{field}.label")))
+            location.refuse(f"{field}.text", "the field 'text'", Words("nothing"))
+        text = location.text(step["text"], f"{field}.text")
+        steps.append(Step(text, location.label(step.get("label"), f"{field}.label")))
     return tuple(steps)
 
 

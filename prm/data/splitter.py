@@ -1,9 +1,9 @@
-"""Free-form solutions to steps, without losing a character.
+"""Split free-form solutions into steps, without losing a character.
 
-A text is cut in front of lines that start a step: "Step 3:", items of a numbered list that counts
-up from 1, paragraphs behind a blank line, "Answer: ...". Numbers inside prose are never taken for
+A text is cut before lines that start a step: "Step 3:", items of a numbered list that counts up
+from 1, paragraphs after a blank line, "Answer: ...". Numbers inside prose are never taken for
 items: neither "x = 4. Then" nor "3.5" nor a line "3. 5 apples" that continues no list. (The
-splitter of DreamPRM-1.5 removes every number in prose that a full stop or a bracket follows:
+splitter of DreamPRM-1.5 removes every number in prose that is followed by a full stop or a bracket:
 "So x = 4. Then y = 5." becomes "So x =", "Then y =".)
 """
 
@@ -17,7 +17,7 @@ _HEAD = r"[ \t]*(?:#{1,6}[ \t]*)?\*{0,2}"
 _STEP = re.compile(_HEAD + r"(?:step|步骤)[ \t]*(\d{1,3})\b", re.IGNORECASE)
 _INLINE_STEP = re.compile(r"(?:^|(?<=\s))\*{0,2}(?:step|步骤)[ \t]*(\d{1,3})\*{0,2}[:：]", re.I)
 _ITEM = re.compile(r" {0,3}\*{0,2}(\d{1,3})(?:[.)](?=[\s*])|、)")
-# Possessive: a long run of white space is gone through once, not once per way to divide it.
+# The quantifiers are possessive, so that a long run of white space is matched in linear time.
 _GAP = r"[ \t]*+(?:\*{1,2}+[ \t]*+)?"
 _ANSWER = re.compile(_HEAD + rf"(?:(?:final[ \t]+)?answer|答案){_GAP}[:：]", re.I)
 _STATED = re.compile(rf"(?:\banswer|答案){_GAP}(?:[:：]|is\b[:：]?|是[:：]?)", re.I)
@@ -28,7 +28,7 @@ _CONTINUES = re.compile(r"[ \t]|[-*+•][ \t]")
 
 @dataclass(frozen=True)
 class _Line:
-    """One line of a text: where it starts, what it says, whether a fence makes it code."""
+    """One line of a text: its start, its text, and whether a fence makes it code."""
 
     start: int
     text: str
@@ -38,13 +38,13 @@ class _Line:
 def split_steps(text: str) -> list[str]:
     """Cut a solution into steps whose concatenation is the text, character for character.
 
-    The cuts lie, in this order of preference:
+    The text is cut in the first of these ways that applies:
 
-    1. in front of "Step k", where at least two lines, or places in one line with a colon behind k,
-       count up so; paragraphs before the first are steps, too;
-    2. in front of the items of a numbered list of at least two items from 1 on, and of the
-       paragraphs before it and behind it;
-    3. in front of every paragraph behind a blank line.
+    1. before every "Step k", if at least two lines count up like this, or at least two positions
+       in one line with a colon after k; paragraphs before the first are steps, too;
+    2. before every item of a numbered list of at least two items that starts at 1, and before the
+       paragraphs in front of the list and after it;
+    3. before every paragraph that follows a blank line.
 
     An answer line ("Answer: ...", "Final answer: ...") starts a step in each case. Code between
     fences stays whole. No step is blank unless the text is: white space ends the step before it,
@@ -71,16 +71,16 @@ def split_steps(text: str) -> list[str]:
 
 
 def solution_steps(text: str) -> list[str]:
-    """The steps of ``text`` as examples hold them: no "[Reasoning]" tag, no outer white space."""
+    """Split ``text`` into steps without the "[Reasoning]" tag and without outer white space."""
     tag = _TAG.match(text)
     body = text[tag.end() :] if tag else text
     return [step for piece in split_steps(body) if (step := piece.strip())]
 
 
 def final_answer(text: str) -> str | None:
-    """What stands behind the last "Answer:" or "answer is", else a reply of a single word.
+    """Return the text after the last "Answer:" or "answer is", or else a reply of a single word.
 
-    Emphasis and a full stop around it are dropped; the rest is not normalised.
+    Emphasis and a full stop around it are removed; otherwise the answer is not normalised.
     """
     answer = text if len(text.split()) == 1 else None
     for match in _STATED.finditer(text):
@@ -100,7 +100,7 @@ def _lines(text: str) -> list[_Line]:
 
 
 def _counting(matches: Iterable[tuple[re.Match[str] | None, int]], first: int | None) -> list[int]:
-    """Starts of the matches whose numbers count up by one, from ``first`` or from any number."""
+    """Return the starts of matches that count up by one, from ``first`` or from any number."""
     starts: list[int] = []
     wanted = first
     for match, start in matches:
@@ -111,7 +111,7 @@ def _counting(matches: Iterable[tuple[re.Match[str] | None, int]], first: int | 
 
 
 def _paragraphs(lines: Sequence[_Line], until: int | None = None) -> list[int]:
-    """Starts of the lines behind a blank line, up to ``until``."""
+    """Return the starts of the lines that follow a blank line, up to ``until``."""
     starts = []
     blank = False
     for line in lines:
@@ -128,7 +128,7 @@ def _cut(text: str, cuts: Sequence[int]) -> list[str]:
     held = ""
     for start, end in zip([0, *cuts], [*cuts, len(text)], strict=True):
         held += text[start:end]
-        # White space or the tag alone goes with what follows.
+        # White space or the tag alone belongs to the next step.
         tag = _TAG.match(held)
         if held[tag.end() if tag else 0 :].strip():
             steps.append(held)

@@ -1,4 +1,4 @@
-"""``prompt`` / ``completions`` / ``labels`` files with a ``weight`` column, for other trainers."""
+"""Write ``prompt`` / ``completions`` / ``labels`` files with weights, for other trainers."""
 
 from __future__ import annotations
 
@@ -23,24 +23,24 @@ def write_stepwise(
     soft: bool = False,
     weights: Mapping[str, float] | None = None,
 ) -> None:
-    """Write one row per example: ``id, prompt, completions, labels`` and what else is known.
+    """Write one row per example: ``id, prompt, completions, labels`` and the optional fields.
 
-    ``images`` (relative to ``image_root``, None: the folder of ``path``), ``domain``, ``group``,
-    ``answer``, ``correct`` are written where an example has them, ``weight`` with ``weights``; what
-    stands in ``StepExample.extra`` is not. A label is null where there is none. The file appears
-    under its name only when complete.
+    ``images`` (relative to ``image_root``; None means the folder of ``path``), ``domain``,
+    ``group``, ``answer`` and ``correct`` are written where an example has them, and ``weight`` if
+    ``weights`` are given; ``StepExample.extra`` is not written. A missing label is null. The file
+    appears under its name only when it is complete.
 
     Args:
         path: The file to write.
-        examples: What to write.
+        examples: The examples to write.
         image_root: Folder below which images are written relative to it.
-        soft: Labels are floats; otherwise they are true and false, as TRL's trainer took them (it
-            cut 0.9 to 0), and a probability in between is an error. A column holds one kind.
+        soft: Write labels as floats. Otherwise they are true and false, the labels that TRL's
+            trainer took (it cut 0.9 to 0), and a probability in between is an error.
         weights: Weight of every id, from ``read_weights``.
 
     Raises:
-        DataError: A probability without ``soft``, an id without a weight, or a weight without an
-            example.
+        DataError: A label is a probability without ``soft``, an id has no weight, or a weight has
+            no example.
     """
     path = Path(path)
     root = path.parent if image_root is None else Path(image_root)
@@ -102,10 +102,10 @@ def _label(label: float | None, example: StepExample, soft: bool) -> bool | floa
 
 
 def read_weights(path: str | Path) -> dict[str, float]:
-    """Weights by id from the ``weights.jsonl`` of a run.
+    """Read the weights of a run's ``weights.jsonl``, by id.
 
     Raises:
-        DataError: A line without an id or a finite weight, or an id that comes twice.
+        DataError: A line lacks an id or a finite weight, or an id occurs twice.
         FileNotFoundError: ``path`` does not exist.
     """
     path = Path(path)

@@ -115,7 +115,7 @@ def _unify(text: str) -> str:
 
 
 def _unwrap(text: str) -> str:
-    """Without box, announcement, delimiters and final full stop."""
+    """Remove box, announcement, delimiters and final full stop."""
     before = None
     while text != before:
         before = text
@@ -216,7 +216,7 @@ def _spans(text: str) -> bool:
 
 
 def _split(text: str) -> list[str]:
-    """At commas (and "and") outside brackets."""
+    """Split at commas (and "and") outside brackets."""
     parts, depth, start = [], 0, 0
     for match in re.finditer(r"[(\[{]|[)\]}]|,\s*and\b|,|\band\b", text):
         if match[0] in _BRACKETS:

@@ -1,4 +1,4 @@
-"""Whether probabilities are what they say: of the steps scored .8, are 80 % right?"""
+"""Calibration of probabilities: whether 80 % of the steps that are scored .8 are right."""
 
 from __future__ import annotations
 

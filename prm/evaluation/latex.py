@@ -52,6 +52,6 @@ def plain_text(text: str) -> str:
 
 
 def _grouped(text: str) -> str:
-    """In round brackets unless it is one number, word or function of something."""
+    """Put into round brackets what is not one number, one word or one function."""
     text = text.strip()
     return text if re.fullmatch(r"[-+]?[\w.]*(?:\([^()]*\))?", text) else f"({text})"

@@ -1,4 +1,4 @@
-"""Examples to batches: encode each example once, then pad tokens and gather tiles per batch."""
+"""Collate examples into batches: encode each once, then pad tokens and gather tiles per batch."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ Batch = dict[str, Tensor]
 
 @dataclass(frozen=True, eq=False)
 class EncodedExample:
-    """An example, tokenised. Images are named, not held.
+    """A tokenised example, which names its images but does not hold them.
 
     Attributes:
-        example: What was encoded.
-        input_ids: Token ids up to the last label position, images written out.
+        example: The example.
+        input_ids: Token ids up to the last label position, with images written out.
         label_positions: The position whose logits predict the label, for every step.
         tile_counts: Tiles per image.
     """
@@ -106,7 +106,7 @@ class Collator:
     def with_rows(
         self, index: Mapping[str, int] | None, domains: Mapping[str, int] | None = None
     ) -> Collator:
-        """A collator of the same prompt and images (cache included) with these rows."""
+        """Return a collator with these rows and the same prompt, images and cache."""
         return Collator(
             self.prompt,
             self.images,
@@ -116,10 +116,10 @@ class Collator:
         )
 
     def encode(self, example: StepExample) -> EncodedExample:
-        """Tokenise ``example``; of its images only the headers are read.
+        """Tokenise ``example``, reading only the headers of its images.
 
         Raises:
-            DataError: An image is missing or no image, or the text cannot be laid out.
+            DataError: An image file is missing or not an image, or the text cannot be laid out.
         """
         tokens = self.prompt.image_tokens
         if self.images is None or tokens is None:

@@ -1,4 +1,4 @@
-"""Images by the processor of the model itself, for models that have no module of their own here."""
+"""Prepare images by the model's own processor, for models that have no module of their own here."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ class ProcessedImages:
         return self._texts[path]
 
     def inputs(self, path: Path) -> Mapping[str, Tensor]:
-        """Whatever the model takes for an image; do not write into it.
+        """Return the model inputs of an image; do not write into them.
 
         Raises:
             DataError: The file cannot be decoded, or changed since it was counted.

@@ -1,4 +1,4 @@
-"""The multi-turn layout in which a solution is judged, and where each judgement is read off.
+"""The multi-turn layout in which a solution is judged, and the position of each judgement.
 
     system:     what to do
     user:       <images> ### Question: ... ### Solution Process: <first step>
@@ -8,7 +8,7 @@
 
 This is the layout of VisualPRM (arXiv 2503.10291). The turns are rendered by the tokenizer's own
 chat template. The label of step k is predicted at the token *before* the k-th assistant slot, so
-the sequence stops there for the last step: nothing behind it can change a score.
+the sequence stops there for the last step: nothing after it can change a score.
 """
 
 from __future__ import annotations
@@ -92,11 +92,11 @@ class PromptEncoder:
         self._structure = self._check_template()
 
     def messages(self, example: StepExample) -> list[dict[str, Any]]:
-        """The conversation of an example, with what ``context`` puts into the assistant slots."""
+        """Return the conversation of an example, its assistant slots filled by ``context``."""
         return self._turns(example, [self._slot(step.label) for step in example.steps])
 
     def text(self, example: StepExample) -> str:
-        """The rendered conversation up to the last scored position; images unexpanded."""
+        """Return the conversation up to the last scored position, with images not written out."""
         pieces = self._pieces(example)
         slots = [self._slot(step.label) for step in example.steps[:-1]]
         return "".join(a + b for a, b in zip(pieces, [*slots, ""], strict=True))
@@ -159,7 +159,7 @@ class PromptEncoder:
         return torch.tensor(ids, dtype=torch.int32), torch.tensor(positions)
 
     def _expand(self, text: str, images: Sequence[str]) -> str:
-        """Write out the images in place of their placeholders."""
+        """Replace the placeholders of the images by their tokens."""
         assert self.image_tokens is not None
         between = text.split(self.image_tokens.context)
         if len(between) != len(images) + 1:
@@ -213,7 +213,7 @@ class PromptEncoder:
         return {"role": role, "content": text}
 
     def _pieces(self, example: StepExample) -> list[str]:
-        """The rendered text before each assistant slot, since the slot before."""
+        """Return the rendered text before each assistant slot, from the previous slot on."""
         for field, text in _texts(example):
             for token in self._structure:
                 if token in text:

@@ -69,14 +69,14 @@ def read_image(path: Path) -> Image.Image:
 
 
 def image_size(path: Path) -> tuple[int, int]:
-    """(height, width) of the upright image, from the file's header.
+    """Return (height, width) of the upright image from the file's header.
 
     Raises:
         DataError: Missing, none of ``IMAGE_FORMATS``, or of more than ``MOST_PIXELS``.
     """
     with _opened(path) as image:
         width, height = image.size
-        # Pillow decodes the whole of a PNG file to see what stands behind its pixels.
+        # Pillow decodes a whole PNG file to read the chunks after its pixels.
         header_only = image.format == "PNG" and _nothing_behind_pixels(path)
         exif = Image.Image.getexif(image) if header_only else image.getexif()
         turned = exif.get(_ORIENTATION, 1) in (5, 6, 7, 8)
@@ -84,7 +84,7 @@ def image_size(path: Path) -> tuple[int, int]:
 
 
 def _nothing_behind_pixels(path: Path) -> bool:
-    """Whether nothing but the end comes behind the pixels of a PNG file, by its chunks' headers."""
+    """Whether only the end follows the pixels of a PNG file, by the headers of its chunks."""
     behind = False
     with path.open("rb") as file:
         file.seek(8)
@@ -102,7 +102,7 @@ def _nothing_behind_pixels(path: Path) -> bool:
 
 @contextmanager
 def _opened(path: Path) -> Iterator[Image.Image]:
-    """An image whose header is read; what goes wrong with it becomes a ``DataError``."""
+    """Open an image by its header, and turn every failure into a ``DataError``."""
     _check_exists(path)
     try:
         with warnings.catch_warnings():
@@ -132,7 +132,7 @@ def _opened(path: Path) -> Iterator[Image.Image]:
 
 @runtime_checkable
 class ImageInputs(Protocol):
-    """What an image becomes for one kind of model."""
+    """The preparation of images for one kind of model."""
 
     def count(self, path: Path) -> int:
         """Number of tiles of an image: what ``ImageTokens.per_tile`` and ``num_patches`` count."""
@@ -230,7 +230,7 @@ class RecentImages:
         self._images: OrderedDict[Path, Mapping[str, Tensor]] = OrderedDict()
 
     def get(self, path: Path, read: Callable[[Path], Mapping[str, Tensor]]) -> Mapping[str, Tensor]:
-        """What ``read`` returned for ``path``, or returns now."""
+        """Return what ``read`` returned for ``path``, and call it if that is not held."""
         if path in self._images:
             self._images.move_to_end(path)
             return self._images[path]

@@ -1,4 +1,4 @@
-"""The special places of a vocabulary: the two labels, and what an image stands for in the text."""
+"""The special tokens of a vocabulary: the two labels, and the tokens of an image."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ class LabelTokens:
 
 @dataclass(frozen=True)
 class ImageTokens:
-    """How an image stands in the text: ``start``, then ``per_tile`` x tiles ``context``, ``end``.
+    """The tokens of an image: ``start``, then ``per_tile`` x tiles ``context``, then ``end``.
 
-    In a conversation, before images are expanded, each is one ``context``.
+    In a conversation whose images are not written out yet, each image is one ``context``.
 
     Attributes:
         start: Special token before an image; "" if there is none.
-        end: Special token behind it; "" if there is none.
-        context: Special token that stands for an image before it is written out, and (with
-            ``per_tile``) in whose places the model then puts what it sees.
-        context_id: Id of the token in whose places the model puts what it sees.
+        end: Special token after it; "" if there is none.
+        context: Special token that represents an image before it is written out, and (with
+            ``per_tile``) the token that the model then replaces by image features.
+        context_id: Id of the token that the model replaces by image features.
         per_tile: Context tokens per tile (256 for InternVL3; 1 for Qwen2-VL, whose tiles are its
             merged patches). 0: the processor of the model writes out images.
         separator: Text that the model's own template has between an image and what follows.
@@ -48,11 +48,11 @@ class ImageTokens:
     part_ids: tuple[int, ...] = ()
 
     def expanded(self, tiles: int) -> str:
-        """An image of so many tiles, written out."""
+        """Return the tokens of an image of so many tiles."""
         return f"{self.start}{self.context * (self.per_tile * tiles)}{self.end}"
 
     def in_images(self, input_ids: Int[Tensor, "*batch seq"]) -> Int[Tensor, "*batch seq"]:
-        """1 where a token is part of an image, else 0; like ``input_ids``."""
+        """Return 1 where a token is part of an image, else 0, in the shape of ``input_ids``."""
         parts = input_ids.new_tensor(self.part_ids or (self.context_id,))
         return torch.isin(input_ids, parts).to(input_ids.dtype)
 
@@ -63,7 +63,7 @@ class ImageTokens:
 
 
 def label_tokens(tokenizer: Any) -> LabelTokens:
-    """Ids of "+" and "-".
+    """Return the ids of "+" and "-".
 
     Raises:
         ValueError: One of them is not exactly one known token.

@@ -45,7 +45,7 @@ def ordered_map(
             collate_fn=_unchanged,
             worker_init_fn=_leave_interrupts,
             multiprocessing_context="fork",
-            generator=torch.Generator(),  # else a seed is drawn from the global random state
+            generator=torch.Generator(),  # otherwise a seed is drawn from the global random state
         )
     iterator: Iterator[Any] | None = None
     result: Any = None
@@ -63,8 +63,8 @@ def ordered_map(
             raise
         died = " ".join(str(error).split())
     finally:
-        # Now, while its queues work: an error holds this frame, in a cycle, and the processes of an
-        # iterator that the garbage collector finds never hear that they may go.
+        # Deleted here, while its queues work: an error keeps this frame alive in a cycle, and the
+        # processes of an iterator that the garbage collector deletes are never told to end.
         iterator = result = None
     if died:
         raise DataError(
@@ -77,10 +77,10 @@ def ordered_map(
 
 @contextmanager
 def _without_warnings() -> Iterator[None]:
-    """Silence two warnings: of many processes, and of forking.
+    """Silence two warnings of starting the processes.
 
-    How many processes there are is the caller's decision; and they use no threads, next to which
-    Python 3.12 warns of forking.
+    The caller decides how many processes there are, so torch need not warn of too many. They use no
+    threads, so Python 3.12 need not warn of forking beside threads.
     """
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "This DataLoader will create", UserWarning)
@@ -90,7 +90,7 @@ def _without_warnings() -> Iterator[None]:
 
 @dataclass(frozen=True)
 class _Failed:
-    """Stands for a result whose computation failed: DataLoader would not raise the same error."""
+    """The error of a failed computation, passed as a result because DataLoader would change it."""
 
     error: Exception
 
@@ -111,5 +111,5 @@ def _unchanged(result: Result) -> Result:
 
 
 def _leave_interrupts(worker: int) -> None:
-    """Ctrl-C goes to the whole group of processes; what it means is the main process's business."""
+    """Ignore Ctrl-C, which reaches the whole group of processes; the main process handles it."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)

@@ -66,7 +66,7 @@ def _restore_forward(layer: nn.Module, forward: Callable[..., Any] | None) -> No
 def _keeping_inputs(
     layer: nn.Module, forward: Callable[..., Any], *args: Any, **kwargs: Any
 ) -> Any:
-    # Saved-tensor hooks, which checkpoint is made of, do not go through torch.func's transforms.
+    # Saved-tensor hooks, which checkpoint uses, do not work inside torch.func's transforms.
     if inside_transform() or not torch.is_grad_enabled():
         return forward(*args, **kwargs)
     params = {f"layer.{name}": value for name, value in layer.named_parameters()}

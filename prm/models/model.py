@@ -1,4 +1,4 @@
-"""The judge: a transformers model, its tokenizer and image processor, and its step logits."""
+"""The reward model: a transformers model, its tokenizer and image processor, its step logits."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ _TARGETS = frozenset({"labels"})  # of a batch; some base models would take them
 
 @dataclass(frozen=True, eq=False)
 class PRM:
-    """A process reward model. Parameters are passed to functions beside it, as a dict by name.
+    """A process reward model, whose parameters are passed separately, as a dict by name.
 
     ``autocast`` and ``activation_checkpointing`` are set in Python (``dataclasses.replace``); no
     command of ``bilevel-prm`` sets them yet.
@@ -75,7 +75,7 @@ class PRM:
         domains: Mapping[str, int] | None = None,
         cache_bytes: int = CACHE_BYTES,
     ) -> Collator:
-        """A ``Collator`` for this model.
+        """Return a ``Collator`` for this model.
 
         Args:
             context: What stands in earlier assistant slots (``prm.names.Context``); use the same to
@@ -178,7 +178,7 @@ def is_hub_name(name: str) -> bool:
 
 
 def make_prm(model: Any, tokenizer: Any, image_processor: Any = None) -> PRM:
-    """A ``PRM`` of parts that exist already.
+    """Build a ``PRM`` from parts that exist already.
 
     Sets the model to evaluation mode (no dropout) and its parameters to not require gradients:
     gradients flow to the parameters that are passed to ``step_logits``.
@@ -355,7 +355,7 @@ def _check_head(model: Any, token_id: int) -> None:
 
 
 def _check_saved_tokenizer(tokenizer: Any, directory: Path) -> None:
-    """For some model types transformers loads a class of its own choice, whatever was saved."""
+    """Refuse a tokenizer for which transformers would load another class than the saved one."""
     from transformers import AutoTokenizer
 
     probe = [{"role": "user", "content": "### Question:\nWhat is 3 + 4?\n\nIt is 7."}]
@@ -373,7 +373,7 @@ def _check_saved_tokenizer(tokenizer: Any, directory: Path) -> None:
 
 
 def _aliases(model: nn.Module) -> list[tuple[list[str], Tensor]]:
-    """Every parameter with all its names, in the model's order."""
+    """Return every parameter with all its names, in the model's order."""
     by_identity: dict[int, tuple[list[str], Tensor]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         by_identity.setdefault(id(parameter), ([], parameter))[0].append(name)
@@ -381,7 +381,7 @@ def _aliases(model: nn.Module) -> list[tuple[list[str], Tensor]]:
 
 
 def _named_tensors(model: nn.Module, params: Mapping[str, Tensor]) -> dict[str, list[str]]:
-    """For every name in ``params``, all names of that tensor."""
+    """Return all names of the tensor of every name in ``params``."""
     aliases = {name: names for names, _ in _aliases(model) for name in names}
     unknown = [name for name in params if name not in aliases]
     if unknown:

@@ -1,4 +1,4 @@
-"""Checkpoints that transformers runs with classes of its own: never code from the checkpoint."""
+"""Accept only checkpoints that transformers runs with its own classes, never remote code."""
 
 from __future__ import annotations
 

@@ -201,7 +201,7 @@ def _small_loss(make: _Maker) -> Path:
     kept = sum(entry["weight"] > _KEPT_WEIGHT for entry in entries)
     by_loss = sorted(entries, key=lambda entry: entry["initial_loss"])
     return make.with_weights(
-        "small-loss", {entry["id"]: float(place < kept) for place, entry in enumerate(by_loss)}
+        "small-loss", {entry["id"]: float(rank < kept) for rank, entry in enumerate(by_loss)}
     )
 
 

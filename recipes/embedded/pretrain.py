@@ -203,8 +203,8 @@ def _dense_batch(tokenizer: Any, scans: Scans, rng: np.random.Generator, size: i
     for row in values:
         sheet = dict(zip(CELLS, map(int, row), strict=True))
         statements = [_statement(sheet, rng) for _ in range(_DENSE_STATEMENTS)]
-        told = [f"{text} {VERDICTS[0] if true else VERDICTS[1]}" for text, true in statements]
-        texts.append("<img>" + "<IMG_CONTEXT>" * len(CELLS) + "</img> " + " ".join(told))
+        sentences = [f"{text} {VERDICTS[0] if true else VERDICTS[1]}" for text, true in statements]
+        texts.append("<img>" + "<IMG_CONTEXT>" * len(CELLS) + "</img> " + " ".join(sentences))
     batch = tokenizer(texts, return_tensors="pt", padding=True)
     ids = batch["input_ids"]
     right, wrong = (tokenizer.convert_tokens_to_ids(word) for word in VERDICTS)

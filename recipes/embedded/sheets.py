@@ -107,7 +107,7 @@ def _digit(scan: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 def _dots(count: int, rng: np.random.Generator) -> np.ndarray:
     """``count`` (0..9) dots of 3 x 3 pixels on a 3 x 3 grid inside the cell."""
     tile = np.zeros((CELL_PIXELS, CELL_PIXELS), np.float32)
-    for place in rng.permutation(9)[:count]:
-        y, x = divmod(int(place), 3)
+    for cell in rng.permutation(9)[:count]:
+        y, x = divmod(int(cell), 3)
         tile[2 + 5 * y : 5 + 5 * y - 1, 2 + 5 * x : 5 + 5 * x - 1] = 255
     return tile

@@ -110,11 +110,11 @@ def compare(
             prm, examples, fresh(), batch_size, full_vocab=False
         ),
     }
-    found = {name: with_peak(way) for name, way in ways.items()}
+    results = {name: with_peak(way) for name, way in ways.items()}
     seconds = in_rounds({name: Timed(way) for name, way in ways.items()}, rounds, report)
-    reference = torch.cat(found[_ORIGINAL][0])
+    reference = torch.cat(results[_ORIGINAL][0])
     rows = []
-    for name, (scores, peak) in found.items():
+    for name, (scores, peak) in results.items():
         same = not name.endswith("two labels")
         rows.append(
             {
@@ -126,7 +126,7 @@ def compare(
                     lambda one, name=name: one[_ORIGINAL] / one[name],  # type: ignore[misc]
                 ),
                 "peak_bytes": peak,
-                "peak_ratio": peak / found[_ORIGINAL][1],
+                "peak_ratio": peak / results[_ORIGINAL][1],
                 "largest_difference": float((torch.cat(scores) - reference).abs().max())
                 if same
                 else None,
@@ -146,15 +146,15 @@ def compare(
     }
 
 
-def table(found: Mapping[str, Any]) -> str:
+def table(comparison: Mapping[str, Any]) -> str:
     """The comparison, one way a line."""
-    tokens = found["tokens"]
+    tokens = comparison["tokens"]
     lines = [
-        f"{found['solutions']} solutions of {tokens['mean']:.0f} tokens on average, vocabulary "
-        f"{found['vocabulary']}, float32",
+        f"{comparison['solutions']} solutions of {tokens['mean']:.0f} tokens on average, "
+        f"vocabulary {comparison['vocabulary']}, float32",
         f"{'':<38}{'solutions/s':>12}{'x':>8}{'peak MB':>10}{'x':>8}{'difference':>12}",
     ]
-    for row in found["rows"]:
+    for row in comparison["rows"]:
         difference = row["largest_difference"]
         lines.append(
             f"{row['name']:<38}{row['solutions_per_second']:>12.1f}{row['speedup']:>8.1f}"
@@ -194,11 +194,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
             ),
         )
         examples = read_jsonl(data / "test.jsonl")
-        found = compare(wide_vocabulary_model(), examples, given.batch_size, given.rounds)
-    print(table(found))
+        comparison = compare(wide_vocabulary_model(), examples, given.batch_size, given.rounds)
+    print(table(comparison))
     words = sys.argv[1:] if arguments is None else arguments
     command = " ".join(["python -m recipes.evidence.bench_scoring", *words])
-    write_json(Path(given.output), found | {"command": command})
+    write_json(Path(given.output), comparison | {"command": command})
 
 
 if __name__ == "__main__":

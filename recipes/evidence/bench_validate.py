@@ -76,20 +76,21 @@ def write_images(folder: Path, count: int) -> None:
 
 
 def measured(file: Path) -> dict[str, Any]:
-    """Check ``file`` in a process of its own: seconds, peak resident bytes, and what it found.
+    """Check ``file`` in a process of its own: its seconds, peak resident bytes, and results.
 
-    ``cpu_seconds`` is what the process computed, ``seconds`` what passed: more on a busy machine.
+    ``cpu_seconds`` is the time it computed; ``seconds`` is the elapsed time, which is longer on a
+    busy machine.
 
     Raises:
-        subprocess.CalledProcessError: the check failed or found errors.
+        subprocess.CalledProcessError: The check failed or reported errors.
     """
-    found = file.with_suffix(".findings.json")
-    command = [sys.executable, "-m", "recipes", "data", "validate", str(file), "--json", str(found)]
+    path = file.with_suffix(".findings.json")
+    command = [sys.executable, "-m", "recipes", "data", "validate", str(file), "--json", str(path)]
     started = time.perf_counter()
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
     seconds = time.perf_counter() - started
     used = resource.getrusage(resource.RUSAGE_CHILDREN)  # of this one process: there is no other
-    figures = json.loads(found.read_text(encoding="utf-8"))
+    figures = json.loads(path.read_text(encoding="utf-8"))
     return {
         "seconds": round(seconds, 1),
         "cpu_seconds": round(used.ru_utime + used.ru_stime, 1),
@@ -114,13 +115,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
         write_images(Path(folder), given.images)
         name = "train.json" if given.array else "train.jsonl"
         file = write_visualprm(Path(folder) / name, given.rows, given.images, array=given.array)
-        found = {"array": given.array, "images": given.images, **measured(file)}
+        figures = {"array": given.array, "images": given.images, **measured(file)}
     print(
-        f"{found['rows']:,} rows, {found['steps']:,} steps, {found['file_bytes'] / 1e9:.2f} GB: "
-        f"{found['seconds']:.0f} s ({found['cpu_seconds']:.0f} s of computing), "
-        f"{found['peak_bytes'] / 1e6:.0f} MB"
+        f"{figures['rows']:,} rows, {figures['steps']:,} steps, "
+        f"{figures['file_bytes'] / 1e9:.2f} GB: "
+        f"{figures['seconds']:.0f} s ({figures['cpu_seconds']:.0f} s of computing), "
+        f"{figures['peak_bytes'] / 1e6:.0f} MB"
     )
-    write_json(Path(given.output), found | {"machine": machine(), "environment": environment()})
+    write_json(Path(given.output), figures | {"machine": machine(), "environment": environment()})
 
 
 if __name__ == "__main__":

@@ -216,13 +216,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
             env=os.environ | {"PYTHONPATH": str(checkout), "OMP_NUM_THREADS": "1"},
             check=True,
         )
-    found = list(differences(old / "data", new / "data"))
+    lines = list(differences(old / "data", new / "data"))
     runs = ["cold-start", *(f"short-{name}" for name in SHORT_RUNS), "resumed"]
     runs += [] if given.short else LONG_RUNS
     for run in runs:
-        found += [f"{run}/{line}" for line in differences(old / "runs" / run, new / "runs" / run)]
-    print("\n".join(found) if found else f"{len(runs)} runs: no file differs")
-    return 1 if found else 0
+        lines += [f"{run}/{line}" for line in differences(old / "runs" / run, new / "runs" / run)]
+    print("\n".join(lines) if lines else f"{len(runs)} runs: no file differs")
+    return 1 if lines else 0
 
 
 if __name__ == "__main__":

@@ -74,9 +74,9 @@ def trend(steps: Sequence[float], values: Sequence[float]) -> dict[str, float]:
     }
 
 
-def grows(name: str, found: dict[str, float]) -> bool:
+def grows(name: str, line: dict[str, float]) -> bool:
     """Whether a quantity grows beyond its 95 % interval, and by more than its limit."""
-    return found["growth_low"] > 0 and found["growth"] > LIMITS[name]
+    return line["growth_low"] > 0 and line["growth"] > LIMITS[name]
 
 
 def report(samples: Sequence[Sample]) -> dict[str, Any]:
@@ -99,8 +99,8 @@ def report(samples: Sequence[Sample]) -> dict[str, Any]:
     return {
         "steps": last,
         "samples": len(samples),
-        "trends": {k: {n: round(v, 6) for n, v in found.items()} for k, found in trends.items()},
-        "grows": [name for name, found in trends.items() if grows(name, found)],
+        "trends": {k: {n: round(v, 6) for n, v in line.items()} for k, line in trends.items()},
+        "grows": [name for name, line in trends.items() if grows(name, line)],
     }
 
 
@@ -116,8 +116,8 @@ def soak(directory: Path, steps: int) -> dict[str, Any]:
     # miss what was written between its last look and the end, and see files half-way through a
     # checkpoint.
     run_training(options, logged=lambda step: samples.append(sample(step)))
-    found = report(samples)
-    return {**found, "seconds": round(time.perf_counter() - started, 1)}
+    trends = report(samples)
+    return {**trends, "seconds": round(time.perf_counter() - started, 1)}
 
 
 def _options(directory: Path, run: Path, steps: int) -> Any:
@@ -178,17 +178,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logging.disable_progress_bar()
     logging.set_verbosity_error()
     with tempfile.TemporaryDirectory() as directory:
-        found = soak(Path(directory), given.steps)
-    write_json(given.output, found)
-    print(f"{found['steps']} steps in {found['seconds']} s")
-    for name, line in found["trends"].items():
+        figures = soak(Path(directory), given.steps)
+    write_json(given.output, figures)
+    print(f"{figures['steps']} steps in {figures['seconds']} s")
+    for name, line in figures["trends"].items():
         slope = f"{line['slope_per_1000_steps']:+.5f} [{line['low']:+.5f}, {line['high']:+.5f}]"
         print(
             f"{name:16} mean {line['mean']:9.3f}   per 1000 steps {slope}   "
             f"over the run {line['growth']:+.2%}"
         )
-    print("grows: " + (", ".join(found["grows"]) or "nothing"))
-    return 1 if found["grows"] else 0
+    print("grows: " + (", ".join(figures["grows"]) or "nothing"))
+    return 1 if figures["grows"] else 0
 
 
 if __name__ == "__main__":

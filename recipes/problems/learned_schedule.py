@@ -147,13 +147,13 @@ def make_task(options: ScheduleOptions) -> Task:
 
     def batches(run: int) -> list[list[Batch]]:
         generator, queue = _generator(options, run, 2), torch.empty(0, dtype=torch.int64)
-        found: list[list[Batch]] = []
+        drawn: list[list[Batch]] = []
         for step in range(options.steps):
             if len(queue) < options.batch_size:
                 queue = torch.cat([queue, torch.randperm(options.rows, generator=generator)])
             row, queue = queue[: options.batch_size], queue[options.batch_size :]
-            found.append([{"x": spoilt.x[row], "y": spoilt.y[row], "step": step}])
-        return found
+            drawn.append([{"x": spoilt.x[row], "y": spoilt.y[row], "step": step}])
+        return drawn
 
     return Task(spoilt, validation, splits.test, network, batches)
 
@@ -195,7 +195,7 @@ def search_grid(
     task: Task, options: ScheduleOptions, shape: Callable[[float], float]
 ) -> tuple[Schedule, dict[str, float]]:
     """The peak rate and decay with the least mean validation loss."""
-    found: list[tuple[float, float, float]] = []
+    candidates: list[tuple[float, float, float]] = []
     for rate in _RATES:
         for decay in _DECAYS:
             schedule = from_shape(shape, options.steps, rate, decay)
@@ -204,8 +204,8 @@ def search_grid(
                 for run in range(options.grid_runs)
             ]
             loss = math.fsum(losses) / len(losses)
-            found.append((loss if math.isfinite(loss) else math.inf, rate, decay))
-    _, rate, decay = min(found)
+            candidates.append((loss if math.isfinite(loss) else math.inf, rate, decay))
+    _, rate, decay = min(candidates)
     chosen = {"rate": rate, "decay_over_rate": decay}
     return from_shape(shape, options.steps, rate, decay), chosen
 
@@ -281,7 +281,7 @@ def _table(rows: Mapping[str, Mapping[str, Any]]) -> str:
 def _steps(row: Mapping[str, Any]) -> str:
     """Rate and decay of about ten steps."""
     count = len(row["rates"])
-    shown = sorted({round(place * (count - 1) / 9) for place in range(10)})
+    shown = sorted({round(tenth * (count - 1) / 9) for tenth in range(10)})
     return text_table(
         [
             ["step", *(str(step + 1) for step in shown)],

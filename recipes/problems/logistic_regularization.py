@@ -273,12 +273,12 @@ def compare(options: RegularizationOptions) -> tuple[str, dict[str, Any]]:
     for seed in seeds:
         splits = read_splits(torch.Generator().manual_seed(seed))
         started = time.process_time()
-        found = reference(splits)
+        penalties = reference(splits)
         cost = {"seconds": time.process_time() - started}
-        best = float(exact(found, splits)[0])
+        best = float(exact(penalties, splits)[0])
         rows: dict[str, tuple[Tensor, dict[str, float]]] = {
             "one penalty for all, grid": (one_for_all(splits), {}),
-            "reference: dense and exact": (found, cost),
+            "reference: dense and exact": (penalties, cost),
         }
         for title, hypergradient in methods_of(options).items():
             rows[title] = run_method(hypergradient, splits, options)
@@ -304,15 +304,15 @@ def _table(runs: dict[str, list[dict[str, Any]]]) -> str:
             "Hessian products",
         ]
     ]
-    for title, found in runs.items():
-        mean = {key: math.fsum(run[key] for run in found) / len(found) for key in found[0]}
+    for title, rows in runs.items():
+        mean = {key: math.fsum(run[key] for run in rows) / len(rows) for key in rows[0]}
         lines.append(
             [
                 title,
                 f"{mean['upper_loss']:.5f}",
-                f"{max(run['gap'] for run in found):.1e}",
-                f"{max(run['gradient_norm'] for run in found):.1e}",
-                percent(mean_interval([run["test_accuracy"] for run in found])),
+                f"{max(run['gap'] for run in rows):.1e}",
+                f"{max(run['gradient_norm'] for run in rows):.1e}",
+                percent(mean_interval([run["test_accuracy"] for run in rows])),
                 f"{mean['test_loss']:.4f}",
                 f"{mean['seconds']:.1f}" if "seconds" in mean else "",
                 f"{mean['hessian_products']:.0f}" if "hessian_products" in mean else "",

@@ -261,12 +261,12 @@ def compare(options: NoisyLabelOptions) -> tuple[str, dict[str, Any]]:
 
 def _take_times(runs: Mapping[str, list[dict[str, Any]]], shares: Sequence[float]) -> None:
     """Turn the traces into times to shares of the ceiling's last dev score in the same seed."""
-    for found in runs.values():
-        for place, run in enumerate(found):
+    for rows in runs.values():
+        for number, run in enumerate(rows):
             trace = run.pop("trace")
             if "ceiling" not in runs:
                 continue
-            ceiling = runs["ceiling"][place]["dev"]
+            ceiling = runs["ceiling"][number]["dev"]
             run["reached"] = [
                 {
                     "share": share,
@@ -281,14 +281,14 @@ def _take_times(runs: Mapping[str, list[dict[str, Any]]], shares: Sequence[float
 def _summary(runs: Mapping[str, list[dict[str, Any]]]) -> dict[str, Any]:
     """Means over seeds with 95 % intervals, and of the difference to uniform weights."""
     rows: dict[str, Any] = {}
-    for name, found in runs.items():
-        keys = [key for key, value in found[0].items() if isinstance(value, float)]
-        rows[name] = {key: mean_interval([run[key] for run in found]) for key in keys}
+    for name, rows_of_name in runs.items():
+        keys = [key for key, value in rows_of_name[0].items() if isinstance(value, float)]
+        rows[name] = {key: mean_interval([run[key] for run in rows_of_name]) for key in keys}
         if "uniform" in runs and name != "uniform":
             rows[name]["minus_uniform"] = mean_interval(
                 [
                     run["test"] - base["test"]
-                    for run, base in zip(found, runs["uniform"], strict=True)
+                    for run, base in zip(rows_of_name, runs["uniform"], strict=True)
                 ]
             )
     return rows
@@ -316,7 +316,7 @@ def _table(runs: Mapping[str, list[dict[str, Any]]], options: NoisyLabelOptions)
                 f"{100 * row['test_at_best_dev'].mean:.1f}",
                 *_damage_cells(row, options),
                 f"{row['seconds'].mean:.1f}",
-                *(_time_cell(runs[name], place) for place in range(len(options.targets))),
+                *(_time_cell(runs[name], target) for target in range(len(options.targets))),
             ]
         )
     return text_table(lines)
@@ -329,15 +329,15 @@ def _damage_cells(row: Mapping[str, Any], options: NoisyLabelOptions) -> list[st
     return [f"{100 * row['tail_recall'].mean:.1f}", weights]
 
 
-def _time_cell(runs: Sequence[Mapping[str, Any]], place: int) -> str:
+def _time_cell(runs: Sequence[Mapping[str, Any]], target: int) -> str:
     """Median time of the seeds that got to a target, how many did, how many were there last."""
     if "reached" not in runs[0]:
         return ""
-    found = [run["reached"][place] for run in runs]
-    times = [one["seconds"] for one in found if one["seconds"] is not None]
+    reached = [run["reached"][target] for run in runs]
+    times = [one["seconds"] for one in reached if one["seconds"] is not None]
     if not times:
         return "not reached"
-    stayed = sum(one["at_the_end"] for one in found)
+    stayed = sum(one["at_the_end"] for one in reached)
     return f"{statistics.median(times):.2f} s ({len(times)} of {len(runs)}; {stayed})"
 
 

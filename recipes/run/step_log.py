@@ -43,9 +43,9 @@ class Unlogged:
         notes = list(dict.fromkeys([*self.notes, *info.notes]))[:_NOTES_PER_LINE]
         return Unlogged(figures, notes, self.troubles, self.skipped)
 
-    def with_troubles(self, found: Sequence[Trouble], skipped: Sequence[int]) -> Unlogged:
+    def with_troubles(self, new: Sequence[Trouble], skipped: Sequence[int]) -> Unlogged:
         """Return this with further troubles, and the numbers (from 1) of the steps they cost."""
-        counts = added(self.troubles, found)
+        counts = added(self.troubles, new)
         return Unlogged(self.figures, self.notes, counts, [*self.skipped, *skipped])
 
     def means(self) -> dict[str, float]:

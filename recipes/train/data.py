@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from prm.data.json_rows import json_rows
-from prm.data.record_fields import Place
+from prm.data.record_fields import Location
 from prm.models.model import PRM
 from prm.schema import DataError, StepExample
 from recipes.evaluation.candidates import Candidates, read_candidates
@@ -176,17 +176,17 @@ def _read_weights(path: str, ids: Mapping[str, int]) -> Tensor:
     for line, entry in json_rows(file):
         if isinstance(entry, DataError):
             raise entry
-        record = Place(file.parent, file, line)
+        location = Location(file.parent, file, line)
         remedy = "use the weights.jsonl of a run on the same training file"
         if not isinstance(entry, dict):
-            record.refuse(None, '{"id": ..., "weight": a number}', entry, remedy)
+            location.refuse(None, '{"id": ..., "weight": a number}', entry, remedy)
         name, weight = entry.get("id"), entry.get("weight")
         if not isinstance(name, str) or name not in ids:
-            record.refuse("id", "an id of the training file", name, remedy)
+            location.refuse("id", "an id of the training file", name, remedy)
         if isinstance(weight, bool) or not isinstance(weight, int | float) or abs(weight) > _MOST:
-            record.refuse("weight", "a number", weight, remedy)
+            location.refuse("weight", "a number", weight, remedy)
         if ids[name] in weights:
-            record.refuse("id", "an id that no other line has", name, remedy)
+            location.refuse("id", "an id that no other line has", name, remedy)
         weights[ids[name]] = float(weight)
     missing = [name for name, row in ids.items() if row not in weights]
     if missing:

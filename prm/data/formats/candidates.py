@@ -1,14 +1,14 @@
 """Rows that hold a question and several candidate solutions; each candidate becomes an example.
 
 - ``dreamprm-test`` (DreamPRM-1.5): ``{"question", "image_path", "candidates": [text, ...],
-  "true_false": [bool, ...]}``, a text being ``[Reasoning] ... Answer: X``.
+  "true_false": [bool, ...]}``, where a text is ``[Reasoning] ... Answer: X``.
 - ``mathcheck-candidates``: ``{"id", "question", "image", "answer", "candidates": [{"model",
   "response", "auto_correct"}, ...]}``; ``answer`` is the reference.
 - ``game24``: ``{"idx", "puzzle", "candidates": [{"steps": [{"text", "kind", "valid", "reach"}],
   "correct"}, ...]}``; a step's label is ``valid``.
 
-Free text is cut into steps by ``prm.data.splitter``. ``group`` is the row's id (or, without one, an id
-made from the question), so that the candidates of a question stay together.
+``prm.data.splitter`` cuts free text into steps. ``group`` is the row's id, or an id derived from
+the question where the row has none, so that the candidates of a question stay together.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from pathlib import Path
 from typing import Any
 
 from prm.data.formats.turns import question_text
-from prm.data.record_fields import Place, Words, domain_key, extra_of
-from prm.schema import Step, StepExample
+from prm.data.record_fields import Location, Words, domain_key, extra_of
 from prm.data.splitter import final_answer, solution_steps
+from prm.schema import Step, StepExample
 
 
 def matches_test(record: Mapping[str, Any]) -> bool:
@@ -38,33 +38,33 @@ def matches_game24(record: Mapping[str, Any]) -> bool:
     return "puzzle" in record and "candidates" in record
 
 
-def read_test(record: Mapping[str, Any], place: Place) -> tuple[StepExample, ...]:
-    """One example per candidate of a DreamPRM-1.5 test row.
+def read_test(record: Mapping[str, Any], location: Location) -> tuple[StepExample, ...]:
+    """Return one example per candidate of a DreamPRM-1.5 test row.
 
     Raises:
         DataError: A field is wrong; the error names it (``true_false[3]``).
     """
-    place.need(record, "question", "candidates", "true_false")
-    images = place.images(record, "image_path", "image", "images", cut_parents=True)
-    question = question_text(record, "question", len(images), place)
-    texts = place.listed(record["candidates"], "candidates", "candidates")
-    right = place.listed(record["true_false"], "true_false", "truth values")
+    location.need(record, "question", "candidates", "true_false")
+    images = location.images(record, "image_path", "image", "images", cut_parents=True)
+    question = question_text(record, "question", len(images), location)
+    texts = location.listed(record["candidates"], "candidates", "candidates")
+    right = location.listed(record["true_false"], "true_false", "truth values")
     if len(right) != len(texts):
         found = Words(f"{len(right)} for {len(texts)} candidates")
-        place.refuse("true_false", "as many values as candidates", found)
-    raw = place.name(record, "id")
-    group = place.name(record, "group") or raw or place.made_id(None, (question,))
+        location.refuse("true_false", "as many values as candidates", found)
+    raw = location.name(record, "id")
+    group = location.name(record, "group") or raw or location.default_id(None, (question,))
     used = ("id", "question", "image_path", "image", "images", "candidates", "true_false", "group")
     extra = extra_of(record, (*used, domain_key(record)))
-    domain = place.name(record, domain_key(record))
+    domain = location.name(record, domain_key(record))
     examples = []
     for number, (text, truth) in enumerate(zip(texts, right, strict=True)):
         if not isinstance(truth, bool):
-            place.refuse(f"true_false[{number}]", "true or false", truth)
-        steps = _split(text, f"candidates[{number}]", place)
+            location.refuse(f"true_false[{number}]", "true or false", truth)
+        steps = _split(text, f"candidates[{number}]", location)
         examples.append(
             _example(
-                place.made_id(raw, (question, text), number),
+                location.default_id(raw, (question, text), number),
                 (question, images, group, domain),
                 steps,
                 final_answer(text) or "",
@@ -75,30 +75,30 @@ def read_test(record: Mapping[str, Any], place: Place) -> tuple[StepExample, ...
     return tuple(examples)
 
 
-def read_mathcheck(record: Mapping[str, Any], place: Place) -> tuple[StepExample, ...]:
-    """One example per candidate of a MathCheck row.
+def read_mathcheck(record: Mapping[str, Any], location: Location) -> tuple[StepExample, ...]:
+    """Return one example per candidate of a MathCheck row.
 
     Raises:
         DataError: A field is wrong; the error names it (``candidates[3].response``).
     """
-    place.need(record, "id", "question", "candidates")
-    images = place.images(record, "image", "images")
-    question = place.text(record["question"], "question")
-    raw = place.name(record, "id")
+    location.need(record, "id", "question", "candidates")
+    images = location.images(record, "image", "images")
+    question = location.text(record["question"], "question")
+    raw = location.name(record, "id")
     extra = extra_of(record, ("id", "question", "image", "images", "candidates", "group"))
     examples = []
-    given = place.listed(record["candidates"], "candidates", "candidates")
+    given = location.listed(record["candidates"], "candidates", "candidates")
     for number, candidate in enumerate(given):
         field = f"candidates[{number}]"
-        truth = _field(candidate, "auto_correct", field, place)
+        truth = _field(candidate, "auto_correct", field, location)
         if not isinstance(truth, bool):
-            place.refuse(f"{field}.auto_correct", "true or false", truth)
-        text = _field(candidate, "response", field, place)
+            location.refuse(f"{field}.auto_correct", "true or false", truth)
+        text = _field(candidate, "response", field, location)
         examples.append(
             _example(
                 f"{raw}.{number}",
                 (question, images, raw, None),
-                _split(text, f"{field}.response", place),
+                _split(text, f"{field}.response", location),
                 final_answer(text) or "",
                 truth,
                 {**extra, "model": candidate.get("model")},
@@ -107,31 +107,31 @@ def read_mathcheck(record: Mapping[str, Any], place: Place) -> tuple[StepExample
     return tuple(examples)
 
 
-def read_game24(record: Mapping[str, Any], place: Place) -> tuple[StepExample, ...]:
-    """One example per candidate of a Game-of-24 row.
+def read_game24(record: Mapping[str, Any], location: Location) -> tuple[StepExample, ...]:
+    """Return one example per candidate of a Game-of-24 row.
 
     Raises:
         DataError: A field is wrong; the error names it (``candidates[3].steps[1].valid``).
     """
-    place.need(record, "idx", "puzzle", "candidates")
-    puzzle = place.text(record["puzzle"], "puzzle")
+    location.need(record, "idx", "puzzle", "candidates")
+    puzzle = location.text(record["puzzle"], "puzzle")
     question = f"Use the numbers {puzzle}, each once, and + - * / to obtain 24."
-    raw = place.name(record, "idx")
+    raw = location.name(record, "idx")
     examples = []
-    given = place.listed(record["candidates"], "candidates", "candidates")
+    given = location.listed(record["candidates"], "candidates", "candidates")
     for number, candidate in enumerate(given):
         field = f"candidates[{number}]"
         steps, reach = [], []
-        listed = _field(candidate, "steps", field, place)
-        for count, step in enumerate(place.listed(listed, f"{field}.steps", "steps")):
+        listed = _field(candidate, "steps", field, location)
+        for count, step in enumerate(location.listed(listed, f"{field}.steps", "steps")):
             inner = f"{field}.steps[{count}]"
-            text = place.text(_field(step, "text", inner, place), f"{inner}.text")
-            label = place.label(_field(step, "valid", inner, place), f"{inner}.valid")
+            text = location.text(_field(step, "text", inner, location), f"{inner}.text")
+            label = location.label(_field(step, "valid", inner, location), f"{inner}.valid")
             steps.append(Step(text, label))
             reach.append(step.get("reach"))
-        truth = _field(candidate, "correct", field, place)
+        truth = _field(candidate, "correct", field, location)
         if truth not in (0, 1):
-            place.refuse(f"{field}.correct", "0 or 1", truth)
+            location.refuse(f"{field}.correct", "0 or 1", truth)
         examples.append(
             _example(
                 f"{raw}.{number}",
@@ -164,16 +164,16 @@ def _first_has(record: Mapping[str, Any], key: str) -> bool:
     )
 
 
-def _field(value: object, name: str, field: str, place: Place) -> Any:
+def _field(value: object, name: str, field: str, location: Location) -> Any:
     if not isinstance(value, dict):
-        place.refuse(field, f"an object with {name!r}", value)
+        location.refuse(field, f"an object with {name!r}", value)
     if name not in value:
-        place.refuse(f"{field}.{name}", f"the field {name!r}", Words("nothing"))
+        location.refuse(f"{field}.{name}", f"the field {name!r}", Words("nothing"))
     return value[name]
 
 
-def _split(text: Any, field: str, place: Place) -> tuple[Step, ...]:
-    steps = solution_steps(place.text(text, field))
+def _split(text: Any, field: str, location: Location) -> tuple[Step, ...]:
+    steps = solution_steps(location.text(text, field))
     if not steps:
-        place.refuse(field, "a solution with at least one step", text)
+        location.refuse(field, "a solution with at least one step", text)
     return tuple(Step(step) for step in steps)

@@ -1,8 +1,9 @@
-"""DreamPRM 1.0: solution prefixes with Monte-Carlo accuracy (train), whole solutions (meta).
+"""DreamPRM 1.0: solution prefixes with Monte Carlo accuracy (train) and whole solutions (meta).
 
 - Train: ``{"id", "sid", "input", "add", "image_path", "dataset", "accuracy", "score", "times"}``.
-  ``add`` holds the steps up to number ``sid``; ``accuracy`` (= score / times) says how often it was
-  completed to the right answer. The example's last step has that label, the steps before it none.
+  ``add`` holds the steps up to number ``sid``; ``accuracy`` (= score / times) is the share of its
+  completions that reached the right answer. It labels the last step of the example; the steps
+  before it have no label.
 - Meta: ``{"id", "input", "image_path", "true_false"}``. ``input`` holds the question and, from
   "Step 1" on, the solution. A row without steps is an error (the published file has such rows; the
   published code divides by their number).
@@ -14,9 +15,9 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from prm.data.record_fields import Place, domain_key, extra_of
-from prm.schema import Step, StepExample
+from prm.data.record_fields import Location, domain_key, extra_of
 from prm.data.splitter import final_answer, solution_steps
+from prm.schema import Step, StepExample
 
 _FIRST_STEP = re.compile(r"^[ \t]*(?:#{1,6}[ \t]*)?\*{0,2}Step[ \t]*1\b", re.I | re.M)
 _USED = ("id", "input", "image_path", "group")
@@ -28,37 +29,37 @@ def matches_train(record: Mapping[str, Any]) -> bool:
 
 
 def matches_meta(record: Mapping[str, Any]) -> bool:
-    """Whether the record is question and solution in one, with true or false."""
+    """Whether the record has question and solution in one text, with true or false."""
     return {"input", "true_false"} <= record.keys()
 
 
-def read_train(record: Mapping[str, Any], place: Place) -> tuple[StepExample, ...]:
-    """The example of a train row.
+def read_train(record: Mapping[str, Any], location: Location) -> tuple[StepExample, ...]:
+    """Return the example of a train row.
 
     Raises:
         DataError: A field is wrong; the error names it.
     """
-    place.need(record, "input", "add", "accuracy")
-    question = place.text(record["input"], "input")
-    texts = solution_steps(place.text(record["add"], "add"))
+    location.need(record, "input", "add", "accuracy")
+    question = location.text(record["input"], "input")
+    texts = solution_steps(location.text(record["add"], "add"))
     if not texts:
-        place.refuse("add", "at least one step", record["add"])
-    accuracy = place.label(record["accuracy"], "accuracy")
+        location.refuse("add", "at least one step", record["add"])
+    accuracy = location.label(record["accuracy"], "accuracy")
     if accuracy is None:
-        place.refuse("accuracy", "a number in [0, 1]", None)
-    raw = place.name(record, "id")
-    sid = place.name(record, "sid")
+        location.refuse("accuracy", "a number in [0, 1]", None)
+    raw = location.name(record, "id")
+    sid = location.name(record, "sid")
     times = record.get("times")
     steps = (*(Step(text) for text in texts[:-1]), Step(texts[-1], accuracy))
     named = raw if sid is None or raw is None else f"{raw}-{sid}"
     return (
         StepExample(
-            id=place.made_id(named, (question, *texts)),
+            id=location.default_id(named, (question, *texts)),
             question=question,
-            images=place.images(record, "image_path"),
+            images=location.images(record, "image_path"),
             steps=steps,
-            domain=place.name(record, domain_key(record)),
-            group=place.name(record, "group") or raw,
+            domain=location.name(record, domain_key(record)),
+            group=location.name(record, "group") or raw,
             extra=extra_of(
                 record,
                 (*_USED, "add", "accuracy", domain_key(record)),
@@ -68,38 +69,38 @@ def read_train(record: Mapping[str, Any], place: Place) -> tuple[StepExample, ..
     )
 
 
-def read_meta(record: Mapping[str, Any], place: Place) -> tuple[StepExample, ...]:
-    """The example of a meta row.
+def read_meta(record: Mapping[str, Any], location: Location) -> tuple[StepExample, ...]:
+    """Return the example of a meta row.
 
     Raises:
         DataError: A field is wrong; the error names it.
     """
-    place.need(record, "input", "true_false")
-    text = place.text(record["input"], "input")
-    correct = place.optional_bool(record, "true_false")
+    location.need(record, "input", "true_false")
+    text = location.text(record["input"], "input")
+    correct = location.optional_bool(record, "true_false")
     if correct is None:
-        place.refuse("true_false", "true or false", None)
+        location.refuse("true_false", "true or false", None)
     first = _FIRST_STEP.search(text)
     if first is None or not text[: first.start()].strip():
-        place.refuse(
+        location.refuse(
             "input",
             'the question and, from a line that starts with "Step 1" on, the solution',
             text,
             "remove the row, or give it a solution",
         )
     question, solution = text[: first.start()].strip(), text[first.start() :]
-    raw = place.name(record, "id")
+    raw = location.name(record, "id")
     steps = solution_steps(solution)
     return (
         StepExample(
-            id=place.made_id(raw, (question, *steps)),
+            id=location.default_id(raw, (question, *steps)),
             question=question,
-            images=place.images(record, "image_path"),
+            images=location.images(record, "image_path"),
             steps=tuple(Step(step) for step in steps),
-            domain=place.name(record, domain_key(record)),
+            domain=location.name(record, domain_key(record)),
             answer=final_answer(solution) or "",
             correct=correct,
-            group=place.name(record, "group") or raw,
+            group=location.name(record, "group") or raw,
             extra=extra_of(record, (*_USED, "true_false", domain_key(record))),
         ),
     )

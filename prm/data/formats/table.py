@@ -1,4 +1,4 @@
-"""The list of data formats, and how the format of a file is found."""
+"""The list of data formats, and the detection of a record's format."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from prm.data.formats import (
     visualprm,
     visualprm_raw,
 )
-from prm.data.record_fields import Place, Words
+from prm.data.record_fields import Location, Words
 from prm.names import FORMAT_NAMES, FormatName
 from prm.schema import StepExample
 
@@ -26,16 +26,16 @@ class Format:
     """A data format.
 
     Attributes:
-        name: As on the command line.
-        keys: What its records have, in words.
-        matches: Whether a record looks like it.
-        read: The examples of a record; raises ``DataError``.
+        name: Its name on the command line.
+        keys: The keys of its records, for messages.
+        matches: Tells whether a record looks like this format.
+        read: Returns the examples of a record, or raises ``DataError``.
     """
 
     name: FormatName
     keys: str
     matches: Callable[[Mapping[str, Any]], bool]
-    read: Callable[[Mapping[str, Any], Place], tuple[StepExample, ...]]
+    read: Callable[[Mapping[str, Any], Location], tuple[StepExample, ...]]
 
 
 def _matches_own(record: Mapping[str, Any]) -> bool:
@@ -44,8 +44,8 @@ def _matches_own(record: Mapping[str, Any]) -> bool:
     return "steps" in record and not texts and "puzzle" not in record
 
 
-def _read_own(record: Mapping[str, Any], place: Place) -> tuple[StepExample, ...]:
-    return (records.parse(record, place),)
+def _read_own(record: Mapping[str, Any], location: Location) -> tuple[StepExample, ...]:
+    return (records.parse(record, location),)
 
 
 FORMATS: tuple[Format, ...] = (
@@ -106,10 +106,10 @@ FORMATS: tuple[Format, ...] = (
 
 
 def format_named(name: str) -> Format:
-    """The format of that name.
+    """Return the format of that name.
 
     Raises:
-        ValueError: There is none.
+        ValueError: There is no such format.
     """
     for format in FORMATS:
         if format.name == name:
@@ -117,25 +117,25 @@ def format_named(name: str) -> Format:
     raise ValueError(f"expected a format among {', '.join(FORMAT_NAMES)}, found {name!r}")
 
 
-def detect(record: object, place: Place) -> Format:
-    """The one format that a record looks like.
+def detect(record: object, location: Location) -> Format:
+    """Return the one format that a record looks like.
 
     Raises:
-        DataError: It looks like none, or like several: the message lists them.
+        DataError: The record looks like no format, or like several, which the message lists.
     """
     if not isinstance(record, dict):
-        place.refuse(None, "a JSON object", record, "write one object per row")
+        location.refuse(None, "a JSON object", record, "write one object per row")
     matching = [format for format in FORMATS if format.matches(record)]
     if len(matching) == 1:
         return matching[0]
     keys = Words("the keys " + (", ".join(map(repr, list(record)[:12])) or "of an empty object"))
     if matching:
         names = [format.name for format in matching]
-        place.refuse(
+        location.refuse(
             None,
             f"a record of one format; this one can be {' or '.join(names)}",
             keys,
             f"name the format ({', '.join(names)}), or remove the keys of the others",
         )
     known = "; ".join(f"{format.name} ({format.keys})" for format in FORMATS)
-    place.refuse(None, f"a record of a known format: {known}", keys, "rename keys or convert")
+    location.refuse(None, f"a record of a known format: {known}", keys, "rename keys or convert")

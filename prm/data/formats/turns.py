@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from prm.data.record_fields import Place
+from prm.data.record_fields import Location
 from prm.schema import Step
 
 _QUESTION = re.compile(r"((?:\s*<image>)*)\s*### Question:[ \t]*\n?")
@@ -17,7 +17,7 @@ _PLACEHOLDER = re.compile(r"\s*<image>")
 
 @dataclass(frozen=True)
 class Turn:
-    """One turn: who speaks ("system", "user", "assistant"), what, and the field it stands in."""
+    """One turn: its role ("system", "user" or "assistant"), its text, and its field."""
 
     role: str
     text: str
@@ -25,22 +25,22 @@ class Turn:
 
 
 def question_and_steps(
-    turns: Sequence[Turn], images: int, place: Place, question: str | None = None
+    turns: Sequence[Turn], images: int, location: Location, question: str | None = None
 ) -> tuple[str, tuple[Step, ...]]:
-    """Take a conversation apart.
+    """Separate the question of a conversation from its steps and their labels.
 
-    The first user turn holds "### Question:" and, behind "### Solution Process:", the first step
-    (VisualPRM); or the question alone, with the first step in a user turn of its own (meta and test
-    prompts of DreamPRM-1.5). With ``question`` given every user turn is a step. System turns are
-    left out: the system instruction is an option of training.
+    The first user turn holds "### Question:" and, after "### Solution Process:", the first step
+    (VisualPRM); or it holds the question alone, and the first step has a user turn of its own (meta
+    and test prompts of DreamPRM-1.5). If ``question`` is given, every user turn is a step. System
+    turns are left out, because the system instruction is an option of training.
 
     Raises:
-        DataError: Turns that do not alternate, a label that is neither "+" nor "-", no steps.
+        DataError: Turns do not alternate, a label is neither "+" nor "-", or there is no step.
     """
     spoken = [turn for turn in turns if turn.role != "system"]
     if not spoken or spoken[0].role != "user":
         role = spoken[0].role if spoken else None
-        place.refuse(
+        location.refuse(
             spoken[0].field if spoken else turns_field(turns),
             "a user turn with the question",
             role,
@@ -48,45 +48,45 @@ def question_and_steps(
     text = drop_placeholders(spoken[0].text, images)
     spoken[0] = Turn("user", text, spoken[0].field)
     if question is None:
-        question, spoken = _question(spoken, place)
+        question, spoken = _question(spoken, location)
     steps = []
     for number in range(0, len(spoken), 2):
         turn = spoken[number]
         if turn.role != "user":
-            place.refuse(turn.field, "a user turn with a step", turn.role)
+            location.refuse(turn.field, "a user turn with a step", turn.role)
         if number + 1 == len(spoken) or spoken[number + 1].role != "assistant":
-            place.refuse(
+            location.refuse(
                 turn.field, 'a turn with the label "+" or "-" behind every step', turn.text
             )
         label = spoken[number + 1]
         sign = label.text.strip()
         if sign not in ("+", "-"):
-            place.refuse(label.field, 'the label "+" or "-"', label.text)
-        steps.append(Step(place.text(turn.text, turn.field), float(sign == "+")))
+            location.refuse(label.field, 'the label "+" or "-"', label.text)
+        steps.append(Step(location.text(turn.text, turn.field), float(sign == "+")))
     if not steps:
-        place.refuse(spoken[-1].field if spoken else turns_field(turns), "at least one step", [])
+        location.refuse(spoken[-1].field if spoken else turns_field(turns), "at least one step", [])
     return question, tuple(steps)
 
 
 def turns_field(turns: Sequence[Turn]) -> str:
-    """The field that holds the turns."""
+    """Return the field that holds the turns."""
     return turns[0].field.partition("[")[0] if turns else "conversations"
 
 
-def question_text(record: Mapping[str, Any], field: str, images: int, place: Place) -> str:
-    """The question of a record, without the marks that open it; see ``drop_placeholders``.
+def question_text(record: Mapping[str, Any], field: str, images: int, location: Location) -> str:
+    """Return the question of a record without its opening marks; see ``drop_placeholders``.
 
     Raises:
-        DataError: No text, or none but marks.
+        DataError: The field is not a text, or holds nothing but marks.
     """
-    return place.text(drop_placeholders(place.text(record[field], field), images), field)
+    return location.text(drop_placeholders(location.text(record[field], field), images), field)
 
 
 def drop_placeholders(text: str, images: int) -> str:
-    """``text`` without the ``<image>`` marks that open it, if they are as many as the images.
+    """Remove the ``<image>`` marks that open ``text``, if there are as many as images.
 
-    Prompts put all images first, where these marks stand. Marks elsewhere, or of another number,
-    stay in the text, and ``data validate`` counts them.
+    Prompts put all images first, which is where these marks are. Marks elsewhere, or of another
+    number, stay in the text, and ``data validate`` counts them.
     """
     if not images or text.count("<image>") != images:
         return text
@@ -99,7 +99,7 @@ def drop_placeholders(text: str, images: int) -> str:
     return rest.lstrip()
 
 
-def _question(spoken: list[Turn], place: Place) -> tuple[str, list[Turn]]:
+def _question(spoken: list[Turn], location: Location) -> tuple[str, list[Turn]]:
     first, *rest = spoken
     head = _QUESTION.match(first.text)
     body = f"{head[1]}\n{first.text[head.end() :]}" if head else first.text
@@ -108,10 +108,10 @@ def _question(spoken: list[Turn], place: Place) -> tuple[str, list[Turn]]:
         rest.insert(0, Turn("user", body[process.end() :], first.field))
         body = body[: process.start()]
     elif not rest or rest[0].role != "user":
-        place.refuse(
+        location.refuse(
             first.field,
             '"### Question:", the question, "### Solution Process:" and the first step; or the '
             "question alone, with the first step in a user turn of its own",
             first.text,
         )
-    return place.text(body.strip(), first.field), rest
+    return location.text(body.strip(), first.field), rest

@@ -202,5 +202,5 @@ def plain_upper_gradient(case: Case, lower: dict[str, Tensor]) -> dict[str, Tens
     """∇_θ of the upper loss; the other half of the floor."""
     leaves = {name: leaf.detach().requires_grad_() for name, leaf in lower.items()}
     loss = case.upper_loss(leaves, case.upper, case.upper_batch)
-    found = torch.autograd.grad(loss, list(leaves.values()))
-    return dict(zip(leaves, found, strict=True))
+    grads = torch.autograd.grad(loss, list(leaves.values()))
+    return dict(zip(leaves, grads, strict=True))

@@ -60,10 +60,10 @@ class Contender:
         route: Name.
         case: Where it starts.
         run: One iteration.
-        found: The hypergradient in what `run` returns, [instances], or for "gradient" that;
-            None: there is nothing to compare.
+        extract: Takes the hypergradient [instances], or for "gradient" the gradient, out of the
+            result of `run`. None: there is nothing to compare.
         steps: Lower steps.
-        reference: Names what `found` should be; None: nothing exact to compare with.
+        reference: Name of the exact result that `extract` should return. None: there is none.
         floor: The contender that it is compared with, for its first step.
         process: Runs the iteration in a process of its own: {hypergradient, flops, peak}, or None
             if it ran out of memory.
@@ -73,7 +73,7 @@ class Contender:
     route: str
     case: Case
     run: Callable[[], Any]
-    found: Callable[[Any], Tensor] | None = None
+    extract: Callable[[Any], Tensor] | None = None
     steps: int = 1
     reference: str | None = None
     floor: str = FLOOR
@@ -142,7 +142,7 @@ def contenders(case: Case, windows: Sequence[int], cap: int) -> Iterator[Contend
             TORCHOPT,
             case,
             partial(peers.torchopt_unroll, case, steps),
-            lambda found: found,
+            lambda result: result,
             steps,
             "unrolled",
             process=partial(memory_cap.measure_torchopt, case.sizes, len(case.batches), steps, cap),
@@ -155,7 +155,7 @@ def contenders(case: Case, windows: Sequence[int], cap: int) -> Iterator[Contend
 
 def _floors(case: Case) -> Iterator[Contender]:
     floor = partial(_plain, case)
-    # Its gradient is what the hypergradients are made of, so its error is theirs.
+    # The hypergradients are computed from its gradient, so that its error is theirs.
     yield Contender(FLOOR, case, partial(floor, case.batches[:1]), _flat, reference=GRADIENT)
     singles = case.singles(case.batches[0])
     yield Contender(SINGLES, case, partial(floor, singles), floor=SINGLES)
@@ -167,8 +167,8 @@ def _plain(case: Case, micro_batches: Sequence[Batch]) -> dict[str, Tensor]:
     return plain_upper_gradient(case, lower)
 
 
-def _flat(found: dict[str, Tensor]) -> Tensor:
-    return torch.cat([leaf.flatten() for leaf in found.values()])
+def _flat(leaves: dict[str, Tensor]) -> Tensor:
+    return torch.cat([leaf.flatten() for leaf in leaves.values()])
 
 
 def _ours(
@@ -206,7 +206,7 @@ def _ours(
 
 
 def baselines(case: Case) -> dict[str, Callable[[], Any]]:
-    """What the units are made of, beside the floors: a forward pass, and a lower step alone."""
+    """The other units beside the floors: a forward pass, and a lower step alone."""
 
     def forward() -> None:
         with torch.no_grad():
@@ -236,6 +236,6 @@ def reference(name: str, case: Case, steps: int) -> Tensor:
         method = replace(BETTY, route=Reverse())
     else:
         method = OneStep(Reverse(), "upper-first" if name == "upper-first" else "lower-first")
-    found = _ours(name, case, method, steps)
-    assert found.found is not None
-    return found.found(found.run())
+    contender = _ours(name, case, method, steps)
+    assert contender.extract is not None
+    return contender.extract(contender.run())

@@ -163,19 +163,19 @@ def _times(one: Evaluated, seconds: Sequence[dict[str, float]]) -> dict[str, flo
     floor = _key(at, one.contender.floor)
     theirs = f"{TORCHOPT}, {steps}, {at.name}"
 
-    def least(found: Mapping[str, float]) -> float:
-        return found[floor] + (steps - 1) * found[lower]
+    def least(timing: Mapping[str, float]) -> float:
+        return timing[floor] + (steps - 1) * timing[lower]
 
     times = {
-        "seconds": median_of(seconds, lambda found: found[one.name]),
-        "forwards": median_of(seconds, lambda found: found[one.name] / found[forward]),
-        "overhead": median_of(seconds, lambda found: found[one.name] / least(found)),
+        "seconds": median_of(seconds, lambda timing: timing[one.name]),
+        "forwards": median_of(seconds, lambda timing: timing[one.name] / timing[forward]),
+        "overhead": median_of(seconds, lambda timing: timing[one.name] / least(timing)),
         "extra": median_of(
-            seconds, lambda found: (found[one.name] - least(found)) / found[forward]
+            seconds, lambda timing: (timing[one.name] - least(timing)) / timing[forward]
         ),
     }
     if one.contender.route.startswith("unrolled") and theirs in seconds[0]:
-        times["over"] = median_of(seconds, lambda found: found[one.name] / found[theirs])
+        times["over"] = median_of(seconds, lambda timing: timing[one.name] / timing[theirs])
     return times
 
 
@@ -234,13 +234,13 @@ def main(arguments: Sequence[str]) -> None:
     plan = Plan(sizes, windows, rounds, cap, given.reference_steps)
     measured = measure(plan, lambda line: print(line, file=sys.stderr))
     print(report.table(measured))
-    found = machine()
+    machine_facts = machine()
     seconds = round(time.perf_counter() - started)
-    print(f"{seconds} s in all, {found}")
+    print(f"{seconds} s in all, {machine_facts}")
     if given.output:
         path = Path(given.output)
         rows = measured.pop("rows")
-        write_json(path, [row | {"machine": found} for row in rows])
+        write_json(path, [row | {"machine": machine_facts} for row in rows])
         about = {
             "command": " ".join(["python -m recipes.evidence.bench", *arguments]),
             "environment": environment(),

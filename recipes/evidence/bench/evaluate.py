@@ -38,19 +38,19 @@ def evaluate(contender: Contender) -> Evaluated:
     one = Evaluated(contender)
     try:
         if contender.process is not None:
-            found = contender.process()
-            if found is None:
+            figures = contender.process()
+            if figures is None:
                 one.notes.append("out of memory")
                 return one
-            one.peak, one.flops = found["peak"], found["flops"]
-            one.hypergradient = torch.tensor(found["hypergradient"])
+            one.peak, one.flops = figures["peak"], figures["flops"]
+            one.hypergradient = torch.tensor(figures["hypergradient"])
             return one
         (result, one.flops), one.peak = with_peak(lambda: with_flops(contender.run))
     except REFUSALS as error:
         one.notes.append(f"refused: {str(error).splitlines()[0]}")
         return one
-    if contender.found is not None:
-        one.hypergradient = contender.found(result).detach()
+    if contender.extract is not None:
+        one.hypergradient = contender.extract(result).detach()
     if contender.reference == "darts" and isinstance(result, tuple):
         one.notes.append(f"left {result[1]:.0%} of the entries of θ changed")
     return one
@@ -81,11 +81,11 @@ def errors(
         if one.contender.steps > reference_steps:
             one.notes.append("not computed in float64")
             continue
-        found = one.hypergradient.double()
+        computed = one.hypergradient.double()
         wanted = look_up(one.contender.reference, one)
-        distances[one.name] = float((found - wanted).norm() / wanted.norm())
+        distances[one.name] = float((computed - wanted).norm() / wanted.norm())
         if one.contender.reference == GRADIENT:
             continue
         exact = look_up("unrolled", one)
-        cosines[one.name] = float(torch.cosine_similarity(found, exact, dim=0))
+        cosines[one.name] = float(torch.cosine_similarity(computed, exact, dim=0))
     return distances, cosines

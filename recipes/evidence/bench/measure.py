@@ -91,17 +91,17 @@ def in_rounds(
     for one in timed.values():
         if one.every == 1:
             one.run()
-    found: list[dict[str, float]] = []
+    seconds: list[dict[str, float]] = []
     for index in range(rounds):
-        found.append({})
+        seconds.append({})
         gc.collect()
         for name, one in draw.sample(list(timed.items()), len(timed)):
             if index % one.every == 0:
                 started = time.perf_counter()
                 one.run()
-                found[-1][name] = time.perf_counter() - started
-        report(f"round {index + 1} of {rounds}: {sum(found[-1].values()):.1f} s")
-    return found
+                seconds[-1][name] = time.perf_counter() - started
+        report(f"round {index + 1} of {rounds}: {sum(seconds[-1].values()):.1f} s")
+    return seconds
 
 
 def median_of(

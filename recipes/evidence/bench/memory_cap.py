@@ -68,8 +68,8 @@ def measure_torchopt(sizes: Sizes, window: int, steps: int, cap: int) -> dict[st
     output = capped([sys.executable, "-m", "recipes.evidence.bench.memory_cap", *arguments], cap)
     if output is None:
         return None
-    found = json.loads(output.splitlines()[-1])
-    return None if found.pop("resident") > cap else found
+    figures = json.loads(output.splitlines()[-1])
+    return None if figures.pop("resident") > cap else figures
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -77,8 +77,10 @@ def main(arguments: Sequence[str]) -> None:
     sizes, window, steps, threads = json.loads(arguments[0]), *map(int, arguments[1:])
     torch.set_num_threads(threads)
     case = make_case(Sizes(**sizes), window)
-    (found, flops), peak = with_peak(lambda: with_flops(lambda: torchopt_unroll(case, steps)))
-    measured = {"hypergradient": found.tolist(), "flops": flops, "peak": peak}
+    (hypergradient, flops), peak = with_peak(
+        lambda: with_flops(lambda: torchopt_unroll(case, steps))
+    )
+    measured = {"hypergradient": hypergradient.tolist(), "flops": flops, "peak": peak}
     print(json.dumps(measured | {"resident": _peak_resident("self")}))
 
 

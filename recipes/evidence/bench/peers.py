@@ -45,8 +45,8 @@ def torchopt_unroll(case: Case, steps: int) -> Tensor:
     with sdpa_kernel(SDPBackend.MATH):
         for batch in case.batches[:steps]:
             loss = case.problem.lower_loss(params, {"raw": raw}, batch)
-            found = torch.autograd.grad(loss, list(params.values()), create_graph=True)
-            grads = dict(zip(params, found, strict=True))
+            leaf_grads = torch.autograd.grad(loss, list(params.values()), create_graph=True)
+            grads = dict(zip(params, leaf_grads, strict=True))
             updates, state = optimizer.update(grads, state, params=params, inplace=False)
             params = torchopt.apply_updates(params, updates, inplace=False)
     loss = case.upper_loss(params, {"raw": raw}, case.upper_batch)
@@ -99,8 +99,8 @@ def darts_limit(case: Case) -> Tensor:
     with sdpa_kernel(SDPBackend.MATH):
         loss = case.problem.lower_loss(leaves, {"raw": raw}, case.batches[0])
         grads = torch.autograd.grad(loss, list(leaves.values()), create_graph=True)
-        found = torch.autograd.grad(grads, raw, list(direction.values()))[0]
-    return -found
+        product = torch.autograd.grad(grads, raw, list(direction.values()))[0]
+    return -product
 
 
 def betty_engine(case: Case) -> Callable[[], Tensor] | None:
@@ -117,7 +117,7 @@ def betty_engine(case: Case) -> Callable[[], Tensor] | None:
         return None
     configs = importlib.import_module("betty.configs")
     engine = importlib.import_module("betty.engine")
-    found: list[Tensor] = []
+    hypergradient: list[Tensor] = []
 
     class Lower(implicit):  # type: ignore[misc]
         def training_step(self, batch: Any) -> Tensor:
@@ -132,7 +132,7 @@ def betty_engine(case: Case) -> Callable[[], Tensor] | None:
             return case.upper_loss(params, {}, batch)
 
         def grad_callback(self) -> None:
-            found[:] = [self.module.raw.grad.clone()]
+            hypergradient[:] = [self.module.raw.grad.clone()]
 
     class Table(nn.Module):
         def __init__(self) -> None:
@@ -172,7 +172,7 @@ def betty_engine(case: Case) -> Callable[[], Tensor] | None:
 
     def iteration() -> Tensor:
         running.train_step()
-        return found[0]
+        return hypergradient[0]
 
     return iteration
 

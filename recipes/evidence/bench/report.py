@@ -88,21 +88,21 @@ def targets(
     batches = list(dict.fromkeys(detail["batch"] for detail in details))
 
     def figures(key: str, route: str, dtype: str, steps: int, batch: str | None) -> list[float]:
-        found = []
+        values = []
         for row, detail in pairs:
             value = row.get(key, detail.get(key))
             here = row["dtype"] == dtype and row["unroll_steps"] == steps
             here = here and batch in (None, detail["batch"])
             if here and detail["route"].startswith(route) and value is not None:
-                found.append(float(value))
-        return found
+                values.append(float(value))
+        return values
 
     result = []
     for batch in batches:
         for route, most in (("dot, upper-first", 1.05), ("dot, lower-first", 1.05), ("ghost", 1.2)):
-            found = figures("overhead_vs_floor", route, F32, 1, batch)
-            result.append(_at_most(f"{route}, {batch}: at most {most} x floor", most, found))
-        found = figures("extra_forwards", "jvp", F32, 1, batch)
+            values = figures("overhead_vs_floor", route, F32, 1, batch)
+            result.append(_at_most(f"{route}, {batch}: at most {most} x floor", most, values))
+        values = figures("extra_forwards", "jvp", F32, 1, batch)
         counted = [
             one - other
             for one, other in zip(
@@ -112,10 +112,12 @@ def targets(
             )
         ]
         what = f"jvp, {batch}: at most 3.6 forward passes beyond the floor"
-        result.append(_at_most(what, 3.6, found, counted))
+        result.append(_at_most(what, 3.6, values, counted))
     for dtype, most in ((F32, 1e-5), ("bfloat16", 0.02)):
-        found = [error for route in EXACT for error in figures("rel_error", route, dtype, 1, None)]
-        result.append(_at_most(f"errors of exact routes in {dtype}: at most {most:g}", most, found))
+        values = [error for route in EXACT for error in figures("rel_error", route, dtype, 1, None)]
+        result.append(
+            _at_most(f"errors of exact routes in {dtype}: at most {most:g}", most, values)
+        )
     windows = sorted({row["unroll_steps"] for row in rows})
     for route in ("unrolled", "unrolled, replay sqrt"):
         peaks = [
@@ -143,9 +145,9 @@ F32 = "float32"
 
 
 def _at_most(
-    target: str, most: float, found: Sequence[float], counted: Sequence[float] = ()
+    target: str, most: float, values: Sequence[float], counted: Sequence[float] = ()
 ) -> dict[str, Any]:
-    worst = max(found, default=None)
+    worst = max(values, default=None)
     return {
         "target": target,
         "at_most": most,

@@ -36,7 +36,7 @@ from recipes.evaluation.candidates import (
     solution_scores_of,
 )
 from recipes.evidence.smollm2.game24 import FILE, Sizes, write_parts
-from recipes.evidence.smollm2.position import auc_by_place, position_scores
+from recipes.evidence.smollm2.position import auc_by_position, position_scores
 from recipes.evidence.smollm2.weights import gguf_file, write_model
 from recipes.loading import read_solutions
 from recipes.options.base import PrmOptions
@@ -120,8 +120,8 @@ def once(options: Any, run: Callable[[Any], Path]) -> None:
 
 def seconds_of(run: Path) -> float:
     """How long a run took, whenever that was."""
-    found = json.loads((run / "results.json").read_text(encoding="utf-8"))
-    return float(round(sum(found["seconds"].values()), 1))
+    results = json.loads((run / "results.json").read_text(encoding="utf-8"))
+    return float(round(sum(results["seconds"].values()), 1))
 
 
 def scores_of(model: Path, work: Path, name: str, threads: int) -> list[Tensor]:
@@ -156,7 +156,7 @@ def figures(candidates: Candidates, judges: Mapping[str, Sequence[Tensor]]) -> l
             {
                 **_row(name, selected, majority),
                 "step_auc": float(roc_auc(labels, predictions)),
-                "step_auc_same_place": auc_by_place(candidates.data.examples, scores),
+                "step_auc_same_place": auc_by_position(candidates.data.examples, scores),
             }
         )
     return [*rows, _row(f"pass@{size} (oracle)", candidates.pass_at_n, majority)]
@@ -171,13 +171,13 @@ def _row(name: str, values: np.ndarray, baseline: np.ndarray) -> dict[str, Any]:
     }
 
 
-def table(found: Mapping[str, Any]) -> str:
+def table(figures: Mapping[str, Any]) -> str:
     """The rows in Markdown."""
     lines = [
         "| row | best of N | 95 % interval | AUC of steps | AUC within a place |",
         "|---|---|---|---|---|",
     ]
-    for row in found["rows"]:
+    for row in figures["rows"]:
         low, high = row["ci95"]
         aucs = [row.get(name) for name in ("step_auc", "step_auc_same_place")]
         shown = " | ".join("" if auc is None else f"{auc:.3f}" for auc in aucs)
@@ -252,9 +252,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
             "python -m recipes.evidence.smollm2.label --help says how to make it of what is "
             "published"
         )
-    found = check(given)
-    print(table(found))
-    write_json(Path(given.output), found)
+    figures = check(given)
+    print(table(figures))
+    write_json(Path(given.output), figures)
 
 
 if __name__ == "__main__":

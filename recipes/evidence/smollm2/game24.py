@@ -81,7 +81,7 @@ def split(
         )
     held_out = rng.sample(mixed, wanted)
     parts = {"test": held_out[: sizes.test_puzzles], "meta": held_out[sizes.test_puzzles :]}
-    found = {
+    held_out_rows = {
         name: [row for key in names for row in _mixed_draw(puzzles[key], sizes.candidates, rng)]
         for name, names in parts.items()
     }
@@ -91,7 +91,7 @@ def split(
     count = min(sizes.train_solutions // 2, len(right))
     train = rng.sample(right, count) + rng.sample(wrong, sizes.train_solutions - count)
     rng.shuffle(train)
-    return {"train": train, **found}
+    return {"train": train, **held_out_rows}
 
 
 def _mixed_draw(rows: Sequence[StepExample], count: int, rng: Random) -> list[StepExample]:

@@ -39,7 +39,7 @@ def after(left: Numbers, text: str) -> Numbers | None:
     if match is None:
         return None
     try:
-        a, b, result = (Fraction(match[place]) for place in (1, 3, 4))
+        a, b, result = (Fraction(match[group]) for group in (1, 3, 4))
         listed = sorted(Fraction(word) for word in match[5].split())
     except (ValueError, ZeroDivisionError):
         return None

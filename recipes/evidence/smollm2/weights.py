@@ -26,8 +26,8 @@ def gguf_file() -> Path:
         ModuleNotFoundError: It is not installed, or holds no GGUF file; says what to install.
     """
     spec = find_spec(PACKAGE)
-    places = [] if spec is None else list(spec.submodule_search_locations or ())
-    files = sorted(path for place in places for path in Path(place).glob("*.gguf"))
+    folders = [] if spec is None else list(spec.submodule_search_locations or ())
+    files = sorted(path for folder in folders for path in Path(folder).glob("*.gguf"))
     if find_spec("gguf") is None or not files:
         raise ModuleNotFoundError(
             f"expected the packages gguf and {PACKAGE} with a .gguf file in it, found "

@@ -7,8 +7,8 @@ import json
 import pytest
 
 from prm.data.reader import read_examples
-from prm.schema import DataError, Step, StepExample
 from prm.data.stepwise_writer import read_weights, write_stepwise
+from prm.schema import DataError, Step, StepExample
 from tests.prm.tiny import save_image
 
 
