@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tests.prm.data.good_records import GOOD, JOINT, SYSTEM, gpt, human
+from tests.prm.data.formats.good_records import GOOD, JOINT, SYSTEM, gpt, human
 
 import copy
 import json
