@@ -54,7 +54,7 @@ train-domain: $(COLD) ## Domain Table
 baseline: $(COLD) ## No Selection: the same training with all weights 1
 	$(RUN) train --config baseline
 
-results: $(DATA) ## every row of the README's table over several seeds (about two hours)
+results: $(DATA) ## every row of the table in docs/results.md over several seeds (about two hours)
 	$(RUN) compare
 
 noisy-labels: $(VENV)/installed ## another problem: learned weights for rows with wrong labels

@@ -39,32 +39,58 @@ class Readable(griffe.Extension):
 def markdown(text: str) -> str:
     """Return a docstring with its literal blocks and tables as Markdown has them."""
     lines: list[str] = []
-    in_table = False
     source = text.splitlines()
-    for number, line in enumerate(source):
-        if _RULE.match(line):
-            ends = in_table and not any(map(_RULE.match, _block(source, number + 1)))
-            if not in_table:
-                lines += [_indent(line) + "```text"]
-            lines.append(line)
-            in_table = True
-            if ends:
-                lines.append(_indent(line) + "```")
-                in_table = False
+    while source:
+        if _RULE.match(source[0]):
+            size = _table_size(source)
+            lines += _table(source[:size])
+            del source[:size]
         else:
             # Examples in ``Args`` may have "::" too, but code does not end in it.
-            lines.append(re.sub(r"::$", ":", line))
+            lines.append(re.sub(r"::$", ":", source.pop(0)))
     return "\n".join(lines)
 
 
-def _block(lines: list[str], start: int) -> list[str]:
-    """Lines from ``start`` to the next blank one."""
-    block: list[str] = []
-    for line in lines[start:]:
+def _table_size(lines: list[str]) -> int:
+    """Return how many lines a table has: to its last rule before a blank line."""
+    size = 0
+    for number, line in enumerate(lines):
         if not line.strip():
             break
-        block.append(line)
-    return block
+        if _RULE.match(line):
+            size = number + 1
+    return size
+
+
+def _table(lines: list[str]) -> list[str]:
+    """Return a table as Markdown; a row whose first cell is empty continues the one before."""
+    starts = [match.start() for match in re.finditer("=+", lines[0])]
+    rules = [number for number, line in enumerate(lines) if _RULE.match(line)]
+    rows: list[list[str]] = []
+    for line in lines[1:]:
+        if _RULE.match(line):
+            continue
+        cells = _cells(line, starts)
+        if cells[0] or not rows:
+            rows.append(cells)
+        else:
+            rows[-1] = [f"{old} {new}".strip() for old, new in zip(rows[-1], cells, strict=True)]
+    if len(rules) == 2:  # a table without a header
+        rows.insert(0, [""] * len(starts))
+    rows.insert(1, ["---"] * len(starts))
+    indent = _indent(lines[0])
+    return ["", *(f"{indent}| {' | '.join(row)} |" for row in rows), ""]
+
+
+def _cells(line: str, starts: list[int]) -> list[str]:
+    """Return the cells of a line; a word that stands across a start belongs to the cell before."""
+    at = [
+        start if line[start - 1 : start].isspace() else max(start, line.find(" ", start))
+        for start in starts[1:]
+    ]
+    return [
+        line[start:end].strip() for start, end in zip([starts[0], *at], [*at, None], strict=True)
+    ]
 
 
 def _indent(line: str) -> str:

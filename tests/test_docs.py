@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import re
 from pathlib import Path
 
@@ -46,6 +47,21 @@ def test_an_idea_is_found_by_its_name(idea):
     assert paths
     for path in paths:
         assert (ROOT / path).exists(), path
+
+
+def test_the_layers_are_those_that_are_held():
+    text = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    table = text.split("\n| package | layers")[1].split("\n\n")[0]
+    rows = dict(re.findall(r"^\| (\w+) \| (.*) \|$", table.replace("`", ""), re.MULTILINE))
+    module = ast.parse((ROOT / "tests" / "test_layers.py").read_text(encoding="utf-8"))
+    (layers,) = (
+        ast.literal_eval(node.value)
+        for node in module.body
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "LAYERS"
+    )
+    assert {
+        name: [layer.split(", ") for layer in row.split(" < ")] for name, row in rows.items()
+    } == {name: [list(layer) for layer in row] for name, row in layers.items()}
 
 
 def test_the_name_of_the_file_is_that_of_the_idea():

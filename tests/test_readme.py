@@ -164,7 +164,7 @@ def test_make_targets_exist():
         assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
 
 
-FOLDERS = ("bilevel", "weighting", "prm", "recipes", "results", "tests", "docs")
+FOLDERS = ("bilevel", "weighting", "prm", "recipes", "results", "tests", "docs", "examples")
 
 
 @pytest.mark.parametrize("page", PAGES)

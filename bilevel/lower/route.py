@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Protocol, TypeAlias
+from typing import ClassVar, Protocol, TypeAlias, runtime_checkable
 
 from torch import Tensor
 
@@ -55,6 +55,7 @@ class DerivativeRequest:
         return self.upper_params if self.upper else tree.map(lambda _: None, self.upper_params)
 
 
+@runtime_checkable
 class Route(Protocol):
     """A frozen dataclass of its settings; ``bilevel.routes`` has those that there are.
 

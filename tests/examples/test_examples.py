@@ -12,7 +12,7 @@ from types import ModuleType
 import pytest
 import torch
 
-from bilevel import SGD, Unrolled
+from bilevel import SGD, Point, Unrolled, Window, take_window
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 SCRIPTS = sorted(EXAMPLES.glob("*.py"))
@@ -73,9 +73,9 @@ def test_maml_is_the_derivative_through_steps_from_phi():
     known, other = (tuple(part.double() for part in rows) for rows in (known, other))
     phi = {name: torch.randn(shape).double() / 4 for name, shape in example.SHAPES.items()}
     problem, optimizer = example.BilevelProblem(example.error, example.error), SGD(0.03)
-    result = Unrolled().window(
-        problem, optimizer, zeros, phi, optimizer.init(zeros), [[known]] * 3, other
-    )
+    start = Point(zeros, optimizer.init(zeros))
+    window = Window(problem, optimizer, start, phi, [[known]] * 3)
+    _, result = take_window(window, Unrolled(), other)
 
     leaves = {name: leaf.clone().requires_grad_() for name, leaf in phi.items()}
     total = torch.zeros((), dtype=torch.float64)

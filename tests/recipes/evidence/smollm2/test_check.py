@@ -20,12 +20,12 @@ GIVEN = {"threads": 1, "seed": 0, "layers": 8, "cold_steps": 3, "steps": 2, "low
 
 
 def test_options_go_together_and_freeze_all_but_the_top(tmp_path):
-    runs = check.train_options(tmp_path, tmp_path / "model", argparse.Namespace(**GIVEN))
+    runs = check.options_of_runs(tmp_path, tmp_path / "model", argparse.Namespace(**GIVEN))
     for options in runs:
         check_together(options)
         assert options.lower.freeze == ("embed_tokens", *(f"layers.{n}" for n in range(22)))
     cold, plain, net = runs
-    assert (cold.steps, plain.steps, net.steps) == (3, 2, 2)
+    assert (cold.lower.steps, plain.lower.steps, net.lower.steps) == (3, 2, 2)
     assert plain.init_from == net.init_from == str(tmp_path / "cold-start" / "model")
 
 
