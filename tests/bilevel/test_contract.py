@@ -4,7 +4,7 @@
 claim                  tests (float64 unless said)
 =====================  ==================================================================
 OneStep                every route × {SGD, momentum, Nesterov, Adam, AdamW} × every layer of
-                       the zoo: test_hypergradient; RMSProp, Adagrad: here
+                       the zoo: test_one_step; RMSProp, Adagrad: here
 Unrolled               {SGD, momentum, Adam} × every layer × {Jvp, Reverse, differences}:
                        test_unrolled; the other optimizers: here; TorchOpt's graph for all
 Implicit               closed forms, Newton's solutions: test_implicit; every layer: here

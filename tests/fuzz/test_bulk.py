@@ -27,7 +27,7 @@ from tests.fuzz.checks import check_examples, check_refusal, read_rows
 from tests.fuzz.good_files import PLAIN, SCORES, TRAIN, WEIGHTS, YAML, pictures, weightings
 from tests.fuzz.strategies import RAW, TEXTS, dumps
 from tests.fuzz.trial import EXAMPLES, SUITE, attempt
-from tests.prm.data.good_records import GOOD
+from tests.prm.data.formats.good_records import GOOD
 from tests.recipes.run.toy_problem import TOY, toy
 from weighting import load_weighting, row_index
 

@@ -20,7 +20,7 @@ from recipes.embedded.vocabulary import build_tokenizer
 from tests.fuzz.checks import check_examples, check_refusal, read_rows
 from tests.fuzz.strategies import TEXTS, files
 from tests.fuzz.trial import attempt, fuzzed
-from tests.prm.data.good_records import GOOD
+from tests.prm.data.formats.good_records import GOOD
 
 ALL = list(GOOD.values())
 

@@ -5,6 +5,10 @@ from __future__ import annotations
 from dataclasses import fields
 from typing import Any
 
+import recipes.run.directory
+import recipes.run.resume
+import recipes.train.cold_start
+import recipes.train.training
 from recipes.options.flat import flat_options, flatten
 from recipes.options.parse import changed
 from recipes.options.rules import unread
@@ -33,6 +37,18 @@ def _recording(options: Any, seen: set[str]) -> Any:
     return Recording(
         **{n: _recording(value, seen) if n in nested else value for n, value in values.items()}
     )
+
+
+def read_only_what_is_used(monkeypatch) -> None:
+    """Take from training and cold start what looks at every option without using one.
+
+    These are the files that keep the options of a run, and the check of what was given.
+    """
+    monkeypatch.setattr(recipes.run.directory, "to_yaml", lambda options: "")
+    monkeypatch.setattr(recipes.run.directory, "flatten", lambda options: {})
+    monkeypatch.setattr(recipes.run.resume, "identity", lambda options, model: {})
+    for module in (recipes.train.training, recipes.train.cold_start):
+        monkeypatch.setattr(module, "check_together", lambda options: None)
 
 
 def not_read(kind: type[Any], *seen: set[str]) -> set[str]:

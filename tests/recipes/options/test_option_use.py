@@ -12,10 +12,6 @@ from typing import Literal, get_args, get_origin, get_type_hints
 import pytest
 import torch
 
-import recipes.run.directory
-import recipes.run.resume
-import recipes.train.cold_start
-import recipes.train.training
 import recipes.use.evaluate
 import recipes.use.weigh
 from bilevel import SGD, AdamW, LazyRowAdam, OneStep, Projected, WarmupCosine
@@ -53,7 +49,7 @@ from recipes.train.objective import Objective
 from recipes.train.results import row_name
 from recipes.train.time_scale import time_scale
 from recipes.train.training import run_training
-from tests.recipes.options.recorded import not_read, recorded, where_read
+from tests.recipes.options.recorded import not_read, read_only_what_is_used, recorded, where_read
 from tests.tiny_task import FORWARD_MODE
 from weighting import FEATURES, DomainTable, InstanceNet, InstanceTable
 
@@ -108,12 +104,7 @@ def test_every_option_is_read(options):
 @pytest.fixture
 def recording(monkeypatch):
     """Options, and the set of those that have been read since."""
-    monkeypatch.setattr(recipes.run.directory, "to_yaml", lambda options: "")
-    monkeypatch.setattr(recipes.run.directory, "flatten", lambda options: {})
-    monkeypatch.setattr(recipes.run.resume, "identity", lambda options, model: {})
-    # The check of what was given looks at every field; it is not what uses one.
-    for module in (recipes.train.training, recipes.train.cold_start):
-        monkeypatch.setattr(module, "check_together", lambda options: None)
+    read_only_what_is_used(monkeypatch)
     monkeypatch.setattr(recipes.use.evaluate, "check_together", lambda options: None)
     monkeypatch.setattr(recipes.use.weigh, "check_together", lambda options: None)
     monkeypatch.setattr(recipes.use.weigh, "refuse_given", lambda *_: None)

@@ -12,7 +12,7 @@ from prm.data.formats.table import FORMATS
 from prm.data.reader import Row, iter_rows, read_examples
 from prm.names import FORMAT_NAMES
 from prm.schema import DataError, Step, StepExample
-from tests.prm.data.good_records import GOOD, SYSTEM, gpt, human
+from tests.prm.data.formats.good_records import GOOD, SYSTEM, gpt, human
 
 
 def write(folder: Path, *records, array=False) -> Path:

@@ -7,9 +7,6 @@ from typing import Literal, get_args, get_origin
 
 import pytest
 
-import recipes.run.directory
-import recipes.run.resume
-import recipes.train.training
 from recipes.options.choices import NetOptions
 from recipes.options.flat import flat_options, flatten
 from recipes.options.parse import PRESETS, cold_start_options, resolve, train_options
@@ -17,7 +14,7 @@ from recipes.options.rules import check_together, unread
 from recipes.options.train import ColdStartOptions, TrainOptions
 from recipes.options.values import OptionError, convert, element
 from recipes.train.training import run_training
-from tests.recipes.options.recorded import not_read, recorded
+from tests.recipes.options.recorded import not_read, read_only_what_is_used, recorded
 
 ENTRIES = flat_options(TrainOptions)
 
@@ -243,10 +240,7 @@ RUNS = {
 @pytest.mark.parametrize("name", RUNS)
 def test_whatever_a_run_does_not_read_would_be_refused(task, tmp_path, monkeypatch, name):
     """The conditions are complete: they hold for what runs do, not for what is said of them."""
-    monkeypatch.setattr(recipes.run.directory, "to_yaml", lambda options: "")
-    monkeypatch.setattr(recipes.run.directory, "flatten", lambda options: {})
-    monkeypatch.setattr(recipes.run.resume, "identity", lambda options, model: {})
-    monkeypatch.setattr(recipes.train.training, "check_together", lambda options: None)
+    read_only_what_is_used(monkeypatch)
     given = task.train(tmp_path / "run", steps=2, **RUNS[name])
     check_together(given)
     options, seen = recorded(given)
