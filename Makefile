@@ -106,9 +106,11 @@ lint: $(VENV)/installed-dev ## check style and types
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
+	$(VENV)/bin/mypy --strict examples
 
 type: $(VENV)/installed-dev
 	$(VENV)/bin/mypy
+	$(VENV)/bin/mypy --strict examples
 
 format: $(VENV)/installed-dev ## apply the style
 	$(VENV)/bin/ruff check --fix .

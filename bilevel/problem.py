@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Generic, TypeAlias, TypeGuard, TypeVar
 
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from bilevel import tree
@@ -16,7 +16,8 @@ Params: TypeAlias = Tree  # of floating-point tensors, usually dict[str, Tensor]
 
 # Whatever the functions of the problem understand: the library hands it on and never looks into it.
 Batch: TypeAlias = object
-Loss: TypeAlias = Tensor | tuple[Tensor, Any]  # a scalar, or a scalar and auxiliary outputs
+# A scalar, or a scalar and auxiliary outputs.
+Loss: TypeAlias = Float[Tensor, ""] | tuple[Float[Tensor, ""], Any]
 
 # What the user's functions take: lower parameters, upper parameters, a batch.
 Lower = TypeVar("Lower", bound=Tree)
@@ -70,11 +71,11 @@ class ReweightingProblem(Generic[Lower, Upper, BatchT]):
     training mode, no contrastive terms); ``check_hypergradient`` finds out.
     """
 
-    per_example_loss: Callable[[Lower, BatchT], tuple[Tensor, Any]]
-    weights: Callable[[Upper, BatchT, Any], Tensor]
+    per_example_loss: Callable[[Lower, BatchT], tuple[Float[Tensor, " batch"], Any]]
+    weights: Callable[[Upper, BatchT, Any], Float[Tensor, " batch"]]
     upper_loss: Callable[[Lower, Upper, BatchT], Loss]
     detach_features: bool = True
-    rows: Callable[[BatchT], Mapping[int, Tensor]] | None = None
+    rows: Callable[[BatchT], Mapping[int, Int[Tensor, " rows"]]] | None = None
 
     def lower_loss(
         self, lower_params: Lower, upper_params: Upper, batch: BatchT
@@ -168,7 +169,7 @@ def detached(aux: T) -> T:
     return tree.map(_detach, aux)
 
 
-def _value_and_aux(value: Loss, name: str) -> tuple[Float[Tensor, ""], Any]:
+def _value_and_aux(value: object, name: str) -> tuple[Float[Tensor, ""], Any]:
     loss, aux = value if isinstance(value, tuple) and len(value) == 2 else (value, None)
     if not isinstance(loss, Tensor) or loss.dim() != 0:
         shape = tuple(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Generic, NamedTuple, cast
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from bilevel import tree
@@ -316,6 +317,6 @@ def _clipped(optimizer: Optimizer, norm: Tensor) -> Tensor:
     return clip_scale(norm, max_norm) < 1.0
 
 
-def _joined(pieces: Sequence[Tensor | None]) -> Tensor | None:
+def _joined(pieces: Sequence[Float[Tensor, " _"] | None]) -> Float[Tensor, " batch"] | None:
     present = [piece.detach() for piece in pieces if piece is not None]
     return torch.cat(present) if present else None

@@ -71,4 +71,4 @@ class StepInfo(NamedTuple):
     notes: tuple[str, ...]
     lower_aux: tuple[Any, ...] = ()
     upper_aux: Any = None
-    figures: Mapping[str, Tensor] = {}  # never written to
+    figures: Mapping[str, Float[Tensor, ""]] = {}  # never written to

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, Protocol
 
+from jaxtyping import Float
 from torch import Tensor
 
 from bilevel.lower.steps import LowerSteps, Point, Recorder, Window, take_steps
@@ -22,7 +23,7 @@ class HypergradientResult(NamedTuple):
     """The hypergradient of a window.
 
     Attributes:
-        upper_loss: The upper loss where it was evaluated, scalar.
+        upper_loss: The upper loss where it was evaluated.
         hypergradient: dL_upper/dφ, None leaves where φ has no influence.
         memory: What the method keeps for the next window, a pytree of tensors or None.
         figures: Further scalars for the log: residual, iterations, stationarity, ...
@@ -30,10 +31,10 @@ class HypergradientResult(NamedTuple):
         upper_aux: What the upper loss returned beside its value, detached.
     """
 
-    upper_loss: Tensor
+    upper_loss: Float[Tensor, ""]
     hypergradient: Tree
     memory: Any
-    figures: Mapping[str, Tensor] = {}  # never written to
+    figures: Mapping[str, Float[Tensor, ""]] = {}  # never written to
     notes: tuple[str, ...] = ()
     upper_aux: Any = None
 

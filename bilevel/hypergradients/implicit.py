@@ -9,6 +9,7 @@ from typing import ClassVar, NamedTuple
 
 import optree
 import torch
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from bilevel import tree
@@ -39,11 +40,11 @@ class ImplicitMemory(NamedTuple):
 
     Attributes:
         solution: q like θ (at least float32), the next warm start; None without ``warm_start``.
-        warned: Whether ``StationarityWarning`` has been given, bool scalar.
+        warned: Whether ``StationarityWarning`` has been given.
     """
 
     solution: Tree
-    warned: Tensor
+    warned: Bool[Tensor, ""]
 
 
 @dataclass(frozen=True)
@@ -251,7 +252,7 @@ def _not_stationary(stationarity: float, tolerance: float) -> str:
     )
 
 
-def _figures(solved: LinearSolution, grads: Tree) -> dict[str, Tensor]:
+def _figures(solved: LinearSolution, grads: Tree) -> dict[str, Float[Tensor, ""]]:
     numbers = {
         "residual": solved.residual,
         "iterations": float(solved.iterations),

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
+from jaxtyping import Int64
 from torch import Tensor
 
 from bilevel import tree
@@ -26,10 +27,10 @@ Order = Literal["lower-first", "upper-first"]
 
 
 class DirectionAverage(NamedTuple):
-    """Exponential average of v and the number of upper gradients in it (int64 scalar)."""
+    """Exponential average of v and the number of upper gradients in it."""
 
     average: Tree
-    updates: Tensor
+    updates: Int64[Tensor, ""]
 
 
 @dataclass(frozen=True)

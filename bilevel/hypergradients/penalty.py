@@ -6,6 +6,7 @@ from dataclasses import dataclass, is_dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
+from jaxtyping import Float, Int64
 from torch import Tensor
 
 from bilevel import tree
@@ -38,12 +39,12 @@ class PenaltyMemory(NamedTuple):
     Attributes:
         params: y, the second copy of θ.
         optimizer_state: Of the optimizer that moves it.
-        updates: Hypergradients computed so far, int64 scalar; what a schedule of λ sees.
+        updates: Hypergradients computed so far; what a schedule of λ sees.
     """
 
     params: Params
     optimizer_state: Any
-    updates: Tensor
+    updates: Int64[Tensor, ""]
 
 
 class _Step(NamedTuple):
@@ -255,10 +256,10 @@ def _lower_gradient(
 
 def _excess(
     problem: Problem, micro: MicroBatch, params: Params, copy: Params, upper_params: Params
-) -> Tensor:
-    """Return L_lower(y, φ) − L_lower(θ, φ) on a micro-batch, scalar, with a graph to φ."""
+) -> Float[Tensor, ""]:
+    """Return L_lower(y, φ) − L_lower(θ, φ) on a micro-batch, with a graph to φ."""
 
-    def value(at: Params) -> Tensor:
+    def value(at: Params) -> Float[Tensor, ""]:
         with random_state.rewound_to(micro.random, params):
             return lower_value(problem, at, upper_params, micro.batch)[0]
 

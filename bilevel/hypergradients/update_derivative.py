@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from bilevel import tree
@@ -140,7 +141,13 @@ class Sama:
         beta1, beta2 = optimizer.betas
         lr = optimizer.lr(int(state.steps)) if callable(optimizer.lr) else optimizer.lr
 
-        def factor(bar: Tensor, m: Tensor, s: Tensor, new_m: Tensor, new_s: Tensor) -> Tensor:
+        def factor(
+            bar: Float[Tensor, "*shape"],
+            m: Float[Tensor, "*shape"],
+            s: Float[Tensor, "*shape"],
+            new_m: Float[Tensor, "*shape"],
+            new_s: Float[Tensor, "*shape"],
+        ) -> Float[Tensor, "*shape"]:
             seen = (new_m - beta1 * m) / (1.0 - beta1)
             bend = (1.0 - beta1) * beta2 * s - beta1 * (1.0 - beta2) * seen * m
             return (bar.to(s.dtype) * bend / (new_s.sqrt() + optimizer.eps) ** 3 * -lr).to(bar)

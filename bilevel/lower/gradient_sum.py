@@ -18,6 +18,7 @@ from collections.abc import Callable
 
 import optree
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from bilevel import tree
@@ -38,11 +39,11 @@ class GradientSum:
         self.leaves: list[Tensor | None]
         self.leaves, self.structure = optree.tree_flatten(params, none_is_leaf=True)
         self._sums: list[Tensor | None] = [None] * len(self.leaves)
-        self._pending: list[tuple[float | Tensor, list[Tensor | None]]] = []
+        self._pending: list[tuple[float | Float[Tensor, ""], list[Tensor | None]]] = []
         self._widen = widen
 
     @torch.no_grad()
-    def add(self, factor: float | Tensor, grads: Tree, *, kept: bool = False) -> None:
+    def add(self, factor: float | Float[Tensor, ""], grads: Tree, *, kept: bool = False) -> None:
         """Add ``factor · grads``; the tensors given are not changed.
 
         Args:
@@ -61,7 +62,7 @@ class GradientSum:
                 self.add_leaf(index, factor, grad)
 
     def add_leaf(
-        self, index: int, factor: float | Tensor, grad: Tensor, *, own: bool = False
+        self, index: int, factor: float | Float[Tensor, ""], grad: Tensor, *, own: bool = False
     ) -> None:
         """Add ``factor · grad`` to one leaf, in the caller's grad mode.
 
@@ -113,9 +114,9 @@ class GradientStream:
     def __init__(self, total: GradientSum, direction: Tree | None) -> None:
         self.params = as_leaves(total.structure.unflatten(total.leaves))
         self._direction = direction
-        self._factor: list[Tensor] = []
+        self._factor: list[Float[Tensor, ""]] = []
         # In the order of ``tree.vdot``.
-        self._terms: list[list[Tensor]] = [[] for _ in total.leaves]
+        self._terms: list[list[Float[Tensor, ""]]] = [[] for _ in total.leaves]
         self._wanted = tree.leaves(self.params)
         along: list[Tensor | None] = [None] * len(total.leaves)
         if direction is not None:
@@ -126,7 +127,9 @@ class GradientStream:
                 hook = _hook(total, self._factor, index, mu, terms)
                 leaf.register_post_accumulate_grad_hook(hook)
 
-    def backward(self, factor: Tensor, loss: Tensor) -> Tensor | None:
+    def backward(
+        self, factor: Float[Tensor, ""], loss: Float[Tensor, ""]
+    ) -> Float[Tensor, ""] | None:
         """Add ``factor · ∇loss`` to the sum, and return ⟨μ, ∇loss⟩, None without μ.
 
         Args:
@@ -145,10 +148,10 @@ class GradientStream:
 
 def _hook(
     total: GradientSum,
-    factor: list[Tensor],
+    factor: list[Float[Tensor, ""]],
     index: int,
     direction: Tensor | None,
-    terms: list[Tensor],
+    terms: list[Float[Tensor, ""]],
 ) -> Callable[[Tensor], None]:
     # Knows nothing of the leaf that it hangs on, whose memory a cycle would hold.
     def use(leaf: Tensor) -> None:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from functools import cached_property, partial
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from bilevel import tree
@@ -35,10 +36,10 @@ class LowerPass:
 
     grads: Tree
     micro_batches: list[MicroBatch]
-    norm: Tensor | None = None
+    norm: Float[Tensor, ""] | None = None
 
     @cached_property
-    def grad_norm(self) -> Tensor:
+    def grad_norm(self) -> Float[Tensor, ""]:
         """Norm of the gradient, scalar; also of a summary, which has no gradient any more."""
         return tree.norm(self.grads) if self.norm is None else self.norm
 

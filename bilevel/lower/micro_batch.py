@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
+from jaxtyping import Float
 from torch import Tensor
 
 from bilevel import tree
@@ -36,25 +37,25 @@ class MicroBatch:
         batch: The micro-batch.
         random: The random state from which it was run.
         size: Examples (1 if the problem does not say).
-        loss: Mean weighted loss, scalar.
-        losses: Per example [size]; None for a ``BilevelProblem``.
-        weights: [size]; with a graph to φ if features are detached and φ requires grad.
-        dots: μ -> ⟨μ, ∇ℓ_i⟩ / size, [size]; None: the product needs another pass.
+        loss: Mean weighted loss.
+        losses: Per example; None for a ``BilevelProblem``.
+        weights: Per example; with a graph to φ if features are detached and φ requires grad.
+        dots: μ -> ⟨μ, ∇ℓ_i⟩ / size, per example; None: the product needs another pass.
         note: Why the route in use did not apply; None if it did.
         aux: What the lower loss returned beside its value, detached.
-        factor: What the gradient is still to be multiplied by, scalar; None: by nothing.
+        factor: What the gradient is still to be multiplied by; None: by nothing.
     """
 
     batch: Batch
     random: RandomState
     size: int
-    loss: Tensor
-    losses: Tensor | None = None
-    weights: Tensor | None = None
-    dots: Callable[[Tree], Tensor] | None = None
+    loss: Float[Tensor, ""]
+    losses: Float[Tensor, " batch"] | None = None
+    weights: Float[Tensor, " batch"] | None = None
+    dots: Callable[[Tree], Float[Tensor, " batch"]] | None = None
     note: str | None = None
     aux: Any = None
-    factor: Tensor | None = None
+    factor: Float[Tensor, ""] | None = None
 
     def summary(self) -> MicroBatch:
         """Return the figures alone, for the record of a step: no batch, no graph, no closure."""
@@ -126,9 +127,12 @@ def detached_backward(context: PassContext, batch: Batch, random: RandomState) -
 
 
 def weighted_batch(
-    batch: Batch, random: RandomState, losses: Tensor, weights: Tensor
+    batch: Batch,
+    random: RandomState,
+    losses: Float[Tensor, " batch"],
+    weights: Float[Tensor, " batch"],
 ) -> MicroBatch:
-    """Return what is left of a micro-batch with these losses and weights, [size] each."""
+    """Return what is left of a micro-batch with these losses and weights."""
     losses = losses.detach()
     loss = weighted_mean(weights.detach(), losses)
     return MicroBatch(batch, random, len(losses), loss, losses, weights)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from jaxtyping import Float
 from torch import Tensor
 
 from bilevel import tree
@@ -39,8 +40,8 @@ def mixed_product(
         RuntimeError: A torch operation has no derivative of the kind that the route needs.
     """
     product: Tree = tree.map(lambda _: None, upper_params)
-    weights: list[Tensor] = []
-    cotangents: list[Tensor] = []
+    weights: list[Float[Tensor, " _"]] = []
+    cotangents: list[Float[Tensor, " _"]] = []
     for micro, share in zip(passed.micro_batches, passed.shares, strict=True):
         slopes = None
         if is_separable(problem):

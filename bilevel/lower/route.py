@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol, TypeAlias, runtime_checkable
 
+from jaxtyping import Float
 from torch import Tensor
 
 from bilevel import tree
@@ -90,7 +91,7 @@ class Route(Protocol):
         micro: MicroBatch,
         lower_params: Params,
         direction: Tree,
-    ) -> Tensor | None:
+    ) -> Float[Tensor, " batch"] | None:
         """Return ``⟨μ, ∇ℓ_i⟩ / size``, [size], for detached features; μ like θ.
 
         None: the route does not take the losses apart, and ``gradient_derivative`` serves.

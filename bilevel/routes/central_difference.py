@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from bilevel import tree
@@ -77,13 +78,13 @@ class CentralDifference(PlainBackward):
         micro: MicroBatch,
         lower_params: Params,
         direction: Tree,
-    ) -> Tensor | None:
+    ) -> Float[Tensor, " batch"] | None:
         """Return ``⟨μ, ∇ℓ_i⟩ / size``, [size], from the losses on both sides."""
         if micro.dots is not None:
             return micro.dots(direction)
         assert micro.losses is not None
 
-        def losses(params: Params, batch: Batch) -> tuple[Tensor]:
+        def losses(params: Params, batch: Batch) -> tuple[Float[Tensor, " batch"]]:
             with random_state.rewound_to(micro.random, lower_params):
                 return (problem.losses(params, batch)[0],)
 

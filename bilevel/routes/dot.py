@@ -7,6 +7,7 @@ from functools import partial
 from typing import ClassVar
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from bilevel import tree
@@ -60,8 +61,10 @@ def _streamed_backward(
     return Backward(None, micro if known is None else replace(micro, dots=lambda _: known[None]))
 
 
-def _single_loss(context: PassContext, params: Params, batch: Batch) -> tuple[Tensor, Tensor]:
-    """Return loss and weight of the only example, [1] each."""
+def _single_loss(
+    context: PassContext, params: Params, batch: Batch
+) -> tuple[Float[Tensor, "1"], Float[Tensor, "1"]]:
+    """Return loss and weight of the only example."""
     problem = context.reweighting
     losses, features = problem.losses(params, batch)
     if len(losses) != 1:
@@ -75,7 +78,7 @@ def _single_loss(context: PassContext, params: Params, batch: Batch) -> tuple[Te
 def single_example(context: PassContext, micro: MicroBatch, grads: Tree) -> MicroBatch:
     """Return what the only example leaves: its gradient is still to be multiplied by its weight."""
 
-    def dots(direction: Tree) -> Tensor:
+    def dots(direction: Tree) -> Float[Tensor, "1"]:
         with torch.no_grad():
             return tree.vdot(grads, direction)[None]
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from bilevel import tree
@@ -30,7 +31,7 @@ class ForwardProducts(PlainBackward):
         micro: MicroBatch,
         lower_params: Params,
         direction: Tree,
-    ) -> Tensor | None:
+    ) -> Float[Tensor, " batch"] | None:
         """Return ``⟨μ, ∇ℓ_i⟩ / size``, [size]."""
         if micro.dots is not None:
             return micro.dots(direction)
@@ -60,7 +61,7 @@ def loss_tangents(
     micro: MicroBatch,
     lower_params: Params,
     direction: Tree,
-) -> Tensor:
+) -> Float[Tensor, " batch"]:
     """Return the forward-mode derivative of the losses along μ, over the size; [size].
 
     Zeros if no parameter moves.
@@ -70,13 +71,13 @@ def loss_tangents(
     if not primals:
         return torch.zeros_like(micro.losses) / micro.size
 
-    def losses(*leaves: Tensor) -> Tensor:
+    def losses(*leaves: Tensor) -> Float[Tensor, " batch"]:
         with random_state.rewound_to(micro.random, lower_params):
             return problem.losses(rebuild(leaves), micro.batch)[0]
 
     moved = tuple(t.to(p.dtype) for t, p in zip(tangents, primals, strict=True))
     with torch.no_grad(), differentiable_kernels():
-        slopes: Tensor = torch.func.jvp(losses, primals, moved)[1]
+        slopes: Float[Tensor, " batch"] = torch.func.jvp(losses, primals, moved)[1]
         return slopes / micro.size
 
 
@@ -89,7 +90,7 @@ def gradient_tangent(at: DerivativeRequest) -> Sequence[Tensor]:
     fixed = tree.map(Tensor.detach, at.upper_params)
     present = tuple(leaf.detach() for leaf in tree.leaves(at.upper_wanted))
 
-    def loss(lower_leaves: Sequence[Tensor], upper_leaves: Sequence[Tensor]) -> Tensor:
+    def loss(lower_leaves: Sequence[Tensor], upper_leaves: Sequence[Tensor]) -> Float[Tensor, ""]:
         with random_state.rewound_to(at.micro.random, at.lower_params):
             upper = put(fixed, upper_leaves) if present else fixed
             return lower_value(at.problem, rebuild(lower_leaves), upper, at.micro.batch)[0]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import optree
+from jaxtyping import Float
 from torch import Tensor
 from torch.utils.checkpoint import CheckpointError
 
@@ -82,7 +83,7 @@ def tapped_backward(
             plain = detached_backward(context, batch, random)
         return plain._replace(micro=replace(plain.micro, note=note))
 
-    def dots(direction: Tree) -> Tensor:
+    def dots(direction: Tree) -> Float[Tensor, " batch"]:
         if keep:
             return taps.later_dots(_by_leaf(context.lower_params, direction))
         assert taps.dots is not None

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
+from jaxtyping import Float, Float64
 from torch import Tensor
 
 from bilevel.checks import require
@@ -85,8 +86,8 @@ class Nystrom:
             )
         return system.finish(unflat(x, system.rhs), basis.shape[1], notes)
 
-    def _basis(self, entries: int) -> Tensor:
-        """Return Ω [entries, rank] with orthonormal columns, float64, on the CPU."""
+    def _basis(self, entries: int) -> Float64[Tensor, "{entries} rank"]:
+        """Return Ω with orthonormal columns, on the CPU."""
         generator = torch.Generator().manual_seed(self.seed)
         rank = min(self.rank, entries)
         if self.sketch == "rows":
@@ -95,11 +96,13 @@ class Nystrom:
             basis[chosen, torch.arange(rank)] = 1.0
             return basis
         normal = torch.randn(entries, rank, dtype=torch.float64, generator=generator)
-        orthonormal: Tensor = torch.linalg.qr(normal).Q
+        orthonormal: Float64[Tensor, "entries rank"] = torch.linalg.qr(normal).Q
         return orthonormal
 
 
-def _eigenvectors(basis: Tensor, image: Tensor) -> tuple[Tensor, Tensor, int]:
+def _eigenvectors(
+    basis: Float[Tensor, "entries rank"], image: Float[Tensor, "entries rank"]
+) -> tuple[Float[Tensor, "entries kept"], Float[Tensor, " kept"], int]:
     """Return U, Λ of the Nyström approximation from Ω and A Ω, and the negative directions."""
     core = basis.T @ image
     values, vectors = torch.linalg.eigh((core + core.T) / 2.0)

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple, Protocol, TypeAlias
 
 import optree
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from bilevel import tree
@@ -137,14 +138,14 @@ def _wide(leaf: Tensor) -> Tensor:
     return leaf.detach().to(tree.wide_dtype(leaf.dtype))
 
 
-def flat(vector: Tree) -> Tensor:
-    """Return all entries in one tensor [entries], in the widest dtype, on the first's device."""
+def flat(vector: Tree) -> Float[Tensor, " entries"]:
+    """Return all entries in one tensor, in the widest dtype, on the first's device."""
     pieces = tree.leaves(vector)
     dtype = torch.float64 if any(p.dtype == torch.float64 for p in pieces) else torch.float32
     return torch.cat([piece.reshape(-1).to(pieces[0].device, dtype) for piece in pieces])
 
 
-def unflat(entries: Tensor, like: Tree) -> Tree:
+def unflat(entries: Float[Tensor, " entries"], like: Tree) -> Tree:
     """Return the tree that ``flat`` took apart, with the dtypes and devices of ``like``."""
     sizes = [leaf.numel() for leaf in tree.leaves(like)]
     pieces: Any = iter(torch.split(entries, sizes))
