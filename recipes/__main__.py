@@ -1,6 +1,6 @@
 """The command line: ``bilevel-prm`` and ``python -m recipes``.
 
-Arguments are parsed before anything heavy is imported, so that ``--help`` answers at once.
+Arguments are parsed before torch is imported, so that ``--help`` responds at once.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ _RUN_COMMANDS = {
 
 
 class _Version(argparse.Action):
-    """Look the version up only if it is asked for."""
+    """Look up the version only if it is requested."""
 
     def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
         print(f"{PACKAGE} {version_of(PACKAGE)}")
@@ -68,7 +68,7 @@ class _Version(argparse.Action):
 
 
 def make_parser() -> argparse.ArgumentParser:
-    """The parser of the whole command."""
+    """Return the parser of the whole command."""
     parser = argparse.ArgumentParser(prog="bilevel-prm", description=_DESCRIPTION)
     parser.add_argument(
         "--version",
@@ -111,10 +111,10 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; returns its exit status.
+    """Run a command and return its exit status.
 
-    0: done; 1: the data or the run is at fault; 2: usage; 130, 143: stopped by SIGINT, SIGTERM,
-    training with its state saved.
+    The status is 0 for success, 1 for an error of the data or the run, 2 for wrong usage, and 130
+    or 143 after SIGINT or SIGTERM, for which training saves its state.
     """
     known, unknown = make_parser().parse_known_args(arguments)
     given = vars(known)
@@ -136,7 +136,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _unknown(argument: str, options: type) -> str:
-    """What is wrong with an argument that no option takes, and the nearest one."""
+    """Return the error text for an unknown argument, with the nearest option."""
     if not argument.startswith("-"):
         return f"unexpected argument {shortened(argument)!r}"
     flags = ["--config", *(entry.flag for entry in flat_options(options).values())]
@@ -145,7 +145,7 @@ def _unknown(argument: str, options: type) -> str:
 
 
 def _runs(name: str, options: RunsShowOptions | RunsListOptions) -> int:
-    """Without the other commands, which import torch."""
+    """Run ``runs`` without importing the other commands, which import torch."""
     try:
         show_run(options) if isinstance(options, RunsShowOptions) else list_runs(options)
     except OptionError as error:

@@ -1,4 +1,4 @@
-"""What each command does once its options are known, and how it fails."""
+"""Run each command with its options, and report its errors."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ _INTERRUPTED = 130
 
 
 def run(name: str, options: Any) -> int:
-    """Run a command; returns the exit status.
+    """Run a command and return its exit status.
 
-    Mistakes of the user (options, data) end in one line that says what to change, without a
-    traceback; mistakes of ours keep theirs.
+    Errors of the user (options, data) end in one line that says what to change, without a
+    traceback. Errors of the program keep their traceback.
     """
     try:
         return _COMMANDS[name](options) or 0
@@ -53,7 +53,7 @@ def run(name: str, options: Any) -> int:
 
 
 def _quiet() -> None:
-    """Leave the terminal to our own progress bars."""
+    """Turn off the progress bars and warnings of transformers."""
     from transformers.utils import logging
 
     logging.disable_progress_bar()

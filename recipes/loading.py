@@ -1,4 +1,4 @@
-"""Load what a command works on: the model, the examples; set threads and seeds."""
+"""Load the model and the examples of a command, and set threads and seeds."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ EMBEDDED_BASE = Path(__file__).parent / "assets" / "base"
 
 @dataclass(frozen=True)
 class Examples:
-    """A file of examples, tokenised once, and the collator that batches them."""
+    """A file of examples, which are tokenised once, and the collator that batches them."""
 
     path: Path
     encoded: Sequence[EncodedExample]
@@ -42,17 +42,17 @@ class Examples:
     def with_rows(
         self, index: Mapping[str, int], domains: Mapping[str, int] | None = None
     ) -> Examples:
-        """The same examples, whose batches also hold ``index`` and, if given, ``domain``."""
+        """Return a copy whose batches also hold ``index`` and, if given, ``domain``."""
         return replace(self, collator=self.collator.with_rows(index, domains))
 
     def batch(self, rows: Sequence[int]) -> Batch:
-        """The batch of the given rows."""
+        """Return the batch of the given rows."""
         return self.collator([self.encoded[row] for row in rows])
 
 
 @dataclass(frozen=True)
 class Solutions:
-    """A file of examples that no model has to read: not tokenised, images not decoded."""
+    """A file of examples that no model reads: without tokens and decoded images."""
 
     path: Path
     examples: Sequence[StepExample]
@@ -62,7 +62,7 @@ class Solutions:
 
 
 def set_up(options: Any) -> None:
-    """Threads and every global random state, from the options."""
+    """Set the threads and every global random state from the options."""
     if options.threads:
         torch.set_num_threads(options.threads)
     torch.manual_seed(options.seed)
@@ -73,13 +73,14 @@ def set_up(options: Any) -> None:
 def load_model(
     options: PrmOptions, freeze: Sequence[str] = (), path: str | None = None
 ) -> tuple[PRM, dict[str, Tensor]]:
-    """The model and its trainable parameters, by name.
+    """Load a model, and return it with its trainable parameters by name.
 
     Raises:
-        OptionError: No such model, one that cannot judge steps, or ``freeze`` names no part of it.
+        OptionError: There is no such model, it cannot judge steps, or ``freeze`` names no part of
+            it.
     """
     name = path if path is not None else options.model
-    if path not in (None, "embedded") and not Path(name).is_dir():  # what a hub has is --model
+    if path not in (None, "embedded") and not Path(name).is_dir():  # a hub name goes to --model
         raise OptionError(
             f"--init-from {name}: expected a checkpoint folder, found nothing there; "
             "run a cold start first, or correct the path"
@@ -98,11 +99,11 @@ def load_model(
 
 
 def read_solutions(options: PrmOptions, path: str) -> Solutions:
-    """Read a file that no model has to; images are looked for, not decoded.
+    """Read a file that no model reads; images must exist, but are not decoded.
 
     Raises:
-        OptionError: No such file.
-        DataError: A record that cannot be used.
+        OptionError: There is no such file.
+        DataError: A record cannot be used.
     """
     file = _existing(path)
     return Solutions(
@@ -116,12 +117,12 @@ def read_solutions(options: PrmOptions, path: str) -> Solutions:
 def read_examples(prm: PRM, options: PrmOptions, path: str) -> Examples:
     """Read a file of any known format and tokenise it for ``prm``.
 
-    Images are checked (the first thousand decoded, of the others the headers) and not kept: a batch
-    decodes its own.
+    Images are checked but not kept, because a batch decodes its own: the first thousand are
+    decoded, and of the others the headers are read.
 
     Raises:
-        OptionError: No such file.
-        DataError: A record that cannot be used.
+        OptionError: There is no such file.
+        DataError: A record cannot be used.
     """
     file = _existing(path)
     examples = reader.read_examples(

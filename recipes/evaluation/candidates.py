@@ -1,4 +1,4 @@
-"""Candidates, tied together by question; what a model selects among them, and how sure that is."""
+"""Candidates grouped by question, what a model selects among them, and confidence intervals."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ from recipes.options.use import WeighOptions
 
 @dataclass(frozen=True)
 class Candidates:
-    """A file of candidate solutions, tied together by question.
+    """A file of candidate solutions, grouped by question.
 
     Attributes:
         data: The candidates.
-        groups: Rows of each question, in file order.
+        groups: The rows of each question, in the order of the file.
     """
 
     data: Examples | Solutions
@@ -38,23 +38,23 @@ class Candidates:
 
     @property
     def pass_at_one(self) -> np.ndarray:
-        """Share of right candidates of each question."""
+        """The share of right candidates of each question."""
         return np.array([np.mean(self.correct(rows)) for rows in self.groups])
 
     @property
     def pass_at_n(self) -> np.ndarray:
-        """Whether any candidate of each question is right: the oracle."""
+        """Whether any candidate of each question is right (the oracle)."""
         return np.array([np.max(self.correct(rows)) for rows in self.groups])
 
     @property
     def majority(self) -> np.ndarray:
-        """Whether the most frequent answer is right (expected value over tied answers)."""
+        """Whether the most frequent answer is right, the expected value over tied answers."""
         return self.vote()
 
     def vote(self, scores: Tensor | None = None, tie: TieRule = "expected") -> np.ndarray:
-        """Whether the answer with the most votes is right; with ``scores`` votes are weighted.
+        """Return whether the answer with the most votes is right; ``scores`` weight the votes.
 
-        Answers count as equal by ``prm.evaluation.answers.answer_classes``.
+        ``prm.evaluation.answers.answer_classes`` decides which answers are equal.
         """
         values = []
         for rows in self.groups:
@@ -68,7 +68,7 @@ class Candidates:
         return np.array(values)
 
     def best(self, scores: Tensor, tie: TieRule = "expected") -> np.ndarray:
-        """Whether the best-scored candidate is right (by default on average over tied ones)."""
+        """Return whether the candidate with the best score is right; ``tie`` resolves ties."""
         return np.array(
             [
                 best_of_n(scores[list(rows)].tolist(), self.correct(rows), tie=tie)
@@ -77,18 +77,18 @@ class Candidates:
         )
 
     def correct(self, rows: Sequence[int]) -> list[float]:
-        """1 or 0 for each of the rows."""
+        """Return 1 for each row whose answer is right, else 0."""
         return [float(bool(self.data.examples[row].correct)) for row in rows]
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What a process reward model does on a file of candidates.
+    """The results of a process reward model on a file of candidates.
 
     Attributes:
         selected: Whether the selected candidate is right, per question.
-        step_auc: AUC of step scores against step labels; None without labels.
-        step_macro_f1: Macro F1 at threshold 0.5; None without labels.
+        step_auc: The AUC of step scores against step labels, None without labels of both kinds.
+        step_macro_f1: The macro F1 at threshold 0.5, None without labels of both kinds.
     """
 
     selected: np.ndarray
@@ -97,25 +97,25 @@ class Evaluation:
 
 
 def read_candidates(prm: PRM, options: PrmOptions, path: str) -> Candidates:
-    """Candidates of a JSONL file, tokenised for ``prm``.
+    """Read the candidates of a JSONL file, and tokenise them for ``prm``.
 
     Raises:
-        OptionError: No such file.
-        DataError: A row without ``group``, ``answer`` or ``correct``.
+        OptionError: There is no such file.
+        DataError: A row has no ``group``, ``answer`` or ``correct``.
     """
     return tie_together(read_examples(prm, options, path))
 
 
 def read_scored_candidates(options: PrmOptions, path: str) -> Candidates:
-    """Candidates of a file that are scored already; errors as in ``read_candidates``."""
+    """Read candidates that are scored already; raises the errors of ``read_candidates``."""
     return tie_together(read_solutions(options, path))
 
 
 def tie_together(data: Examples | Solutions) -> Candidates:
-    """Candidates of one ``group`` become one question.
+    """Group candidates into questions by their ``group``.
 
     Raises:
-        DataError: A row without ``group``, ``answer`` or ``correct``.
+        DataError: A row has no ``group``, ``answer`` or ``correct``.
     """
     groups: dict[str, list[int]] = {}
     for row, example in enumerate(data.examples):
@@ -151,16 +151,17 @@ def evaluate(
 
 
 def solution_scores_of(rows: Sequence[Tensor], how: Aggregation) -> Tensor:
-    """Score of every solution, [solutions], from its step scores, [steps] each.
+    """Return the score of every solution, [solutions], from its step scores, [steps] each.
 
-    One at a time: the last bits, and so ties, do not depend on what else is scored.
+    Solutions are aggregated one by one, so that the last bits, and so ties, do not depend on the
+    other solutions.
     """
     there = [torch.ones_like(row, dtype=torch.bool) for row in rows]
     return torch.stack([aggregate(row, mask, how) for row, mask in zip(rows, there, strict=True)])
 
 
 def judged_steps(candidates: Candidates, rows: Sequence[Tensor]) -> tuple[np.ndarray, np.ndarray]:
-    """(whether it is right, its score) of every labelled step; soft labels are right above 1/2."""
+    """Return whether each labelled step is right (label above 1/2), and its score."""
     truth, predicted = [], []
     for example, scores in zip(candidates.data.examples, rows, strict=True):
         for step, score in zip(example.steps, scores.tolist(), strict=True):
@@ -178,7 +179,7 @@ def step_scores_of(
     *,
     full_vocab: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """Step scores [examples, steps] (0 where there is no step) and mask [examples, steps]."""
+    """Return step scores (0 without a step) and the mask of steps, [examples, steps] each."""
     scored = score_examples(
         prm,
         params,
@@ -198,13 +199,13 @@ def step_scores_of(
 
 
 def interval(values: np.ndarray, seed: int = 0) -> tuple[float, float]:
-    """95 % bootstrap interval of the mean over questions."""
+    """Return the 95 % bootstrap interval of the mean over questions."""
     low, high = bootstrap_interval(values, seed=seed)
     return float(low), float(high)
 
 
 def summary(values: Mapping[str, np.ndarray]) -> dict[str, Any]:
-    """Means and intervals of per-question values by row name, as ``results.json`` holds them."""
+    """Return means and intervals of per-question values by row, as in ``results.json``."""
     return {
         "rows": {name: round(float(np.mean(value)), 4) for name, value in values.items()},
         "ci95": {
@@ -214,7 +215,7 @@ def summary(values: Mapping[str, np.ndarray]) -> dict[str, Any]:
 
 
 def values_of(candidates: Candidates, evaluation: Evaluation, row: str) -> dict[str, np.ndarray]:
-    """Per-question values of every row of a results table, the model's own row named ``row``."""
+    """Return the per-question values of every row; the row of the model is named ``row``."""
     size = max(map(len, candidates.groups))
     return {
         "pass@1": candidates.pass_at_one,
@@ -227,7 +228,7 @@ def values_of(candidates: Candidates, evaluation: Evaluation, row: str) -> dict[
 def report_of(
     candidates: Candidates, evaluation: Evaluation, values: Mapping[str, np.ndarray]
 ) -> dict[str, Any]:
-    """What ``results.json`` says of one file of candidates."""
+    """Return the entries of ``results.json`` on a file of candidates."""
     return {
         **summary(values),
         "n_questions": len(candidates.groups),

@@ -1,4 +1,4 @@
-"""Aggregation and threshold chosen on a dev set, so that the test set need not choose anything."""
+"""Choose aggregation and threshold on a dev set, so that nothing is tuned on the test set."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ class Choice:
     """How step scores are used.
 
     Attributes:
-        aggregation: Step scores to solution score.
-        threshold: A step whose score exceeds it is judged right.
-        dev: What the choice rests on; None if it was given, not chosen.
+        aggregation: The map from step scores to a solution score.
+        threshold: The score above which a step is judged right.
+        dev: The figures on the dev set, None if nothing was chosen there.
     """
 
     aggregation: AggregationName
@@ -31,15 +31,15 @@ class Choice:
 
 
 def choose_on_dev(candidates: Candidates, rows: Sequence[Tensor], tie: TieRule) -> Choice:
-    """The aggregation of the highest best-of-N accuracy and the threshold of the highest macro F1.
+    """Choose the aggregation by best-of-N accuracy and the threshold by macro F1.
 
-    Of several best aggregations the first listed is taken, so the mean unless another beats it.
-    Without both right and wrong labelled steps the threshold stays 1/2.
+    Of several best aggregations the first in the list is chosen, so the mean unless another is
+    better. Without both right and wrong labelled steps the threshold is 1/2.
 
     Args:
         candidates: The dev set.
-        rows: Step scores of every candidate, [steps] each.
-        tie: Value of tied candidates.
+        rows: The step scores of every candidate, [steps] each.
+        tie: The rule that gives the value of tied candidates.
     """
     accuracy = {
         name: float(np.mean(candidates.best(solution_scores_of(rows, how), tie)))

@@ -1,4 +1,4 @@
-"""Every figure that ``evaluate`` reports of step scores on a file of candidates."""
+"""The figures that ``evaluate`` reports on the step scores of a file of candidates."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _UNNAMED = "no domain"
 
 
 def selection_values(candidates: Candidates, scores: Tensor, row: str, tie: TieRule) -> Values:
-    """Per-question values of every selector; the model's own row is named ``row``."""
+    """Return the per-question values of every selector; the model's row is named ``row``."""
     size = max(map(len, candidates.groups))
     return {
         "pass@1": candidates.pass_at_one,
@@ -48,15 +48,15 @@ def all_figures(
     row: str,
     baseline: Sequence[Tensor] | None = None,
 ) -> dict[str, Any]:
-    """What the results file of ``evaluate`` says.
+    """Return the content of the results file of ``evaluate``.
 
     Args:
         candidates: The questions.
-        rows: Step scores of every candidate, [steps] each.
-        choice: Aggregation and threshold.
-        tie: Value of tied candidates.
-        row: Name of the model's row.
-        baseline: Step scores of another model; becomes a row, with the same choice.
+        rows: The step scores of every candidate, [steps] each.
+        choice: The aggregation and the threshold.
+        tie: The rule that gives the value of tied candidates.
+        row: The name of the model's row.
+        baseline: The step scores of another model, which get a row with the same choice.
     """
     scores = solution_scores_of(rows, AGGREGATIONS[choice.aggregation])
     values = selection_values(candidates, scores, row, tie)
@@ -83,7 +83,7 @@ def all_figures(
 
 
 def compared(values: NDArray[np.float64], baseline: NDArray[np.float64]) -> dict[str, Any]:
-    """Difference of two selectors on the same questions: paired bootstrap and McNemar's test."""
+    """Compare two selectors on the same questions: paired bootstrap and McNemar's test."""
     test = mcnemar(values, baseline)
     return {
         "difference": _short(float(np.mean(values - baseline))),
@@ -95,7 +95,7 @@ def compared(values: NDArray[np.float64], baseline: NDArray[np.float64]) -> dict
 
 
 def curves(candidates: Candidates, scores: Tensor) -> dict[str, list[float]]:
-    """Expected best-of-k and pass@k, exactly, for k up to the fewest candidates of a question."""
+    """Return exact best-of-k and pass@k, for k up to the fewest candidates of a question."""
     most = min(map(len, candidates.groups))
     best, oracle = [], []
     for group in candidates.groups:
@@ -111,7 +111,7 @@ def curves(candidates: Candidates, scores: Tensor) -> dict[str, list[float]]:
 def step_figures(
     candidates: Candidates, rows: Sequence[Tensor], threshold: float
 ) -> dict[str, Any]:
-    """Figures of step scores against step labels; None where the labels do not allow them."""
+    """Return figures of step scores against labels, None if the labels do not allow one."""
     truth, predicted = judged_steps(candidates, rows)
     figures: dict[str, Any] = {"labelled": len(truth), "right": int(truth.sum())}
     both = bool(truth.any() and not truth.all())
@@ -133,7 +133,7 @@ def step_figures(
 
 
 def solution_figures(candidates: Candidates, scores: Tensor) -> dict[str, float | None]:
-    """Figures of solution scores against whether the answer is right, over all candidates."""
+    """Return figures of solution scores against right answers, over all candidates."""
     truth = np.array(candidates.correct(range(len(scores))))
     predicted = np.array(scores.tolist())
     both = bool(truth.any() and not truth.all())
@@ -145,7 +145,7 @@ def solution_figures(candidates: Candidates, scores: Tensor) -> dict[str, float 
 
 
 def _domains(candidates: Candidates) -> list[str]:
-    """Domain of every labelled step."""
+    """Return the domain of every labelled step."""
     return [
         example.domain or _UNNAMED
         for example in candidates.data.examples
@@ -157,7 +157,7 @@ def _domains(candidates: Candidates) -> list[str]:
 def _process_bench(
     candidates: Candidates, rows: Sequence[Tensor], threshold: float
 ) -> dict[str, Any] | None:
-    """ProcessBench per domain and the plain mean; None if no domain has both kinds of solution."""
+    """Return ProcessBench per domain and its mean, None if no domain has both kinds."""
     by_domain: dict[str, tuple[list[int], list[int]]] = {}
     for example, scores in zip(candidates.data.examples, rows, strict=True):
         truth = first_error(

@@ -1,4 +1,4 @@
-"""Whether two sets share questions: a test set must not be what weights are tuned on."""
+"""Find questions that two sets share: weights must not be tuned on the test set."""
 
 from __future__ import annotations
 
@@ -13,13 +13,14 @@ from recipes.options.values import OptionError
 
 @dataclass(frozen=True)
 class Leak:
-    """What two sets have in common.
+    """The examples that two sets share.
 
     Attributes:
-        same_file: They are one file.
-        ids: Ids in both, sorted.
-        questions: Questions in both, in the order of the first: the same words (case and white
-            space apart) about images of the same content, whatever ids and paths are called.
+        same_file: Whether the sets are the same file.
+        ids: The ids in both sets, sorted.
+        questions: The questions in both sets, in the order of the first. Questions are equal if
+            they have the same words (without case and white space) and images of the same content;
+            ids and paths may differ.
     """
 
     same_file: bool
@@ -42,9 +43,9 @@ class Leak:
 def find_leak(
     first: Sequence[StepExample], second: Sequence[StepExample], first_path: Path, second_path: Path
 ) -> Leak:
-    """Return what two sets of examples have in common.
+    """Return what two sets of examples share.
 
-    Image files are read only for questions whose words occur in both sets.
+    Image files are read only for questions with the same words in both sets.
     """
     ids = {example.id for example in first} & {example.id for example in second}
     texts = {_words(example) for example in first} & {_words(example) for example in second}
@@ -63,13 +64,13 @@ def refuse_leak(leak: Leak, tuned: str, held_out: str, *, sanity_check: bool) ->
     """Refuse to evaluate on questions that something was tuned on, unless that is the purpose.
 
     Args:
-        leak: What the two sets have in common.
-        tuned: Option and file that something was, or will be, tuned on.
-        held_out: Option and file that measures the result of the tuning.
-        sanity_check: Whether that is the purpose; the caller then labels the results.
+        leak: The examples that the two sets share.
+        tuned: The option and the file that something was, or will be, tuned on.
+        held_out: The option and the file that measure the result of the tuning.
+        sanity_check: Whether the overlap is intended. The caller then labels the results.
 
     Raises:
-        OptionError: They overlap.
+        OptionError: The sets overlap, and this is no sanity check.
     """
     if leak and not sanity_check:
         raise OptionError(

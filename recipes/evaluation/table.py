@@ -1,4 +1,4 @@
-"""The results table on the terminal."""
+"""Tables of results for the terminal and in Markdown."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ NAMES = {
     "meta_only": "control: fine-tuning on the meta set",
     "stopped_early": "control: base model, 20 noisy steps",
 }
-"""Row name in ``results.json`` -> what the table says; pass@N rows are named by their N."""
+"""Labels of the rows of ``results.json`` in a table; pass@N rows are named by their N."""
 SANITY_CHECK = "_sanity_check"
-"""End of the name of a row whose meta or dev set shares questions with the test set."""
+"""Suffix of the name of a row whose meta or dev set shares questions with the test set."""
 
 
 def results_table(results: Mapping[str, Any]) -> str:
-    """Accuracy of every row with its 95 % interval over questions, worst first as listed."""
+    """Return the accuracy of every row with its 95 % interval, in the order of ``NAMES``."""
     intervals = results.get("ci95", {})
     lines = [f"{'best-of-N accuracy':<38}{'mean':>7}   95 % interval"]
     order: Sequence[str] = [*(name for name in NAMES if name in results["rows"])]
@@ -43,7 +43,7 @@ def results_table(results: Mapping[str, Any]) -> str:
 
 
 def comparison_table(report: Mapping[str, Any]) -> str:
-    """Rows of a comparison over seeds as a Markdown table, difference to No Selection beside."""
+    """Return a comparison over seeds as a Markdown table, with differences to No Selection."""
     lines = [
         "| row | accuracy | 95 % interval | minus No Selection | 95 % interval | gap closed |",
         "|---|---|---|---|---|---|",
@@ -65,7 +65,7 @@ def comparison_table(report: Mapping[str, Any]) -> str:
 
 
 def label_of(name: str) -> str:
-    """What a table calls a row of ``results.json``."""
+    """Return the label of a row of ``results.json`` in a table."""
     if name.endswith(SANITY_CHECK):
         return f"{label_of(name.removesuffix(SANITY_CHECK))}, SANITY CHECK"
     return NAMES.get(name, f"{name} (oracle)" if name.startswith("pass@") else name)

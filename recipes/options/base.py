@@ -1,9 +1,9 @@
-"""What an option is: a dataclass field with a help text, a minimum and conditions.
+"""Options: dataclass fields with a help text, a minimum and conditions.
 
-A field is an option, a key of a preset and a line in ``args.yaml``, under one flat name. Fields of
-a group (``group``) and of the chosen variant (``variants``) are options like all others; the
-nesting is for readers of the code, not for users. Nothing here imports torch, so that ``--help``
-answers at once.
+A field is an option, a key of a preset and a line in ``args.yaml``, all under one flat name. Fields
+of a group (``group``) and of the chosen variant (``variants``) are options like all others: the
+nesting is for readers of the code, not for users. This module does not import torch, so that
+``--help`` responds at once.
 """
 
 from __future__ import annotations
@@ -21,15 +21,16 @@ _ranks = count()
 
 @dataclass(frozen=True, eq=False)
 class Condition:
-    """When a command reads an option; elsewhere the option would have no effect and is refused.
+    """When a command reads an option; otherwise it would have no effect and is refused.
 
     Attributes:
-        when: Whether the option is read, from all options by flat name.
-        because: The options whose present values are why it is not read.
+        when: A function of all options by flat name that tells whether the option is read.
+        because: The options whose values are the reason why it is not read.
         remedy: What to give instead.
-        shown: Added in brackets to the help text of the options; None: nothing.
-        text: The refusal, with ``{flags}`` for the options; None: "... has no effect with ...".
-        rank: Refusals are reported in the order in which their conditions were defined.
+        shown: A text added in brackets to the help of the options, or None.
+        text: The refusal, with ``{flags}`` for the options. With None, the text is "... has no
+            effect with ...".
+        rank: The position in which refusals are reported, that of the condition's definition.
     """
 
     when: Callable[[Any], bool]
@@ -49,17 +50,17 @@ def option(
     only_with: Condition | Sequence[Condition] = (),
     on_resume: OnResume = "same",
 ) -> Any:
-    """A dataclass field that is an option.
+    """Return a dataclass field that is an option.
 
     Args:
-        default: Its value if not given; ``...`` makes the option required.
-        help: What it does, for ``--help``.
-        name: Flat name, where it is not that of the field.
-        least: Smallest value.
-        only_with: Under which conditions a command reads the option: all of them must hold.
-        on_resume: What a resumed run may change: nothing ("same"); the value, which decides
-            nothing about the steps ("free"); the path, but not the content ("file"); the path,
-            whose content is compared in another way ("path").
+        default: The default value. With ``...`` the option is required.
+        help: The text for ``--help``.
+        name: The flat name, if it is not the name of the field.
+        least: The smallest value that is allowed.
+        only_with: The conditions under which a command reads the option. All of them must hold.
+        on_resume: What a resumed run may change: nothing ("same"); the value, which has no effect
+            on the steps ("free"); the path, but not the content ("file"); or the path, whose
+            content is compared in another way ("path").
     """
     conditions = (only_with,) if isinstance(only_with, Condition) else tuple(only_with)
     shown = [condition.shown for condition in conditions if condition.shown]
@@ -74,7 +75,7 @@ def option(
 
 
 def group(kind: Callable[[], Any], *, only_with: Condition | None = None) -> Any:
-    """A dataclass field that holds a dataclass of options; all of them read under a condition."""
+    """Return a field that holds a dataclass of options, all of them read under one condition."""
     conditions = () if only_with is None else (only_with,)
     return field(default_factory=kind, metadata={"group": kind, "only_with": conditions})
 
@@ -87,15 +88,15 @@ def variants(
     listed: Sequence[str] | None = None,
     only_with: Condition | None = None,
 ) -> Any:
-    """A dataclass field that holds one of several dataclasses, chosen by an option of its name.
+    """Return a field that holds one of several dataclasses, chosen by an option of its name.
 
     Args:
-        default: Name of the variant if not given.
-        help: What is chosen.
-        kinds: Name of a variant -> its dataclass, whose class attribute ``kind`` is that name.
-        listed: In which order the variants contribute their options to the flat list; an option
-            that several have stands with the last of them.
-        only_with: Under which condition a command reads the choice.
+        default: The name of the default variant.
+        help: The text for ``--help``.
+        kinds: The dataclass of every variant by name. Its class attribute ``kind`` is that name.
+        listed: The order in which the flat list has the options of the variants. An option of
+            several variants is listed with the last of them.
+        only_with: The condition under which a command reads the choice.
     """
     metadata = option(default, help, only_with=() if only_with is None else only_with).metadata
     more = {"variants": kinds, "default": default, "listed": tuple(listed or kinds)}
@@ -104,9 +105,9 @@ def variants(
 
 @dataclass(frozen=True, kw_only=True)
 class PrmOptions:
-    """What every command that runs a process reward model needs.
+    """Options of every command that runs a process reward model.
 
-    ``ONLY_WITH`` gives conditions of a command on options that it shares with others.
+    ``ONLY_WITH`` holds the conditions of a command on options that it shares with others.
     """
 
     ONLY_WITH: ClassVar[Mapping[Condition, tuple[str, ...]]] = {}
@@ -136,7 +137,7 @@ class PrmOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class LoaderOptions(PrmOptions):
-    """What every command that runs the model over a whole file needs."""
+    """Options of every command that runs the model over a whole file."""
 
     workers: int = option(
         0,
@@ -149,7 +150,7 @@ class LoaderOptions(PrmOptions):
 
 @dataclass(frozen=True, kw_only=True)
 class ScoringOptions(LoaderOptions):
-    """What every command that scores whole solutions needs."""
+    """Options of every command that scores whole solutions."""
 
     aggregation: AggregationName = option(
         "mean", "how the step scores of a solution become its score"

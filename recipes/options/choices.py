@@ -1,7 +1,7 @@
-"""The weighting and the hypergradient: each one of several dataclasses.
+"""The options of the weighting and of the hypergradient: a dataclass for each variant.
 
-A variant holds the options that only it reads. What it does not let one choose is an attribute of
-its class, so that the code asks every variant alike.
+A variant holds the options that only it reads. A value that the variant fixes is an attribute of
+its class, so that the code can read it from every variant.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ LowerData: TypeAlias = Literal["train", "meta"]
 
 @dataclass(frozen=True, kw_only=True)
 class _Unlearned:
-    """What is trained on without a learned weighting."""
+    """What a run without a learned weighting trains on."""
 
     weights_file: str | None = option(
         None,
@@ -49,7 +49,7 @@ class _Unlearned:
 
 @dataclass(frozen=True, kw_only=True)
 class _Bounded:
-    """Range of the weights; learned weights are of the examples of the training file."""
+    """The range of the weights, which belong to examples of the training file."""
 
     weights_file: ClassVar[None] = None
     lower_data: ClassVar[Literal["train"]] = "train"
@@ -66,7 +66,7 @@ class _Bounded:
 
 @dataclass(frozen=True, kw_only=True)
 class _Normalised:
-    """Over what weights have mean 1."""
+    """The examples over which weights have mean 1."""
 
     normalise: Normalise = option(
         "batch",
@@ -77,7 +77,7 @@ class _Normalised:
 
 @dataclass(frozen=True, kw_only=True)
 class _Prior:
-    """Where the weights of instances start."""
+    """The initial weight of instances."""
 
     prior: float = option(
         1.0,
@@ -87,7 +87,7 @@ class _Prior:
 
 
 class _Featureless:
-    """A weighting that reads nothing of the examples but who they are."""
+    """A weighting that reads no features of the examples."""
 
     features: ClassVar[tuple[str, ...]] = ()
     reference_features: ClassVar[bool] = False
@@ -149,7 +149,7 @@ LearnedOptions: TypeAlias = NetOptions | TableOptions | DomainOptions
 
 @dataclass(frozen=True, kw_only=True)
 class OneStepOptions:
-    """Through the last lower step of a window."""
+    """The hypergradient through the last lower step of a window."""
 
     kind: ClassVar[Literal["one-step"]] = "one-step"
 
@@ -174,14 +174,14 @@ class OneStepOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class UnrolledOptions:
-    """Through all lower steps of a window."""
+    """The hypergradient through all lower steps of a window."""
 
     kind: ClassVar[Literal["unrolled"]] = "unrolled"
 
 
 @dataclass(frozen=True, kw_only=True)
 class ImplicitOptions:
-    """At the end of a window, as if the lower level were solved."""
+    """The hypergradient at the end of a window, as if the lower level were solved."""
 
     kind: ClassVar[Literal["implicit"]] = "implicit"
 
@@ -199,7 +199,7 @@ class ImplicitOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class PenaltyOptions:
-    """By a penalty on a second copy of the model."""
+    """The hypergradient by a penalty on a second copy of the model."""
 
     kind: ClassVar[Literal["penalty"]] = "penalty"
 

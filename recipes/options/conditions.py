@@ -1,6 +1,6 @@
-"""When a training run reads an option, in the order in which refusals are reported.
+"""Conditions under which a run reads an option, in the order in which refusals are reported.
 
-Conditions see all options of a command by flat name.
+A condition is a function of all options of a command by flat name.
 """
 
 from __future__ import annotations
@@ -11,22 +11,22 @@ from recipes.options.base import Condition
 
 
 def is_weighted(given: Any) -> bool:
-    """Whether weights are learned."""
+    """Return whether weights are learned."""
     return bool(given.weighting != "none")
 
 
 def has_meta_loss(given: Any) -> bool:
-    """Whether the loss on the meta set is computed."""
+    """Return whether the loss on the meta set is computed."""
     return is_weighted(given) or given.lower_data == "meta"
 
 
 def is_evaluated(given: Any) -> bool:
-    """Whether candidates are scored at the end."""
+    """Return whether candidates are scored at the end."""
     return given.dev_file is not None or given.test_file is not None
 
 
 def _reads_the_model(given: Any) -> bool:
-    from weighting import is_model_feature  # imports torch: not for --help
+    from weighting import is_model_feature  # imported here: it imports torch, which --help need not
 
     return any(is_model_feature(name) for name in given.features)
 

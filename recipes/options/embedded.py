@@ -9,7 +9,7 @@ from recipes.options.base import option
 
 @dataclass(frozen=True, kw_only=True)
 class CompareOptions:
-    """Every method and control of the embedded task, over several seeds."""
+    """Compare every method and control of the embedded task over several seeds."""
 
     output_dir: str = option("results", "where compare.json is written")
     work_dir: str = option("runs/compare", "where data sets and runs of each seed are kept")
@@ -21,7 +21,7 @@ class CompareOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class DataOptions:
-    """The embedded data set."""
+    """Write the embedded data set."""
 
     out: str = option("data/embedded", "directory to write; must not exist")
     seed: int = option(0, "fixes questions, pictures, mistakes and labels", least=0)
@@ -29,7 +29,7 @@ class DataOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class PretrainOptions:
-    """The tiny base model."""
+    """Pretrain the tiny base model."""
 
     out: str = option(..., "directory to write the model, tokenizer and image processor to")
     seed: int = option(0, "fixes initial weights and data", least=0)

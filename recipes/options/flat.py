@@ -1,6 +1,6 @@
-"""The flat list of the options of a command, and the way between it and nested dataclasses.
+"""The flat list of the options of a command, and its conversion to nested dataclasses.
 
-Users see flat names only: flags, keys of presets, lines of ``args.yaml``. The code sees groups.
+Users see flat names only: flags, keys of presets, lines of ``args.yaml``. The code uses groups.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ class FlatOption:
     """One option of a command.
 
     Attributes:
-        name: Flat name.
-        hint: Its type.
-        default: Its value if not given; ``MISSING`` where the option is required.
-        help: What it does.
-        least: Smallest value, or None.
-        conditions: Under which a command reads it, in the order in which they are reported.
-        on_resume: What a resumed run may change, see ``recipes.options.base.option``.
+        name: The flat name.
+        hint: The type of its value.
+        default: The default value, ``MISSING`` if the option is required.
+        help: The text for ``--help``.
+        least: The smallest value that is allowed, or None.
+        conditions: The conditions under which a command reads it, in the order of reports.
+        on_resume: What a resumed run may change; see ``recipes.options.base.option``.
     """
 
     name: str
@@ -38,22 +38,22 @@ class FlatOption:
 
     @property
     def flag(self) -> str:
-        """As on the command line."""
+        """The name of the option on the command line."""
         return f"--{self.name.replace('_', '-')}"
 
 
 def flat_options(kind: type[Any]) -> Mapping[str, FlatOption]:
-    """All options of a command by flat name, in the order of ``--help`` and of ``args.yaml``."""
+    """Return the options of a command by flat name, in the order of ``--help``."""
     more: Mapping[Condition, tuple[str, ...]] = getattr(kind, "ONLY_WITH", {})
     entries: dict[str, FlatOption] = {}
     for entry in _walk(kind, (), tuple(more.items())):
-        entries.pop(entry.name, None)  # an option of several variants stands with the last of them
+        entries.pop(entry.name, None)  # an option of several variants is listed with the last
         entries[entry.name] = entry
     return entries
 
 
 def flatten(options: Any) -> dict[str, Any]:
-    """All values by flat name; the options of variants that were not chosen at their defaults."""
+    """Return all values by flat name, with defaults for variants that were not chosen."""
     values: dict[str, Any] = {}
     _collect(options, values)
     return {
@@ -62,10 +62,10 @@ def flatten(options: Any) -> dict[str, Any]:
 
 
 def nest(kind: type[Options], values: Mapping[str, Any]) -> Options:
-    """The options of a command from all values by flat name.
+    """Return the options of a command from all values by flat name.
 
-    Values of variants that are not chosen are dropped: see ``recipes.options.rules``, which
-    refuses them.
+    Values of variants that are not chosen are dropped. ``recipes.options.rules`` refuses them if
+    they were given.
     """
     members: dict[str, Any] = {}
     for field in fields(kind):  # type: ignore[arg-type]
@@ -84,7 +84,7 @@ def _walk(
     outer: tuple[Condition, ...],
     more: tuple[tuple[Condition, tuple[str, ...]], ...],
 ) -> Iterator[FlatOption]:
-    """Options below ``kind``; ``outer``: conditions on all, ``more``: on some by their names."""
+    """Yield the options of ``kind``; ``outer`` conditions hold for all, ``more`` by name."""
     hints = get_type_hints(kind)
     for field in fields(kind):
         about = field.metadata
@@ -121,5 +121,5 @@ def _collect(options: Any, values: dict[str, Any]) -> None:
 
 
 def required(entry: FlatOption) -> bool:
-    """Whether an option must be given."""
+    """Return whether an option must be given."""
     return entry.default is MISSING

@@ -1,4 +1,4 @@
-"""Groups of the options of a training run that every run has."""
+"""Groups of options that every training run has."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from recipes.options.conditions import (
 
 @dataclass(frozen=True, kw_only=True)
 class LowerLevel:
-    """The lower level: which parameters of the model are trained, and how."""
+    """Options of the lower level: which parameters are trained, and how."""
 
     freeze: tuple[str, ...] = option(
         (), "name prefixes of modules that are not trained, for example vision_tower"
@@ -65,7 +65,7 @@ class LowerLevel:
 
 @dataclass(frozen=True, kw_only=True)
 class RunSettings:
-    """The run itself: what it logs and saves, and how it goes on."""
+    """Options of the run itself: what it logs and saves, and how it resumes."""
 
     log_every: int = option(10, "steps between lines of log.jsonl", least=1, on_resume="free")
     save_every: int = option(
@@ -96,7 +96,7 @@ class RunSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class TrustedData:
-    """Data whose outcomes are trusted: those of the upper level and of the evaluation."""
+    """Data with trusted outcomes, for the upper level and the evaluation."""
 
     meta_file: str | None = option(
         None,
@@ -121,7 +121,7 @@ class TrustedData:
 
 @dataclass(frozen=True, kw_only=True)
 class UpperLevel:
-    """The upper level: how and how often the weights move."""
+    """Options of the upper level: how and how often the weights move."""
 
     lr: str = option(
         "auto",

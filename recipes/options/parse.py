@@ -1,6 +1,6 @@
-"""From words of the command line, presets and Python to options, and from options to YAML.
+"""Parse options from the command line, presets and Python, and write them as YAML.
 
-What is said on the command line wins over the preset, the preset over the default.
+A value of the command line overrides that of the preset, which overrides the default.
 """
 
 from __future__ import annotations
@@ -30,26 +30,26 @@ PRESETS = Path(__file__).parents[1] / "presets"
 
 
 def train_options(**values: Any) -> TrainOptions:
-    """``TrainOptions`` from flat names, as on the command line: ``lower_lr``, ``bound``, ...
+    """Return ``TrainOptions`` from flat names, as on the command line: ``lower_lr``, ``bound``, ...
 
     Raises:
-        TypeError: No such option, or a required one is missing.
-        OptionError: An option that would do nothing with the others.
+        TypeError: There is no such option, or a required one is missing.
+        OptionError: An option would have no effect with the others.
     """
     return _build(TrainOptions, values)
 
 
 def cold_start_options(**values: Any) -> ColdStartOptions:
-    """``ColdStartOptions`` from flat names, see ``train_options``."""
+    """Return ``ColdStartOptions`` from flat names; see ``train_options``."""
     return _build(ColdStartOptions, values)
 
 
 def changed(options: Options, **values: Any) -> Options:
-    """The same options with some of them, by flat name, replaced.
+    """Return a copy of the options with some of them, by flat name, replaced.
 
     Raises:
-        TypeError: No such option.
-        OptionError: An option that would do nothing with the others.
+        TypeError: There is no such option.
+        OptionError: An option would have no effect with the others.
     """
     return _build(type(options), {**flatten(options), **values})
 
@@ -72,7 +72,7 @@ def _missing(kind: type[Any], values: Mapping[str, Any]) -> list[str]:
 def build_parser(
     parser: argparse.ArgumentParser, options: type[Any], *, preset: bool = True
 ) -> None:
-    """Give ``parser`` one flag per option of ``options``, and ``--config`` for a preset."""
+    """Add a flag for each option of ``options`` to ``parser``, and ``--config`` for a preset."""
     if preset:
         parser.add_argument(
             "--config", metavar="YAML", help="preset: a file, or the name of a shipped one"
@@ -95,14 +95,14 @@ def build_parser(
 
 
 def resolve(options: type[Options], given: Mapping[str, Any]) -> Options:
-    """Merge what the command line gave, the preset that it names and the defaults.
+    """Merge the values of the command line, the preset that it names and the defaults.
 
-    With ``resume`` the options of that run take the place of a preset.
+    With ``resume`` the options of that run replace the preset.
 
     Raises:
-        OptionError: Unknown preset or key (with the nearest name); a value of the wrong type,
-            outside the choices or too small; a required option that is missing; an option that
-            would do nothing with the others.
+        OptionError: A preset or key is unknown (the message gives the nearest name), a value has
+            the wrong type, is not among the choices or is too small, a required option is missing,
+            or an option would have no effect with the others.
     """
     given = dict(given)
     preset = given.pop("config", None)
@@ -129,7 +129,7 @@ def resolve(options: type[Options], given: Mapping[str, Any]) -> Options:
 
 
 def to_yaml(options: Any) -> str:
-    """All options as YAML, flat, that ``--config`` reads back to the same options."""
+    """Return all options as flat YAML, from which ``--config`` reads the same options."""
     content = {
         name: list(value) if isinstance(value, tuple) else value
         for name, value in flatten(options).items()

@@ -1,8 +1,8 @@
-"""Which options go together: one that would do nothing, or contradict another, is refused.
+"""Rules on several options: one that would have no effect, or contradicts another, is refused.
 
 An option counts as given when it differs from its default, wherever it was given (command line,
-preset, Python); at its default it is never refused. When a command reads an option is said where
-the option is defined (``recipes.options.base.Condition``); what is here concerns several options.
+preset, Python). At its default it is never refused. The condition under which a command reads an
+option is defined with the option (``recipes.options.base.Condition``).
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from recipes.options.values import OptionError, resume_point
 
 @dataclass(frozen=True)
 class Contradiction:
-    """Options that cannot both be as they are.
+    """Options whose values contradict each other.
 
     Attributes:
-        when: Whether they contradict each other, from all options by flat name.
-        names: The options.
+        when: A function of all options by flat name that tells whether they contradict each other.
+        names: The flat names of the options.
         remedy: What to change.
     """
 
@@ -89,11 +89,11 @@ _TRAIN_CONTRADICTIONS = (
 
 
 def unread(kind: type[Any], values: Mapping[str, Any]) -> dict[str, Condition]:
-    """The options that a command would not read, each with the (first) condition that fails.
+    """Return the options that a command would not read, each with its first failing condition.
 
     Args:
-        kind: Dataclass of the options.
-        values: All of them by flat name.
+        kind: The dataclass of the options.
+        values: All values by flat name.
     """
     given = SimpleNamespace(**values)
     reasons = {}
@@ -105,14 +105,15 @@ def unread(kind: type[Any], values: Mapping[str, Any]) -> dict[str, Condition]:
 
 
 def refuse_unread(kind: type[Any], values: Mapping[str, Any]) -> None:
-    """Refuse options that were given and would do nothing.
+    """Refuse options that were given and would have no effect.
 
     Args:
-        kind: Dataclass of the options.
-        values: All of them by flat name.
+        kind: The dataclass of the options.
+        values: All values by flat name.
 
     Raises:
-        OptionError: Names them all, each with the reason and what to change.
+        OptionError: There are such options. The message names all of them, each with the reason
+            and what to change.
     """
     given = SimpleNamespace(**values)
     refused: list[tuple[Condition, str]] = []
@@ -134,12 +135,12 @@ def refuse_unread(kind: type[Any], values: Mapping[str, Any]) -> None:
 
 
 def refusal(condition: Condition, names: Sequence[str], values: Mapping[str, Any]) -> str:
-    """The sentence that refuses options under a condition that does not hold.
+    """Return the sentence that refuses options whose condition does not hold.
 
     Args:
         condition: The condition.
-        names: Flat names of the options.
-        values: All options of the command by flat name.
+        names: The flat names of the options.
+        values: All values by flat name.
     """
     if condition.text is not None:
         flags = ", ".join(f"--{name.replace('_', '-')}" for name in sorted(names))
@@ -152,11 +153,11 @@ def refusal(condition: Condition, names: Sequence[str], values: Mapping[str, Any
 
 
 def refuse_given(options: Any, names: Sequence[str], text: str) -> None:
-    """Refuse those of some options that were given, for a reason that only the run knows.
+    """Refuse the given ones of some options, for a reason that is known only within the run.
 
     Args:
         options: All options.
-        names: Flat names of those that would do nothing.
+        names: The flat names of those that would have no effect.
         text: The refusal, with ``{flags}`` for them.
 
     Raises:
@@ -169,10 +170,11 @@ def refuse_given(options: Any, names: Sequence[str], text: str) -> None:
 
 
 def check_together(options: Any) -> None:
-    """Refuse options that would do nothing and options that contradict each other.
+    """Refuse options that would have no effect and options that contradict each other.
 
     Raises:
-        OptionError: Names all options that would do nothing, or the first contradiction.
+        OptionError: There are such options. The message names all without effect, or the first
+            contradiction.
     """
     values = flatten(options)
     refuse_unread(type(options), values)
@@ -193,7 +195,7 @@ def _spelled(values: Mapping[str, Any], names: Sequence[str], between: str) -> s
 
 
 def _option(name: str, value: Any) -> str:
-    """As on the command line."""
+    """Return an option with its value, as on the command line."""
     flag = name.replace("_", "-")
     if isinstance(value, bool):
         return f"--{flag}" if value else f"--no-{flag}"

@@ -1,4 +1,4 @@
-"""Options of the two kinds of runs: cold start, and training with instance weights."""
+"""Options of the two kinds of runs: a cold start, and training with instance weights."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from recipes.options.groups import LowerLevel, RunSettings, TrustedData, UpperLe
 
 @dataclass(frozen=True, kw_only=True)
 class LowerOptions(LoaderOptions):
-    """Training of the process reward model itself: what every run needs."""
+    """Options of every run, for the training of the process reward model itself."""
 
     train_file: str = option(..., "JSONL with step labels", on_resume="file")
     output_dir: str = option(..., "run directory; must not hold a run yet", on_resume="free")
@@ -46,14 +46,14 @@ class LowerOptions(LoaderOptions):
 
 @dataclass(frozen=True, kw_only=True)
 class ColdStartOptions(LowerOptions):
-    """A short supervised pass over a random draw of the training file; all weights 1."""
+    """A short supervised pass over a random draw of the training file, with all weights 1."""
 
     draw: int = option(300, "examples drawn from the training file; 0: all", least=0)
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainOptions(LowerOptions, ScoringOptions):
-    """Bilevel training with instance weights, then evaluation."""
+    """Bilevel training with instance weights, followed by an evaluation."""
 
     ONLY_WITH: ClassVar[Mapping[Condition, tuple[str, ...]]] = {
         conditions.ON_TRAIN_FILE: ("lower_loss",),

@@ -19,7 +19,7 @@ _PROMPT = ("system_prompt", "context", "max_patches")
 
 
 def _scores_itself(given: Any) -> bool:
-    """Whether ``evaluate`` has to score a file."""
+    """Return whether ``evaluate`` has to score a file."""
     return given.scores is None or (given.dev is not None and given.dev_scores is None)
 
 
@@ -37,7 +37,7 @@ MODEL_ASKED = Condition(
 
 
 def _by(*kinds: str, shown: str | None = None) -> Condition:
-    """Read by some ways of weighing."""
+    """Return the condition that ``weigh`` uses one of the ``kinds``."""
     return Condition(
         lambda given: given.by in kinds,
         shown=shown,
@@ -55,7 +55,7 @@ BY_SEED = _by("weighting", "small-loss", "random")
 
 @dataclass(frozen=True, kw_only=True)
 class ScoreOptions(LoaderOptions):
-    """Score every candidate of a file, step by step, and write the scores as they come."""
+    """Score every step of every candidate of a file, and write the scores during the run."""
 
     file: str = option(..., "JSONL of solutions")
     output: str = option(
@@ -69,7 +69,7 @@ class ScoreOptions(LoaderOptions):
 
 @dataclass(frozen=True, kw_only=True)
 class SelectOptions:
-    """Take the best candidate of every question."""
+    """Select the best candidate of every question."""
 
     scores: str = option(..., "scores.jsonl of `score`")
     output: str = option(..., "JSONL to write, one line a question")
@@ -120,7 +120,7 @@ class EvaluateOptions(ScoringOptions):
 
 @dataclass(frozen=True, kw_only=True)
 class WeighOptions(LoaderOptions):
-    """Weights that a saved weighting, or a rule, gives the examples of a file."""
+    """Weigh the examples of a file by a saved weighting or by a rule."""
 
     ONLY_WITH: ClassVar[Mapping[Condition, tuple[str, ...]]] = {
         BY_MODEL: ("model", *_PROMPT, "workers"),
@@ -129,7 +129,7 @@ class WeighOptions(LoaderOptions):
     ASKS_MODEL: ClassVar[tuple[str, ...]] = (
         *("model", "reference_model", *_PROMPT, "eval_batch_size", "workers"),
     )
-    """What only a weighting that asks the model reads."""
+    """Options that only a weighting that needs the model reads."""
 
     by: Literal["weighting", "bis", "small-loss", "random"] = option(
         "weighting",
@@ -158,7 +158,7 @@ class WeighOptions(LoaderOptions):
 
 @dataclass(frozen=True, kw_only=True)
 class ConvertModelOptions:
-    """Rewrite an InternVL checkpoint that needs code of its own; that code is not run."""
+    """Rewrite an InternVL checkpoint that needs code of its own, without running that code."""
 
     input: str = option(
         ...,
@@ -170,4 +170,4 @@ class ConvertModelOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class EnvOptions:
-    """Versions, devices and the commit: what one pastes into a bug report."""
+    """Print versions, devices and the commit for a bug report."""

@@ -1,4 +1,4 @@
-"""One value of an option: from the command line or YAML to the type of its field."""
+"""Convert a value of the command line or of YAML to the type of an option."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _SHOWN = 200
 
 
 class OptionError(ValueError):
-    """An option or preset that cannot be used; the message says what to change."""
+    """An option or preset cannot be used; the message says what to change."""
 
 
 @contextmanager
@@ -23,7 +23,7 @@ def blaming(flags: str) -> Iterator[None]:
     """Turn the ``ValueError`` of a constructor into an ``OptionError`` that names ``flags``.
 
     Args:
-        flags: The options behind the constructor's arguments, as on the command line.
+        flags: The options that give the constructor's arguments, as on the command line.
 
     Raises:
         OptionError: The body raised a ``ValueError``.
@@ -37,23 +37,23 @@ def blaming(flags: str) -> Iterator[None]:
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """The end of a message: the nearest known word, if one is near."""
+    """Return the end of a message with the nearest known word, if one is near."""
     nearest = difflib.get_close_matches(word[:_SHOWN], known, 1)
     return f"; did you mean {nearest[0]!r}?" if nearest else ""
 
 
 def shortened(text: str) -> str:
-    """``text`` as it goes into a message."""
+    """Return ``text`` shortened for a message."""
     return text if len(text) <= _SHOWN else text[: _SHOWN - 3] + "..."
 
 
 def resume_point(resume: str) -> tuple[Path, int | None]:
-    """What ``--resume`` names: a run directory and the step of a checkpoint in it.
+    """Return the run directory and the step of the checkpoint that ``--resume`` names.
 
-    ``runs/x`` is a run, ``runs/x/checkpoints/step-40`` a checkpoint of it.
+    ``runs/x`` is a run, and ``runs/x/checkpoints/step-40`` is a checkpoint of it.
 
     Returns:
-        The run directory, and the step of the named checkpoint; None: the newest.
+        The run directory, and the step of the checkpoint, None for the newest.
     """
     path = Path(resume)
     named = re.fullmatch(r"step-(\d+)", path.name)
@@ -63,7 +63,7 @@ def resume_point(resume: str) -> tuple[Path, int | None]:
 
 
 def element(hint: Any) -> tuple[Any, bool]:
-    """The type of a single value of an option, and whether the option takes several."""
+    """Return the type of a single value of an option, and whether it takes several."""
     if get_origin(hint) in (Union, types.UnionType):
         (hint,) = (part for part in get_args(hint) if part is not types.NoneType)
     if get_origin(hint) is tuple:
@@ -72,11 +72,11 @@ def element(hint: Any) -> tuple[Any, bool]:
 
 
 def convert(value: Any, hint: Any, where: str) -> Any:
-    """``value``, a word of the command line or what YAML read, as the type ``hint`` of a field.
+    """Convert ``value``, from the command line or YAML, to the type ``hint`` of a field.
 
     Raises:
-        OptionError: Of another type, outside the choices, or not as many as expected; ``where``
-            says whose value it is.
+        OptionError: The value has another type, is not among the choices, or has the wrong number
+            of elements. ``where`` names the option in the message.
     """
     optional = get_origin(hint) in (Union, types.UnionType)
     if optional and (value is None or value in ("none", "null")):
@@ -94,7 +94,7 @@ def convert(value: Any, hint: Any, where: str) -> Any:
 
 def _convert_one(value: Any, kind: Any, where: str) -> Any:
     if get_origin(kind) is Literal:
-        # YAML reads a bare `none` as text but `no` as False: compare what was written.
+        # YAML reads a bare `none` as text but `no` as False, so the text is compared.
         if value not in get_args(kind):
             choices = get_args(kind)
             raise OptionError(

@@ -1,4 +1,4 @@
-"""YAML of presets and of ``args.yaml``: plain ``option: value`` files, read as nothing more."""
+"""Read the YAML of presets and of ``args.yaml``: plain files of ``option: value``."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from recipes.options.values import OptionError
 _LARGEST = 2**20
 _MISTAKES = (
     yaml.YAMLError,
-    ValueError,  # of a date or a number that only looks like one, and of bytes that are no UTF-8
+    ValueError,  # malformed dates and numbers, and bytes that are not UTF-8
     TypeError,
     LookupError,
     AttributeError,
     OverflowError,
     RecursionError,
 )
-"""What PyYAML raises for what it cannot read; not all of it is its own."""
+"""Errors that PyYAML raises for a malformed file, among them errors of Python itself."""
 
 
 class _PlainLoader(yaml.SafeLoader):
-    """Builds nothing but plain values, without aliases (ten lines can expand to gigabytes)."""
+    """Build plain values only, without aliases, which can expand ten lines to gigabytes."""
 
     def compose_node(self, parent: Any, index: Any) -> Any:
         if self.check_event(yaml.AliasEvent):
@@ -43,11 +43,11 @@ class _PlainLoader(yaml.SafeLoader):
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """Read the keys and values of a file; none of an empty file.
+    """Read the keys and values of a file; an empty file has none.
 
     Raises:
-        OptionError: Not to be read, not YAML, more than 1 MiB, with aliases or a key twice, or
-            something else than keys and values.
+        OptionError: The file cannot be read, is not YAML, is larger than 1 MiB, has aliases or a
+            key twice, or holds anything but keys and values.
     """
     try:
         with path.open("rb") as file:

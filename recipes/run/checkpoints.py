@@ -1,18 +1,18 @@
-"""Checkpoints of a run: all that it needs to go on as if nothing had interrupted it.
+"""Checkpoints of a run: they hold all that it needs to resume as if nothing had interrupted it.
 
 ``checkpoints/step-<n>/`` holds, after n lower steps,
 
-* ``state.safetensors``: the state of both levels (parameters, optimizers, what the hypergradient
-  remembers, counts) and torch's random states;
-* ``run.json``: n, what the run is (options, digests of model and data), what happened since the
-  last line of ``log.jsonl``, and the troubles so far.
+* ``state.safetensors``: the state of both levels (parameters, optimizers, the memory of the
+  hypergradient, counts) and torch's random states;
+* ``run.json``: n, the identity of the run (options, digests of model and data), what happened since
+  the last line of ``log.jsonl``, and the troubles so far.
 
-Order of data, schedules and visits are functions of the step; there is nothing to store. A
-checkpoint is complete or it is not there (``recipes.run.files.complete_directory``); the oldest are
-removed only then.
+The order of the data, the schedules and the visits are functions of the step and are not stored. A
+checkpoint is either complete or absent (``recipes.run.files.complete_directory``). The oldest
+checkpoints are removed only after the new one is complete.
 
-With a hypergradient through a window of several lower steps, training cannot go on from a state
-within the window: a checkpoint that falls due there is written at the window's end.
+With a hypergradient through a window of several lower steps, training cannot resume from a state
+within the window: a checkpoint that is due there is written at the end of the window.
 """
 
 from __future__ import annotations
@@ -51,8 +51,8 @@ class Progress:
     Attributes:
         state: The state of both levels.
         random: The random states of torch after the step.
-        unlogged: What happened since the last line of the log.
-        seen: The troubles so far.
+        unlogged: The figures, notes and troubles since the last line of the log.
+        seen: The troubles of the run so far.
     """
 
     state: BilevelState[Any, Any]
@@ -63,12 +63,13 @@ class Progress:
 
 @dataclass(frozen=True)
 class Checkpoints:
-    """Where the checkpoints of a run are, when they are due, and which run it is.
+    """The checkpoints of a run: where they are, when they are due, and which run they belong to.
 
     Attributes:
-        directory: ``<run directory>/checkpoints``.
-        every: Lower steps between checkpoints; 0: none are due.
-        keep: How many of the newest to keep; 0: all. The newest that was due stays in any case.
+        directory: The directory ``<run directory>/checkpoints``.
+        every: The number of lower steps between checkpoints. With 0, none is due.
+        keep: The number of newest checkpoints to keep. With 0, all are kept. The newest checkpoint
+            that was due is always kept.
         identity: The identity of the run (``recipes.run.identity``).
     """
 
@@ -78,24 +79,25 @@ class Checkpoints:
     identity: Mapping[str, Any]
 
     def due(self, before: int, after: int) -> bool:
-        """Whether a multiple of ``every`` lies in the steps ``before`` + 1 to ``after``."""
+        """Return whether a multiple of ``every`` lies in the steps ``before`` + 1 to ``after``."""
         return self.every > 0 and after // self.every > before // self.every
 
     def save(self, progress: Progress, *, due: bool = True) -> Path:
         """Write a checkpoint, then remove the oldest beyond ``keep``.
 
-        A run has one state at a step: if there is a checkpoint of that step, it stays. Writing
+        A run has one state at a step, so an existing checkpoint of that step is kept. Writing
         takes one copy of the state in memory.
 
         Args:
-            progress: The state and what belongs to it.
-            due: Whether it is one of those of ``every``; ``--on-trouble rollback`` returns to such.
+            progress: The state to save.
+            due: Whether the checkpoint is due by ``every``. ``--on-trouble rollback`` returns to
+                the newest checkpoint that was due.
 
         Returns:
             The checkpoint's directory.
 
         Raises:
-            WriteError: Something cannot be written; complete checkpoints are as they were.
+            WriteError: A file cannot be written. Complete checkpoints are unchanged.
         """
         path = self.directory / f"step-{int(progress.state.lower_steps)}"
         try:
@@ -138,7 +140,7 @@ class Checkpoints:
         """Return the checkpoint after ``steps`` lower steps.
 
         Raises:
-            OptionError: There is none, or it is not complete.
+            OptionError: The checkpoint does not exist or is not complete.
         """
         path = self.directory / f"step-{steps}"
         if not path.is_dir():
@@ -158,11 +160,11 @@ class Checkpoints:
 
         Args:
             path: The checkpoint's directory.
-            example: A state of this run, for the structure: ``solver.init(...)``.
+            example: A state of this run, for its structure, for example ``solver.init(...)``.
 
         Raises:
-            OptionError: It cannot be read, some of it has changed since it was written, or it is
-                of another run; the message lists the differences.
+            OptionError: The checkpoint cannot be read, it has changed since it was written, or it
+                belongs to another run. The message lists the differences.
         """
         with _readable(path):
             run = json.loads((path / _RUN).read_text(encoding="utf-8"))
@@ -198,7 +200,7 @@ class Checkpoints:
 def _seal(state: Path, content: Mapping[str, Any]) -> str:
     """Return the SHA-256 of the state's bytes and of everything else in ``run.json``.
 
-    With it, a bit that a disk or a copy changed is an error; else it would change the run.
+    A bit that a disk or a copy has changed is then an error and does not change the run silently.
     """
     text = digest_file(state) + json.dumps(content, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
@@ -228,7 +230,7 @@ def _steps(path: Path) -> int:
 def _tensors(progress: Progress) -> dict[str, Tensor]:
     random = {"cpu": progress.random.cpu} | {str(d): s for d, s in progress.random.devices}
     parts = {"state": tree.flatten(progress.state), "random": random}
-    # Cloned: the file format refuses tensors that share memory.
+    # Tensors are cloned because the file format refuses tensors that share memory.
     return {
         f"{part}/{name}": tensor.detach().cpu().contiguous().clone()
         for part, tensors in parts.items()
@@ -243,7 +245,7 @@ def _levels_and_random(
     for path, tensor in tensors.items():
         part, _, name = path.partition("/")
         parts[part][name] = tensor
-    # Copied into memory of torch's own alignment, on which sums may depend.
+    # Tensors are copied into memory that torch aligns, because sums may depend on the alignment.
     state = tree.map(
         lambda like, tensor: torch.empty_like(like).copy_(tensor),
         example,

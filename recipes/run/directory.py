@@ -1,4 +1,4 @@
-"""The run directory: make it, find a free one, and describe a new run in it."""
+"""The run directory: create it, find a free one, and describe a new run in it."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ LOCK = "lock"
 
 
 def make_directory(path: Path) -> None:
-    """Make a directory, unless it is there.
+    """Create a directory, unless it exists.
 
     Raises:
         OptionError: ``path`` is a file.
@@ -30,7 +30,7 @@ def describe_run(path: Path, options: Any) -> None:
     """Write ``args.yaml`` and ``env.json`` into the directory of a new run.
 
     Raises:
-        OptionError: ``path`` holds a run or anything else already.
+        OptionError: ``path`` is not empty: it holds a run or other files.
     """
     if _holds_something(path):
         what = "already holds a run" if (path / "args.yaml").exists() else "is not empty"
@@ -46,9 +46,9 @@ def free_directory(path: Path, on_existing: str) -> Path:
     """Return the directory for a new run.
 
     Args:
-        path: The directory that was asked for.
-        on_existing: "refuse": ``path`` itself, whatever it holds; "number": the first of path,
-            path-2, path-3, ... that holds nothing yet.
+        path: The directory that the options name.
+        on_existing: With "refuse", ``path`` itself is returned, even if it is not empty. With
+            "number", the first of path, path-2, path-3, ... that is still free.
     """
     if on_existing == "refuse":
         return path
@@ -60,7 +60,7 @@ def free_directory(path: Path, on_existing: str) -> Path:
 
 
 def _holds_something(path: Path) -> bool:
-    """Whether there is more than a run leaves that was killed before ``args.yaml`` was written."""
+    """Return whether there is more than a run killed before it wrote ``args.yaml`` leaves."""
     return any(
         entry.name not in (LOCK, "env.json") and entry.suffix != UNFINISHED
         for entry in path.iterdir()

@@ -1,29 +1,29 @@
-"""Errors that end a run early; their messages say what is kept and how to go on."""
+"""Errors that end a run early. Their messages say what was saved and how to resume."""
 
 from __future__ import annotations
 
 
 class RunError(RuntimeError):
-    """A run that cannot go on; the message says where, why and what to try."""
+    """A run cannot continue; the message says where, why and what to try."""
 
 
 class StepError(RunError):
-    """A step that cannot be taken, or a batch that cannot be made."""
+    """A step cannot be taken, or a batch cannot be prepared."""
 
 
 class NonFiniteError(StepError):
-    """A loss, gradient, hypergradient, weight or parameter that is not a number, or explodes."""
+    """A loss, gradient, hypergradient, weight or parameter is non-finite or explodes."""
 
 
 class WriteError(RunError):
-    """A file of the run directory that cannot be written: disk full, no permission, read-only."""
+    """A file of the run directory cannot be written: disk full, no permission, read-only."""
 
 
 class Stopped(RunError):
-    """The run was asked to stop (a signal), and did, after a complete step.
+    """A signal asked the run to stop, and it stopped after a complete step.
 
     Attributes:
-        status: Exit status for the command: 128 + number of the signal, as shells count.
+        status: The exit status of the command: 128 + the number of the signal, as in shells.
     """
 
     def __init__(self, message: str, status: int) -> None:

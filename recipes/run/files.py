@@ -1,9 +1,9 @@
-"""Files and directories that are complete under their name, or not there: "write, then rename".
+"""Write files and directories atomically: under a temporary name first, which is then renamed.
 
-What is written stands under a temporary name (the final one and ``.tmp``) until all of its bytes
-are on the disk. A write that fails removes what it wrote and leaves the old file as it was; one
-that is killed leaves the old file and something that ends with ``.tmp``, which nobody reads and
-the next write of that name replaces.
+The content has a temporary name (the final name and ``.tmp``) until all of its bytes are on the
+disk. A write that fails removes its temporary file and leaves the old file unchanged. A write that
+is killed leaves the old file and a temporary one, which nothing reads and the next write of that
+name replaces.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ _AT_ONCE = 16
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a file; its directory is made if there is none.
+    """Write a file, and create its directory if it does not exist.
 
     Args:
         path: The file, replaced if it exists.
         text: The content, written as UTF-8.
 
     Raises:
-        OSError: It cannot be written; an older file is as it was.
+        OSError: The file cannot be written. An older file is unchanged.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = unfinished_name(path)
@@ -51,28 +51,28 @@ def write_json(path: Path, content: Mapping[str, Any] | Sequence[Any]) -> None:
     """Write indented JSON by ``write_text``.
 
     Raises:
-        ValueError: There is a NaN or an infinity in it, which JSON lacks.
-        OSError: The file cannot be written; an older one is as it was.
+        ValueError: The content holds a NaN or an infinity, which JSON lacks.
+        OSError: The file cannot be written. An older file is unchanged.
     """
     write_text(path, json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
 
 
 @contextmanager
 def complete_directory(path: Path) -> Iterator[Path]:
-    """Make a directory that appears under its name only when the body has filled it.
+    """Create a directory that gets its name only when the body has filled it.
 
-    Its files, its names and its own name are on the disk when this returns, so that something
-    older can be removed for it.
+    Its files, their names and its own name are on the disk when this returns, so that an older
+    directory can then be removed.
 
     Args:
-        path: The directory, which must not exist.
+        path: The directory, which must not exist yet.
 
     Yields:
         The directory to fill, which has a temporary name.
 
     Raises:
-        OSError: It cannot be written. Whatever the body raises is raised too. There is no
-            directory then, neither under its name nor under the temporary one.
+        OSError: The directory cannot be written. Errors of the body are raised too. In either
+            case no directory is left, neither under its name nor under the temporary one.
     """
     unfinished = unfinished_name(path)
     shutil.rmtree(unfinished, ignore_errors=True)
@@ -82,14 +82,14 @@ def complete_directory(path: Path) -> Iterator[Path]:
         _flush_all(unfinished)
         os.replace(unfinished, path)
     except BaseException:
-        # Half a directory must not take the space that others need.
+        # An incomplete directory must not take the disk space that other files need.
         shutil.rmtree(unfinished, ignore_errors=True)
         raise
     flush(path.parent)
 
 
 def remove_directory(path: Path) -> None:
-    """Remove a directory, if it is one, under a temporary name: no half of it looks complete."""
+    """Rename a directory, if it exists, and remove it, so that no part of it looks complete."""
     if not path.is_dir():
         return
     doomed = unfinished_name(path)
@@ -104,10 +104,10 @@ def unfinished_name(path: Path) -> Path:
 
 
 def _flush_all(directory: Path) -> None:
-    """Bring a directory and all below it to the disk, the directories after their content."""
+    """Flush a directory and all below it to the disk, the directories after their content."""
     folders = [Path(folder) for folder, _, _ in os.walk(directory, topdown=False)]
     files = [path for folder in folders for path in folder.iterdir() if path.is_file()]
-    # Together: a disk writes many small files at once (1,870 pictures: 0.4 s, not 11 s).
+    # In parallel: a disk flushes many small files at once (1,870 pictures: 0.4 s, not 11 s).
     with ThreadPoolExecutor(_AT_ONCE) as pool:
         list(pool.map(flush, files))
     for folder in folders:
@@ -115,7 +115,7 @@ def _flush_all(directory: Path) -> None:
 
 
 def flush(path: Path) -> None:
-    """Bring a file, or the names in a directory, to the disk."""
+    """Flush a file, or the names in a directory, to the disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

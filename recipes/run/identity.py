@@ -1,4 +1,4 @@
-"""Which run a checkpoint belongs to: options, and digests of the initial model and the data."""
+"""The identity of a run: its options, and digests of its initial model and data."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from recipes.options.train import LowerOptions
 
 
 def identity(options: LowerOptions, model: torch.nn.Module) -> dict[str, Any]:
-    """What a run is: its options, and digests of the initial model and of the files it trains on.
+    """Return a run's options, and digests of its initial model and of the files it trains on.
 
-    What a resumed run may change is said where the options are defined (``on_resume``). Of files
-    the content counts, and of the model its parameters, wherever they lie. Reads every parameter
-    and every file once.
+    The options define what a resumed run may change (``on_resume``). Files are compared by their
+    content and the model by its parameters, so both may move. Every parameter and every file is
+    read once.
     """
     entries, values = flat_options(type(options)), flatten(options)
     same = {name: value for name, value in values.items() if entries[name].on_resume == "same"}
@@ -31,7 +31,7 @@ def identity(options: LowerOptions, model: torch.nn.Module) -> dict[str, Any]:
 
 
 def differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """What differs between two identities, in words, the earlier one in brackets."""
+    """Return the differences of two identities in words, with the earlier value in brackets."""
     lines = []
     old, new = then["options"], now["options"]
     for name in dict.fromkeys([*old, *new]):
@@ -46,13 +46,13 @@ def differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
 
 
 def digest_file(path: str | Path) -> str:
-    """SHA-256 of a file's bytes, in hexadecimal."""
+    """Return the SHA-256 of a file's bytes, in hexadecimal."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def digest_model(model: torch.nn.Module) -> str:
-    """SHA-256 of all parameters and buffers, with names, types and shapes, in hexadecimal."""
+    """Return the SHA-256 of all parameters and buffers with names, types and shapes, in hex."""
     digest = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())

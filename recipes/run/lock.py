@@ -1,17 +1,17 @@
-"""One process per run directory: a file that names the process at work there.
+"""The lock of a run directory: a file that names the process at work there.
 
 The file ``lock`` is a ``filelock.SoftFileLock``: it holds the process id, the host and, where the
-system tells it, the start of the process. It is removed when the run ends, however it ends, unless
-the process is killed. The next run then finds that this process is gone (the same id with another
-start is another process) and takes the lock over. Nobody can see the processes of another host: its
-lock is respected until somebody removes the file.
+system provides it, the start time of the process. It is removed when the run ends, unless the
+process is killed. In that case the next run finds that the process is gone (the same id with
+another start time is another process) and takes the lock over. The processes of another host cannot
+be seen, so its lock is respected until somebody removes the file.
 
-Three things here are not in ``SoftFileLock`` (4.2.11):
+This module adds three things to ``SoftFileLock`` (4.2.11):
 
-* Looking without locking. ``runs show`` must not write into a run directory.
-* Processes that have ended and that their parent has not waited for yet. They still have their id,
-  and in a container whose first process waits for nobody they keep it for ever.
-* Taking over where the file system cannot exchange two names (NFS, SMB).
+* It reads a lock without acquiring it: ``runs show`` must not write into a run directory.
+* It detects processes that have ended and that their parent has not waited for yet. They still have
+  their id, and keep it for ever in a container whose first process waits for no child.
+* It takes a lock over where the file system cannot exchange two names (NFS, SMB).
 """
 
 from __future__ import annotations
@@ -31,16 +31,16 @@ from recipes.options.values import OptionError
 from recipes.run.directory import LOCK
 
 _NO_PROCESS = 2**31 - 1
-"""A process id that no system gives."""
+"""A process id that no system assigns."""
 
 
 @dataclass(frozen=True)
 class _Record:
-    """A lock file as it was read.
+    """The content of a lock file.
 
     Attributes:
-        text: Process id, host and start of the process, a line each.
-        since: When it was written, in seconds since the epoch.
+        text: The process id, the host and the start of the process, one on each line.
+        since: The time at which it was written, in seconds since the epoch.
     """
 
     text: str
@@ -60,7 +60,7 @@ def locked(directory: Path) -> Iterator[None]:
     """Hold the lock of a run directory, which must exist, while the body runs.
 
     Raises:
-        OptionError: Another process holds it.
+        OptionError: Another process holds the lock.
         OSError: The lock cannot be written.
     """
     path = directory / LOCK
@@ -84,17 +84,17 @@ def locked(directory: Path) -> Iterator[None]:
 
 
 def at_work(directory: Path) -> bool:
-    """Whether a process holds the lock of a run directory; one on another host counts as there."""
+    """Return whether a process holds the lock; one on another host is assumed to be alive."""
     record = _read(directory / LOCK)
     return record is not None and _is_held(record)
 
 
 @contextmanager
 def _one_starts(directory: Path) -> Iterator[None]:
-    """Let one process at a time look at the lock of a directory and write its own."""
+    """Let one process at a time read the lock of a directory and write its own."""
     folder = os.open(directory, os.O_RDONLY)
     try:
-        with suppress(OSError):  # a file system without such locks: two starts at once may both win
+        with suppress(OSError):  # without flock, two runs that start at once may both get it
             fcntl.flock(folder, fcntl.LOCK_EX)
         yield
     finally:
@@ -102,8 +102,8 @@ def _one_starts(directory: Path) -> Iterator[None]:
 
 
 def _read(path: Path) -> _Record | None:
-    """Return what a lock says; None: there is no lock."""
-    # Not looked for first: its owner removes it whenever its run ends.
+    """Return the content of a lock file, or None if there is no lock."""
+    # Whether it exists is not tested first: its owner may remove it at any time.
     try:
         with path.open("rb") as file:
             text, since = file.read(2**10), os.fstat(file.fileno()).st_mtime
@@ -113,10 +113,10 @@ def _read(path: Path) -> _Record | None:
 
 
 def _is_held(record: _Record) -> bool:
-    """Whether a lock keeps others out: its process lives, or nobody here can tell.
+    """Return whether a lock is held: its process is alive, or that cannot be determined here.
 
-    Whether the process lives is for ``SoftFileLock`` to say, which can only be asked by acquiring:
-    here a copy of the lock, in another directory.
+    ``SoftFileLock`` decides whether the process is alive, but only when it acquires a lock. So it
+    tries to acquire a copy of the lock in another directory.
     """
     text, (pid, _, rest) = record.text, record.text.partition("\n")
     if _has_ended(pid):
@@ -132,7 +132,7 @@ def _is_held(record: _Record) -> bool:
 
 
 def _has_ended(pid: str) -> bool:
-    """Whether a process of this host has ended and only waits for its parent to see that."""
+    """Return whether a process of this host has ended and its parent has not waited for it."""
     try:
         stat = Path(f"/proc/{int(pid)}/stat").read_text(encoding="utf-8", errors="replace")
     except (OSError, ValueError):

@@ -1,4 +1,4 @@
-"""What a run or a measurement was made with: code, packages, machine, data.
+"""The provenance of a run or a measurement: code, packages, machine, data.
 
 Importing this module does not import torch.
 """
@@ -24,9 +24,9 @@ _ROOT = Path(__file__).resolve().parents[2]
 
 
 def environment() -> dict[str, Any]:
-    """Versions and machine, for bug reports and for comparing runs.
+    """Return versions and the machine, for bug reports and to compare runs.
 
-    ``bilevel-prm env`` prints it; ``env.json`` of a run holds it.
+    ``bilevel-prm env`` prints them, and ``env.json`` of a run holds them.
     """
     import torch
 
@@ -43,7 +43,7 @@ def environment() -> dict[str, Any]:
 
 
 def environment_text() -> str:
-    """``environment`` as lines for a bug report."""
+    """Return ``environment`` as lines for a bug report."""
     values = environment()
     git = values["git"]
     commit = "no checkout" if git is None else git["commit"]
@@ -64,7 +64,7 @@ def environment_text() -> str:
 
 
 def version_of(package: str) -> str:
-    """Version of an installed distribution, or that it is not installed."""
+    """Return the version of a distribution, or a text that it is not installed."""
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
@@ -72,7 +72,7 @@ def version_of(package: str) -> str:
 
 
 def _devices() -> list[str]:
-    """Accelerators that torch can use, by kind and name."""
+    """Return the accelerators that torch can use, by kind and name."""
     import torch
 
     devices = [f"cuda: {torch.cuda.get_device_name(n)}" for n in range(torch.cuda.device_count())]
@@ -102,7 +102,7 @@ def _processor() -> str:
 
 
 def git_state(root: Path = _ROOT) -> dict[str, Any] | None:
-    """Return the commit of a checkout and whether its files differ; None: it is no checkout."""
+    """Return the commit of a checkout and whether files differ from it, or None without one."""
     top = _git(root, "rev-parse", "--show-toplevel")
     commit = _git(root, "rev-parse", "HEAD")
     # An installed package may lie in somebody else's repository.
@@ -113,13 +113,13 @@ def git_state(root: Path = _ROOT) -> dict[str, Any] | None:
 
 
 def data_fingerprints(options: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """Fingerprint of every data file that options name, by the flat name of the option."""
+    """Return fingerprints of the data files that options name, by the option's flat name."""
     named = {name: options.get(name) for name in _FILES}
     return {name: fingerprint(Path(path)) for name, path in named.items() if path is not None}
 
 
 def fingerprint(path: Path) -> dict[str, Any]:
-    """Read a file once: path, size, SHA-256 of its first and last MiB, and number of lines."""
+    """Return path, size, SHA-256 of the first and last MiB, and number of lines of a file."""
     digest, lines = hashlib.sha256(), 0
     with path.open("rb") as file:
         first = last = block = file.read(_BLOCK)
@@ -134,8 +134,8 @@ def fingerprint(path: Path) -> dict[str, Any]:
 
 
 def _git(root: Path, *words: str) -> str | None:
-    # Waited for however busy the machine is: a time limit would leave out the commit by chance. And
-    # without git's optional locks, which would get into the way of a commit that is being made.
+    # There is no time limit, because on a busy machine it would leave out the commit by chance.
+    # Git's optional locks are off, because they could block a commit that is being written.
     command = ["git", "--no-optional-locks", "-C", str(root), *words]
     try:
         done = subprocess.run(command, capture_output=True, text=True, check=True)

@@ -1,4 +1,4 @@
-"""Open a run: at its beginning, in a new directory, or where it was interrupted."""
+"""Open a run: start it in a new directory, or resume it where it was interrupted."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Run:
     Attributes:
         command: The command that resumes it.
         directory: The run directory.
-        checkpoints: Its checkpoints.
+        checkpoints: The checkpoints of the run.
         beginning: The state before the first step.
         start: The state that training starts from.
     """
@@ -47,13 +47,13 @@ class Run:
 
     @property
     def log(self) -> Path:
-        """The file of the log, ``log.jsonl``."""
+        """The path of the log, ``log.jsonl``."""
         return self.directory / "log.jsonl"
 
     def before_trouble(self) -> Progress:
         """Return the state for ``--on-trouble rollback``.
 
-        It is that of the newest checkpoint that was due, or the beginning.
+        It is the state of the newest checkpoint that was due, or else the beginning of the run.
         """
         path = self.checkpoints.newest_due()
         return self.beginning if path is None else self.checkpoints.load(path, self.start.state)
@@ -62,8 +62,8 @@ class Run:
         """Save the state, whether or not a checkpoint is due.
 
         Returns:
-            A sentence on where the state is and how to go on. If the state cannot be written, the
-            sentence says so; nothing is raised.
+            A sentence on where the state is and how to resume. If the state cannot be written, the
+            sentence says so, and no error is raised.
         """
         steps, failed = int(progress.state.lower_steps), ""
         if steps:
@@ -80,7 +80,7 @@ class Run:
 
     @contextmanager
     def keeping(self, progress: Progress) -> Iterator[None]:
-        """Save ``progress`` if the body fails or is interrupted, and add that to its error."""
+        """Save ``progress`` if the body fails or is interrupted, and add that to the error."""
         try:
             yield
         except KeyboardInterrupt:
@@ -90,8 +90,8 @@ class Run:
             raise self.explained(error, progress) from error
 
     def explained(self, error: Exception, progress: Progress) -> Exception:
-        """Save ``progress``, and return the error with a sentence on that and on how to go on."""
-        if isinstance(error, WriteError):  # another try would fail likewise
+        """Save ``progress``, and return the error with a sentence on that and on how to resume."""
+        if isinstance(error, WriteError):  # another attempt would fail, too
             return WriteError(f"{error}; {self._kept()}")
         kept = self.keep(progress)
         if isinstance(error, RunError):
@@ -108,10 +108,10 @@ def open_run(
 ) -> Iterator[Run]:
     """Open a run, and lock its directory while the body runs.
 
-    A new run gets a new directory. A resumed one keeps its own: what was logged after the
-    checkpoint is dropped (those steps are taken again), and so are later checkpoints and a model
-    that was saved already; ``args.yaml`` is written again with the options that the run goes on
-    with. Without any checkpoint it starts at the beginning again.
+    A new run gets a new directory. A resumed run keeps its directory: log lines after the
+    checkpoint are dropped, because those steps are taken again, and so are later checkpoints and a
+    model that was saved already. ``args.yaml`` is written again with the options of the resumed
+    run. Without any checkpoint the run starts again from the beginning.
 
     Args:
         options: The options of the run.
@@ -119,8 +119,8 @@ def open_run(
         state: The state before the first step.
 
     Raises:
-        OptionError: The directory of a new run holds something; another process works in it; the
-            run is complete; the checkpoint is not there or of another run.
+        OptionError: The directory of a new run is not empty, another process works in it, the run
+            is complete, or the checkpoint does not exist or belongs to another run.
         WriteError: The directory cannot be written.
     """
     if options.run.resume is None:
@@ -186,7 +186,7 @@ def _command(options: LowerOptions, directory: Path) -> str:
 
 
 def cut_log(path: Path, steps: int) -> None:
-    """Drop the lines of ``log.jsonl`` after ``steps``, and a last line that was cut short."""
+    """Drop the lines of ``log.jsonl`` after ``steps``, and an incomplete last line."""
     if not path.is_file():
         return
     kept = []

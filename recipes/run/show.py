@@ -1,4 +1,4 @@
-"""``bilevel-prm runs``: the state of a run and how to go on with it. Does not import torch."""
+"""``bilevel-prm runs``: the state of a run and how to resume it, without importing torch."""
 
 from __future__ import annotations
 
@@ -46,13 +46,13 @@ class RunState:
         kind: The command that started it, "cold-start" or "train".
         state: "complete" (it has its results), "at work" (a process holds its lock), or
             "stopped".
-        steps: Lower steps of the whole run.
-        logged: Step of the last complete line of the log; 0 without one.
-        last_line: That line.
-        checkpoint: Step of the newest complete checkpoint; None: there is none.
-        resume: The command that goes on; None for a complete run.
-        results: ``rows`` of ``results.json``.
-        environment: ``env.json``.
+        steps: The number of lower steps of the whole run.
+        logged: The step of the last complete line of the log, 0 if there is none.
+        last_line: The last complete line of the log, None if there is none.
+        checkpoint: The step of the newest complete checkpoint, None if there is none.
+        resume: The command that resumes the run, None for a complete run.
+        results: The ``rows`` of ``results.json``, None if there are no results.
+        environment: The content of ``env.json``.
     """
 
     directory: str
@@ -71,11 +71,11 @@ def run_state(directory: Path) -> RunState:
     """Read the state of a run from the files in its directory.
 
     Raises:
-        OptionError: It is no run directory.
+        OptionError: ``directory`` is not a run directory.
     """
     if not (directory / "args.yaml").is_file():
         raise OptionError(f"{directory}: expected a run directory, found no args.yaml in it")
-    # Looked at first: a run that ends after this has written its results by then.
+    # The lock is read first: a run that ends after that has written its results by then.
     working = at_work(directory)
     args = read_yaml(directory / "args.yaml")
     kind = "cold-start" if "draw" in args else "train"
@@ -161,7 +161,7 @@ def _short(value: Any) -> str:
 
 
 def _json_object(path: Path) -> dict[str, Any] | None:
-    """Return the object in a JSON file; None: there is no file, or no (complete) object in it."""
+    """Return the object in a JSON file, or None without a file or a complete object in it."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):

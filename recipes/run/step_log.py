@@ -1,4 +1,4 @@
-"""The lines of ``log.jsonl``: means, notes and troubles of the steps since the line before."""
+"""The lines of ``log.jsonl``: means, notes and troubles of the steps since the last line."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ _NOTES_PER_LINE = 5
 
 @dataclass(frozen=True)
 class Unlogged:
-    """What happened since the last line, in order; JSON, so that a checkpoint can hold it.
+    """Figures, notes and troubles since the last line, in a form that JSON can hold.
 
     Attributes:
-        figures: Values of the steps, by name; a line holds their means.
-        notes: Notes of the core, each once, the first five.
-        troubles: How many there were of each kind (``recipes.run.trouble``).
-        skipped: Numbers of the steps that a trouble kept from being taken, or took back.
+        figures: The values of the steps in order, by name. A line holds their means.
+        notes: The first five different notes of the solver.
+        troubles: The number of troubles of each kind (``recipes.run.trouble``).
+        skipped: The numbers of the steps that were rejected or rolled back.
     """
 
     figures: Mapping[str, Sequence[float]]
@@ -36,7 +36,7 @@ class Unlogged:
     skipped: Sequence[int] = field(default_factory=list)
 
     def after(self, info: StepInfo) -> Unlogged:
-        """Return this with one more step that was taken."""
+        """Return a copy with one more accepted step."""
         figures = {name: list(values) for name, values in self.figures.items()}
         for name, value in figures_of(info).items():
             figures.setdefault(name, []).append(value)
@@ -44,7 +44,7 @@ class Unlogged:
         return Unlogged(figures, notes, self.troubles, self.skipped)
 
     def with_troubles(self, new: Sequence[Trouble], skipped: Sequence[int]) -> Unlogged:
-        """Return this with further troubles, and the numbers (from 1) of the steps they cost."""
+        """Return a copy with more troubles and the numbers (from 1) of their rejected steps."""
         counts = added(self.troubles, new)
         return Unlogged(self.figures, self.notes, counts, [*self.skipped, *skipped])
 
@@ -75,7 +75,7 @@ def append_line(path: Path, line: str) -> None:
     """Append a line to a file.
 
     Raises:
-        WriteError: It cannot be written. What was written of it is dropped when the run resumes.
+        WriteError: The line cannot be written. An incomplete line is dropped on resuming.
     """
     try:
         with path.open("a", encoding="utf-8") as file:

@@ -1,4 +1,4 @@
-"""Stop a run after a complete step: the signals that ask for it, and while they are handled."""
+"""Stop a run after a complete step when a signal asks for it."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 def stop_requests() -> Iterator[Callable[[], signal.Signals | None]]:
     """Handle SIGINT and SIGTERM while the body runs.
 
-    The first signal is only remembered, for the body to act on after a complete step. The second
+    The first signal is only recorded, for the body to act on after a complete step. The second
     ends the process at once, as that signal does by default (the shell sees 128 + its number).
-    Afterwards the handlers are those of before. A signal that is ignored (a job started with
-    ``nohup``) stays ignored. Only the main thread can handle signals: in others nothing is
-    installed.
+    Afterwards the previous handlers are restored. A signal that is ignored (a job started with
+    ``nohup``) stays ignored. Only the main thread can handle signals, so in other threads no
+    handler is installed.
 
     Yields:
         A function that returns the signal that arrived, or None.
@@ -31,10 +31,10 @@ def stop_requests() -> Iterator[Callable[[], signal.Signals | None]]:
     def handle(number: int, frame: FrameType | None) -> None:
         if asked:
             signal.signal(number, signal.SIG_DFL)
-            signal.raise_signal(number)  # to this thread: it is delivered before this returns
+            signal.raise_signal(number)  # in this thread: delivered before this returns
             return
         asked.append(signal.Signals(number))
-        # Not print: the signal may have arrived while print itself held the stream.
+        # print is not safe here: the signal may have arrived while print held the stream.
         text = f"\n{asked[0].name}: stopping after this step, with a checkpoint; again: at once\n"
         os.write(sys.__stderr__.fileno() if sys.__stderr__ else 2, text.encode())
 
@@ -48,5 +48,5 @@ def stop_requests() -> Iterator[Callable[[], signal.Signals | None]]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-    if asked:  # after the body last looked
+    if asked:  # the signal came after the last check of the body
         signal.raise_signal(asked[0])

@@ -1,16 +1,15 @@
-"""Numerical trouble: what counts as such, under which name, and what it costs the run.
+"""Numerical troubles: what they are, how they are named, and what the run does about them.
 
-Some kinds reject a step: a loss, gradient, hypergradient, weight or parameter that is not finite,
-or a hypergradient 10,000 times the median of the last ones. ``--on-trouble`` decides what follows:
+Some kinds reject a step: a non-finite loss, gradient, hypergradient, weight or parameter, or a
+hypergradient 10,000 times the median of the last ones. ``--on-trouble`` decides what follows:
 
-* ``raise``: the run ends with the state before the step saved;
-* ``skip``: the step (with a hypergradient through several steps: the window) is not taken.
+* ``raise``: The run ends, and the state before the step is saved.
+* ``skip``: The step, or the window of a hypergradient through several steps, is rejected.
   Parameters, optimizers, memory and random states stay as they were, bit for bit; only the count of
-  steps, and so the data, go on. A hypergradient that is not finite costs no more than its upper
-  step;
-* ``rollback``: both levels return to the newest checkpoint of ``--save-every``, or to the start if
-  there is none yet; the data go on after the step. As PaLM's training did at spikes of its loss
-  (Chowdhery et al. 2022, arXiv 2204.02311, §5.1).
+  steps, and so the data, advance. A non-finite hypergradient rejects its upper step only.
+* ``rollback``: Both levels return to the newest checkpoint of ``--save-every``, or to the start if
+  there is none yet, and the data continue after the step. PaLM was trained in this way at spikes of
+  its loss (Chowdhery et al. 2022, arXiv 2204.02311, §5.1).
 
 The other kinds are counted and logged, and the run goes on.
 """
@@ -29,25 +28,25 @@ from torch import Tensor
 from bilevel import BilevelSolver, BilevelState, OneStep, StepInfo, Unrolled, tree
 from weighting import Weighting, effective_sample_size
 
-_HISTORY, _ENOUGH = 20, 10  # hypergradient norms in the median, and how many it needs at least
+_HISTORY, _ENOUGH = 20, 10  # the most and the fewest hypergradient norms in the median
 _EXPLODED, _VANISHED = 1e4, 1e-6  # multiples of that median
-_AT_BOUND = 0.01  # share of the bound's width that counts as its end
-_COLLAPSED = 0.1  # effective share of the batch, but no less than 1.5 examples
+_AT_BOUND = 0.01  # a weight this share of the bound's width from an end counts as at it
+_COLLAPSED = 0.1  # smallest effective share of the batch, but at least 1.5 examples
 GIVE_UP = 10
 """Rejected steps in a row that end a run."""
 
-# Where the upper step was left out, these do not reject the lower step.
+# If the solver left out the upper step, these kinds do not reject the lower step.
 _UPPER_KINDS = ("upper_loss_not_finite", "hypergradient_not_finite")
 
 
 @dataclass(frozen=True)
 class Trouble:
-    """One thing that is wrong with a step.
+    """A numerical problem of a step.
 
     Attributes:
-        kind: Name under which it is counted.
-        text: Sentence that describes it, with the figures.
-        rejects: Whether the step is rejected because of it.
+        kind: The name under which it is counted.
+        text: A sentence that describes it, with the figures.
+        rejects: Whether it rejects the step.
     """
 
     kind: str
@@ -57,12 +56,12 @@ class Trouble:
 
 @dataclass(frozen=True)
 class Seen:
-    """The troubles so far, and what the next step is compared with; fields that JSON can hold.
+    """The troubles so far and the norms for the next comparison, in a form that JSON can hold.
 
     Attributes:
-        counts: Number of troubles by kind, over the whole run.
-        norms: The last hypergradient norms, without those of rejected steps.
-        in_a_row: Rejected steps (or windows) since the last accepted one.
+        counts: The number of troubles by kind, over the whole run.
+        norms: The last hypergradient norms of accepted steps.
+        in_a_row: The number of steps or windows rejected since the last accepted one.
     """
 
     counts: Mapping[str, int]
@@ -70,7 +69,7 @@ class Seen:
     in_a_row: int = 0
 
     def after(self, troubles: Sequence[Trouble], infos: Sequence[StepInfo]) -> Seen:
-        """The record after one more step or window."""
+        """Return the record after one more step or window."""
         counts = added(self.counts, troubles)
         if any(trouble.rejects for trouble in troubles):
             return Seen(counts, self.norms, self.in_a_row + 1)
@@ -79,7 +78,7 @@ class Seen:
 
 
 def added(counts: Mapping[str, int], troubles: Sequence[Trouble]) -> dict[str, int]:
-    """Counts by kind, ``troubles`` included."""
+    """Return the counts by kind with ``troubles`` added."""
     total = dict(counts)
     for trouble in troubles:
         total[trouble.kind] = total.get(trouble.kind, 0) + 1
@@ -94,29 +93,28 @@ def find_troubles(
     infos: Sequence[StepInfo],
     seen: Seen,
 ) -> list[Trouble]:
-    """What is wrong with a step or window; of what is not finite, the first cause.
+    """Return the troubles of a step or window; of several non-finite figures, the first cause.
 
-    Reads every parameter of both levels once.
+    Every parameter of both levels is read once.
 
     Args:
         solver: The solver that took the steps.
-        weighting: The weighting of the run, whose weights may all be at its bound; None: no
-            weighting.
+        weighting: The weighting of the run, for the check of its bound, or None without one.
         before: The state before the steps.
         after: The state after them.
-        infos: One for each lower step.
+        infos: The information of each lower step.
         seen: The troubles and hypergradient norms before these steps.
     """
     troubles = [trouble for info in infos for trouble in _not_finite(info)]
     for level, params in (("lower", after.lower_params), ("upper", after.upper_params)):
         if not troubles and not tree.allfinite(params):
             troubles.append(Trouble("parameters_not_finite", f"a {level} parameter is not finite"))
-    if after.upper_skipped > before.upper_skipped:  # the core left the upper level as it was
+    if after.upper_skipped > before.upper_skipped:  # the solver left the upper level unchanged
         only_upper = all(trouble.kind in _UPPER_KINDS for trouble in troubles)
         troubles = [replace(trouble, rejects=not only_upper) for trouble in troubles]
     norm = infos[-1].hypergradient_norm
     if troubles or norm is None:
-        return troubles[:1]  # the others follow from it
+        return troubles[:1]  # the other non-finite figures follow from the first
     troubles = _of_size(float(norm), seen.norms)
     if _is_cold(solver, int(before.lower_steps), len(infos)):
         text = "the first step of Adam hardly depends on the weights; set --upper-start"
@@ -128,7 +126,7 @@ def find_troubles(
 
 
 def _not_finite(info: StepInfo) -> list[Trouble]:
-    """Figures of a step that are not finite, in the order in which one leads to the next."""
+    """Return the non-finite figures of a step, causes before their effects."""
     scalars = {
         "lower_loss": info.lower_loss,
         "lower_gradient": info.lower_grad_norm,
@@ -140,7 +138,7 @@ def _not_finite(info: StepInfo) -> list[Trouble]:
         for name, value in scalars.items()
         if value is not None and not math.isfinite(float(value))
     ]
-    if not _finite(info.weights) and _finite(info.losses):  # else the model gave them
+    if not _finite(info.weights) and _finite(info.losses):  # else the model is the cause
         troubles.insert(0, Trouble("weights_not_finite", "a weight is not finite"))
     return troubles
 
@@ -150,7 +148,7 @@ def _finite(values: Tensor | None) -> bool:
 
 
 def _of_size(norm: float, before: Sequence[float]) -> list[Trouble]:
-    """A hypergradient that is far from the median of those before it, or zero."""
+    """Return the trouble of a norm that is zero or far from the median of the last ones."""
     median = statistics.median(before) if len(before) >= _ENOUGH else None
     compared = f"hypergradient_norm is {norm:.3g}"
     if median is not None:
@@ -163,7 +161,7 @@ def _of_size(norm: float, before: Sequence[float]) -> list[Trouble]:
 
 
 def _is_cold(solver: BilevelSolver[Any, Any, Any], lower_steps: int, taken: int) -> bool:
-    """Whether the hypergradient went through nothing but the first step of the lower optimizer."""
+    """Return whether the hypergradient saw only the first step of the lower optimizer."""
     method = solver.hypergradient
     through = (isinstance(method, OneStep) and method.order == "lower-first") or isinstance(
         method, Unrolled
@@ -174,7 +172,7 @@ def _is_cold(solver: BilevelSolver[Any, Any, Any], lower_steps: int, taken: int)
 def _of_weights(
     weighting: Weighting | None, upper: Mapping[str, Tensor], weights: Tensor
 ) -> list[Trouble]:
-    """All weights at an end of the bound; few examples that hold all of the weight."""
+    """Return the troubles of weights: all at an end of the bound, or on few examples."""
     troubles = []
     if weighting is not None and weighting.share_at_bound(upper, weights, _AT_BOUND) == 1.0:
         text = f"all weights are at an end of {weighting.bound}; lower --upper-lr"

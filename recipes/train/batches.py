@@ -1,7 +1,7 @@
-"""Which examples each step sees, and their batches: functions of the seed and the step alone.
+"""The examples and batches of each step, as functions of the seed and the step alone.
 
-Nothing here has a state, so a run continues in the middle of an epoch from its step number.
-A draw numbers micro-batches and says which rows each holds; a batch function collates them.
+Nothing here has a state, so a run resumes in the middle of an epoch from its step number. A draw
+gives the rows of every numbered micro-batch, and a batch function collates them.
 """
 
 from __future__ import annotations
@@ -21,31 +21,31 @@ from recipes.options.train import LowerOptions, TrainOptions
 
 Batches = TypeVar("Batches")
 Draw: TypeAlias = Callable[[int], list[list[int]]]
-"""Number of a micro-batch -> its rows, by question; an example by itself is a question of one."""
+"""Map the number of a micro-batch to its rows by question; a single example is a question, too."""
 
 LOWER, UPPER, COLD_START = 1, 2, 3
-"""Random streams of the run's seed, see ``stream_seed``."""
+"""Random streams of the run's seed; see ``stream_seed``."""
 
 _EPOCH_STRIDE = 1_000_003  # keeps the seeds of (seed, epoch) pairs apart
 
 
 def stream_seed(options: LowerOptions, stream: int) -> int:
-    """Seed of one of the run's random streams: ``LOWER``, ``UPPER`` or ``COLD_START``."""
+    """Return the seed of a random stream of the run: ``LOWER``, ``UPPER`` or ``COLD_START``."""
     return options.seed * 10 + stream
 
 
 def epoch_order(rows: int, seed: int) -> Callable[[int, int], list[int]]:
-    """Rows of any stretch of an endless sequence of shuffled epochs.
+    """Return a function that gives any part of an endless sequence of shuffled epochs.
 
     The sequence is the concatenation of one permutation per epoch: every row is visited once per
     epoch, and a batch may cross into the next epoch. It is a pure function of the seed.
 
     Args:
-        rows: Number of rows.
-        seed: Seed of the permutations.
+        rows: The number of rows.
+        seed: The seed of the permutations.
 
     Returns:
-        A function of ``(start, count)``: the rows at positions start to start + count - 1.
+        A function of ``(start, count)`` to the rows at positions start to start + count - 1.
 
     Raises:
         ValueError: ``rows`` is not positive.
@@ -65,19 +65,19 @@ def epoch_order(rows: int, seed: int) -> Callable[[int, int], list[int]]:
 
 
 def lower_draw(options: LowerOptions, rows: Sequence[int]) -> Draw:
-    """Micro-batches of the lower level: shuffled epochs over ``rows``, cut into batches."""
+    """Return the lower level's micro-batches: shuffled epochs over ``rows``, cut into batches."""
     return _draw_examples(rows, options.lower.batch_size, stream_seed(options, LOWER))
 
 
 def lower_meta_draw(options: TrainOptions, meta: Examples) -> Draw:
-    """Micro-batches of the lower level where that trains on the meta set."""
+    """Return the micro-batches of a lower level that trains on the meta set."""
     if options.loss_target == "pairs":
         return _draw_questions(meta, options.lower.batch_size, stream_seed(options, LOWER))
     return lower_draw(options, range(len(meta)))
 
 
 def upper_draw(options: TrainOptions, meta: Examples) -> Draw:
-    """Meta batches; with loss target "pairs" made of whole questions."""
+    """Return the meta batches, which hold whole questions with the loss target "pairs"."""
     size, seed = min(options.upper.meta_batch_size, len(meta)), stream_seed(options, UPPER)
     if options.loss_target == "pairs":
         return _draw_questions(meta, size, seed)
@@ -87,12 +87,12 @@ def upper_draw(options: TrainOptions, meta: Examples) -> Draw:
 def train_batch(
     draw: Draw, data: Examples, columns: Mapping[str, Tensor] = MappingProxyType({})
 ) -> Callable[[int], Batch]:
-    """Numbered micro-batches of step-labelled examples.
+    """Return a function that gives the numbered micro-batches of step-labelled examples.
 
     Args:
-        draw: Rows of a numbered micro-batch.
+        draw: The rows of every numbered micro-batch.
         data: The examples.
-        columns: Values [examples] or [examples, steps] of every example, which batches also hold.
+        columns: Values of every example, [examples] or [examples, steps], that batches also hold.
     """
 
     def batch(number: int) -> Batch:
@@ -108,7 +108,7 @@ def train_batch(
 
 
 def meta_batch(draw: Draw, meta: Examples) -> Callable[[int], Batch]:
-    """Numbered batches of solutions; ``group`` [batch] is equal within a question."""
+    """Return the numbered batches of solutions; ``group`` [batch] is equal in a question."""
 
     def batch(micro_batch: int) -> Batch:
         questions = draw(micro_batch)
@@ -119,21 +119,21 @@ def meta_batch(draw: Draw, meta: Examples) -> Callable[[int], Batch]:
 
 
 def per_step(batch: Callable[[int], Batch], accumulation: int) -> Callable[[int], list[Batch]]:
-    """The micro-batches of a step: ``accumulation`` of the numbered ones, in order."""
+    """Return the micro-batches of a step: ``accumulation`` numbered ones, in order."""
     return lambda step: [batch(step * accumulation + part) for part in range(accumulation)]
 
 
 def ahead(
     batches: Callable[[int], Batches], steps: int, workers: int, every: int = 1
 ) -> Callable[[int], Batches]:
-    """The same ``batches``, prepared by worker processes before they are asked for.
+    """Return the same ``batches``, prepared in advance by worker processes.
 
     Args:
-        batches: What a step needs, a function of its number.
-        steps: Steps of the whole run.
-        workers: Number of processes; 0: every batch is prepared when it is asked for.
-        every: Steps from one that is asked for to the next. Where another comes the processes
-            start again from there.
+        batches: The batches of a step, as a function of its number.
+        steps: The number of steps of the whole run.
+        workers: The number of processes. With 0, every batch is prepared when it is requested.
+        every: The number of steps from one request to the next. At a request for any other step
+            the processes start again from that step.
     """
     if not workers:
         return batches
@@ -151,7 +151,7 @@ def ahead(
 
 
 def count_visits(draw: Draw, micro_batches: int, examples: int) -> Tensor:
-    """How often the first ``micro_batches`` draws hold each example, [examples] int64."""
+    """Count how often the first ``micro_batches`` hold each example, [examples] int64."""
     drawn = [row for number in range(micro_batches) for row in _rows(draw(number))]
     return torch.bincount(torch.tensor(drawn, dtype=torch.int64), minlength=examples)
 
@@ -162,7 +162,7 @@ def _draw_examples(rows: Sequence[int], size: int, seed: int) -> Draw:
 
 
 def _draw_questions(data: Examples, size: int, seed: int) -> Draw:
-    """As many whole questions as make up about ``size`` solutions, at least one, at most all."""
+    """Draw whole questions of about ``size`` solutions together: at least one, at most all."""
     by_name: dict[str, list[int]] = {}
     for row, example in enumerate(data.examples):
         by_name.setdefault(str(example.group), []).append(row)

@@ -2,18 +2,18 @@
 
 An unbounded weight can run away: it multiplies a loss, so a large one is a large learning rate for
 one example, and a negative one trains on its opposite. So a raw weight, which may be any number,
-goes through a bound to a weight in a stated range (``weighting.bounds``),
+is mapped by a bound to a weight in a given range (``weighting.bounds``),
 
     weight = bound(raw weight) in [low, high],    weight = prior at the start,
 
-and weights are divided by their mean (``weighting.normalise``), so that they choose among examples
-and do not act as a second learning rate. DreamPRM-1.5 (arXiv 2509.05542) clamps a table to
-[-1, 3] and puts a net's output through a sigmoid. A clamp's derivative is 0 past its ends, so a
-weight that overshot would never come back; with ``--bound clip`` it does (``weighting.Clip``), and
+and weights are divided by their mean (``weighting.normalise``), so that they compare examples and
+do not act as a second learning rate. DreamPRM-1.5 (arXiv 2509.05542) clamps a table to [-1, 3] and
+applies a sigmoid to the output of a net. The derivative of a clamp is 0 beyond its ends, so a
+weight that overshot could never return. With ``--bound clip`` it can (``weighting.Clip``), and
 ``make_solver`` projects the parameters after every upper step.
 
-Which weighting has which bound is decided here, from the options; ``WEIGHTINGS`` is the one place
-where a new weighting is registered.
+This module chooses the weighting and its bound from the options. A new weighting is registered in
+``WEIGHTINGS`` alone.
 """
 
 from __future__ import annotations
@@ -46,9 +46,10 @@ class Registration:
     """A weighting that ``--weighting`` can name.
 
     Attributes:
-        kind: Its class; a saved weighting is found by the class's name.
-        row: Row of ``results.json`` that a run with it fills.
-        build: From the options and the numbers of instances and domains in the training file.
+        kind: Its class. A saved weighting is found by the name of the class.
+        row: The row of ``results.json`` for a run with this weighting.
+        build: A function that builds it from the options and the numbers of instances and domains
+            in the training file.
     """
 
     kind: type[Weighting]
@@ -57,7 +58,7 @@ class Registration:
 
 
 def make_bound(settings: LearnedOptions) -> Bound:
-    """The bound that the options of a weighting name."""
+    """Return the bound that the options of a weighting name."""
     low, high = settings.bound_low, settings.bound_high
     bounds: dict[str, Callable[[], Bound]] = {
         "clip": lambda: Clip(low, high),
@@ -117,19 +118,19 @@ WEIGHTINGS: dict[str, Registration] = {
     "table": Registration(InstanceTable, "instance_table", _instance_table),
     "domain": Registration(DomainTable, "domain_table", _domain_table),
 }
-"""Every weighting that ``--weighting`` can name, beside "none"."""
+"""All weightings that ``--weighting`` can name, except "none"."""
 
 
 def make_weighting(options: TrainOptions, instances: int, domains: int) -> Weighting | None:
-    """The weighting that the options name; None for "none".
+    """Return the weighting that the options name, or None for "none".
 
     Args:
-        options: Options of the run.
-        instances: Examples of the training file.
-        domains: Domains of the training file; 0 if some example has none.
+        options: The options of the run.
+        instances: The number of examples of the training file.
+        domains: The number of domains of the training file, 0 if an example has none.
 
     Raises:
-        OptionError: Options that do not go together.
+        OptionError: The options contradict each other.
     """
     if options.weighting.kind == "none":
         return None
@@ -138,7 +139,7 @@ def make_weighting(options: TrainOptions, instances: int, domains: int) -> Weigh
 
 
 def _check_batches(options: TrainOptions, compared: bool, remedy: str) -> None:
-    """Refuse batches of one example whose weights would be compared within the batch."""
+    """Refuse batches of a single example if weights are compared within the batch."""
     if options.lower.batch_size == 1 and compared:
         raise ValueError(
             "weights are compared within a micro-batch, and the only example of --batch-size 1 "

@@ -1,14 +1,14 @@
 """Cold start, one of the three devices that keep instance reweighting stable.
 
 A model that has never seen the two label tokens gives them no probability, and then neither its
-losses nor the scores of meta solutions say anything about an example: the first hypergradients
+losses nor the scores of meta solutions give information on an example: the first hypergradients
 would be noise, and the weights would follow it. So before the bilevel run the model is trained for
-a short while on a random draw of the noisy training file, all weights 1:
+a few steps on a random draw of the noisy training file, with all weights 1:
 
     θ ← AdamW step on  mean over the batch of ℓ_i(θ),    i from ``--draw`` random examples
 
-What comes out is an ordinary checkpoint, ``<run>/model``; ``train --init-from`` starts from it, and
-the upper level starts at weight 1. Source: DreamPRM-1.5 (arXiv 2509.05542), cold start.
+The result is an ordinary checkpoint, ``<run>/model``. ``train --init-from`` starts from it, and the
+upper level starts at weight 1. Source: DreamPRM-1.5 (arXiv 2509.05542), cold start.
 """
 
 from __future__ import annotations
@@ -91,6 +91,6 @@ def run_cold_start(options: ColdStartOptions) -> Path:
 
 
 def cold_start_rows(options: ColdStartOptions, rows: int) -> list[int]:
-    """Rows that a cold start trains on: ``draw`` of ``rows`` at random; 0 or too many: all."""
+    """Return a random draw of ``draw`` rows of ``rows``, or all if it is 0 or too large."""
     count = rows if options.draw == 0 else min(options.draw, rows)
     return epoch_order(rows, stream_seed(options, COLD_START))(0, count)

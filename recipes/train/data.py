@@ -1,4 +1,4 @@
-"""What a training run reads, checked before anything is trained."""
+"""The data of a training run, read and checked before training starts."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ _MOST = float(torch.finfo(torch.float32).max)
 
 @dataclass(frozen=True)
 class TrainData:
-    """Everything a training run reads.
+    """The data of a training run.
 
     Attributes:
-        train: Step-labelled examples, with rows in the weight table.
-        meta: Outcome-labelled examples; None where nothing needs them.
-        evaluations: Candidate files by name ("dev", "test").
-        domains: Number of every domain of ``train``; empty if some example has none.
-        fixed_weights: Weight of every row of ``train`` from a weights file, [train]; or None.
+        train: The step-labelled examples, with their rows in the weight table.
+        meta: The outcome-labelled examples, None if they are not needed.
+        evaluations: The files of candidates by name ("dev", "test").
+        domains: The index of every domain of ``train``, empty if an example has no domain.
+        fixed_weights: The weight of every row of ``train`` from a weights file, [train], or None.
     """
 
     train: Examples
@@ -50,7 +50,7 @@ def read_train_data(prm: PRM, options: TrainOptions) -> TrainData:
     Raises:
         OptionError: A file is missing, or the meta set shares questions with the test set and
             the run is not marked as a sanity check.
-        DataError: A record that cannot be used.
+        DataError: A record cannot be used.
     """
     plain = read_examples(prm, options, options.train_file)
     require(plain, "labels")
@@ -96,7 +96,7 @@ def _weighs_by_domain(options: TrainOptions) -> bool:
 
 
 def lower_examples(options: TrainOptions, data: TrainData) -> Examples:
-    """Examples of the lower level: the training set, or with ``lower_data`` "meta" the meta set."""
+    """Return the training set, or the meta set with ``lower_data`` "meta"."""
     if options.weighting.lower_data == "meta":
         assert data.meta is not None
         return data.meta
@@ -105,7 +105,7 @@ def lower_examples(options: TrainOptions, data: TrainData) -> Examples:
 
 @dataclass(frozen=True)
 class _Need:
-    """A field that a use of the data needs, and the words of the error where it is absent."""
+    """A field that the data need for some purpose, and the text of the error without it."""
 
     has: Callable[[StepExample], bool]
     field: str
@@ -153,7 +153,7 @@ def require(
     """Refuse examples without ``labels``, ``correct``, ``group`` or ``domain``.
 
     Raises:
-        DataError: The first such line, by its number.
+        DataError: An example lacks the field. The error names the first such line.
     """
     need = _NEEDS[what]
     for line, example in enumerate(data.examples, start=1):

@@ -1,4 +1,4 @@
-"""From options to the hypergradient of a run: which of the core's four, with what settings."""
+"""Build the hypergradient of a run from its options."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def make_hypergradient(settings: HypergradientOptions) -> Hypergradient:
     """Return the hypergradient that the settings name.
 
     Raises:
-        ValueError: Settings that it refuses.
+        ValueError: The hypergradient refuses its settings.
     """
     match settings:
         case OneStepOptions():
@@ -53,7 +53,7 @@ def make_hypergradient(settings: HypergradientOptions) -> Hypergradient:
 
 
 def differentiated_steps(options: TrainOptions) -> int:
-    """Return how many lower steps of a window have batches that the hypergradient sees."""
+    """Return the number of lower steps of a window whose batches the hypergradient uses."""
     window = isinstance(options.hypergradient, UnrolledOptions | PenaltyOptions)
     return options.upper.unroll_steps if window else 1
 

@@ -29,17 +29,17 @@ Batch: TypeAlias = Mapping[str, Tensor]
 
 @dataclass(frozen=True)
 class Training:
-    """What is trained, on which data, and for how long.
+    """The solver, the data and the length of a training run.
 
     Attributes:
-        solver: The algorithm.
-        steps: Lower-level optimizer steps of the whole run.
-        lower_batches: Step -> its micro-batches.
-        upper_batch: Step -> the meta batch of the upper step after it; None: no upper level (plain
-            training).
-        weighting: The weighting whose bound is watched; None: there is none.
-        title: Name of the run, for the progress bar, the log and errors.
-        on_trouble: What a step leads to whose result is of no use, see ``recipes.run.trouble``.
+        solver: The bilevel solver.
+        steps: The number of lower steps of the whole run.
+        lower_batches: A function from a step to its micro-batches.
+        upper_batch: A function from a step to the meta batch of the upper step after it. It is
+            None without an upper level (plain training).
+        weighting: The weighting whose bound is checked, None without one.
+        title: The name of the run, for the progress bar, the log and errors.
+        on_trouble: What follows when a step is rejected; see ``recipes.run.trouble``.
     """
 
     solver: BilevelSolver[Any, Any, Batch]
@@ -53,13 +53,13 @@ class Training:
 
 @dataclass(frozen=True)
 class StepLogging:
-    """What is shown and logged of the steps.
+    """How steps are shown and logged.
 
     Attributes:
-        every: Steps between log lines; every figure is the mean over them.
-        learning_rates: Name -> schedule, logged.
-        progress_bar: Whether the bar is shown.
-        on_line: Called with the step after every line of the log, which is in the file by then.
+        every: The number of steps between log lines. A line holds the means over them.
+        learning_rates: The schedules to log, by name.
+        progress_bar: Whether the progress bar is shown.
+        on_line: A function that is called with the step after each line is in the log.
     """
 
     every: int
@@ -69,23 +69,23 @@ class StepLogging:
 
 
 def train(run: Run, training: Training, logging: StepLogging) -> Progress:
-    """Take lower steps until there are ``steps``, and the upper steps of the solver between them.
+    """Take the remaining lower steps of the run, and the upper steps of the solver between them.
 
-    Whatever ends the run early (but a kill) saves the state after the last complete step.
+    Whenever the run ends early, except by a kill, it saves the state after the last complete step.
 
     Args:
-        run: Its directory, checkpoints, and where it stands.
+        run: The run: its directory, its checkpoints and the state to start from.
         training: The solver, the data and the length of the run.
-        logging: What is shown and logged.
+        logging: How steps are shown and logged.
 
     Returns:
-        Where the run stands at the end.
+        The state of the run at the end.
 
     Raises:
-        NonFiniteError: A step is of no use, with ``on_trouble`` "raise", or too many in a row are.
-        StepError: A batch cannot be made, or the problem or the route refuses it.
+        NonFiniteError: A step is rejected with ``on_trouble`` "raise", or too many in a row are.
+        StepError: A batch cannot be prepared, or the problem or the route refuses it.
         WriteError: The log or a checkpoint cannot be written.
-        Stopped: SIGINT or SIGTERM came; the step under way was completed.
+        Stopped: SIGINT or SIGTERM arrived. The current step was completed.
     """
     progress = run.start
     restore(progress.random)
@@ -120,11 +120,11 @@ def next_steps(
 ) -> tuple[BilevelState[Any, Any], tuple[StepInfo, ...]]:
     """Take the next lower step, or window, and the upper step if one is due after it.
 
-    What remains of a run at its end and is shorter than a window is taken step by step, without an
+    If fewer steps than a window remain at the end of a run, they are taken one by one, without an
     upper step.
 
     Raises:
-        StepError: A batch cannot be made, or the problem or the route refuses it: weights that
+        StepError: A batch cannot be prepared, or the problem or the route refuses it: weights that
             cannot be normalised, no pair of candidates, a model without per-example rules.
     """
     first = int(state.lower_steps)
@@ -132,7 +132,7 @@ def next_steps(
     lower, upper = _make_batches(training, range(first, first + due.lower), due.upper)
     try:
         with warnings.catch_warnings():
-            # It is among the notes of every step that it is true of, which are logged.
+            # The warning is also among the notes of every step that it concerns, which are logged.
             warnings.simplefilter("ignore", StationarityWarning)
             return training.solver.advance(state, lower, upper)
     except ValueError as error:
@@ -145,7 +145,7 @@ def _make_batches(
     """Return the micro-batches of each step, and the meta batch if an upper step follows.
 
     Raises:
-        StepError: One cannot be made: an image that is gone or cut short, a loader that died.
+        StepError: An image is missing or truncated, or a worker process died.
     """
     step = steps.start
     try:
@@ -161,12 +161,12 @@ def _make_batches(
 
 @dataclass(frozen=True)
 class Judged:
-    """The run after its last steps were accepted or rejected; they are not logged yet.
+    """The run after its last steps were accepted or rejected, before they are logged.
 
     Attributes:
-        progress: Where the run stands.
-        infos: Of the lower steps.
-        rejected: Whether the steps are not part of the run.
+        progress: The state of the run.
+        infos: The information of each lower step.
+        rejected: Whether the steps were rejected.
     """
 
     progress: Progress
@@ -184,7 +184,7 @@ def judge(
     """Accept the steps that led from ``progress`` to ``state``, or reject them.
 
     Raises:
-        NonFiniteError: They are of no use, and ``on_trouble`` is "raise", or too many were.
+        NonFiniteError: They are rejected with ``on_trouble`` "raise", or too many in a row were.
     """
     first, after = int(progress.state.lower_steps), int(state.lower_steps)
     troubles = find_troubles(
@@ -228,25 +228,25 @@ def log_steps(
 
 
 def _stopped(run: Run, training: Training, progress: Progress, signal: signals.Signals) -> Stopped:
-    """Save the state, and return the error that ends a run which was asked to stop."""
+    """Save the state, and return the error that ends a run after a signal to stop."""
     after = f"after {int(progress.state.lower_steps)} of {training.steps} lower steps"
     text = f"{training.title}: stopped by {signal.name} {after}; {run.keep(progress)}"
     return Stopped(text, 128 + signal)
 
 
 def _may_come_from_signal(error: Exception) -> bool:
-    """Return whether the signal may have reached the processes that make batches, and ended them.
+    """Return whether the signal may have ended the worker processes, too.
 
-    torch raises that in the middle of whatever this process does.
+    torch raises that error at any point of the main process.
     """
     return isinstance(error, StepError) or "DataLoader worker" in str(error)
 
 
 def _report(trouble: Trouble, training: Training, step: int, in_a_row: int) -> None:
-    """Write to the terminal what is done about a step that is rejected.
+    """Print what is done about a rejected step.
 
     Raises:
-        NonFiniteError: Nothing can be done.
+        NonFiniteError: The run has to end.
     """
     where = f"{training.title}, step {step}: {trouble.text}. "
     remedy = (
@@ -264,7 +264,7 @@ _CONSEQUENCES = {"skip": "The step is not taken", "rollback": "Back to the last 
 
 
 def _without_steps(run: Run, progress: Progress, after: int, on_trouble: OnTrouble) -> Progress:
-    """Return both levels as if the last steps had not been taken; the data go on after them."""
+    """Return both levels without the last steps; the data continue after these."""
     back = run.before_trouble() if on_trouble == "rollback" else progress
     restore(back.random)
     state = back.state._replace(lower_steps=torch.full_like(progress.state.lower_steps, after))

@@ -1,4 +1,4 @@
-"""From options to the solver of a run: schedules, the optimizers of both levels, the solver."""
+"""Build the solver of a run from its options: schedules, optimizers, the solver itself."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def _schedule(
 
 
 def lower_schedule(options: LowerOptions) -> Callable[[Any], Any]:
-    """Learning rate of every lower step."""
+    """Return the learning rate of every lower step."""
     with blaming("--lower-lr, --lower-warmup, --lower-gamma"):
         return _schedule(
             options.lower.schedule,
@@ -45,7 +45,7 @@ def lower_schedule(options: LowerOptions) -> Callable[[Any], Any]:
 
 
 def lower_optimizer(options: LowerOptions) -> AdamW:
-    """AdamW of the lower level."""
+    """Return the AdamW of the lower level."""
     with blaming("--lower-betas, --lower-max-norm"):
         return AdamW(
             lower_schedule(options),
@@ -56,12 +56,12 @@ def lower_optimizer(options: LowerOptions) -> AdamW:
 
 
 def upper_steps(options: TrainOptions) -> int:
-    """How many upper steps the run takes."""
+    """Return the number of upper steps of the run."""
     return max(0, options.lower.steps - options.upper.start) // options.upper.unroll_steps
 
 
 def upper_schedule(options: TrainOptions, peak: float) -> Callable[[Any], Any]:
-    """Learning rate of every upper step."""
+    """Return the learning rate of every upper step."""
     with blaming("--upper-lr, --upper-warmup, --upper-gamma"):
         return _schedule(
             options.upper.schedule,
@@ -73,13 +73,13 @@ def upper_schedule(options: TrainOptions, peak: float) -> Callable[[Any], Any]:
 
 
 def logged_upper_rate(options: TrainOptions, peak: float) -> Callable[[int], float]:
-    """Learning rate of the upper step that a lower step belongs to, by its number, for the log."""
+    """Return the learning rate of the upper step that a lower step belongs to, for the log."""
     schedule = upper_schedule(options, peak)
     return lambda step: schedule(max(0, step - options.upper.start) // options.upper.unroll_steps)
 
 
 def upper_optimizer(options: TrainOptions, peak: float) -> Any:
-    """Optimizer of the upper level."""
+    """Return the optimizer of the upper level."""
     schedule = upper_schedule(options, peak)
     with blaming("--upper-betas, --upper-max-norm"):
         if options.upper.optimizer == "sgd":
@@ -94,25 +94,25 @@ def upper_optimizer(options: TrainOptions, peak: float) -> Any:
 
 
 def make_plain_solver(options: LowerOptions, problem: Problem) -> Solver:
-    """A solver that only ever takes lower steps."""
+    """Return a solver that takes lower steps only."""
     return BilevelSolver(
         problem, lower_optimizer(options), SGD(0.0), accumulation=options.lower.accumulation
     )
 
 
 def make_solver(options: TrainOptions, objective: Objective, upper_peak: float) -> Solver:
-    """The bilevel solver of a run.
+    """Return the bilevel solver of a run.
 
     Args:
-        options: Options of the run.
-        objective: The two losses, with a weighting.
-        upper_peak: Peak learning rate of the upper level.
+        options: The options of the run.
+        objective: The losses of both levels, with a weighting.
+        upper_peak: The peak learning rate of the upper level.
 
     Raises:
-        OptionError: A route that does not go with the order or the weighting.
+        OptionError: The route contradicts the order or the weighting.
     """
     assert objective.weighting is not None
-    # A row that overshoots a bound must not have to travel back before its weight moves.
+    # A row beyond a bound would first have to travel back before its weight moves.
     upper = Projected(upper_optimizer(options, upper_peak), objective.weighting.project)
     with blaming(_flags(options)):
         return BilevelSolver(
@@ -128,7 +128,7 @@ def make_solver(options: TrainOptions, objective: Objective, upper_peak: float) 
 
 
 def _flags(options: TrainOptions) -> str:
-    """The options that decide on the hypergradient, with their values."""
+    """Return the options that choose the hypergradient, with their values."""
     settings = options.hypergradient
     name = f"--hypergradient {settings.kind}"
     match settings:

@@ -1,7 +1,7 @@
-"""Where the three packages meet: a process reward model and a weighting become a bilevel problem.
+"""The bilevel problem of a process reward model and a weighting.
 
 Lower level: cross-entropy of the step labels per example, times the example's weight. Upper level:
-aggregate the step scores of a meta solution and compare with whether its answer was right.
+the aggregated step scores of a meta solution are compared with whether its answer is right.
 """
 
 from __future__ import annotations
@@ -30,22 +30,24 @@ State: TypeAlias = BilevelState[Params, Params]
 
 @dataclass(frozen=True)
 class Objective:
-    """What is optimised, apart from how.
+    """The losses of both levels.
 
     Attributes:
-        prm: The model; parameters that are trained are passed in, the others are its own.
-        aggregation: Step scores to solution score, for the meta loss.
-        loss_target: "both" or "+" (``prm.losses.outcome_loss``), or "pairs"
+        prm: The model. Trained parameters are passed to the losses, the others are its own.
+        aggregation: The map from step scores to a solution score, for the meta loss.
+        loss_target: The target "both" or "+" (``prm.losses.outcome_loss``), or "pairs"
             (``prm.losses.pair_loss``).
-        weighting: Gives the weights; None: ``batch["weights"]``, or 1 where there is none.
-        features: Names of the features of a weighting that reads features.
-        reference: Such a weighting also gets the features under ``batch["reference_probs"]``.
-        domains: How many domains ``batch["domain"]`` counts, for the feature "domain".
-        full_vocab: Probabilities in both levels' losses are over the vocabulary, not the two
-            labels. Features are over the labels always.
-        lower_loss: "cross-entropy" (``prm.losses.step_cross_entropy``) or "squared"
+        weighting: The weighting. Without one the weights are ``batch["weights"]``, or 1 if the
+            batch has none.
+        features: The names of the features of a weighting that reads features.
+        reference: Whether such a weighting also reads the features of the initial model, from
+            ``batch["reference_probs"]``.
+        domains: The number of domains in ``batch["domain"]``, for the feature "domain".
+        full_vocab: Whether probabilities in the losses of both levels are over the vocabulary
+            instead of the two labels. Features are always over the labels.
+        lower_loss: The loss "cross-entropy" (``prm.losses.step_cross_entropy``) or "squared"
             (``prm.losses.step_squared_error``).
-        normalise_given: ``batch["weights"]`` are divided by the mean of their micro-batch.
+        normalise_given: Whether ``batch["weights"]`` are divided by their mean in a micro-batch.
     """
 
     prm: PRM
@@ -60,7 +62,7 @@ class Objective:
     normalise_given: bool = True
 
     def per_example_loss(self, lower: Params, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        """Mean loss over the labelled steps, [batch], and two-way step probabilities."""
+        """Return the mean loss over labelled steps, [batch], and two-way step probabilities."""
         full = self.full_vocab
         logits = step_logits(self.prm, lower, batch, full_vocab=full)
         labels, mask = batch["labels"], batch["step_mask"]
@@ -68,11 +70,11 @@ class Objective:
             losses = step_squared_error(step_scores(logits, full_vocab=full), labels, mask)
         else:
             losses = step_cross_entropy(logits, labels, mask, full_vocab=full)
-        # Log-probabilities differ as the logits do, so this is two-way in either case.
+        # Log-probabilities have the same difference as logits, so this is two-way in both cases.
         return losses, {"step_probs": step_scores(logits)}
 
     def weights(self, upper: Params, batch: Batch, features: Mapping[str, Tensor]) -> Tensor:
-        """Weights [batch] of the examples of a batch."""
+        """Return the weights of the examples of a batch, [batch]."""
         if self.weighting is not None:
             return self.weighting.batch_weights(upper, self.weighting_batch(batch, features))
         if "weights" in batch:
@@ -87,7 +89,7 @@ class Objective:
 
     @property
     def reads_reference(self) -> bool:
-        """Whether it reads step scores of the initial model, ``batch["reference_probs"]``."""
+        """Whether it reads the step scores of the initial model, ``batch["reference_probs"]``."""
         if self.weighting is None:
             return False
         return "reference_probs" in self.weighting.reads or (self.reads_features and self.reference)
@@ -102,11 +104,11 @@ class Objective:
         )
 
     def weighting_batch(self, batch: Batch, outputs: Mapping[str, Tensor]) -> Batch:
-        """What the weighting reads: the batch, the model's outputs, features made of both.
+        """Return what the weighting reads: the batch, the model's outputs, features of both.
 
         Args:
-            batch: A batch of examples.
-            outputs: ``step_probs`` [batch, steps] of the current model.
+            batch: The batch of examples.
+            outputs: The ``step_probs`` of the current model, [batch, steps].
         """
         read = {**batch, **outputs}
         if self.reads_features:
@@ -114,13 +116,13 @@ class Objective:
         return read
 
     def net_inputs(self, batch: Batch, outputs: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """Features [batch, steps, features] and mask [batch, steps], see ``batch_features``."""
+        """Return features [batch, steps, features] and mask [batch, steps]: ``batch_features``."""
         return batch_features(
             {**batch, **outputs}, self.features, reference=self.reference, domains=self.domains
         )
 
     def upper_loss(self, lower: Params, upper: Params, batch: Batch) -> Tensor:
-        """Mean meta loss: squared distance of aggregated scores from right answers, scalar."""
+        """Return the mean meta loss of aggregated scores against the outcomes, a scalar."""
         logits = step_logits(self.prm, lower, batch, full_vocab=self.full_vocab)
         scores = solution_scores(
             logits, batch["step_mask"], self.aggregation, full_vocab=self.full_vocab
@@ -130,7 +132,7 @@ class Objective:
         return outcome_loss(scores, batch["correct"], self.loss_target).mean()
 
     def problem(self) -> ReweightingProblem[Params, Params, Batch]:
-        """The bilevel problem over parameter dicts."""
+        """Return the bilevel problem over dicts of parameters."""
         return ReweightingProblem(
             per_example_loss=self.per_example_loss,
             weights=self.weights,

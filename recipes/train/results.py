@@ -1,4 +1,4 @@
-"""The results of a training run: its row, the answered questions, ``results.json``, a summary."""
+"""The results of a training run: its row, every question's outcome, and a summary."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from recipes.train.data import TrainData
 
 
 def row_name(options: TrainOptions) -> str:
-    """The row of ``results.json`` that a run fills; that of a sanity check says so."""
+    """Return the row of ``results.json`` for a run; the name marks a sanity check."""
     if options.weighting.weights_file is not None:
         return "fixed_weights"
     if options.weighting.lower_data == "meta":
@@ -37,10 +37,10 @@ def evaluate_all(
     options: TrainOptions,
     directory: Path,
 ) -> dict[str, Any]:
-    """Score every file of candidates; writes ``<file>_questions.jsonl``.
+    """Score every file of candidates, and write ``<file>_questions.jsonl``.
 
     Returns:
-        The part of ``results.json`` on them: the test set at the top, others under their names.
+        Their entries of ``results.json``: the test set at the top level, others under their names.
     """
     row = row_name(options)
     results: dict[str, Any] = {"sanity_check": True} if options.data.sanity_check else {}
@@ -61,7 +61,7 @@ def evaluate_all(
 
 
 def print_summary(results: Mapping[str, Any], directory: Path) -> None:
-    """Show ``results.json`` of a finished run."""
+    """Print the ``results.json`` of a complete run."""
     if results["rows"]:
         print(f"\n{results['n_questions']} test questions")
         print(results_table(results))
@@ -78,7 +78,7 @@ def print_summary(results: Mapping[str, Any], directory: Path) -> None:
 
 
 def print_troubles(counts: Mapping[str, int]) -> None:
-    """Show how many numerical troubles of each kind there were, if any."""
+    """Print the number of numerical troubles of each kind, if there were any."""
     if counts:
         listed = ", ".join(f"{kind.replace('_', ' ')} {count}" for kind, count in counts.items())
         print(f"\ntroubles: {listed}")

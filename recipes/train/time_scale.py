@@ -1,19 +1,19 @@
 """Time-scale matching, one of the three devices that keep instance reweighting stable.
 
-Can the weights travel far enough, and not too far, in this run? A weight moves only when its
-instance is visited, by an amount that the upper optimizer decides and not the size of the
-hypergradient: Adam divides that out. So how far a raw weight can travel is known before the run:
+Weights should travel far enough in a run, but not too far. A weight moves only when its instance is
+visited, by an amount that depends on the upper optimizer and not on the size of the hypergradient,
+which Adam divides out. So the distance that a raw weight can travel is known before the run:
 
     reachable = Σ over upper steps k of  lr_k · (step of the optimizer at gradient 1 on a visit)
 
-This module simulates it: one row of the table, visited regularly, whose hypergradient always has
-the same sign, under the real optimizer rule and schedule. Dense Adam moves a row on for many steps
-after its visit (its momentum decays, and so does its second moment), 28 learning rates a visit once
-warm; lazy Adam moves it on the visit alone, one learning rate.
+This module simulates one row of the table under the optimizer and schedule of the run. The row is
+visited regularly, and its hypergradient always has the same sign. Dense Adam keeps moving a row for
+many steps after its visit, while its moments decay: 28 learning rates per visit after the first
+visits. Lazy Adam moves it on the visit alone, by one learning rate.
 
 ``--upper-lr auto`` solves ``reachable = distance to the lower end of the bound``: a consistently
-bad example just reaches weight 0 (or whatever the lower end is) within the run. A learning rate
-that is given gets a warning if weights would hardly move, or be slammed into the bound.
+bad example just reaches the lower end, for example weight 0, within the run. A learning rate that
+the user gives causes a warning if weights would hardly move, or would be driven into the bound.
 DreamPRM-1.5 (arXiv 2509.05542) sets its rates by hand so that both levels move on one time scale.
 ``recipes.train.training`` prints the figures before the first step.
 """
@@ -33,21 +33,20 @@ from weighting import Bound, Weighting
 
 REACH_OF_THE_BOUND = 1.0
 _TOO_SHORT, _TOO_LONG = 0.25, 8.0
-_SIGMOID_EDGE = 0.05  # a sigmoid never reaches its end: this share of the scale counts as there
+_SIGMOID_EDGE = 0.05  # share of the width: a sigmoid this close to an end is at it
 
 
 @dataclass(frozen=True)
 class TimeScale:
-    """What one run can do to its weights.
+    """How far a run can move its weights.
 
     Attributes:
-        upper_steps: Upper-level steps in the run.
-        visits: How often each instance is seen by an upper step, on average.
-        per_visit: Movement of a raw weight per visit, at the given learning rate, averaged over
-            the run (schedule included).
-        reachable: Distance a raw weight can travel if every visit pulls it the same way.
-        to_bound: Raw distance from the prior to the lower end of the bound; inf if there is none.
-        upper_lr: Peak learning rate of the upper level that was used.
+        upper_steps: The number of upper steps of the run.
+        visits: How often upper steps visit each instance, on average.
+        per_visit: The movement of a raw weight per visit, averaged over the run and its schedule.
+        reachable: The distance that a raw weight can travel if all visits move it the same way.
+        to_bound: The raw distance from the prior to the lower end of the bound, inf without one.
+        upper_lr: The peak learning rate of the upper level.
     """
 
     upper_steps: int
@@ -58,7 +57,7 @@ class TimeScale:
     upper_lr: float
 
     def warning(self) -> str | None:
-        """What is wrong with these scales, if anything is."""
+        """Return a warning if the weights can travel too little or too far."""
         if self.upper_steps == 0:
             return "no upper step is ever taken: lower --upper-start or raise --steps"
         if math.isinf(self.to_bound):
@@ -77,7 +76,7 @@ class TimeScale:
         return None
 
     def table(self) -> str:
-        """The figures, one a line."""
+        """Return the figures, one on each line."""
         rows = [
             ("upper steps", f"{self.upper_steps}"),
             ("visits per instance", f"{self.visits:.1f}"),
@@ -91,15 +90,15 @@ class TimeScale:
 
 @dataclass(frozen=True)
 class UpperLevel:
-    """What moves the weights of a run.
+    """The settings of the upper level that move the weights.
 
     Attributes:
-        steps: Upper-level steps in the run.
-        schedule: Learning rate of each upper step, as a share of the peak.
+        steps: The number of upper steps of the run.
+        schedule: The learning rate of each upper step, as a share of the peak.
         optimizer: "adam" (dense), "lazy-adam" (moves a row on its visits only) or "sgd".
-        betas: Decay rates of Adam's moments.
-        eps: Adam's epsilon.
-        visit_every: Upper steps between two visits of a row (1: every step).
+        betas: The decay rates of Adam's moments.
+        eps: The epsilon of Adam.
+        visit_every: The number of upper steps from one visit of a row to the next.
     """
 
     steps: int
@@ -111,9 +110,9 @@ class UpperLevel:
 
 
 def row_travel(upper: UpperLevel) -> float:
-    """Distance travelled by one row, in peak learning rates.
+    """Return the distance that one row travels, in peak learning rates.
 
-    Of a row whose hypergradient is 1 on every visit and 0 otherwise.
+    Its hypergradient is 1 on every visit and 0 otherwise.
     """
     first = second = travelled = 0.0
     due, updates = 0.0, 0
@@ -139,16 +138,16 @@ def row_travel(upper: UpperLevel) -> float:
 
 
 def match_time_scale(upper: UpperLevel, to_bound: float, upper_lr: float | None) -> TimeScale:
-    """The time scale of a run; with ``upper_lr=None`` its learning rate is solved for.
+    """Return the time scale of a run, and solve for its learning rate if ``upper_lr`` is None.
 
     Travel is proportional to the learning rate, so the solution is exact: the rate at which a
     consistently bad instance just reaches the lower end of the bound within the run.
 
     Args:
-        upper: What moves the weights.
-        to_bound: Raw distance from the prior to the lower end of the bound; inf if there is none,
-            for which a distance of 1 is solved for.
-        upper_lr: Peak learning rate of the upper level, or None to solve for it.
+        upper: The settings of the upper level.
+        to_bound: The raw distance from the prior to the lower end of the bound. It is inf without
+            one, and the learning rate is then solved for a distance of 1.
+        upper_lr: The peak learning rate of the upper level, or None to solve for it.
     """
     unit = row_travel(upper)
     visits = upper.steps / upper.visit_every
@@ -167,16 +166,16 @@ def match_time_scale(upper: UpperLevel, to_bound: float, upper_lr: float | None)
 
 
 def distance_to_lower_bound(bound: Bound, start: float = 1.0) -> float:
-    """Raw distance from the weight at the start to the lower end of a bound.
+    """Return the raw distance from the initial weight to the lower end of a bound.
 
-    An end that no raw weight reaches counts as reached 5 % of the width before it.
+    If no raw weight reaches the end, the distance is to the point 5 % of the width before it.
 
     Args:
-        bound: Map from raw weights to weights.
-        start: Weight of every example at the start.
+        bound: The map from raw weights to weights.
+        start: The initial weight of every example.
 
     Raises:
-        ValueError: The bound gives no such weight.
+        ValueError: The initial weight is outside the bound.
     """
     lo, hi = bound.range
     if math.isinf(lo):
@@ -189,18 +188,18 @@ def distance_to_lower_bound(bound: Bound, start: float = 1.0) -> float:
 
 
 def time_scale(options: TrainOptions, weighting: Weighting) -> TimeScale:
-    """How far the weights can travel in this run.
+    """Return how far the weights can travel in this run.
 
-    A row of an instance is visited when its example is in the batches that an upper step
-    differentiates through; every upper step visits all other parameters.
+    The row of an instance is visited when its example is in the batches that an upper step
+    differentiates through. All other parameters are visited by every upper step.
 
     Args:
-        options: Options of the run.
-        weighting: The weighting that they name.
+        options: The options of the run.
+        weighting: The weighting of the run.
 
     Raises:
         OptionError: ``upper_lr`` is neither "auto" nor a number, or the weight at the start is
-            outside the bound (weight 1, for domains).
+            outside the bound. Domains start at weight 1.
     """
     visit_every = 1.0
     if weighting.row_key == "index":
@@ -223,14 +222,14 @@ def time_scale(options: TrainOptions, weighting: Weighting) -> TimeScale:
 
 
 def print_time_scale(scale: TimeScale) -> None:
-    """Show the figures before a run, and what is wrong with them."""
+    """Print the figures before a run, with the warning if there is one."""
     print("time scale\n" + scale.table())
     if warning := scale.warning():
         print(f"warning: {warning}")
 
 
 def _given_rate(options: TrainOptions) -> float | None:
-    """The number that ``--upper-lr`` gives; None for "auto"."""
+    """Return the number that ``--upper-lr`` gives, or None for "auto"."""
     if options.upper.lr == "auto":
         return None
     try:

@@ -1,4 +1,4 @@
-"""A training run: weights learned beside the model, or none, then evaluation and reports."""
+"""A training run: learn the model, with or without weights, then evaluate and report."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ from weighting import mean_one_over
 
 @dataclass(frozen=True)
 class _Task:
-    """What a run trains: its options, the data, and the losses of both levels."""
+    """The task of a run: its options, the data, and the losses of both levels."""
 
     options: TrainOptions
     data: TrainData
@@ -64,7 +64,7 @@ class _Task:
 
 
 class _Method(NamedTuple):
-    """How a run trains: the solver, the initial upper parameters, learning rates to log."""
+    """The method of a run: the solver, the initial upper parameters, learning rates to log."""
 
     solver: Solver
     upper: dict[str, Tensor]
@@ -72,7 +72,7 @@ class _Method(NamedTuple):
 
 
 class _Initial(NamedTuple):
-    """The training set under the initial model: step scores [examples, steps], losses."""
+    """Step scores [examples, steps] and losses of the training set under the initial model."""
 
     scores: Tensor
     losses: Tensor
@@ -82,8 +82,8 @@ def run_training(options: TrainOptions, logged: Callable[[int], None] | None = N
     """Train with instance weights, evaluate, and write the whole run directory.
 
     Args:
-        options: Options of the run.
-        logged: Called with the step after every line of the log.
+        options: The options of the run.
+        logged: A function that is called with the step after every line of the log.
 
     Returns:
         The run directory.
@@ -140,7 +140,7 @@ def _report_weights(
     visits: Tensor,
     directory: Path,
 ) -> dict[str, Any]:
-    """Write the weights and the weighting of a trained run; returns the results on them."""
+    """Write the weights and the weighting of a trained run, and return the results on them."""
     options, data, objective = task.options, task.data, task.objective
     examples = lower_examples(options, data)
     reference = None if initial is None else initial.scores
@@ -156,7 +156,7 @@ def _report_weights(
 
 
 class _Clock:
-    """Seconds per phase of a run."""
+    """The seconds of every phase of a run."""
 
     def __init__(self) -> None:
         self.laps: dict[str, float] = {}
@@ -191,7 +191,7 @@ def _initial_scores(
 
 
 def _lower_level(task: _Task, initial: _Initial | None) -> tuple[Draw, Callable[[int], Batch]]:
-    """Which rows the lower level draws, and its numbered micro-batches."""
+    """Return the draw of the lower level, and its numbered micro-batches."""
     options, data = task.options, task.data
     examples = lower_examples(options, data)
     if options.weighting.lower_data == "meta":
@@ -210,7 +210,7 @@ def _lower_level(task: _Task, initial: _Initial | None) -> tuple[Draw, Callable[
 
 
 def _upper_level(task: _Task) -> Callable[[int], Batch] | None:
-    """The meta batch of every step that may take an upper step; None without an upper level."""
+    """Return the meta batch of every step, or None without an upper level."""
     options, meta = task.options, task.data.meta
     if task.objective.weighting is None or meta is None:
         return None

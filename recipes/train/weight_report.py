@@ -1,4 +1,4 @@
-"""The weights of a run: every example's at the end, and what they say about the label sources."""
+"""The weights of a run: those of every example at the end, and their means by label source."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _SMALLEST_DISTANCE = 2.0**-25
 
 
 def step_labels(examples: Sequence[StepExample], steps: int) -> Tensor:
-    """Labels of all examples, [examples, steps] float64; NaN where there is none."""
+    """Return the labels of all examples, [examples, steps] float64, NaN without a label."""
     labels = torch.full((len(examples), steps), float("nan"), dtype=torch.float64)
     for row, example in enumerate(examples):
         known = [float("nan") if step.label is None else step.label for step in example.steps]
@@ -35,15 +35,15 @@ def step_labels(examples: Sequence[StepExample], steps: int) -> Tensor:
 
 
 def initial_losses(scores: Tensor, mask: Tensor, data: Examples) -> Tensor:
-    """Loss of every example, [examples] float64, from the step scores of the initial model.
+    """Return the loss of every example, [examples] float64, from the initial model's scores.
 
-    The two-way cross-entropy in nats, without another forward pass. Where a float32 score is 1 its
-    distance to 1 is lost: scores count as within [2⁻²⁵, 1 − 2⁻²⁵], so that a step loses at most
-    17.3.
+    It is the two-way cross-entropy in nats, and needs no other forward pass. A float32 score close
+    to 1 is rounded to 1, so scores are clamped to [2⁻²⁵, 1 − 2⁻²⁵], and the loss of a step is at
+    most 17.3.
 
     Args:
-        scores: Step scores p("+"), [examples, steps].
-        mask: Which steps exist, [examples, steps].
+        scores: The step scores p("+"), [examples, steps].
+        mask: Whether a step exists, [examples, steps].
         data: The examples, with their labels.
     """
     labels = step_labels(data.examples, scores.shape[1])
@@ -52,7 +52,7 @@ def initial_losses(scores: Tensor, mask: Tensor, data: Examples) -> Tensor:
 
 
 def reads_examples_alone(weighting: Weighting) -> bool:
-    """Whether a weighting needs neither tokens nor a model: records can be weighed as they are."""
+    """Return whether a weighting reads records alone, without tokens and without a model."""
     return EXAMPLE_KEYS.issuperset(weighting.reads)
 
 
@@ -62,13 +62,13 @@ def example_batch(
     index: Mapping[str, int],
     domains: Mapping[str, int],
 ) -> dict[str, Tensor]:
-    """What a weighting reads of a whole file, as one batch, without tokens and without a model.
+    """Return what a weighting reads of a whole file as one batch, without tokens or a model.
 
     Args:
-        weighting: The weighting, which reads nothing but ``EXAMPLE_KEYS``.
+        weighting: The weighting, which reads ``EXAMPLE_KEYS`` only.
         examples: The examples of the file.
-        index: Row of every id; read where the weighting reads ``index``.
-        domains: Number of every domain; read where it reads ``domain``.
+        index: The row of every id, for a weighting that reads ``index``.
+        domains: The index of every domain, for a weighting that reads ``domain``.
     """
     batch: dict[str, Tensor] = {}
     if "index" in weighting.reads:
@@ -90,14 +90,14 @@ def model_batches(
     reference: Tensor | None,
     batch_size: int,
 ) -> Iterator[Mapping[str, Tensor]]:
-    """What a weighting reads of a file with tokens and, where it asks for them, step scores.
+    """Yield what a weighting reads of a file with tokens, and with step scores if it needs them.
 
     Args:
-        objective: The weighting, and how its features are named.
-        data: The examples; where the weighting reads ``index`` or ``domain``, with rows.
-        scores: Step scores under the trained model, [examples, steps]; None: none are read.
-        reference: Step scores under the initial model, likewise.
-        batch_size: Examples at a time.
+        objective: The weighting and the names of its features.
+        data: The examples, with rows if the weighting reads ``index`` or ``domain``.
+        scores: The step scores of the trained model, [examples, steps], or None if none are read.
+        reference: The step scores of the initial model, [examples, steps], or None.
+        batch_size: The number of examples in a batch.
     """
     for rows in torch.arange(len(data)).split(batch_size):
         batch = data.batch(rows.tolist())
@@ -115,17 +115,17 @@ def final_weights(
     data: TrainData,
     reference: Tensor | None,
 ) -> tuple[Tensor, Tensor | None]:
-    """Weight and raw weight, [examples] each, of every lower-level example at the end.
+    """Return weight and raw weight of every lower-level example at the end, [examples] each.
 
-    A weighting weighs the whole file, under the trained model (``Weighting.file_weights``). Without
-    one the weights are the given ones, as given, or 1, and there are no raw weights.
+    A weighting weighs the whole file with the trained model (``Weighting.file_weights``). Without
+    one the weights are those of the weights file, unchanged, or 1, and there are no raw weights.
 
     Args:
-        options: Options of the run.
-        objective: Its weighting.
+        options: The options of the run.
+        objective: The losses of both levels, with the weighting.
         state: The trained parameters of both levels.
         data: The examples.
-        reference: Step scores of the initial model, [examples, steps]; None without a weighting.
+        reference: The step scores of the initial model, [examples, steps], or None.
     """
     weighting, train = objective.weighting, data.train
     if weighting is None:
@@ -146,7 +146,7 @@ def final_weights(
 def write_weights(
     path: Path, data: Examples | Solutions, columns: Mapping[str, Tensor | None]
 ) -> None:
-    """``weights.jsonl``: id and one value per column, an example a line; a column of None: null."""
+    """Write ``weights.jsonl``: an example on each line, with its id and a value per column."""
     values = {
         name: [None] * len(data) if column is None else column.tolist()
         for name, column in columns.items()
@@ -164,12 +164,12 @@ def write_weights(
 def write_weighting(
     directory: Path, objective: Objective, params: Mapping[str, Tensor], data: TrainData
 ) -> None:
-    """``weighting/``: what is needed to weigh examples again, the names of the rows too.
+    """Write ``weighting/``: the weighting with the names of its rows, to weigh other files.
 
     Args:
-        directory: Where to write, see ``save_weighting``.
-        objective: The weighting, and how its features are named.
-        params: Trained parameters of the weighting.
+        directory: The directory to write; see ``save_weighting``.
+        objective: The weighting and the names of its features.
+        params: The trained parameters of the weighting.
         data: The examples, whose ids or domains name the rows.
     """
     weighting = objective.weighting
@@ -189,10 +189,10 @@ def write_weighting(
 
 
 def weight_report(data: Examples, weights: Tensor) -> dict[str, Any]:
-    """How weights treat the sources, if the data says who labelled what (evaluation only).
+    """Return the weights by label source, if the data name the sources (evaluation only).
 
-    ``weight_auc`` is the probability that an example without wrong labels weighs more than one with
-    some; per source, the examples with wrong labels are those of that source.
+    ``weight_auc`` is the probability that an example without wrong labels has a larger weight than
+    one with wrong labels. Per source, only its own examples with wrong labels are compared.
     """
     extras = [example.extra for example in data.examples]
     if not all("wrong_labels" in extra and "source" in extra for extra in extras):

@@ -1,4 +1,4 @@
-"""``bilevel-prm convert-model``: an InternVL checkpoint for transformers' own classes."""
+"""``bilevel-prm convert-model``: rewrite an InternVL checkpoint for transformers' classes."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from recipes.options.values import OptionError
 
 
 def run_convert_model(options: ConvertModelOptions) -> Path:
-    """Convert a local folder; prints how much was written, returns where.
+    """Convert a local folder, print what was written, and return the output folder.
 
     Raises:
-        OptionError: The folder is no such checkpoint; says what it lacks.
-        FileExistsError: There is something at the output.
+        OptionError: The folder is not such a checkpoint. The message says what it lacks.
+        FileExistsError: The output exists already.
     """
     try:
         count = convert_internvl(options.input, options.output)

@@ -1,4 +1,4 @@
-"""``bilevel-prm evaluate``: read or score candidates, choose on dev, report."""
+"""``bilevel-prm evaluate``: read or score candidates, choose on the dev set, and report."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from recipes.use.scores_file import scores_for
 
 
 class _Judge:
-    """The model, loaded when it is first needed."""
+    """The model, which is loaded when it is first needed."""
 
     def __init__(self, options: EvaluateOptions) -> None:
         self.options = options
@@ -40,13 +40,13 @@ class _Judge:
         return load_model(self.options)
 
     def read(self, path: str, scores: str | None) -> Candidates:
-        """Candidates, tokenised only if they have to be scored."""
+        """Return candidates, tokenised only if they have to be scored."""
         if scores is not None:
             return read_scored_candidates(self.options, path)
         return read_candidates(self.loaded[0], self.options, path)
 
     def rows(self, candidates: Candidates, scores: str | None) -> list[Tensor]:
-        """Step scores of every candidate, read or computed."""
+        """Return the step scores of every candidate, read or computed."""
         data = candidates.data
         if scores is not None:
             return _read_rows(Path(scores), candidates)
@@ -63,12 +63,12 @@ class _Judge:
 
 
 def run_evaluate(options: EvaluateOptions) -> dict[str, Any]:
-    """Report on ``--file``; returns what the results file holds.
+    """Report on ``--file``, and return the content of the results file.
 
     Raises:
-        OptionError: Options that contradict each other, or questions shared with the dev or meta
-            set.
-        DataError: A record, or a line of scores, that cannot be used.
+        OptionError: Options contradict each other, or the file shares questions with the dev or
+            meta set.
+        DataError: A record, or a line of scores, cannot be used.
     """
     if not 0 <= options.threshold <= 1:
         raise OptionError(f"--threshold: expected a number in [0, 1], found {options.threshold}")
@@ -103,7 +103,7 @@ def run_evaluate(options: EvaluateOptions) -> dict[str, Any]:
 def _tuned_on(
     options: EvaluateOptions, candidates: Candidates, dev: Candidates | None
 ) -> list[str]:
-    """Sets that share questions with ``--file``, none unless it is a sanity check."""
+    """Return the sets that share questions with ``--file``; only a sanity check has any."""
     held_out = f"--file {options.file}"
     others = [] if dev is None else [(f"--dev {options.dev}", dev.data)]
     meta = options.meta_file
@@ -127,7 +127,7 @@ def _tuned_on(
 
 
 def _read_rows(path: Path, candidates: Candidates) -> list[Tensor]:
-    """Step scores of every candidate from a scores file, in float32 as they were computed."""
+    """Return the step scores of every candidate from a scores file, in float32."""
     examples = candidates.data.examples
     rows = scores_for(path, [example.id for example in examples], candidates.data.path)
     for row, example in zip(rows, examples, strict=True):

@@ -1,4 +1,4 @@
-"""The run that a model or weighting lies in, and whether the model is used as it was trained."""
+"""The run of a model or weighting, and whether the model is used as it was trained."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ _PROMPT = ("system_prompt", "context", "max_patches")
 
 
 def run_of(directory: str) -> dict[str, Any]:
-    """The options of the run that ``directory`` lies in; empty where there is no args.yaml.
+    """Return the options of the run that holds ``directory``, empty without an args.yaml.
 
     Raises:
-        OptionError: An args.yaml that cannot be read.
+        OptionError: The args.yaml cannot be read.
     """
     path = Path(directory).parent / "args.yaml"
     if not path.is_file():
@@ -25,7 +25,7 @@ def run_of(directory: str) -> dict[str, Any]:
 
 
 def prompt_differences(options: PrmOptions, directory: str) -> list[str]:
-    """Options of the prompt that are not those of the run, in words."""
+    """Return the options of the prompt that differ from those of the run, in words."""
     run = run_of(directory)
     lines = []
     for name in _PROMPT:
@@ -36,7 +36,7 @@ def prompt_differences(options: PrmOptions, directory: str) -> list[str]:
 
 
 def note_differences(options: PrmOptions, directory: str) -> None:
-    """Say on standard error that a model is asked in another way than it was trained to answer."""
+    """Warn on standard error if the prompt differs from that of the model's training."""
     lines = prompt_differences(options, directory)
     if lines:
         print(

@@ -1,4 +1,4 @@
-"""``bilevel-prm score``: step scores and all aggregates of every solution of a file, resumable."""
+"""``bilevel-prm score``: score every step and solution of a file; the command can be resumed."""
 
 from __future__ import annotations
 
@@ -28,15 +28,15 @@ from recipes.use.scores_file import ScoredSolution, complete_lines, settings_pat
 
 _FORMAT = 1
 _WINDOW = 8
-"""Batches that are sorted by length together and written together, in the order of the data."""
+"""Number of batches that are sorted by length and written together, in the order of the data."""
 
 
 def run_score(options: ScoreOptions) -> Path:
-    """Score what is not scored yet; returns the scores file.
+    """Score the remaining solutions, and return the scores file.
 
     Raises:
         OptionError: The output exists and is not a scores file of this model, data and settings.
-        DataError: A record, or a line of the output, that cannot be used.
+        DataError: A record, or a line of the output, cannot be used.
     """
     set_up(options)
     output = Path(options.output)
@@ -49,7 +49,7 @@ def run_score(options: ScoreOptions) -> Path:
     done = _begin(output, settings_of(prm, options), ids, Path(options.file))
     started = time.perf_counter()
     window = _WINDOW * options.eval_batch_size
-    # A window that was cut off is scored again as a whole, so that its batches are the same.
+    # An incomplete window is scored again as a whole, so that its batches are the same.
     first = done // window * window if done < len(ids) else len(ids)
     with output.open("a", encoding="utf-8", newline="\n") as file:
         for start in range(first, len(ids), window):
@@ -85,7 +85,7 @@ def run_score(options: ScoreOptions) -> Path:
 
 
 def scored_solution(example: StepExample, step_scores: Tensor) -> ScoredSolution:
-    """The line of an example with step scores [steps]."""
+    """Return the line of an example with step scores [steps]."""
     return ScoredSolution(
         id=example.id,
         step_scores=tuple(step_scores.tolist()),
@@ -97,16 +97,16 @@ def scored_solution(example: StepExample, step_scores: Tensor) -> ScoredSolution
 
 
 def all_aggregates(step_scores: Tensor) -> dict[str, float]:
-    """Score of a solution with step scores [steps], by every aggregation."""
+    """Return the score of a solution with step scores [steps], by every aggregation."""
     mask = torch.ones(step_scores.shape, dtype=torch.bool)
     return {name: float(aggregate(step_scores, mask, how)) for name, how in AGGREGATIONS.items()}
 
 
 def settings_of(prm: PRM, options: ScoreOptions) -> dict[str, Any]:
-    """What decides the scores: model, tokenizer and image processor, data, prompt, probability.
+    """Return what determines the scores: model, preprocessing, data, prompt, probability.
 
-    Batch size and threads change the last bits only and are left out; the content of images, which
-    the data name by path, is not looked at.
+    Batch size and threads change the last bits only and are left out. The content of the images is
+    not read; the data name them by path.
     """
     return {
         "format": _FORMAT,
@@ -120,7 +120,7 @@ def settings_of(prm: PRM, options: ScoreOptions) -> dict[str, Any]:
 
 
 def digest_judge(prm: PRM) -> str:
-    """SHA-256 of the parameters and of how text and images are prepared."""
+    """Return the SHA-256 of the parameters and of how text and images are prepared."""
     processor = prm.image_processor
     parts = [
         digest_model(prm.model),
@@ -132,10 +132,10 @@ def digest_judge(prm: PRM) -> str:
 
 
 def read_settings(scores: Path) -> Mapping[str, Any]:
-    """The settings beside a scores file; empty where there are none.
+    """Return the settings beside a scores file, empty if there are none.
 
     Raises:
-        DataError: A settings file that is not one.
+        DataError: The file holds no settings.
     """
     path = settings_path(scores)
     if not path.is_file():
@@ -155,7 +155,7 @@ def read_settings(scores: Path) -> Mapping[str, Any]:
 
 
 def _begin(output: Path, settings: Mapping[str, Any], ids: Sequence[str], data: Path) -> int:
-    """Make the output ready to be appended to; how many solutions it holds."""
+    """Prepare the output for more lines, and return how many solutions it holds."""
     if not output.exists():
         write_json(settings_path(output), settings)
         output.touch()

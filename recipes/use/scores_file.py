@@ -1,10 +1,10 @@
-"""``scores.jsonl``: what a model said of every step of every solution, one line a solution.
+"""``scores.jsonl``: the step scores of every solution, one solution on each line.
 
     {"id": ..., "group": ..., "answer": ..., "correct": ..., "step_scores": [...], "scores": {...}}
 
-``scores`` holds the solution's score by every aggregation. Beside the file stands
-``<name>.settings.json``: which model, data and settings the scores are of. Lines are in the order
-of the data and complete once they end in a line break: an interrupted file can be continued.
+``scores`` holds the solution's score by every aggregation. The file ``<name>.settings.json`` beside
+it records the model, data and settings of the scores. Lines are in the order of the data, and a
+line is complete once it ends with a line break, so an interrupted file can be continued.
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ _REMEDY = "write the file with `bilevel-prm score`"
 
 @dataclass(frozen=True)
 class ScoredSolution:
-    """One line.
+    """A line of a scores file.
 
     Attributes:
-        id: Id of the solution.
-        step_scores: Probability of "+" at every step.
-        scores: Score of the solution, by name of the aggregation.
-        group: Its question; None where the data do not say.
-        answer: Its final answer; None likewise.
-        correct: Whether the answer is right; None likewise.
+        id: The id of the solution.
+        step_scores: The probability of "+" at every step.
+        scores: The score of the solution, by the name of the aggregation.
+        group: The question of the solution, None if the data do not name it.
+        answer: The final answer, None if the data do not name it.
+        correct: Whether the answer is right, None if the data do not tell.
     """
 
     id: str
@@ -44,7 +44,7 @@ class ScoredSolution:
     correct: bool | None = None
 
     def line(self) -> str:
-        """As it stands in the file. Floats are written so that they read back exactly."""
+        """Return the text of the line, whose floats are read back exactly."""
         optional = {"group": self.group, "answer": self.answer, "correct": self.correct}
         record = {
             "id": self.id,
@@ -56,16 +56,17 @@ class ScoredSolution:
 
 
 def settings_path(scores: Path) -> Path:
-    """Where the settings of a scores file stand."""
+    """Return the path of the settings of a scores file."""
     return scores.with_name(scores.name + ".settings.json")
 
 
 def read_scores(path: Path) -> list[ScoredSolution]:
-    """All lines of a scores file.
+    """Read all lines of a scores file.
 
     Raises:
-        OptionError: No such file.
-        DataError: A line that is none, naming file, line and field; or an id that occurs twice.
+        OptionError: There is no such file.
+        DataError: A line is malformed (the error names file, line and field), or an id occurs
+            twice.
     """
     if not path.is_file():
         raise OptionError(f"{path}: no such file; {_REMEDY}")
@@ -82,10 +83,10 @@ def read_scores(path: Path) -> list[ScoredSolution]:
 
 
 def scores_for(path: Path, ids: Sequence[str], data: Path) -> list[ScoredSolution]:
-    """The lines of a scores file for the solutions ``ids`` of ``data``, in their order.
+    """Read the lines of a scores file for the solutions ``ids`` of ``data``, in their order.
 
     Raises:
-        DataError: A solution without scores, or scores of other solutions.
+        DataError: A solution has no scores, or the file holds scores of other solutions.
     """
     by_id = {row.id: row for row in read_scores(path)}
     missing = [name for name in ids if name not in by_id]
@@ -103,15 +104,15 @@ def scores_for(path: Path, ids: Sequence[str], data: Path) -> list[ScoredSolutio
 
 
 def complete_lines(path: Path, ids: Sequence[str], data: Path) -> int:
-    """How many solutions a file begun earlier holds; an incomplete last line is cut off.
+    """Remove an incomplete last line, and count the solutions of an interrupted file.
 
     Args:
         path: The scores file.
-        ids: Ids of all solutions of the data, in order.
-        data: The data, for messages.
+        ids: The ids of all solutions of the data, in order.
+        data: The path of the data, for messages.
 
     Raises:
-        DataError: A complete line that is none, or not of the solution in its place.
+        DataError: A complete line is malformed, or belongs to another solution than expected.
     """
     with path.open("rb+") as file:
         content = file.read()
@@ -182,7 +183,7 @@ def _is_number(value: Any) -> bool:
         return False
     try:
         return math.isfinite(value)
-    except OverflowError:  # an integer beyond all floats
+    except OverflowError:  # an integer too large for a float
         return False
 
 

@@ -1,4 +1,4 @@
-"""``bilevel-prm select``: the best candidate of every question, from a scores file alone."""
+"""``bilevel-prm select``: select the best candidate of every question from a scores file."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from recipes.use.scores_file import ScoredSolution, read_scores
 
 
 def run_select(options: SelectOptions) -> Path:
-    """Write one line a question, in the order in which questions begin in the scores file.
+    """Write a line for every question, in the order in which they begin in the scores file.
 
-    ``group`` and ``id`` of the selected candidate, its ``score``, its ``answer`` and ``correct``
-    where known, and ``tied``: the ids of all candidates with that score. A draw among them depends
-    on the seed and on the name of the question only.
+    A line holds ``group`` and ``id`` of the selected candidate, its ``score``, its ``answer`` and
+    ``correct`` if known, and ``tied``: the ids of all candidates with that score. A draw among them
+    depends on the seed and on the name of the question only.
 
     Raises:
-        OptionError: No such file, or no such aggregation.
-        DataError: A line that is none, or one without ``group``.
+        OptionError: There is no such file or no such aggregation.
+        DataError: A line is malformed or has no ``group``.
     """
     scores, output = Path(options.scores), Path(options.output)
     if output.is_dir() or output.resolve() == scores.resolve():

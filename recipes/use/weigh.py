@@ -1,4 +1,4 @@
-"""``bilevel-prm weigh``: the weights of a file's examples, by a saved weighting or by a rule."""
+"""``bilevel-prm weigh``: weigh the examples of a file, by a saved weighting or by a rule."""
 
 from __future__ import annotations
 
@@ -35,18 +35,17 @@ _SHOWN = 5
 def run_weigh(options: WeighOptions) -> Path:
     """Write ``id, weight, raw_weight`` of every example, in the order of the file.
 
-    Weights have mean 1 over the file where the weighting normalises: they say how the examples of
-    a file compare with each other, and equal a run's ``weights.jsonl`` on its training file. A
-    rule's weights are 1 and 0, its raw weights the scores that it ranks by.
+    If the weighting normalises, weights have mean 1 over the file: they compare the examples of the
+    file with each other. On a run's training file they equal its ``weights.jsonl``. The weights of
+    a rule are 1 and 0, and its raw weights are the scores that it ranks by.
 
     Returns:
         The file that was written.
 
     Raises:
-        OptionError: No weighting there; options that it does not read, or that it was not trained
-            with.
-        DataError: A record that cannot be used; examples whose row or domain the weighting does not
-            have.
+        OptionError: There is no weighting, it does not read an option, or it was not trained with
+            the options.
+        DataError: A record cannot be used, or the weighting has no row or domain for an example.
     """
     set_up(options)
     check_together(options)
@@ -66,14 +65,14 @@ def run_weigh(options: WeighOptions) -> Path:
 
 @dataclass(frozen=True)
 class _Saved:
-    """A saved weighting, and what its run recorded with it.
+    """A saved weighting, with the names that its run stored with it.
 
     Attributes:
-        directory: Where it is saved.
+        directory: The directory in which it is saved.
         weighting: The weighting.
-        params: Its parameters.
-        names: Names of its rows: ids or domains; empty if there are none.
-        extra: What else it needs: names of features and domains.
+        params: The parameters of the weighting.
+        names: The names of its rows (ids or domains), empty if there are no rows.
+        extra: The names of its features and domains.
     """
 
     directory: str
@@ -84,12 +83,12 @@ class _Saved:
 
     @property
     def index(self) -> dict[str, int]:
-        """Row of every id, if the rows are instances'."""
+        """The row of every id, if rows are instances."""
         return _numbered(self.names if self.weighting.row_key == "index" else ())
 
     @property
     def domains(self) -> dict[str, int]:
-        """Number of every domain that the weighting reads, in its rows or as a feature."""
+        """The index of every domain that the weighting reads, in its rows or as a feature."""
         by_row = self.weighting.row_key == "domain"
         return _numbered(self.names if by_row else self.extra.get("domains", ()))
 
@@ -112,7 +111,7 @@ def _by_weighting(options: WeighOptions) -> tuple[Examples | Solutions, Tensor, 
 
 
 def _by_examples(options: WeighOptions, saved: _Saved) -> tuple[Solutions, Tensor, Tensor]:
-    """Examples, weights and raw weights by a weighting that asks no model."""
+    """Return examples, weights and raw weights by a weighting that needs no model."""
     weighting = saved.weighting
     refuse_given(
         options,
@@ -128,7 +127,7 @@ def _by_examples(options: WeighOptions, saved: _Saved) -> tuple[Solutions, Tenso
 
 
 def _by_model(options: WeighOptions, saved: _Saved) -> tuple[Examples, Tensor, Tensor]:
-    """Examples, weights and raw weights by a weighting that reads tokens or step scores."""
+    """Return examples, weights, raw weights by a weighting of tokens or step scores."""
     weighting = saved.weighting
     differ = prompt_differences(options, saved.directory)
     if differ:
@@ -157,7 +156,7 @@ def _by_model(options: WeighOptions, saved: _Saved) -> tuple[Examples, Tensor, T
 
 
 def _features(saved: _Saved) -> tuple[tuple[str, ...], bool]:
-    """Names of the features that a weighting reads, and whether also under the initial model."""
+    """Return the features of a weighting, and whether it reads those of the initial model."""
     if "features" not in saved.weighting.reads:
         return (), False
     try:
@@ -170,7 +169,7 @@ def _features(saved: _Saved) -> tuple[tuple[str, ...], bool]:
 
 
 def _reference_scores(options: WeighOptions, directory: str) -> Tensor:
-    """Step scores under the model that the run started from, [examples, steps]."""
+    """Return the step scores of the initial model of the run, [examples, steps]."""
     name = options.reference_model
     if name is None:
         run = run_of(directory)
@@ -189,11 +188,11 @@ def _reference_scores(options: WeighOptions, directory: str) -> Tensor:
 
 
 def _check_rows(options: WeighOptions, saved: _Saved, data: Examples | Solutions) -> None:
-    """Refuse examples whose id or domain a weighting does not know.
+    """Refuse examples whose id or domain the weighting was not trained with.
 
     Raises:
-        DataError: An example without a domain; ids or domains that the weighting was not trained
-            with.
+        DataError: An example has no domain, or the weighting was not trained with its id or
+            domain.
     """
     if saved.weighting.row_key == "index":
         _check_known(options, [example.id for example in data.examples], saved.index, "id")

@@ -1,7 +1,7 @@
-"""Weights by a rule instead of a learned weighting: which share of the examples is kept.
+"""Weights by a rule instead of a learned weighting: a given share of the examples is kept.
 
-The weights file goes to ``train --weighting none --weights-file``, as what learned weights are
-compared with at the same share.
+``train --weighting none --weights-file`` reads the weights file, as a baseline for learned weights
+at the same share.
 """
 
 from __future__ import annotations
@@ -19,16 +19,17 @@ from weighting import balanced_information, keep_best
 
 
 def rule_weights(options: WeighOptions) -> tuple[Examples | Solutions, Tensor, Tensor]:
-    """Examples, weights (1 kept, 0 not) and the scores that ranked them.
+    """Return examples, weights (1 kept, 0 not) and the scores that rank the examples.
 
-    ``bis``: Balanced-Information Score of the step labels (``weighting.balanced_information``).
-    ``small-loss``: minus the loss under ``--model``; examples that a model trained for a short
-    while finds hard are taken to be mislabelled. ``random``: a seeded draw.
+    ``bis`` ranks by the Balanced-Information Score of the step labels
+    (``weighting.balanced_information``). ``small-loss`` ranks by minus the loss under ``--model``:
+    examples with a large loss after a short training are assumed to be mislabelled. ``random`` is a
+    seeded draw.
 
     Raises:
-        OptionError: A share or an alpha outside its range.
-        DataError: An example without a labelled step, or without a domain where examples are ranked
-            within domains.
+        OptionError: The share or alpha is outside its range.
+        DataError: An example has no labelled step, or no domain if examples are ranked within
+            domains.
     """
     data: Examples | Solutions
     if options.by == "small-loss":
