@@ -92,12 +92,12 @@ def visual_process_bench(
     over sources"), so that every step has the same weight. The mean over sources is another number.
 
     Args:
-        truth: 1 (right) or 0 of each step, [steps].
-        predicted: 1 or 0 of each step, [steps].
-        sources: Name of the source of each step, [steps].
+        truth: The label of each step, 1 (right) or 0, [steps].
+        predicted: The judgement of each step, 1 or 0, [steps].
+        sources: The name of each step's source, [steps].
 
     Raises:
-        ValueError: Different lengths, no steps, or values other than 0 and 1.
+        ValueError: There are no steps, the lengths differ, or values are not 0 or 1.
     """
     true, judged = np.asarray(truth), np.asarray(predicted)
     names = np.asarray(sources, dtype=str)
