@@ -1,4 +1,4 @@
-"""Losses per example, of both levels; the caller reduces them over the batch."""
+"""The losses of the lower and the upper level, per example; the caller reduces over the batch."""
 
 from __future__ import annotations
 
@@ -22,15 +22,17 @@ def step_cross_entropy(
         ℓ_i = −1/|T_i| Σ_{t ∈ T_i} [ y_t log p₊ + (1 − y_t) log p₋ ]
 
     Args:
-        step_logits: [batch, steps, 2], columns "+" and "-". Two-way: log p₊ = log σ(z₊ − z₋).
-        labels: [batch, steps] in [0, 1], soft labels included; NaN where there is none.
-        mask: [batch, steps], True where there is a step.
-        full_vocab: The columns are log-probabilities over the vocabulary
-            (``prm.models.model.step_logits(..., full_vocab=True)``), which are taken as they are:
-            the loss of DreamPRM-1.5, which also teaches to say nothing else than the two labels.
+        step_logits: Logits [batch, steps, 2] in the columns "+" and "-". Without ``full_vocab``,
+            log p₊ = log σ(z₊ − z₋).
+        labels: Labels [batch, steps] in [0, 1]. They may be soft, and are NaN where there is none.
+        mask: Boolean [batch, steps], True where there is a step.
+        full_vocab: Whether the columns are log-probabilities over the vocabulary
+            (``prm.models.model.step_logits(..., full_vocab=True)``), which are used unchanged.
+            This is the loss of DreamPRM-1.5. It also lowers the probability of every token other
+            than the two labels.
 
     Returns:
-        [batch]. An example without a labelled step has loss 0 and gradient 0.
+        Losses [batch]. An example without a labelled step has loss 0 and gradient 0.
     """
     known = mask & ~labels.isnan()
     labels = torch.where(known, labels, 0.5).to(step_logits.dtype)
@@ -48,21 +50,21 @@ def step_squared_error(
     labels: Float[Tensor, "*batch steps"],
     mask: Bool[Tensor, "*batch steps"],
 ) -> Float[Tensor, "*batch"]:
-    """Lower-level loss of DreamPRM 1.0 (arXiv 2505.20241): distance from soft labels.
+    """Lower-level loss of DreamPRM 1.0 (arXiv 2505.20241): squared distance from soft labels.
 
         ℓ_i = 1/|T_i| Σ_{t ∈ T_i} (p₊ − y_t)²
 
-    Bounded, unlike the cross-entropy: a wrong label costs at most 1. There every prefix of a
-    solution is an example of its own; here the steps of a solution are averaged.
+    Unlike the cross-entropy it is bounded: a wrong label costs at most 1. DreamPRM 1.0 treats every
+    prefix of a solution as an example of its own; here the steps of a solution are averaged.
 
     Args:
-        step_scores: p("+"), [batch, steps] (``prm.scoring.step_scores``).
-        labels: [batch, steps] in [0, 1], for example the share of completions that came out right;
-            NaN where there is none.
-        mask: [batch, steps], True where there is a step.
+        step_scores: The probabilities p("+") [batch, steps] of ``prm.scoring.step_scores``.
+        labels: Labels [batch, steps] in [0, 1], for example the share of completions that reach
+            the right answer. They are NaN where there is none.
+        mask: Boolean [batch, steps], True where there is a step.
 
     Returns:
-        [batch]. An example without a labelled step has loss 0 and gradient 0.
+        Losses [batch]. An example without a labelled step has loss 0 and gradient 0.
     """
     known = mask & ~labels.isnan()
     errors = torch.where(known, step_scores, 0.0) - torch.where(known, labels, 0.0)
@@ -74,27 +76,28 @@ def outcome_loss(
     correct: Real[Tensor, "*batch"],
     loss_target: LossTarget = "+",
 ) -> Float[Tensor, "*batch"]:
-    """Upper-level loss: squared distance of the aggregated score from what it should be.
+    """Upper-level loss: squared distance of the aggregated score from its target.
 
     With S₊ = A(p₊), S₋ = A(p₋) and c = 1 for a right answer, 0 for a wrong one:
 
         "+":     (S₊ − c)²
         "both":  (S₊ − 1)² where c = 1, (S₋ − 1)² where c = 0
 
-    as in DreamPRM-1.5 (arXiv 2509.05542). With two-way probabilities and the mean they are the same
-    function, since S₋ = 1 − S₊; with other aggregations or the full vocabulary they are not.
+    as in DreamPRM-1.5 (arXiv 2509.05542). With probabilities over the two labels and the mean, the
+    two targets give the same function, since S₋ = 1 − S₊. With other aggregations or probabilities
+    over the vocabulary they differ.
 
     Args:
-        scores: [batch, 2], columns S₊ and S₋ (``prm.scoring.solution_scores``); [batch], S₊ alone,
-            is enough for "+".
-        correct: [batch], 1 or 0; NaN (unknown) gives NaN.
-        loss_target: "+" or "both".
+        scores: Scores [batch, 2] in the columns S₊ and S₋ (``prm.scoring.solution_scores``). The
+            target "+" also accepts S₊ alone, as [batch].
+        correct: Outcomes [batch], 1 or 0. NaN means unknown and gives a loss of NaN.
+        loss_target: Which of the two losses is computed.
 
     Returns:
-        [batch].
+        Losses [batch].
 
     Raises:
-        ValueError: The shapes, or ``loss_target``, are none of these.
+        ValueError: The shapes do not fit, or ``loss_target`` is neither "+" nor "both".
     """
     if loss_target not in ("both", "+"):
         raise ValueError(f'expected loss_target "both" or "+", found {loss_target!r}')
@@ -121,20 +124,20 @@ def pair_loss(
     correct: Real[Tensor, " batch"],
     group: Int[Tensor, " batch"],
 ) -> Float[Tensor, ""]:
-    """Upper-level loss on what best-of-N uses, the order of the candidates of one question.
+    """Upper-level loss on the order of the candidates of one question, which best-of-N depends on.
 
         mean over pairs (i right, j wrong, same question) of (S_i − S_j − 1)²
 
-    The squared loss of ``outcome_loss``, on differences: a shift of all scores of a question, which
-    changes no selection, changes nothing here.
+    This is the squared loss of ``outcome_loss`` on differences of scores. A constant that is added
+    to all scores of a question changes neither the selection nor this loss.
 
     Args:
-        scores: [batch] aggregated scores in [0, 1].
-        correct: [batch], 1 or 0.
-        group: [batch], equal for candidates of one question.
+        scores: Aggregated scores [batch] in [0, 1].
+        correct: Outcomes [batch], 1 or 0.
+        group: Numbers [batch] of the questions, equal for candidates of one question.
 
     Returns:
-        Scalar.
+        A scalar.
 
     Raises:
         ValueError: No question of the batch has both a right and a wrong candidate.

@@ -1,9 +1,9 @@
-"""Step logits to step scores to solution scores, and scoring of many examples.
+"""Step scores and solution scores from step logits, and scoring of many examples.
 
-A score is read off one forward pass per solution: a causal model says at the end of step k what it
-would say of the prefix that ends there, so a pass per step (VisualPRM's first release, DreamPRM
-1.0) computes the same. The softmax is over the two labels in float32, not in bfloat16 over the
-vocabulary at every token.
+One forward pass scores all steps of a solution. The output of a causal model at the end of step k
+depends only on the prefix that ends there, so one pass per step (the first release of VisualPRM,
+DreamPRM 1.0) computes the same scores. The softmax is over the two labels in float32, rather than
+over the vocabulary at every token in bfloat16.
 """
 
 from __future__ import annotations
@@ -23,10 +23,11 @@ from prm.models.model import PRM, step_logits
 def step_scores(
     step_logits: Float[Tensor, "*batch steps 2"], *, full_vocab: bool = False
 ) -> Float[Tensor, "*batch steps"]:
-    """p("+") of every step, [batch, steps], from step logits [batch, steps, 2].
+    """Return p("+") of every step, [batch, steps], from step logits [batch, steps, 2].
 
-    Two-way by default: softmax over {+, −} = σ(z₊ − z₋). With ``full_vocab`` the columns are
-    log-probabilities over the vocabulary (``step_logits(..., full_vocab=True)``): exp(log p₊).
+    By default p₊ = σ(z₊ − z₋), the softmax over the two labels. With ``full_vocab`` the columns are
+    log-probabilities over the vocabulary (``step_logits(..., full_vocab=True)``), and p₊ is the
+    exponential of the first.
     """
     return step_probs(step_logits, full_vocab=full_vocab)[..., 0]
 
@@ -34,7 +35,7 @@ def step_scores(
 def step_probs(
     step_logits: Float[Tensor, "*batch steps 2"], *, full_vocab: bool = False
 ) -> Float[Tensor, "*batch steps 2"]:
-    """p("+") and p("-") of every step, [batch, steps, 2]; see ``step_scores``."""
+    """Return p("+") and p("-") of every step, [batch, steps, 2]; see ``step_scores``."""
     if full_vocab:
         return step_logits.exp()
     difference = step_logits[..., 0] - step_logits[..., 1]
@@ -44,7 +45,12 @@ def step_probs(
 def aggregate(
     step_scores: Float[Tensor, "*batch steps"], mask: Bool[Tensor, "*_batch"], how: Aggregation
 ) -> Float[Tensor, "*batch"]:
-    """Solution scores [batch] of step scores [batch, steps]; ``how`` is of ``prm.aggregations``.
+    """Return solution scores [batch] of step scores [batch, steps].
+
+    Args:
+        step_scores: Scores [batch, steps] in [0, 1].
+        mask: Boolean [batch, steps], True where there is a step.
+        how: A function of ``prm.aggregations``.
 
     Raises:
         ValueError: The shapes of scores and mask differ.
@@ -64,7 +70,7 @@ def solution_scores(
     *,
     full_vocab: bool = False,
 ) -> Float[Tensor, "*batch 2"]:
-    """Aggregated p("+") and aggregated p("-") of every solution, [batch, 2].
+    """Return aggregated p("+") and aggregated p("-") of every solution, [batch, 2].
 
     The first column is the solution's score; ``prm.losses.outcome_loss`` reads both.
     """
@@ -85,21 +91,21 @@ def score_examples(
 ) -> list[Float[Tensor, " _steps"]]:
     """Return the step scores p("+") of every example, one [steps] tensor each on the CPU, in order.
 
-    Examples of similar length share a batch, so that little is spent on padding. The head
-    is applied at the label positions only, to "+" and "-" only unless ``full_vocab``.
+    Examples of similar length share a batch, which keeps padding short. The head is applied at the
+    label positions only, and without ``full_vocab`` only its rows of "+" and "-".
 
-    Memory: activations of a batch without graph, and with ``full_vocab`` twice
-    [batch, steps, vocabulary] float32.
+    Memory: the activations of one batch without a graph; with ``full_vocab`` also two float32
+    tensors [batch, steps, vocabulary].
 
     Args:
         prm: The model.
-        params: Values by parameter name; others keep the model's values.
+        params: Values by parameter name. Parameters that are not named keep the model's values.
         encoded: The examples, from ``Collator.encode``.
-        collator: Pads examples into a batch; a ``Collator``.
-        batch_size: Examples per forward pass.
-        full_vocab: Probabilities over the whole vocabulary instead of the two labels, as
-            DreamPRM-1.5 scores: softmax(z)₊ at the position, where "+" and "-" do not sum to 1.
-        workers: Processes that prepare batches ahead; see ``prm.inputs.workers``.
+        collator: A ``Collator``, which pads examples into a batch.
+        batch_size: The number of examples per forward pass.
+        full_vocab: Whether probabilities are over the whole vocabulary, as in DreamPRM-1.5, instead
+            of over the two labels. The score is then softmax(z)₊, and "+" and "-" do not sum to 1.
+        workers: The number of processes that prepare batches ahead; see ``prm.inputs.workers``.
 
     Raises:
         DataError: An image cannot be decoded.

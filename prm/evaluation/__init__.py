@@ -1,1 +1,1 @@
-"""Selection among candidates, and figures of it."""
+"""Selection among candidates, and the metrics that evaluate it."""

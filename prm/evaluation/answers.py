@@ -1,14 +1,14 @@
-r"""Final answers in a form in which equal answers are equal strings, so that they can be voted on.
+r"""Canonical forms of final answers: equal answers become equal strings, which can be voted on.
 
 ``canonical_answer`` applies these rules, in this order:
 
 1. Blank: no answer. Unicode forms are unified (NFKC; minus signs and dashes are "-", "½" is "1/2").
-2. The last ``\boxed{...}`` stands for the whole; "the answer is", "Answer:", "Option" in front go,
-   as do math delimiters and a final full stop.
-3. LaTeX: ``\frac{a}{b}`` is a/b, ``\text{x}`` x, ``\sqrt{a}`` sqrt(a), ``\%`` %, ``^\circ`` °,
-   spacing and ``\left``, ``\right`` nothing.
+2. The last ``\boxed{...}`` stands for the whole; "the answer is", "Answer:" and "Option" in front
+   are removed, as are math delimiters and a final full stop.
+3. LaTeX: ``\frac{a}{b}`` is a/b, ``\text{x}`` is x, ``\sqrt{a}`` is sqrt(a), ``\%`` is %, and
+   ``^\circ`` is °. Spacing, ``\left`` and ``\right`` are removed.
 4. Choice letters A to H: "(b)", "B.", "B) 12 cm", "option B" are "B"; "A and C" is "A,C".
-5. A variable in front goes: "x = 5" is "5".
+5. A variable in front is removed: "x = 5" is "5".
 6. Numbers are exact: "3.50", "7/2", "3 1/2", "35e-1" are "7/2"; "1,234" is "1234"; "2 million" is
    "2000000". Nothing is rounded: "0.33" is not "1/3".
 7. Units behind a number, known ones by their symbol: "12 centimetres" is "12 cm", "$3" is "3 $",
@@ -19,11 +19,11 @@ r"""Final answers in a form in which equal answers are equal strings, so that th
    sorted order.
 9. Anything else: lower case, one space between words, none around operators.
 
-An answer of more than 2000 characters (it is none), and what stands more than 20 brackets deep, is
+An answer of more than 2000 characters, and any part that is nested more than 20 brackets deep, is
 compared as text, by rule 9.
 
-A number without a unit is another answer than one with. ``answer_classes`` looks at all candidates
-of a question and joins the two where that leaves no doubt.
+A number without a unit and the same number with one are different answers. ``answer_classes``
+considers all candidates of a question and merges the two where the unit is unambiguous.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from prm.evaluation.latex import boxed, plain_text
 from prm.evaluation.units import UNIT_SYMBOLS, unit_of
 
 _LONGEST_NUMBER = 300
-"""Characters, or size of an exponent, beyond which a number is treated as text."""
+"""The number of characters, or the exponent, beyond which a number is treated as text."""
 _LONGEST_ANSWER = 2_000
 _DEEPEST_LIST = 20
 _SCALES = {"hundred": 10**2, "thousand": 10**3, "million": 10**6, "billion": 10**9}
@@ -65,22 +65,22 @@ _BRACKETS = {"(": ")", "[": "]", "{": "}"}
 
 
 def canonical_answer(text: str | None) -> str | None:
-    """The canonical form of an answer, by the rules of this module; None for a blank one."""
+    """Return the canonical form of an answer by the rules of this module; None for a blank one."""
     value, unit = _parse(text)
     return value if unit is None else f"{value} {unit}"
 
 
 def answer_classes(answers: Sequence[str | None]) -> list[str | None]:
-    """Canonical forms of the answers of one question, a number without unit joined to one with.
+    """Return canonical answers of one question, with a missing unit filled in if unambiguous.
 
-    "12" counts as "12 cm" if every candidate that says 12 with a unit says cm; where they give
-    several units, or none, it stays by itself.
+    "12" counts as "12 cm" if every candidate that gives 12 with a unit gives cm. If they give
+    several units, or none, it remains an answer of its own.
 
     Args:
-        answers: What each candidate answers; None: nothing.
+        answers: The answer of each candidate. None means that it has no answer.
 
     Returns:
-        A string per candidate, equal for those that agree; None does not vote.
+        A string per candidate, equal for those that agree, or None for a candidate without a vote.
     """
     parsed = [_parse(answer) for answer in answers]
     units: dict[str, set[str]] = {}
@@ -96,7 +96,7 @@ def answer_classes(answers: Sequence[str | None]) -> list[str | None]:
 
 
 def _parse(text: str | None) -> tuple[str | None, str | None]:
-    """(canonical value, unit); a unit only behind a number."""
+    """Return the canonical value and its unit; only a number can have a unit."""
     if text is None or not text.strip():
         return None, None
     text = _unify(text)
@@ -152,7 +152,7 @@ def _choice(text: str) -> str | None:
 
 
 def _quantity(text: str) -> tuple[str, str | None] | None:
-    """(exact value, unit) of a number with or without a unit; None for anything else."""
+    """Return exact value and unit of a number, the unit None if missing; None for other text."""
     if text[:1] == "(" and text[-1:] == ")" and "," not in text and _spans(text):
         text = text[1:-1].strip()
     match = _NUMBER.fullmatch(text)
@@ -190,7 +190,7 @@ def _value(match: re.Match[str]) -> Fraction | None:
 
 
 def _list(text: str, depth: int) -> str | None:
-    """A list in brackets, or one of nothing but numbers, element by element."""
+    """Return the canonical form of a list in brackets or of numbers alone, by elements."""
     left, right = "", ""
     if text[:1] in _BRACKETS and text[-1:] in _BRACKETS.values() and _spans(text):
         left, right, text = text[0], text[-1], text[1:-1]
@@ -206,7 +206,7 @@ def _list(text: str, depth: int) -> str | None:
 
 
 def _spans(text: str) -> bool:
-    """Whether the first bracket is closed by the last character, of whatever kind: (1, 2]."""
+    """Return whether the last character closes the first bracket, of any kind: (1, 2]."""
     depth = 0
     for index, character in enumerate(text):
         depth += (character in _BRACKETS) - (character in _BRACKETS.values())

@@ -1,4 +1,4 @@
-"""Calibration of probabilities: whether 80 % of the steps that are scored .8 are right."""
+"""Calibration of probabilities: whether 80 % of the steps with score 0.8 are right."""
 
 from __future__ import annotations
 
@@ -21,14 +21,16 @@ class Bin(NamedTuple):
 
 
 def brier(probabilities: ArrayLike, truth: ArrayLike) -> float:
-    """Brier score, mean (p_i − y_i)²; 0 is perfect, 1/4 what always saying 1/2 gets on 0 and 1.
+    """Return the Brier score, mean (p_i − y_i)².
+
+    0 is perfect; the constant 1/2 scores 1/4 on labels of 0 and 1.
 
     Args:
-        probabilities: p_i in [0, 1], [items].
-        truth: y_i in [0, 1], [items]; soft labels are taken as they are.
+        probabilities: The probabilities p_i in [0, 1], [items].
+        truth: The labels y_i in [0, 1], [items], which may be soft.
 
     Raises:
-        ValueError: Nothing, different lengths, or values outside [0, 1].
+        ValueError: There are no items, the lengths differ, or values are outside [0, 1].
     """
     predicted, true = _unit(probabilities, "probabilities"), _unit(truth, "truth")
     _check(predicted, true)
@@ -36,9 +38,9 @@ def brier(probabilities: ArrayLike, truth: ArrayLike) -> float:
 
 
 def reliability(probabilities: ArrayLike, truth: ArrayLike, bins: int = 10) -> tuple[Bin, ...]:
-    """Return the bins that hold something, of equal width: (a, b], the first with its lower end.
+    """Return the non-empty bins (a, b] of equal width; the first includes its lower end.
 
-    Arguments and errors as in ``expected_calibration_error``.
+    Arguments and errors are those of ``expected_calibration_error``.
     """
     if bins < 1:
         raise ValueError(f"expected bins >= 1, found {bins}")
@@ -63,18 +65,20 @@ def reliability(probabilities: ArrayLike, truth: ArrayLike, bins: int = 10) -> t
 
 
 def expected_calibration_error(probabilities: ArrayLike, truth: ArrayLike, bins: int = 10) -> float:
-    """ECE = Σ_m |B_m| / n · |mean truth in B_m − mean probability in B_m|, bins of equal width.
+    """Return the expected calibration error over bins of equal width.
 
-    Guo et al. 2017 (arXiv 1706.04599) for a yes-or-no judge: the bins are over p("+") itself, as in
-    a reliability diagram, not over the confidence max(p, 1 − p) in whichever label is likelier.
+        ECE = Σ_m |B_m| / n · |mean truth in B_m − mean probability in B_m|
+
+    Source: Guo et al. 2017 (arXiv 1706.04599), here for a binary judge. The bins are over p("+")
+    itself, as in a reliability diagram, not over the confidence max(p, 1 − p).
 
     Args:
-        probabilities: p_i in [0, 1], [items].
-        truth: y_i in [0, 1], [items].
-        bins: M.
+        probabilities: The probabilities p_i in [0, 1], [items].
+        truth: The labels y_i in [0, 1], [items].
+        bins: The number M of bins.
 
     Raises:
-        ValueError: Nothing, different lengths, values outside [0, 1], or no bins.
+        ValueError: There are no items or no bins, the lengths differ, or values are outside [0, 1].
     """
     diagram = reliability(probabilities, truth, bins)
     total = sum(bar.items for bar in diagram)

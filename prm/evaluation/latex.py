@@ -1,4 +1,4 @@
-"""The little LaTeX that final answers are written in."""
+"""The subset of LaTeX that final answers use."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ _UPRIGHT = "text|textbf|mathrm|mathbf|mbox|operatorname"
 
 
 def boxed(text: str) -> str:
-    r"""What the last ``\boxed{...}`` holds; the text itself without one whose braces match."""
+    r"""Return the content of the last ``\boxed{...}`` with matching braces, or else the text."""
     start = max(text.rfind(r"\boxed{"), text.rfind(r"\fbox{"))
     if start < 0:
         return text
@@ -22,11 +22,12 @@ def boxed(text: str) -> str:
 
 
 def plain_text(text: str) -> str:
-    r"""LaTeX as an answer uses it to plain text: ``\frac{a}{b}`` a/b, ``\sqrt{a}`` sqrt(a), °, %.
+    r"""Convert the LaTeX of an answer to plain text.
 
-    Commands that only set type or space vanish; the name of any other stays, without backslash.
+    ``\frac{a}{b}`` becomes a/b, ``\sqrt{a}`` sqrt(a), ``^\circ`` ° and ``\%`` %. Commands for fonts
+    and spacing are removed; of any other command the name remains, without backslash.
     """
-    text = re.sub(r"(?<=\d)(?:\\,|\{,\})(?=\d{3})", "", text)  # thousands
+    text = re.sub(r"(?<=\d)(?:\\,|\{,\})(?=\d{3})", "", text)  # A separator of thousands.
     text = re.sub(r"\\(?:(?:left|right|displaystyle)(?![A-Za-z])|[,;:! ])|~", " ", text)
     text = text.replace(r"\%", "%").replace(r"\$", "$").replace(r"\{", "{").replace(r"\}", "}")
     degree = r"\\(?:circ|degree)(?![A-Za-z])"
@@ -34,7 +35,7 @@ def plain_text(text: str) -> str:
     text = re.sub(r"\\(?:times|cdot)", "*", text)
     group = r"\{([^{}]*)\}"
     before = None
-    while text != before:  # from the inside to the outside
+    while text != before:  # Innermost first.
         before = text
         text = re.sub(rf"\\(?:{_UPRIGHT})\s*{group}", r" \1 ", text)
         text = re.sub(rf"\\sqrt\s*(?:{group}|(\w))", lambda m: f"sqrt({m[1] or m[2]})", text)
@@ -52,6 +53,6 @@ def plain_text(text: str) -> str:
 
 
 def _grouped(text: str) -> str:
-    """Put into round brackets what is not one number, one word or one function."""
+    """Put ``text`` into round brackets unless it is one number, one word or one function."""
     text = text.strip()
     return text if re.fullmatch(r"[-+]?[\w.]*(?:\([^()]*\))?", text) else f"({text})"

@@ -1,6 +1,6 @@
-"""Figures of merit of selections over questions, and of scores against truth.
+"""Metrics of selections over questions, and of scores against true labels.
 
-What benchmarks of step judgements report is in ``prm.evaluation.step_benchmarks``, calibration in
+The metrics of step benchmarks are in ``prm.evaluation.step_benchmarks``, those of calibration in
 ``prm.evaluation.calibration``.
 """
 
@@ -16,14 +16,14 @@ Floats = NDArray[np.float64]
 
 
 def pass_at_k(correct: ArrayLike, k: int) -> float:
-    """Chance that k of N candidates, drawn without replacement, hold a right one.
+    """Return the chance that k of N candidates, drawn without replacement, include a right one.
 
         1 − C(N − c, k) / C(N, k),  c = Σ correct
 
     as in Codex (arXiv 2107.03374). ``k = N`` is the oracle.
 
     Raises:
-        ValueError: Not 1 <= k <= N.
+        ValueError: k is not in 1 to N.
     """
     right = _binary(correct, "correct")
     _check_k(k, len(right))
@@ -31,17 +31,18 @@ def pass_at_k(correct: ArrayLike, k: int) -> float:
 
 
 def expected_best_of_k(scores: ArrayLike, correct: ArrayLike, k: int) -> float:
-    """Best-of-k on average over all subsets of k of the N scored candidates, exactly.
+    """Return the exact average of best-of-k over all subsets of k of the N scored candidates.
 
     With candidates sorted by descending score and rank r counted from 0,
 
         E = Σ_r c_(r) C(N − 1 − r, k − 1) / C(N, k)
 
     since rank r is the best of a subset if the other k − 1 are below it. Tied candidates share the
-    mean of their c: a fair draw among them. Equals ``best_of_n`` at k = N, and pass@1 at k = 1.
+    mean of their c, as in a fair draw among them. At k = N it equals ``best_of_n``, and at k = 1
+    pass@1.
 
     Raises:
-        ValueError: Different lengths, not 1 <= k <= N, or a score that is not a number.
+        ValueError: The lengths differ, k is not in 1 to N, or a score is not a number.
     """
     values = _numbers(scores, "scores")
     right = _numbers(correct, "correct")
@@ -56,19 +57,19 @@ def expected_best_of_k(scores: ArrayLike, correct: ArrayLike, k: int) -> float:
 
 
 def best_of_k_curve(scores: ArrayLike, correct: ArrayLike) -> list[float]:
-    """``expected_best_of_k`` for k = 1, ..., N."""
+    """Return ``expected_best_of_k`` for k = 1, ..., N."""
     return [expected_best_of_k(scores, correct, k) for k in range(1, np.size(scores) + 1)]
 
 
 def roc_auc(truth: ArrayLike, scores: ArrayLike) -> float:
-    """Chance that a true item scores above a false one, ties counting one half.
+    """Return the chance that a true item scores above a false one; a tie counts one half.
 
     Args:
-        truth: 1 or 0 of each item.
-        scores: Score of each item; higher means truer.
+        truth: The label of each item, 1 or 0.
+        scores: The score of each item, higher for items that are more likely true.
 
     Raises:
-        ValueError: Different lengths, not both kinds of item, or a score that is not a number.
+        ValueError: The lengths differ, one kind of item is missing, or a score is not a number.
     """
     true = _binary(truth, "truth").astype(bool)
     values = _numbers(scores, "scores")
@@ -79,18 +80,20 @@ def roc_auc(truth: ArrayLike, scores: ArrayLike) -> float:
             f"expected items of both kinds, found {positives} true and {negatives} false"
         )
     _, group, counts = np.unique(values, return_inverse=True, return_counts=True)
-    ranks = (np.cumsum(counts) - (counts - 1) / 2)[group]  # from 1; ties share their mean rank
+    ranks = (np.cumsum(counts) - (counts - 1) / 2)[
+        group
+    ]  # Ranks count from 1; ties share their mean.
     above = ranks[true].sum() - positives * (positives + 1) / 2
     return float(above / (positives * negatives))
 
 
 def f1(truth: ArrayLike, predicted: ArrayLike) -> float:
-    """F1 of the items that are true: 2 TP / (2 TP + FP + FN); 0 where there are no hits.
+    """Return the F1 of the true items, 2 TP / (2 TP + FP + FN); it is 0 if TP is 0.
 
-    For the F1 of wrong steps, give the negations of both.
+    The F1 of wrong steps is that of both arguments negated.
 
     Raises:
-        ValueError: Different lengths, or values other than 0 and 1.
+        ValueError: The lengths differ, or values are not 0 or 1.
     """
     true = _binary(truth, "truth").astype(bool)
     judged = _binary(predicted, "predicted").astype(bool)
@@ -101,7 +104,7 @@ def f1(truth: ArrayLike, predicted: ArrayLike) -> float:
 
 
 def macro_f1(truth: ArrayLike, predicted: ArrayLike) -> float:
-    """Mean of the F1 of true items and the F1 of false ones, as VisualProcessBench reports it."""
+    """Return the mean of the F1 of true and that of false items, as in VisualProcessBench."""
     true, judged = _binary(truth, "truth"), _binary(predicted, "predicted")
     return (f1(true, judged) + f1(1 - true, 1 - judged)) / 2
 
@@ -109,20 +112,20 @@ def macro_f1(truth: ArrayLike, predicted: ArrayLike) -> float:
 def bootstrap_interval(
     values: ArrayLike, *, level: float = 0.95, resamples: int = 10_000, seed: int = 0
 ) -> tuple[float, float]:
-    """Percentile bootstrap interval of the mean of ``values`` over questions.
+    """Return the percentile bootstrap interval of the mean of ``values`` over questions.
 
     Args:
         values: One value per question, such as the result of ``best_of_n``. Candidates of one
             question are not independent: average over them first.
-        level: Coverage.
-        resamples: Number of resampled means.
-        seed: Fixes the resampling; the same seed resamples the same questions.
+        level: The coverage, in (0, 1).
+        resamples: The number of resampled means.
+        seed: The seed of the resampling. The same seed resamples the same questions.
 
     Returns:
-        Lower and upper end.
+        The lower and the upper end.
 
     Raises:
-        ValueError: No values, values that are no numbers, or ``level`` outside (0, 1).
+        ValueError: There are no values, a value is not a number, or ``level`` is outside (0, 1).
     """
     numbers = _numbers(values, "values")
     if not len(numbers):
@@ -131,7 +134,7 @@ def bootstrap_interval(
         raise ValueError(f"expected a level between 0 and 1, found {level}")
     rng = np.random.default_rng(seed)
     count = len(numbers)
-    rows = max(1, 2**22 // count)  # resamples at a time, so that memory stays bounded
+    rows = max(1, 2**22 // count)  # Resamples per block, which bounds the memory.
     means = np.concatenate(
         [
             numbers[rng.integers(count, size=(min(rows, resamples - start), count))].mean(axis=1)
@@ -150,13 +153,13 @@ def paired_interval(
     resamples: int = 10_000,
     seed: int = 0,
 ) -> tuple[float, float]:
-    """Bootstrap interval of mean(values − baseline) over the same questions.
+    """Return the bootstrap interval of mean(values − baseline) over the same questions.
 
-    What two selectors get right by the difficulty of a question cancels, so that this is narrower
-    than what two separate intervals suggest.
+    The difficulty of a question affects both selectors and cancels in the difference, so this
+    interval is narrower than two separate ones suggest.
 
     Raises:
-        ValueError: Different lengths, and as ``bootstrap_interval``.
+        ValueError: The lengths differ, or ``bootstrap_interval`` raises it.
     """
     first, second = _numbers(values, "values"), _numbers(baseline, "baseline")
     _check_same_length(first, second)
@@ -164,7 +167,7 @@ def paired_interval(
 
 
 class PairedTest(NamedTuple):
-    """Questions on which one of two selectors is better, and whether that may be chance."""
+    """The numbers of questions on which one of two selectors is better, and the p-value."""
 
     better: int
     worse: int
@@ -172,22 +175,22 @@ class PairedTest(NamedTuple):
 
 
 def mcnemar(values: ArrayLike, baseline: ArrayLike) -> PairedTest:
-    """McNemar's test in its exact, binomial form, two-sided.
+    """Return McNemar's test in its exact, binomial, two-sided form.
 
     With b questions where ``values`` is higher and c where ``baseline`` is, under the hypothesis
     that either is equally likely to be the higher one,
 
         p = min(1, 2 Σ_{i ≤ min(b, c)} C(b + c, i) / 2^(b + c)),
 
-    1 where they never differ. Values of 0 and 1 (right, wrong) give McNemar's test; values between,
-    which shared ties make, the sign test, of which it is the special case.
+    which is 1 if they never differ. Values of 0 and 1 (wrong, right) give McNemar's test. Values in
+    between, which result from shared ties, give the sign test, of which it is a special case.
 
     Args:
         values: One value per question, such as the results of ``best_of_n``.
-        baseline: Another selector's, for the same questions in the same order.
+        baseline: The values of another selector, for the same questions in the same order.
 
     Raises:
-        ValueError: Different lengths, or values that are no numbers.
+        ValueError: The lengths differ, or a value is not a number.
     """
     first, second = _numbers(values, "values"), _numbers(baseline, "baseline")
     _check_same_length(first, second)

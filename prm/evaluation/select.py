@@ -1,10 +1,10 @@
-"""Selection of one solution among the candidates of a question, with a declared tie rule.
+"""Selection of one solution among the candidates of a question, with an explicit tie rule.
 
-``best_of_n`` and the votes return how right the selection is: 1 or 0, or in between where tied
-candidates disagree and the tie rule is "expected" (the value on average over a fair draw among
-them). "first" and "last" go by the order of the candidates; a strong selector must not gain from
-either, so "expected" is the default. DreamPRM-1.5's ``score >= best`` is "last".
-``best_candidate`` returns which one, by the same rules, "expected" turned into a draw.
+``best_of_n`` and the votes return whether the selection is right: 1 or 0, or a value in between if
+tied candidates disagree and the tie rule is "expected", the average over a fair draw among them.
+"first" and "last" use the order of the candidates, from which no selector should gain, so
+"expected" is the default. DreamPRM-1.5's ``score >= best`` is "last". ``best_candidate`` returns
+the index of the selection by the same rules, with a random draw in place of "expected".
 """
 
 from __future__ import annotations
@@ -22,16 +22,16 @@ def best_candidate(
     """Return argmax S_i, and all indices that share the maximum.
 
     Args:
-        scores: Solution score of each candidate.
-        tie: Which of several candidates with the same, highest score is taken.
-        seed: Decides the draw; with the question's name in it, the draw of a question does not
-            depend on which other questions there are.
+        scores: The solution score of each candidate.
+        tie: The rule that selects among candidates with the same, highest score.
+        seed: The seed of the draw. If it contains the question's name, the draw does not depend on
+            the other questions.
 
     Returns:
-        The index that is taken, and all tied indices in order.
+        The selected index, and all tied indices in order.
 
     Raises:
-        ValueError: No candidates, a score that is not a number, or an unknown tie rule.
+        ValueError: There are no candidates, a score is not a number, or the tie rule is unknown.
     """
     if not len(scores):
         raise ValueError("expected at least one candidate, found none")
@@ -50,15 +50,15 @@ def best_candidate(
 def best_of_n(
     scores: Sequence[float], correct: Sequence[float], *, tie: TieRule = "expected"
 ) -> float:
-    """c_i at i = argmax S_i.
+    """Return c_i at i = argmax S_i.
 
     Args:
-        scores: Solution score of each candidate.
-        correct: Whether each candidate's answer is right.
-        tie: Which of several candidates with the same, highest score is taken.
+        scores: The solution score S_i of each candidate.
+        correct: Whether each candidate's answer is right, c_i.
+        tie: The rule that selects among candidates with the same, highest score.
 
     Raises:
-        ValueError: No candidates, different lengths, or a score that is not a number.
+        ValueError: There are no candidates, the lengths differ, or a score is not a number.
     """
     _check(correct, scores=scores)
     _check_numbers(scores)
@@ -69,19 +69,19 @@ def best_of_n(
 def self_consistency(
     answers: Sequence[Hashable | None], correct: Sequence[float], *, tie: TieRule = "expected"
 ) -> float:
-    """Majority vote: argmax_a Σ_i 1[a_i = a].
+    """Return whether the majority vote, argmax_a Σ_i 1[a_i = a], is right.
 
     Args:
-        answers: What each candidate answers; None (no answer found) does not vote.
+        answers: The answer a_i of each candidate. None means that it has no answer and no vote.
         correct: Whether each candidate's answer is right.
-        tie: Which of several answers with the most votes is taken: a fair draw, or the one that
-            was given first, or the one whose first vote came last.
+        tie: The rule that selects among answers with the most votes: a fair draw, the answer that
+            was given first, or the answer whose first vote came last.
 
     Returns:
-        0.0 if no candidate has an answer.
+        The mean of ``correct`` over the votes for the answer, or 0.0 if no candidate has one.
 
     Raises:
-        ValueError: No candidates, or different lengths.
+        ValueError: There are no candidates, or the lengths differ.
     """
     return weighted_vote(answers, [1.0] * len(answers), correct, tie=tie)
 
@@ -93,10 +93,10 @@ def weighted_vote(
     *,
     tie: TieRule = "expected",
 ) -> float:
-    """Vote weighted by solution scores: argmax_a Σ_i 1[a_i = a] S_i.
+    """Return whether the vote weighted by scores, argmax_a Σ_i 1[a_i = a] S_i, is right.
 
-    Arguments, result and errors as in ``self_consistency`` and ``best_of_n``. Candidates that give
-    the same answer and yet differ in ``correct`` count with their mean.
+    Arguments, result and errors are those of ``self_consistency`` and ``best_of_n``. Candidates
+    with the same answer that differ in ``correct`` count with their mean.
     """
     _check(correct, answers=answers, scores=scores)
     _check_numbers(scores)
@@ -106,7 +106,7 @@ def weighted_vote(
             votes.setdefault(answer, []).append((score, right))
     if not votes:
         return 0.0
-    # Exactly rounded sums: a tie does not depend on the order in which votes come in.
+    # fsum rounds exactly, so ties do not depend on the order of the votes.
     totals = {answer: math.fsum(score for score, _ in given) for answer, given in votes.items()}
     most = max(totals.values())
     winners = [votes[answer] for answer in votes if totals[answer] == most]

@@ -1,4 +1,4 @@
-"""What the benchmarks of step judgements report, by their own definitions.
+"""The metrics of ProcessBench and VisualProcessBench, by the benchmarks' own definitions.
 
 A step is judged right if its score exceeds the threshold; at 1/2, with scores p("+") over {+, −},
 that is a greedy reply of "+".
@@ -18,10 +18,10 @@ NO_ERROR = -1
 
 
 def first_error(right: Sequence[bool | None]) -> int | None:
-    """Return the index of the first wrong step, ``NO_ERROR`` if all are right.
+    """Return the index of the first wrong step, or ``NO_ERROR`` if all are right.
 
-    This is the label of ProcessBench. None (a step without a judgement) makes the answer unknown,
-    None, unless a wrong step comes before it.
+    This is the label of ProcessBench. If a step without a judgement (None) comes before the first
+    wrong step, the index is unknown and the result None.
     """
     for step, judged in enumerate(right):
         if judged is None:
@@ -32,7 +32,7 @@ def first_error(right: Sequence[bool | None]) -> int | None:
 
 
 class ProcessBench(NamedTuple):
-    """ProcessBench's figures and how many solutions they are over."""
+    """The metrics of ProcessBench and the numbers of solutions behind them."""
 
     f1: float
     accuracy_erroneous: float
@@ -42,19 +42,20 @@ class ProcessBench(NamedTuple):
 
 
 def process_bench(truth: Sequence[int], predicted: Sequence[int]) -> ProcessBench:
-    """F1 of ProcessBench (arXiv 2412.06559): the harmonic mean of two accuracies.
+    """Return the F1 of ProcessBench (arXiv 2412.06559), the harmonic mean of two accuracies.
 
         F1 = 2 a_err a_ok / (a_err + a_ok)
 
-    a_err: share of the solutions with an error whose first error is found at exactly its step;
-    a_ok: share of the solutions without error that are judged to have none. 0 if both are 0.
+    a_err is the share of the solutions with an error whose first error is predicted at exactly its
+    step; a_ok is the share of the solutions without error that are predicted to have none. F1 is 0
+    if both are 0.
 
     Args:
-        truth: ``first_error`` of the labels, per solution.
-        predicted: ``first_error`` of the judgements.
+        truth: The ``first_error`` of the labels, per solution.
+        predicted: The ``first_error`` of the judgements, per solution.
 
     Raises:
-        ValueError: Different lengths, or not both kinds of solution.
+        ValueError: The lengths differ, or one kind of solution is missing.
     """
     if len(truth) != len(predicted):
         raise ValueError(f"expected lists of one length, found {len(truth)} and {len(predicted)}")
@@ -74,7 +75,7 @@ def process_bench(truth: Sequence[int], predicted: Sequence[int]) -> ProcessBenc
 
 
 class VisualProcessBench(NamedTuple):
-    """Macro F1 over all steps, per source, and the plain mean over the sources."""
+    """The macro F1 over all steps and per source, and the unweighted mean over the sources."""
 
     pooled: float
     per_source: dict[str, float]
@@ -84,19 +85,19 @@ class VisualProcessBench(NamedTuple):
 def visual_process_bench(
     truth: ArrayLike, predicted: ArrayLike, sources: Sequence[str]
 ) -> VisualProcessBench:
-    """Macro F1, (F1 of right steps + F1 of wrong steps) / 2, as VisualProcessBench has it.
+    """Return the macro F1 of VisualProcessBench, (F1 of right steps + F1 of wrong steps) / 2.
 
-    All labelled steps are judged, those after an error too; neutral ones are left out by the
-    caller. The benchmark's overall figure (arXiv 2503.10291) is the pooled one, "micro average over
-    sources": every step counts alike. The mean over sources is another number.
+    All labelled steps count, including those after an error; the caller leaves out neutral ones.
+    The benchmark's overall metric (arXiv 2503.10291) pools the steps of all sources ("micro average
+    over sources"), so that every step has the same weight. The mean over sources is another number.
 
     Args:
-        truth: 1 (right) or 0 of each step, [steps].
-        predicted: 1 or 0 of each step, [steps].
-        sources: Name of the source of each step, [steps].
+        truth: The label of each step, 1 (right) or 0, [steps].
+        predicted: The judgement of each step, 1 or 0, [steps].
+        sources: The name of each step's source, [steps].
 
     Raises:
-        ValueError: Different lengths, no steps, or values other than 0 and 1.
+        ValueError: There are no steps, the lengths differ, or values are not 0 or 1.
     """
     true, judged = np.asarray(truth), np.asarray(predicted)
     names = np.asarray(sources, dtype=str)
@@ -112,13 +113,14 @@ def visual_process_bench(
 
 
 def best_threshold(truth: ArrayLike, scores: ArrayLike) -> tuple[float, float]:
-    """The threshold with the highest macro F1, and that F1; for a dev set, never a test set.
+    """Return the threshold with the highest macro F1, and that F1.
 
-    Candidates are 1/2 and the middles between neighbours among the scores, 0 and 1; of several best
-    ones the one nearest to 1/2 is taken. O(n log n) in the number of steps.
+    Use it on a dev set, never on the test set. Candidates are 1/2 and the midpoints between
+    neighbours among the scores, 0 and 1. Among several best ones, the nearest to 1/2 is taken.
+    Cost: O(n log n) for n steps.
 
     Raises:
-        ValueError: Different lengths, or not both kinds of step.
+        ValueError: The lengths differ, or one kind of step is missing.
     """
     true = np.asarray(truth).astype(bool)
     values = np.asarray(scores, dtype=np.float64)

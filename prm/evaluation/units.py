@@ -1,4 +1,4 @@
-"""Units behind the number of an answer, under one symbol each; nothing is converted."""
+"""Units behind the number of an answer, mapped to one symbol each without conversion."""
 
 from __future__ import annotations
 
@@ -60,17 +60,18 @@ _NAMES = {
 UNIT_SYMBOLS = {symbol: symbol for symbol in _NAMES} | {
     name: symbol for symbol, names in _NAMES.items() for name in names.split()
 }
-"""Symbol or name, as written, to symbol. Full names are also known in capitals and plural."""
+"""The symbol for each symbol or name as written. Names are also known in capitals and plural."""
 _POWERS = {"square": "^2", "sq": "^2", "squared": "^2", "cubic": "^3", "cubed": "^3"}
 _FACTOR = re.compile(r"([^\d\s^/*·]+)(\^-?\d)?")
 _SHORTEST_WORD = 3
 
 
 def unit_of(text: str) -> str | None:
-    """The unit that ``text``, all that stands behind a number, is; None if it is none.
+    """Return the unit in ``text``, the text after a number; None if it is not a unit.
 
-    Products and quotients of known units ("m/s^2", "km per hour", "square metres"), a letter only
-    after a space; or up to three words of at least three letters, in lower case, singular.
+    A unit is a product or quotient of known units ("m/s^2", "km per hour", "square metres"), where
+    a single letter needs a space before it, or up to three words of at least three letters, which
+    are returned in lower case and singular.
     """
     words = re.sub(r"\bper\b", "/", text.strip().rstrip(".")).replace("° ", "°")
     words = re.sub(r"\s*([/*·])\s*", r"\1", words)
@@ -95,7 +96,7 @@ def unit_of(text: str) -> str | None:
 
 
 def _product(text: str) -> str | None:
-    """A product or quotient of known units, written without spaces."""
+    """Return a product or quotient of known units that is written without spaces."""
     pieces = re.split("([/*·])", text)
     for index in range(0, len(pieces), 2):
         factor = _FACTOR.fullmatch(pieces[index])

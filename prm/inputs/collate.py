@@ -1,4 +1,4 @@
-"""Collate examples into batches: encode each once, then pad tokens and gather tiles per batch."""
+"""Collate examples into batches: encode each once, then pad tokens and read images per batch."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ Batch = dict[str, Tensor]
 
 @dataclass(frozen=True, eq=False)
 class EncodedExample:
-    """A tokenised example, which names its images but does not hold them.
+    """A tokenised example with the paths, not the pixels, of its images.
 
     Attributes:
         example: The example.
-        input_ids: Token ids up to the last label position, with images written out.
-        label_positions: The position whose logits predict the label, for every step.
-        tile_counts: Tiles per image.
+        input_ids: The token ids [seq] up to the last label position, image tokens included.
+        label_positions: The positions [steps] whose logits predict the labels.
+        tile_counts: The number of tiles of each image.
     """
 
     example: StepExample
@@ -39,8 +39,8 @@ class EncodedExample:
 class Collator:
     """Turns examples into batches for one tokenizer and image processor.
 
-    ``encode`` tokenises once (keep the result over epochs); calling the collator pads. A list of
-    encoded examples is a data set::
+    ``encode`` tokenises an example; keep the result over epochs. Calling the collator pads. A list
+    of encoded examples is a data set::
 
         encoded = [collator.encode(example) for example in read_jsonl("train.jsonl")]
         loader = DataLoader(encoded, batch_size=8, shuffle=True, collate_fn=collator)
@@ -67,15 +67,15 @@ class Collator:
     ``PRM.collator`` builds one for a model.
 
     Args:
-        prompt: Lays out examples in text and tokens; its tokenizer has a padding token.
-        images: Prepares images for the model (``prm.inputs.image_inputs``); None, together with
-            ``prompt.image_tokens``: text only.
-        token_types: Name of the model input that says which tokens are part of an image; None: the
-            model has none.
-        index: Row of every example id in the table of instance weights; an id that it does not
-            hold is an error. None: batches hold no ``index``.
-        domains: Number of every domain; a domain that it does not hold is an error. None: batches
-            hold no ``domain``.
+        prompt: The encoder of examples into tokens. Its tokenizer has a padding token.
+        images: The preparation of images (``prm.inputs.image_inputs``). None means text only, and
+            ``prompt.image_tokens`` is then None, too.
+        token_types: The name of the model input that marks the tokens of an image. None means that
+            the model has none.
+        index: The row of every example id in the table of instance weights. An id that is missing
+            is an error. None means that batches hold no ``index``.
+        domains: The number of every domain. A domain that is missing is an error. None means that
+            batches hold no ``domain``.
 
     Raises:
         ValueError: The tokenizer has no padding token, or only one of ``images`` and
@@ -124,7 +124,7 @@ class Collator:
         tokens = self.prompt.image_tokens
         if self.images is None or tokens is None:
             if example.images:
-                self.prompt.messages(example)  # raises: the model takes no images
+                self.prompt.messages(example)  # Raises: the model takes no images.
             return EncodedExample(example, *self.prompt.encode(example), ())
         counts = tuple(map(self.images.count, example.images))
         expanded = [self.images.expanded(path, tokens) for path in example.images]
@@ -150,8 +150,8 @@ class Collator:
         return batch
 
     def _tokens(self, encoded: Sequence[EncodedExample]) -> Batch:
-        # Padding goes to the right: rows of only padding before a sequence make eager attention
-        # return NaN in float64, and a causal model reads nothing behind a sequence anyway.
+        # Padding is on the right: left padding has attention rows without any key, for which eager
+        # attention returns NaN in float64. A causal model ignores what follows a sequence.
         lengths = torch.tensor([len(row.input_ids) for row in encoded])
         seq = int(lengths.max())
         steps = max(len(row.label_positions) for row in encoded)
@@ -174,7 +174,7 @@ class Collator:
     def _images(self, encoded: Sequence[EncodedExample]) -> Batch:
         if self.images is None:
             return {}
-        read: dict[Path, Mapping[str, Tensor]] = {}  # also where the cache is too small
+        read: dict[Path, Mapping[str, Tensor]] = {}  # Read once even if the cache is full.
         parts: dict[str, list[Tensor]] = {}
         for row in encoded:
             for image, count in zip(row.example.images, row.tile_counts, strict=True):

@@ -1,4 +1,4 @@
-"""Chooses how images are prepared for a model, by the model's image processor."""
+"""The choice of how images are prepared for a model, by the model's image processor."""
 
 from __future__ import annotations
 
@@ -18,12 +18,13 @@ from prm.inputs.tokens import ImageTokens, patch_tokens, processor_tokens, tile_
 def image_inputs(
     image_processor: Any, *, max_patches: int | None = None, cache_bytes: int = CACHE_BYTES
 ) -> ImageInputs:
-    """``Tiler`` (InternVL), ``PatchGrid`` (Qwen2-VL) or, of a whole processor, ``ProcessedImages``.
+    """Return the preparation of images for an image processor or a whole processor.
 
-    ``max_patches`` does nothing to the last: its processor alone says how large an image becomes.
+    It is a ``Tiler`` for InternVL, a ``PatchGrid`` for Qwen2-VL and ``ProcessedImages`` for a whole
+    processor. ``max_patches`` does not affect the last, whose processor determines the size.
 
     Raises:
-        ValueError: The image processor belongs to none of them, or ``max_patches`` is less than 1.
+        ValueError: The image processor is of another kind, or ``max_patches`` is less than 1.
     """
     if _is_processor(image_processor):
         return ProcessedImages(image_processor, cache_bytes=cache_bytes)
@@ -32,10 +33,10 @@ def image_inputs(
 
 
 def image_tokens(image_processor: Any, tokenizer: Any, config: Any) -> ImageTokens:
-    """The tokens of an image for the kind of model that the image processor belongs to.
+    """Return the tokens of an image for the kind of model that the image processor belongs to.
 
     Raises:
-        ValueError: Tokenizer or configuration do not name them, or do not agree.
+        ValueError: The tokenizer or the configuration does not name them, or the two disagree.
     """
     if _is_processor(image_processor):
         return processor_tokens(image_processor, config)
@@ -45,7 +46,7 @@ def image_tokens(image_processor: Any, tokenizer: Any, config: Any) -> ImageToke
 
 
 def concatenated(values: Sequence[Tensor]) -> Tensor:
-    """Concatenate along the first axis; pad with zeros where further axes are shorter."""
+    """Concatenate along the first axis, with shorter further axes padded with zeros."""
     shape = [max(sizes) for sizes in zip(*(value.shape[1:] for value in values), strict=True)]
     padded = []
     for value in values:
@@ -64,9 +65,9 @@ def row_owners(batch: Mapping[str, Tensor]) -> dict[int, Tensor]:
         batch: The batch, from a ``Collator``.
 
     Returns:
-        ``{rows: owner [rows]}`` for every number of rows that the tower works with: tiles, and
-        where ``pixel_values`` has several rows per tile (patches that are merged), these too.
-        Empty for a batch without images.
+        The owners as ``{rows: owner [rows]}``, for every leading size in the tower: the number of
+        tiles, and that of the rows of ``pixel_values`` if a tile has several (merged patches). It
+        is empty for a batch without images.
     """
     if "pixel_values" not in batch:
         return {}

@@ -1,4 +1,4 @@
-"""Images as grids of small patches, whose number follows the image's own size: Qwen2-VL's way."""
+"""Images as grids of patches, whose number depends on the image's size, as for Qwen2-VL."""
 
 from __future__ import annotations
 
@@ -15,22 +15,22 @@ from prm.inputs.tokens import ImageTokens
 from prm.schema import DataError
 
 TILE_PIXELS = 448 * 448
-"""Pixels per unit of ``max_patches``: an InternVL tile, 256 image tokens there and here."""
+"""Pixels per unit of ``max_patches``: those of an InternVL tile, which has 256 tokens as here."""
 
 
 class PatchGrid:
     """Cuts images into patches with the image processor of Qwen2-VL, Qwen2.5-VL or Qwen3-VL.
 
-    An image is resized, its aspect ratio kept, so that both sides are multiples of a merged patch
-    (28 pixels for Qwen2-VL) and its pixels lie between the processor's bounds. A merged patch
-    (2 x 2 patches) is one token of the text and counts as one tile.
+    An image is resized with its aspect ratio kept, so that both sides are multiples of a merged
+    patch (28 pixels for Qwen2-VL) and the number of pixels is within the processor's bounds. A
+    merged patch (2 x 2 patches) is one token of the text and counts as one tile.
 
     Args:
-        image_processor: Its outputs are ``pixel_values`` [patches, values] and
+        image_processor: The image processor, which returns ``pixel_values`` [patches, values] and
             ``image_grid_thw`` [images, 3].
-        max_patches: Most pixels per image in units of 448 x 448 (256 tokens), so that it limits
-            the sequence as it does for InternVL; None: the processor's own bound.
-        cache_bytes: Limit of the cache of patches; 0 keeps nothing.
+        max_patches: The largest number of pixels per image in units of 448 x 448 (256 tokens), so
+            that it limits the sequence as it does for InternVL. None means the processor's bound.
+        cache_bytes: The limit of the cache of patches in bytes. 0 disables the cache.
     """
 
     def __init__(
@@ -55,10 +55,11 @@ class PatchGrid:
         self._counts: dict[Path, int] = {}
 
     def count(self, path: Path) -> int:
-        """Number of merged patches of ``path``, from the file's header.
+        """Return the number of merged patches of ``path``, from the file's header.
 
         Raises:
-            DataError: Missing, no image, or one side more than 200 times the other.
+            DataError: The file is missing or not an image, or one side is more than 200 times the
+                other.
         """
         if path not in self._counts:
             least, most = self._pixels
@@ -78,14 +79,14 @@ class PatchGrid:
         return self._counts[path]
 
     def expanded(self, path: Path, tokens: ImageTokens) -> str:
-        """The image, written out in tokens."""
+        """Return the text of the image's tokens."""
         return tokens.expanded(self.count(path))
 
     def inputs(self, path: Path) -> Mapping[str, Tensor]:
-        """``pixel_values`` [patches, values] and ``image_grid_thw`` [1, 3]; do not write into them.
+        """Return ``pixel_values`` [patches, values] and ``image_grid_thw`` [1, 3], both read-only.
 
         Raises:
-            DataError: The file cannot be decoded, or changed since it was counted.
+            DataError: The file cannot be decoded, or has changed since it was counted.
         """
         return self._cache.get(path, self._read)
 

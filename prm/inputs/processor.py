@@ -1,4 +1,4 @@
-"""Prepare images by the model's own processor, for models that have no module of their own here."""
+"""Images prepared by the model's own processor, for models without a module of their own here."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _TEXT = ("input_ids", "attention_mask", "token_type_ids", "mm_token_type_ids")
 
 
 class ProcessedImages:
-    """Asks the processor of an image-text-to-text model what an image is, in pixels and in text.
+    """Takes an image's pixels and tokens from the processor of an image-text-to-text model.
 
     Images are decoded when examples are encoded, not only when they are batched. LLaVA, LLaVA-NeXT
     and Gemma 3 are tested; a model works if its images can be processed one by one and concatenated
@@ -25,7 +25,7 @@ class ProcessedImages:
 
     Args:
         processor: A processor of transformers with an ``image_token``.
-        cache_bytes: Limit of the cache of model inputs; 0 keeps nothing.
+        cache_bytes: The limit of the cache of model inputs in bytes. 0 disables the cache.
     """
 
     def __init__(self, processor: Any, *, cache_bytes: int = CACHE_BYTES) -> None:
@@ -40,22 +40,22 @@ class ProcessedImages:
         self._texts: dict[Path, str] = {}
 
     def count(self, path: Path) -> int:
-        """Number of rows of ``pixel_values`` that the image takes."""
+        """Return the number of rows of ``pixel_values`` that the image takes."""
         if path not in self._counts:
             self.inputs(path)
         return self._counts[path]
 
     def expanded(self, path: Path, tokens: ImageTokens) -> str:
-        """The image, written out in tokens."""
+        """Return the text of the image's tokens."""
         if path not in self._texts:
             self.inputs(path)
         return self._texts[path]
 
     def inputs(self, path: Path) -> Mapping[str, Tensor]:
-        """Return the model inputs of an image; do not write into them.
+        """Return the model inputs of an image, which are read-only.
 
         Raises:
-            DataError: The file cannot be decoded, or changed since it was counted.
+            DataError: The file cannot be decoded, or has changed since it was counted.
         """
         return self._cache.get(path, self._read)
 

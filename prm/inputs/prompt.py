@@ -1,6 +1,6 @@
 """The multi-turn layout in which a solution is judged, and the position of each judgement.
 
-    system:     what to do
+    system:     <instruction>
     user:       <images> ### Question: ... ### Solution Process: <first step>
     assistant:  + or -
     user:       <second step>
@@ -43,15 +43,15 @@ class PromptEncoder:
 
     Args:
         tokenizer: A fast tokenizer with a chat template.
-        image_tokens: None for a model that takes no images.
-        context: What stands in earlier assistant slots; use the same to train and to score.
-        system_prompt: Text of the system turn; None: no system turn.
-        max_length: Longest sequence that is accepted; None: any.
-        chat_template: Template of the model's processor; None: the tokenizer's own. One that takes
-            lists of typed parts as turns puts the images' placeholders where it wants them.
+        image_tokens: The tokens of an image. None for a model without images.
+        context: The content of earlier assistant slots. Use the same to train and to score.
+        system_prompt: The text of the system turn. None means no system turn.
+        max_length: The longest accepted sequence in tokens. None means any length.
+        chat_template: The template of the model's processor. None means the tokenizer's own. A
+            template whose turns are lists of typed parts places the images itself.
 
     Raises:
-        ValueError: The tokenizer or its template cannot carry this layout.
+        ValueError: The tokenizer or its template does not support this layout.
     """
 
     def __init__(
@@ -92,11 +92,11 @@ class PromptEncoder:
         self._structure = self._check_template()
 
     def messages(self, example: StepExample) -> list[dict[str, Any]]:
-        """Return the conversation of an example, its assistant slots filled by ``context``."""
+        """Return the conversation of an example, with its assistant slots filled by ``context``."""
         return self._turns(example, [self._slot(step.label) for step in example.steps])
 
     def text(self, example: StepExample) -> str:
-        """Return the conversation up to the last scored position, with images not written out."""
+        """Return the text up to the last scored position, with one placeholder per image."""
         pieces = self._pieces(example)
         slots = [self._slot(step.label) for step in example.steps[:-1]]
         return "".join(a + b for a, b in zip(pieces, [*slots, ""], strict=True))
@@ -108,15 +108,15 @@ class PromptEncoder:
 
         Args:
             example: The example.
-            images: Each of its images, written out in tokens (``ImageTokens.expanded``).
+            images: The text of the tokens of each image (``ImageTokens.expanded``).
 
         Returns:
-            ``input_ids`` [seq] (int32) and ``label_positions`` [steps] (long): the logits at
-            position ``label_positions[k]`` predict the label of step k.
+            The tensors ``input_ids`` [seq] (int32) and ``label_positions`` [steps] (long). The
+            logits at position ``label_positions[k]`` predict the label of step k.
 
         Raises:
-            DataError: The example cannot be laid out: text that imitates the template, images for
-                a model without, too long.
+            DataError: The text imitates the template, the example has images and the model takes
+                none, or the sequence is too long.
         """
         if len(images) != len(example.images):
             raise ValueError(
@@ -124,7 +124,7 @@ class PromptEncoder:
                 f"found {len(images)}"
             )
         pieces = self._pieces(example)
-        if images:  # all stand in the first turn
+        if images:  # All images are in the first turn.
             pieces[0] = self._expand(pieces[0], images)
         slots = [self._slot(step.label) for step in example.steps]
         encoding = self.tokenizer(
@@ -213,7 +213,7 @@ class PromptEncoder:
         return {"role": role, "content": text}
 
     def _pieces(self, example: StepExample) -> list[str]:
-        """Return the rendered text before each assistant slot, from the previous slot on."""
+        """Return the rendered text between each assistant slot and the previous one."""
         for field, text in _texts(example):
             for token in self._structure:
                 if token in text:
@@ -256,7 +256,7 @@ class PromptEncoder:
         return rendered
 
     def _takes_parts(self) -> bool:
-        """Whether the template renders turns that are lists of typed parts."""
+        """Return whether the template renders turns that are lists of typed parts."""
         turn = {"role": "user", "content": [{"type": "text", "text": "probe"}]}
         try:
             rendered = self._render([turn])
@@ -265,9 +265,9 @@ class PromptEncoder:
         return "probe" in rendered and "'text'" not in rendered
 
     def _check_template(self) -> tuple[str, ...]:
-        """Check that turns do not change when turns are added; returns the structure's tokens.
+        """Check that later turns do not change earlier ones; return the template's own tokens.
 
-        Then the text before a slot is what a chat would show just before the model answers.
+        The text before a slot is then that of a chat just before the model answers.
         """
         probe = StepExample("probe", "q", (), (Step("first"), Step("second"), Step("third")))
         turns = self._turns(probe, [_SLOT] * 3)
@@ -276,7 +276,7 @@ class PromptEncoder:
             pieces = whole.split(_SLOT)
             before = [
                 self._render(turns[:-missing], generate=True)
-                for missing in (5, 3, 1)  # up to the first, second, third user turn
+                for missing in (5, 3, 1)  # Up to the first, second and third user turn.
             ]
         except TemplateError as error:
             raise ValueError(

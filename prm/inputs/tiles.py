@@ -1,4 +1,4 @@
-"""Image files to tiles: decode, tile with the image processor of transformers, keep what fits."""
+"""Image files to tiles: decoding, tiling by the image processor of transformers, and a cache."""
 
 from __future__ import annotations
 
@@ -20,20 +20,20 @@ from prm.inputs.tokens import ImageTokens
 from prm.schema import DataError
 
 CACHE_BYTES = 256 * 2**20
-"""Default limit of a cache of image inputs."""
+"""The default limit of a cache of image inputs in bytes."""
 IMAGE_FORMATS = ("BMP", "GIF", "JPEG", "PNG", "TIFF", "WEBP")
-"""What files may hold, whatever their names end in. Other decoders of Pillow are not tried: some of
-them start programs (EPS) or are hardly ever used, and so hardly ever tested, on files of others."""
+"""The accepted image formats, independent of file names. Other decoders of Pillow are not tried:
+some start programs (EPS), and others are rarely used and so rarely tested on untrusted files."""
 MOST_PIXELS = 80_000_000
-"""Of an image that is read, by its header: a few bytes can claim to be gigabytes of pixels."""
+"""The largest number of pixels by an image's header: a few bytes can claim gigabytes of pixels."""
 _MOST_CHUNKS = 100_000
-_ORIENTATION = 274  # EXIF tag; 5 to 8 exchange width and height
+_ORIENTATION = 274  # EXIF tag, whose values 5 to 8 exchange width and height.
 _DECODE_ERRORS = (
     OSError,
     SyntaxError,
     ValueError,
     EOFError,
-    # Pillow computes with what a damaged header says, whatever its type.
+    # Pillow computes with the values of a damaged header, whatever their type.
     LookupError,
     TypeError,
     AttributeError,
@@ -51,8 +51,9 @@ def read_image(path: Path) -> Image.Image:
     """Decode ``path`` completely, upright (EXIF orientation applied), as RGB.
 
     Raises:
-        DataError: Missing, truncated, none of ``IMAGE_FORMATS``, of more than ``MOST_PIXELS``, or
-            of more than 8 bits per channel (which a conversion to RGB would clip without a word).
+        DataError: The file is missing, truncated, not one of ``IMAGE_FORMATS``, has more than
+            ``MOST_PIXELS`` or more than 8 bits per channel (which conversion to RGB would clip
+            silently).
     """
     with _opened(path) as image:
         if image.mode not in _MODES:
@@ -72,7 +73,8 @@ def image_size(path: Path) -> tuple[int, int]:
     """Return (height, width) of the upright image from the file's header.
 
     Raises:
-        DataError: Missing, none of ``IMAGE_FORMATS``, or of more than ``MOST_PIXELS``.
+        DataError: The file is missing, not one of ``IMAGE_FORMATS``, or has more than
+            ``MOST_PIXELS``.
     """
     with _opened(path) as image:
         width, height = image.size
@@ -84,7 +86,7 @@ def image_size(path: Path) -> tuple[int, int]:
 
 
 def _nothing_behind_pixels(path: Path) -> bool:
-    """Whether only the end follows the pixels of a PNG file, by the headers of its chunks."""
+    """Return whether only the end chunk follows the pixels of a PNG file, by its chunk headers."""
     behind = False
     with path.open("rb") as file:
         file.seek(8)
@@ -102,7 +104,7 @@ def _nothing_behind_pixels(path: Path) -> bool:
 
 @contextmanager
 def _opened(path: Path) -> Iterator[Image.Image]:
-    """Open an image by its header, and turn every failure into a ``DataError``."""
+    """Open an image by its header; every failure is raised as a ``DataError``."""
     _check_exists(path)
     try:
         with warnings.catch_warnings():
@@ -135,31 +137,33 @@ class ImageInputs(Protocol):
     """The preparation of images for one kind of model."""
 
     def count(self, path: Path) -> int:
-        """Number of tiles of an image: what ``ImageTokens.per_tile`` and ``num_patches`` count."""
+        """Return the number of tiles, the unit of ``ImageTokens.per_tile`` and ``num_patches``."""
 
     def expanded(self, path: Path, tokens: ImageTokens) -> str:
-        """The image, written out in tokens."""
+        """Return the text of the image's tokens."""
 
     def inputs(self, path: Path) -> Mapping[str, Tensor]:
-        """Model inputs; a batch holds those of its images, concatenated along the first axis."""
+        """Return the model inputs, which a batch concatenates over images along the first axis."""
 
 
 class Tiler:
     """Cuts images into tiles with a PIL image processor of the GotOcr2/InternVL kind.
 
-    Of the grids of 1 to ``max_patches`` square tiles the one whose aspect ratio is nearest to the
-    image's; at equal distance the larger one if the image has more than half its pixels. The image
-    is resized to the grid (bicubic), cut row by row, and, if there is more than one tile, a
-    thumbnail follows as the last: the rule of InternVL's ``dynamic_preprocess``.
+    Among the grids of 1 to ``max_patches`` square tiles, the one whose aspect ratio is nearest to
+    the image's is chosen; at equal distance the larger one, if the image has more than half its
+    pixels. The image is resized to the grid (bicubic) and cut row by row. If there is more than one
+    tile, a thumbnail is appended. This is the rule of InternVL's ``dynamic_preprocess``.
 
-    The tiles of recently used files are kept, least recently used dropped first, up to
-    ``cache_bytes`` (float32: an image of 7 tiles of 448 x 448 pixels takes 17 MB). Data loader
-    workers each hold a cache of their own. A file that changes while the tiler lives is not reread.
+    A least-recently-used cache holds tiles up to ``cache_bytes`` (in float32, an image of 7 tiles
+    of 448 x 448 pixels takes 17 MB). Every worker of a data loader has a cache of its own. A file
+    that changes during the tiler's lifetime is not read again.
 
     Args:
-        image_processor: Has ``get_number_of_image_patches`` and ``crop_to_patches``.
-        max_patches: Most tiles per image, thumbnail apart; None: the processor's own number.
-        cache_bytes: Limit of the tile cache; 0 keeps nothing.
+        image_processor: An image processor with ``get_number_of_image_patches`` and
+            ``crop_to_patches``.
+        max_patches: The largest number of tiles per image, without the thumbnail. None means the
+            processor's own number.
+        cache_bytes: The limit of the tile cache in bytes. 0 disables the cache.
     """
 
     def __init__(
@@ -177,7 +181,7 @@ class Tiler:
         check_max_patches(max_patches)
         self.image_processor = image_processor
         most = image_processor.max_patches if max_patches is None else max_patches
-        # Checkpoints store crop_to_patches=False and leave it to InternVLProcessor to switch it on.
+        # Checkpoints store crop_to_patches=False, which InternVLProcessor overrides.
         self._options = {
             "crop_to_patches": True,
             "min_patches": min(image_processor.min_patches, most),
@@ -187,7 +191,7 @@ class Tiler:
         self._counts: dict[Path, int] = {}
 
     def count(self, path: Path) -> int:
-        """Number of tiles of ``path``, thumbnail included, from the file's header."""
+        """Return the number of tiles of ``path``, thumbnail included, from the file's header."""
         if path not in self._counts:
             self._counts[path] = self.image_processor.get_number_of_image_patches(
                 *image_size(path), self._options
@@ -195,19 +199,19 @@ class Tiler:
         return self._counts[path]
 
     def expanded(self, path: Path, tokens: ImageTokens) -> str:
-        """The image, written out in tokens."""
+        """Return the text of the image's tokens."""
         return tokens.expanded(self.count(path))
 
     def inputs(self, path: Path) -> Mapping[str, Tensor]:
-        """``pixel_values`` [tiles, channels, height, width]; do not write into them.
+        """Return ``pixel_values`` [tiles, channels, height, width], which are read-only.
 
         Raises:
-            DataError: The file cannot be decoded, or changed since it was counted.
+            DataError: The file cannot be decoded, or has changed since it was counted.
         """
         return self._cache.get(path, self._read)
 
     def tiles(self, path: Path) -> Float[Tensor, "tiles channels height width"]:
-        """Pixel values [tiles, channels, height, width] of ``path``: see ``inputs``."""
+        """Return the pixel values [tiles, channels, height, width] of ``path``; see ``inputs``."""
         return self.inputs(path)["pixel_values"]
 
     def _read(self, path: Path) -> Mapping[str, Tensor]:
@@ -218,10 +222,10 @@ class Tiler:
 
 
 class RecentImages:
-    """Model inputs of recently used images, least recently used dropped first.
+    """A least-recently-used cache of model inputs of images.
 
     Args:
-        limit: Most bytes held; 0 keeps nothing.
+        limit: The limit in bytes. 0 disables the cache.
     """
 
     def __init__(self, limit: int) -> None:
@@ -230,7 +234,7 @@ class RecentImages:
         self._images: OrderedDict[Path, Mapping[str, Tensor]] = OrderedDict()
 
     def get(self, path: Path, read: Callable[[Path], Mapping[str, Tensor]]) -> Mapping[str, Tensor]:
-        """Return what ``read`` returned for ``path``, and call it if that is not held."""
+        """Return the cached result of ``read(path)``, and call it if there is none."""
         if path in self._images:
             self._images.move_to_end(path)
             return self._images[path]
@@ -244,13 +248,13 @@ class RecentImages:
 
 
 def check_max_patches(max_patches: int | None) -> None:
-    """Raise ValueError if it is less than 1."""
+    """Raise ValueError if ``max_patches`` is less than 1."""
     if max_patches is not None and max_patches < 1:
         raise ValueError(f"expected max_patches >= 1, found {max_patches}")
 
 
 def check_count(path: Path, expected: int, found: int) -> None:
-    """Raise DataError if an image has other than the number of tiles that it was counted with."""
+    """Raise DataError if an image no longer has the number of tiles that was counted."""
     if found != expected:
         raise DataError(
             expected=f"{expected} tiles, as counted when the example was encoded",

@@ -1,4 +1,4 @@
-"""The special tokens of a vocabulary: the two labels, and the tokens of an image."""
+"""The special tokens of a vocabulary: those of the two labels and those of an image."""
 
 from __future__ import annotations
 
@@ -22,20 +22,20 @@ class LabelTokens:
 class ImageTokens:
     """The tokens of an image: ``start``, then ``per_tile`` x tiles ``context``, then ``end``.
 
-    In a conversation whose images are not written out yet, each image is one ``context``.
+    Before expansion, each image of a conversation is represented by one ``context``.
 
     Attributes:
-        start: Special token before an image; "" if there is none.
-        end: Special token after it; "" if there is none.
-        context: Special token that represents an image before it is written out, and (with
-            ``per_tile``) the token that the model then replaces by image features.
-        context_id: Id of the token that the model replaces by image features.
-        per_tile: Context tokens per tile (256 for InternVL3; 1 for Qwen2-VL, whose tiles are its
-            merged patches). 0: the processor of the model writes out images.
-        separator: Text that the model's own template has between an image and what follows.
+        start: The special token before an image, or "".
+        end: The special token after an image, or "".
+        context: The special token that represents an image before expansion and, if ``per_tile`` is
+            not 0, the token that the model replaces by image features.
+        context_id: The id of the token that the model replaces by image features.
+        per_tile: The number of context tokens per tile: 256 for InternVL3, 1 for Qwen2-VL, whose
+            tiles are its merged patches. 0 means that the model's processor expands images.
+        separator: The text that the model's own template places after an image.
         others: Further tokens that ordinary text must not contain.
-        part_ids: Ids of tokens that count as part of an image where a model asks for the types of
-            its tokens; empty: ``context_id``.
+        part_ids: The ids of the tokens of an image, for models that take token types. Empty means
+            ``context_id`` alone.
     """
 
     start: str
@@ -48,7 +48,7 @@ class ImageTokens:
     part_ids: tuple[int, ...] = ()
 
     def expanded(self, tiles: int) -> str:
-        """Return the tokens of an image of so many tiles."""
+        """Return the text of the tokens of an image with this number of tiles."""
         return f"{self.start}{self.context * (self.per_tile * tiles)}{self.end}"
 
     def in_images(self, input_ids: Int[Tensor, "*batch seq"]) -> Int[Tensor, "*batch seq"]:
@@ -58,7 +58,7 @@ class ImageTokens:
 
     @property
     def reserved(self) -> frozenset[str]:
-        """Tokens that ordinary text must not contain."""
+        """Return the tokens that ordinary text must not contain."""
         return frozenset({self.start, self.end, self.context, *self.others} - {""})
 
 
@@ -81,10 +81,10 @@ def label_tokens(tokenizer: Any) -> LabelTokens:
 
 
 def tile_tokens(tokenizer: Any, config: Any) -> ImageTokens:
-    """The tokens of an image for InternVL, by the names that its processor uses.
+    """Return the tokens of an image for InternVL, by the names that its processor uses.
 
     Raises:
-        ValueError: Tokenizer or configuration do not name them, or do not agree.
+        ValueError: The tokenizer or the configuration does not name them, or the two disagree.
     """
     names = ("start_image_token", "end_image_token", "context_image_token")
     missing = [name for name in names if getattr(tokenizer, name, None) is None]
@@ -106,7 +106,7 @@ def tile_tokens(tokenizer: Any, config: Any) -> ImageTokens:
 
 
 def patch_tokens(tokenizer: Any, config: Any) -> ImageTokens:
-    """The tokens of an image for the Qwen2-VL kind, by the ids that its configuration names.
+    """Return the tokens of an image for the Qwen2-VL kind, by the ids in its configuration.
 
     Raises:
         ValueError: The configuration does not name them, or the tokenizer does not have them.
@@ -128,7 +128,7 @@ def patch_tokens(tokenizer: Any, config: Any) -> ImageTokens:
 
 
 def processor_tokens(processor: Any, config: Any) -> ImageTokens:
-    """The tokens of an image for a model whose processor writes images out itself."""
+    """Return the tokens of an image for a model whose processor expands images itself."""
     tokenizer = processor.tokenizer
     context_id = getattr(config, "image_token_id", None)
     if context_id is None:

@@ -20,16 +20,16 @@ Result = TypeVar("Result")
 def ordered_map(
     make: Callable[[int], Result], numbers: Sequence[int], workers: int = 0
 ) -> Iterator[Result]:
-    """Yield ``make(n)`` of every number, in order; what comes out does not depend on ``workers``.
+    """Yield ``make(n)`` of every number, in order. The results do not depend on ``workers``.
 
-    With workers ``torch.utils.data.DataLoader`` runs ``make`` in that many forked processes, two
-    numbers ahead each. They hold what they read (a tile cache each), not a copy of the data, which
-    fork shares. ``make`` must be a function of its number: what it changes or draws at random stays
-    in its process. The random state of this process is left alone.
+    With workers, ``torch.utils.data.DataLoader`` runs ``make`` in that many forked processes, each
+    two numbers ahead. A process holds a tile cache of its own, but no copy of the data, whose
+    memory fork shares. ``make`` must depend on its number alone: its side effects and random
+    numbers remain in its process. The random state of this process does not change.
 
     Raises:
-        DataError: ``make`` raised it, at its turn; or a process died.
-        ValueError: ``make`` raised it; or no processes can be forked on this system.
+        DataError: ``make`` raised it, or a process died. It is raised in the order of the results.
+        ValueError: ``make`` raised it, or this system cannot fork processes.
     """
     if not workers:
         yield from map(make, numbers)
@@ -45,13 +45,13 @@ def ordered_map(
             collate_fn=_unchanged,
             worker_init_fn=_leave_interrupts,
             multiprocessing_context="fork",
-            generator=torch.Generator(),  # otherwise a seed is drawn from the global random state
+            generator=torch.Generator(),  # Without it a seed is drawn from the global random state.
         )
     iterator: Iterator[Any] | None = None
     result: Any = None
     died = ""
     try:
-        # A process may be dead before all are there: starting them is part of this, too.
+        # A process may die before all are started, so starting them is inside the try, too.
         with _without_warnings():
             iterator = iter(loader)
         for result in iterator:
@@ -63,8 +63,8 @@ def ordered_map(
             raise
         died = " ".join(str(error).split())
     finally:
-        # Deleted here, while its queues work: an error keeps this frame alive in a cycle, and the
-        # processes of an iterator that the garbage collector deletes are never told to end.
+        # The iterator is deleted here, while its queues work: an error keeps this frame alive in a
+        # cycle, and if the garbage collector deletes the iterator, its processes never end.
         iterator = result = None
     if died:
         raise DataError(
@@ -77,10 +77,10 @@ def ordered_map(
 
 @contextmanager
 def _without_warnings() -> Iterator[None]:
-    """Silence two warnings of starting the processes.
+    """Suppress two warnings while processes start.
 
-    The caller decides how many processes there are, so torch need not warn of too many. They use no
-    threads, so Python 3.12 need not warn of forking beside threads.
+    The caller chooses the number of processes, so torch's warning of too many does not apply. The
+    processes use no threads, so Python 3.12's warning of a fork beside threads does not, either.
     """
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "This DataLoader will create", UserWarning)
@@ -90,7 +90,7 @@ def _without_warnings() -> Iterator[None]:
 
 @dataclass(frozen=True)
 class _Failed:
-    """The error of a failed computation, passed as a result because DataLoader would change it."""
+    """The error of a failed computation, returned as a result since DataLoader would change it."""
 
     error: Exception
 
@@ -111,5 +111,5 @@ def _unchanged(result: Result) -> Result:
 
 
 def _leave_interrupts(worker: int) -> None:
-    """Ignore Ctrl-C, which reaches the whole group of processes; the main process handles it."""
+    """Ignore Ctrl-C, which the whole process group receives and the main process handles."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)

@@ -1,1 +1,1 @@
-"""Models: loading, saving, adapters, conversion."""
+"""Reward models: how they are loaded, saved, adapted and converted."""

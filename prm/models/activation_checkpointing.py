@@ -1,13 +1,13 @@
-"""Activation checkpointing: a layer keeps its inputs only, and runs again in the backward pass.
+"""Activation checkpointing: a layer stores only its inputs and is recomputed in the backward pass.
 
-transformers has this, too (``gradient_checkpointing_enable``), but for modules that own their
-parameters. Here parameters are passed to the model (``functional_call``), and that call has ended
-when the backward pass runs a layer again: transformers' recomputation would silently take the
-module's own values. Layers here are therefore run again with the parameters, and under the torch
-function modes (such as the taps of ``bilevel.lower.ghost``), that they were first run with.
+transformers offers this (``gradient_checkpointing_enable``) for modules that own their parameters.
+Here parameters are passed to the model by ``functional_call``, and that call has ended when the
+backward pass recomputes a layer, so transformers' recomputation would silently use the module's own
+values. This module recomputes a layer with the parameters of its first pass, and under the torch
+function modes of its first pass, such as the taps of ``bilevel.lower.ghost``.
 
-A function of the library: no command of ``bilevel-prm`` switches it on yet
-(``PRM.activation_checkpointing`` does, in Python).
+It is switched on in Python by ``PRM.activation_checkpointing``; no command of ``bilevel-prm`` sets
+it yet.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ from prm.models.torch_internals import function_modes, inside_transform
 
 @contextmanager
 def checkpointed(model: nn.Module) -> Iterator[None]:
-    """While this is open, the layers of a transformers model keep nothing but their inputs.
+    """Within this context, the layers of a transformers model store only their inputs.
 
-    Cost: one more forward pass of the layers in every backward pass; memory: the inputs of all
-    layers and the activations of one. Passes without a backward pass, and those inside a transform
-    of ``torch.func`` (forward mode stores nothing anyway), run as without.
+    Cost: one more forward pass of the layers in every backward pass. Memory: the inputs of all
+    layers and the activations of one. Passes without a backward pass are not affected, nor are
+    passes inside a transform of ``torch.func``, whose forward mode stores no activations.
 
     Args:
-        model: Its layers are the modules that transformers would checkpoint.
+        model: The model. Its layers are the modules that transformers would checkpoint.
 
     Raises:
         ValueError: The model has no such layers.
@@ -90,7 +90,7 @@ def _run(
 
 
 class _Layer(nn.Module):
-    """A layer whose forward pass is given: that of its class, while the layer's own is hidden."""
+    """A layer that runs the forward pass of its class while the instance's own is replaced."""
 
     def __init__(self, layer: nn.Module, forward: Callable[..., Any]) -> None:
         super().__init__()

@@ -1,10 +1,10 @@
-"""Low-rank adapters (LoRA) by the library peft: few trained parameters beside a model that stays.
+"""Low-rank adapters (LoRA) by the library peft: few trained parameters beside a frozen model.
 
 A linear layer x ↦ W x with an adapter computes W x + (α / r) B A x, with A [r, in] and B [out, r];
-W does not change. Source: Hu et al. 2021 (arXiv 2106.09685). B starts at 0, so that a model with
-new adapters computes what it computed before.
+W does not change. Source: Hu et al. 2021 (arXiv 2106.09685). B starts at 0, so new adapters do not
+change what the model computes.
 
-Functions of the library: no command of ``bilevel-prm`` gives a model adapters yet.
+No command of ``bilevel-prm`` adds adapters to a model yet.
 """
 
 from __future__ import annotations
@@ -32,21 +32,24 @@ def add_lora(
     targets: Sequence[str] = (),
     freeze: Sequence[str] = (),
 ) -> dict[str, Tensor]:
-    """Give linear layers of ``model`` adapters; returns their parameters by name, detached.
+    """Add adapters to linear layers of ``model``; return their parameters by name, detached.
 
-    They are float32 or, if the model is, wider, and drawn from torch's generator. Pass them (or
-    what training makes of them) to ``prm.models.model.step_logits``; all other parameters stay.
+    The parameters are float32, or of the model's dtype if that is wider, and drawn from torch's
+    generator. Pass them, or their trained values, to ``prm.models.model.step_logits``; all other
+    parameters keep the model's values.
 
     Args:
-        model: Changed: the layers become peft's, under whose names the weights are then found
-            (``...q_proj.base_layer.weight``).
-        rank: r.
-        alpha: α; None: 2 r.
-        targets: Last names of the layers (``q_proj``); empty: every linear layer but the head.
+        model: The model, which is changed in place: the layers become those of peft, and their
+            weights get peft's names (``...q_proj.base_layer.weight``).
+        rank: The rank r.
+        alpha: The scale α. None means 2 r.
+        targets: Last names of the layers, such as ``q_proj``. Empty means every linear layer except
+            the head.
         freeze: Parts without adapters, as in ``prm.models.model.split_parameters``.
 
     Raises:
-        ValueError: Rank less than 1, targets that name no linear layer, an adapter already there.
+        ValueError: The rank is less than 1, a target names no linear layer, or the model has an
+            adapter already.
         ModuleNotFoundError: The library peft is not installed.
     """
     if rank < 1:
@@ -83,7 +86,7 @@ def add_lora(
 
 
 def adapter_parameters(model: nn.Module) -> dict[str, Tensor]:
-    """The parameters of the adapters of ``model``, by name, detached; empty if it has none."""
+    """Return the adapter parameters of ``model`` by name, detached; empty if it has none."""
     return {
         name: parameter.detach()
         for name, parameter in model.named_parameters()
@@ -92,9 +95,10 @@ def adapter_parameters(model: nn.Module) -> dict[str, Tensor]:
 
 
 def merged(model: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A state dict of ``model`` as one of the model before it got adapters: W + (α / r) B A.
+    """Return a state dict of the model without adapters, whose weights are W + (α / r) B A.
 
-    Computed in float32 or wider and rounded to W's dtype. Without adapters: the state as it is.
+    The sum is computed in float32 or wider and rounded to W's dtype. If ``model`` has no adapters,
+    the state is returned unchanged.
     """
     result = {
         name.replace(_BASE, "."): value for name, value in state.items() if not _is_adapters(name)
@@ -115,13 +119,14 @@ def save_adapter(
     """Write the adapters alone: ``peft.PeftModel.from_pretrained(base, directory)`` loads them.
 
     Args:
-        model: With adapters.
-        params: Their values by name; those that are not named keep the model's.
-        directory: Made if need be; must not hold an adapter yet.
-        base: Name of the checkpoint that they belong to, noted in the configuration.
+        model: The model with adapters.
+        params: Values of the adapters by name. Those that are not named keep the model's values.
+        directory: The folder, which is created if it is missing and must not hold an adapter yet.
+        base: Name of the checkpoint that the adapters belong to. It is written to the
+            configuration.
 
     Raises:
-        FileExistsError: An adapter is there.
+        FileExistsError: The folder holds an adapter already.
         ValueError: The model has no adapters.
     """
     values = adapter_parameters(model)
@@ -133,7 +138,7 @@ def save_adapter(
         raise FileExistsError(f"{file} exists; remove it or choose another directory")
     directory.mkdir(parents=True, exist_ok=True)
     values |= {name: value.detach() for name, value in params.items() if name in values}
-    # peft's names: those below its wrapper, without the adapter's.
+    # peft names parameters as below its wrapper, without the name of the adapter.
     files = {
         f"base_model.model.{name.replace(f'.{_ADAPTER}.', '.')}": value.contiguous()
         for name, value in values.items()

@@ -1,8 +1,9 @@
-"""Rewrite an InternVL checkpoint folder from its original layout to transformers' own one.
+"""Convert an InternVL checkpoint folder from its original layout to that of transformers.
 
-The original layout runs only with code from the checkpoint, which is never run here. Weights go
-from shard to shard with their bits unchanged; names, shapes and the configuration are checked
-before the first byte is written. What is renamed and taken apart: ``prm.models.internvl_layout``.
+The original layout runs only with code from the checkpoint, which is never run here. Weights are
+copied shard by shard with their bits unchanged. Names, shapes and the configuration are checked
+before the first byte is written. ``prm.models.internvl_layout`` defines which tensors are renamed
+and split.
 """
 
 from __future__ import annotations
@@ -45,22 +46,22 @@ _SHOWN = 5
 def convert_internvl(source: str | Path, target: str | Path) -> dict[str, int]:
     """Write a checkpoint folder in the native layout from one in the original layout.
 
-    Logits are those of the original (up to rounding of another order of the same operations).
-    Memory: one shard of the weights, twice.
+    Logits equal those of the original up to rounding, since the order of operations differs.
+    Memory: two copies of one shard of the weights.
 
     Args:
         source: Folder with ``config.json``, ``*.safetensors`` and the tokenizer's files
             (``tokenizer.json``, or for Qwen ``vocab.json`` and ``merges.txt``).
-        target: Must not exist or be empty; appears only when complete.
+        target: The folder to write, which must be missing or empty. It appears only when complete.
 
     Returns:
-        ``{"tensors": ..., "parameters": ...}`` written.
+        The numbers written, ``{"tensors": ..., "parameters": ...}``.
 
     Raises:
-        FileNotFoundError: Something is missing in ``source``.
-        FileExistsError: ``target`` holds something.
-        ValueError: It is not such a checkpoint; or a tensor is missing, unknown, there twice or of
-            another shape than the configuration says.
+        FileNotFoundError: A file is missing in ``source``.
+        FileExistsError: ``target`` is not empty.
+        ValueError: ``source`` is not such a checkpoint, or a tensor is missing, unknown, duplicate
+            or of another shape than the configuration states.
     """
     source, target = Path(source), Path(target)
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
@@ -149,7 +150,7 @@ def _expected_shapes(native: Any) -> dict[str, tuple[int, ...]]:
 def _check(
     layout: Layout, shards: list[Path], expected: Mapping[str, tuple[int, ...]], *, tied: bool
 ) -> None:
-    """Refuse names and shapes that the model of ``config.json`` does not have; reads no weights."""
+    """Refuse names and shapes that the model of ``config.json`` lacks, without reading weights."""
     shard_of: dict[str, Path] = {}
     for shard in shards:
         with safe_open(shard, framework="pt") as file:
@@ -189,7 +190,7 @@ def _checked_parts(
 def _write_weights(
     layout: Layout, shards: list[Path], directory: Path, *, drop_head: bool
 ) -> tuple[dict[str, int], torch.dtype]:
-    """Shard by shard; returns how much was written, and the dtype of the first tensor."""
+    """Write the weights shard by shard; return what was counted and the first tensor's dtype."""
     where: dict[str, str] = {}
     size = parameters = 0
     head_and_embedding: list[Tensor] = []
@@ -200,7 +201,7 @@ def _write_weights(
             for name in file.keys():  # noqa: SIM118
                 whole = file.get_tensor(name)
                 parts = layout.native_tensors(name, whole)
-                # Parts of one tensor share its memory, which safetensors does not write.
+                # safetensors refuses tensors that share memory, as the parts of one tensor do.
                 parts = parts if len(parts) == 1 else tuple(part.clone() for part in parts)
                 tensors |= zip(layout.native_names(name), parts, strict=True)
         if drop_head:

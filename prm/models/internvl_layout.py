@@ -1,8 +1,8 @@
-"""InternVL's original layout and that of transformers' own classes: names, tensors, configuration.
+"""How InternVL's original layout maps to that of transformers: names, tensors, configuration.
 
-The original (``OpenGVLab/InternVL3-1B``; checkpoints of DreamPRM-1.5 and VisualPRM are in it, too)
-runs only with code from the checkpoint. Names and what is stored together differ, the numbers do
-not:
+The original layout, that of ``OpenGVLab/InternVL3-1B`` and the checkpoints of DreamPRM-1.5 and
+VisualPRM, runs only with code from the checkpoint. The layouts differ in names and in which tensors
+are fused; the values are the same:
 
 ==============================  =====================================================
 original                        native
@@ -73,7 +73,7 @@ _INTERNLM2 = _rules(
 )
 _FUSED_VISION = re.compile(r"vision_model\.encoder\.layers\.(\d+)\.attn\.qkv\.(weight|bias)")
 _FUSED_TEXT = re.compile(r"language_model\.model\.layers\.(\d+)\.attention\.wqkv\.(weight|bias)")
-# What the original takes where its vision_config does not say.
+# The values that the original uses for entries that its vision_config lacks.
 _VISION_DEFAULTS = {
     "num_channels": 3,
     "patch_size": 14,
@@ -100,12 +100,12 @@ _NOT_ARCHITECTURE = frozenset(
 
 @dataclass(frozen=True)
 class Layout:
-    """How the tensors of one original checkpoint are named and put together.
+    """The names and the fused tensors of one original checkpoint.
 
     Attributes:
-        text_type: ``llm_config.model_type`` of the original.
-        heads: Attention heads of the language model.
-        key_value_heads: Of these, those for keys and values.
+        text_type: The original's ``llm_config.model_type``.
+        heads: The number of attention heads of the language model.
+        key_value_heads: The number of its key-value heads.
     """
 
     text_type: str
@@ -113,10 +113,10 @@ class Layout:
     key_value_heads: int
 
     def native_names(self, name: str) -> tuple[str, ...]:
-        """Native names of what an original tensor holds: one, or those of q, k and v.
+        """Return the native names for an original tensor: one, or those of q, k and v.
 
         Raises:
-            ValueError: A name that the original layout does not have.
+            ValueError: The original layout has no such name.
         """
         if match := _FUSED_VISION.fullmatch(name):
             block = match.expand(_BLOCK)
@@ -134,9 +134,9 @@ class Layout:
         )
 
     def native_shapes(self, name: str, shape: tuple[int, ...]) -> tuple[tuple[int, ...], ...]:
-        """Shapes of ``native_tensors`` without the tensor, one per native name.
+        """Return the shapes of ``native_tensors``, one per native name, from the shape alone.
 
-        Rows that cannot be divided evenly are rounded up, so that they fit no model.
+        A number of rows that cannot be divided evenly is rounded up, so that it fits no model.
         """
         if _FUSED_VISION.fullmatch(name):
             return ((-(-shape[0] // 3), *shape[1:]),) * 3
@@ -147,7 +147,7 @@ class Layout:
         return (shape,)
 
     def native_tensors(self, name: str, value: Tensor) -> tuple[Tensor, ...]:
-        """The tensors of ``native_names``: q, k and v of a fused projection apart.
+        """Return the tensors of ``native_names``, with a fused projection split into q, k and v.
 
         The vision tower stacks [q; k; v]. InternLM2 stacks, for every key-value head, its group of
         query heads, then its key, then its value.
@@ -164,10 +164,10 @@ class Layout:
 
 
 def layout_of(config: Mapping[str, Any]) -> Layout:
-    """The layout of the checkpoint with this original ``config.json``.
+    """Return the layout of the checkpoint with this original ``config.json``.
 
     Raises:
-        ValueError: A variant that the native classes do not cover.
+        ValueError: The native classes do not cover this variant.
     """
     text = config.get("llm_config") or {}
     wanted = (
@@ -190,19 +190,19 @@ def layout_of(config: Mapping[str, Any]) -> Layout:
 
 
 def is_tied(config: Mapping[str, Any]) -> bool:
-    """Whether the head of the language model is its embedding."""
+    """Return whether the head of the language model shares its embedding's weights."""
     return bool(config["llm_config"].get("tie_word_embeddings", False))
 
 
 def native_config(config: Mapping[str, Any], image_token_id: int) -> Any:
-    """The native configuration that belongs to an original ``config.json``.
+    """Return the native configuration that belongs to an original ``config.json``.
 
     Args:
-        config: Configuration of the original; ``layout_of`` has checked it.
-        image_token_id: Id of the token ``<IMG_CONTEXT>``.
+        config: The original's configuration, which ``layout_of`` has checked.
+        image_token_id: The id of the token ``<IMG_CONTEXT>``.
 
     Raises:
-        ValueError: The size of images contradicts itself.
+        ValueError: The entries for the size of images contradict each other.
     """
     from transformers import InternVLConfig
 

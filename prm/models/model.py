@@ -29,8 +29,8 @@ from prm.names import Context
 Params = dict[str, Tensor]
 
 TOKEN_TYPES = ("mm_token_type_ids", "token_type_ids")
-"""Names of the model input that says which tokens are part of an image; few models have it."""
-_TARGETS = frozenset({"labels"})  # of a batch; some base models would take them, too
+"""Names of the model input that marks the tokens of an image; few models have it."""
+_TARGETS = frozenset({"labels"})  # Some base models would take these entries of a batch as inputs.
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,18 +41,18 @@ class PRM:
     command of ``bilevel-prm`` sets them yet.
 
     Attributes:
-        model: ``AutoModelForImageTextToText`` or ``AutoModelForCausalLM``; its own parameters do
-            not require gradients and stay as loaded.
-        tokenizer: Fast tokenizer with a chat template.
-        image_processor: Image processor, or whole processor of a model of another kind than
-            InternVL and Qwen2-VL; None for a text-only model.
-        image_tokens: How images stand in the text; None for a text-only model.
-        plus_id: Token id of "+".
-        minus_id: Token id of "-".
-        autocast: Dtype in which the body of the model computes, whatever dtype its parameters have;
-            the head computes in theirs. None: the body does, too.
-        activation_checkpointing: Whether layers run again in the backward pass instead of keeping
-            their activations (``prm.models.activation_checkpointing``).
+        model: An ``AutoModelForImageTextToText`` or ``AutoModelForCausalLM``. Its own parameters do
+            not require gradients and keep the values that were loaded.
+        tokenizer: The fast tokenizer, with a chat template.
+        image_processor: The image processor for InternVL and Qwen2-VL, the whole processor for
+            other models with images, and None for a text-only model.
+        image_tokens: The tokens of an image in the text. None for a text-only model.
+        plus_id: The token id of "+".
+        minus_id: The token id of "-".
+        autocast: The dtype in which the body of the model computes. The head computes in the dtype
+            of the parameters, and with None the body does, too.
+        activation_checkpointing: Whether layers are recomputed in the backward pass instead of
+            storing their activations (``prm.models.activation_checkpointing``).
     """
 
     model: Any
@@ -78,19 +78,19 @@ class PRM:
         """Return a ``Collator`` for this model.
 
         Args:
-            context: What stands in earlier assistant slots (``prm.names.Context``); use the same to
+            context: The content of earlier assistant slots (``prm.names.Context``). Use the same to
                 train and to score.
-            system_prompt: Text of the system turn; None: no system turn.
-            max_patches: Most tiles per image, thumbnail apart, in units of 256 tokens; None: the
-                image processor's number.
-            max_length: Longest sequence that is accepted, in tokens; None: any; "model": as many
-                positions as the model has.
-            index: As in ``Collator``.
-            domains: As in ``Collator``.
-            cache_bytes: Limit of the cache of image inputs.
+            system_prompt: The text of the system turn. None means no system turn.
+            max_patches: The largest number of tiles per image, without the thumbnail, in units of
+                256 tokens. None means the image processor's number.
+            max_length: The longest accepted sequence in tokens. None means any length, and "model"
+                the number of positions of the model.
+            index: The numbers of the examples, as in ``Collator``.
+            domains: The numbers of the domains, as in ``Collator``.
+            cache_bytes: The limit of the cache of image inputs in bytes.
 
         Raises:
-            ValueError: The tokenizer, its template or the image processor cannot serve.
+            ValueError: The tokenizer, its template or the image processor is not supported.
         """
         if max_length == "model":
             text_config = self.model.config.get_text_config()
@@ -123,18 +123,19 @@ def load_prm(
     """Load a checkpoint folder or a hub name; remote code is never run.
 
     Args:
-        path_or_name: What ``from_pretrained`` takes; needs model, tokenizer and, for a model that
-            sees images, image processor.
+        path_or_name: A path or name for ``from_pretrained``. It must hold a model, a tokenizer and,
+            for a model with images, an image processor.
         dtype: The dtype of the parameters. float32 keeps small updates that bfloat16 would round
             away.
-        attn_implementation: "eager", "sdpa", ...; None: transformers' choice.
+        attn_implementation: The attention, such as "eager" or "sdpa". None means transformers'
+            choice.
 
     A name is looked up on the hub only if it is written ``organisation/model`` and there is no
     local folder ``organisation``: a mistyped path must not reach the network.
 
     Raises:
         FileNotFoundError: There is no such folder, and the name cannot be one on a hub.
-        ValueError: The checkpoint cannot serve as a process reward model; the message says why.
+        ValueError: The checkpoint cannot be used as a process reward model; the message says why.
     """
     from transformers import (
         AutoConfig,
@@ -171,7 +172,7 @@ def load_prm(
 
 
 def is_hub_name(name: str) -> bool:
-    """Whether ``name`` can only mean a model on a hub, not a local path that does not exist."""
+    """Return whether ``name`` can only be a model on a hub, not a local path that is missing."""
     if not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", name):
         return False
     return not Path(name.partition("/")[0]).exists()
@@ -180,8 +181,8 @@ def is_hub_name(name: str) -> bool:
 def make_prm(model: Any, tokenizer: Any, image_processor: Any = None) -> PRM:
     """Build a ``PRM`` from parts that exist already.
 
-    Sets the model to evaluation mode (no dropout) and its parameters to not require gradients:
-    gradients flow to the parameters that are passed to ``step_logits``.
+    The model is set to evaluation mode (no dropout), and its parameters no longer require
+    gradients: gradients flow to the parameters that are passed to ``step_logits``.
 
     Raises:
         ValueError: "+" or "-" is not one token, the image tokens are not known, or the model does
@@ -208,15 +209,16 @@ def save_prm(prm: PRM, params: Mapping[str, Tensor], directory: str | Path) -> N
     """Write a folder that plain transformers ``from_pretrained`` loads; adapters are merged.
 
     Args:
-        prm: Model, tokenizer and image processor.
-        params: Values by parameter name; parameters that are not named keep the model's values.
-            Written in the dtype of ``prm.models.model``, which is not changed.
-        directory: Must not exist or be empty; appears only when complete.
+        prm: The model, its tokenizer and its image processor.
+        params: Values by parameter name. Parameters that are not named keep the model's values.
+            They are written in the dtype of ``prm.model``, which is not changed.
+        directory: The folder to write, which must be missing or empty. It appears only when
+            complete.
 
     Raises:
-        FileExistsError: ``directory`` holds something.
-        ValueError: A name that is no parameter of the model; or a tokenizer that transformers
-            would not load back as it is.
+        FileExistsError: ``directory`` is not empty.
+        ValueError: A name is no parameter of the model, or transformers would load the saved
+            tokenizer as a different one.
     """
     directory = Path(directory)
     if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
@@ -234,13 +236,16 @@ def save_prm(prm: PRM, params: Mapping[str, Tensor], directory: str | Path) -> N
 
 
 def split_parameters(model: nn.Module, freeze: Sequence[str] = ()) -> tuple[Params, Params]:
-    """(trainable, frozen) parameters of ``model`` by name, detached, each tensor once.
+    """Return the trainable and the frozen parameters of ``model``, detached, each tensor once.
 
     Args:
-        model: The model, such as ``prm.models.model``.
+        model: The model, such as ``prm.model``.
         freeze: Parts to freeze by dotted name, from any level: "vision_tower" freezes
             ``model.vision_tower.*``, "language_model.layers.0" one layer. A tensor with several
-            names (tied head) goes by its first name and is frozen if any of its names is.
+            names (tied head) is listed by its first name and is frozen if any of its names is.
+
+    Returns:
+        Two dicts by parameter name, (trainable, frozen).
 
     Raises:
         ValueError: An entry of ``freeze`` names nothing in the model.
@@ -270,22 +275,25 @@ def step_logits(
     full_vocab: bool = False,
     label_rows: bool = False,
 ) -> Float[Tensor, "batch steps 2"]:
-    """Logits of "+" and "-" at every step: one forward pass, the head only where it is read.
+    """Return the logits of "+" and "-" at every step.
+
+    Cost: one forward pass of the body; the head is applied at the label positions only.
 
     Args:
         prm: The model.
-        params: Values by parameter name; parameters that are not named keep the model's values.
+        params: Values by parameter name. Parameters that are not named keep the model's values.
         batch: The batch, from a ``Collator``.
-        full_vocab: Normalise over the whole vocabulary (log-probabilities of the two labels), as
-            DreamPRM-1.5 does, instead of leaving the two logits as they are.
-        label_rows: Multiply by the head's two rows of "+" and "-" only, in float32 or wider: saves
-            the whole vocabulary but two, for scoring. In training the head stays one call of its
-            module, which per-example rules can hook. The same up to rounding; without effect where
-            the head is no plain linear layer.
+        full_vocab: Whether to normalise over the whole vocabulary, as DreamPRM-1.5 does. The result
+            is then the log-probabilities of the two labels instead of their logits.
+        label_rows: Whether to multiply by the head's rows of "+" and "-" only, in float32 or wider,
+            which saves the rest of the vocabulary in scoring. The result is the same up to
+            rounding. It has no effect if the head is not a plain linear layer. Training leaves it
+            off, so that the head is one call of its module, which per-example rules can hook.
 
     Returns:
-        [batch, steps, 2], columns "+" and "-", float32 or the model's dtype if wider. Padded
-        steps hold finite values without meaning; ``batch["step_mask"]`` tells them apart.
+        Logits [batch, steps, 2] in the columns "+" and "-", in float32 or the model's dtype if that
+        is wider. Padded steps hold arbitrary finite values; ``batch["step_mask"]`` marks the
+        others.
     """
     if full_vocab and label_rows:
         raise ValueError("label_rows leaves out the vocabulary that full_vocab is over; give one")
@@ -306,7 +314,7 @@ def step_logits(
 
 
 class _StepHead(nn.Module):
-    """Base model, then the head at the label positions, as one module for ``functional_call``."""
+    """The base model and the head at the label positions, as a module for ``functional_call``."""
 
     def __init__(
         self, model: Any, rows: list[int] | None = None, autocast: torch.dtype | None = None
@@ -325,7 +333,7 @@ class _StepHead(nn.Module):
         read = torch.take_along_dim(hidden, batch["label_positions"][..., None], dim=1)
         head = self.model.get_output_embeddings()
         if self.autocast is not None:
-            read = read.to(self.model.dtype)  # scores of 8 bits would tie
+            read = read.to(self.model.dtype)  # In bfloat16, with 8 bits, many scores would tie.
         if self.rows is not None and type(head) is nn.Linear:
             wide = torch.promote_types(read.dtype, torch.float32)
             bias = None if head.bias is None else head.bias[self.rows].to(wide)

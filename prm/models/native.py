@@ -33,13 +33,13 @@ def refuse_remote_code(name: str) -> None:
 
 
 def load_image_processor(name: str, tokenizer: Any) -> Any:
-    """What prepares images for a checkpoint: its image processor, or all of its processor.
+    """Return the image processor of a checkpoint, or its whole processor.
 
-    InternVL and Qwen2-VL need only the former, which works without torchvision; their processors
-    hold one for videos, too, and do not.
+    InternVL and Qwen2-VL need the image processor alone, which works without torchvision. Their
+    whole processors need torchvision, since they include one for videos.
 
     Raises:
-        ValueError: A processor that cannot be built here; says what is missing.
+        ValueError: The processor cannot be built here; the message names what is missing.
     """
     from transformers import AutoImageProcessor, AutoProcessor
 

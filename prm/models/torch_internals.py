@@ -1,8 +1,8 @@
-"""The two things that prm asks of torch for which torch has no public function.
+"""Two queries of torch's state for which torch has no public function.
 
-Nothing else in the package touches a private name of torch. Tried with torch 2.13; what the
-functions must answer is stated by ``tests/prm/models/test_torch_internals.py``, which fails where
-a later torch answers otherwise.
+Nothing else in the package uses a private name of torch. The functions were tested with torch 2.13.
+``tests/prm/models/test_torch_internals.py`` states their results and fails if a later version of
+torch changes them.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ _mode_stack: Callable[[], list[TorchFunctionMode]] = _get_current_function_mode_
 
 
 def inside_transform() -> bool:
-    """Whether the caller runs inside a transform of ``torch.func`` (grad, jvp, vmap, ...)."""
+    """Return whether the caller runs inside a transform of ``torch.func`` (grad, jvp, vmap)."""
     return torch._C._functorch.peek_interpreter_stack() is not None
 
 
 def function_modes() -> list[TorchFunctionMode]:
-    """The torch function modes that are open, the outermost first."""
+    """Return the active torch function modes, the outermost first."""
     return _mode_stack()
