@@ -1,11 +1,13 @@
-"""Write the embedded data set: the JSONL and PNG files that a user would bring.
+"""Write the embedded data set as the JSONL and PNG files that a user would provide.
 
-``train.jsonl`` (step labels of mixed quality; the fields ``source``, who judged, and
-``wrong_labels``, how many judgements are wrong, are read by evaluation only), ``cold-start.jsonl``
-(other rows from the same sources), ``clean.jsonl`` (``train.jsonl`` without the bad sources),
-``meta.jsonl`` (only whether the answer is right, as many right as wrong), ``dev.jsonl`` and
-``test.jsonl`` (eight candidates per question, with the true step labels for step metrics),
-``sheets/*.png``.
+- ``train.jsonl``: step labels of mixed quality. Only evaluation reads the fields ``source`` (who
+  judged) and ``wrong_labels`` (how many labels are wrong).
+- ``cold-start.jsonl``: other rows from the same sources.
+- ``clean.jsonl``: ``train.jsonl`` without the bad sources.
+- ``meta.jsonl``: outcomes only, with equal numbers of right and wrong answers.
+- ``dev.jsonl`` and ``test.jsonl``: eight candidates per question, with the true step labels for
+  step metrics.
+- ``sheets/*.png``: the pictures.
 """
 
 from __future__ import annotations
@@ -38,10 +40,10 @@ IMPORTED_DOMAIN = "dots"
 
 @dataclass(frozen=True)
 class Sizes:
-    """How many questions each file asks, and how many solutions of each it holds."""
+    """The number of questions of each file, and of solutions per question."""
 
     train_questions: int = 960
-    train_solutions: int = 1  # one of each: pictures teach more than further solutions to them
+    train_solutions: int = 1  # More pictures teach more than more solutions.
     cold_questions: int = 160
     meta_questions: int = 200
     meta_solutions: int = 4
@@ -53,9 +55,16 @@ class Sizes:
 def build(
     directory: Path, *, seed: int = 0, sizes: Sizes = Sizes(), mixture: Mixture = Mixture()
 ) -> dict[str, int]:
-    """Write all files into ``directory``; returns rows per file.
+    """Write all files into ``directory``; return the number of rows of each.
 
-    Everything depends on ``seed`` alone. The directory appears under its name only when complete.
+    The data depend on nothing but the arguments. The directory appears under its name only when it
+    is complete.
+
+    Args:
+        directory: The folder to write, which must not exist.
+        seed: The seed of all random numbers.
+        sizes: The numbers of questions and solutions.
+        mixture: The label sources of the training set.
 
     Raises:
         FileExistsError: ``directory`` exists already.
@@ -70,7 +79,7 @@ def build(
 def _write_files(
     directory: Path, seed: int, sizes: Sizes, mixture: Mixture
 ) -> dict[str, list[dict[str, Any]]]:
-    """Write sheets and rows into an empty directory; returns the rows of every file."""
+    """Write sheets and rows into an empty directory; return the rows of every file."""
     (directory / "sheets").mkdir()
     scans = load_scans()
     rows: dict[str, list[dict[str, Any]]] = {
@@ -121,10 +130,10 @@ def _row(
 def _noisy_rows(
     directory: Path, scans: Scans, sizes: Sizes, mixture: Mixture, seed: int
 ) -> dict[str, list[dict[str, Any]]]:
-    """``train`` and ``cold-start``: two draws from the same sources.
+    """Return the rows of ``train`` and ``cold-start``, two draws from the same sources.
 
-    Apart, because a model that has learned the labels of a row by heart, as a cold start does,
-    tells less of their worth afterwards.
+    They are disjoint, because a model that has memorised the labels of a row in the cold start
+    tells less about their quality afterwards.
     """
     rng = _rng(seed, "train")
     return {
@@ -145,7 +154,7 @@ def _labelled_rows(
     mixture: Mixture,
     rng: np.random.Generator,
 ) -> Iterator[dict[str, Any]]:
-    # Exact shares of the sources, in random order: fewer accidents between seeds.
+    # Exact shares of the sources, in random order, reduce the variance between seeds.
     ends = np.round(np.cumsum(mixture.shares()) * questions).astype(int)
     sources = np.repeat(SOURCES, np.diff(ends, prepend=0))
     rng.shuffle(sources)
@@ -185,7 +194,7 @@ def _solutions(
 
 
 def _meta_rows(directory: Path, scans: Scans, sizes: Sizes, seed: int) -> Iterator[dict[str, Any]]:
-    """As many right as wrong solutions; each question has both whenever its draw allows it."""
+    """Yield as many right as wrong solutions of every question."""
     rng = _rng(seed, "meta")
     wanted = sizes.meta_solutions // 2
     for number in range(sizes.meta_questions):

@@ -1,8 +1,8 @@
-"""Every method and control of the embedded task over several seeds: the README's table.
+"""The comparison of all methods and controls on the embedded task over seeds: the README's table.
 
-Each seed has a data set of its own (test set included), a cold start of its own, and one run per
-row; a run that is complete already is not repeated, so an interrupted comparison goes on where it
-stopped. Every row trains for the same number of lower steps with the same options.
+Each seed has its own data set, test set included, its own cold start, and one run per row of the
+table. A complete run is not repeated, so an interrupted comparison resumes. Every row trains for
+the same number of lower steps with the same options.
 """
 
 from __future__ import annotations
@@ -26,16 +26,16 @@ from recipes.train.cold_start import run_cold_start
 from recipes.train.training import run_training
 
 _RESAMPLES = 10_000
-_KEPT_WEIGHT = 0.5  # an instance counts as kept by a weighting above this weight
+_KEPT_WEIGHT = 0.5  # An instance with a higher weight counts as kept.
 
 Values = dict[str, np.ndarray]
 
 
 def compare(options: CompareOptions) -> dict[str, Any]:
-    """Run what is missing, then write and print ``compare.json``.
+    """Run the missing runs, then write and print ``compare.json``.
 
     Raises:
-        OptionError: An unknown method.
+        OptionError: A method is unknown.
     """
     wanted = options.methods or tuple(_METHODS)
     for method in wanted:
@@ -71,17 +71,20 @@ def compare(options: CompareOptions) -> dict[str, Any]:
 
 
 def statistics(per_seed: list[Values]) -> dict[str, Any]:
-    """Means over seeds, 95 % intervals, and paired differences to No Selection.
+    """Return means over seeds, 95 % intervals, and paired differences to No Selection.
+
+    The intervals are percentile bootstrap intervals, which draw seeds with replacement and, within
+    each drawn seed, questions with replacement.
 
     Args:
-        per_seed: For every seed, row name -> whether the selected candidate is right, [questions].
+        per_seed: For every seed a dict from row name to whether the selected candidate is right,
+            [questions].
 
     Returns:
-        ``rows``, ``ci95``; ``difference`` and ``difference_ci95`` to ``no_selection`` on the same
-        questions; ``gap_closed`` = (row - no_selection) / (clean_oracle - no_selection) and its
-        interval over the resamples with a gap, where both rows are there and there is a gap.
-        Intervals: Percentile bootstrap that draws seeds with replacement and, within each drawn
-        seed, questions with replacement.
+        The means ``rows`` and intervals ``ci95``, and ``difference`` and ``difference_ci95`` to
+        ``no_selection`` on the same questions. If both rows exist and differ, also ``gap_closed`` =
+        (row - no_selection) / (clean_oracle - no_selection), with its interval over the resamples
+        in which they differ.
     """
     names = list(per_seed[0])
     rng = np.random.default_rng(0)
@@ -116,7 +119,7 @@ def statistics(per_seed: list[Values]) -> dict[str, Any]:
     if "clean_oracle" in names and mean["clean_oracle"] > base:
         gap = mean["clean_oracle"] - base
         gap_sample = sample["clean_oracle"] - base_sample
-        open_gap = gap_sample > 0  # a share of no gap is no number
+        open_gap = gap_sample > 0  # A share of a gap of 0 is undefined.
         report["gap_closed"] = {name: round((mean[name] - base) / gap, 3) for name in others}
         report["gap_closed_ci95"] = {
             name: _interval((sample[name] - base_sample)[open_gap] / gap_sample[open_gap])
@@ -130,7 +133,7 @@ def _interval(sample: np.ndarray) -> list[float]:
 
 
 class _Maker:
-    """Options of the runs of one seed."""
+    """Starts the runs of one seed with their options."""
 
     def __init__(self, options: CompareOptions, directory: Path, seed: int) -> None:
         self.directory = directory
@@ -149,7 +152,7 @@ class _Maker:
         )
 
     def run(self, name: str, preset: str, *, train: str = "train", **more: Any) -> Path:
-        """The directory of the run ``name``, which is made unless it is complete."""
+        """Return the directory of the run ``name``, which is run unless it is complete."""
         data, directory = self.directory / "data", self.directory / name
         if (directory / "results.json").exists():
             return directory
@@ -174,11 +177,11 @@ class _Maker:
         )
 
     def weights(self, run: Path) -> list[dict[str, Any]]:
-        """What ``weights.jsonl`` of a run says."""
+        """Return the rows of a run's ``weights.jsonl``."""
         return [json.loads(line) for line in (run / "weights.jsonl").read_text().splitlines()]
 
     def with_weights(self, name: str, weights: Mapping[str, float]) -> Path:
-        """Plain training with given weights by id."""
+        """Train without an upper level, with the given weights by id."""
         file = self.directory / f"{name}-weights.jsonl"
         lines = [json.dumps({"id": key, "weight": value}) for key, value in weights.items()]
         write_text(file, "\n".join(lines) + "\n")
@@ -186,7 +189,7 @@ class _Maker:
 
 
 def _shuffled(make: _Maker, source: str, name: str) -> Path:
-    """The weights that a run learned, dealt out to other instances."""
+    """Train with the weights that a run learned, permuted among the instances."""
     learned = make.weights(_METHODS[source](make))
     dealt = np.random.default_rng(make.common["seed"]).permutation([e["weight"] for e in learned])
     return make.with_weights(
@@ -195,7 +198,7 @@ def _shuffled(make: _Maker, source: str, name: str) -> Path:
 
 
 def _small_loss(make: _Maker) -> Path:
-    """Keep the examples of smallest loss under the cold start, as many as the Table keeps."""
+    """Train on the examples of smallest loss under the cold start, as many as the Table keeps."""
     table = _METHODS["instance_table"](make)
     entries = make.weights(table)
     kept = sum(entry["weight"] > _KEPT_WEIGHT for entry in entries)
@@ -233,7 +236,7 @@ def _own_row(results: Mapping[str, Any]) -> str:
 
 
 def _questions(directory: Path, method: str) -> Values:
-    """Per-question values of a run; its own row under the name of the method."""
+    """Return the per-question values of a run, with its own row under the method's name."""
     lines = (directory / "test_questions.jsonl").read_text().splitlines()
     entries = [json.loads(line) for line in lines]
     names = [name for name in entries[0] if name != "question"]

@@ -1,19 +1,20 @@
 """Pretrain the tiny InternVL base model that ships as package data.
 
-A process reward model does not grow out of random weights on a thousand noisy solutions; it starts
-from a backbone that can read pictures and follow simple statements. The base says ``true`` or
-``false`` in words: it has never seen the labels "+" and "-", so that as a process reward model it
-is no better than chance before it is trained. Four stages, all on the ``base`` split of the scans,
-which no other data set shows:
+A thousand noisy solutions do not suffice to train a process reward model from random weights. It
+starts from a base model that reads pictures and judges simple statements. The base model answers
+``true`` or ``false`` and has never seen the labels "+" and "-", so as a process reward model it is
+at chance level before it is trained. Pretraining has four stages, all on the ``base`` split of the
+scans, which no other data set uses:
 
-1. the vision tower, with a linear head per visual token: which digit is in which cell;
-2. the language model on dense statements, each followed at once by its verdict
-   (``A1= 5 false 3 plus 4 = 7 true``);
-3. the same verdicts in chat turns, in the layout in which steps are scored later;
-4. batches of both kinds in turn.
+1. The vision tower learns, with a linear head per visual token, which digit is in which cell.
+2. The language model learns from dense statements, each followed at once by its verdict
+   (``A1= 5 false 3 plus 4 = 7 true``).
+3. The language model learns the same verdicts in chat turns, in the layout in which steps are
+   scored later.
+4. Batches of both kinds alternate.
 
-Verdicts here say whether a *single statement* is true. What a process reward model must learn
-later, that a step counts as wrong once an earlier one was, is left to fine-tuning.
+A verdict states whether a *single statement* is true. That a step counts as wrong after an earlier
+wrong one is left to fine-tuning.
 """
 
 from __future__ import annotations
@@ -48,7 +49,7 @@ STAGES = {
     "chat": (1500, 32, 1e-3),
     "both": (3000, 32, 1.5e-3),
 }
-"""Steps, batch size and peak learning rate of each stage."""
+"""The number of steps, batch size and peak learning rate of each stage."""
 
 Batch = dict[str, Tensor]
 
@@ -57,12 +58,12 @@ def pretrain_base(directory: Path, *, seed: int = 0, scale: float = 1.0) -> dict
     """Run the stages and save model, tokenizer and image processor into ``directory``.
 
     Args:
-        directory: Where the base model is written (loads with plain transformers).
-        seed: Fixes initial weights, pictures and statements.
-        scale: Multiplies every stage's number of steps (small for tests).
+        directory: The folder to write, which plain transformers can load.
+        seed: The seed of initial weights, pictures and statements.
+        scale: The factor on every stage's number of steps, which is small in tests.
 
     Returns:
-        Accuracy of each stage on scans of the ``dev`` split: digits, statements, chat verdicts.
+        The accuracies on scans of the ``dev`` split: digits, statements and chat verdicts.
     """
     from transformers import InternVLForConditionalGeneration
 
@@ -142,7 +143,7 @@ def _fit(
 
 
 def _sheets(scans: Scans, rng: np.random.Generator, size: int) -> tuple[Tensor, np.ndarray]:
-    """Pixel values [size, 3, 32, 32], scaled as the image processor does, and values [size, 4]."""
+    """Return pixel values [size, 3, 32, 32] as the image processor's, and digits [size, 4]."""
     values = rng.integers(0, 10, (size, len(CELLS)))
     pictures = rng.choice(PICTURES, size, p=_PICTURE_SHARES)
     sheets = np.stack(
@@ -183,7 +184,7 @@ def _wrong_result(operation: str, left: int, right: int, value: int, rng: Any) -
 
 
 def _statement(values: dict[str, int], rng: np.random.Generator) -> tuple[str, bool]:
-    """A random true or false statement about a sheet or about numbers."""
+    """Return a random statement about a sheet or about numbers, and whether it is true."""
     if rng.random() < 0.55:
         cell = CELLS[int(rng.integers(4))]
         read = values[cell] if rng.random() < 0.5 else _wrong_reading(cell, values, rng)
@@ -210,15 +211,15 @@ def _dense_batch(tokenizer: Any, scans: Scans, rng: np.random.Generator, size: i
     right, wrong = (tokenizer.convert_tokens_to_ids(word) for word in VERDICTS)
     targets = torch.full_like(ids, -100)
     targets[:, :-1] = torch.where((ids == right) | (ids == wrong), ids, -100)[:, 1:]
-    # Of a true statement the stated number is a target too, as in ordinary language modelling:
-    # knowing what stands there teaches much faster than being told right or wrong.
+    # The number in a true statement is a target, too, as in ordinary language modelling: it trains
+    # reading much faster than verdicts alone.
     numbers = torch.full_like(ids, -100)
     numbers[:, :-2] = torch.where(ids[:, 2:] == right, ids[:, 1:-1], -100)
     return {**batch, "pixel_values": pixels, "targets": targets, "numbers": numbers}
 
 
 def _chat_batch(tokenizer: Any, scans: Scans, rng: np.random.Generator, size: int) -> Batch:
-    """Solutions with many mistakes, in the layout of ``prm.inputs.prompt``, judged step by step."""
+    """Return solutions with many mistakes and step verdicts in the layout of ``prm.inputs``."""
     pixels, values = _sheets(scans, rng, size)
     right, wrong = (tokenizer.convert_tokens_to_ids(word) for word in VERDICTS)
     header = tokenizer.convert_tokens_to_ids("assistant")
@@ -248,7 +249,8 @@ def _chat_batch(tokenizer: Any, scans: Scans, rng: np.random.Generator, size: in
     targets = torch.full_like(ids, -100)
     targets[ids == header] = torch.tensor(verdicts).flatten()
     numbers = torch.full_like(ids, -100)
-    # "<number> <|im_end|> <|im_start|> assistant": the number of a true step, from the token before
+    # A chat turn ends in "<number> <|im_end|> <|im_start|> assistant". The token before the number
+    # of a true step predicts it.
     numbers[:, :-4] = torch.where(targets[:, 4:] == right, ids[:, 1:-3], -100)
     return {**batch, "pixel_values": pixels, "targets": targets, "numbers": numbers}
 

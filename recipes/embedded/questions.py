@@ -1,14 +1,14 @@
-"""What is asked about a sheet, and how a solution to it goes.
+"""Questions about a sheet, and their solutions.
 
-Three families, one domain each. All are solved in five steps, so that the length of a solution says
-nothing about its answer, which is the number that the last step states:
+There are three families, one domain each. All solutions have five steps, so that their length
+carries no information about the answer, which is the number in the last step:
 
 - ``sum``: add three cells;
 - ``gap``: the distance between the sum of two cells and a third;
 - ``largest``: the largest of three cells.
 
-A solution is written by ``solve`` from four primitive operations, which a careless solver can
-replace by its own (``solver``).
+``solve`` writes a solution by means of primitive operations, which a careless solver replaces by
+its own (``student``).
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ FAMILIES = ("sum", "gap", "largest")
 
 @dataclass(frozen=True)
 class Question:
-    """Three cells of a sheet and what to do with their values."""
+    """Three cells of a sheet and the operation on their values."""
 
     family: str
     cells: tuple[str, str, str]
@@ -34,7 +34,7 @@ class Question:
 
     @property
     def text(self) -> str:
-        """The question as the model reads it."""
+        """Return the question's text."""
         a, b, c = self.cells
         return {
             "sum": f"what is {a} plus {b} plus {c} ?",
@@ -44,13 +44,13 @@ class Question:
 
 
 class Operations(Protocol):
-    """How a solver reads a cell and combines numbers; each returns the value it *states*."""
+    """A solver's reading and arithmetic; each method returns the value that the solver *states*."""
 
     def read(self, cell: str) -> int:
-        """The value stated for a cell."""
+        """Return the value stated for a cell."""
 
     def combine(self, operation: str, left: int, right: int) -> int:
-        """The value stated for ``left operation right``."""
+        """Return the value stated for ``left operation right``."""
 
 
 @dataclass(frozen=True)
@@ -66,22 +66,22 @@ class Step:
 
 
 def apply(operation: str, left: int, right: int) -> int:
-    """The right value of ``left operation right``."""
+    """Return the right value of ``left operation right``."""
     return {"plus": left + right, "gap": abs(left - right), "max": max(left, right)}[operation]
 
 
 def read_step(cell: str, value: int, values: Mapping[str, int]) -> Step:
-    """The statement that ``cell`` shows ``value``."""
+    """Return the statement that ``cell`` shows ``value``."""
     return Step(f"{cell}= {value}", values[cell] == value, (cell, value))
 
 
 def combine_step(operation: str, left: int, right: int, value: int) -> Step:
-    """The statement that ``left operation right`` equals ``value``."""
+    """Return the statement that ``left operation right`` equals ``value``."""
     return Step(f"{left} {operation} {right} = {value}", apply(operation, left, right) == value)
 
 
 def solve(question: Question, operations: Operations) -> tuple[tuple[Step, ...], int]:
-    """The steps a solver writes for ``question`` and the answer it ends with."""
+    """Return the steps that a solver writes for ``question``, and its answer."""
     first, second = {"sum": ("plus", "plus"), "gap": ("plus", "gap"), "largest": ("max", "max")}[
         question.family
     ]
@@ -107,28 +107,28 @@ class Exact:
     values: Mapping[str, int]
 
     def read(self, cell: str) -> int:
-        """The value that the sheet shows."""
+        """Return the value that the sheet shows."""
         return self.values[cell]
 
     def combine(self, operation: str, left: int, right: int) -> int:
-        """The right value."""
+        """Return the right value."""
         return apply(operation, left, right)
 
 
 def stated_answer(steps: Sequence[Step]) -> int:
-    """The number that the last step states."""
+    """Return the number in the last step."""
     return int(steps[-1].text.split()[-1])
 
 
 def judged_by(steps: Sequence[Step], values: Mapping[str, int]) -> tuple[Step, ...]:
-    """The same steps, their readings held against ``values``."""
+    """Return the same steps with their readings compared with ``values``."""
     return tuple(
         step if step.reading is None else read_step(*step.reading, values) for step in steps
     )
 
 
 def answer(question: Question) -> int:
-    """The right answer."""
+    """Return the right answer."""
     return solve(question, Exact(question.values))[1]
 
 
@@ -137,7 +137,7 @@ def draw_question(
     family: str | None = None,
     values: Mapping[str, int] | None = None,
 ) -> Question:
-    """A random question; cells are distinct, values (unless given) uniform in 0..9."""
+    """Draw a question with distinct cells and, unless given, values uniform in 0..9."""
     shown = values if values is not None else {cell: int(rng.integers(10)) for cell in CELLS}
     first, second, third = (CELLS[i] for i in rng.permutation(len(CELLS))[:3])
     chosen = family if family is not None else FAMILIES[int(rng.integers(len(FAMILIES)))]

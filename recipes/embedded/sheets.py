@@ -1,7 +1,7 @@
 """Draw sheets: 32 x 32 pictures of 2 x 2 cells, from real handwritten digit scans.
 
-The scans are the 1,797 UCI digits that ship inside scikit-learn (no download). They are split by
-index, so that no scan that a test sheet shows was seen in pretraining, training, meta or dev data.
+The scans are the 1,797 UCI digits that ship with scikit-learn (no download). They are split by
+index, so that no scan of a test sheet occurs in pretraining, training, meta or dev data.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import numpy as np
 from PIL import Image
 
 CELLS = ("A1", "A2", "B1", "B2")
-"""Cell names in reading order: row letter, column number."""
+"""The names of the cells in reading order: row letter and column number."""
 
 CELL_PIXELS = 16
 SHEET_PIXELS = 2 * CELL_PIXELS
@@ -25,22 +25,22 @@ PICTURES = ("digits", "inverted", "dots")
 
 @dataclass(frozen=True)
 class Scans:
-    """Scans of one split: ``images`` [n, 8, 8] in 0..255 and ``digits`` [n]."""
+    """The scans of one split: ``images`` [n, 8, 8] in 0..255 and ``digits`` [n]."""
 
     images: np.ndarray
     digits: np.ndarray
 
     def of(self, digit: int, rng: np.random.Generator) -> np.ndarray:
-        """One random scan of ``digit``, [8, 8]."""
+        """Draw one scan of ``digit``, [8, 8]."""
         scan: np.ndarray = self.images[rng.choice(np.flatnonzero(self.digits == digit))]
         return scan
 
 
 def load_scans() -> Mapping[str, Scans]:
-    """All splits, each stratified by digit; the split of a scan depends on its index alone.
+    """Return all splits, each stratified by digit. The split of a scan depends on its index alone.
 
     Raises:
-        ModuleNotFoundError: The scans come with scikit-learn, which is not installed.
+        ModuleNotFoundError: Scikit-learn, which contains the scans, is not installed.
     """
     try:
         from sklearn.datasets import load_digits
@@ -55,7 +55,7 @@ def load_scans() -> Mapping[str, Scans]:
     # Deal the scans of each digit round-robin so that every split has its share of every digit.
     order = order[np.argsort(bunch.target[order], kind="stable")]
     total = sum(_SPLIT_SIZES.values())
-    # Systematic sampling: positions of each split are spread evenly over the digit-sorted order.
+    # Systematic sampling spreads each split evenly over the order by digit.
     ranks = np.concatenate(
         [(np.arange(size) + 0.5) / size * total for size in _SPLIT_SIZES.values()]
     )
@@ -70,10 +70,10 @@ def load_scans() -> Mapping[str, Scans]:
 def draw_sheet(
     values: Mapping[str, int], scans: Scans, rng: np.random.Generator, picture: str = "digits"
 ) -> np.ndarray:
-    """A sheet [32, 32] uint8 that shows ``values[cell]`` in each of the four cells.
+    """Return a sheet [32, 32] uint8 that shows ``values[cell]`` in each of the four cells.
 
-    ``picture`` is "digits" (bright ink on dark), "inverted" (dark ink on bright) or "dots"
-    (as many dots as the value says).
+    ``picture`` is "digits" (bright ink on dark), "inverted" (dark ink on bright) or "dots" (the
+    value as a number of dots).
     """
     sheet: np.ndarray = np.zeros((SHEET_PIXELS, SHEET_PIXELS), np.float32)
     for index, cell in enumerate(CELLS):
@@ -94,7 +94,7 @@ def draw_sheet(
 
 
 def _digit(scan: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """A scan, slightly turned and resized, somewhere in its cell."""
+    """Return a cell with a scan, slightly rotated and resized, at a random position."""
     size = int(rng.integers(12, CELL_PIXELS + 1))
     image = Image.fromarray(scan).resize((size, size), Image.Resampling.BICUBIC)
     turned = image.rotate(rng.uniform(-12, 12), Image.Resampling.BILINEAR)
@@ -105,7 +105,7 @@ def _digit(scan: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 
 
 def _dots(count: int, rng: np.random.Generator) -> np.ndarray:
-    """``count`` (0..9) dots of 3 x 3 pixels on a 3 x 3 grid inside the cell."""
+    """Return a cell with ``count`` (0..9) dots of 3 x 3 pixels on a 3 x 3 grid."""
     tile = np.zeros((CELL_PIXELS, CELL_PIXELS), np.float32)
     for cell in rng.permutation(9)[:count]:
         y, x = divmod(int(cell), 3)

@@ -1,20 +1,20 @@
-"""Label sources: who judged the steps of a training solution, and how well.
+"""Label sources: annotators of different quality for the steps of training solutions.
 
-A right judgement says whether the step itself is true of the picture and of arithmetic, taking
-the numbers of earlier steps as given (as VisualProcessBench judges every step, also after a
-mistake). The sources differ from it as sources of real data do:
+A right label states whether the step itself is true of the picture and of arithmetic, given the
+numbers of earlier steps. VisualProcessBench judges every step in this way, also after a mistake.
+The sources deviate from it as sources of real data do:
 
-- ``verified``: right judgements, as from careful annotators.
-- ``judge``: a weaker vision-language model as judge. It misreads the same hard cells as the solver,
-  and as the same digits, so that it confirms the solver's misreadings and rejects right readings;
-  and it does not check calculations, but waves them through.
-- ``rollout``: Monte-Carlo judgements. A wrong step passes as "+" whenever sampled completions
-  recover from it, which they mostly do when the mistake is one that is easily corrected later, and
-  always when the answer came out right anyway: systematic false positives. Now and then a right
-  step is judged "-" because all completions failed.
-- ``crowd``: hurried annotators; a share of judgements is flipped at random.
-- ``imported``: another corpus whose cells are named column first (its A2 is our B1) and whose
-  sheets show dots instead of digits: its labels are right by its own convention, wrong by ours.
+- ``verified``: right labels, as from careful annotators.
+- ``judge``: labels of a weaker vision-language model. It misreads the same hard cells as the
+  solver, and as the same digits, so it confirms the solver's misreadings and rejects right
+  readings. It accepts calculations without a check.
+- ``rollout``: Monte Carlo labels. A wrong step is labelled "+" if sampled completions recover from
+  it: always if the answer is right anyway, and mostly if the mistake is easy to correct later.
+  These are systematic false positives. A right step is sometimes labelled "-" because all
+  completions failed.
+- ``crowd``: hurried annotators, a share of whose labels is flipped at random.
+- ``imported``: another corpus, whose cells are named column first (its A2 is our B1) and whose
+  sheets show dots instead of digits. Its labels are right by its own convention and wrong by ours.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ from recipes.embedded.questions import Question, Step, answer, stated_answer
 from recipes.embedded.student import Difficulty
 
 SOURCES = ("verified", "judge", "rollout", "crowd", "imported")
-_HARD = 0.3  # the judge misreads the cells that a solver misreads more often than this
+_HARD = 0.3  # The judge misreads cells that the solver misreads with more than this chance.
 TRANSPOSED = {"A1": "A1", "A2": "B1", "B1": "A2", "B2": "B2"}
 
 
 @dataclass(frozen=True)
 class Mixture:
-    """Shares of the sources in the training set, and how bad the bad ones are."""
+    """The shares of the sources in the training set, and the error rates of the bad ones."""
 
     verified: float = 0.42
     judge: float = 0.23
@@ -45,10 +45,10 @@ class Mixture:
     failure: float = 0.3  # chance that all completions of a right step fail
     flip: float = 0.4  # chance that a crowd judgement is flipped
     blindness: float = 0.35  # chance that the judge misreads a cell that is not hard
-    lenience: float = 0.95  # chance that the judge waves a wrong calculation through
+    lenience: float = 0.95  # chance that the judge accepts a wrong calculation
 
     def shares(self) -> np.ndarray:
-        """Shares in the order of ``SOURCES``; they must sum to 1."""
+        """Return the shares in the order of ``SOURCES``; they must sum to 1."""
         shares = np.array([getattr(self, source) for source in SOURCES])
         if (shares < 0).any() or not np.isclose(shares.sum(), 1.0):
             raise ValueError(
@@ -59,7 +59,7 @@ class Mixture:
 
 
 def true_labels(steps: Sequence[Step]) -> list[bool]:
-    """Right judgements: whether each step is true."""
+    """Return the right labels: whether each step is true."""
     return [step.true for step in steps]
 
 
@@ -71,15 +71,15 @@ def judge(
     mixture: Mixture,
     rng: np.random.Generator,
 ) -> list[bool]:
-    """The labels that ``source`` gives to the steps of one solution.
+    """Return the labels that ``source`` gives to the steps of one solution.
 
     Args:
         source: One of ``SOURCES``.
-        question: What was asked, with the right values.
+        question: The question, with the right values.
         steps: The solution.
-        difficulty: What is hard about the question, for solver and judge alike.
-        mixture: How bad the sources are.
-        rng: Randomness of the judgements.
+        difficulty: The difficulty of the question, which solver and judge share.
+        mixture: The error rates of the sources.
+        rng: The generator of the labels' random errors.
     """
     labels = true_labels(steps)
     if source == "judge":

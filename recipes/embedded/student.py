@@ -1,8 +1,8 @@
 """A solver with realistic, correlated mistakes.
 
-Per *question* some cells are hard: every candidate misreads such a cell with the same high
-probability and mostly as the same confusable digit, so that a majority can be wrong together.
-Per *candidate* there are slips of arithmetic and readings of a neighbouring cell.
+Mistakes per *question* come from hard cells: every candidate misreads such a cell with the same
+high probability and mostly as the same digit, so that a majority can be wrong together. Mistakes
+per *candidate* are slips of arithmetic and readings of a neighbouring cell.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ CONFUSABLE = {
     0: (6, 8), 1: (7, 4), 2: (7, 3), 3: (8, 5), 4: (9, 1),
     5: (6, 3), 6: (0, 8), 7: (1, 2), 8: (3, 0), 9: (4, 7),
 }  # fmt: skip
-"""For each digit, what a hasty reader takes it for, the likelier first."""
+"""For each digit, the digits that it is misread as, the likelier first."""
 
 
 @dataclass(frozen=True)
 class Difficulty:
-    """What is hard about one question: shared by all candidates."""
+    """The difficulty of one question, which all candidates share."""
 
     misread: Mapping[str, float]  # cell -> probability of misreading it
     taken_for: Mapping[str, int]  # cell -> the digit that it is usually taken for
@@ -33,7 +33,7 @@ class Difficulty:
 
 
 def draw_difficulty(question: Question, rng: np.random.Generator) -> Difficulty:
-    """Most questions have one hard cell; the rest is careless noise."""
+    """Draw the difficulty of a question; most questions have one hard cell."""
     misread = dict.fromkeys(CELLS, 0.02)
     if rng.random() < 0.75:
         hard = question.cells[int(rng.integers(3))]
@@ -47,14 +47,14 @@ def draw_difficulty(question: Question, rng: np.random.Generator) -> Difficulty:
 
 @dataclass(frozen=True)
 class Careless:
-    """Operations of one candidate: reads and combines with the question's difficulty."""
+    """The operations of one candidate, with mistakes by the question's difficulty."""
 
     question: Question
     difficulty: Difficulty
     rng: np.random.Generator
 
     def read(self, cell: str) -> int:
-        """The value stated for ``cell``: right, misread, or that of another cell."""
+        """Return the value stated for ``cell``: right, misread, or that of another cell."""
         value = self.question.values[cell]
         if self.rng.random() < self.difficulty.misread[cell]:
             if self.rng.random() < 0.85:
@@ -66,7 +66,7 @@ class Careless:
         return value
 
     def combine(self, operation: str, left: int, right: int) -> int:
-        """The value stated for the combination: right, or slipped."""
+        """Return the value stated for the combination, which is right or off by one."""
         value = apply(operation, left, right)
         if self.rng.random() < self.difficulty.slip:
             if operation == "max":

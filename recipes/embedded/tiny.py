@@ -1,7 +1,7 @@
-"""A task of seconds for what needs whole runs: a few digit sheets.
+"""A task of a few digit sheets that trains in seconds, for tests that need whole runs.
 
-The model is a random InternVL; what it learns means nothing. The harness of ``make chaos`` and the
-tests train it.
+The model is a random InternVL, and its accuracy has no meaning. ``make chaos`` and the tests train
+it.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ SIZES = Sizes(
 
 
 def write_tiny(data: Path, model: Path) -> None:
-    """Write the data set and the model, unless they are there."""
+    """Write the data set and the model unless they exist."""
     if not data.exists():
         build(data, seed=1, sizes=SIZES)
     if not model.exists():

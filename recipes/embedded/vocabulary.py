@@ -1,7 +1,7 @@
 """The word-level tokenizer and the configuration of the tiny base model.
 
-A cell and its equals sign are one token (``A1=``): reading a cell is then a single attention hop
-from that token to the picture. The chat template is ChatML, as InternVL uses it.
+A cell and its equals sign are one token (``A1=``), so that reading a cell takes a single attention
+step from that token to the picture. The chat template is ChatML, as for InternVL.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ _WORDS = (
 
 
 def vocabulary() -> list[str]:
-    """All tokens, in id order."""
+    """Return all tokens in the order of their ids."""
     words = [*SPECIAL, *_WORDS.split(), *CELLS, *(f"{cell}=" for cell in CELLS)]
     words += [str(number) for number in range(60)]
     return list(dict.fromkeys(words))
 
 
 def build_tokenizer() -> Any:
-    """A word-level tokenizer: text is split at white space, unknown words become ``<unk>``."""
+    """Return a word-level tokenizer, which splits at white space and has a token ``<unk>``."""
     from tokenizers import Tokenizer, decoders
     from tokenizers.models import WordLevel
     from tokenizers.pre_tokenizers import WhitespaceSplit
@@ -66,9 +66,13 @@ def build_tokenizer() -> Any:
 
 
 def base_config(tower: tuple[int, int] = (96, 3), language: tuple[int, int] = (128, 5)) -> Any:
-    """InternVL of 1.1 M parameters: tower and language model as (width, layers).
+    """Return the configuration of an InternVL of 1.1 M parameters by default.
 
-    One picture patch of 8 x 8 pixels, pixel shuffle by 0.5: one visual token per cell.
+    Patches of 8 x 8 pixels and a pixel shuffle by 0.5 give one visual token per cell.
+
+    Args:
+        tower: The width and the number of layers of the vision tower.
+        language: The width and the number of layers of the language model.
     """
     from transformers import InternVLConfig
 
@@ -109,7 +113,7 @@ def base_config(tower: tuple[int, int] = (96, 3), language: tuple[int, int] = (1
 
 
 def build_image_processor() -> Any:
-    """The tiling image processor of InternVL, at the sheets' size."""
+    """Return InternVL's tiling image processor for tiles of a sheet's size."""
     from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import (
         GotOcr2ImageProcessorPil,
     )
