@@ -29,7 +29,7 @@ SLOW = (
     *("tests/bilevel/test_typing.py",),
     *("tests/bilevel/hypergradients/test_replay_memory.py",),
     *("tests/bilevel/hypergradients/test_unrolled.py",),
-    *("tests/fuzz", "tests/invariants"),
+    *("tests/examples", "tests/fuzz", "tests/invariants"),
     *("tests/prm/inputs/test_workers.py", "tests/prm/models/test_families.py"),
     *("tests/prm/test_package.py",),
     *("tests/recipes/data_files/test_validate.py", "tests/recipes/embedded/test_compare.py"),
