@@ -12,8 +12,8 @@ from pathlib import Path
 def replacing(path: Path) -> Iterator[Path]:
     """Give a temporary name beside ``path``; what was written there then replaces ``path``.
 
-    The content reaches the disk (fsync) before it gets the name. If the body fails, ``path`` is as
-    it was and the temporary file is gone.
+    The content reaches the disk (fsync) before it gets the name, and the name when this returns. If
+    the body fails, ``path`` is as it was and the temporary file is gone.
 
     Args:
         path: The file to write; its folder exists.
@@ -24,9 +24,19 @@ def replacing(path: Path) -> Iterator[Path]:
         with temporary.open("rb") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
+        _flush(path.parent)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def _flush(folder: Path) -> None:
+    """Wait until the names in a folder are on the disk."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def write_text(path: Path, text: str) -> None:

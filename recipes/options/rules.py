@@ -115,13 +115,12 @@ def refuse_unread(kind: type[Any], values: Mapping[str, Any]) -> None:
         OptionError: There are such options. The message names all of them, each with the reason
             and what to change.
     """
-    given = SimpleNamespace(**values)
-    refused: list[tuple[Condition, str]] = []
-    for name, entry in flat_options(kind).items():
-        if values[name] == entry.default:
-            continue
-        failed = [condition for condition in entry.conditions if not condition.when(given)]
-        refused += [(condition, name) for condition in failed[:1]]
+    entries = flat_options(kind)
+    refused = [
+        (condition, name)
+        for name, condition in unread(kind, values).items()
+        if values[name] != entries[name].default
+    ]
     messages: dict[Condition | str, list[str]] = {}
     conditions: dict[Condition | str, Condition] = {}
     for condition, name in sorted(refused, key=lambda pair: pair[0].rank):

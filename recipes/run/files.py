@@ -45,6 +45,7 @@ def write_text(path: Path, text: str) -> None:
         with suppress(OSError):
             unfinished.unlink()
         raise
+    flush(path.parent)
 
 
 def write_json(path: Path, content: Mapping[str, Any] | Sequence[Any]) -> None:

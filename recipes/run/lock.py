@@ -17,6 +17,7 @@ This module adds three things to ``SoftFileLock`` (4.2.11):
 from __future__ import annotations
 
 import fcntl
+import json
 import os
 import tempfile
 import time
@@ -109,7 +110,16 @@ def _read(path: Path) -> _Record | None:
             text, since = file.read(2**10), os.fstat(file.fileno()).st_mtime
     except FileNotFoundError:
         return None
-    return _Record(text.decode("utf-8", "replace"), since)
+    return _Record(_in_lines(text.decode("utf-8", "replace")), since)
+
+
+def _in_lines(text: str) -> str:
+    """Return the content of a lock in lines, also if it is the JSON object of version 0.1.0."""
+    try:
+        holder = json.loads(text)
+        return f"{holder['pid']:d}\n{holder['host']}\n"
+    except (ValueError, TypeError, KeyError, RecursionError):
+        return text
 
 
 def _is_held(record: _Record) -> bool:
@@ -121,14 +131,14 @@ def _is_held(record: _Record) -> bool:
     text, (pid, _, rest) = record.text, record.text.partition("\n")
     if _has_ended(pid):
         text = f"{_NO_PROCESS}\n{rest}"
-    with tempfile.TemporaryDirectory() as folder:
-        copy = Path(folder) / LOCK
-        copy.write_bytes(text.encode())
-        try:
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            copy = Path(folder) / LOCK
+            copy.write_bytes(text.encode())
             with SoftFileLock(copy, timeout=0):
                 return False
-        except Timeout:
-            return True
+    except OSError:  # a Timeout, or a temporary directory that cannot be written
+        return True
 
 
 def _has_ended(pid: str) -> bool:

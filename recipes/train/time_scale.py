@@ -89,7 +89,7 @@ class TimeScale:
 
 
 @dataclass(frozen=True)
-class UpperLevel:
+class UpperMovement:
     """The settings of the upper level that move the weights.
 
     Attributes:
@@ -109,7 +109,7 @@ class UpperLevel:
     visit_every: float = 1.0
 
 
-def row_travel(upper: UpperLevel) -> float:
+def row_travel(upper: UpperMovement) -> float:
     """Return the distance that one row travels, in peak learning rates.
 
     Its hypergradient is 1 on every visit and 0 otherwise.
@@ -137,7 +137,7 @@ def row_travel(upper: UpperLevel) -> float:
     return travelled
 
 
-def match_time_scale(upper: UpperLevel, to_bound: float, upper_lr: float | None) -> TimeScale:
+def match_time_scale(upper: UpperMovement, to_bound: float, upper_lr: float | None) -> TimeScale:
     """Return the time scale of a run, and solve for its learning rate if ``upper_lr`` is None.
 
     Travel is proportional to the learning rate, so the solution is exact: the rate at which a
@@ -211,7 +211,7 @@ def time_scale(options: TrainOptions, weighting: Weighting) -> TimeScale:
     assert not isinstance(settings, NoWeighting)
     with blaming(f"--bound {settings.bound}"):
         to_bound = distance_to_lower_bound(weighting.bound, weighting.start)
-    upper = UpperLevel(
+    upper = UpperMovement(
         steps=upper_steps(options),
         schedule=upper_schedule(options, 1.0),
         optimizer=options.upper.optimizer,

@@ -14,7 +14,8 @@ def test_content_is_on_disk_before_it_gets_the_name(tmp_path, monkeypatch):
     synced, renamed = os.fsync, os.replace
 
     def fsync(descriptor):
-        calls.append(("fsync", os.path.samestat(os.fstat(descriptor), temporary.stat())))
+        target = tmp_path if ("rename", True) in calls else temporary
+        calls.append(("fsync", os.path.samestat(os.fstat(descriptor), target.stat())))
         synced(descriptor)
 
     def replace(source, target):
@@ -25,7 +26,7 @@ def test_content_is_on_disk_before_it_gets_the_name(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "replace", replace)
     temporary = tmp_path / "ids.json.tmp"
     write_text(path, "größer\n")
-    assert calls == [("fsync", True), ("rename", True)]
+    assert calls == [("fsync", True), ("rename", True), ("fsync", True)]
     assert path.read_text(encoding="utf-8") == "größer\n"
     assert os.listdir(tmp_path) == ["ids.json"]
 

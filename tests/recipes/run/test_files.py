@@ -46,7 +46,7 @@ def test_a_file_is_on_the_disk_before_it_has_its_name(tmp_path, order):
     write_text(path, "α\n")
     write_text(path, "β\n")
     assert path.read_bytes() == "β\n".encode()
-    assert order == ["flush file.txt.tmp", "rename file.txt.tmp file.txt"] * 2
+    assert order == ["flush file.txt.tmp", "rename file.txt.tmp file.txt", "flush made"] * 2
     assert [entry.name for entry in path.parent.iterdir()] == ["file.txt"]
 
 

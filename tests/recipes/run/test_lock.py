@@ -51,6 +51,38 @@ def write_record(path, pid, host, started):
     (path / "lock").write_text(f"{pid}\n{host}\n{started}\n")
 
 
+def write_old_record(path, pid):
+    """A lock as version 0.1.0 wrote it."""
+    holder = {"pid": pid, "host": socket.gethostname(), "since": "2026-11-27", "started": "1"}
+    (path / "lock").write_text(json.dumps(holder) + "\n")
+
+
+def test_a_lock_of_the_first_version_is_understood(tmp_path, capsys):
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    write_old_record(tmp_path, os.getpid())
+    assert at_work(tmp_path)
+    held = f"process {os.getpid()} on {socket.gethostname()}, "
+    with pytest.raises(OptionError, match=held), locked(tmp_path):
+        pass
+    write_old_record(tmp_path, ended.pid)
+    assert not at_work(tmp_path)
+    with locked(tmp_path):
+        assert f"killed run (process {ended.pid} on " in capsys.readouterr().out
+        assert record(tmp_path)[0] == os.getpid()
+
+
+def test_a_lock_that_cannot_be_examined_is_respected(tmp_path, monkeypatch):
+    write_record(tmp_path, 2**31 - 1, socket.gethostname(), 1)
+    assert not at_work(tmp_path)
+
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("tempfile.mkdtemp", full)
+    assert at_work(tmp_path)
+
+
 def test_the_lock_says_who_and_is_removed(tmp_path):
     with locked(tmp_path):
         pid, host, _ = record(tmp_path)
@@ -138,7 +170,7 @@ def test_one_that_starts_after_we_looked_is_refused_too(tmp_path, monkeypatch):
         ("", "its lock cannot be read"),
         ("7", "its lock cannot be read"),
         ("\xff\n\n\n\n", "its lock cannot be read"),
-        (json.dumps({"pid": 1, "host": "elsewhere"}), "its lock cannot be read"),
+        (json.dumps({"pid": 1, "host": "elsewhere"}), "process 1 on elsewhere, since 2001-09-09"),
     ],
 )
 def test_what_cannot_be_checked_is_respected(tmp_path, text, holder):

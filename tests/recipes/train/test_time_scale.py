@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from recipes.train.time_scale import (
-    UpperLevel,
+    UpperMovement,
     distance_to_lower_bound,
     match_time_scale,
     print_time_scale,
@@ -29,25 +29,25 @@ def test_simulated_row_equals_torch_adam(visit_every):
     for step in range(200):
         row.grad = torch.full_like(row, -1.0 if step % visit_every == 0 else 0.0)
         adam.step()
-    travelled = row_travel(UpperLevel(200, lambda step: 0.1, "adam", visit_every=visit_every))
+    travelled = row_travel(UpperMovement(200, lambda step: 0.1, "adam", visit_every=visit_every))
     assert travelled == pytest.approx(float(row.detach()), rel=1e-9)
 
 
 def test_lazy_adam_moves_one_learning_rate_per_visit():
-    lazy = UpperLevel(1000, flat, "lazy-adam", visit_every=10)
+    lazy = UpperMovement(1000, flat, "lazy-adam", visit_every=10)
     assert row_travel(lazy) == pytest.approx(100, rel=1e-6)
-    assert row_travel(UpperLevel(1000, flat, "sgd", visit_every=10)) == pytest.approx(100)
+    assert row_travel(UpperMovement(1000, flat, "sgd", visit_every=10)) == pytest.approx(100)
 
 
 def test_dense_adam_moves_a_rare_row_about_28_learning_rates_per_visit():
     # 1,000 instances at one a step: the figure behind DreamPRM-1.5's learning rate.
-    per_visit = row_travel(UpperLevel(20_000, flat, "adam", visit_every=1000)) / 20
+    per_visit = row_travel(UpperMovement(20_000, flat, "adam", visit_every=1000)) / 20
     assert 20 < per_visit < 32
 
 
 @pytest.mark.parametrize("optimizer", ["adam", "lazy-adam", "sgd"])
 def test_auto_learning_rate_just_reaches_the_bound(optimizer, capsys):
-    upper = UpperLevel(300, lambda step: 1 - step / 300, optimizer, visit_every=600 / 32)
+    upper = UpperMovement(300, lambda step: 1 - step / 300, optimizer, visit_every=600 / 32)
     auto = match_time_scale(upper, 1.0, None)
     assert auto.reachable == pytest.approx(1.0, rel=1e-12)
     assert auto.visits == pytest.approx(16.0)
@@ -62,7 +62,7 @@ def test_auto_learning_rate_just_reaches_the_bound(optimizer, capsys):
 
 
 def test_a_given_learning_rate_travels_in_proportion():
-    upper = UpperLevel(300, flat, "sgd", visit_every=3)
+    upper = UpperMovement(300, flat, "sgd", visit_every=3)
     scale = match_time_scale(upper, math.inf, 0.5)
     assert (scale.visits, scale.reachable, scale.per_visit) == (100.0, 50.0, 0.5)
     assert scale.warning() is None  # nothing to slam into
