@@ -19,7 +19,7 @@ def make_directory(path: Path) -> None:
     """Create a directory, unless it exists.
 
     Raises:
-        OptionError: ``path`` is a file.
+        OptionError: There is a file at ``path``.
     """
     if path.exists() and not path.is_dir():
         raise OptionError(f"--output-dir {path}: exists and is not a directory; choose another")
@@ -30,7 +30,7 @@ def describe_run(path: Path, options: Any) -> None:
     """Write ``args.yaml`` and ``env.json`` into the directory of a new run.
 
     Raises:
-        OptionError: ``path`` is not empty: it holds a run or other files.
+        OptionError: The directory is not empty: it holds a run or other files.
     """
     if _holds_something(path):
         what = "already holds a run" if (path / "args.yaml").exists() else "is not empty"

@@ -71,7 +71,7 @@ def run_state(directory: Path) -> RunState:
     """Read the state of a run from the files in its directory.
 
     Raises:
-        OptionError: ``directory`` is not a run directory.
+        OptionError: The directory holds no run.
     """
     if not (directory / "args.yaml").is_file():
         raise OptionError(f"{directory}: expected a run directory, found no args.yaml in it")

@@ -11,7 +11,7 @@ hypergradient 10,000 times the median of the last ones. ``--on-trouble`` decides
   there is none yet, and the data continue after the step. PaLM was trained in this way at spikes of
   its loss (Chowdhery et al. 2022, arXiv 2204.02311, §5.1).
 
-The other kinds are counted and logged, and the run goes on.
+The other kinds are counted and logged, and the run continues.
 """
 
 from __future__ import annotations

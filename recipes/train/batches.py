@@ -48,7 +48,7 @@ def epoch_order(rows: int, seed: int) -> Callable[[int, int], list[int]]:
         A function of ``(start, count)`` to the rows at positions start to start + count - 1.
 
     Raises:
-        ValueError: ``rows`` is not positive.
+        ValueError: The number ``rows`` is not positive.
     """
     if rows < 1:
         raise ValueError(f"cannot order {rows} rows; expected at least 1")

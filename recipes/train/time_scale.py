@@ -198,8 +198,8 @@ def time_scale(options: TrainOptions, weighting: Weighting) -> TimeScale:
         weighting: The weighting of the run.
 
     Raises:
-        OptionError: ``upper_lr`` is neither "auto" nor a number, or the weight at the start is
-            outside the bound. Domains start at weight 1.
+        OptionError: The option ``upper_lr`` is neither "auto" nor a number, or the initial weight
+            is outside the bound. Domains start at weight 1.
     """
     visit_every = 1.0
     if weighting.row_key == "index":
