@@ -40,7 +40,7 @@ class DifferenceStep(Protocol):
 
     @property
     def widen(self) -> bool:
-        """Whether 16-bit numbers are shifted and passed to the function in float32."""
+        """The choice whether 16-bit numbers are shifted and passed to the function in float32."""
 
 
 def central_difference(

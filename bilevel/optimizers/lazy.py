@@ -50,7 +50,7 @@ class LazyRowAdam:
     gradients move it for half of the run; with β₁ = 0 every visit has the same influence.
 
     Raises:
-        ValueError: lr < 0, a beta is outside [0, 1), eps ≤ 0, weight_decay < 0 or max_norm ≤ 0.
+        ValueError: ``lr`` < 0, a beta is outside [0, 1), eps ≤ 0, weight_decay < 0 or max_norm ≤ 0.
     """
 
     lr: float | Schedule

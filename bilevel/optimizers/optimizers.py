@@ -31,7 +31,7 @@ class SGD(ElementwiseOptimizer):
     ``m' = μ m + g₂``; ``u = m'``, or ``u = g₂ + μ m'`` with ``nesterov``, or ``u = g₂`` if μ = 0.
 
     Raises:
-        ValueError: lr < 0, momentum is outside [0, 1), nesterov has no momentum,
+        ValueError: ``lr`` < 0, momentum is outside [0, 1), nesterov has no momentum,
             weight_decay < 0 or max_norm ≤ 0.
     """
 
@@ -121,8 +121,8 @@ class Adam(_AdaptiveOptimizer):
     ``u = m'/(1 − β₁ᵗ) / (√(s'/(1 − β₂ᵗ)) + eps)`` at step t = 1, 2, …
 
     Raises:
-        ValueError: lr < 0, a beta is outside [0, 1), eps ≤ 0 (the derivative at g = 0 from a cold
-            state is 1/eps), weight_decay < 0 or max_norm ≤ 0.
+        ValueError: ``lr`` < 0, a beta is outside [0, 1), eps ≤ 0 (the derivative at g = 0 from a
+            cold state is 1/eps), weight_decay < 0 or max_norm ≤ 0.
     """
 
     betas: tuple[float, float] = (0.9, 0.999)
@@ -169,7 +169,7 @@ class RMSProp(_AdaptiveOptimizer):
     ``s' = beta s + (1 − beta) g₂²``, ``u = g₂ / (√s' + eps)``. ``beta`` is torch's ``alpha``.
 
     Raises:
-        ValueError: lr < 0, beta is outside [0, 1), eps ≤ 0, weight_decay < 0 or max_norm ≤ 0.
+        ValueError: ``lr`` < 0, beta is outside [0, 1), eps ≤ 0, weight_decay < 0 or max_norm ≤ 0.
     """
 
     beta: float = 0.99
@@ -198,7 +198,7 @@ class Adagrad(_AdaptiveOptimizer):
     ``s' = s + g₂²``, ``u = g₂ / (√s' + eps)``.
 
     Raises:
-        ValueError: lr < 0, eps ≤ 0, weight_decay < 0 or max_norm ≤ 0.
+        ValueError: ``lr`` < 0, eps ≤ 0, weight_decay < 0 or max_norm ≤ 0.
     """
 
     eps: float = 1e-10
