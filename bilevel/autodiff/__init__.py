@@ -1,1 +1,1 @@
-"""What torch's automatic differentiation needs beside it: kernels, differences, random state."""
+"""Complements to torch's automatic differentiation: kernels, differences, random state."""

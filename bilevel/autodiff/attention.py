@@ -1,4 +1,4 @@
-"""Attention that can be differentiated forward and twice, for a block of queries at a time."""
+"""Attention with forward-mode and second derivatives, computed in blocks of queries."""
 
 from __future__ import annotations
 
@@ -16,8 +16,9 @@ from bilevel.autodiff import dual_numbers
 from bilevel.autodiff.dual_numbers import Dual
 from bilevel.autodiff.torch_private import softmax_tangent
 
-# Scores of one block of attention: 2 MB in float32, which stay in a core's cache. On other devices
-# every block costs launches, and the limit is there for memory alone.
+# The number of scores of one block of attention. On a CPU it is 2 MB in float32, which stays in a
+# core's cache. On other devices every block costs kernel launches, and the limit serves
+# memory alone.
 _CPU_SCORES, _SCORES, _LEAST_ROWS = 1 << 19, 1 << 24, 64
 
 
@@ -31,10 +32,11 @@ def attention(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Float[Tensor, "*batch queries width"]:
-    """``torch.nn.functional.scaled_dot_product_attention``, whose MATH kernel holds all scores.
+    """Compute ``torch.nn.functional.scaled_dot_product_attention`` in blocks of queries.
 
-    A causal block leaves out the keys that it would mask. Dropout draws its numbers for all queries
-    at once, so then all are one block.
+    torch's MATH kernel, the only one with these derivatives, holds the scores of all queries. A
+    block with a causal mask omits the keys that the mask hides. Dropout draws its random numbers
+    for all queries at once, so with dropout there is one block.
     """
     whole: Callable[..., Tensor] = partial(
         functional.scaled_dot_product_attention, scale=scale, enable_gqa=enable_gqa
@@ -54,9 +56,9 @@ def attention(
 
 
 class _Block(NamedTuple):
-    """Some queries, how many of the keys they see, and their mask.
+    """A block of queries, the number of keys that they attend to, and their mask.
 
-    A causal mask hides nothing before column ``hiding``; other masks may anywhere.
+    A causal mask hides no key before column ``hiding``; other masks may hide any key.
     """
 
     rows: slice
@@ -84,11 +86,11 @@ def _blocks(query: Tensor, key: Tensor, mask: Tensor | None, is_causal: bool) ->
 def _dual_attention(
     duals: Sequence[Dual], blocks: Iterable[_Block], scale: float | None, grouped: bool
 ) -> Tensor:
-    """O = P V and O' = P' V + P V' in one go, with P = softmax(S), S = scale Q Kᵀ.
+    """Return O = P V with its tangent O' = P' V + P V', where P = softmax(S), S = scale Q Kᵀ.
 
     S' = scale (Q' Kᵀ + Q K'ᵀ) is one product of twice the inner dimension, and
-    P' = P (S' − Σ P S') one kernel (``softmax_tangent``).
-    torch's derivative of the MATH kernel takes some ten passes over the scores for the softmax.
+    P' = P (S' − Σ P S') is one kernel (``softmax_tangent``). torch's derivative of the MATH kernel
+    takes about ten passes over the scores for the softmax.
     """
     (q, q_moved), (k, k_moved), (v, v_moved) = (_wide(one) for one in duals)
     if grouped:
@@ -117,7 +119,7 @@ def _dual_attention(
         p_moved = softmax_tangent(p, moved)
         out, out_moved = (p @ both_values[..., :seen, :]).chunk(2, -1)
         out_moved = out_moved + p_moved @ v[..., :seen, :]
-        if sees_nothing is not None:  # as the MATH kernel: a query that sees nothing gets zeros
+        if sees_nothing is not None:  # As in the MATH kernel, a query without keys gets zeros.
             out, out_moved = (one.masked_fill(sees_nothing, 0.0) for one in (out, out_moved))
         values.append(out)
         tangents.append(out_moved)
@@ -126,7 +128,7 @@ def _dual_attention(
 
 
 def _wide(one: Dual) -> tuple[Tensor, Tensor]:
-    """Value and tangent in float32 at least, in which the MATH kernel computes."""
+    """Return value and tangent in at least float32, the precision of the MATH kernel."""
     tangent = torch.zeros_like(one.value) if one.tangent is None else one.tangent
     dtype = tree.wide_dtype(one.value.dtype)
     return one.value.to(dtype), tangent.to(dtype)

@@ -1,8 +1,8 @@
-"""Dual numbers by hand, where torch's own forward-mode derivative takes many passes over memory.
+"""Explicit dual numbers, for operations whose forward-mode derivative in torch is slow.
 
-A dual number is a value with a tangent, what ``torch.func.jvp`` gives to the function that it
-differentiates. ``torch.autograd.forward_ad`` takes it apart and puts it together, at the innermost
-level of nested derivatives, so the formulas made with it compose with all others.
+A dual number is a value with a tangent, which ``torch.func.jvp`` passes to the function that it
+differentiates. ``torch.autograd.forward_ad`` unpacks and makes dual numbers at the innermost level
+of nested derivatives, so formulas in terms of them compose with all other derivatives.
 """
 
 from __future__ import annotations
@@ -15,16 +15,17 @@ from torch.autograd import forward_ad
 
 
 class Dual(NamedTuple):
-    """A value and its tangent; None: it does not move."""
+    """A value and its tangent, which is None for a constant."""
 
     value: Any
     tangent: Tensor | None
 
 
 def parts(*values: Any) -> tuple[Dual, ...] | None:
-    """Take tensors apart; numbers do not move. None if nothing does, and under ``torch.vmap``.
+    """Return values and tangents; None if no value has a tangent, or under ``torch.vmap``.
 
-    There torch cannot take dual numbers apart, and its own derivatives have to do.
+    Numbers are constants. Under ``torch.vmap`` torch cannot unpack dual numbers, and its own
+    derivatives are used.
     """
     try:
         duals = tuple(
@@ -41,6 +42,6 @@ def parts(*values: Any) -> tuple[Dual, ...] | None:
 def joined(
     value: Float[Tensor, "*shape"], tangent: Float[Tensor, "*shape"]
 ) -> Float[Tensor, "*shape"]:
-    """Put a value and its tangent, of the same shape and precision, together."""
+    """Return the dual number of a value and its tangent, of the same shape and precision."""
     dual: Tensor = forward_ad.make_dual(value, tangent)
     return dual

@@ -1,7 +1,7 @@
-"""Central differences along a direction, as precise as the numbers at hand allow.
+"""Central differences along a direction, with a step size for the precision of the parameters.
 
-The parameters are never written: the loss function is handed shifted copies. Peers that shift the
-weights in place and back (Betty's darts) do not get the same bits back in 16-bit precision, and
+The parameters are never changed: the loss function gets shifted copies. Libraries that shift the
+weights in place and back (Betty's darts) do not restore the same bits in 16-bit precision, and
 leave NaN in them if the direction is not finite.
 """
 
@@ -23,24 +23,24 @@ from bilevel.tree import Tree
 
 HALF = (torch.float16, torch.bfloat16)
 
-# What torch's messages about operands of different precision have in common.
+# Parts of torch's error messages about operands of different precision.
 MISMATCH = ("dtype", "scalar type", "should be the same")
 
 
 class DifferenceStep(Protocol):
-    """How far to shift the parameters; see the route ``CentralDifference``."""
+    """The step size of a central difference; see the route ``CentralDifference``."""
 
     @property
     def relative_step(self) -> float | None:
-        """``ε ‖d‖ / ‖θ‖``."""
+        """The relative step ``ε ‖d‖ / ‖θ‖``, or None."""
 
     @property
     def radius(self) -> float | None:
-        """``ε ‖d‖``."""
+        """The absolute step ``ε ‖d‖``, or None."""
 
     @property
     def widen(self) -> bool:
-        """Whether 16-bit numbers are shifted, and seen by the function, in float32."""
+        """The choice whether 16-bit numbers are shifted and passed to the function in float32."""
 
 
 def central_difference(
@@ -53,23 +53,24 @@ def central_difference(
 ) -> tuple[Tensor, ...]:
     """Return ``(f(θ + ε d) − f(θ − ε d)) / 2ε``, the derivative of f along d up to O(ε²).
 
-    With η the machine epsilon of the least precise number involved, ``ε ‖d‖ = η^(1/3) ‖θ‖ / 10``
-    (norms over the parameters that move), or what the route says. The power balances truncation,
-    C ε², against rounding, O(η / ε); the tenth stands for C: on the multilayer perceptron,
-    transformer and convolution of the tests the error is smallest between 0.1 and 0.2 of η^(1/3),
-    in bfloat16, float16 and float32 alike.
+    Unless the route sets a step, ``ε ‖d‖ = η^(1/3) ‖θ‖ / 10``, where η is the machine epsilon of
+    the least precise number involved and the norms are over the parameters with a direction. The
+    power balances the truncation error C ε² against the rounding error O(η / ε), and the tenth
+    accounts for C: on the multilayer perceptron, transformer and convolution of the tests the error
+    is smallest between 0.1 and 0.2 of η^(1/3), in bfloat16, float16 and float32. Cost: two
+    evaluations of the function.
 
     Args:
-        route: Step size, and whether 16-bit numbers are widened.
-        function: (θ, inputs) -> tensors. Called twice, never at θ itself.
-        params: θ.
-        direction: d like θ; None leaves are zero.
+        route: The step size, and whether 16-bit numbers are widened.
+        function: The function f from (θ, inputs) to tensors. It is never called at θ itself.
+        params: The parameters θ.
+        direction: The direction d, like θ. None leaves are zero.
         inputs: Any pytree that the function needs in the precision of θ (a batch, φ).
         like: Tensors of the shapes and dtypes of the function's values.
 
     Returns:
-        Like the values, wider if they were. Zeros for d = 0, NaNs for a d that is not finite; the
-        function is not called then.
+        The derivatives, like the values, or wider if these were widened. For d = 0 they are zeros,
+        for a non-finite d NaNs; in both cases the function is not called.
 
     Raises:
         RuntimeError: The function cannot be evaluated on the widened copies.
@@ -103,7 +104,7 @@ def central_difference(
 def moving(
     params: Params, direction: Tree
 ) -> tuple[Callable[[Sequence[Tensor]], Params], tuple[Tensor, ...], tuple[Tensor, ...]]:
-    """Return how to put parameters back, the parameters that have a direction, and directions."""
+    """Return a function that rebuilds all parameters, those with a direction, and directions."""
     leaves, structure = optree.tree_flatten(params, none_is_leaf=True)
     directions = structure.flatten_up_to(direction)
     indices = [index for index, along in enumerate(directions) if along is not None]
@@ -125,7 +126,7 @@ def moving(
 def _step(
     route: DifferenceStep, primals: Sequence[Tensor], like: Sequence[Tensor], length: float
 ) -> float:
-    """Return ε."""
+    """Return the step ε."""
     if route.radius is not None:
         return route.radius / length
     relative = route.relative_step
@@ -142,7 +143,7 @@ def _step(
 
 
 class _WithoutAutocast(TorchFunctionMode):
-    """Switches autocast off for every operation, also where the loss itself switches it on."""
+    """Disables autocast for every operation, even where the loss itself enables it."""
 
     def __init__(self, kinds: Iterable[str]) -> None:
         super().__init__()

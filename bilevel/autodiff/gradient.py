@@ -1,4 +1,4 @@
-"""Gradients of scalars with respect to trees; those of the upper loss."""
+"""Gradients of scalars with respect to trees, and the gradients of the upper loss."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ def gradients(
 
     Args:
         outputs: Scalars, or tensors of the cotangents' shapes. Those without a graph are left out.
-        params: Leaves that require grad, or None.
-        cotangents: As many as outputs; None: ones.
-        create_graph: Whether the result is to be differentiated in turn.
+        params: A tree of leaves that require grad, or None.
+        cotangents: One cotangent per output. None means ones.
+        create_graph: Whether the result can be differentiated again.
     """
     leaves, structure = optree.tree_flatten(params, none_is_leaf=True)
     wanted = [index for index, leaf in enumerate(leaves) if leaf is not None]
@@ -53,7 +53,7 @@ def gradients(
 
 
 class UpperGradient(NamedTuple):
-    """Upper loss and its gradients: v with respect to θ, and the direct one, to φ; its aux."""
+    """The upper loss, its gradients v with respect to θ and φ (the direct one), and its aux."""
 
     loss: Tensor
     lower: Tree

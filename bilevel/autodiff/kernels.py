@@ -1,4 +1,4 @@
-"""Operations under which torch differentiates a model twice, or in forward mode."""
+"""Replacements of operations so that torch can differentiate a model twice or in forward mode."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ from torch.overrides import TorchFunctionMode
 
 from bilevel.autodiff.attention import attention
 
-# What torch's messages about missing derivatives have in common.
+# Parts of torch's error messages about missing derivatives.
 UNSUPPORTED = ("forward AD", "forward-mode", "functorch", "jvp", "double backward")
 
 
 @contextmanager
 def differentiable_kernels() -> Iterator[None]:
-    """Run with operations that have forward-mode and second derivatives, right ones.
+    """Run the body with operations that have correct forward-mode and second derivatives.
 
-    Attention takes its only kernel that has them, MATH, for a block of queries at a time; some
-    other operations are replaced by equal ones: see ``_Equals``.
+    Attention uses the MATH kernel, the only one that has them, in blocks of queries. ``_Equals``
+    replaces some other operations by equivalent ones.
 
     Raises:
-        RuntimeError: Some other operation lacks them, with torch's message and what to do.
+        RuntimeError: Another operation lacks them. The message holds torch's own and a remedy.
     """
     try:
         with warnings.catch_warnings(), sdpa_kernel(SDPBackend.MATH), _Equals():
@@ -53,16 +53,16 @@ def differentiable_kernels() -> Iterator[None]:
 
 
 class _Equals(TorchFunctionMode):
-    """Replaces some operations by others of the same values.
+    """Replaces some operations by others with the same values.
 
-    ``masked_scatter``, with which multimodal models of transformers put image features among the
-    text's: in forward over reverse torch (seen in 2.13) gives the gradient of the scattered values
-    the tangent of the whole tensor, which raises for its size or, where that fits, is wrong.
+    ``masked_scatter`` inserts image features into the text in multimodal models of transformers. In
+    forward over reverse mode, torch (as of 2.13) gives the gradient of the scattered values the
+    tangent of the whole tensor. This raises an error if the sizes differ, and is wrong if not.
 
-    ``scaled_dot_product_attention``: its MATH kernel holds the scores of all queries with all keys
-    at once, and its causal form computes those it masks. The derivative of 1,024 tokens took 7
-    forward passes, and 4 in blocks; with dual numbers by hand it takes 3.1
-    (``bilevel.autodiff.attention``).
+    The MATH kernel of ``scaled_dot_product_attention`` holds the scores of all queries with all
+    keys at once, and with a causal mask computes the masked ones, too. For 1,024 tokens the
+    derivative cost as much as 7 forward passes, in blocks 4, and with explicit dual numbers it
+    costs 3.1 (``bilevel.autodiff.attention``).
     """
 
     def __torch_function__(
@@ -83,7 +83,7 @@ class _Equals(TorchFunctionMode):
 
 
 def _masked_scatter(input: Tensor, mask: Tensor, source: Tensor) -> Tensor:
-    """The k-th true entry of the mask, in memory order, gets the k-th entry of ``source``."""
+    """Replace the k-th true entry of the mask, in memory order, by the k-th one of ``source``."""
     input, mask = torch.broadcast_tensors(input, mask)
     if not source.numel():
         return input.clone()

@@ -1,8 +1,8 @@
 """One random state for all passes of a step.
 
-Dropout, drop-path or any other draw in a loss must be the same in the lower forward pass, in
-every pass that differentiates it again, and on both sides of a finite difference. Such a pass runs
-with the generators rewound to the state from which the first was run.
+Dropout, drop-path and any other random numbers in a loss must be the same in the lower forward
+pass, in every pass that differentiates it again, and on both sides of a finite difference. Such a
+pass runs with the generators restored to their state before the first pass.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from bilevel.tree import Tree
 
 @dataclass(frozen=True)
 class RandomState:
-    """torch's default generators, on the CPU and on the devices that matter."""
+    """The state of torch's default generators, on the CPU and on the parameters' devices."""
 
     cpu: Tensor
     devices: tuple[tuple[torch.device, Tensor], ...] = ()
 
 
 def capture(params: Tree) -> RandomState:
-    """Return the present state of the CPU's generator and those of the parameters' devices."""
+    """Return the current state of the generators of the CPU and of the parameters' devices."""
     devices = {leaf.device for leaf in tree.leaves(params)} - {torch.device("cpu")}
     return RandomState(
         cpu=torch.get_rng_state(),
@@ -40,7 +40,7 @@ def capture(params: Tree) -> RandomState:
 
 
 def restore(state: RandomState) -> None:
-    """Continue from ``state``."""
+    """Set the generators to ``state``."""
     torch.set_rng_state(state.cpu)
     for device, generator_state in state.devices:
         torch.get_device_module(device).set_rng_state(generator_state, device)
@@ -48,7 +48,7 @@ def restore(state: RandomState) -> None:
 
 @contextmanager
 def rewound_to(state: RandomState, params: Tree) -> Iterator[None]:
-    """Run the body from ``state``; afterwards the generators are where they were before."""
+    """Run the body from ``state``, and restore the generators' previous state afterwards."""
     before = capture(params)
     restore(state)
     try:

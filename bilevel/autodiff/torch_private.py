@@ -1,8 +1,8 @@
-"""torch's private functions that the package needs: nothing public does the same.
+"""torch's private functions that the package needs, since no public function does the same.
 
-They may go or change with any release, so no other module names one, and
-``tests/bilevel/autodiff/test_torch_private.py`` holds each to values that public functions give. It
-also fails under a release that is not among ``TRIED``, and says what to check.
+Any release may remove or change them, so no other module uses one, and
+``tests/bilevel/autodiff/test_torch_private.py`` compares each with values of public functions. The
+test also fails under a release that is not among ``TRIED``, with a message on what to check.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch import Tensor
 # Releases of torch under which the tests have passed.
 TRIED = ("2.13",)
 
-# What of torch this module calls.
+# The private functions of torch that this module calls.
 NAMES = ("torch._softmax_backward_data", "torch._C._functorch.peek_interpreter_stack")
 
 
@@ -23,16 +23,16 @@ def softmax_tangent(
 ) -> Float[Tensor, "*batch keys"]:
     """Return ``P' = P (S' − Σ P S')``, the tangent of P = softmax(S) over the last dimension.
 
-    One kernel, which public functions reach only through autograd: the softmax's own gradient,
-    whose Jacobian is symmetric.
+    Since the Jacobian of the softmax is symmetric, one call of the kernel of its gradient computes
+    this. Public functions reach that kernel only through autograd.
 
     Args:
-        probabilities: P.
-        tangent: S', in the precision of P.
+        probabilities: The probabilities P.
+        tangent: The tangent S' of the scores, in the precision of P.
     """
     return torch._softmax_backward_data(tangent, probabilities, -1, probabilities.dtype)
 
 
 def transform_is_active() -> bool:
-    """Return whether a transform of ``torch.func`` (``vmap``, ``jvp``, ``grad``) is under way."""
+    """Return whether a transform of ``torch.func`` (``vmap``, ``jvp``, ``grad``) is active."""
     return torch._C._functorch.peek_interpreter_stack() is not None

@@ -1,4 +1,4 @@
-"""What an optimizer is, its state, and the clip scale that all of them share."""
+"""The protocols of optimizers, their state, and the clip scale that all of them share."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ CLIP_EPS = 1e-6  # added to the norm, as in torch.nn.utils.clip_grad_norm_
 
 
 class OptimizerState(NamedTuple):
-    """Steps taken (int64 scalar, kept on the CPU) and moments like the parameters, or None.
+    """The number of steps (int64 scalar on the CPU) and moments like the parameters, or None.
 
-    They are common to all leaves: a step in which a leaf has no gradient counts for it too.
+    All leaves share the number of steps: a step without a gradient of a leaf counts for it, too.
     """
 
     steps: Int64[Tensor, ""]
@@ -25,7 +25,7 @@ class OptimizerState(NamedTuple):
 
 
 class UpdateCotangents(NamedTuple):
-    """Cotangents of the inputs of an update; ``state`` has its structure, with 0 steps."""
+    """The cotangents of the inputs of an update; ``state`` is like the state, with 0 steps."""
 
     grads: Tree
     state: OptimizerState
@@ -38,17 +38,17 @@ def clip_scale(norm: Float[Tensor, ""], max_norm: float) -> Float[Tensor, ""]:
 
 
 class Optimizer(Protocol):
-    """Anything that takes steps; all that the upper level needs."""
+    """An optimizer without derivatives, which suffices for the upper level."""
 
     def init(self, params: Tree) -> Any:
         """Return the state before the first step."""
 
     def update(self, grads: Tree, state: Any, params: TreeT) -> tuple[TreeT, Any]:
-        """Return new parameters and state; a leaf whose gradient is None stays as it is."""
+        """Return new parameters and state; a leaf whose gradient is None does not change."""
 
 
 class DifferentiableOptimizer(Optimizer, Protocol):
-    """An optimizer that knows the derivative of its update; needed at the lower level."""
+    """An optimizer with the derivative of its update, as the lower level needs."""
 
     def vjp(
         self,
@@ -64,4 +64,4 @@ class DifferentiableOptimizer(Optimizer, Protocol):
         """Return (∂params'/∂grads)ᵀ params_bar."""
 
     def predicted_grads_vjp(self, state: OptimizerState, params: Tree, params_bar: Tree) -> Tree:
-        """Return ``grads_vjp`` as far as it is known before the gradient is."""
+        """Return an approximation of ``grads_vjp`` that does not depend on the gradient."""

@@ -1,8 +1,8 @@
-"""Putting small tensors end to end, so that an elementwise rule costs a few calls, not hundreds.
+"""Concatenation of small tensors, so that an elementwise rule costs few calls instead of hundreds.
 
 An elementwise rule commutes with concatenation. A large tensor is a bucket of its own, without a
-copy; so temporaries are never larger than one bucket or one parameter. Measured for one AdamW
-step in float32 on one core of a shared CPU, milliseconds (range of medians over runs):
+copy, so temporaries are never larger than one bucket or one parameter. One AdamW step in float32 on
+one core of a shared CPU took, in milliseconds (range of medians over runs):
 
 =========================  ==================  ======================  =========  ===========
 parameters                 torch.optim.AdamW   TorchOpt, leaf by leaf  update     grads_vjp
@@ -27,10 +27,10 @@ Column = Sequence[Tensor | None]
 
 
 def bucket_indices(leaves: Column, keys: Sequence[Hashable | None]) -> list[list[int]]:
-    """Group the indices of leaves with the same key; a None key leaves its leaf out.
+    """Group the indices of leaves with the same key; a leaf with key None is left out.
 
-    A bucket holds at most BUCKET_ENTRIES entries or a single leaf; tensor subclasses (sharded
-    parameters) are never joined.
+    A bucket holds at most ``BUCKET_ENTRIES`` entries or a single leaf. Tensor subclasses (sharded
+    parameters) are never concatenated.
     """
     closed: list[list[int]] = []
     open_buckets: dict[Hashable, tuple[list[int], int]] = {}
@@ -59,14 +59,16 @@ def map_buckets(
     """Apply ``rule(key, *joined columns) -> outputs`` bucket by bucket.
 
     Args:
-        rule: Elementwise in all its tensors; returns ``outputs`` tensors of their shape, or None.
-        leaves: The parameters, which give shapes and grouping.
-        keys: One per leaf: leaves with equal keys may be joined; None: leave this leaf out.
-        columns: Further values per leaf, each column all tensors or all None within a bucket.
-        outputs: How many results the rule returns.
+        rule: The rule, elementwise in all its tensors. It returns ``outputs`` tensors of their
+            shape, or None for one of them.
+        leaves: The parameters, which determine shapes and grouping.
+        keys: One key per leaf. Leaves with equal keys may be concatenated, and a leaf with key None
+            is left out.
+        columns: Further values per leaf. Within a bucket, a column is all tensors or all None.
+        outputs: The number of results of the rule.
 
     Returns:
-        One list per output, with the shapes of ``leaves``, None where a leaf was left out.
+        One list per output, with the shapes of ``leaves``, and None where a leaf was left out.
     """
     results: list[list[Tensor | None]] = [[None] * len(leaves) for _ in range(outputs)]
     for indices in bucket_indices(leaves, keys):

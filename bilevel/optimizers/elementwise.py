@@ -1,4 +1,4 @@
-"""One optimizer step and its exact transposed derivative, whatever the rule.
+"""One optimizer step and its exact transposed derivative, for any elementwise rule.
 
 For every leaf θ with gradient g (of all leaves together for the clip scale c)::
 
@@ -42,20 +42,21 @@ from bilevel.tree import Tree, TreeT
 
 @dataclass(frozen=True)
 class ElementwiseOptimizer:
-    """What the optimizers share: clipping, weight decay, learning rate, bookkeeping.
+    """The parts that all optimizers share: clipping, weight decay, learning rate and state.
 
     Args:
-        lr: The learning rate, or a function of the steps taken before this one.
-        weight_decay: λ of the equations above.
-        decay_mask: Whether to decay the leaf of that path ('/'-joined, see ``tree.names``; the
-            parameter's name for a flat dict). None: decay all. E.g.
-            ``lambda name: not name.endswith("bias")``. In place of torch's parameter groups.
-        max_norm: Largest norm of all gradients together; None: no clipping.
-        differentiate_clip: Whether derivatives go through the clip scale c.
-        state_dtype: Of the moments and of the arithmetic; None: as the parameters. Give float32
-            with parameters of 16 bits: in bfloat16 0.999 s rounds to s, so that a second moment
-            with β₂ = 0.999 never decays. The new parameters are rounded all the same, so a step
-            below half an ulp of a parameter is lost.
+        lr: The learning rate, or a function from the number of earlier steps to it.
+        weight_decay: The weight decay λ of the module's equations.
+        decay_mask: The function from a leaf's path to whether the leaf decays, for example
+            ``lambda name: not name.endswith("bias")``. Paths are joined by '/' (see
+            ``tree.names``); in a flat dict they are the parameters' names. None means that all
+            leaves decay. It replaces torch's parameter groups.
+        max_norm: The largest norm of all gradients together. None means no clipping.
+        differentiate_clip: Whether derivatives include that of the clip scale c.
+        state_dtype: The dtype of the moments and of the arithmetic. None means that of the
+            parameters. Use float32 with 16-bit parameters: in bfloat16, 0.999 s rounds to s, so
+            that a second moment with β₂ = 0.999 never decays. The new parameters are still rounded
+            to their dtype, so a step below half a unit in the last place of a parameter is lost.
     """
 
     lr: float | Schedule
@@ -79,7 +80,7 @@ class ElementwiseOptimizer:
         """Return the state before the first step: 0 steps and zero moments.
 
         Moments have the dtype of their parameter, or ``state_dtype``; the update is computed in
-        that dtype too, and the new parameters are rounded to their own.
+        that dtype, too, and the new parameters are rounded to their own.
         """
         has_first, has_second = self._moments()
         return OptimizerState(
@@ -94,12 +95,13 @@ class ElementwiseOptimizer:
         """Take one step, in the caller's grad mode (train under ``torch.no_grad``).
 
         Args:
-            grads: Gradients like ``params``; None: leave that leaf and its moments as they are.
-            state: From ``init`` or the previous ``update``.
-            params: Tensors of any shape and float dtype.
+            grads: The gradients, like ``params``. A leaf whose gradient is None keeps its value and
+                its moments.
+            state: The state from ``init`` or the previous ``update``.
+            params: The parameters, tensors of any shape and float dtype.
 
         Returns:
-            The new parameters and the new state; the old ones are not changed.
+            The new parameters and the new state. The old ones are not changed.
 
         Raises:
             ValueError: ``grads`` or ``state`` differ from ``params`` in structure or shape.
@@ -129,19 +131,20 @@ class ElementwiseOptimizer:
     ) -> UpdateCotangents:
         """Return the transposed derivative of ``update`` at (grads, state, params).
 
+        The clip scale is constant unless ``differentiate_clip``. Where the second moment after the
+        step is 0, its derivative does not exist, and 0 is used (see ``rules``).
+
         Args:
-            grads: As given to ``update``.
-            state: As given to ``update``: the state before the step.
-            params: As given to ``update``.
-            params_bar: Cotangent of the new parameters; None leaves are zero.
-            state_bar: Cotangent of the new state (its steps are ignored); None: zero.
+            grads: The argument of ``update``.
+            state: The argument of ``update``, the state before the step.
+            params: The argument of ``update``.
+            params_bar: The cotangent of the new parameters. None leaves are zero.
+            state_bar: The cotangent of the new state, whose steps are ignored. None means zero.
 
         Returns:
-            ``(∂(params', state')/∂x)ᵀ (params_bar, state_bar)`` for x = grads, state, params,
-            without an autograd graph. The gradients' is None where the gradient is.
-
-        The clip scale is held constant unless ``differentiate_clip``. Where the second moment
-        after the step is 0 its derivative does not exist; 0 is returned (see ``rules``).
+            The cotangents ``(∂(params', state')/∂x)ᵀ (params_bar, state_bar)`` for x = grads,
+            state and params, without an autograd graph. A leaf whose gradient is None has None as
+            cotangent of its gradient.
         """
         with torch.no_grad():
             at = self._point(grads, state, params)
@@ -162,9 +165,10 @@ class ElementwiseOptimizer:
         )
 
     def grads_vjp(self, grads: Tree, state: OptimizerState, params: Tree, params_bar: Tree) -> Tree:
-        """Return ``(∂params'/∂grads)ᵀ params_bar``, e.g. ``−lr · params_bar`` for plain SGD.
+        """Return ``(∂params'/∂grads)ᵀ params_bar``, which is ``−lr · params_bar`` for plain SGD.
 
-        The gradient part of ``vjp``, for less; arguments and conventions as there.
+        This is the part of ``vjp`` for the gradients, at lower cost. Arguments and conventions are
+        those of ``vjp``.
         """
         with torch.no_grad():
             at = self._point(grads, state, params)
@@ -175,15 +179,14 @@ class ElementwiseOptimizer:
             return pulled
 
     def predicted_grads_vjp(self, state: OptimizerState, params: Tree, params_bar: Tree) -> Tree:
-        """Return ``grads_vjp`` as far as it is known before the gradient of the step is.
+        """Return an approximation of ``grads_vjp`` that does not depend on the step's gradient.
 
-        Exact for SGD. The adaptive optimizers use the second moment as it stands in ``state``
-        (bias-corrected by the steps it has seen) and leave out the term in which the gradient
-        changes its own second moment. Entries whose second moment is 0 (or nothing beside eps),
-        thus all of them in a cold state, get plain ``−lr · params_bar``: their true factor may be
-        anything from nearly 0 to lr / eps, depending on the gradient to come. The clip scale is
-        taken as 1.
-        None leaves of ``params_bar`` stay None.
+        It is exact for SGD. The adaptive optimizers use the second moment in ``state``,
+        bias-corrected by the steps before, and omit the term in which the gradient changes its own
+        second moment. Entries whose second moment is 0 or negligible beside eps, which are all
+        entries in a cold state, get ``−lr · params_bar``: their exact factor may be anything from
+        nearly 0 to lr / eps, depending on the next gradient. The clip scale is assumed to be 1.
+        None leaves of ``params_bar`` remain None.
         """
         with torch.no_grad():
             structure = optree.tree_structure(params, none_is_leaf=True)
@@ -198,7 +201,7 @@ class ElementwiseOptimizer:
                 gain = self._predicted_gain(s, count)
                 if not isinstance(gain, Tensor):
                     return (bar * (gain * -lr),)
-                # In place: the pages of a new tensor cost more on a CPU than the arithmetic.
+                # In place, since the pages of a new tensor cost more on a CPU than the arithmetic.
                 return (gain.mul_(bar).mul_(-lr).to(bar.dtype),)
 
             keys = [None if bar is None else (bar.dtype, bar.device) for bar in p_bars]
@@ -206,7 +209,7 @@ class ElementwiseOptimizer:
             predicted: Tree = structure.unflatten(columns[0])
             return predicted
 
-    # What an optimizer adds: which moments it keeps, its rule, and the rule's derivative.
+    # A subclass defines the moments that it keeps, its rule, and the rule's derivative.
 
     def _moments(self) -> tuple[bool, bool]:
         raise NotImplementedError
@@ -228,10 +231,10 @@ class ElementwiseOptimizer:
     def _predicted_gain(self, s: Tensor | None, count: int) -> float | Tensor:
         raise NotImplementedError
 
-    # Bookkeeping.
+    # Helpers of all optimizers.
 
     def _decays(self, params: Tree) -> list[float] | float:
-        """Return λ of each leaf, or of all."""
+        """Return the weight decay λ of each leaf, or one for all."""
         if self.decay_mask is None:
             return self.weight_decay
         names = tree.names(params, none_is_leaf=True)

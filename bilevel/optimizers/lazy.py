@@ -1,8 +1,8 @@
-"""Adam for tables of which a step touches a few rows: the others are left exactly alone.
+"""Adam for tables of which a step uses a few rows: the other rows do not change at all.
 
-Dense Adam keeps moving a row for some 1/(1 − β₁) steps after its last gradient, and its second
-moment fades between rare visits: with the defaults, one visit moves an entry of a table with one
-row per training example by about 32 × lr in all. Here it moves by about lr, at the visit.
+Dense Adam keeps moving a row for about 1/(1 − β₁) steps after its last gradient, and its second
+moment decays between rare visits. With the defaults, one visit moves an entry of a table with one
+row per training example by about 32 × lr in total. Here it moves by about lr, at the visit.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from bilevel.tree import Tree, TreeT
 
 
 class LazyRowState(NamedTuple):
-    """Steps taken (int64 scalar), visits per row (int64 [rows]) and moments like the table."""
+    """Numbers of steps (int64 scalar) and of visits (int64 [rows]), and moments like the table."""
 
     steps: Tensor
     visits: Tree
@@ -34,23 +34,23 @@ class LazyRowState(NamedTuple):
 
 @dataclass(frozen=True)
 class LazyRowAdam:
-    """AdamW that, at each step, sees only the rows (dim 0) with a non-zero gradient.
+    """AdamW that updates, at each step, only the rows (dimension 0) with a non-zero gradient.
 
-    A visited row with n visits, this one included, moves by::
+    A row at its n-th visit is updated by::
 
         m' = β₁ m + (1 − β₁) g      s' = β₂ s + (1 − β₂) g²
         θ' = θ − lr ( m'/(1 − β₁ⁿ) / (√(s'/(1 − β₂ⁿ)) + eps) + weight_decay θ )
 
-    All other rows, and their moments, stay bit for bit. With every row visited at every step it
-    is ``AdamW``; its rule is that of ``torch.optim.SparseAdam``, but with a count per row. The
-    schedule of ``lr`` runs on the steps of the whole table. It has no ``vjp``: it serves the upper
-    level, through whose update nothing is differentiated.
+    All other rows and their moments keep their bits. If every step visits every row, it equals
+    ``AdamW``. The rule is that of ``torch.optim.SparseAdam``, with a count per row. The schedule of
+    ``lr`` counts the steps of the whole table. There is no ``vjp``, since the upper level needs no
+    derivative of its update.
 
-    Momentum lasts for 1/(1 − β₁) visits. A row with a few tens of them over a whole run is moved
-    by its first gradients for half of it; β₁ = 0 lets every visit count alike.
+    Momentum lasts for 1/(1 − β₁) visits. If a row has a few tens of visits in a run, its first
+    gradients move it for half of the run; with β₁ = 0 every visit has the same influence.
 
     Raises:
-        ValueError: lr < 0, a beta outside [0, 1), eps ≤ 0, weight_decay < 0, max_norm ≤ 0.
+        ValueError: ``lr`` < 0, a beta is outside [0, 1), eps ≤ 0, weight_decay < 0 or max_norm ≤ 0.
     """
 
     lr: float | Schedule
@@ -73,7 +73,7 @@ class LazyRowAdam:
         """Return the state before the first step.
 
         Raises:
-            ValueError: A leaf is a scalar, thus has no rows, or ``eps`` underflows in its
+            ValueError: A leaf is a scalar, which has no rows, or ``eps`` underflows in its
                 precision.
         """
         for name, leaf in tree.flatten(params).items():
@@ -91,12 +91,12 @@ class LazyRowAdam:
         """Take one step.
 
         Args:
-            grads: Dense gradients like ``params``; rows of zeros, and None leaves, are skipped.
-            state: From ``init`` or the previous ``update``.
-            params: Tables, [rows, ...].
+            grads: Dense gradients like ``params``. Rows of zeros and None leaves are skipped.
+            state: The state from ``init`` or the previous ``update``.
+            params: The tables, [rows, ...].
 
         Returns:
-            The new tables and the new state; the old ones are not changed.
+            The new tables and the new state. The old ones are not changed.
 
         Raises:
             ValueError: ``grads`` or ``state`` differ from ``params`` in structure or shape.

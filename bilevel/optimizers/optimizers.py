@@ -1,9 +1,9 @@
 """Optimizers as pure functions, each with the exact derivative of its own update.
 
-An optimizer is a frozen dataclass of hyperparameters: ``init`` and ``update`` take a step, ``vjp``
-and ``grads_vjp`` pull cotangents back through that step (clipping and weight decay included),
-without an autograd graph, finite and right where a gradient is 0. See ``elementwise`` for the
-equations.
+An optimizer is a frozen dataclass of hyperparameters. ``init`` and ``update`` take a step; ``vjp``
+and ``grads_vjp`` pull cotangents back through that step, clipping and weight decay included. They
+need no autograd graph, and are finite and correct where a gradient is 0. The equations are in
+``elementwise``.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ from bilevel.tree import Tree
 
 @dataclass(frozen=True)
 class SGD(ElementwiseOptimizer):
-    """Gradient descent, with heavy-ball or Nesterov momentum; ``torch.optim.SGD``'s arithmetic.
+    """Gradient descent with heavy-ball or Nesterov momentum, computed as in ``torch.optim.SGD``.
 
-    ``m' = μ m + g₂``; ``u = m'``, or ``g₂ + μ m'`` with ``nesterov``; ``u = g₂`` if μ = 0.
+    ``m' = μ m + g₂``; ``u = m'``, or ``u = g₂ + μ m'`` with ``nesterov``, or ``u = g₂`` if μ = 0.
 
     Raises:
-        ValueError: lr < 0, momentum outside [0, 1), nesterov without momentum,
-            weight_decay < 0, max_norm ≤ 0.
+        ValueError: ``lr`` < 0, momentum is outside [0, 1), nesterov has no momentum,
+            weight_decay < 0 or max_norm ≤ 0.
     """
 
     momentum: float = 0.0
@@ -71,7 +71,7 @@ class SGD(ElementwiseOptimizer):
 
 @dataclass(frozen=True)
 class _AdaptiveOptimizer(ElementwiseOptimizer):
-    """What Adam, RMSProp and Adagrad share: one derivative with different coefficients."""
+    """The base of Adam, RMSProp and Adagrad, whose derivatives differ in coefficients only."""
 
     def init(self, params: Tree) -> OptimizerState:
         """Return the state before the first step.
@@ -106,7 +106,8 @@ class _AdaptiveOptimizer(ElementwiseOptimizer):
         assert s is not None
         now, coming = self._coefficients(max(count, 1)), self._coefficients(count + 1)
         factor = (1.0 - now.beta1) / coming.correction1
-        # 1/gain; in place, since the pages of new tensors cost more on a CPU than the arithmetic.
+        # This is 1/gain. It is in place, since the pages of new tensors cost more on a CPU than the
+        # arithmetic.
         inverse = (s / (now.correction2 * factor * factor)).sqrt_().add_(now.eps / factor)
         cold = float(torch.tensor(now.eps / factor, dtype=inverse.dtype, device="cpu"))
         return torch.threshold_(inverse, cold, 1.0).reciprocal_()
@@ -114,14 +115,14 @@ class _AdaptiveOptimizer(ElementwiseOptimizer):
 
 @dataclass(frozen=True)
 class Adam(_AdaptiveOptimizer):
-    """Adam (Kingma & Ba 2014), with L2 weight decay; ``torch.optim.Adam``'s arithmetic.
+    """Adam (Kingma & Ba 2014) with L2 weight decay, computed as in ``torch.optim.Adam``.
 
     ``m' = β₁ m + (1 − β₁) g₂``, ``s' = β₂ s + (1 − β₂) g₂²``,
     ``u = m'/(1 − β₁ᵗ) / (√(s'/(1 − β₂ᵗ)) + eps)`` at step t = 1, 2, …
 
     Raises:
-        ValueError: lr < 0, a beta outside [0, 1), eps ≤ 0 (the derivative at g = 0 from a cold
-            state is 1/eps), weight_decay < 0, max_norm ≤ 0.
+        ValueError: ``lr`` < 0, a beta is outside [0, 1), eps ≤ 0 (the derivative at g = 0 from a
+            cold state is 1/eps), weight_decay < 0 or max_norm ≤ 0.
     """
 
     betas: tuple[float, float] = (0.9, 0.999)
@@ -148,12 +149,12 @@ class Adam(_AdaptiveOptimizer):
 
 @dataclass(frozen=True)
 class AdamW(Adam):
-    """Adam with decoupled weight decay (Loshchilov & Hutter 2019); ``torch.optim.AdamW``'s.
+    """Adam with decoupled weight decay (Loshchilov & Hutter 2019), as in ``torch.optim.AdamW``.
 
     ``θ' = θ − lr (u + weight_decay θ)``, with u as in ``Adam``.
 
     Raises:
-        ValueError: As ``Adam``.
+        ValueError: ``Adam`` raises it for the same values.
     """
 
     weight_decay: float = field(default=0.01, kw_only=True)
@@ -163,12 +164,12 @@ class AdamW(Adam):
 
 @dataclass(frozen=True)
 class RMSProp(_AdaptiveOptimizer):
-    """RMSProp (Tieleman & Hinton 2012), not centred; ``torch.optim.RMSprop``'s arithmetic.
+    """RMSProp (Tieleman & Hinton 2012), not centred, computed as in ``torch.optim.RMSprop``.
 
     ``s' = beta s + (1 − beta) g₂²``, ``u = g₂ / (√s' + eps)``. ``beta`` is torch's ``alpha``.
 
     Raises:
-        ValueError: lr < 0, beta outside [0, 1), eps ≤ 0, weight_decay < 0, max_norm ≤ 0.
+        ValueError: ``lr`` < 0, beta is outside [0, 1), eps ≤ 0, weight_decay < 0 or max_norm ≤ 0.
     """
 
     beta: float = 0.99
@@ -192,12 +193,12 @@ class RMSProp(_AdaptiveOptimizer):
 
 @dataclass(frozen=True)
 class Adagrad(_AdaptiveOptimizer):
-    """Adagrad (Duchi et al. 2011); ``torch.optim.Adagrad``'s arithmetic.
+    """Adagrad (Duchi et al. 2011), computed as in ``torch.optim.Adagrad``.
 
     ``s' = s + g₂²``, ``u = g₂ / (√s' + eps)``.
 
     Raises:
-        ValueError: lr < 0, eps ≤ 0, weight_decay < 0, max_norm ≤ 0.
+        ValueError: ``lr`` < 0, eps ≤ 0, weight_decay < 0 or max_norm ≤ 0.
     """
 
     eps: float = 1e-10

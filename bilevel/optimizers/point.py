@@ -1,4 +1,4 @@
-"""Where an update is taken: the leaves and scalars of one step."""
+"""The point at which an update is evaluated: the leaves and scalars of one step."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Leaves: TypeAlias = list[Tensor | None]
 
 
 class LeafKey(NamedTuple):
-    """What leaves must have in common to be updated together."""
+    """The properties that leaves must share to be updated together."""
 
     dtype: torch.dtype
     grad_dtype: torch.dtype
@@ -25,7 +25,7 @@ class LeafKey(NamedTuple):
 
 
 class UpdatePoint(NamedTuple):
-    """Where an update happens: leaves in the parameters' order, and the step's scalars."""
+    """The inputs of an update: leaves in the parameters' order, and the step's scalars."""
 
     structure: Any
     params: Leaves
@@ -48,14 +48,14 @@ def update_point(
     """Return the point of an update that is not clipped.
 
     Args:
-        grads: Gradients like ``params``; None leaves are left out of the update.
+        grads: Gradients like ``params``. None leaves are left out of the update.
         state: The state before the step.
         params: The parameters before the step.
-        lr: Learning rate of the step.
-        decays: Weight decay of each leaf, or of all.
+        lr: The learning rate of the step.
+        decays: The weight decay of each leaf, or one for all.
 
     Raises:
-        ValueError: Structures differ, or a gradient has not its parameter's shape.
+        ValueError: Structures differ, or the shape of a gradient is not its parameter's.
     """
     leaves, structure = optree.tree_flatten(params, none_is_leaf=True)
     gradients = structure.flatten_up_to(grads)
@@ -77,12 +77,12 @@ def update_point(
 
 
 def column(structure: Any, values: Tree, size: int) -> Leaves:
-    """Return one value per leaf, Nones if there is no such tree."""
+    """Return one value per leaf, or Nones if there is no such tree."""
     return [None] * size if values is None else structure.flatten_up_to(values)
 
 
 def zero_filled(structure: Any, bars: Tree, values: Leaves) -> Leaves:
-    """Return one cotangent per leaf: zeros where it is None, None where there is no value."""
+    """Return one cotangent per leaf: zeros in place of None, and None where there is no value."""
     return [
         torch.zeros_like(value) if bar is None and value is not None else bar
         for bar, value in zip(column(structure, bars, len(values)), values, strict=True)
@@ -98,9 +98,9 @@ def or_else(columns: list[Leaves], defaults: list[Leaves]) -> list[Leaves]:
 
 
 def add_scale_path(at: UpdatePoint, grads_bar: Leaves, max_norm: float) -> Leaves:
-    """Add what reaches the gradients through the clip scale c(‖g‖), where the clip is active.
+    """Add the cotangent of the gradients through the clip scale c(‖g‖), if it is below 1.
 
-    With h = c ḡ₁ the cotangent for constant c: ``− g ⟨g, h⟩ / (‖g‖ (‖g‖ + 1e-6))``.
+    With h = c ḡ₁, the cotangent for constant c, the term is ``− g ⟨g, h⟩ / (‖g‖ (‖g‖ + 1e-6))``.
     """
     assert at.norm is not None
     assert at.scale is not None
@@ -114,7 +114,14 @@ def add_scale_path(at: UpdatePoint, grads_bar: Leaves, max_norm: float) -> Leave
 
 
 def check_shapes(params: Tree, leaves: Leaves, values: Leaves, what: str) -> None:
-    """Raise ValueError, naming the leaf, if a value (a ``what``) has not its parameter's shape."""
+    """Raise ValueError, naming the leaf, if a value's shape is not that of its parameter.
+
+    Args:
+        params: The parameters.
+        leaves: The leaves of ``params``.
+        values: One value per leaf.
+        what: The name of such a value in the message.
+    """
     for index, (leaf, value) in enumerate(zip(leaves, values, strict=True)):
         if leaf is not None and value is not None and leaf.shape != value.shape:
             name = tree.names(params, none_is_leaf=True)[index]

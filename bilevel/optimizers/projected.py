@@ -1,4 +1,4 @@
-"""An optimizer whose parameters stay in a set."""
+"""An optimizer whose parameters remain in a set."""
 
 from __future__ import annotations
 
@@ -14,15 +14,14 @@ from bilevel.tree import Tree, TreeT
 class Projected:
     """``φ' = Π(update(φ))``: the steps of another optimizer, each followed by a projection.
 
-    For upper parameters that act through a clamp. Without the projection a parameter that many
-    steps pushed past the edge must be pushed back as far before anything changes.
+    It is meant for upper parameters that take effect through a clamp. Without the projection, a
+    parameter that many steps moved past the bound must move back as far before it takes effect
+    again. No hypergradient includes the derivative of ``project``, so this is for the upper level.
+    Source: projected gradient descent (Bertsekas 1976).
 
     Args:
-        optimizer: Takes the step.
-        project: φ -> the nearest φ of the set, of the same structure; idempotent.
-
-    Source: projected gradient descent (Bertsekas 1976); the derivative of ``project`` is not part
-    of any hypergradient, so this is for the upper level.
+        optimizer: The optimizer that takes the step.
+        project: The idempotent function from φ to the nearest φ of the set, of the same structure.
     """
 
     optimizer: Optimizer
@@ -30,7 +29,7 @@ class Projected:
 
     @property
     def max_norm(self) -> float | None:
-        """The optimizer's own clip, if it has one."""
+        """The largest gradient norm of the optimizer, or None."""
         return getattr(self.optimizer, "max_norm", None)
 
     def init(self, params: Tree) -> Any:

@@ -1,17 +1,17 @@
-"""Update directions (TorchOpt's) and their derivatives in closed form, for one tensor.
+"""TorchOpt's update directions and their derivatives in closed form, for one tensor.
 
-The only module that imports torchopt. That library is unmaintained and has known defects, kept
-out here (each is covered by a test against ``torch.optim`` or finite differences):
+Only this module imports torchopt. That library is unmaintained and has known defects, which are
+avoided here. A test against ``torch.optim`` or finite differences covers each:
 
-- it works in place by default: ``inplace=False`` at every call;
-- ``trace`` counts its own calls in a closure, so a transformation built after a resume would
-  forget the momentum: its first call is spent on a dummy;
-- Adam's bias correction is a float32 power of the count: a float64 count makes it exact;
-- differentiating through Adam, RMSProp or Adagrad gives NaN where a gradient is exactly 0:
-  ``adaptive_vjp`` does not differentiate through it.
+- It works in place by default, so every call has ``inplace=False``.
+- ``trace`` counts its own calls in a closure, so a transformation that is built after a resume
+  would lose the momentum. Its first call is therefore made with a dummy.
+- Adam's bias correction is a float32 power of the count. A float64 count makes it exact.
+- Differentiation through Adam, RMSProp or Adagrad gives NaN where a gradient is exactly 0.
+  ``adaptive_vjp`` does not differentiate through them.
 
-Everything is elementwise: tensors are a parameter or several put end to end (``buckets``), and
-``steps`` is the number of steps taken, this one included.
+Everything is elementwise. A tensor is a parameter or a concatenation of several (``buckets``), and
+``steps`` is the number of steps, including the current one.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from torchopt.transform.trace import TraceState
 
 
 class RuleStep(NamedTuple):
-    """What a rule makes of a gradient: the step is ``params − lr · step``. None: no such moment."""
+    """The direction of the step ``params − lr · step``, and new moments, None if not used."""
 
     step: Tensor
     first_moment: Tensor | None = None
@@ -46,14 +46,14 @@ class RuleStep(NamedTuple):
 
 
 class Adaptive(NamedTuple):
-    """Coefficients of one step of an adaptive rule.
+    """The coefficients of one step of an adaptive rule.
 
     ``u = (m'/c₁) / (√(s'/c₂) + ε)`` with::
 
         m' = β₁ m + (1 − β₁) g        s' = β₂ s + γ g²
 
-    Adam: γ = 1 − β₂, c₁ = 1 − β₁ᵗ, c₂ = 1 − β₂ᵗ. RMSProp: β₁ = 0, γ = 1 − β₂, c₁ = c₂ = 1.
-    Adagrad: β₁ = 0, β₂ = γ = c₁ = c₂ = 1.
+    Adam has γ = 1 − β₂, c₁ = 1 − β₁ᵗ and c₂ = 1 − β₂ᵗ, RMSProp β₁ = 0, γ = 1 − β₂ and c₁ = c₂ = 1,
+    and Adagrad β₁ = 0 and β₂ = γ = c₁ = c₂ = 1.
     """
 
     eps: float
@@ -81,13 +81,13 @@ def descend(params: Tensor, step: Tensor, lr: float | Tensor) -> Tensor:
 
 
 def momentum_direction(grads: Tensor, first: Tensor, momentum: float, nesterov: bool) -> RuleStep:
-    """Return ``m' = μ m + g`` and the step m', or g + μ m' for Nesterov's.
+    """Return ``m' = μ m + g`` and the step, which is m' or, for Nesterov, g + μ m'.
 
     Source: Sutskever et al. 2013, in the form of ``torch.optim.SGD`` without dampening.
     """
     rule = trace(momentum, nesterov=nesterov)
     dummy = first.new_zeros(1)
-    rule.update(dummy, TraceState(dummy), inplace=False)  # spends the closure's "first call"
+    rule.update(dummy, TraceState(dummy), inplace=False)  # The closure's first call.
     step, state = rule.update(grads, TraceState(first), inplace=False)
     return RuleStep(step, first_moment=state.trace)
 
@@ -101,7 +101,7 @@ def adam_direction(
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return Adam's step and new moments (Kingma & Ba 2014); ``steps`` may be one per row."""
-    # On the CPU unless given per row: a scalar there mixes with any device, without a transfer.
+    # A scalar on the CPU combines with tensors on any device without a transfer.
     taken = steps if isinstance(steps, Tensor) else torch.tensor(steps, device="cpu")
     count = taken.to(torch.float64) - 1.0
     rule = scale_by_adam(b1=betas[0], b2=betas[1], eps=eps)
@@ -124,7 +124,7 @@ def adagrad_direction(grads: Tensor, second: Tensor, eps: float) -> RuleStep:
 
 
 def momentum_vjp(bars: RuleStep, momentum: float, nesterov: bool, *, all_inputs: bool) -> RuleStep:
-    """Return the cotangents of gradient (as ``step``) and, if asked for, of the old buffer.
+    """Return the cotangents of the gradient (as ``step``) and, if requested, the old buffer.
 
     ::
 
@@ -146,16 +146,16 @@ def adaptive_vjp(
     *,
     all_inputs: bool,
 ) -> RuleStep:
-    """Return the cotangents of gradient (as ``step``) and, if asked for, of the old moments.
+    """Return the cotangents of the gradient (as ``step``) and, if requested, the old moments.
 
     For cotangents ū, m̄', s̄' of direction and new moments, with D = √(s'/c₂) + ε::
 
         m̄ = m̄' + ū / (c₁ D)              s̄ = s̄' − ū u / (2 D √(c₂ s'))
         ḡ = (1 − β₁) m̄ + 2 γ g s̄         and β₁ m̄, β₂ s̄ for the old moments
 
-    Where s' = 0 the fraction in s̄ is taken as 0. There g = 0, so ḡ loses nothing: from a cold
-    state it is (1 − β₁) ū / (c₁ ε), the derivative of g/(|g| + ε). As m' = 0 there too in any
-    state that steps can reach, chained steps stay exact.
+    Where s' = 0, the fraction in s̄ is set to 0. There g = 0, so this does not change ḡ: from a cold
+    state it is (1 − β₁) ū / (c₁ ε), the derivative of g/(|g| + ε). In any state that steps can
+    reach, m' = 0 there, too, so the derivative of several steps remains exact.
     """
     new_first = grads if first is None else torch.lerp(first, grads, 1.0 - rule.beta1)
     root = (second * rule.beta2).addcmul_(grads, grads, value=rule.gain).sqrt_()  # √s'
@@ -163,13 +163,13 @@ def adaptive_vjp(
     eps = rule.eps * math.sqrt(rule.correction2)
     gain = math.sqrt(rule.correction2) / rule.correction1
     if not all_inputs:
-        # g/√s' is at most 1/√γ; where s' = 0 it is 0 over the smallest root there is.
+        # g/√s' is at most 1/√γ. Where s' = 0, it is 0 divided by the smallest possible root.
         least = math.sqrt(torch.finfo(root.dtype).tiny * torch.finfo(root.dtype).eps)
         slope = (grads / root.clamp_(min=least)).mul_(new_first)
         ratio = root.add_(eps).reciprocal_()
         slope.mul_(ratio).mul_(-rule.gain * gain).add_((1.0 - rule.beta1) * gain)
         return RuleStep(ratio.mul_(bars.step).mul_(slope))
-    # 1/√s', 0 where s' = 0. Masks would take ten times as long.
+    # This is 1/√s', and 0 where s' = 0. Masks would take ten times as long.
     inverse_root = root.reciprocal().nan_to_num_(nan=math.nan, posinf=0.0)
     scaled_denominator = root.add_(eps)
     ratio = bars.step / scaled_denominator

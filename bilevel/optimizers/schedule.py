@@ -1,7 +1,7 @@
-"""Learning-rate schedules: functions of the number of steps already taken.
+"""Learning-rate schedules: functions of the number of earlier steps.
 
-A schedule maps the step count (0 at the first step) to that step's learning rate. Any callable
-of that kind will do; the ones here are frozen dataclasses, so they compare, pickle and print.
+A schedule maps the step count (0 at the first step) to that step's learning rate. It may be any
+such callable; those in this module are frozen dataclasses, which compare, pickle and print.
 """
 
 from __future__ import annotations
@@ -47,9 +47,9 @@ class WarmupCosine:
         lr(k) = floor + (peak − floor) · ½(1 + cos(π (k − w) / (T − w)))  for w ≤ k ≤ T
         lr(k) = floor                                                     for k > T
 
-    With ``floor=0`` it equals ``transformers.get_cosine_schedule_with_warmup`` up to step T; after
-    T that one climbs again, this one stays. The first step's rate is 0 if there is a warm-up.
-    An int gives a float; a tensor of counts gives a float64 tensor of the same shape.
+    With ``floor=0`` it equals ``transformers.get_cosine_schedule_with_warmup`` up to step T. After
+    T that schedule increases again, while this one is constant. With a warm-up, the first step's
+    rate is 0. An int gives a float; a tensor of counts gives a float64 tensor of the same shape.
 
     Raises:
         ValueError: ``peak`` is negative, ``total_steps`` below 1, ``warmup_steps`` outside
@@ -88,7 +88,7 @@ class WarmupCosine:
 
 @dataclass(frozen=True)
 class StepDecay:
-    """``lr(k) = peak · factor^⌊k / every⌋``: ``torch.optim.lr_scheduler.StepLR``.
+    """``lr(k) = peak · factor^⌊k / every⌋``, as in ``torch.optim.lr_scheduler.StepLR``.
 
     Raises:
         ValueError: ``peak`` is negative, ``every`` below 1 or ``factor`` outside (0, 1].

@@ -23,7 +23,7 @@ def pass_at_k(correct: ArrayLike, k: int) -> float:
     as in Codex (arXiv 2107.03374). ``k = N`` is the oracle.
 
     Raises:
-        ValueError: k is not in 1 to N.
+        ValueError: ``k`` is not in 1 to N.
     """
     right = _binary(correct, "correct")
     _check_k(k, len(right))

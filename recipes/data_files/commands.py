@@ -1,4 +1,4 @@
-"""What each data command does once its options are known; each returns its exit status."""
+"""The data commands as functions of their options, which return the exit status."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from recipes.data_files.options import (
 
 
 def data_validate(options: ValidateOptions) -> int:
-    """Print the page; 1 if a record cannot be used."""
+    """Print the report; return 1 if a record cannot be used."""
     from recipes.data_files.validate import validate, write_figures
 
     page, figures = validate(options)
@@ -34,7 +34,7 @@ def data_convert(options: ConvertOptions) -> int:
 
 
 def data_inspect(options: InspectOptions) -> int:
-    """Print the page for one example."""
+    """Print one example as the model gets it."""
     from recipes.data_files.inspect import inspect
 
     print(inspect(options))

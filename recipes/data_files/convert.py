@@ -1,4 +1,4 @@
-"""``data convert``: any known format to the project's own, or to prompt/completions/labels rows."""
+"""``data convert``: from any known format to the project's, or to prompt/completions/labels."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from recipes.options.values import OptionError
 
 
 def convert(options: ConvertOptions) -> int:
-    """Convert a file, one row at a time; returns how many examples were written.
+    """Convert a file, one row at a time; return the number of examples written.
 
-    The whole source is checked as training would, but for its images, of which only existence and
-    place are; nothing is written if a record cannot be used.
+    The whole source is checked as in training, except that images are checked for existence and
+    place only. Nothing is written if a record cannot be used.
 
     Raises:
-        OptionError: No such file, an output that exists, or weights for a format without them.
-        DataError: A record that cannot be used, or ids and weights that do not fit.
+        OptionError: The file does not exist, the output exists, or the format has no weights.
+        DataError: A record cannot be used, or ids and weights do not match.
     """
     if options.weights is not None and options.to != "stepwise":
         raise OptionError("--weights: only stepwise rows have a weight column; use --to stepwise")
@@ -39,7 +39,7 @@ def convert(options: ConvertOptions) -> int:
 
 
 def examples_of(options: FileOptions, file: str) -> Iterator[StepExample]:
-    """The examples of a file, checked, one at a time."""
+    """Yield the examples of a file, each checked."""
     rows = checked_rows(
         existing_file(file),
         options.image_root,
@@ -50,15 +50,15 @@ def examples_of(options: FileOptions, file: str) -> Iterator[StepExample]:
 
 
 def root_of(options: FileOptions, file: str) -> Path:
-    """The folder that the image paths of ``file`` are relative to."""
+    """Return the folder that the image paths of ``file`` are relative to."""
     return Path(file).parent if options.image_root is None else Path(options.image_root)
 
 
 def existing_file(path: str) -> Path:
-    """The path of a file that is there.
+    """Return the path of a file that exists.
 
     Raises:
-        OptionError: It is not.
+        OptionError: The file does not exist.
     """
     if not Path(path).is_file():
         raise OptionError(f"{path}: no such file; check the path")
@@ -66,10 +66,10 @@ def existing_file(path: str) -> Path:
 
 
 def new_file(path: str) -> Path:
-    """The path of a file that is not there yet, in a folder that is.
+    """Return the path of a file that does not exist yet, in a folder that does.
 
     Raises:
-        OptionError: It is, or the folder is not.
+        OptionError: The file exists, or its folder does not.
     """
     file = Path(path)
     if file.exists():
@@ -80,7 +80,7 @@ def new_file(path: str) -> Path:
 
 
 class _Counter:
-    """Counts what passes through."""
+    """Counts the items that it passes on."""
 
     def __init__(self) -> None:
         self.count = 0

@@ -1,4 +1,4 @@
-"""What a check of data files finds: counts, and where each kind of finding came up first."""
+"""The findings of a check of data files: counts, and the first locations of each kind."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _LINES = 10**10
 
 @dataclass
 class Tally:
-    """How often something came up, and the first places."""
+    """The number of occurrences of one kind of finding, and the first locations."""
 
     count: int = 0
     first: list[int] = field(default_factory=list)
@@ -44,12 +44,13 @@ class Mistake:
 
 
 class Findings:
-    """Everything found in the files of one set (train, meta or test).
+    """All findings in the files of one set (train, meta or test).
 
-    Rows are compared by 64-bit hashes: memory is about 400 bytes a row, whatever its length.
+    Rows are compared by 64-bit hashes. Memory: about 400 bytes a row, independent of its length.
 
     Args:
-        compared: Keep a hash of every question's words, for ``recipes.data_files.overlap``.
+        compared: Whether to keep a hash of every question's words for
+            ``recipes.data_files.overlap``.
     """
 
     def __init__(self, *, compared: bool = False) -> None:
@@ -82,20 +83,20 @@ class Findings:
         self._contents: set[int] = set()
 
     def start(self, path: Path) -> None:
-        """Go on with the next file."""
+        """Continue with the next file."""
         self.files.append(path)
 
     def location(self, line: int) -> int:
-        """File and line in one number, to keep millions of them."""
+        """Return the current file and a line as one number, which saves memory."""
         return location_of(len(self.files) - 1, line)
 
     def shown(self, location: int) -> str:
-        """``location`` as it is printed."""
+        """Return ``location`` as text."""
         file, line = divmod(location, _LINES)
         return f"{line}" if len(self.files) == 1 else f"{self.files[file].name}:{line}"
 
     def mistake(self, error: DataError) -> None:
-        """Note a record that cannot be used."""
+        """Record the error of a record that cannot be used."""
         message = f"expected {error.expected}, found {error.found}"
         message += f"; {error.remedy}" if error.remedy else ""
         self.errors.append(
@@ -103,7 +104,7 @@ class Findings:
         )
 
     def row(self, line: int, record: Any) -> None:
-        """Count a record, readable or not, and compare its id with those before."""
+        """Count a record, readable or not, and compare its id with those of earlier rows."""
         self.rows += 1
         given = record.get("id") if isinstance(record, dict) else None
         if given is None or isinstance(given, list | dict):
@@ -115,11 +116,11 @@ class Findings:
         self._ids.add(key)
 
     def first_named(self, name: str, location: int) -> int:
-        """Where an example of that id came first, ``location`` if nowhere before."""
+        """Return the first location of this id, which is ``location`` if the id is new."""
         return self._names_at.setdefault(digest((name,)), location)
 
     def example(self, line: int, example: StepExample) -> None:
-        """Count an example of the row at ``line`` and compare it with those before."""
+        """Count an example of the row at ``line`` and compare it with earlier ones."""
         location = self.location(line)
         self.examples += 1
         self.steps += len(example.steps)
@@ -159,32 +160,32 @@ class Findings:
             self.words.add(digest(words_of(example.question)))
 
     def measured(self, location: int, length: int, tiles: int) -> None:
-        """Note how many tokens and tiles an example takes."""
+        """Record the numbers of tokens and tiles of an example."""
         self.lengths.append(length)
         self.tiles.append(tiles)
 
     @property
     def placeholder_ids(self) -> bool:
-        """Whether the one id of all rows is the filler that VisualPRM's converter writes."""
+        """Return whether all rows have the placeholder id that VisualPRM's converter writes."""
         return self._ids == {digest((PLACEHOLDER_ID,))}
 
     @property
     def constant_id(self) -> bool:
-        """Whether several rows have an id and it is always the same."""
+        """Return whether several rows have an id and all of these are equal."""
         return self._rows_with_id > 1 and len(self._ids) == 1
 
     @property
     def groups(self) -> int:
-        """Questions with outcomes: values of ``group``, or different questions and images."""
+        """Return the number of questions with outcomes, by ``group`` or question and images."""
         return len(self._groups)
 
     @property
     def mixed_groups(self) -> int:
-        """Questions with a right and a wrong solution."""
+        """Return the number of questions with both a right and a wrong solution."""
         return sum(mask == 3 for mask in self._groups.values())
 
     def figures(self) -> dict[str, Any]:
-        """The findings for JSON."""
+        """Return the findings for JSON."""
         return {
             "files": [str(path) for path in self.files],
             "formats": self.formats,
@@ -217,12 +218,12 @@ class Findings:
 
 
 def location_of(file: int, line: int) -> int:
-    """File (by number) and line in one number."""
+    """Return the number of a file and a line as one number."""
     return file * _LINES + line
 
 
 def digest(texts: Iterable[str]) -> int:
-    """64-bit hash of several texts and the borders between them."""
+    """Return a 64-bit hash of several texts and the boundaries between them."""
     hashed = hashlib.blake2b(digest_size=8)
     for text in texts:
         raw = text.encode("utf-8", "surrogatepass")
@@ -231,9 +232,10 @@ def digest(texts: Iterable[str]) -> int:
 
 
 def mismatched(example: StepExample) -> bool:
-    """Whether the text has another number of image marks than the example has images.
+    """Return whether the image marks in the text do not match the number of images.
 
-    ``<image>`` marks, if any, have to be as many as the images; ``<image 3>`` needs three.
+    The number of ``<image>`` marks, if there are any, must equal that of the images; ``<image 3>``
+    needs at least three images.
     """
     texts = [example.question, *(step.text for step in example.steps)]
     if not any("<image" in text for text in texts):
@@ -244,7 +246,7 @@ def mismatched(example: StepExample) -> bool:
 
 
 def spread(values: list[int]) -> dict[str, float]:
-    """Least, median, 95 % quantile, most and sum."""
+    """Return minimum, median, 95 % quantile, maximum and sum."""
     ordered = sorted(values)
     last = len(ordered) - 1
     return {
@@ -267,5 +269,5 @@ def _kind(label: float | None) -> str:
 
 
 def words_of(text: str) -> list[str]:
-    """Words without case and white space: what a repeated question is recognised by."""
+    """Return the words in lower case, by which a repeated question is recognised."""
     return text.casefold().split()

@@ -1,4 +1,4 @@
-"""``data inspect``: one example as the model gets it, and where its judgements are read off."""
+"""``data inspect``: one example as the model gets it, and the positions of its judgements."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ _SHOWN = 100
 
 
 def inspect(options: InspectOptions) -> str:
-    """The page for one example: record, images with tiles, steps with labels and positions.
+    """Return the report on one example: record, images with tiles, steps with labels and positions.
 
     Raises:
-        OptionError: No such file, row or candidate.
+        OptionError: The file, row or candidate does not exist.
         DataError: The record cannot be used, or has no weight in ``--weights``.
     """
     path = existing_file(options.file)
@@ -104,7 +104,7 @@ def _steps(encoded: EncodedExample, tokenizer: Any) -> list[str]:
 
 
 def _tokens(encoded: EncodedExample, tokenizer: Any) -> list[str]:
-    """Position, id and text of every token; runs of the same token in one line."""
+    """Return lines with position, id and text of every token; a repeated token has one line."""
     ids = encoded.input_ids.tolist()
     scored = {position: number for number, position in enumerate(encoded.label_positions.tolist())}
     lines, position = ["position  token"], 0

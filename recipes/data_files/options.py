@@ -1,4 +1,4 @@
-"""Options of the data commands. Nothing here imports torch, so that ``--help`` answers at once."""
+"""Options of the data commands. Nothing here imports torch, so that ``--help`` is fast."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from recipes.options.parse import build_parser
 
 @dataclass(frozen=True, kw_only=True)
 class FileOptions:
-    """What every command that reads data files needs."""
+    """The options of every command that reads data files."""
 
     format: FormatChoice = option("auto", "format of the files; auto: what the first record is")
     image_root: str | None = option(
@@ -103,7 +103,7 @@ class SplitOptions(SplitFlags):
 
 
 def build_data_parser(parser: argparse.ArgumentParser, options: type[Any]) -> None:
-    """The parser of a data command: its files as positional arguments, the rest as flags."""
+    """Add the arguments of a data command: files are positional, all other options are flags."""
     flags = options.__bases__[0]
     if options is ValidateOptions:
         parser.add_argument("files", nargs="+", metavar="FILE", help="files to check")

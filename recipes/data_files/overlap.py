@@ -1,7 +1,7 @@
-"""Questions and solutions that two sets (train, meta, test) have in common, found in two passes.
+"""Questions and solutions that two sets (train, meta, test) share, found in two passes.
 
-The first pass, part of the check itself, keeps a hash of every question's words. Only rows whose
-words another set has, too, are compared with their images, and only those images are read.
+The first pass is part of the check itself and keeps a hash of every question's words. The second
+compares the images, too, and reads only the rows whose words occur in another set.
 """
 
 from __future__ import annotations
@@ -15,16 +15,17 @@ from prm.schema import StepExample
 from recipes.data_files.findings import Findings, Tally, digest, words_of
 
 Rows = Iterator[tuple[int, StepExample]]
-"""(location, example) of every usable example of a set; see ``Findings.location``."""
+"""Pairs (location, example) of all usable examples of a file; see ``Findings.location``."""
 
 
 class Overlap:
-    """What two sets share: locations in the second of them.
+    """The overlap of two sets, as locations in the second.
 
     Attributes:
-        first, second: Names of the sets.
-        questions: Rows whose question (words and content of the images) the first has, too.
-        solutions: Those of them whose steps a row of the first has, too.
+        first: The name of the first set.
+        second: The name of the second set.
+        questions: The rows whose question (words and content of the images) occurs in the first.
+        solutions: The rows among these whose steps occur in the first, too.
     """
 
     def __init__(self, first: str, second: str) -> None:
@@ -35,11 +36,11 @@ class Overlap:
 def overlaps(
     findings_of: Mapping[str, Findings], rows_of: Mapping[str, Sequence[Rows]]
 ) -> list[Overlap]:
-    """What each pair of sets shares, in the order of ``findings_of``.
+    """Return the overlap of each pair of sets, in the order of ``findings_of``.
 
     Args:
-        findings_of: First pass: the findings of every set.
-        rows_of: Second pass: a generator per file of every set; begun only where there is need.
+        findings_of: The findings of every set in the first pass.
+        rows_of: A generator per file of every set for the second pass, used only where needed.
     """
     pairs = list(combinations(findings_of, 2))
     wanted = {
@@ -62,7 +63,7 @@ def _common(findings_of: Mapping[str, Findings], pair: tuple[str, str]) -> set[i
 
 
 def _keys(example: StepExample, images: dict[Path, str]) -> tuple[int, int]:
-    """(question, solution) by words and content of the images, whatever paths are called."""
+    """Return hashes of question and solution by words and content of the images, not paths."""
     for image in example.images:
         if image not in images:
             images[image] = _content(image)
@@ -76,7 +77,7 @@ def _content(image: Path) -> str:
     try:
         return hashlib.blake2b(image.read_bytes(), digest_size=16).hexdigest()
     except (OSError, ValueError):
-        return str(image)  # named among the errors already
+        return str(image)  # The errors name it already.
 
 
 def _overlap(pair: tuple[str, str], keys: Mapping[str, Sequence[tuple[int, int, int]]]) -> Overlap:

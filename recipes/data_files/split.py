@@ -1,4 +1,4 @@
-"""``data split``: parts of exact sizes, drawn at random, that share no question."""
+"""``data split``: random parts of exact sizes that share no question."""
 
 from __future__ import annotations
 
@@ -17,14 +17,15 @@ REST = "rest"
 
 
 def split(options: SplitOptions) -> dict[str, tuple[int, int]]:
-    """Write the parts; returns (groups, rows) of each.
+    """Write the parts; return the numbers of groups and rows of each.
 
-    A group is what shares ``group``, or where there is none, question and images. Rows keep their
-    order; ids, also those that were made for rows without one, stay.
+    A group is a set of rows with the same ``group`` or, without one, the same question and images.
+    Rows keep their order and their ids, including ids that were generated.
 
     Raises:
-        OptionError: Parts that cannot be had, naming the nearest sizes; a directory that exists.
-        DataError: A record that cannot be used.
+        OptionError: The sizes are impossible (the message names the nearest possible ones), or the
+            directory exists.
+        DataError: A record cannot be used.
     """
     sizes = parse_parts(options.parts)
     out = Path(options.out)
@@ -59,10 +60,10 @@ def _group(group: str | None, question: str, images: Sequence[Path]) -> int:
 
 
 def parse_parts(parts: Sequence[str]) -> dict[str, int | None]:
-    """Sizes by name from words like ``dev=100`` and ``train=rest`` (None).
+    """Return sizes by name from words like ``dev=100`` and ``train=rest`` (None).
 
     Raises:
-        OptionError: A word of another form, a name twice, or more than one rest.
+        OptionError: A word has another form, a name occurs twice, or there are several rests.
     """
     sizes: dict[str, int | None] = {}
     for word in parts:
@@ -81,19 +82,19 @@ def parse_parts(parts: Sequence[str]) -> dict[str, int | None]:
 
 
 def draw(weights: Sequence[int], sizes: Mapping[str, int | None], seed: int) -> list[str | None]:
-    """The part of every group, so that the weights of a part sum to its size exactly.
+    """Return the part of every group, so that the weights of a part sum to exactly its size.
 
-    The groups are taken in a random order, each into the first part that has room for it. Where
-    large groups leave a part short, groups of other sizes are exchanged for it
-    (``exact_subset``). Without a part that takes the rest some groups stay in none.
+    The groups are visited in random order, and each goes to the first part that has room for it. If
+    large groups leave a gap in a part, some are exchanged for groups of other sizes
+    (``exact_subset``). Without a part for the rest, some groups belong to no part (None).
 
     Args:
-        weights: Rows of every group, or ones.
-        sizes: Size by part; None: what the others leave.
-        seed: Fixes the order.
+        weights: The number of rows of every group, or ones.
+        sizes: The size of every part. None means all that the others leave.
+        seed: The seed of the order.
 
     Raises:
-        OptionError: More is asked for than there is, or no choice of whole groups has that sum.
+        OptionError: The sizes exceed the total, or no choice of whole groups has that sum.
     """
     asked = sum(size for size in sizes.values() if size is not None)
     if asked > sum(weights):
@@ -121,10 +122,11 @@ def draw(weights: Sequence[int], sizes: Mapping[str, int | None], seed: int) -> 
 
 
 def exact_subset(weights: Sequence[int], total: int) -> list[int] | None:
-    """Places of weights that sum to ``total``, the first ones as far as possible; None: none do.
+    """Return indices of weights that sum to ``total``, preferably the first; None if none do.
 
-    First come, first served; if that leaves a gap, the last taken are given back one by one until
-    what is left over can be made of the others: a bounded knapsack over distinct weights.
+    Weights are taken in order as long as they fit. If that leaves a gap, the last ones are released
+    one by one until weights that are not taken sum to the remainder, which is a bounded knapsack
+    problem over distinct weights.
     """
     taken: list[int] = []
     room = total
@@ -148,14 +150,14 @@ def exact_subset(weights: Sequence[int], total: int) -> list[int] | None:
 
 
 def _fill(spare: Mapping[int, Sequence[int]], total: int) -> list[int] | None:
-    """Places whose weights sum to ``total``; reachable sums as bits of one integer per weight."""
+    """Return indices of weights that sum to ``total``; integers hold reachable sums as bits."""
     mask = (1 << (total + 1)) - 1
     kinds = sorted(spare)
     reachable = [1]
     for weight in kinds:
         sums = reachable[-1]
         left, block = len(spare[weight]), 1
-        while left:  # 1, 2, 4, ... copies at a time
+        while left:  # Blocks of 1, 2, 4, ... copies.
             copies = min(block, left)
             sums |= (sums << (copies * weight)) & mask
             left -= copies

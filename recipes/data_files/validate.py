@@ -1,4 +1,4 @@
-"""``data validate``: read every record, go on behind mistakes, say on one page what was found."""
+"""``data validate``: read every record, continue after errors, and report on one page."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ Measure = Callable[[StepExample], tuple[int, int]]
 
 
 def validate(options: ValidateOptions) -> tuple[str, dict[str, Any]]:
-    """Check the files of ``options``: the page, and the figures for JSON.
+    """Check the files of ``options``; return the report and the figures for JSON.
 
-    The figures of the files stand at the top, those of ``--meta`` and ``--test`` below ``meta`` and
-    ``test``; ``errors`` holds all. Memory is some 400 bytes a row.
+    The figures of the files are at the top level, those of ``--meta`` and ``--test`` below ``meta``
+    and ``test``; ``errors`` holds the errors of all sets. Memory: about 400 bytes a row.
 
     Raises:
-        OptionError: A file or model that does not exist.
+        OptionError: A file or the model does not exist.
     """
     sets = {"train": options.files}
     sets |= {name: (path,) for name in ("meta", "test") if (path := getattr(options, name))}
@@ -133,7 +133,7 @@ def _measure(options: ValidateOptions) -> Measure:
 
 
 def _rows(paths: Sequence[str], options: ValidateOptions) -> list[Rows]:
-    """A generator per file, for a second pass."""
+    """Return a generator per file, for a second pass."""
 
     def rows(number: int, path: Path) -> Rows:
         root = path.parent if options.image_root is None else Path(options.image_root)
@@ -158,7 +158,7 @@ def _shared(pair: Overlap, findings: Findings) -> str:
 
 
 def _page(findings: Findings, options: ValidateOptions) -> str:
-    """What was found in one set; lines of nothing are left out."""
+    """Return the report on one set, without lines for findings that did not occur."""
     files = ", ".join(f"{p} ({f})" for p, f in zip(findings.files, findings.formats, strict=True))
     rows, examples = findings.rows, findings.examples
     lines = [f"{files}: {rows:,} rows, {examples:,} solutions, {findings.steps:,} steps"]

@@ -1,1 +1,1 @@
-"""Measurements of the library itself: cost, faults, real weights."""
+"""Measurements of the library itself: its cost, its fault tolerance, and a run on real weights."""

@@ -49,7 +49,7 @@ _INPUTS = ("input_ids", "attention_mask", "pixel_values")
 
 
 def wide_vocabulary_model() -> PRM:
-    """The embedded architecture with InternVL3's vocabulary, random parameters, float32."""
+    """Return the embedded architecture with InternVL3's vocabulary and random float32 values."""
     from transformers import InternVLForConditionalGeneration
 
     config = base_config()
@@ -62,7 +62,7 @@ def wide_vocabulary_model() -> PRM:
 
 @torch.no_grad()
 def original_loop(prm: PRM, examples: Sequence[StepExample], collator: Collator) -> list[Tensor]:
-    """Step scores as DreamPRM-1.5's ``select_best_answer`` computes them, in the model's dtype."""
+    """Return step scores as in DreamPRM-1.5's ``select_best_answer``, in the model's dtype."""
     scores = []
     for example in examples:
         encoded = collator.encode(example)
@@ -81,7 +81,7 @@ def ours(
     *,
     full_vocab: bool,
 ) -> list[Tensor]:
-    """Step scores by ``score_examples``, encoding included."""
+    """Return step scores by ``score_examples``, after encoding the examples."""
     encoded = [collator.encode(example) for example in examples]
     return score_examples(prm, {}, encoded, collator, batch_size, full_vocab=full_vocab)
 
@@ -93,9 +93,9 @@ def compare(
     rounds: int,
     report: Callable[[str], None] = print,
 ) -> dict[str, Any]:
-    """Measure every way of scoring; rates are medians over rounds, ratios of the same round."""
+    """Measure every way of scoring; rates and ratios are medians over rounds."""
 
-    def fresh() -> Collator:  # no tiles are cached from the way before
+    def fresh() -> Collator:  # Its cache holds no tiles of an earlier way.
         return prm.collator(system_prompt=SYSTEM_PROMPT)
 
     ways: dict[str, Callable[[], list[Tensor]]] = {
@@ -147,7 +147,7 @@ def compare(
 
 
 def table(comparison: Mapping[str, Any]) -> str:
-    """The comparison, one way a line."""
+    """Return the comparison as text, with one line per way."""
     tokens = comparison["tokens"]
     lines = [
         f"{comparison['solutions']} solutions of {tokens['mean']:.0f} tokens on average, "

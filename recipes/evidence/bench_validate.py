@@ -36,7 +36,7 @@ _WORDS = (
 
 
 def visualprm_rows(rows: int, images: int, seed: int = 0) -> Iterator[dict[str, Any]]:
-    """Rows as VisualPRM's converter writes them: id -1, one image, 4 to 12 steps, 9 of 10 right."""
+    """Yield rows like VisualPRM's converter: id -1, one image, 4 to 12 steps, 9 of 10 right."""
     rng = random.Random(seed)
     words = _WORDS.split()
     sentences = [" ".join(rng.choices(words, k=rng.randint(12, 40))) for _ in range(4000)]
@@ -68,7 +68,7 @@ def write_visualprm(path: Path, rows: int, images: int, *, array: bool = False) 
 
 
 def write_images(folder: Path, count: int) -> None:
-    """The pictures that ``visualprm_rows`` names: 8 by 8 pixels, each of its own colour."""
+    """Write the pictures of ``visualprm_rows``, 8 by 8 pixels, each of its own colour."""
     (folder / "images").mkdir(parents=True)
     for number in range(count):
         colour = (number % 256, number // 256 % 256, 0)
@@ -76,10 +76,10 @@ def write_images(folder: Path, count: int) -> None:
 
 
 def measured(file: Path) -> dict[str, Any]:
-    """Check ``file`` in a process of its own: its seconds, peak resident bytes, and results.
+    """Check ``file`` in a process of its own; return seconds, peak resident bytes and results.
 
-    ``cpu_seconds`` is the time it computed; ``seconds`` is the elapsed time, which is longer on a
-    busy machine.
+    ``cpu_seconds`` is processor time; ``seconds`` is elapsed time, which is longer on a busy
+    machine.
 
     Raises:
         subprocess.CalledProcessError: The check failed or reported errors.
@@ -89,7 +89,7 @@ def measured(file: Path) -> dict[str, Any]:
     started = time.perf_counter()
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
     seconds = time.perf_counter() - started
-    used = resource.getrusage(resource.RUSAGE_CHILDREN)  # of this one process: there is no other
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)  # There is no other child process.
     figures = json.loads(path.read_text(encoding="utf-8"))
     return {
         "seconds": round(seconds, 1),
@@ -102,7 +102,7 @@ def measured(file: Path) -> dict[str, Any]:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Write the file, check it, print and store the figures."""
+    """Write the file, check it, and print and store the figures."""
     parser = argparse.ArgumentParser(
         prog="python -m recipes.evidence.bench_validate", description=__doc__
     )

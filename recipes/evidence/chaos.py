@@ -1,19 +1,19 @@
-"""Kill training runs again and again, and compare their results with undisturbed runs.
+"""Kill training runs repeatedly, and compare their results with those of uninterrupted runs.
 
-Tiny training runs of every weighting and every hypergradient are killed with SIGKILL and resumed,
-over and over, until they end; then each is compared, bit for bit, with the same run uninterrupted:
-model, weights, weighting, answers and every line of the log.
+Tiny training runs of every weighting and every hypergradient are killed with SIGKILL and resumed
+until they end. Each is then compared, bit for bit, with the same run without kills: model, weights,
+weighting, answers and every line of the log.
 
-Half of the kills come at a random moment, counted in processor time of the process, so anywhere
-from reading the options to the last result. The other half come just before a random change of the
-file system within the run directory (a file opened for writing, made, renamed or removed), because
-that is where a half-written state would show; many of these are inside the writing of a checkpoint.
-The random choices follow from the seed; when a kill meets the process does not, so that the number
-of kills differs a little from call to call. ``make chaos`` runs this module.
+Half of the kills come after a random amount of the process's processor time, at any point between
+reading the options and the last result. The other half come just before a random change of the file
+system in the run directory (a file is opened for writing, created, renamed or removed), since a
+partly written state would show there; many of these are inside the writing of a checkpoint. The
+seed determines the random choices but not the exact moment at which a kill takes effect, so the
+number of kills varies slightly between calls. ``make chaos`` runs this module.
 
-Every attempt is a process of its own, started by a server process that has imported everything and
-trained nothing (``multiprocessing``'s forkserver): a fresh interpreter spends ten times as long on
-imports as such a run on all of its steps. It trains on one thread.
+Every attempt is a process of its own. A server process that has imported everything and trained
+nothing forks it (``multiprocessing``'s forkserver), since a new interpreter needs ten times as long
+for imports as such a run for all of its steps. It trains on one thread.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ from recipes.evidence.chaos_attempt import attempt
 from recipes.run.files import write_json
 
 KILLS, SEED = 50, 0
-"""What ``make chaos`` asks for, and what ``results/chaos.json`` holds the figures of."""
+"""The setting of ``make chaos`` and of the figures in ``results/chaos.json``."""
 
 SAVE_EVERY = 2
 _COMMON = (
@@ -67,13 +67,13 @@ _COMPARED = (
 
 @dataclass(frozen=True)
 class Ended:
-    """How an attempt ended.
+    """The end of an attempt.
 
     Attributes:
-        killed: Whether our SIGKILL ended it.
-        code: Exit status; -9 for the kill.
-        cpu: Processor seconds that it took; up to the last look at them if it was killed.
-        output: What it printed.
+        killed: Whether the harness's SIGKILL ended it.
+        code: The exit status, which is -9 for the kill.
+        cpu: The processor seconds that it used, up to the last poll if it was killed.
+        output: The text that it printed.
     """
 
     killed: bool
@@ -83,10 +83,10 @@ class Ended:
 
 
 class Harness:
-    """Start attempts and kill them.
+    """Starts attempts and kills them.
 
     Attributes:
-        folder: Where data, model and runs are.
+        folder: The folder of data, model and runs.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -99,7 +99,7 @@ class Harness:
         self._context.set_forkserver_preload(["recipes.evidence.chaos_attempt"])
 
     def words(self, case: str, run: Path) -> list[str]:
-        """The command of a case."""
+        """Return the command of a case."""
         data = self.folder / "data"
         files = [f"--{n}-file={data / n}.jsonl" for n in ("train", "meta", "test")]
         chosen = [f"--model={self.folder / 'model'}", f"--output-dir={run}", *files]
@@ -116,10 +116,10 @@ class Harness:
         """Run a command, killed after ``cpu`` seconds of its own or before its ``event``-th change.
 
         Args:
-            run: The directory whose changes count.
+            run: The directory whose changes are counted.
             words: The command line.
-            cpu: Processor seconds before the kill; None: no such kill.
-            event: Number of the change, from 1; None: no such kill.
+            cpu: The processor seconds before the kill. None means no such kill.
+            event: The number of the change, from 1. None means no such kill.
         """
         file = self.folder / "output.txt"
         file.write_bytes(b"")
@@ -132,13 +132,13 @@ class Harness:
         while process.is_alive():
             spent = max(spent, _cpu_seconds(process.pid))
             if cpu is not None and spent >= cpu:
-                process.kill()  # nothing if it has just ended by itself
+                process.kill()  # It has no effect if the process has just ended.
                 break
             process.join(0.002)
         process.join()
         assert process.exitcode is not None
         output = file.read_text(encoding="utf-8", errors="replace")
-        # A process knows its own time exactly; how late we looked depends on who else computes.
+        # The process reports its time exactly; the delay of a poll depends on the machine's load.
         exact = re.search(r"^processor seconds: (\S+)$", output, re.MULTILINE)
         spent = float(exact[1]) if exact else spent
         return Ended(process.exitcode == -signal.SIGKILL, process.exitcode, spent, output)
@@ -153,7 +153,7 @@ def _cpu_seconds(pid: int) -> float:
 
 
 def outcome(run: Path) -> dict[str, Any]:
-    """Return all that a finished run wrote, but for how long it took."""
+    """Return everything that a finished run wrote, except times."""
     files: dict[str, Any] = {name: (run / name).read_bytes() for name in _COMPARED}
     results = json.loads((run / "results.json").read_text(encoding="utf-8"))
     del results["seconds"]
@@ -161,7 +161,7 @@ def outcome(run: Path) -> dict[str, Any]:
 
 
 def _position(run: Path) -> tuple[int, int, bool]:
-    """Steps logged, steps in the newest checkpoint, and whether one was being written."""
+    """Return the steps in the log and the newest checkpoint, and whether one was being written."""
     logged = 0
     if (run / "log.jsonl").is_file():
         text = (run / "log.jsonl").read_text(encoding="utf-8")
@@ -174,12 +174,12 @@ def _position(run: Path) -> tuple[int, int, bool]:
 
 @dataclass(frozen=True)
 class Reference:
-    """A case's run without any kill.
+    """A case's run without kills.
 
     Attributes:
-        outcome: What it wrote, see ``outcome``.
-        cpu: Processor seconds that it took.
-        events: How often it changed the file system.
+        outcome: Everything that it wrote, as the function ``outcome`` returns it.
+        cpu: The processor seconds that it used.
+        events: The number of its changes of the file system.
     """
 
     outcome: dict[str, Any]
@@ -189,17 +189,17 @@ class Reference:
 
 @dataclass(frozen=True)
 class Counts:
-    """What was observed; counts of several runs add up.
+    """The observed counts, which can be added over runs.
 
     Attributes:
-        kills: Attempts that were killed.
-        inside_checkpoint: Those of them that were writing a checkpoint.
-        resumed: Those of them after which the run went on from its newest complete checkpoint, or
-            from the beginning where there was none yet.
-        lost: The most steps that were logged and had to be taken again.
-        runs: Runs that came to their end.
-        different: Those of them that differ from the run without kills in any bit.
-        harmless: Kills in runs that do not differ.
+        kills: The number of killed attempts.
+        inside_checkpoint: The number of kills during the writing of a checkpoint.
+        resumed: The number of kills after which the run resumed from its newest complete
+            checkpoint, or from the beginning if there was none.
+        lost: The largest number of logged steps that had to be repeated.
+        runs: The number of runs that ended.
+        different: The number of these that differ from the run without kills in any bit.
+        harmless: The number of kills in runs that do not differ.
     """
 
     kills: int = 0
@@ -227,7 +227,7 @@ def reference_run(harness: Harness, case: str) -> Reference:
     """Run a case once without killing it.
 
     Raises:
-        RuntimeError: It failed; the message ends with its output.
+        RuntimeError: The run failed; the message ends with its output.
     """
     run = harness.folder / "whole" / case
     ended = harness.attempt(run, harness.words(case, run))
@@ -237,13 +237,13 @@ def reference_run(harness: Harness, case: str) -> Reference:
 
 
 def killed_run(harness: Harness, case: str, reference: Reference, rng: random.Random) -> Counts:
-    """Run a case, killed until it happens to end, and compare it with the reference.
+    """Run a case, with kills until an attempt ends by itself, and compare it with the reference.
 
     Args:
-        harness: Starts the attempts.
+        harness: The harness that starts the attempts.
         case: A key of ``CASES``.
         reference: The case's run without kills.
-        rng: Draws the kills.
+        rng: The generator of the kills.
 
     Raises:
         RuntimeError: An attempt failed by itself; the message ends with its output.
@@ -255,8 +255,8 @@ def killed_run(harness: Harness, case: str, reference: Reference, rng: random.Ra
     while not (run / "results.json").exists():
         resume = (run / "args.yaml").exists()
         words = ["train", "--resume", str(run)] if resume else harness.words(case, run)
-        # Nothing beyond three quarters: what a resumed run has left is shorter, so that its end is
-        # reached all the same, and fewer attempts end unkilled.
+        # Kills are within the first three quarters. A resumed run is shorter, so kills still reach
+        # its end, and fewer attempts end without a kill.
         share = 0.75 * rng.random()
         if rng.random() < 0.5:
             ended = harness.attempt(run, words, cpu=share * reference.cpu)
@@ -271,16 +271,17 @@ def killed_run(harness: Harness, case: str, reference: Reference, rng: random.Ra
             logged, saved, writing = _position(run)
             counts += Counts(kills=1, inside_checkpoint=writing, lost=max(0, logged - saved))
             expected = saved
-    if expected is not None:  # killed after the last file
+    if expected is not None:  # The kill came after the last file.
         counts += Counts(resumed=1)
     different = outcome(run) != reference.outcome
     return counts + Counts(runs=1, different=different, harmless=0 if different else counts.kills)
 
 
 def _went_on(ended: Ended, expected: int, resume: bool) -> bool:
-    """Whether an attempt started after ``expected`` steps; one killed before its note counts too.
+    """Return whether an attempt started after ``expected`` steps.
 
-    The note is the line that a resumed run prints; ``resume``: whether the attempt was one.
+    This is read from the line that a resumed run prints. An attempt that was killed before that
+    line counts, too. ``resume`` states whether the attempt was a resumed run.
     """
     note = re.search(r"resumed after (\d+) of|(from the beginning)", ended.output)
     if note is None:
@@ -291,10 +292,10 @@ def _went_on(ended: Ended, expected: int, resume: bool) -> bool:
 def chaos(
     folder: Path, kills: int, seed: int, cases: Sequence[str] = tuple(CASES)
 ) -> dict[str, Any]:
-    """Kill runs in ``folder`` until there were ``kills`` and every case had as many runs.
+    """Kill runs in ``folder`` until there are ``kills`` kills and equally many runs of every case.
 
     Returns:
-        The figures that ``results/chaos.json`` holds, but for the command.
+        The figures of ``results/chaos.json``, without the command.
     """
     started = time.perf_counter()
     harness, rng = Harness(folder), random.Random(seed)
@@ -329,8 +330,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command.
 
     Returns:
-        The exit status: 1 if a run differs from the one without kills, or did not go on from its
-        newest checkpoint.
+        The exit status, which is 1 if a run differs from the one without kills, or did not resume
+        from its newest checkpoint.
     """
     parser = argparse.ArgumentParser(description="Kill training runs and compare what they become.")
     parser.add_argument("--output", default="results/chaos.json", help="where the figures go")

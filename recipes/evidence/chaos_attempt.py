@@ -1,7 +1,7 @@
 """One attempt of ``recipes.evidence.chaos``: a command in a process that may kill itself.
 
-Importing this module imports all that a run imports, so that the server from which the processes
-are forked has done so once.
+This module imports everything that a run imports, so that the server from which the processes are
+forked does so only once.
 """
 
 from __future__ import annotations
@@ -35,14 +35,15 @@ def attempt(words: list[str], run: str, event: int | None, output: str) -> None:
     Args:
         words: The command line.
         run: The directory whose changes are counted.
-        event: Number of the change, from 1, before which it kills itself with SIGKILL; None: never.
-        output: The file for its output, which ends with ``processor seconds: <how many>`` and
-            ``changes: <how many>`` if the command comes to its end.
+        event: The number of the change, from 1, before which the process kills itself with SIGKILL.
+            None means never.
+        output: The file for the output, which ends with ``processor seconds: <number>`` and
+            ``changes: <number>`` if the command ends by itself.
     """
     with open(output, "wb", buffering=0) as file:
         for stream in (1, 2):
             os.dup2(file.fileno(), stream)
-    tqdm.set_lock(threading.RLock())  # its own is a semaphore, which a killed process leaves behind
+    tqdm.set_lock(threading.RLock())  # The default is a semaphore, which outlives a killed process.
     changes = 0
 
     def count(name: str, details: tuple[Any, ...]) -> None:
@@ -62,7 +63,7 @@ def attempt(words: list[str], run: str, event: int | None, output: str) -> None:
 
 
 def _is_change(name: str, details: tuple[Any, ...], run: str) -> bool:
-    """Whether an audit event is about to change a file below ``run``."""
+    """Return whether an audit event announces a change of a file below ``run``."""
     if name == "open":
         path, mode, flags = details
         if not (flags & _WRITES if mode is None else set(mode) & set("wax+")):

@@ -6,9 +6,9 @@ and every kind of training, a run that is resumed from a checkpoint, and a run t
 started and the new one resumes. Then every file that a run leaves is compared: models, weights,
 checkpoints and options byte for byte, logs and results value for value, apart from times.
 
-Everything runs on one thread, since sums over several threads are split as they please. What a
-commit has computed is kept in ``--folder`` and used again by the next call; ``--short`` leaves out
-the three long runs. Exit status 1 if anything differs.
+Everything runs on one thread, since the order of sums over several threads is not fixed. Results of
+a commit are kept in ``--folder`` and used again by the next call; ``--short`` leaves out the three
+long runs. The exit status is 1 if anything differs.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _LOWER = (
 _UPPER = "--upper-start 2 --meta-batch-size 12"
 _TABLE = f"--config train-table {_UPPER}"
 _DOT = "--batch-size 1 --accumulation 4 --normalise table --route dot"
-_WINDOW = f"{_TABLE} --order upper-first"  # the default, which is read with one-step alone
+_WINDOW = f"{_TABLE} --order upper-first"  # The default; only one-step reads the order.
 _IMPLICIT = "--hypergradient implicit --lower-weight-decay 0 --solver-iterations 3 --damping 1"
 SHORT_RUNS = {
     "baseline": "--config baseline",
@@ -58,7 +58,7 @@ SHORT_RUNS = {
     "penalty": f"{_WINDOW} --hypergradient penalty --unroll-steps 2",
     "saved": f"--config train-net {_UPPER} --save-every 4 --keep-checkpoints 0",
 }
-"""Options of each short run, beside those that all have in common."""
+"""The options of each short run, in addition to those that all share."""
 
 LONG_RUNS = ("train-net", "train-table", "train-domain")
 _SAVED = "runs/short-saved"
@@ -66,20 +66,20 @@ _TIMES = {"seconds", "seconds_per_step", "time"}
 
 
 def short_words(name: str) -> list[str]:
-    """The command of a short run."""
+    """Return the command of a short run."""
     return ["train", *f"{_LOWER} {SHORT_RUNS[name]} --output-dir runs/short-{name}".split()]
 
 
 def compute(checkout: Path, folder: Path, *, short: bool) -> None:
-    """Run every command that ``folder`` does not hold the result of yet.
+    """Run every command whose result is not in ``folder`` yet.
 
     Args:
         checkout: The code to run.
         folder: The working directory of the commands.
-        short: Leave out the long runs.
+        short: Whether to leave out the long runs.
 
     Raises:
-        RuntimeError: A command failed; the message ends with what it printed last.
+        RuntimeError: A command failed; the message ends with the end of its output.
     """
     run = _runner(checkout, folder)
     run("data/embedded", ["data", "embedded", "--out", "data/embedded"])
@@ -93,7 +93,7 @@ def compute(checkout: Path, folder: Path, *, short: bool) -> None:
 
 
 def _runner(checkout: Path, folder: Path) -> Callable[..., None]:
-    """Return a function that runs a command once and moves what it wrote to its final name."""
+    """Return a function that runs a command once and moves its output to the final name."""
     environment = os.environ | {"PYTHONPATH": str(checkout), "OMP_NUM_THREADS": "1"}
 
     def run(output: str, words: Sequence[str], copy_of: str | None = None) -> None:
@@ -151,7 +151,7 @@ def _files(root: Path) -> Iterator[Path]:
 
 
 def _values(path: Path) -> Any:
-    """The content of a file without what tells the time."""
+    """Return the content of a file without times."""
     text = path.read_bytes()
     if path.suffix == ".json":
         return _timeless(json.loads(text))
@@ -172,7 +172,7 @@ def checkout_of(commit: str, folder: Path) -> tuple[str, Path]:
     path = folder / "code" / name[:12]
     if not path.exists():
         path.mkdir(parents=True)
-        root = _git("rev-parse", "--show-toplevel")  # from a subfolder git archives that alone
+        root = _git("rev-parse", "--show-toplevel")  # In a subfolder, git would archive only that.
         archive = subprocess.Popen(["git", "archive", name], stdout=subprocess.PIPE, cwd=root)
         subprocess.run(["tar", "-x", "-C", str(path)], stdin=archive.stdout, check=True)
         if archive.wait():
@@ -188,7 +188,7 @@ def _git(*words: str) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Compute both commits' runs, compare them, and print what differs."""
+    """Compute the runs of both commits, compare them, and print the differences."""
     parser = argparse.ArgumentParser(
         prog="python -m recipes.evidence.same_bits", description=(__doc__ or "").splitlines()[0]
     )

@@ -23,15 +23,15 @@ import numpy as np
 from recipes.run.files import write_json
 
 _BLOCKS = 20
-_T_95 = 2.101  # Student's t for 95 %, of 20 points and a line
+_T_95 = 2.101  # Student's t for 95 % and a line through 20 points.
 _WARM_UP = 0.1
 LIMITS = {"rss_mib": 0.02, "open_files": 0.02, "cpu_ms_per_step": 0.10}
-"""Largest growth over the run, as a share of the mean, that is not called growth."""
+"""The largest increase over the run, as a share of the mean, that does not count as growth."""
 
 
 @dataclass(frozen=True)
 class Sample:
-    """What the process held after a number of steps; times since its start in seconds."""
+    """The resources of the process after a number of steps; times are seconds since its start."""
 
     step: int
     rss_mib: float
@@ -40,7 +40,7 @@ class Sample:
 
 
 def sample(step: int) -> Sample:
-    """Return what this process holds now (Linux)."""
+    """Return the current resources of this process (Linux)."""
     with open("/proc/self/statm", encoding="ascii") as file:
         pages = int(file.read().split()[1])
     rss = pages * os.sysconf("SC_PAGESIZE") / 2**20
@@ -48,13 +48,13 @@ def sample(step: int) -> Sample:
 
 
 def trend(steps: Sequence[float], values: Sequence[float]) -> dict[str, float]:
-    """Least-squares line through the means of 20 stretches of the run.
+    """Fit a least-squares line through the means of 20 segments of the run.
 
-    Means of stretches, since neighbouring samples are not independent.
+    Means are used since neighbouring samples are not independent.
 
     Returns:
-        mean, slope per 1000 steps with its 95 % interval, and the growth over all steps (slope
-        times steps, with the interval's ends) as a share of the mean.
+        The mean, the slope per 1000 steps with its 95 % interval, and the growth over all steps
+        (slope times steps, with the interval's ends) as a share of the mean.
     """
     x = np.array([np.mean(part) for part in np.array_split(np.asarray(steps, float), _BLOCKS)])
     y = np.array([np.mean(part) for part in np.array_split(np.asarray(values, float), _BLOCKS)])
@@ -75,15 +75,15 @@ def trend(steps: Sequence[float], values: Sequence[float]) -> dict[str, float]:
 
 
 def grows(name: str, line: dict[str, float]) -> bool:
-    """Whether a quantity grows beyond its 95 % interval, and by more than its limit."""
+    """Return whether growth is significant at 95 % and larger than the quantity's limit."""
     return line["growth_low"] > 0 and line["growth"] > LIMITS[name]
 
 
 def report(samples: Sequence[Sample]) -> dict[str, Any]:
-    """Trends of everything that was sampled, the first tenth of the steps left out.
+    """Return the trends of all sampled quantities, without the first tenth of the steps.
 
     Raises:
-        ValueError: Too few samples for a trend.
+        ValueError: There are too few samples for a trend.
     """
     last = samples[-1].step
     rows = [row for row in samples if row.step >= _WARM_UP * last]
@@ -105,23 +105,22 @@ def report(samples: Sequence[Sample]) -> dict[str, Any]:
 
 
 def soak(directory: Path, steps: int) -> dict[str, Any]:
-    """Train for ``steps`` below ``directory`` and report."""
+    """Train for ``steps`` below ``directory``, and return the report."""
     from recipes.train.training import run_training
 
     run = directory / "run"
     options = _options(directory, run, steps)
     samples: list[Sample] = []
     started = time.perf_counter()
-    # Sampled by the loop itself: a thread that reads the log would sample whenever it gets to run,
-    # miss what was written between its last look and the end, and see files half-way through a
-    # checkpoint.
+    # The loop itself takes the samples. A thread that reads the log would take them at irregular
+    # times, miss the last steps, and see files in the middle of a checkpoint.
     run_training(options, logged=lambda step: samples.append(sample(step)))
     trends = report(samples)
     return {**trends, "seconds": round(time.perf_counter() - started, 1)}
 
 
 def _options(directory: Path, run: Path, steps: int) -> Any:
-    """A run of batches of four on a tiny model and data set, which are written first."""
+    """Write a tiny model and data set, and return the options of a run with batches of four."""
     import torch
     from transformers import InternVLForConditionalGeneration
 
@@ -168,7 +167,7 @@ def _options(directory: Path, run: Path, steps: int) -> Any:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run, print and write the report; 1 if something grows."""
+    """Run, print and write the report; return 1 if a quantity grows."""
     parser = argparse.ArgumentParser(prog="python -m recipes.evidence.soak", description=__doc__)
     parser.add_argument("--steps", type=int, default=20_000, help="steps of both levels")
     parser.add_argument("--output", type=Path, default=Path("results/soak.json"))

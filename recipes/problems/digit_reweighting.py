@@ -1,8 +1,8 @@
-"""Weights for the training rows of a digit classifier, learned or not: how the core is used.
+"""Weights for the training rows of a digit classifier, learned or fixed: an example of the core.
 
-Lower level: a small network, each row's loss times its weight. Upper level: the loss on clean
-scans. ``instance_table``, ``meta_weight_net`` and ``make_solver`` are all that the core asks for;
-the rules further down need no upper level and are there to compare with.
+The lower level is a small network, with each row's loss times its weight. The upper level is the
+loss on clean scans. ``instance_table``, ``meta_weight_net`` and ``make_solver`` are all that the
+core needs; the rules at the end need no upper level and serve as baselines.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ Batch = Mapping[str, Any]
 
 
 class Weighting(NamedTuple):
-    """φ at the start, weights(φ, batch, losses) -> [batch], and what moves φ (None: nothing)."""
+    """The initial φ, weights(φ, batch, losses) -> [batch], and the optimizer of φ or None."""
 
     phi: Params
     weights: Callable[[Params, Batch, Tensor], Tensor]
@@ -42,20 +42,20 @@ class Weighting(NamedTuple):
 
 
 def instance_table(rows: int, lr: float | Schedule) -> Weighting:
-    """One weight in [0, 2] per training row, mean 1 in the batch."""
+    """Return one weight in [0, 2] per training row, with mean 1 in the batch."""
     table = InstanceTable(rows)
     return Weighting(
         table.init(),
         lambda phi, batch, losses: table.weights(phi, batch["row"]),
-        LazyRowAdam(lr),  # moves only the rows that the batch visits
+        LazyRowAdam(lr),  # It updates only the rows in the batch.
     )
 
 
 def meta_weight_net(lr: float | Schedule, generator: torch.Generator) -> Weighting:
-    """A network of 100 hidden units from a row's loss to its weight in (0, 2), mean 1 in the batch.
+    """Return a network from a row's loss to its weight in (0, 2), with mean 1 in the batch.
 
-    Meta-Weight-Net of Shu et al. 2019 (arXiv 1902.07379), which has no centring: without it all
-    weights ran to 0 together here.
+    It has 100 hidden units. Source: Meta-Weight-Net of Shu et al. 2019 (arXiv 1902.07379), which
+    does not centre the weights; without centring all weights converged to 0 here.
     """
     net = InstanceNet(features=1, hidden=100)
 
@@ -67,7 +67,7 @@ def meta_weight_net(lr: float | Schedule, generator: torch.Generator) -> Weighti
 
 
 def logits(theta: Params, x: Tensor) -> Tensor:
-    """The lower model, a network with one hidden layer: [batch, 64] -> [batch, 10]."""
+    """Return the logits [batch, 10] of scans [batch, 64] by a network with one hidden layer."""
     hidden = torch.relu(linear(x, theta["in.weight"], theta["in.bias"]))
     return linear(hidden, theta["out.weight"], theta["out.bias"])
 
@@ -75,7 +75,7 @@ def logits(theta: Params, x: Tensor) -> Tensor:
 def make_solver(
     weighting: Weighting, lr: float, warm_up: int = 0
 ) -> BilevelSolver[Params, Params, Batch]:
-    """Two losses and their optimizers; a row's loss is also what its weight may depend on."""
+    """Return the solver for both losses; a row's weight may depend on its loss."""
 
     def per_example_loss(theta: Params, batch: Batch) -> tuple[Tensor, Tensor]:
         losses = cross_entropy(logits(theta, batch["x"]), batch["y"], reduction="none")
@@ -88,13 +88,13 @@ def make_solver(
         ReweightingProblem(per_example_loss, weighting.weights, meta_loss),
         lower_optimizer=AdamW(lr),
         upper_optimizer=weighting.optimizer or Adam(0.0),
-        hypergradient=OneStep(PerExample()),  # exact, through the step of AdamW just taken
+        hypergradient=OneStep(PerExample()),  # Exact through the last step of AdamW.
         upper_start=warm_up,
     )
 
 
 def init_network(hidden: int, generator: torch.Generator) -> Params:
-    """Weights uniform in ±1/√fan_in, biases 0."""
+    """Return weights uniform in ±1/√fan_in, and biases of 0."""
 
     def uniform(rows: int, columns: int) -> Tensor:
         return (2 * torch.rand(rows, columns, generator=generator) - 1) / math.sqrt(columns)
@@ -108,14 +108,14 @@ def init_network(hidden: int, generator: torch.Generator) -> Params:
 
 
 def uniform() -> Weighting:
-    """All weights 1."""
+    """Return the constant weight 1."""
     return Weighting({}, lambda phi, batch, losses: torch.ones_like(losses), None)
 
 
 def small_loss(share: float, warm_up: int) -> Weighting:
-    """From step ``warm_up`` on, weigh only the ``share`` of every batch that has the least loss.
+    """Weight only the ``share`` of every batch with the least loss, from step ``warm_up`` on.
 
-    It has to be told how many labels are right. The batch holds the number of its step.
+    The share of right labels must be known. The batch holds the number of its step.
     """
 
     def weights(phi: Params, batch: Batch, losses: Tensor) -> Tensor:
@@ -128,7 +128,7 @@ def small_loss(share: float, warm_up: int) -> Weighting:
 
 
 def inverse_frequency(labels: Tensor) -> Weighting:
-    """Weight ``rows / (classes · rows of the class)``: every class counts the same."""
+    """Weight a row ``rows / (classes · rows of the class)``, so that all classes count the same."""
     counts = torch.bincount(labels, minlength=CLASSES)
     by_class = len(labels) / (CLASSES * counts.clamp(min=1))
     return Weighting({}, lambda phi, batch, losses: by_class.to(losses)[batch["y"]], None)

@@ -1,4 +1,4 @@
-"""The digit scans inside scikit-learn, split, with labels corrupted or classes thinned out."""
+"""The digit scans of scikit-learn, split, with corrupted labels or with rare classes."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ DEV, TEST = 200, 397
 
 @dataclass(frozen=True)
 class Scans:
-    """Some scans.
+    """A set of scans.
 
     Attributes:
-        x: Pixels in [0, 1], [rows, 64].
-        y: The label, which may be wrong, int64 [rows].
-        true: The digit in the picture, int64 [rows].
-        source: Row of scikit-learn's data set, int64 [rows].
+        x: The pixels in [0, 1], [rows, 64].
+        y: The labels, which may be wrong, int64 [rows].
+        true: The digits in the pictures, int64 [rows].
+        source: The rows of scikit-learn's data set, int64 [rows].
     """
 
     x: Tensor
@@ -37,12 +37,12 @@ class Scans:
 
     @property
     def clean(self) -> Tensor:
-        """Which labels are right, bool [rows]."""
+        """Return which labels are right, bool [rows]."""
         return self.y == self.true
 
 
 class Splits(NamedTuple):
-    """Disjoint sets of scans, as they come: all labels right, all classes about as frequent."""
+    """Disjoint sets of scans with right labels and classes of about the same size."""
 
     train: Scans
     meta: Scans
@@ -51,10 +51,10 @@ class Splits(NamedTuple):
 
 
 def read_splits(generator: torch.Generator) -> Splits:
-    """A random split: 10 scans of each digit for meta, 200 dev, 397 test, the rest for training.
+    """Return a random split: 100 meta scans, 10 per digit, 200 dev, 397 test, the rest training.
 
     Raises:
-        ModuleNotFoundError: Scikit-learn, which carries the scans, is not installed.
+        ModuleNotFoundError: Scikit-learn, which contains the scans, is not installed.
     """
     try:
         from sklearn.datasets import load_digits
@@ -75,7 +75,7 @@ def read_splits(generator: torch.Generator) -> Splits:
 
 
 def with_wrong_labels(scans: Scans, share: float, generator: torch.Generator) -> Scans:
-    """Give ``round(share * rows)`` random rows one of the nine other labels, all alike likely."""
+    """Give ``round(share * rows)`` random rows one of the nine other labels, chosen uniformly."""
     spoilt = torch.randperm(len(scans), generator=generator)[: round(share * len(scans))]
     shift = torch.randint(1, CLASSES, (len(spoilt),), generator=generator)
     labels = scans.y.clone()
@@ -84,12 +84,12 @@ def with_wrong_labels(scans: Scans, share: float, generator: torch.Generator) ->
 
 
 def long_tail(scans: Scans, imbalance: float, generator: torch.Generator) -> tuple[Scans, Tensor]:
-    """Thin out the classes: the one at rank k of ten keeps ``n · imbalance^(−k/9)`` rows.
+    """Remove rows so that the class of rank k of ten keeps ``n · imbalance^(−k/9)``.
 
-    n is the size of the smallest class before, which class gets which rank is random.
+    n is the size of the smallest class before. The ranks of the classes are random.
 
     Returns:
-        The rows that are kept, and the classes [10] from the fullest to the rarest.
+        The remaining rows, and the classes [10] from the largest to the smallest.
     """
     ranked = torch.randperm(CLASSES, generator=generator)
     full = int(torch.bincount(scans.y, minlength=CLASSES).min())
@@ -101,12 +101,12 @@ def long_tail(scans: Scans, imbalance: float, generator: torch.Generator) -> tup
 
 
 def joined(first: Scans, second: Scans) -> Scans:
-    """The rows of both."""
+    """Return the rows of both."""
     pairs = zip(vars(first).values(), vars(second).values(), strict=True)
     return Scans(*(torch.cat(pair) for pair in pairs))
 
 
 def _rank_in_class(labels: Tensor) -> Tensor:
-    """How many earlier rows have the same label, [rows]."""
+    """Return the number of earlier rows with the same label, [rows]."""
     same = torch.nn.functional.one_hot(labels, CLASSES).cumsum(0)
     return same.gather(1, labels[:, None]).squeeze(1) - 1

@@ -1,15 +1,15 @@
 """Learning rate and weight decay of every step of a short training run: ``make learned-schedule``.
 
-Upper parameters are two numbers per step k, the rate η_k and the decay δ_k (their logarithms)::
+The upper parameters are the logarithms of two numbers per step k, the rate η_k and the decay δ_k::
 
     θ_{k+1} = θ_k − η_k ∇ℓ_k(θ_k) − δ_k θ_k        k = 0 … K − 1
     minimise over η, δ   the loss of θ_K on validation rows
 
-The hypergradient goes through the whole run. Every run starts from a fresh network and takes the
-rows in a fresh order, so that what is learned is a schedule and no single run. Rates climb as long
-as that helps; learned too fast (``--upper-lr 0.1``) they climb past where training is stable, and
-the hypergradient of a run that has broken down does not lead back. The core is used in
-`lower_loss`, `upper_loss`, `make_solver` and `learn`.
+The hypergradient is that of the whole run. Every run starts from a new network and a new order of
+the rows, so that the schedule does not fit a single run. Rates increase as long as that helps. With
+a large step on the schedule (``--upper-lr 0.1``) they pass the limit of stable training, and the
+hypergradient of a diverged run does not lead back. The core is used in ``lower_loss``,
+``upper_loss``, ``make_solver`` and ``learn``.
 """
 
 from __future__ import annotations
@@ -34,12 +34,12 @@ from recipes.problems.report import check_options, mean_interval, percent, run_r
 VALIDATION, MOST_ROWS = 500, 600
 _RATES = tuple(0.2 * 2 ** (power / 2) for power in range(9))  # 0.2 to 3.2
 _DECAYS = (0.0, 1e-3, 3e-3, 1e-2)  # as a share of the rate
-_LEAST = 1e-12  # stands for 0 in a logarithm
+_LEAST = 1e-12  # Replaces 0 before the logarithm.
 _SHAPES: Mapping[str, Callable[[float], float]] = {
     "constant": lambda progress: 1.0,
     "cosine": lambda progress: 0.5 * (1 + math.cos(math.pi * progress)),
 }
-_FOR_GRID, _FOR_TEST = 10_000, 20_000  # first seeds of the runs; those of learning begin at 0
+_FOR_GRID, _FOR_TEST = 10_000, 20_000  # First seeds of the runs; those of learning start at 0.
 
 Params = dict[str, Tensor]
 Schedule = dict[str, Tensor]  # log_rate [K], log_decay [K]
@@ -47,29 +47,31 @@ Batch = Mapping[str, Any]
 
 
 class Task(NamedTuple):
-    """Disjoint rows, and how to begin the run of a seed."""
+    """Disjoint rows, and the initial network and batches of the run of a seed."""
 
     train: Scans
     validation: Scans
     test: Scans
     network: Callable[[int], Params]
-    batches: Callable[[int], list[list[Batch]]]  # per step one micro-batch, which holds its number
+    batches: Callable[
+        [int], list[list[Batch]]
+    ]  # One micro-batch per step, which holds the step's number.
 
 
 def lower_loss(theta: Params, schedule: Schedule, batch: Batch) -> Tensor:
-    """η_k ℓ_k(θ) + ½ δ_k ‖θ‖²: gradient descent with rate 1 on it is the step above."""
+    """Return η_k ℓ_k(θ) + ½ δ_k ‖θ‖², on which gradient descent with rate 1 is step k."""
     rate, decay = (schedule[name][batch["step"]].exp() for name in ("log_rate", "log_decay"))
     size = torch.stack([leaf.square().sum() for leaf in theta.values()]).sum()
     return rate * cross_entropy(logits(theta, batch["x"]), batch["y"]) + 0.5 * decay * size
 
 
 def upper_loss(theta: Params, schedule: Schedule, batch: Batch) -> Tensor:
-    """Of the trained network."""
+    """Return the validation loss of the trained network."""
     return cross_entropy(logits(theta, batch["x"]), batch["y"])
 
 
 def make_solver(steps: int, runs: int, upper_lr: float) -> BilevelSolver[Params, Schedule, Batch]:
-    """A window is one training run."""
+    """Return a solver whose window is one training run."""
     return BilevelSolver(
         BilevelProblem(lower_loss, upper_loss),
         lower_optimizer=SGD(1.0),
@@ -82,7 +84,7 @@ def make_solver(steps: int, runs: int, upper_lr: float) -> BilevelSolver[Params,
 def learn(
     solver: BilevelSolver[Params, Schedule, Batch], task: Task, schedule: Schedule, runs: int
 ) -> Schedule:
-    """One step on the schedule after each of the training runs."""
+    """Learn the schedule by one upper step after each training run."""
     validation = {"x": task.validation.x, "y": task.validation.y}
     state = solver.init(task.network(0), schedule)
     for run in range(runs):
@@ -134,7 +136,7 @@ class ScheduleOptions:
 
 
 def make_task(options: ScheduleOptions) -> Task:
-    """Split the scans and spoil the labels of the training rows."""
+    """Split the scans and corrupt labels of the training rows."""
     splits = read_splits(torch.Generator().manual_seed(options.seed))
     train, validation = (
         splits.train[torch.arange(options.rows)],
@@ -163,12 +165,12 @@ def _generator(options: ScheduleOptions, run: int, purpose: int) -> torch.Genera
 
 
 def constant(steps: int, rate: float, decay: float) -> Schedule:
-    """The same rate and decay at every step."""
+    """Return the schedule with the same rate and decay at every step."""
     return from_shape(_SHAPES["constant"], steps, rate, decay / rate)
 
 
 def from_shape(shape: Callable[[float], float], steps: int, peak: float, decay: float) -> Schedule:
-    """η_k = peak · shape(k / K), δ_k = decay · η_k."""
+    """Return the schedule η_k = peak · shape(k / K), δ_k = decay · η_k."""
     rates = torch.tensor([peak * shape(step / steps) for step in range(steps)])
     return {
         "log_rate": rates.clamp(min=_LEAST).log(),
@@ -177,7 +179,7 @@ def from_shape(shape: Callable[[float], float], steps: int, peak: float, decay: 
 
 
 def train(task: Task, schedule: Schedule, run: int) -> Params:
-    """θ_K of one run: the same solver, without an upper level."""
+    """Return θ_K of one run by the same solver, without upper steps."""
     solver = make_solver(len(schedule["log_rate"]), 1, 0.0)
     state, _ = solver.window(solver.init(task.network(run), schedule), task.batches(run))
     return state.lower_params
@@ -185,7 +187,7 @@ def train(task: Task, schedule: Schedule, run: int) -> Params:
 
 @torch.no_grad()
 def judge(theta: Params, rows: Scans) -> tuple[float, float]:
-    """Loss and accuracy by the true labels."""
+    """Return loss and accuracy by the true labels."""
     outputs = logits(theta, rows.x)
     right = outputs.argmax(1) == rows.true
     return float(cross_entropy(outputs, rows.true)), float(right.double().mean())
@@ -194,7 +196,7 @@ def judge(theta: Params, rows: Scans) -> tuple[float, float]:
 def search_grid(
     task: Task, options: ScheduleOptions, shape: Callable[[float], float]
 ) -> tuple[Schedule, dict[str, float]]:
-    """The peak rate and decay with the least mean validation loss."""
+    """Return the schedule of the peak rate and decay with the least mean validation loss."""
     candidates: list[tuple[float, float, float]] = []
     for rate in _RATES:
         for decay in _DECAYS:
@@ -251,7 +253,7 @@ def compare(options: ScheduleOptions) -> tuple[str, dict[str, Any]]:
 
 
 def _table(rows: Mapping[str, Mapping[str, Any]]) -> str:
-    """Means over fresh training runs."""
+    """Return the table of means over new training runs."""
     lines = [
         [
             "schedule",
@@ -279,7 +281,7 @@ def _table(rows: Mapping[str, Mapping[str, Any]]) -> str:
 
 
 def _steps(row: Mapping[str, Any]) -> str:
-    """Rate and decay of about ten steps."""
+    """Return a table of rate and decay at about ten steps."""
     count = len(row["rates"])
     shown = sorted({round(tenth * (count - 1) / 9) for tenth in range(10)})
     return text_table(
@@ -292,7 +294,7 @@ def _steps(row: Mapping[str, Any]) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command; returns its exit status."""
+    """Run the command; return its exit status."""
     return run_recipe("recipes.problems.learned_schedule", ScheduleOptions, compare, arguments)
 
 

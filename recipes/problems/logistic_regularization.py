@@ -5,10 +5,10 @@ Run by ``make regularization``. With rows x_i, labels y_i = ±1 and λ_j per fea
     w*(λ) = argmin_w  mean_train log(1 + exp(−y_i ⟨x_i, w⟩)) + ½ Σ_j exp(λ_j) w_j²
     minimise over λ   mean_validation log(1 + exp(−y_i ⟨x_i, w*(λ)⟩)) + (strength / 2d) ‖λ − λ₀‖²
 
-the formulas of benchmark_bilevel (Dagréou et al. 2022, arXiv 2201.13409) with a prior on λ: without
-it the best λ is infinite, for some strengths of 30 features separate the validation rows. The core
-is used in `lower_loss`, `upper_loss`, `make_solver` and `search`; the rest is a second, dense way
-to the same answer, to compare with.
+These are the formulas of benchmark_bilevel (Dagréou et al. 2022, arXiv 2201.13409) with a prior on
+λ. Without it the best λ is infinite, since 30 features can separate the validation rows. The core
+is used in ``lower_loss``, ``upper_loss``, ``make_solver`` and ``search``; the rest is a dense
+solution to compare with.
 """
 
 from __future__ import annotations
@@ -53,24 +53,24 @@ class Rows(NamedTuple):
 
 
 def logistic_loss(w: Tensor, rows: Rows) -> Tensor:
-    """Mean over the rows."""
+    """Return the mean logistic loss over the rows."""
     return softplus(-rows.y * (rows.x @ w)).mean()
 
 
 def lower_loss(w: Tensor, penalties: Tensor, rows: Rows) -> Tensor:
-    """What w is trained on."""
+    """Return the loss that w minimises."""
     return logistic_loss(w, rows) + 0.5 * (penalties.exp() * w.square()).sum()
 
 
 def upper_loss(w: Tensor, penalties: Tensor, rows: Rows) -> Tensor:
-    """What the penalties λ are chosen by; they may appear in it directly, too."""
+    """Return the loss that λ minimises, in which λ also occurs directly."""
     return logistic_loss(w, rows) + PRIOR / 2 * (penalties - START).square().mean()
 
 
 def make_solver(
     hypergradient: Hypergradient, lower_steps: int, upper_steps: int
 ) -> BilevelSolver[Tensor, Tensor, Rows]:
-    """A window is `lower_steps` of gradient descent with momentum, then a step on λ."""
+    """Return a solver with ``lower_steps`` of gradient descent with momentum per step on λ."""
     return BilevelSolver(
         BilevelProblem(lower_loss, upper_loss),
         lower_optimizer=SGD(0.5, momentum=0.9, nesterov=True),
@@ -83,7 +83,7 @@ def make_solver(
 def search(
     solver: BilevelSolver[Tensor, Tensor, Rows], train: Rows, validation: Rows, upper_steps: int
 ) -> Iterator[tuple[BilevelState[Tensor, Tensor], StepInfo]]:
-    """Every window's end. All rows at every step; w goes on from where the last window left it."""
+    """Yield the state after every window. Steps use all rows, and w continues across windows."""
     zeros = train.x.new_zeros(train.x.shape[1])
     state = solver.init(zeros, zeros + START)
     state, _ = solver.window(state, [[train]] * FIRST_SOLVE)
@@ -127,10 +127,10 @@ class Splits(NamedTuple):
 
 
 def read_splits(generator: torch.Generator) -> Splits:
-    """A random split of scikit-learn's breast-cancer data, float64: 200, 150 and 219 rows.
+    """Return a random split of scikit-learn's breast-cancer data, float64: 200, 150 and 219 rows.
 
     Raises:
-        ModuleNotFoundError: Scikit-learn, which carries the data, is not installed.
+        ModuleNotFoundError: Scikit-learn, which contains the data, is not installed.
     """
     try:
         from sklearn.datasets import load_breast_cancer
@@ -148,9 +148,9 @@ def read_splits(generator: torch.Generator) -> Splits:
 
 
 def solve_lower(penalties: Tensor, train: Rows) -> tuple[Tensor, Tensor]:
-    """w*(λ) [features] and the Hessian of the lower loss there, by Newton's method.
+    """Return w*(λ) [features] and the Hessian of the lower loss there, by Newton's method.
 
-    Every step is halved until the loss falls by a tenth of what the gradient promises.
+    Every step is halved until the loss falls by a tenth of what the gradient predicts.
     """
     x, y, strength = train.x, train.y, penalties.exp()
     w = torch.zeros_like(penalties)
@@ -171,7 +171,7 @@ def solve_lower(penalties: Tensor, train: Rows) -> tuple[Tensor, Tensor]:
 
 
 def exact(penalties: Tensor, splits: Splits) -> tuple[Tensor, Tensor, Tensor]:
-    """Upper loss at w*(λ), its gradient, and w*: implicit differentiation with a dense Hessian."""
+    """Return upper loss, hypergradient and w* by implicit differentiation with a dense Hessian."""
     w, hessian = solve_lower(penalties, splits.train)
     leaves = w.clone().requires_grad_(), penalties.clone().requires_grad_()
     loss = upper_loss(*leaves, splits.validation)
@@ -180,9 +180,9 @@ def exact(penalties: Tensor, splits: Splits) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def reference(splits: Splits) -> Tensor:
-    """The λ to which the exact gradient leads from λ₀: L-BFGS, last without a line search.
+    """Return the minimiser λ that L-BFGS reaches from λ₀, at the end without a line search.
 
-    Near the end losses differ by less than their rounding; gradients still tell the way.
+    Near the end losses differ by less than their rounding error, while gradients remain accurate.
     """
     features = splits.train.x.shape[1]
     penalties = splits.train.x.new_full((features,), START).requires_grad_()
@@ -207,7 +207,7 @@ def reference(splits: Splits) -> Tensor:
 
 
 def one_for_all(splits: Splits) -> Tensor:
-    """The best single penalty of 41 from e^−10 to 1, by the logistic loss on validation rows."""
+    """Return the best of 41 single penalties from e^−10 to 1 by the validation loss."""
     grid = torch.linspace(-10.0, 0.0, 41, dtype=torch.float64)
     candidates = [value.expand(splits.train.x.shape[1]) for value in grid]
     best: Tensor = min(
@@ -218,7 +218,7 @@ def one_for_all(splits: Splits) -> Tensor:
 
 
 def methods_of(options: RegularizationOptions) -> dict[str, Hypergradient]:
-    """Title -> hypergradient. Penalties move on while w is solved for: hence the tolerance."""
+    """Return the hypergradients by title; their tolerance allows for a w that lags behind λ."""
     steps, short = options.lower_steps, options.truncated
     solver = ConjugateGradient(options.cg_iterations)
     return {
@@ -229,19 +229,20 @@ def methods_of(options: RegularizationOptions) -> dict[str, Hypergradient]:
 
 
 def hessian_products(info: StepInfo, hypergradient: Hypergradient, lower_steps: int) -> int:
-    """Products with ∂²L_lower/∂w² in a window: of the linear solver, or one a step but the first.
+    """Return the number of products with ∂²L_lower/∂w² in a window.
 
-    Besides these, each method takes one mixed product ∂²L_lower/∂λ∂w.
+    They are those of the linear solver, or one for every step except the first. Each method also
+    takes one mixed product ∂²L_lower/∂λ∂w.
     """
     if isinstance(hypergradient, Unrolled):
         return hypergradient.exact_steps(lower_steps) - 1
-    return int(info.figures["products"]) + 1  # one more measures how nearly the w is solved for
+    return int(info.figures["products"]) + 1  # One more measures how close w is to the solution.
 
 
 def run_method(
     hypergradient: Hypergradient, splits: Splits, options: RegularizationOptions
 ) -> tuple[Tensor, dict[str, float]]:
-    """The penalties that the core finds, and what they cost: processor time and products."""
+    """Return the penalties that the core finds, and their cost in processor time and products."""
     started = time.process_time()
     solver = make_solver(hypergradient, options.lower_steps, options.upper_steps)
     windows = list(search(solver, splits.train, splits.validation, options.upper_steps))
@@ -254,7 +255,7 @@ def run_method(
 
 
 def judged(penalties: Tensor, splits: Splits, best: float) -> dict[str, float]:
-    """Figures of merit of penalties, w solved for by Newton's method whoever found them."""
+    """Return metrics of penalties at the exact w*, which Newton's method finds for all methods."""
     loss, gradient, w = exact(penalties, splits)
     right = splits.test.y * (splits.test.x @ w) > 0
     return {
@@ -291,7 +292,7 @@ def compare(options: RegularizationOptions) -> tuple[str, dict[str, Any]]:
 
 
 def _table(runs: dict[str, list[dict[str, Any]]]) -> str:
-    """Means over the splits; the gap as the largest of any split."""
+    """Return the table of means over the splits, with the largest gap of any split."""
     lines = [
         [
             "penalties",
@@ -322,7 +323,7 @@ def _table(runs: dict[str, list[dict[str, Any]]]) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command; returns its exit status."""
+    """Run the command; return its exit status."""
     return run_recipe(
         "recipes.problems.logistic_regularization", RegularizationOptions, compare, arguments
     )

@@ -1,7 +1,7 @@
 """Training rows with wrong labels, or of rare classes: ``make noisy-labels``.
 
-Compares weights that are learned on ten clean scans of each digit with rules that need no upper
-level. The core is used in `recipes.problems.digit_reweighting`; here are the runs and the table.
+Weights that are learned on ten clean scans of each digit are compared with rules that need no upper
+level. The core is used in ``recipes.problems.digit_reweighting``; this module runs the comparison.
 """
 
 from __future__ import annotations
@@ -53,14 +53,14 @@ TITLES = {
     "instance_table": "Instance Table",
     "ceiling": "ceiling: undamaged rows",
 }
-_ONLY = {"small_loss": False, "inverse_frequency": True}  # method -> in the long tail or not
+_ONLY = {"small_loss": False, "inverse_frequency": True}  # Whether a method is for the long tail.
 _RATES = ("lower_lr", "table_lr", "net_lr")
-_ENDS = 3  # that many classes are the head, and that many the tail
+_ENDS = 3  # The number of classes in the head, and in the tail.
 
 
 @dataclass(frozen=True, kw_only=True)
 class NoisyLabelOptions:
-    """Options of the command; rates, steps and warm-up were chosen on dev rows of other seeds."""
+    """Options of the command. Rates, steps and warm-up were chosen on dev rows of other seeds."""
 
     long_tail: bool = option(False, "rare classes with right labels, instead of wrong labels")
     wrong_share: float = option(0.4, "share of the training labels that are wrong")
@@ -105,20 +105,20 @@ class NoisyLabelOptions:
         )
 
     def known_methods(self) -> list[str]:
-        """Every method that goes with this damage."""
+        """Return every method that applies to the chosen corruption."""
         return [name for name in TITLES if _ONLY.get(name, self.long_tail) == self.long_tail]
 
 
 class Task(NamedTuple):
-    """The data of one seed: the splits, and their training rows after the damage."""
+    """The data of one seed: the splits, and their training rows after the corruption."""
 
     splits: Splits
     damaged: Scans
-    ranked: Tensor | None  # long tail: the classes from the fullest to the rarest
+    ranked: Tensor | None  # The classes from the largest to the smallest; None without a long tail.
 
 
 def make_task(options: NoisyLabelOptions, seed: int) -> Task:
-    """Split the scans and damage the training rows."""
+    """Split the scans and corrupt the training rows."""
     generator = _generator(seed, 0)
     splits = read_splits(generator)
     if options.long_tail:
@@ -127,7 +127,7 @@ def make_task(options: NoisyLabelOptions, seed: int) -> Task:
 
 
 def rows_of(method: str, task: Task) -> Scans:
-    """What a method trains on."""
+    """Return the rows that a method trains on."""
     if method == "meta_only":
         return task.splits.meta
     if method == "with_meta":
@@ -138,7 +138,7 @@ def rows_of(method: str, task: Task) -> Scans:
 
 
 def weighting_of(method: str, scans: Scans, options: NoisyLabelOptions, seed: int) -> Weighting:
-    """How a method weights its rows; learned weights slow down along a cosine."""
+    """Return the weighting of a method; learned weights have a cosine schedule."""
     upper_steps = options.steps - options.warm_up
     if method == "instance_table":
         return instance_table(len(scans), WarmupCosine(options.table_lr, 0, upper_steps))
@@ -150,10 +150,10 @@ def weighting_of(method: str, scans: Scans, options: NoisyLabelOptions, seed: in
 
 
 def run_method(method: str, task: Task, options: NoisyLabelOptions, seed: int) -> dict[str, Any]:
-    """Train once; returns the figures of that run. Only the solver's steps are timed.
+    """Train once; return the figures of that run. Only the solver's steps are timed.
 
-    Time is that of the processor (all threads), which other processes do not change: with one
-    thread it is what the clock on the wall shows on a free machine.
+    Time is processor time over all threads, which other processes affect little. With one thread it
+    equals the elapsed time on an idle machine.
     """
     scans, meta = rows_of(method, task), task.splits.meta
     weighting = weighting_of(method, scans, options, seed)
@@ -186,7 +186,7 @@ def run_method(method: str, task: Task, options: NoisyLabelOptions, seed: int) -
 def batches(
     scans: Scans, options: NoisyLabelOptions, generator: torch.Generator
 ) -> Iterator[Batch]:
-    """A batch per lower step, from one shuffled pass over the rows after another."""
+    """Yield a batch per lower step, from successive shuffled passes over the rows."""
     size = min(options.batch_size, len(scans))
     queue = torch.empty(0, dtype=torch.int64)
     for step in range(options.steps):
@@ -198,7 +198,7 @@ def batches(
 
 @torch.no_grad()
 def _score(theta: Params, scans: Scans, task: Task) -> float:
-    """Accuracy; in the long tail balanced accuracy, the mean of the classes' own."""
+    """Return accuracy or, for the long tail, balanced accuracy, the mean over the classes."""
     right = logits(theta, scans.x).argmax(1) == scans.true
     if task.ranked is None:
         return float(right.double().mean())
@@ -206,7 +206,7 @@ def _score(theta: Params, scans: Scans, task: Task) -> float:
 
 
 def _by_class(values: Tensor, labels: Tensor) -> Tensor:
-    """Mean over the rows of every class, [10]."""
+    """Return the mean over the rows of every class, [10]."""
     return torch.stack([values[labels == digit].double().mean() for digit in range(CLASSES)])
 
 
@@ -217,7 +217,7 @@ def _weight_figures(
     scans: Scans,
     task: Task,
 ) -> dict[str, float]:
-    """What the final weights of all rows say of the damage, and recall at both ends of the tail."""
+    """Return how the final weights relate to the corruption, and recall in head and tail."""
     figures: dict[str, float] = {}
     problem = solver.problem
     assert isinstance(problem, ReweightingProblem)
@@ -239,7 +239,7 @@ def _weight_figures(
 
 
 def seconds_to(trace: Sequence[Sequence[float]], target: float) -> float | None:
-    """Training time until the dev score first reached ``target``; None: never."""
+    """Return the training time until the dev score first reached ``target``; None if never."""
     return next((seconds for seconds, score in trace if score >= target), None)
 
 
@@ -260,7 +260,7 @@ def compare(options: NoisyLabelOptions) -> tuple[str, dict[str, Any]]:
 
 
 def _take_times(runs: Mapping[str, list[dict[str, Any]]], shares: Sequence[float]) -> None:
-    """Turn the traces into times to shares of the ceiling's last dev score in the same seed."""
+    """Replace the traces by times to shares of the ceiling's last dev score in the same seed."""
     for rows in runs.values():
         for number, run in enumerate(rows):
             trace = run.pop("trace")
@@ -279,7 +279,7 @@ def _take_times(runs: Mapping[str, list[dict[str, Any]]], shares: Sequence[float
 
 
 def _summary(runs: Mapping[str, list[dict[str, Any]]]) -> dict[str, Any]:
-    """Means over seeds with 95 % intervals, and of the difference to uniform weights."""
+    """Return means over seeds with 95 % intervals, and those of differences to uniform weights."""
     rows: dict[str, Any] = {}
     for name, rows_of_name in runs.items():
         keys = [key for key, value in rows_of_name[0].items() if isinstance(value, float)]
@@ -330,7 +330,7 @@ def _damage_cells(row: Mapping[str, Any], options: NoisyLabelOptions) -> list[st
 
 
 def _time_cell(runs: Sequence[Mapping[str, Any]], target: int) -> str:
-    """Median time of the seeds that got to a target, how many did, how many were there last."""
+    """Return the median time to a target, the seeds that reached it, and those there at the end."""
     if "reached" not in runs[0]:
         return ""
     reached = [run["reached"][target] for run in runs]
@@ -342,12 +342,12 @@ def _time_cell(runs: Sequence[Mapping[str, Any]], target: int) -> str:
 
 
 def _generator(seed: int, purpose: int) -> torch.Generator:
-    """One stream per purpose, so that all methods share split, network and order of rows."""
+    """Return a generator per purpose, so that methods share split, network and order of rows."""
     return torch.Generator().manual_seed(10 * seed + purpose)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command; returns its exit status."""
+    """Run the command; return its exit status."""
     return run_recipe("recipes.problems.noisy_labels", NoisyLabelOptions, compare, arguments)
 
 

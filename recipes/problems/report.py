@@ -1,4 +1,4 @@
-"""What the recipes share: intervals over seeds, tables on the terminal, a JSON file, a command."""
+"""Shared parts of the recipes: intervals over seeds, text tables, a JSON file, a command."""
 
 from __future__ import annotations
 
@@ -36,9 +36,10 @@ class Interval(NamedTuple):
 
 
 def mean_interval(values: Sequence[float]) -> Interval:
-    """Mean over seeds ± t s/√n, t Student's 97.5 % quantile with n − 1 degrees of freedom.
+    """Return the mean over seeds ± t s/√n, with Student's 97.5 % quantile t at n − 1 degrees.
 
-    With more than 21 values the t of 20 degrees is kept: at most 6 % too wide.
+    With more than 21 values the quantile of 20 degrees of freedom is used, which makes the interval
+    at most 6 % too wide.
     """
     count = len(values)
     mean = math.fsum(values) / count
@@ -50,7 +51,7 @@ def mean_interval(values: Sequence[float]) -> Interval:
 
 
 def percent(interval: Interval, *, sign: bool = False) -> str:
-    """``mean [low, high]`` in percent with one digit."""
+    """Return ``mean [low, high]`` in percent with one decimal."""
     form = "+.1f" if sign else ".1f"
     text = f"{100 * interval.mean:{form}}"
     if interval.low is None or interval.high is None:
@@ -59,7 +60,7 @@ def percent(interval: Interval, *, sign: bool = False) -> str:
 
 
 def text_table(rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table, columns aligned; the first row is the header."""
+    """Return a Markdown table with aligned columns; the first row is the header."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = [
         "| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |"
@@ -70,7 +71,7 @@ def text_table(rows: Sequence[Sequence[str]]) -> str:
 
 
 def check_options(options: Any, *rules: tuple[str, bool, str]) -> None:
-    """Raise OptionError for the first rule (field, whether it holds, what is expected) broken."""
+    """Raise OptionError for the first broken rule (field, whether it holds, what is expected)."""
     for name, holds, expected in rules:
         if not holds:
             flag, found = name.replace("_", "-"), getattr(options, name)
@@ -83,13 +84,14 @@ def run_recipe(
     run: Callable[[Options], tuple[str, Mapping[str, Any]]],
     arguments: Sequence[str] | None,
 ) -> int:
-    """Read the options, run, print the table, write ``--output``; returns the exit status.
+    """Read the options, run, print the table and write ``--output``; return the exit status.
 
     Args:
-        module: Name of the recipe's module, run by ``python -m``.
-        kind: The dataclass of its options, with ``threads`` and ``output`` among them.
-        run: Function from the options to the text to print and the content of the JSON file.
-        arguments: The command line; None: that of this process.
+        module: The name of the recipe's module, run by ``python -m``.
+        kind: The dataclass of its options, which include ``threads`` and ``output``.
+        run: A function from the options to the text to print and the content of the JSON file.
+            Its docstring is the description in ``--help``.
+        arguments: The command line. None means that of this process.
     """
     given = list(sys.argv[1:] if arguments is None else arguments)
     assert run.__doc__ is not None
@@ -124,7 +126,7 @@ def run_recipe(
 
 
 def _rounded(content: Any) -> Any:
-    """The same with six significant digits, intervals as dicts."""
+    """Return the content with six significant digits, and intervals as dicts."""
     if isinstance(content, Interval):
         content = content._asdict()
     if isinstance(content, float):

@@ -14,7 +14,7 @@ from bilevel.lower.ghost.tracker import Tracker
 
 
 def multiply(t: Tracker, input: Any, other: Any) -> Any:
-    """``input · other``, one of them the parameter."""
+    """Apply ``input · other``, one of which is the parameter."""
     entry, factor, _ = _one_tracked(t, input, other)
     if entry is None:
         return NotImplemented
@@ -27,7 +27,7 @@ def multiply(t: Tracker, input: Any, other: Any) -> Any:
 
 
 def divide(t: Tracker, input: Any, other: Any) -> Any:
-    """``input / other``, the parameter over a number."""
+    """Apply ``input / other``, the parameter over a number."""
     entry = t.find(input)
     if entry is None or not _is_number(other):
         return NotImplemented
@@ -35,22 +35,22 @@ def divide(t: Tracker, input: Any, other: Any) -> Any:
 
 
 def add(t: Tracker, input: Any, other: Any, *, alpha: float = 1) -> Any:
-    """``input + other``, one of them the parameter."""
+    """Apply ``input + other``, one of which is the parameter."""
     return _shift(t, torch.add, input, other, alpha, sign_of_other=1.0)
 
 
 def subtract(t: Tracker, input: Any, other: Any, *, alpha: float = 1) -> Any:
-    """``input − other``, one of them the parameter."""
+    """Apply ``input − other``, one of which is the parameter."""
     return _shift(t, torch.sub, input, other, alpha, sign_of_other=-1.0)
 
 
 def subtract_reversed(t: Tracker, input: Any, other: Any) -> Any:
-    """``other − input``, for Python's reflected operator."""
+    """Apply ``other − input``, for Python's reflected operator."""
     return subtract(t, other, input)
 
 
 def concatenate(t: Tracker, tensors: Sequence[Tensor], dim: int = 0, **named: Any) -> Any:
-    """``cat`` of rows of the parameter with rows of the examples, not along the rows."""
+    """Apply ``cat`` to the parameter and the examples along a dimension other than the rows."""
     dim = named.get("axis", dim)
     dim = dim % tensors[0].dim()
     if dim == 0 or all(t.find(tensor) for tensor in tensors):
@@ -66,7 +66,7 @@ def concatenate(t: Tracker, tensors: Sequence[Tensor], dim: int = 0, **named: An
 
 
 def view(t: Tracker, input: Any, *args: Any, function: Callable[..., Any], **kwargs: Any) -> Any:
-    """A view, cast or other linear map of the parameter alone."""
+    """Apply a view, cast or other linear map of the parameter alone."""
     entry = t.find(input)
     if entry is None or any(t.find(value) for value in (*args, *kwargs.values())):
         return NotImplemented
@@ -88,7 +88,7 @@ def _shift(
     if _is_number(term):
 
         def shifted(parameter: Tensor) -> Any:
-            if is_other:  # number ± parameter
+            if is_other:  # A number plus or minus the parameter.
                 return parameter + term if sign > 0 else torch.rsub(parameter, term)
             return function(parameter, term)
 
@@ -100,7 +100,7 @@ def _shift(
 
 
 def _one_tracked(t: Tracker, input: Any, other: Any) -> tuple[Tracked | None, Any, bool]:
-    """Return the tracked operand, the other one, and whether it is ``other`` that is tracked."""
+    """Return the tracked operand, the other one, and whether ``other`` is the tracked one."""
     left, right = t.find(input), t.find(other)
     if left is not None and right is not None:
         return None, None, False
@@ -108,7 +108,7 @@ def _one_tracked(t: Tracker, input: Any, other: Any) -> tuple[Tracked | None, An
 
 
 def _rows_of(operand: Any, entry: Tracked) -> bool:
-    """Whether the leading dimension of the result is that of this other operand."""
+    """Return whether the leading dimension of the result is that of this other operand."""
     if not isinstance(operand, Tensor) or operand.dim() == 0:
         return False
     shape = entry.value.shape

@@ -1,4 +1,4 @@
-"""What the taps of one micro-batch share, and the tap itself."""
+"""The state that the taps of one micro-batch share, and the tap itself."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from bilevel.lower.ghost.rows import RowGradients
 
 
 class Use(Protocol):
-    """One use of parameters by an operation, seen from its output gradient b."""
+    """One use of parameters by an operation, as a function of its output gradient b."""
 
     def gradients(self, b: Tensor, saved: Sequence[Tensor]) -> list[Tensor]:
         """Return the parameters' gradients exactly as autograd computes them."""
@@ -26,23 +26,23 @@ class Use(Protocol):
         """Return the parameters' gradients per row.
 
         Args:
-            b: Gradient of the output, [rows, ...].
-            saved: What was saved in the forward pass.
-            keep: None if they are used at once and dropped; else they are kept, formed only up to
-                this many entries.
+            b: The gradient of the output, [rows, ...].
+            saved: The tensors that the forward pass saved.
+            keep: None if the gradients are used at once and dropped. Otherwise they are kept, and
+                formed only if they have at most this many entries.
         """
 
 
 @dataclass(frozen=True, eq=False)
 class Tracked:
-    """A parameter, or what a view, a cast or another linear map has made of one.
+    """A parameter, or its image under a view, a cast or another linear map.
 
     Attributes:
-        leaf: Index of the parameter among all of them.
+        leaf: The index of the parameter among all parameters.
         visible: The tensor that the loss sees.
-        value: The same without a graph.
-        shadow: The same, with a graph that ends in the leaf that collects gradients.
-        tangent: Applies the linear map to a direction in parameter space.
+        value: The same values without a graph.
+        shadow: The same values with a graph that ends in the leaf that collects gradients.
+        tangent: The linear map, to be applied to a direction in parameter space.
     """
 
     leaf: int
@@ -57,10 +57,11 @@ Pending = tuple[int, Callable[[Tensor], Tensor]]
 
 
 class Context:
-    """Weights, owners and direction of one micro-batch; gathers the per-example products.
+    """The weights, owners and direction of one micro-batch; it collects the per-example products.
 
-    Set up by the pass between forward and backward: without a call of ``weight`` it is an
-    ordinary backward pass (the loss itself being weighted). ``entries_limit``: see ``PerExample``.
+    The caller sets it up by ``weight`` between the forward and the backward pass. Without that call
+    the backward pass is an ordinary one, and the loss itself must be weighted. ``PerExample``
+    explains ``entries_limit``.
     """
 
     def __init__(self, entries_limit: int) -> None:
@@ -80,9 +81,15 @@ class Context:
         direction: Sequence[Tensor | None] | None,
         keep: bool,
     ) -> None:
-        """Ask for gradients weighted per example, and products with ``direction`` or, kept, later.
+        """Request gradients weighted per example, and products with a direction.
 
-        If the weights are all exactly 1, the gradients come from autograd's own kernels.
+        If all weights are exactly 1, the gradients are computed by autograd's own kernels.
+
+        Args:
+            weights: The weights of the examples, [batch].
+            owners: The example of each row, by the number of rows.
+            direction: The direction of the products, or None.
+            keep: Whether per-row gradients are kept for products with a later direction.
         """
         self.weights, self._direction = weights, direction
         self._keep = self._entries_limit if keep else None
@@ -91,7 +98,7 @@ class Context:
         self.dots = weights.new_zeros(weights.shape, dtype=tree.wide_dtype(weights.dtype))
 
     def later_dots(self, direction: Sequence[Tensor | None]) -> Float[Tensor, " batch"]:
-        """Return the products [batch] from what was kept, and forget it."""
+        """Return the products [batch] from the gradients that were kept, and release these."""
         assert self.dots is not None
         for leaf, dots in self._pending:
             along = direction[leaf]
@@ -103,7 +110,7 @@ class Context:
     def backward(
         self, use: Use, b: Tensor, saved: Sequence[Tensor], entries: Sequence[Tracked]
     ) -> list[Tensor]:
-        """Return the gradients of a use's parameters, in their dtype; note the products."""
+        """Return the gradients of a use's parameters, in their dtype, and record the products."""
         if self.weights is None:
             return _cast(use.gradients(b, saved), entries)
         plain = use.gradients(b, saved) if self._all_one else None
@@ -163,17 +170,17 @@ class Tap(torch.autograd.Function):
         saved: int,
         *tensors: Tensor,
     ) -> Tensor:
-        """``tensors``: what the use saves for its backward pass, then the entries' shadows."""
+        """Return the output; ``tensors`` are those saved for the use, then the entries' shadows."""
         ctx.use, ctx.context, ctx.entries = use, context, entries
-        # Activation checkpointing fills in what is saved here by running the model again. If it
-        # does so without taps, the marker, like nothing that torch saves, makes it notice.
+        # Activation checkpointing recomputes saved tensors by another run of the model. If that
+        # run has no taps, the marker's unusual shape makes checkpointing detect the difference.
         ctx.save_for_backward(output.new_empty(_MARKER), *tensors[:saved])
         return output.detach()
 
     @staticmethod
     def backward(ctx: Any, b: Tensor) -> Any:
         """Return b itself for the output, and the shadows' gradients."""
-        _, *saved = ctx.saved_tensors  # once: checkpointing gives them out only once
+        _, *saved = ctx.saved_tensors  # Unpacked once: checkpointing allows no second time.
         gradients = ctx.context.backward(ctx.use, b, saved, ctx.entries)
         return b, None, None, None, None, *([None] * len(saved)), *gradients
 

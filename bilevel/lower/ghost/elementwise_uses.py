@@ -1,4 +1,4 @@
-"""Uses of parameters that meet their input entry by entry: scales, shifts, slices. See ``uses``."""
+"""Elementwise uses of parameters: scales, shifts and slices. See ``uses``."""
 
 from __future__ import annotations
 
@@ -20,16 +20,17 @@ from bilevel.lower.ghost.rows import (
 
 @dataclass(frozen=True)
 class Normalised:
-    """``y = weight · x̂ + bias``, x̂ the normalised x, which ``normalise`` recomputes; saved: x.
+    """``y = weight · x̂ + bias``, where ``normalise`` recomputes x̂ from the saved x.
 
     Args:
         weight: Whether the weight is tracked.
         bias: Whether the bias is tracked.
-        shape: Of both parameters; they broadcast over the leading dimensions of x̂ (layer norm,
-            RMS norm), or
-        channels: stand along dimension 1 (group norm).
-        normalise: x -> x̂.
-        kernel: (b, x) -> autograd's gradients of both; None: products and sums.
+        shape: The shape of both parameters.
+        channels: Whether the parameters belong to dimension 1 (group norm). Otherwise they
+            broadcast over the leading dimensions of x̂ (layer norm, RMS norm).
+        normalise: The function from x to x̂.
+        kernel: The function from (b, x) to autograd's gradients of both parameters. None means that
+            products and sums compute them.
     """
 
     weight: bool
@@ -40,7 +41,7 @@ class Normalised:
     channels: bool = False
 
     def gradients(self, b: Tensor, saved: Sequence[Tensor]) -> list[Tensor]:
-        """As autograd, by its kernel."""
+        """Return autograd's gradients, by its kernel if there is one."""
         (x,) = saved
         if self.kernel is not None:
             return [gradient for gradient in self.kernel(b, x) if gradient is not None]
@@ -50,7 +51,7 @@ class Normalised:
     def row_gradients(
         self, b: Tensor, saved: Sequence[Tensor], keep: int | None
     ) -> list[RowGradients]:
-        """Formed: small."""
+        """Return formed gradients, which are small."""
         (x,) = saved
         result = []
         if self.weight:
@@ -67,19 +68,19 @@ class Normalised:
 
 @dataclass(frozen=True)
 class Broadcast:
-    """``y = factor · p`` (saved: factor) or ``y = x ± p`` (nothing saved), p broadcast to y."""
+    """``y = factor · p`` or ``y = x ± p``, with p broadcast to y; only the factor is saved."""
 
     shape: torch.Size
     sign: float = 1.0
 
     def gradients(self, b: Tensor, saved: Sequence[Tensor]) -> list[Tensor]:
-        """As autograd: multiply, then sum to the parameter's shape."""
+        """Return autograd's gradient: multiply, then sum to the parameter's shape."""
         return [self._times(b, saved).sum_to_size(self.shape)]
 
     def row_gradients(
         self, b: Tensor, saved: Sequence[Tensor], keep: int | None
     ) -> list[RowGradients]:
-        """Formed, unless the parameter has rows itself; then row r only matters to row r."""
+        """Return formed gradients or, if the parameter has rows itself, one row for each row."""
         entries = self._times(b, saved)
         own_rows = len(self.shape) == b.dim() and self.shape[0] == len(b) and len(b) > 1
         if not own_rows:
@@ -99,20 +100,20 @@ class Broadcast:
 
 @dataclass(frozen=True)
 class Concatenated:
-    """``y = cat([..., p, ...], dim)``, dim > 0: p is the slice of y from ``start`` on."""
+    """``y = cat([..., p, ...], dim)`` with dim > 0, where p is the slice of y from ``start`` on."""
 
     dim: int
     start: int
     shape: torch.Size
 
     def gradients(self, b: Tensor, saved: Sequence[Tensor]) -> list[Tensor]:
-        """As autograd: the slice of b."""
+        """Return autograd's gradient, the slice of b."""
         return [b.narrow(self.dim, self.start, self.shape[self.dim])]
 
     def row_gradients(
         self, b: Tensor, saved: Sequence[Tensor], keep: int | None
     ) -> list[RowGradients]:
-        """Row r of p only matters to row r."""
+        """Return one row of the gradient for each row, since row r depends on row r of p alone."""
         (entries,) = self.gradients(b, saved)
         return [
             contracted(

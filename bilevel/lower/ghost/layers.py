@@ -16,7 +16,7 @@ from bilevel.lower.ghost.uses import Convolution, Embedding, Linear, Vector
 
 
 def linear(t: Tracker, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Any:
-    """``input @ weight.T + bias``."""
+    """Apply ``input @ weight.T + bias``."""
     if t.find(input) or input.dim() < 2 or weight.dim() != 2:
         return NotImplemented
     w, b = t.find(weight), t.find(bias)
@@ -26,7 +26,7 @@ def linear(t: Tracker, input: Tensor, weight: Tensor, bias: Tensor | None = None
 
 
 def matmul(t: Tracker, input: Tensor, other: Tensor) -> Any:
-    """``input @ other``, the parameter being ``other``, a matrix or a vector."""
+    """Apply ``input @ other``, where ``other`` is the parameter, a matrix or a vector."""
     w = t.find(other)
     if w is None or t.find(input) or input.dim() < 2 or other.dim() > 2:
         return NotImplemented
@@ -38,7 +38,7 @@ def matmul(t: Tracker, input: Tensor, other: Tensor) -> Any:
 def addmm(
     t: Tracker, input: Tensor, mat1: Tensor, mat2: Tensor, *, beta: float = 1, alpha: float = 1
 ) -> Any:
-    """``input + mat1 @ mat2``, with a bias vector as input."""
+    """Apply ``input + mat1 @ mat2``, with a bias vector as input."""
     if t.find(mat1) or beta != 1 or alpha != 1 or input.dim() != 1:
         return NotImplemented
     b, w = t.find(input), t.find(mat2)
@@ -57,7 +57,7 @@ def embedding(
     scale_grad_by_freq: bool = False,
     sparse: bool = False,
 ) -> Any:
-    """``weight[input]``."""
+    """Apply ``weight[input]``."""
     w = t.find(weight)
     if w is None or max_norm is not None or scale_grad_by_freq or sparse:
         return NotImplemented
@@ -65,7 +65,7 @@ def embedding(
         return NotImplemented
     lookup = partial(functional.embedding, input, padding_idx=padding_idx)
     if not t.indexes_examples(input):
-        # μ's padding row counts for nothing either: through it no gradient flows.
+        # The padding row of μ is left out, too, since no gradient flows through it.
         def tangent(direction: Tensor) -> Tensor:
             along = functional.embedding(input, direction)
             if padding_idx is None:
@@ -79,12 +79,12 @@ def embedding(
 
 
 def index(t: Tracker, tensor: Tensor, key: Any) -> Any:
-    """``tensor[key]``: a look-up of rows, or a view."""
+    """Apply ``tensor[key]``, a look-up of rows or a view."""
     w = t.find(tensor)
     if w is None:
         return NotImplemented
     if isinstance(key, Tensor) and key.dtype == torch.int64:
-        if key.numel() and int(key.min()) < 0:  # from the end; an embedding knows no such rows
+        if key.numel() and int(key.min()) < 0:  # An embedding has no negative indices.
             return NotImplemented
         return embedding(t, key, tensor) if tensor.dim() == 2 else NotImplemented
     keys = key if isinstance(key, tuple) else (key,)
@@ -102,7 +102,7 @@ def layer_norm(
     eps: float = 1e-5,
     *_: Any,
 ) -> Any:
-    """``weight · x̂ + bias`` over the last dimensions."""
+    """Apply ``weight · x̂ + bias`` over the last dimensions."""
     if t.find(input) or input.dim() <= len(normalized_shape):
         return NotImplemented
     w, b = t.find(weight), t.find(bias)
@@ -112,7 +112,7 @@ def layer_norm(
     def kernel(gradient: Tensor, x: Tensor) -> tuple[Tensor | None, Tensor | None]:
         x = x.to(gradient.dtype)
         _, mean, deviation = torch.native_layer_norm(x, shape, None, None, eps)
-        ones = x.new_ones(shape)  # not read for the parameters' gradients, but must be there
+        ones = x.new_ones(shape)  # Required, but not read for the parameters' gradients.
         wanted = [False, w is not None, b is not None]
         _, weight_gradient, bias_gradient = torch.ops.aten.native_layer_norm_backward(
             gradient, x, shape, mean, deviation, ones, ones, wanted
@@ -131,7 +131,7 @@ def rms_norm(
     weight: Tensor | None = None,
     eps: float | None = None,
 ) -> Any:
-    """``weight · x / rms(x)`` over the last dimensions."""
+    """Apply ``weight · x / rms(x)`` over the last dimensions."""
     w = t.find(weight)
     if w is None or t.find(input) or input.dim() <= len(normalized_shape):
         return NotImplemented
@@ -153,7 +153,7 @@ def group_norm(
     eps: float = 1e-5,
     *_: Any,
 ) -> Any:
-    """``weight · x̂ + bias``, with a weight and a bias per channel (dimension 1)."""
+    """Apply ``weight · x̂ + bias``, with a weight and a bias per channel (dimension 1)."""
     if t.find(input) or input.dim() < 2:
         return NotImplemented
     w, b = t.find(weight), t.find(bias)
@@ -194,7 +194,7 @@ def convolution(
     *,
     convolve: Callable[..., Tensor],
 ) -> Any:
-    """Convolution of inputs [rows, channels, ...]."""
+    """Apply a convolution to inputs [rows, channels, ...]."""
     size = weight.dim() - 2
     strides, dilations = _per_axis(stride, size), _per_axis(dilation, size)
     paddings = _paddings(padding, weight.shape[2:], dilations)

@@ -1,8 +1,9 @@
-"""Rules: what to do when a torch operation takes a tracked parameter.
+"""The rules for torch operations that take a tracked parameter.
 
-A handler has the signature of its torch function after the tracker. It computes the output with
-the parameter's value and taps it; or tracks the output, if that is a view, a cast or another
-linear map of the parameter alone; or returns ``NotImplemented``, which refuses.
+A handler takes the tracker and then the arguments of its torch function. It computes the output
+with the parameter's value and taps it. If the output is a view, a cast or another linear map of the
+parameter alone, it tracks the output instead. It returns ``NotImplemented`` for a case without a
+rule, which is then an error.
 
 Rules exist for ``linear``, ``matmul``/``mm``/``mv``/``addmm`` with the parameter on the right,
 ``embedding``, ``layer_norm``, ``rms_norm``, ``group_norm``, ``conv1d/2d/3d``, broadcast ``mul``,
@@ -35,7 +36,7 @@ VIEWS = [
 
 
 def _table() -> dict[Any, Handler]:
-    """Return torch function -> handler; most functions exist in ``torch`` and as methods."""
+    """Return the handlers by torch function; most exist both in ``torch`` and as methods."""
     table: dict[Any, Handler] = {
         functional.linear: layers.linear,
         functional.embedding: layers.embedding,
@@ -74,7 +75,7 @@ def _table() -> dict[Any, Handler]:
 
 
 def _functions(name: str) -> list[Any]:
-    """Return the function of that name in torch and the method; ``torch.float`` is a dtype."""
+    """Return torch's function and method of that name; ``torch.float`` is a dtype, not one."""
     candidates = [getattr(owner, name, None) for owner in (torch, Tensor)]
     return [function for function in candidates if callable(function)]
 

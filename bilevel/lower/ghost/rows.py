@@ -12,12 +12,12 @@ from torch import Tensor
 
 from bilevel import tree
 
-# Σ_r weight_r · gradient_r shaped like the parameter, and ⟨direction, gradient_r⟩ [rows];
-# None where not asked for.
+# Σ_r weight_r · gradient_r, shaped like the parameter, and ⟨direction, gradient_r⟩ [rows]. Each is
+# None if it was not requested.
 Sums: TypeAlias = tuple[Tensor | None, Tensor | None]
 
-# Entries of the gradients of a few rows formed at a time: small enough to stay in a cache and in
-# memory that the allocator already has. Measured on a CPU: 2^18 to 2^22 do equally well.
+# The number of entries of gradients that are formed at a time. They fit in a cache and in memory
+# that the allocator already holds. On a CPU, 2^18 to 2^22 were measured to be equally fast.
 CHUNK_ENTRIES = 1 << 20
 
 
@@ -26,14 +26,15 @@ class RowGradients:
     """Gradients of one parameter, one per row of the leading dimension, formed or not.
 
     Attributes:
-        sums: (row weights [rows] or None, direction shaped like the parameter or None) -> ``Sums``.
+        sums: The function from row weights [rows] and a direction shaped like the parameter, either
+            of which may be None, to ``Sums``.
     """
 
     sums: Callable[[Tensor | None, Tensor | None], Sums]
 
 
 def formed(gradients: Float[Tensor, "rows ..."], shape: torch.Size | None = None) -> RowGradients:
-    """Gradients that exist, [rows, *shape]; ``shape`` is the parameter's if it has another one."""
+    """Return gradients from a tensor [rows, ...]; ``shape`` is the parameter's if it differs."""
     flat = gradients.flatten(1) if gradients.dim() > 1 else gradients[:, None]
     shape = gradients.shape[1:] if shape is None else shape
 
@@ -71,11 +72,11 @@ def products(
 def contracted(
     weighted: Callable[[Tensor], Tensor], dots: Callable[[Tensor], Tensor]
 ) -> RowGradients:
-    """Gradients that are never formed.
+    """Return gradients that are never formed.
 
     Args:
-        weighted: row weights -> weighted sum.
-        dots: direction -> products with it.
+        weighted: The function from row weights to the weighted sum.
+        dots: The function from a direction to the products with it.
     """
 
     def sums(weights: Tensor | None, direction: Tensor | None) -> Sums:
@@ -90,7 +91,7 @@ def contracted(
 def row_dots(
     b: Float[Tensor, " rows *inner"], along: Float[Tensor, " rows *inner"]
 ) -> Float[Tensor, " rows"]:
-    """Return Σ b · along over all but the rows, accumulated in at least float32; [rows]."""
+    """Return Σ b · along over all dimensions but the rows, [rows], in at least float32."""
     wide = tree.wide_dtype(b.dtype)
     return (b * along).flatten(1).sum(1, dtype=wide)
 
@@ -103,7 +104,7 @@ def scale_rows(
 
 
 def sum_tokens(rows: Float[Tensor, "rows ..."], inner: torch.Size) -> Float[Tensor, "rows ..."]:
-    """Sum [rows, ..., *inner] over what broadcasting ``inner`` (without rows) had repeated."""
+    """Sum [rows, ..., *inner] over the dimensions that broadcast ``inner``, except the rows."""
     kept = rows.sum_to_size(len(rows), *[1] * (rows.dim() - 1 - len(inner)), *inner)
     return kept.reshape(len(rows), *inner)
 

@@ -1,4 +1,4 @@
-"""Sees every torch operation of a loss that takes a tracked parameter."""
+"""The torch function mode that intercepts every operation on a tracked parameter."""
 
 from __future__ import annotations
 
@@ -23,20 +23,20 @@ class Refusal(ValueError):
 
 
 class Tracker(TorchFunctionMode):
-    """Run a loss under this to have every use of its parameters tapped.
+    """A mode under which every use of a loss's parameters is tapped.
+
+    The loss gets the parameters as leaves (``visible``), while the taps send gradients to other
+    leaves (``collectors``). A gradient that reaches a visible leaf in the backward pass has
+    bypassed the taps.
 
     Args:
-        operations: torch function -> handler(tracker, *args, **kwargs), which returns the
+        operations: Handlers by torch function. ``handler(tracker, *args, **kwargs)`` returns the
             operation's output or ``NotImplemented``.
-        params: The parameters; the loss must be given ``visible`` instead.
-        batch: Its integer tensors, and integer tensors computed from these, are known to carry
-            the examples in their leading dimension; an index that is not (positions, say) makes
-            the looked-up rows a mere rearrangement of the parameter.
-        context: Of the micro-batch.
-
-    Parameters reach the loss as leaves of their own (``visible``), while the taps send gradients to
-    others (``collectors``): whatever reaches a visible leaf in the backward pass has escaped the
-    taps.
+        params: The parameters. The loss must be given ``visible`` instead.
+        batch: The batch. Its integer tensors, and integer tensors computed from these, are known to
+            have the examples in their leading dimension. With any other index, such as positions,
+            the looked-up rows are a rearrangement of the parameter.
+        context: The context of the micro-batch.
     """
 
     def __init__(
@@ -57,7 +57,7 @@ class Tracker(TorchFunctionMode):
         self._indices: list[Tensor] = [
             leaf for leaf in tree.leaves(batch) if isinstance(leaf, Tensor) and not _real(leaf)
         ]
-        # Keyed by identity; whoever is in here is kept alive by ``Tracked`` or ``_indices``.
+        # The keys are identities of tensors, which ``Tracked`` or ``_indices`` keep alive.
         self._known: dict[int, Tracked | None] = dict.fromkeys(map(id, self._indices))
         leaves = zip(tree.leaves(self.visible), tree.leaves(self.collectors), strict=True)
         for leaf, (visible, collector) in enumerate(leaves):
@@ -91,16 +91,16 @@ class Tracker(TorchFunctionMode):
     # For the handlers in ``operations``.
 
     def find(self, value: Any) -> Tracked | None:
-        """Return the entry of a tracked tensor, None for anything else."""
+        """Return the entry of a tracked tensor, and None for anything else."""
         return self._known.get(id(value))
 
     def value(self, value: Any) -> Any:
-        """Return a tracked tensor without its graph, anything else as it is."""
+        """Return a tracked tensor without its graph, and anything else unchanged."""
         entry = self._known.get(id(value))
         return value if entry is None else entry.value
 
     def indexes_examples(self, index: Tensor) -> bool:
-        """Whether this integer tensor comes from the batch."""
+        """Return whether this integer tensor comes from the batch."""
         return id(index) in self._known
 
     def tap(
@@ -110,7 +110,7 @@ class Tracker(TorchFunctionMode):
         entries: Sequence[Tracked | None],
         saved: Sequence[Tensor] = (),
     ) -> Tensor:
-        """Return ``output`` as seen by the rest of the loss, gradients of the entries behind it."""
+        """Return ``output`` with a tap, through which the entries get their gradients."""
         present = [entry for entry in entries if entry is not None]
         shape = tuple(output.shape)
 
@@ -135,17 +135,17 @@ class Tracker(TorchFunctionMode):
         transform: Callable[[Tensor], Any],
         tangent: Callable[[Tensor], Any] | None = None,
     ) -> Any:
-        """Track a tensor, or a sequence of tensors, that a map makes of a parameter.
+        """Track the image of a parameter under a map, a tensor or a sequence of tensors.
 
         Args:
-            entry: The parameter.
-            transform: The map: linear or, if ``tangent`` is given, affine.
-            tangent: Its linear part.
+            entry: The entry of the parameter.
+            transform: The map, which is linear or, if ``tangent`` is given, affine.
+            tangent: The linear part of the map.
         """
         linear = transform if tangent is None else tangent
         visible = transform(entry.visible)
         if visible is entry.visible or (isinstance(visible, Tensor) and not visible.requires_grad):
-            return visible  # nothing done, or a cast to integers, through which nothing flows
+            return visible  # Unchanged, or a cast to integers, which has no gradient.
         shadow = transform(entry.shadow)
         if isinstance(visible, Tensor):
             self._track(entry, visible, shadow, linear)
@@ -157,7 +157,7 @@ class Tracker(TorchFunctionMode):
     # For the pass that runs the loss.
 
     def refusal(self, batch_size: int, owners: Mapping[int, Tensor]) -> str | None:
-        """Return why products per example cannot be had, or None if they can."""
+        """Return why products per example cannot be computed, or None if they can."""
         if self._reasons:
             return self._reasons[0]
         for size, owner in owners.items():
@@ -195,7 +195,7 @@ class Tracker(TorchFunctionMode):
 
     def _handle(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         handler = self._operations.get(func)
-        transformed = transform_is_active()  # taps cannot go through one
+        transformed = transform_is_active()  # Taps do not work inside a transform.
         if handler is not None and not transformed:
             result = handler(self, *args, **kwargs)
             if result is not NotImplemented:

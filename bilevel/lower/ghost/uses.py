@@ -1,8 +1,8 @@
 """Uses of parameters by operations: gradients, per-row gradients and their products with μ.
 
-Axes: rows (the leading dimension of b), tokens (all dimensions between rows and channels).
-``gradients`` runs the very kernels of autograd's own backward formulas, so that an ordinary
-training step is reproduced bit for bit.
+Rows are the leading dimension of b, and tokens all dimensions between rows and channels.
+``gradients`` runs the kernels of autograd's own backward formulas, so that it reproduces an
+ordinary training step bit for bit.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ from bilevel.lower.ghost.rows import (
     scale_rows,
 )
 
-# From this many tokens per row on, forming a row's gradient by a matrix product (which the weighted
-# gradient then need not pay again) is cheaper than contracting with μ. Measured on a CPU, for
-# weights of up to SMALL_WEIGHT entries and for larger ones; elsewhere by arithmetic, memory traffic
-# being dearer there.
+# From this number of tokens per row, forming a row's gradient by a matrix product, which the
+# weighted gradient uses again, costs less than contracting with μ. The limits were measured on a
+# CPU, for weights of up to SMALL_WEIGHT entries and for larger ones. The limit for other
+# devices, where memory traffic costs more, follows from counting operations.
 FORM_SMALL_FROM = 12
 FORM_FROM = 40
 FORM_OFF_CPU_FROM = 512
@@ -35,10 +35,10 @@ SMALL_WEIGHT = 1 << 16
 
 @dataclass(frozen=True)
 class Linear:
-    """``y = x Wᵀ + bias`` or, transposed, ``y = x W + bias``; saved: x [rows, ..., in].
+    """``y = x Wᵀ + bias`` or, transposed, ``y = x W + bias``; it saves x [rows, ..., in].
 
-    Either parameter may be missing (frozen). Per row, W's gradient is Σ_tokens b aᵀ, its product
-    with μ Σ_tokens b·(μ a).
+    Either parameter may be missing (frozen). Per row, the gradient of W is Σ_tokens b xᵀ, and its
+    product with μ is Σ_tokens b·(μ x).
     """
 
     weight: bool
@@ -46,7 +46,7 @@ class Linear:
     transposed: bool = False
 
     def gradients(self, b: Tensor, saved: Sequence[Tensor]) -> list[Tensor]:
-        """As autograd: one matrix product over all rows and tokens."""
+        """Return autograd's gradients, by one matrix product over all rows and tokens."""
         b_flat = b.reshape(-1, b.shape[-1])
         result = []
         if self.weight:
@@ -58,7 +58,7 @@ class Linear:
     def row_gradients(
         self, b: Tensor, saved: Sequence[Tensor], keep: int | None
     ) -> list[RowGradients]:
-        """Formed by batched matrix products, or contracted, whichever is cheaper."""
+        """Return gradients formed by batched matrix products, or contracted if that is cheaper."""
         result = []
         rows, tokens = len(b), b[0, ..., 0].numel()
         b_rows = b.reshape(rows, tokens, b.shape[-1])
@@ -97,31 +97,31 @@ class Linear:
 
 @dataclass(frozen=True)
 class Vector:
-    """``y = x w`` with a vector w; saved: x [rows, ..., in]."""
+    """``y = x w`` with a vector w; it saves x [rows, ..., in]."""
 
     def gradients(self, b: Tensor, saved: Sequence[Tensor]) -> list[Tensor]:
-        """As autograd: one matrix-vector product over all rows and tokens."""
+        """Return autograd's gradient, by one matrix-vector product over all rows and tokens."""
         x = saved[0].to(b.dtype)
         return [x.reshape(-1, x.shape[-1]).t().mv(b.reshape(-1))]
 
     def row_gradients(
         self, b: Tensor, saved: Sequence[Tensor], keep: int | None
     ) -> list[RowGradients]:
-        """Formed: small."""
+        """Return formed gradients, which are small."""
         x_rows = saved[0].to(b.dtype).reshape(len(b), -1, saved[0].shape[-1])
         return [formed(b.reshape(len(b), 1, -1).bmm(x_rows).squeeze(1))]
 
 
 @dataclass(frozen=True)
 class Embedding:
-    """``y = W[index]``; saved: index [rows, ...]."""
+    """``y = W[index]``; it saves the index [rows, ...]."""
 
     count: int
     padding_index: int
     scale_by_frequency: bool
 
     def gradients(self, b: Tensor, saved: Sequence[Tensor]) -> list[Tensor]:
-        """As autograd: rows of b added up by index."""
+        """Return autograd's gradient, the sum of the rows of b by index."""
         return [
             torch.ops.aten.embedding_dense_backward(
                 b, saved[0], self.count, self.padding_index, self.scale_by_frequency
@@ -131,7 +131,7 @@ class Embedding:
     def row_gradients(
         self, b: Tensor, saved: Sequence[Tensor], keep: int | None
     ) -> list[RowGradients]:
-        """Contracted with the rows of μ that were looked up."""
+        """Return gradients that are contracted with the rows of μ at the index."""
         (index,) = saved
 
         def dots(direction: Tensor) -> Tensor:
@@ -145,9 +145,9 @@ class Embedding:
 
 @dataclass(frozen=True)
 class Convolution:
-    """1-, 2- or 3-dimensional convolution; saved: x [rows, in, ...], weight.
+    """A 1-, 2- or 3-dimensional convolution; it saves x [rows, in, ...] and the weight.
 
-    Contracted: the product is Σ b·conv(x, μ), one more convolution.
+    The product with μ is Σ b·conv(x, μ), which costs one more convolution.
     """
 
     weight: bool
@@ -158,7 +158,7 @@ class Convolution:
     groups: int
 
     def gradients(self, b: Tensor, saved: Sequence[Tensor]) -> list[Tensor]:
-        """As autograd, by its kernel."""
+        """Return autograd's gradients, by its kernel."""
         x, weight = saved
         size = len(self.stride)
         _, weight_gradient, bias_gradient = torch.ops.aten.convolution_backward(
@@ -179,7 +179,7 @@ class Convolution:
     def row_gradients(
         self, b: Tensor, saved: Sequence[Tensor], keep: int | None
     ) -> list[RowGradients]:
-        """Contracted for the weight, formed for the bias."""
+        """Return a contracted gradient of the weight and a formed one of the bias."""
         x = saved[0]
         result = []
         if self.weight:
@@ -203,7 +203,7 @@ class Convolution:
 
 
 def _cheaper_formed(entries: int, tokens: int, b: Tensor) -> bool:
-    """Whether to form the gradient of each row, of so many entries."""
+    """Return whether forming each row's gradient, with this number of entries, is cheaper."""
     if b.device.type != "cpu":
         return tokens >= FORM_OFF_CPU_FROM
     return tokens >= (FORM_SMALL_FROM if entries <= SMALL_WEIGHT else FORM_FROM)

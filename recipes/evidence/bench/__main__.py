@@ -6,7 +6,7 @@ import sys
 
 
 def main() -> None:
-    """Run the benchmark that is asked for."""
+    """Run the benchmark that the command line names."""
     arguments = sys.argv[1:]
     name = arguments.pop(0) if arguments and not arguments[0].startswith("-") else "core"
     if name == "embedded":

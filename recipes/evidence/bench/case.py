@@ -1,7 +1,7 @@
-"""The problem that is timed: a decoder, weights of its training sequences, a clean upper batch.
+"""The problem of the benchmark: a decoder, weights of its training sequences, a clean upper batch.
 
-Sequences follow a fixed successor of every token, nine times in ten; in half of the lower ones it
-is the wrong successor. The parameters have taken some steps, so that the optimizer's moments are
+In nine of ten cases a token is followed by its fixed successor, which in half of the lower
+sequences is a wrong one. The parameters have taken some steps, so that the optimizer's moments are
 not cold. From a cold state the exact hypergradient of an adaptive optimizer is almost 0.
 """
 
@@ -39,46 +39,46 @@ class Case:
 
     @property
     def problem(self) -> ReweightingProblem[Mapping[str, Tensor], dict[str, Tensor], Batch]:
-        """Weights 2 σ(raw) of a table; losses are means over the tokens of a sequence."""
+        """Return the problem with weights 2 σ(raw) and mean losses over a sequence's tokens."""
         return ReweightingProblem(self._losses, _weights, self.upper_loss)
 
     @property
     def dtype(self) -> torch.dtype:
-        """Precision of θ."""
+        """The precision of θ."""
         return self.lower["head.weight"].dtype
 
     @property
     def name(self) -> str:
-        """Precision and batch, which tell the cases of a run apart."""
+        """The precision and the batch, which identify a case within a run."""
         return f"{str(self.dtype).removeprefix('torch.')}, {self.batch}"
 
     @property
     def batch(self) -> str:
-        """Examples and their length."""
+        """The number of examples and their length."""
         return f"{self.sizes.examples} x {self.sizes.tokens}"
 
     @property
     def parameter_bytes(self) -> int:
-        """Bytes of θ."""
+        """The size of θ in bytes."""
         return tree_bytes(self.lower)
 
     @property
     def state_bytes(self) -> int:
-        """Bytes of θ and of the optimizer's moments."""
+        """The size of θ and of the optimizer's moments in bytes."""
         return tree_bytes((self.lower, self.state))
 
     def singles(self, batch: Batch) -> list[Batch]:
-        """The batch as micro-batches of one example."""
+        """Return the batch as micro-batches of one example."""
         return [
             {name: value[index : index + 1] for name, value in batch.items()}
             for index in range(self.sizes.examples)
         ]
 
     def cast(self, dtype: torch.dtype) -> Case:
-        """The same numbers in another precision.
+        """Return the same case in another precision.
 
-        Next to 16-bit θ the optimizer's moments, its arithmetic and φ stay in float32. Casting to
-        float64 changes no number: the optimizer's arithmetic is then that of float64.
+        With 16-bit θ the optimizer's moments, its arithmetic and φ remain in float32. A cast to
+        float64 changes no number, and the optimizer's arithmetic is then float64, too.
         """
         wide = torch.promote_types(dtype, torch.float32)
         moments = [tree.map(lambda leaf: leaf.to(wide), moment) for moment in self.state[1:]]
@@ -100,7 +100,7 @@ class Case:
         return losses.unflatten(0, (len(tokens), -1)).mean(-1), None
 
     def upper_loss(self, lower: Mapping[str, Tensor], upper: Any, batch: Batch) -> Tensor:
-        """The plain mean loss, which does not look at φ."""
+        """Return the unweighted mean loss, which does not depend on φ."""
         return self._losses(lower, batch)[0].mean()
 
 
@@ -109,19 +109,19 @@ def _weights(upper: dict[str, Tensor], batch: Batch, features: None) -> Tensor:
 
 
 def tree_bytes(values: Any) -> int:
-    """Bytes of all tensors in a tree."""
+    """Return the size of all tensors in a tree in bytes."""
     return sum(leaf.numel() * leaf.element_size() for leaf in tree.leaves(values))
 
 
 def make_case(sizes: Sizes, steps: int, warm_up: int = 64) -> Case:
-    """A float32 case whose window has `steps` batches; the same one at every call.
+    """Return a float32 case whose window has ``steps`` batches, the same one at every call.
 
-    `warm_up` steps go before it. After 10 a few tokens have not been seen and their second moments
-    are 0: derivatives of Adam there are thousands of times those elsewhere, and errors in bfloat16
-    are those of a few entries (see `bilevel.routes`).
+    ``warm_up`` steps precede it. After only 10, a few tokens have not occurred and their second
+    moments are 0. Adam's derivatives there are thousands of times larger than elsewhere, and a few
+    entries dominate the errors in bfloat16 (see ``bilevel.routes``).
 
     Raises:
-        ValueError: A window that needs more instances than there are.
+        ValueError: The window needs more instances than there are.
     """
     if steps * sizes.examples > sizes.instances:
         raise ValueError(
@@ -162,7 +162,7 @@ def make_case(sizes: Sizes, steps: int, warm_up: int = 64) -> Case:
 
 
 def _sequences(sizes: Sizes, count: int, successor: Tensor, generator: torch.Generator) -> Tensor:
-    """Token ids [count, tokens + 1]."""
+    """Return random token ids [count, tokens + 1]."""
     columns = [torch.randint(sizes.vocabulary, (count,), generator=generator)]
     for _ in range(sizes.tokens):
         stray = torch.randint(sizes.vocabulary, (count,), generator=generator)
@@ -181,7 +181,7 @@ def _warmed(case: Case, batches: Sequence[Batch]) -> Case:
 def plain_step(
     case: Case, lower: dict[str, Tensor], state: OptimizerState, micro_batches: Sequence[Batch]
 ) -> tuple[dict[str, Tensor], OptimizerState]:
-    """A lower step as anybody would write it; half of the floor."""
+    """Take an ordinary lower step, one half of the floor."""
     grads = plain_gradients(case, lower, micro_batches)
     with torch.no_grad():
         new: tuple[dict[str, Tensor], OptimizerState] = case.optimizer.update(grads, state, lower)
@@ -191,7 +191,7 @@ def plain_step(
 def plain_gradients(
     case: Case, lower: dict[str, Tensor], micro_batches: Sequence[Batch]
 ) -> dict[str, Tensor]:
-    """∇_θ of the weighted mean loss, accumulated over the micro-batches by `backward`."""
+    """Return ∇_θ of the weighted mean loss, accumulated over micro-batches by ``backward``."""
     leaves = {name: leaf.detach().requires_grad_() for name, leaf in lower.items()}
     for batch in micro_batches:
         (case.problem.lower_loss(leaves, case.upper, batch) / len(micro_batches)).backward()
@@ -199,7 +199,7 @@ def plain_gradients(
 
 
 def plain_upper_gradient(case: Case, lower: dict[str, Tensor]) -> dict[str, Tensor]:
-    """∇_θ of the upper loss; the other half of the floor."""
+    """Return ∇_θ of the upper loss, the other half of the floor."""
     leaves = {name: leaf.detach().requires_grad_() for name, leaf in lower.items()}
     loss = case.upper_loss(leaves, case.upper, case.upper_batch)
     grads = torch.autograd.grad(loss, list(leaves.values()))

@@ -1,4 +1,4 @@
-"""What is measured: one `Contender` per row of the table."""
+"""The measured computations: one ``Contender`` per row of the table."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ ROUTES: dict[str, OneStep] = {
     "central difference, lower-first": OneStep(CentralDifference()),
 }
 BETTY = OneStep(CentralDifference(radius=0.01), update_derivative=Identity())
-SQRT_UP_TO = 16  # lower steps; from two windows on the growth of its memory is known
+SQRT_UP_TO = 16  # Lower steps; two windows show the growth of its memory.
 FLOOR = "floor: lower step + upper gradient"
 SINGLES = "floor, one example per micro-batch"
 LOWER = "lower step"
@@ -54,20 +54,20 @@ TORCHOPT = "TorchOpt, double backward"
 
 @dataclass(frozen=True)
 class Contender:
-    """A way to get through `steps` lower steps and one upper gradient.
+    """One way to compute ``steps`` lower steps and one upper gradient.
 
     Attributes:
-        route: Name.
-        case: Where it starts.
-        run: One iteration.
-        extract: Takes the hypergradient [instances], or for "gradient" the gradient, out of the
-            result of `run`. None: there is nothing to compare.
-        steps: Lower steps.
-        reference: Name of the exact result that `extract` should return. None: there is none.
-        floor: The contender that it is compared with, for its first step.
-        process: Runs the iteration in a process of its own: {hypergradient, flops, peak}, or None
-            if it ran out of memory.
-        work: Lower steps that it costs about as much as, if not `steps`.
+        route: The name of the row.
+        case: The case, at which every iteration starts.
+        run: The function that runs one iteration.
+        extract: The function from the result of ``run`` to the hypergradient [instances] or, for
+            the reference "gradient", the gradient. None means that there is nothing to compare.
+        steps: The number of lower steps.
+        reference: The name of the exact result for ``extract``. None means that there is none.
+        floor: The contender with which its first step is compared.
+        process: The function that runs the iteration in a process of its own. It returns
+            {hypergradient, flops, peak}, or None if it exceeded its memory.
+        work: The approximate cost in lower steps, if it differs from ``steps``.
     """
 
     route: str
@@ -82,13 +82,13 @@ class Contender:
 
     @property
     def every(self) -> int:
-        """In every how many-th round of the timing it is due: K^¾ for K steps."""
+        """The interval between its rounds of the timing, K^¾ for K steps."""
         power: float = max(self.steps, self.work) ** 0.75
         return round(power)
 
 
 class Shown:
-    """An upper optimizer that leaves φ alone and has the last hypergradient as its state."""
+    """An upper optimizer that does not change φ and whose state is the last hypergradient."""
 
     def init(self, params: Any) -> Any:
         """Return zeros."""
@@ -100,7 +100,7 @@ class Shown:
 
 
 def long_contenders(case: Case) -> Iterator[Contender]:
-    """The floors and the exact routes alone, for sequences as long as a model's in use."""
+    """Yield the floors and the exact routes, for sequences of realistic length."""
     yield from _floors(case)
     for route, method in ROUTES.items():
         if not isinstance(method.route, Reverse | CentralDifference):
@@ -108,7 +108,7 @@ def long_contenders(case: Case) -> Iterator[Contender]:
 
 
 def contenders(case: Case, windows: Sequence[int], cap: int) -> Iterator[Contender]:
-    """Every row for one precision; unrolls and orientation rows for float32 alone."""
+    """Yield every row for one precision; unrolls and reference rows only for float32."""
     yield from _floors(case)
     if case.dtype == torch.float32:
         yield Contender("floor, torch.optim.AdamW in place", case, peers.torch_floor(case))
@@ -129,13 +129,13 @@ def contenders(case: Case, windows: Sequence[int], cap: int) -> Iterator[Contend
         yield Contender("Betty 0.2.1, darts", case, betty, lambda h: h, reference="darts")
     for steps in windows:
         yield _ours("unrolled", case, Unrolled(), steps, reference="unrolled")
-        if steps > 1:  # else it is the same
+        if steps > 1:  # With one step it is the same.
             forward = Unrolled(product=Jvp())
             yield _ours(FORWARD_OVER_REVERSE, case, forward, steps, reference="unrolled")
         if 1 < steps <= SQRT_UP_TO:
             fewer = Unrolled(replay="sqrt")
             yield _ours("unrolled, replay sqrt", case, fewer, steps, reference="unrolled")
-        if steps == 4:  # once: on the CPU there is no other memory to store things in
+        if steps == 4:  # Once only, since a CPU has no other memory.
             hosted = Unrolled(store="host")
             yield _ours("unrolled, store host", case, hosted, steps, reference="unrolled")
         yield Contender(
@@ -155,14 +155,14 @@ def contenders(case: Case, windows: Sequence[int], cap: int) -> Iterator[Contend
 
 def _floors(case: Case) -> Iterator[Contender]:
     floor = partial(_plain, case)
-    # The hypergradients are computed from its gradient, so that its error is theirs.
+    # The hypergradients depend on its gradient and so share its error.
     yield Contender(FLOOR, case, partial(floor, case.batches[:1]), _flat, reference=GRADIENT)
     singles = case.singles(case.batches[0])
     yield Contender(SINGLES, case, partial(floor, singles), floor=SINGLES)
 
 
 def _plain(case: Case, micro_batches: Sequence[Batch]) -> dict[str, Tensor]:
-    """A lower step and the upper gradient after it."""
+    """Take a lower step, and return the upper gradient after it."""
     lower, _ = plain_step(case, case.lower, case.state, micro_batches)
     return plain_upper_gradient(case, lower)
 
@@ -174,7 +174,7 @@ def _flat(leaves: dict[str, Tensor]) -> Tensor:
 def _ours(
     route: str, case: Case, method: Hypergradient, steps: int = 1, reference: str | None = None
 ) -> Contender:
-    """A window of `BilevelSolver`, what a training loop calls."""
+    """Return a contender that runs a window of ``BilevelSolver``, as a training loop does."""
     single = isinstance(method, OneStep) and isinstance(method.route, Dot)
     windows = [[batch] for batch in case.batches[:steps]]
     if single:
@@ -206,7 +206,7 @@ def _ours(
 
 
 def baselines(case: Case) -> dict[str, Callable[[], Any]]:
-    """The other units beside the floors: a forward pass, and a lower step alone."""
+    """Return the other units of cost: a forward pass, and a lower step alone."""
 
     def forward() -> None:
         with torch.no_grad():
@@ -219,11 +219,12 @@ def baselines(case: Case) -> dict[str, Callable[[], Any]]:
 
 
 def reference(name: str, case: Case, steps: int) -> Tensor:
-    """What a contender at this case should find, in float64, [instances].
+    """Return the exact result for a contender at this case, in float64, [instances].
 
-    "lower-first", "upper-first", "identity": `OneStep`; "unrolled": `Unrolled`, which the tests
-    hold to TorchOpt's double backward; both by `Reverse`. "darts": `peers.darts_limit`. "gradient":
-    not the hypergradient but the upper loss's plain gradient after a lower step, [parameters].
+    The names "lower-first", "upper-first" and "identity" mean ``OneStep``, and "unrolled" means
+    ``Unrolled``, which the tests compare with TorchOpt's double backward; both use ``Reverse``.
+    "darts" is ``peers.darts_limit``. "gradient" is not a hypergradient but the gradient of the
+    upper loss after a lower step, [parameters].
     """
     case = case.cast(torch.float64)
     if name == GRADIENT:

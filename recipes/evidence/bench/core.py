@@ -1,9 +1,9 @@
 """Cost of hypergradients on a small decoder: ``make bench``, ``python -m recipes.evidence.bench``.
 
-Everything is timed in one process, in rounds: one call of each, in turns, so that a slow moment of
-the machine meets all alike. Long windows are due in some of the rounds only. Every ratio is formed
-within a round and the median over the rounds is reported. Peak memory, arithmetic and the error
-come from one further evaluation, outside the timing.
+Everything is timed in one process, in rounds with one call of each, so that variations in the
+machine's speed affect all alike. Long windows run in some of the rounds only. Every ratio is taken
+within a round, and the median over the rounds is reported. Peak memory, arithmetic and the error
+come from one further evaluation outside the timing.
 """
 
 from __future__ import annotations
@@ -47,13 +47,13 @@ WINDOWS = [1, 4, 16, 64]
 
 @dataclass(frozen=True)
 class Plan:
-    """What is measured, and how often.
+    """The measurements and their number.
 
     Attributes:
-        sizes: Sizes of the model and the batches.
-        windows: Lower steps of the unrolls.
-        rounds: Rounds of the timing; see ``Contender.every``.
-        cap: Bytes of resident memory that TorchOpt's process may take.
+        sizes: The sizes of the model and the batches.
+        windows: The numbers of lower steps of the unrolls.
+        rounds: The number of rounds of the timing; see ``Contender.every``.
+        cap: The limit of the resident memory of TorchOpt's process in bytes.
         reference_steps: The longest window that is also computed in float64.
     """
 
@@ -68,11 +68,11 @@ def measure(plan: Plan, log: Callable[[str], None] = lambda _: None) -> dict[str
     """Measure everything.
 
     Args:
-        plan: What is measured.
-        log: Gets a line of progress now and then.
+        plan: The measurements.
+        log: The function that gets lines about the progress.
 
     Returns:
-        What ``results/bench.json`` and ``results/bench_details.json`` hold, but for the command
+        The content of ``results/bench.json`` and ``results/bench_details.json``, except the command
         and the machine.
     """
     case = make_case(plan.sizes, max(plan.windows, default=1))
@@ -140,7 +140,7 @@ def measure(plan: Plan, log: Callable[[str], None] = lambda _: None) -> dict[str
 
 
 def longer(sizes: Sizes) -> Sizes:
-    """Half as many sequences, of four times the length."""
+    """Return sizes with half as many sequences, of four times the length."""
     return replace(sizes, examples=max(sizes.examples // 2, 1), tokens=4 * sizes.tokens)
 
 
@@ -157,7 +157,7 @@ def _median(seconds: Sequence[dict[str, float]], case: Case, name: str) -> float
 
 
 def _times(one: Evaluated, seconds: Sequence[dict[str, float]]) -> dict[str, float]:
-    """Medians over the rounds of seconds, and of ratios formed within a round."""
+    """Return medians over the rounds of seconds, and of ratios within a round."""
     at, steps = one.contender.case, one.contender.steps
     lower, forward = _key(at, LOWER), _key(at, FORWARD)
     floor = _key(at, one.contender.floor)
@@ -204,7 +204,7 @@ def _digits(value: float | None, digits: int) -> float | None:
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Measure, print the table and, if asked to, write it."""
+    """Measure, print the table and, with ``--output``, write the results."""
     parser = argparse.ArgumentParser(
         prog="python -m recipes.evidence.bench", description=(__doc__ or "").splitlines()[0]
     )

@@ -1,7 +1,7 @@
-"""A small decoder of the Qwen2 kind, with nothing in it that fixes a precision.
+"""A small decoder of the Qwen2 kind that computes in the precision of its parameters.
 
-RMSNorm, rotary positions, causal attention, gated SiLU. transformers' own Qwen2 computes its norms
-in float32 whatever its parameters are, so it has no float64 reference; this one has.
+It has RMSNorm, rotary positions, causal attention and gated SiLU. Qwen2 of transformers computes
+its norms in float32 in every precision, so it has no float64 reference; this decoder has one.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch.nn import functional
 
 @dataclass(frozen=True)
 class Sizes:
-    """Of the model and of its data: `examples` sequences of `tokens` tokens in a batch."""
+    """The sizes of model and data: a batch has ``examples`` sequences of ``tokens`` tokens."""
 
     layers: int = 4
     width: int = 256
@@ -72,7 +72,7 @@ class Decoder(nn.Module):
         for parameter in self.parameters():
             if parameter.dim() == 2:
                 nn.init.normal_(parameter, std=sizes.width**-0.5)
-        # A plain attribute: not cast with the module, so exact in every precision.
+        # A plain attribute is not cast with the module, so it is exact in every precision.
         half = sizes.width // sizes.heads // 2
         rates = 10_000.0 ** (-torch.arange(half, dtype=torch.float64) / half)
         self.angles = torch.arange(sizes.tokens, dtype=torch.float64)[:, None] * rates

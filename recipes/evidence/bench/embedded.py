@@ -2,11 +2,11 @@
 
 ``python -m recipes.evidence.bench embedded``.
 
-The floor is what nobody can avoid: one plain lower step and one upper gradient. All are timed in
-turns in one process (round robin, so that a slow moment of the machine hits everyone alike) and
-reported as medians and as ratios to the floor of the same round. Beside the time stands the
-relative error of the hypergradient against the exact one (forward mode in float64), and the growth
-of peak memory over the loaded model, measured in a process of its own per route.
+The floor is the unavoidable cost: one ordinary lower step and one upper gradient. All are timed in
+rounds in one process, so that variations in the machine's speed affect all alike. The report has
+medians and ratios to the floor of the same round, the relative error of the hypergradient against
+the exact one (forward mode in float64), and the growth of peak memory over the loaded model,
+measured in a process of its own per route.
 """
 
 from __future__ import annotations
@@ -70,13 +70,13 @@ class Setup:
     upper_batch: Batch
 
     def solver(self, route: Route, order: Order) -> Solver:
-        """A solver with this route; upper steps at every lower step."""
+        """Return a solver with this route and an upper step at every lower step."""
         return BilevelSolver(
             self.objective.problem(), self.optimizer, SGD(1.0), OneStep(route, order)
         )
 
     def double(self) -> Setup:
-        """The same in float64."""
+        """Return the same setup in float64."""
         model = self.objective.prm.model.double()
         prm = replace(self.objective.prm, model=model)
         return replace(
@@ -94,7 +94,7 @@ def _double(batch: Batch) -> Batch:
 
 
 def make_setup(batch_size: int, meta_batch_size: int) -> Setup:
-    """Embedded model and data, Instance Table, AdamW warmed up by a few steps."""
+    """Return the embedded model and data, an Instance Table, and AdamW after a few steps."""
     with tempfile.TemporaryDirectory() as folder:
         data_dir = Path(folder) / "data"
         build(data_dir, sizes=Sizes(40, 3, 1, 40, 4, 2, 2))
@@ -123,7 +123,7 @@ def make_setup(batch_size: int, meta_batch_size: int) -> Setup:
 
 
 def warm_state(setup: Setup, solver: Solver) -> State:
-    """A state whose Adam moments are not cold."""
+    """Return a state whose Adam moments are not cold."""
     state = solver.init(setup.lower, setup.upper)
     for _ in range(_WARM_UP):
         state, _ = solver.step(state, [setup.lower_batch])
@@ -131,7 +131,7 @@ def warm_state(setup: Setup, solver: Solver) -> State:
 
 
 def hypergradient(setup: Setup, route: Route, order: Order) -> Tensor:
-    """The hypergradient at the warm state: an SGD step of rate 1 on the table, read back."""
+    """Return the hypergradient at the warm state, from an SGD step of rate 1 on the table."""
     solver = setup.solver(route, order)
     state = warm_state(setup, solver)
     stepped, _ = solver.step(state, [setup.lower_batch], setup.upper_batch)
@@ -139,7 +139,7 @@ def hypergradient(setup: Setup, route: Route, order: Order) -> Tensor:
 
 
 def parts(setup: Setup) -> dict[str, Callable[[], Any]]:
-    """What is timed: the two parts of the floor, and a whole iteration by every route."""
+    """Return the timed functions: the two parts of the floor, and an iteration by every route."""
     plain = setup.solver(Jvp(), "lower-first")
     state = warm_state(setup, plain)
 
@@ -159,9 +159,9 @@ def parts(setup: Setup) -> dict[str, Callable[[], Any]]:
 
 
 def peak_memory(name: str, batch_size: int, meta_batch_size: int) -> float:
-    """Peak resident memory in MB that ``name`` adds to what is there between steps (Linux).
+    """Return the growth of peak resident memory in MB during ``name`` (Linux).
 
-    Measured in a fresh process whose allocator gives freed memory back at once.
+    It is measured in a new process whose allocator returns freed memory at once.
     """
     command = [sys.executable, "-m", "recipes.evidence.bench", "embedded", "--one", name]
     command += ["--batch-size", str(batch_size), "--meta-batch-size", str(meta_batch_size)]
@@ -200,7 +200,7 @@ def main(given: Sequence[str]) -> None:
     timed = parts(setup)
     if arguments.one:
         gc.collect()
-        Path("/proc/self/clear_refs").write_text("5")  # resets the peak below
+        Path("/proc/self/clear_refs").write_text("5")  # This resets the peak that is read below.
         before = _status_kb("VmRSS")
         timed[arguments.one]()
         print((_status_kb("VmHWM") - before) / 1024)
@@ -211,7 +211,7 @@ def main(given: Sequence[str]) -> None:
         for name, run in timed.items():
             started = time.perf_counter()
             run()
-            if round_number >= 2:  # the first rounds warm caches
+            if round_number >= 2:  # The first rounds warm the caches.
                 seconds[name].append(time.perf_counter() - started)
     floors = [a + b for a, b in zip(seconds["lower step"], seconds["upper gradient"], strict=True)]
     gradients = {name: hypergradient(setup, *choice) for name, choice in _ROUTES.items()}

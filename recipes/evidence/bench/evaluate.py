@@ -1,4 +1,4 @@
-"""One evaluation of a contender outside the timing: memory, arithmetic, and how far it is off."""
+"""One evaluation of a contender outside the timing: its memory, arithmetic and error."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ REFUSALS = (Refusal, RuntimeError, ValueError, NotImplementedError)
 
 @dataclass
 class Evaluated:
-    """What one evaluation outside the timing has shown of a contender."""
+    """The results of one evaluation of a contender outside the timing."""
 
     contender: Contender
     peak: int | None = None
@@ -28,13 +28,13 @@ class Evaluated:
 
     @property
     def name(self) -> str:
-        """Unique among all."""
+        """The name, which is unique among all contenders."""
         one = self.contender
         return f"{one.route}, {one.steps}, {one.case.name}"
 
 
 def evaluate(contender: Contender) -> Evaluated:
-    """Run a contender once; a refusal of the case, or too little memory, is put in the notes."""
+    """Run a contender once; an unsupported case or a lack of memory is recorded in the notes."""
     one = Evaluated(contender)
     try:
         if contender.process is not None:
@@ -59,9 +59,10 @@ def evaluate(contender: Contender) -> Evaluated:
 def errors(
     evaluated: Sequence[Evaluated], reference_steps: int, log: Callable[[str], None]
 ) -> tuple[dict[str, float], dict[str, float]]:
-    """Distance to each contender's own reference, and cosine with the exact hypergradient.
+    """Return distances to the contenders' references, and cosines with the exact hypergradient.
 
-    Both by the name of `Evaluated`. For K steps the exact one is that through K steps.
+    The keys of both are the names of ``Evaluated``. For K steps the exact hypergradient is that
+    through K steps.
     """
     known: dict[tuple[str, int, str], Tensor] = {}
 

@@ -1,9 +1,9 @@
 """Peak memory, arithmetic and time of a call.
 
-Memory is what torch's CPU allocator reports to its profiler, byte for byte: every tensor, saved for
-backward or not, temporaries of kernels included, and the same number at every call. Resident
-memory would add what the C library keeps of freed blocks. Scratch space of the matrix kernels is
-not torch's and not counted.
+Memory is the exact number of bytes that torch's CPU allocator reports to its profiler. It includes
+every tensor, saved for backward or not, and the temporaries of kernels, and is the same at every
+call. Resident memory would include freed blocks that the C library keeps. The scratch space of the
+matrix kernels is not allocated by torch and not counted.
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
 T = TypeVar("T")
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # From glibc's malloc.h.
 
 
 def with_peak(run: Callable[[], T]) -> tuple[T, int]:
-    """Return what `run` returns, and by how many bytes tensors grew at most while it ran."""
-    os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # else the profiler reports to stderr
-    gc.collect()  # garbage of before, freed while recording, would be subtracted
+    """Return the result of ``run``, and the peak growth of all tensors in bytes while it ran."""
+    os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # Otherwise the profiler writes to stderr.
+    gc.collect()  # Earlier garbage that is freed while recording would be subtracted.
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
-        # Without the record of every operation: for 64 steps it takes 7 GB.
+        # The record of every operation is switched off, since for 64 steps it takes 7 GB.
         _enable_record_function(False)
         try:
             result = run()
@@ -48,19 +48,19 @@ def with_peak(run: Callable[[], T]) -> tuple[T, int]:
 
 
 def with_flops(run: Callable[[], T]) -> tuple[T, int]:
-    """Return what `run` returns, and the floating-point operations of its matrix products."""
+    """Return the result of ``run``, and the floating-point operations of its matrix products."""
     with FlopCounterMode(display=False) as counter:
         result = run()
     return result, int(counter.get_total_flops())
 
 
 def keep_freed_memory() -> bool:
-    """Let the C library keep what is freed, for the rest of the process; whether it can (glibc).
+    """Make the C library keep freed memory for the rest of the process; return whether it can.
 
-    By default it returns freed memory at the end of its heap to the system, and whoever asks next
-    pays for 4 kB pages one by one: 20,000 of them, a third of a forward pass of `core`'s model, for
-    an iteration whose results happen to be freed last. What is timed here begins every time from
-    the same state and drops its results, which a training loop does not.
+    It can with glibc. By default the library returns freed memory at the end of its heap to the
+    system, and the next allocation pays for new 4 kB pages one by one: 20,000 pages, a third of a
+    forward pass of ``core``'s model, if an iteration's results are freed last. The timed functions
+    start from the same state every time and drop their results, which a training loop does not.
     """
     try:
         mallopt = ctypes.CDLL(None).mallopt
@@ -71,7 +71,7 @@ def keep_freed_memory() -> bool:
 
 @dataclass(frozen=True)
 class Timed:
-    """Something to time: in every `every`-th round."""
+    """A function to time in every ``every``-th round."""
 
     run: Callable[[], object]
     every: int = 1
@@ -80,12 +80,12 @@ class Timed:
 def in_rounds(
     timed: Mapping[str, Timed], rounds: int, report: Callable[[str], None] = lambda _: None
 ) -> list[dict[str, float]]:
-    """Return, per round, the seconds of everything that was due in it.
+    """Return, per round, the seconds of every function that was due in it.
 
-    One call of each per round, so that a slow moment of the machine meets all alike, in an order
-    drawn for the round, so that none is always helped or hindered by what ran before it. Everything
-    is due in round 0; a call before it, not counted, warms what is due in every round. What earlier
-    rounds left behind in cycles is freed before each.
+    Each round has one call of each, so that variations in the machine's speed affect all alike, in
+    a random order, so that no function always follows the same one. All are due in round 0. Those
+    due in every round have one call before it, which is not counted. Garbage in reference cycles is
+    collected before each round.
     """
     draw = random.Random(0)
     for one in timed.values():
@@ -107,7 +107,7 @@ def in_rounds(
 def median_of(
     rounds: Sequence[Mapping[str, float]], value: Callable[[Mapping[str, float]], float]
 ) -> float:
-    """Median of a figure over the rounds that have it."""
+    """Return the median of a value over the rounds that have it."""
     values = []
     for one in rounds:
         try:

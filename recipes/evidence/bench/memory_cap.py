@@ -1,4 +1,4 @@
-"""TorchOpt's unroll in a process of its own, ended when it takes more memory than it may.
+"""TorchOpt's unroll in a process of its own, which is ended when it exceeds a memory limit.
 
 ``python -m recipes.evidence.bench.memory_cap SIZES WINDOW STEPS THREADS`` is that process.
 """
@@ -24,14 +24,14 @@ from recipes.evidence.bench.peers import torchopt_unroll
 
 
 def capped(command: Sequence[str], cap: int) -> str | None:
-    """Standard output of a command, or None if its resident memory was seen beyond `cap` bytes.
+    """Return a command's standard output, or None if its resident memory exceeded ``cap`` bytes.
 
-    It is looked at every now and then, so that a command which takes too much is ended before the
-    machine has none left; what it held between the last look and its end, only it can say.
+    Its memory is polled, so that the command is ended before the machine runs out of memory. The
+    memory between the last poll and its end is known to the command alone.
 
     Raises:
-        RuntimeError: The command failed, with the end of its output; or there is no /proc to
-            read its memory from (other systems than Linux).
+        RuntimeError: The command failed (the message has the end of its output), or the system has
+            no /proc to read its memory from (systems other than Linux).
     """
     if not Path("/proc/self/status").is_file():
         raise RuntimeError("resident memory is read from /proc, which this system does not have")
@@ -53,17 +53,17 @@ def capped(command: Sequence[str], cap: int) -> str | None:
 
 
 def _peak_resident(pid: int | Literal["self"]) -> int:
-    """The most that a process ever held; 0 if it has ended."""
+    """Return the peak resident memory of a process in bytes, or 0 if it has ended."""
     try:
         status = Path(f"/proc/{pid}/status").read_text()
-    except (FileNotFoundError, ProcessLookupError):  # it has just ended
+    except (FileNotFoundError, ProcessLookupError):  # It has just ended.
         return 0
     lines = [line for line in status.splitlines() if line.startswith("VmHWM:")]
     return 1024 * int(lines[0].split()[1]) if lines else 0
 
 
 def measure_torchopt(sizes: Sizes, window: int, steps: int, cap: int) -> dict[str, Any] | None:
-    """Hypergradient, peak and arithmetic of `torchopt_unroll`; None if it outgrew `cap` bytes."""
+    """Return hypergradient, peak and flops of ``torchopt_unroll``; None if it exceeded ``cap``."""
     arguments = [json.dumps(asdict(sizes)), str(window), str(steps), str(torch.get_num_threads())]
     output = capped([sys.executable, "-m", "recipes.evidence.bench.memory_cap", *arguments], cap)
     if output is None:
@@ -73,7 +73,7 @@ def measure_torchopt(sizes: Sizes, window: int, steps: int, cap: int) -> dict[st
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Evaluate `torchopt_unroll`; print what `measure_torchopt` returns, and the resident peak."""
+    """Evaluate ``torchopt_unroll``; print ``measure_torchopt``'s result and the resident peak."""
     sizes, window, steps, threads = json.loads(arguments[0]), *map(int, arguments[1:])
     torch.set_num_threads(threads)
     case = make_case(Sizes(**sizes), window)

@@ -1,9 +1,9 @@
-"""The same hypergradients as other libraries compute them, on the same case.
+"""The hypergradients of other libraries on the same case.
 
-- `torchopt_unroll`: TorchOpt's differentiable optimizer with the graph of all steps, as its
-  documentation shows and as higher and MetaOptimizer do inside.
-- `darts_in_place`: what Betty's ``darts`` does to the parameters, written out.
-- `betty_engine`: Betty itself (0.2.1), if it is installed.
+- ``torchopt_unroll``: TorchOpt's differentiable optimizer with the graph of all steps, as in its
+  documentation. higher and MetaOptimizer work in the same way.
+- ``darts_in_place``: the operations of Betty's ``darts`` on the parameters, written out.
+- ``betty_engine``: Betty itself (0.2.1), if it is installed.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ from recipes.evidence.bench.case import LR, Case, plain_step, plain_upper_gradie
 
 
 def torchopt_unroll(case: Case, steps: int) -> Tensor:
-    """dL_upper/dφ by double backward through `steps` AdamW steps of TorchOpt.
+    """Return dL_upper/dφ by double backward through ``steps`` AdamW steps of TorchOpt.
 
-    Attention runs with its MATH kernel, the only one with a second derivative. TorchOpt counts
-    steps in integers and corrects its moments in float32; here the count is float64, so that the
-    result can be compared in float64.
+    Attention uses its MATH kernel, the only one with a second derivative. TorchOpt counts steps in
+    integers and corrects its moments in float32. Here the count is float64, so that the result can
+    be compared in float64.
     """
     rule = case.optimizer
     optimizer = torchopt.adamw(LR, rule.betas, rule.eps, rule.weight_decay)
@@ -54,14 +54,15 @@ def torchopt_unroll(case: Case, steps: int) -> Tensor:
 
 
 def darts_in_place(case: Case, radius: float = 0.01) -> tuple[Tensor, float]:
-    """Betty's finite difference, and the share of entries of θ that it did not put back.
+    """Return Betty's finite difference, and the share of entries of θ that it did not restore.
 
-    A lower step; v = ∇L_upper at the new parameters θ'; then, on the same lower batch::
+    After a lower step, v = ∇L_upper at the new parameters θ'. Then, on the same lower batch::
 
         θ' += ε v,  −∂φ L →,  θ' −= 2 ε v,  ∂φ L →,  θ' += ε v        ε = radius / ‖v‖
         h = (∂φ L(θ' − ε v) − ∂φ L(θ' + ε v)) / 2 ε
 
-    in the precision of the parameters. No learning rate, no derivative of the optimizer.
+    in the precision of the parameters. The learning rate and the derivative of the optimizer are
+    not part of it.
     Source: betty/hypergradient/darts.py (arXiv 2207.02849).
     """
     lower, _ = plain_step(case, case.lower, case.state, case.batches[:1])
@@ -91,7 +92,7 @@ def darts_in_place(case: Case, radius: float = 0.01) -> tuple[Tensor, float]:
 
 
 def darts_limit(case: Case) -> Tensor:
-    """What `darts_in_place` converges to for radius → 0: ``−∂²L/∂φ∂θ(θ') v``."""
+    """Return the limit of ``darts_in_place`` for radius → 0, ``−∂²L/∂φ∂θ(θ') v``."""
     lower, _ = plain_step(case, case.lower, case.state, case.batches[:1])
     direction = plain_upper_gradient(case, lower)
     leaves = {name: leaf.requires_grad_() for name, leaf in lower.items()}
@@ -104,12 +105,12 @@ def darts_limit(case: Case) -> Tensor:
 
 
 def betty_engine(case: Case) -> Callable[[], Tensor] | None:
-    """One iteration of Betty's own engine per call, or None if the package is not there.
+    """Return a function that runs one iteration of Betty's engine, or None if it is missing.
 
-    The first call starts from the case; later ones go on from where the last one ended. Betty
-    rebuilds the optimizer that it is given and cannot rebuild torch's AdamW (``unexpected keyword
-    argument 'decoupled_weight_decay'``), so it gets Adam, without decay; its hypergradient does not
-    depend on the optimizer but through θ'.
+    The first call starts from the case, and later ones continue from the last state. Betty rebuilds
+    the optimizer and cannot rebuild torch's AdamW (``unexpected keyword argument
+    'decoupled_weight_decay'``), so it gets Adam without decay. Its hypergradient depends on the
+    optimizer through θ' alone.
     """
     try:
         implicit: Any = importlib.import_module("betty.problems").ImplicitProblem
@@ -178,7 +179,7 @@ def betty_engine(case: Case) -> Callable[[], Tensor] | None:
 
 
 def torch_floor(case: Case) -> Callable[[], None]:
-    """A plain lower step and upper gradient with torch's own AdamW, in place; once per call."""
+    """Return a function that takes a lower step with torch's AdamW and an upper gradient."""
     module = _copied(case)
     rule = case.optimizer
     adamw = torch.optim.AdamW(

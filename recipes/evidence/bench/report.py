@@ -1,4 +1,4 @@
-"""The table of `core`, what its columns mean, and the targets."""
+"""The table of ``core``, the meaning of its columns, and the targets."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ EXACT = ("dot", "ghost", "per-example", "jvp", "reverse")
 
 
 def table(measured: Mapping[str, Any]) -> str:
-    """The rows for reading, the floors, and the targets."""
+    """Return the rows, the floors and the targets as text."""
     lines = []
     for dtype, floor in measured["floor"].items():
         lines.append(
@@ -79,10 +79,15 @@ def table(measured: Mapping[str, Any]) -> str:
 def targets(
     rows: Sequence[Mapping[str, Any]], details: Sequence[Mapping[str, Any]], state_bytes: int
 ) -> list[dict[str, Any]]:
-    """What was aimed at and what was found; `state_bytes`: parameters and optimizer state.
+    """Return the targets and the measured values.
 
-    Times on a shared machine vary by more than some targets leave. Where arithmetic can be counted
-    in its place, its figure stands beside that of the time, as `counted`.
+    Times on a shared machine vary by more than the margin of some targets. Where arithmetic can be
+    counted instead, its value is given beside that of the time, as ``counted``.
+
+    Args:
+        rows: The rows of the table.
+        details: The details of the measurements.
+        state_bytes: The size of parameters and optimizer state in bytes.
     """
     pairs = list(zip(rows, details, strict=True))
     batches = list(dict.fromkeys(detail["batch"] for detail in details))

@@ -58,7 +58,7 @@ _HOW: AggregationName = "mean"
 def options_of_runs(
     work: Path, model: Path, given: argparse.Namespace
 ) -> tuple[ColdStartOptions, TrainOptions, TrainOptions]:
-    """The three runs: cold start, No Selection, Instance Net."""
+    """Return the options of the three runs: cold start, No Selection and Instance Net."""
     trained = LAYERS - given.layers
     common: dict[str, Any] = {
         "model": str(model),
@@ -104,7 +104,7 @@ def once(options: Any, run: Callable[[Any], Path]) -> None:
     """Run, unless the directory holds the finished run of the same options.
 
     Raises:
-        FileExistsError: It holds a run of other options.
+        FileExistsError: The directory holds a run with other options.
     """
     directory = Path(options.output_dir)
     if (directory / "results.json").is_file():
@@ -119,13 +119,13 @@ def once(options: Any, run: Callable[[Any], Path]) -> None:
 
 
 def seconds_of(run: Path) -> float:
-    """How long a run took, whenever that was."""
+    """Return the recorded duration of a run in seconds."""
     results = json.loads((run / "results.json").read_text(encoding="utf-8"))
     return float(round(sum(results["seconds"].values()), 1))
 
 
 def scores_of(model: Path, work: Path, name: str, threads: int) -> list[Tensor]:
-    """Step scores [steps] of every test candidate by ``model``."""
+    """Return the step scores [steps] of every test candidate by ``model``."""
     data, output = work / "data" / "test.jsonl", work / f"scores-{name}.jsonl"
     run_score(
         ScoreOptions(
@@ -142,7 +142,7 @@ def scores_of(model: Path, work: Path, name: str, threads: int) -> list[Tensor]:
 
 
 def figures(candidates: Candidates, judges: Mapping[str, Sequence[Tensor]]) -> list[dict[str, Any]]:
-    """A row per way of selecting: accuracy and its interval; of judges, AUC of steps, too."""
+    """Return a row per selector with accuracy and interval and, for a judge, the steps' AUC."""
     majority = candidates.majority
     size = max(map(len, candidates.groups))
     rows = [
@@ -172,7 +172,7 @@ def _row(name: str, values: np.ndarray, baseline: np.ndarray) -> dict[str, Any]:
 
 
 def table(figures: Mapping[str, Any]) -> str:
-    """The rows in Markdown."""
+    """Return the rows in Markdown."""
     lines = [
         "| row | best of N | 95 % interval | AUC of steps | AUC within a place |",
         "|---|---|---|---|---|",
@@ -188,7 +188,7 @@ def table(figures: Mapping[str, Any]) -> str:
 
 
 def check(given: argparse.Namespace) -> dict[str, Any]:
-    """Do what is not done yet; the figures."""
+    """Run the missing parts, and return the figures."""
     from transformers.utils import logging
 
     logging.disable_progress_bar()
@@ -226,7 +226,7 @@ def check(given: argparse.Namespace) -> dict[str, Any]:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Check, print the table, write the JSON file."""
+    """Run the check, print the table, and write the JSON file."""
     parser = argparse.ArgumentParser(
         prog="python -m recipes.evidence.smollm2",
         description=__doc__,

@@ -1,10 +1,10 @@
 """Solutions of the Game of 24 as training, meta and test files of the project.
 
 The source holds, for each of 100 puzzles, 100 solutions that GPT-4 wrote
-(princeton-nlp/tree-of-thought-llm, MIT), with two labels a step by exact search over fractions:
-``valid``, a legal move with right arithmetic after legal moves, and ``reach``, valid and 24 can
-still be reached. Almost all first and second steps are valid, so a step's place decides that label;
-here a step is right where ``reach`` says so.
+(princeton-nlp/tree-of-thought-llm, MIT). An exact search over fractions gives each step two labels:
+``valid`` for a legal move with right arithmetic after legal moves, and ``reach`` for a valid move
+after which 24 can still be reached. Almost all first and second steps are valid, so the position
+nearly determines that label. A step therefore counts as right if its ``reach`` is true.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ FILE = "candidates.jsonl"
 
 @dataclass(frozen=True)
 class Sizes:
-    """How much of the source is used.
+    """The numbers of puzzles and solutions that are used.
 
     Attributes:
-        test_puzzles: Puzzles that solutions are selected for.
-        meta_puzzles: Puzzles of the upper level.
-        candidates: Solutions of each of these.
-        train_solutions: Solutions of the other puzzles, at most half of them right.
+        test_puzzles: The number of puzzles for which solutions are selected.
+        meta_puzzles: The number of puzzles of the upper level.
+        candidates: The number of solutions of each test and meta puzzle.
+        train_solutions: The number of solutions of other puzzles, at most half of them right.
     """
 
     test_puzzles: int = 16
@@ -38,10 +38,10 @@ class Sizes:
 
 
 def by_reach(example: StepExample) -> StepExample:
-    """The example with ``reach`` as its step labels.
+    """Return the example with ``reach`` as its step labels.
 
     Raises:
-        DataError: A step lacks it.
+        DataError: A step has no label ``reach``.
     """
     reach = example.extra["reach"]
     if any(value not in (0, 1) for value in reach):
@@ -57,16 +57,16 @@ def by_reach(example: StepExample) -> StepExample:
 def split(
     examples: Sequence[StepExample], sizes: Sizes, seed: int = 0
 ) -> dict[str, list[StepExample]]:
-    """Training, meta and test examples; no two of them share a puzzle.
+    """Return training, meta and test examples, which share no puzzle.
 
-    Test and meta puzzles are drawn among those with right and wrong solutions. Of each,
-    ``candidates`` solutions are drawn from all of its solutions, again until there are right and
-    wrong ones among them: a draw by chance, given that there is something to select. The training
-    set holds solutions of the other puzzles, every text once, half of them right if there are so
-    many (of the whole source 102 different ones are).
+    Test and meta puzzles are drawn among those with right and wrong solutions. For each,
+    ``candidates`` of its solutions are drawn, repeatedly until they include right and wrong ones.
+    This is a random draw, given that the selection matters. The training set holds solutions of the
+    other puzzles, every text once. Half of them are right if there are enough; the whole source has
+    102 different right ones.
 
     Raises:
-        ValueError: Too few puzzles with right and wrong solutions.
+        ValueError: There are too few puzzles with right and wrong solutions.
     """
     rng = Random(seed)
     puzzles: dict[str, list[StepExample]] = {}
@@ -102,17 +102,17 @@ def _mixed_draw(rows: Sequence[StepExample], count: int, rng: Random) -> list[St
 
 
 def _unlike(rows: Sequence[StepExample]) -> list[StepExample]:
-    """The first of every text."""
+    """Return the rows without repeated texts."""
     return list({tuple(step.text for step in row.steps): row for row in reversed(rows)}.values())
 
 
 def write_parts(source: Path, directory: Path, sizes: Sizes, seed: int = 0) -> dict[str, int]:
-    """Write ``train.jsonl``, ``meta.jsonl`` and ``test.jsonl``; returns their rows by name.
+    """Write ``train.jsonl``, ``meta.jsonl`` and ``test.jsonl``; return their numbers of rows.
 
     Raises:
-        FileNotFoundError: No ``source``.
-        DataError: A record that cannot be used.
-        ValueError: See ``split``.
+        FileNotFoundError: ``source`` does not exist.
+        DataError: A record cannot be used.
+        ValueError: ``split`` raises it.
     """
     examples = [by_reach(example) for example in read_examples(source, format="game24")]
     parts = split(examples, sizes, seed)

