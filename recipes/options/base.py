@@ -41,6 +41,11 @@ class Condition:
     rank: int = field(default_factory=_ranks.__next__)
 
 
+def flag_of(name: str) -> str:
+    """Return an option's flat name as the command line has it: ``--upper-lr`` of ``upper_lr``."""
+    return f"--{name.replace('_', '-')}"
+
+
 def option(
     default: Any,
     help: str,

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from recipes.options.base import Condition
+from recipes.options.base import Condition, flag_of
 
 
 def is_weighted(given: Any) -> bool:
@@ -31,87 +31,43 @@ def _reads_the_model(given: Any) -> bool:
     return any(is_model_feature(name) for name in given.features)
 
 
+def _one_of(name: str, *values: str, shown: str | None = None) -> Condition:
+    """Return the condition that an option has one of some values."""
+    listed = " or ".join(part for part in (", ".join(values[:-1]), values[-1]) if part)
+    return Condition(
+        lambda given: getattr(given, name) in values,
+        (name,),
+        f"use {flag_of(name)} {listed}",
+        shown=shown,
+    )
+
+
 WEIGHTED = Condition(is_weighted, ("weighting",), "use --weighting net, table or domain")
 META_LOSS = Condition(
     has_meta_loss, ("weighting", "lower_data"), "use a weighting or --lower-data meta"
 )
-BOUND_LOW = Condition(
-    lambda given: given.bound in ("clip", "clamp"),
-    ("bound",),
-    "use --bound clip or clamp",
-    shown="clip, clamp",
-)
-BOUND_HIGH = Condition(
-    lambda given: given.bound in ("clip", "clamp", "sigmoid"),
-    ("bound",),
-    "use --bound clip, clamp or sigmoid",
-    shown="clip, clamp, sigmoid",
-)
-UPPER_COSINE = Condition(
-    lambda given: given.upper_schedule == "cosine",
-    ("upper_schedule",),
-    "use --upper-schedule cosine",
-    shown="cosine",
-)
-UPPER_STEP = Condition(
-    lambda given: given.upper_schedule == "step",
-    ("upper_schedule",),
-    "use --upper-schedule step",
-    shown="step",
-)
-PRIOR = Condition(
-    lambda given: given.weighting in ("net", "table"),
-    ("weighting",),
-    "use --weighting net or table",
-    shown="net, table",
-)
+BOUND_LOW = _one_of("bound", "clip", "clamp", shown="clip, clamp")
+BOUND_HIGH = _one_of("bound", "clip", "clamp", "sigmoid", shown="clip, clamp, sigmoid")
+UPPER_COSINE = _one_of("upper_schedule", "cosine", shown="cosine")
+UPPER_STEP = _one_of("upper_schedule", "step", shown="step")
+PRIOR = _one_of("weighting", "net", "table", shown="net, table")
 NORMALISED = Condition(
     lambda given: given.weighting in ("net", "table") or given.weights_file is not None,
     ("weighting", "weights_file"),
     "use --weighting net or table, or --weights-file",
     shown="net, table, weights file",
 )
-NET = Condition(lambda given: given.weighting == "net", ("weighting",), "use --weighting net")
+NET = _one_of("weighting", "net")
 MODEL_FEATURE = Condition(
     _reads_the_model, ("features",), "use a feature that depends on the model"
 )
-UPPER_ADAM = Condition(
-    lambda given: given.upper_optimizer != "sgd",
-    ("upper_optimizer",),
-    "use --upper-optimizer adam or lazy-adam",
-)
-CENTRAL_DIFFERENCE = Condition(
-    lambda given: given.route == "central-difference",
-    ("route",),
-    "use --route central-difference",
-)
-ONE_STEP = Condition(
-    lambda given: given.hypergradient == "one-step",
-    ("hypergradient",),
-    "use --hypergradient one-step",
-    shown="one-step",
-)
-IMPLICIT = Condition(
-    lambda given: given.hypergradient == "implicit",
-    ("hypergradient",),
-    "use --hypergradient implicit",
-    shown="implicit",
-)
-PENALTY = Condition(
-    lambda given: given.hypergradient == "penalty",
-    ("hypergradient",),
-    "use --hypergradient penalty",
-    shown="penalty",
-)
-UNWEIGHTED = Condition(
-    lambda given: given.weighting == "none",
-    ("weighting",),
-    "use --weighting none",
-    shown="weighting none",
-)
-ON_TRAIN_FILE = Condition(
-    lambda given: given.lower_data == "train", ("lower_data",), "use --lower-data train"
-)
+UPPER_ADAM = _one_of("upper_optimizer", "adam", "lazy-adam")
+CENTRAL_DIFFERENCE = _one_of("route", "central-difference")
+ONE_STEP = _one_of("hypergradient", "one-step", shown="one-step")
+IMPLICIT = _one_of("hypergradient", "implicit", shown="implicit")
+PENALTY = _one_of("hypergradient", "penalty", shown="penalty")
+UNWEIGHTED = _one_of("weighting", "none", shown="weighting none")
+ON_TRAIN_FILE = _one_of("lower_data", "train")
 AGGREGATED = Condition(
     lambda given: has_meta_loss(given) or is_evaluated(given),
     ("weighting", "dev_file", "test_file"),
@@ -130,16 +86,6 @@ META_AND_TEST = Condition(
 FROM_MODEL = Condition(
     lambda given: given.init_from is None, ("init_from",), "use --init-from none"
 )
-LOWER_COSINE = Condition(
-    lambda given: given.lower_schedule == "cosine",
-    ("lower_schedule",),
-    "use --lower-schedule cosine",
-    shown="cosine",
-)
-LOWER_STEP = Condition(
-    lambda given: given.lower_schedule == "step",
-    ("lower_schedule",),
-    "use --lower-schedule step",
-    shown="step",
-)
+LOWER_COSINE = _one_of("lower_schedule", "cosine", shown="cosine")
+LOWER_STEP = _one_of("lower_schedule", "step", shown="step")
 SAVED = Condition(lambda given: given.save_every > 0, ("save_every",), "use --save-every 1 or more")

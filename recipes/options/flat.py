@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import MISSING, dataclass, fields
 from typing import Any, Literal, TypeVar, get_type_hints
 
-from recipes.options.base import Condition, OnResume
+from recipes.options.base import Condition, OnResume, flag_of
 
 Options = TypeVar("Options")
 
@@ -39,7 +39,7 @@ class FlatOption:
     @property
     def flag(self) -> str:
         """The name of the option on the command line."""
-        return f"--{self.name.replace('_', '-')}"
+        return flag_of(self.name)
 
 
 def flat_options(kind: type[Any]) -> Mapping[str, FlatOption]:

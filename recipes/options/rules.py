@@ -13,7 +13,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from recipes.options.base import Condition
+from recipes.options.base import Condition, flag_of
 from recipes.options.conditions import has_meta_loss
 from recipes.options.flat import flat_options, flatten
 from recipes.options.train import LowerOptions, TrainOptions
@@ -142,7 +142,7 @@ def refusal(condition: Condition, names: Sequence[str], values: Mapping[str, Any
         values: All values by flat name.
     """
     if condition.text is not None:
-        flags = ", ".join(f"--{name.replace('_', '-')}" for name in sorted(names))
+        flags = ", ".join(map(flag_of, sorted(names)))
         return condition.text.format(flags=flags, **values)
     verb, them = ("has", "it") if len(names) == 1 else ("have", "them")
     return (
@@ -195,9 +195,9 @@ def _spelled(values: Mapping[str, Any], names: Sequence[str], between: str) -> s
 
 def _option(name: str, value: Any) -> str:
     """Return an option with its value, as on the command line."""
-    flag = name.replace("_", "-")
+    flag = flag_of(name)
     if isinstance(value, bool):
-        return f"--{flag}" if value else f"--no-{flag}"
+        return flag if value else flag.replace("--", "--no-", 1)
     if isinstance(value, tuple):
-        return " ".join([f"--{flag}", *map(str, value)])
-    return f"--{flag} {'none' if value is None else value}"
+        return " ".join([flag, *map(str, value)])
+    return f"{flag} {'none' if value is None else value}"

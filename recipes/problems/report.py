@@ -13,6 +13,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import torch
 
+from recipes.options.base import flag_of
 from recipes.options.parse import build_parser, resolve
 from recipes.options.values import OptionError
 from recipes.run.files import write_json
@@ -74,8 +75,8 @@ def check_options(options: Any, *rules: tuple[str, bool, str]) -> None:
     """Raise OptionError for the first broken rule (field, whether it holds, what is expected)."""
     for name, holds, expected in rules:
         if not holds:
-            flag, found = name.replace("_", "-"), getattr(options, name)
-            raise OptionError(f"--{flag}: expected {expected}; found {found!r}")
+            found = getattr(options, name)
+            raise OptionError(f"{flag_of(name)}: expected {expected}; found {found!r}")
 
 
 def run_recipe(

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from recipes.options.base import flag_of
 from recipes.options.flat import flat_options, flatten
 from recipes.options.train import LowerOptions
 
@@ -36,10 +37,10 @@ def differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     old, new = then["options"], now["options"]
     for name in dict.fromkeys([*old, *new]):
         if old.get(name) != new.get(name):
-            lines.append(f"{_flag(name)} {new.get(name)} (checkpoint: {old.get(name)})")
+            lines.append(f"{flag_of(name)} {new.get(name)} (checkpoint: {old.get(name)})")
     for name in dict.fromkeys([*then["files"], *now["files"]]):
         if then["files"].get(name) != now["files"].get(name):
-            lines.append(f"{_flag(name)} (checkpoint: a file of other content)")
+            lines.append(f"{flag_of(name)} (checkpoint: a file of other content)")
     if then["model"] != now["model"]:
         lines.append("--model, --init-from (checkpoint: other initial parameters)")
     return lines
@@ -59,7 +60,3 @@ def digest_model(model: torch.nn.Module) -> str:
         flat = tensor.detach().cpu().contiguous().reshape(-1)
         digest.update(flat.view(torch.uint8).numpy())
     return digest.hexdigest()
-
-
-def _flag(name: str) -> str:
-    return f"--{name.replace('_', '-')}"

@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from recipes.options.base import PrmOptions
+from recipes.options.base import PrmOptions, flag_of
 from recipes.options.yaml_file import read_yaml
 
 _PROMPT = ("system_prompt", "context", "max_patches")
@@ -30,8 +30,7 @@ def prompt_differences(options: PrmOptions, directory: str) -> list[str]:
     lines = []
     for name in _PROMPT:
         if name in run and run[name] != getattr(options, name):
-            flag = f"--{name.replace('_', '-')}"
-            lines.append(f"{flag} {getattr(options, name)} (the run: {run[name]})")
+            lines.append(f"{flag_of(name)} {getattr(options, name)} (the run: {run[name]})")
     return lines
 
 
