@@ -14,6 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
 from bilevel.autodiff.attention import attention
+from bilevel.autodiff.stop_gradients import call_without_tangents
 
 # Parts of torch's error messages about missing derivatives.
 UNSUPPORTED = ("forward AD", "forward-mode", "functorch", "jvp", "double backward")
@@ -21,7 +22,7 @@ UNSUPPORTED = ("forward AD", "forward-mode", "functorch", "jvp", "double backwar
 
 @contextmanager
 def differentiable_kernels() -> Iterator[None]:
-    """Run the body with operations that have correct forward-mode and second derivatives.
+    """Run the body, a loss and double backward, with operations that have those derivatives.
 
     Attention uses the MATH kernel, the only one that has them, in blocks of queries. ``_Equals``
     replaces some other operations by equivalent ones.
@@ -29,8 +30,31 @@ def differentiable_kernels() -> Iterator[None]:
     Raises:
         RuntimeError: Another operation lacks them. The message holds torch's own and a remedy.
     """
+    with kernels_for_transforms(), _Equals():
+        yield
+
+
+@contextmanager
+def forward_mode_loss() -> Iterator[None]:
+    """Run the body, a loss within transforms, as ``differentiable_kernels`` would run it.
+
+    Grad mode is on, and what the loss computes after switching it off is a constant for the
+    transforms, too: see ``bilevel.autodiff.stop_gradients``. It belongs into the function that is
+    transformed, and the transforms into ``kernels_for_transforms``.
+    """
+    with torch.enable_grad(), _ForwardEquals():
+        yield
+
+
+@contextmanager
+def kernels_for_transforms() -> Iterator[None]:
+    """Run the body, transforms of ``torch.func``, with kernels that have all derivatives.
+
+    Raises:
+        RuntimeError: As ``differentiable_kernels``.
+    """
     try:
-        with warnings.catch_warnings(), sdpa_kernel(SDPBackend.MATH), _Equals():
+        with warnings.catch_warnings(), sdpa_kernel(SDPBackend.MATH):
             # torch itself compiles some of its forward-mode formulas with its deprecated compiler.
             warnings.filterwarnings("ignore", message=r".*torch\.jit", category=DeprecationWarning)
             yield
@@ -79,7 +103,21 @@ class _Equals(TorchFunctionMode):
             return args[0].copy_(_masked_scatter(*args, **kwargs))
         if func is functional.scaled_dot_product_attention:
             return attention(*args, **kwargs)
+        return self._call(func, args, kwargs)
+
+    def _call(
+        self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    ) -> Any:
         return func(*args, **kwargs)
+
+
+class _ForwardEquals(_Equals):
+    """The same, with the constants that autograd sees."""
+
+    def _call(
+        self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    ) -> Any:
+        return call_without_tangents(func, args, kwargs)
 
 
 def _masked_scatter(input: Tensor, mask: Tensor, source: Tensor) -> Tensor:
