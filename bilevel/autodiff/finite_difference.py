@@ -9,17 +9,16 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any, Protocol
 
 import optree
 import torch
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 
 from bilevel import tree
-from bilevel.autodiff.stop_gradients import StopGradients, equal
+from bilevel.autodiff.stop_gradients import Constant, StopGradients, equal
 from bilevel.problem import Params
 from bilevel.tree import Tree
 
@@ -110,29 +109,39 @@ def central_difference(
     kinds = {leaf.device.type for leaf in primals}
     known = {leaf.dtype for leaf in (*primals, *like)}
 
+    def call(func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+        """Call an operation without autocast, even where the loss itself enables it."""
+        if not _autocasting(kinds):
+            return func(*args, **kwargs)
+        with _without_autocast(kinds):
+            return func(*args, **kwargs)
+
+    def watching(held: Sequence[Constant] | None = None) -> StopGradients:
+        return StopGradients(held, call if route.widen else None)
+
     def at(distance: float, watch: StopGradients) -> tuple[Tensor, ...]:
         shifted = []
         for primal, tangent in zip(primals, tangents, strict=True):
             wide = torch.promote_types(primal.dtype, torch.float32)
             moved = torch.add(primal.to(wide), tangent.to(wide), alpha=distance)
             shifted.append(moved if widen else moved.to(primal.dtype))
-        with _WithoutAutocast(kinds) if route.widen else nullcontext(), _advice(route.widen):
+        with _without_autocast(kinds) if route.widen else nullcontext(), _advice(route.widen):
             values = function(rebuild(shifted), inputs, watch)
         watch.finish()
         return values
 
-    step, watch = _step(route, primals, known, length), StopGradients()
+    step, watch = _step(route, primals, known, length), watching()
     ahead = at(step, watch)
     known |= watch.dtypes
     if step != (longer := _step(route, primals, known, length)):
-        step, watch = longer, StopGradients()
+        step, watch = longer, watching()
         ahead = at(step, watch)
-    other = StopGradients()
+    other = watching()
     behind = at(-step, other)
     if not equal(watch.constants, other.constants):
-        here = StopGradients()
+        here = watching()
         at(0.0, here)
-        ahead, behind = (at(sign * step, StopGradients(here.constants)) for sign in (1.0, -1.0))
+        ahead, behind = (at(sign * step, watching(here.constants)) for sign in (1.0, -1.0))
     if watch.opaque:
         warnings.warn(_OPAQUE, stacklevel=2)
     return tuple((a - b) / (2.0 * step) for a, b in zip(ahead, behind, strict=True))
@@ -178,18 +187,12 @@ def _step(
     return relative * (reach if reach > 0.0 else 1.0) / length
 
 
-class _WithoutAutocast(TorchFunctionMode):
-    """Disables autocast for every operation, even where the loss itself enables it."""
-
-    def __init__(self, kinds: Iterable[str]) -> None:
-        super().__init__()
-        self._kinds = tuple(kinds)
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        with ExitStack() as stack:
-            for kind in _autocasting(self._kinds):
-                stack.enter_context(torch.autocast(kind, enabled=False))
-            return func(*args, **(kwargs or {}))
+@contextmanager
+def _without_autocast(kinds: Iterable[str]) -> Iterator[None]:
+    with ExitStack() as stack:
+        for kind in _autocasting(kinds):
+            stack.enter_context(torch.autocast(kind, enabled=False))
+        yield
 
 
 def _autocasting(kinds: Iterable[str]) -> list[str]:

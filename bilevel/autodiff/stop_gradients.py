@@ -28,14 +28,19 @@ from bilevel.problem import Problem, ReweightingProblem, detached
 
 ProblemT = TypeVar("ProblemT", bound=Problem)
 
+Call: TypeAlias = Callable[[Callable[..., Any], tuple[Any, ...], Mapping[str, Any]], Any]
+
 # A tensor of its own, or a number that left torch by ``.item()`` or ``.tolist()``.
 Constant: TypeAlias = Tensor | float | list[Any]
 
 # Each access makes another object of these, equal to the last.
 _DATA = Tensor.data.__get__  # type: ignore[attr-defined]
-_SET_DATA = Tensor.data.__set__  # type: ignore[attr-defined]
+_WRITING_DATA = frozenset([Tensor.data.__set__])  # type: ignore[attr-defined]
+_DETACHING = frozenset([Tensor.detach_, torch.detach_])
+_WRITING = _WRITING_DATA | _DETACHING
 _LEAVING = (Tensor.item, Tensor.tolist, Tensor.__float__, Tensor.__complex__)
-_STOPS = (Tensor.detach, torch.detach, Tensor.detach_, torch.detach_, _DATA, *_LEAVING)
+_STOPS = frozenset([Tensor.detach, torch.detach, _DATA, *_LEAVING]) | _DETACHING
+_KINDS = (Tensor, tuple, list, float, complex)  # of results that can hold constants
 
 
 def call_without_tangents(
@@ -53,7 +58,7 @@ def call_without_tangents(
         return func(*args, **kwargs)
     if func == _DATA:  # In forward over reverse ``.data`` loses one of the two derivatives.
         return args[0].detach()
-    if func in (Tensor.detach_, torch.detach_):  # Likewise; zeros have no tangent, nor what is put.
+    if func in _DETACHING:  # Likewise; zeros have no tangent, nor what is put.
         constant = args[0].detach().clone()
         return func(*args, **kwargs).zero_().copy_(constant)
     result = func(*args, **kwargs)
@@ -74,6 +79,7 @@ class StopGradients(TorchFunctionMode):
 
     Args:
         held: Constants of another run, in their order; None: those of this run stay.
+        call: How operations are called; None: as they are.
 
     Attributes:
         constants: Those of this run, before any was replaced, copied.
@@ -82,12 +88,12 @@ class StopGradients(TorchFunctionMode):
             backward may be anything, or constants within a transform of ``torch.func``.
     """
 
-    def __init__(self, held: Sequence[Constant] | None = None) -> None:
+    def __init__(self, held: Sequence[Constant] | None = None, call: Call | None = None) -> None:
         super().__init__()
         self.constants: list[Constant] = []
         self.dtypes: set[torch.dtype] = set()
         self.opaque = False
-        self._held = held
+        self._held, self._call = held, call
         self._on = True
         self._aliases: list[tuple[Tensor, Tensor]] = []
 
@@ -102,36 +108,35 @@ class StopGradients(TorchFunctionMode):
         off = not torch.is_grad_enabled()
         # Around the forward of an autograd.Function torch switches off tangents, too.
         dark = off and not forward_gradients_are_on() and not torch.is_inference_mode_enabled()
-        if dark and self._on:
-            self.opaque = True
-            return self._noted(func(*args, **kwargs))
-        if func is SET_GRAD_MODE:
+        inside = dark and self._on
+        self.opaque |= inside
+        if func is SET_GRAD_MODE and not inside:
             (self._on,) = args
         if transform_is_active():
             self.opaque |= off or func in _STOPS
-            return func(*args, **kwargs)
+            inside = True
+        versions = []
+        if not inside and (off or func in _WRITING):
+            versions = [(one, one._version) for one in _tensors((args, kwargs)) if _has_graph(one)]
+        call = self._call
+        result = func(*args, **kwargs) if call is None else call(func, args, kwargs)
+        if isinstance(result, Tensor) and result.requires_grad and not off:
+            self.dtypes.add(result.dtype)
+            return result
+        if inside or not (result is None or isinstance(result, _KINDS)):
+            return result
         given = list(_tensors((args, kwargs)))
-        moving = [one for one in given if _has_graph(one)]
-        versions = [one._version for one in moving] if off else []
-        result = func(*args, **kwargs)
+        moving = [one for one, _ in versions] or [one for one in given if _has_graph(one)]
         if not moving:
             return result
-        if func == _SET_DATA or any(
-            one._version != version for one, version in zip(moving, versions, strict=False)
-        ):
+        if func in _WRITING_DATA or (off and any(one._version != old for one, old in versions)):
             raise RuntimeError(_IN_PLACE)
         if result is None:  # ``x[0] = y``: what was written to
             _each(args[0], lambda one: self._held_or_own(one, moving, given))
             return None
         if isinstance(result, list | float | complex) and not list(_tensors(result)):
             return self._next(result)
-        return _each(self._noted(result), lambda one: self._held_or_own(one, moving, given))
-
-    def _noted(self, result: Any) -> Any:
-        for one in _tensors(result):
-            if _has_graph(one):
-                self.dtypes.add(one.dtype)
-        return result
+        return _each(result, lambda one: self._held_or_own(one, moving, given))
 
     def _held_or_own(
         self, one: Tensor, moving: Sequence[Tensor], given: Sequence[Tensor]

@@ -317,7 +317,7 @@ def test_autocast_is_off_in_widened_passes(inside):
     seen = []
 
     def function(params, _, watch):
-        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=True):
+        with watch, torch.autocast("cpu", dtype=torch.bfloat16, enabled=True):
             seen.append(functional.linear(params["x"], params["w"]).dtype)
             seen.append((params["x"] @ params["w"].T).dtype)
         return (params["w"].sum(),)
