@@ -13,15 +13,26 @@ from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
+from bilevel.autodiff import equivalents
 from bilevel.autodiff.attention import attention
+from bilevel.autodiff.stop_gradients import call_without_tangents
 
 # Parts of torch's error messages about missing derivatives.
-UNSUPPORTED = ("forward AD", "forward-mode", "functorch", "jvp", "double backward")
+UNSUPPORTED = (
+    "forward AD",
+    "forward-mode",
+    "functorch",
+    "jvp",
+    "ZeroTensors",
+    "data pointer of Tensor",
+    "double backward",
+    "derivative for",
+)
 
 
 @contextmanager
 def differentiable_kernels() -> Iterator[None]:
-    """Run the body with operations that have correct forward-mode and second derivatives.
+    """Run the body, a loss and double backward, with operations that have those derivatives.
 
     Attention uses the MATH kernel, the only one that has them, in blocks of queries. ``_Equals``
     replaces some other operations by equivalent ones.
@@ -29,11 +40,45 @@ def differentiable_kernels() -> Iterator[None]:
     Raises:
         RuntimeError: Another operation lacks them. The message holds torch's own and a remedy.
     """
+    with _advice("CentralDifference()"), _kernels(), _Equals():
+        yield
+
+
+@contextmanager
+def forward_mode_loss() -> Iterator[None]:
+    """Run the body, a loss within transforms, as ``differentiable_kernels`` would run it.
+
+    Grad mode is on, and what the loss computes after switching it off is a constant for the
+    transforms, too: see ``bilevel.autodiff.stop_gradients``. It belongs into the function that is
+    transformed, and the transforms into ``kernels_for_transforms``.
+    """
+    with torch.enable_grad(), _ForwardEquals():
+        yield
+
+
+@contextmanager
+def kernels_for_transforms() -> Iterator[None]:
+    """Run the body, transforms of ``torch.func``, with kernels that have all derivatives.
+
+    Raises:
+        RuntimeError: As ``differentiable_kernels``.
+    """
+    with _advice("Reverse() or CentralDifference()"), _kernels():
+        yield
+
+
+@contextmanager
+def _kernels() -> Iterator[None]:
+    with warnings.catch_warnings(), sdpa_kernel(SDPBackend.MATH):
+        # torch itself compiles some of its forward-mode formulas with its deprecated compiler.
+        warnings.filterwarnings("ignore", message=r".*torch\.jit", category=DeprecationWarning)
+        yield
+
+
+@contextmanager
+def _advice(routes: str) -> Iterator[None]:
     try:
-        with warnings.catch_warnings(), sdpa_kernel(SDPBackend.MATH), _Equals():
-            # torch itself compiles some of its forward-mode formulas with its deprecated compiler.
-            warnings.filterwarnings("ignore", message=r".*torch\.jit", category=DeprecationWarning)
-            yield
+        yield
     except (NotImplementedError, RuntimeError) as error:
         text = str(error)
         if not any(part in text for part in UNSUPPORTED):
@@ -48,16 +93,12 @@ def differentiable_kernels() -> Iterator[None]:
         raise RuntimeError(
             f"a torch operation lacks the derivative that this route needs: {text}. Use "
             "attn_implementation='eager' (or torch's MATH attention kernel) and plain torch "
-            "operations, or choose the route Ghost(), PerExample() or CentralDifference()"
+            f"operations, or choose the route {routes}"
         ) from error
 
 
 class _Equals(TorchFunctionMode):
     """Replaces some operations by others with the same values.
-
-    ``masked_scatter`` inserts image features into the text in multimodal models of transformers. In
-    forward over reverse mode, torch (as of 2.13) gives the gradient of the scattered values the
-    tangent of the whole tensor. This raises an error if the sizes differ, and is wrong if not.
 
     The MATH kernel of ``scaled_dot_product_attention`` holds the scores of all queries with all
     keys at once, and with a causal mask computes the masked ones, too. For 1,024 tokens the
@@ -74,18 +115,29 @@ class _Equals(TorchFunctionMode):
     ) -> Any:
         kwargs = kwargs or {}
         if func in (torch.masked_scatter, Tensor.masked_scatter):
-            return _masked_scatter(*args, **kwargs)
+            return equivalents.masked_scatter(*args, **kwargs)
         if func is Tensor.masked_scatter_:
-            return args[0].copy_(_masked_scatter(*args, **kwargs))
+            return args[0].copy_(equivalents.masked_scatter(*args, **kwargs))
         if func is functional.scaled_dot_product_attention:
             return attention(*args, **kwargs)
+        return self._call(func, args, kwargs)
+
+    def _call(
+        self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    ) -> Any:
         return func(*args, **kwargs)
 
 
-def _masked_scatter(input: Tensor, mask: Tensor, source: Tensor) -> Tensor:
-    """Replace the k-th true entry of the mask, in memory order, by the k-th one of ``source``."""
-    input, mask = torch.broadcast_tensors(input, mask)
-    if not source.numel():
-        return input.clone()
-    rank = (mask.reshape(-1).cumsum(0) - 1).clamp(0, source.numel() - 1)
-    return torch.where(mask, source.reshape(-1)[rank].view(mask.shape), input)
+class _ForwardEquals(_Equals):
+    """The same, with the constants that autograd sees, and losses that forward mode knows."""
+
+    def _call(
+        self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    ) -> Any:
+        if func is functional.mse_loss:
+            func = equivalents.mse_loss
+        elif func is functional.huber_loss:
+            func = equivalents.huber_loss
+        elif func is functional.soft_margin_loss:
+            func = equivalents.soft_margin_loss
+        return call_without_tangents(func, args, kwargs)

@@ -15,7 +15,16 @@ from torch import Tensor
 TRIED = ("2.13",)
 
 # The private functions of torch that this module calls.
-NAMES = ("torch._softmax_backward_data", "torch._C._functorch.peek_interpreter_stack")
+NAMES = (
+    "torch._softmax_backward_data",
+    "torch._C._functorch.peek_interpreter_stack",
+    "torch._C._set_grad_enabled",
+    "torch._C._set_fwd_grad_enabled",
+    "torch._C._is_fwd_grad_enabled",
+)
+
+# What ``torch.no_grad`` and its like call, as a ``TorchFunctionMode`` sees it.
+SET_GRAD_MODE = torch._C._set_grad_enabled
 
 
 def softmax_tangent(
@@ -36,3 +45,18 @@ def softmax_tangent(
 def transform_is_active() -> bool:
     """Return whether a transform of ``torch.func`` (``vmap``, ``jvp``, ``grad``) is active."""
     return torch._C._functorch.peek_interpreter_stack() is not None
+
+
+def set_forward_gradients(on: bool) -> None:
+    """Switch the tangents of forward mode on or off, as ``torch.set_grad_enabled`` does graphs."""
+    torch._C._set_fwd_grad_enabled(on)
+
+
+def forward_gradients_are_on() -> bool:
+    """Return whether operations compute tangents.
+
+    ``torch.no_grad`` leaves this as it is. ``torch.inference_mode`` switches it off, and so does
+    torch around the forward of a custom ``autograd.Function``.
+    """
+    on: bool = torch._C._is_fwd_grad_enabled()
+    return on

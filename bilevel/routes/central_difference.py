@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from bilevel import tree
 from bilevel.autodiff import random_state
 from bilevel.autodiff.finite_difference import central_difference
 from bilevel.autodiff.gradient import as_leaves, gradients
+from bilevel.autodiff.stop_gradients import StopGradients, watched
 from bilevel.checks import require
 from bilevel.lower.micro_batch import MicroBatch
 from bilevel.lower.route import DerivativeRequest
@@ -35,24 +36,33 @@ class CentralDifference(PlainBackward):
     """Two plain passes at θ ± ε μ, for models without a forward-mode derivative.
 
     Attention keeps its fused kernels. θ is not touched, not even in its last bit: the shifted
-    parameters are new tensors. Both passes see the same random numbers. A μ that is not finite
-    makes the product NaN without an evaluation, and the solver then skips the upper update.
+    parameters are new tensors. Both passes see the same random numbers, and what autograd treats
+    as constants (``.detach()``, ``.item()``, everything under ``torch.no_grad``) as it is at θ. A μ
+    that is not finite makes the product NaN without an evaluation, and the solver then skips the
+    upper update.
 
-    Cost: 2F with detached features. Memory: one copy of θ, in float32.
+    A difference knows nothing of a custom ``autograd.Function`` whose backward is not the
+    derivative of its forward (a straight-through estimator, a reversed gradient): where the loss
+    has one a warning says so, and ``Reverse`` is right. Constants within activation checkpointing
+    are held in the forward pass alone.
+
+    Cost: 2F with detached features; 1F more if the loss computes in less precision than its
+    parameters have, and 3F more if its constants depend on θ. Memory: one copy of θ, in float32,
+    and the activations of a forward pass.
 
     Args:
         relative_step: ``ε ‖μ‖ / ‖θ‖``; None: a tenth of the cube root of the machine epsilon of the
-            least precise number involved: 6e-7 in float64, 5e-4 in float32, 0.02 in bfloat16.
+            least precise number involved, within the loss too: 6e-7 in float64, 5e-4 in float32,
+            0.02 in bfloat16.
         radius: ``ε ‖μ‖`` itself, in place of ``relative_step``. Betty's rule (``darts_alpha``,
             ``sama_adam_alpha``): 0.01, whatever the size of θ and its precision.
         widen: Shift float32 copies of 16-bit parameters, hand the loss these and its batch in
             float32, and switch autocast off, wherever it is on: the error is then that of float32.
             Needs a loss that computes in the precision of what it is given; one that has 16-bit
             weights of its own says so by an error. False: shift in the parameters' own precision
-            (that of an autocast, if one is on around the solver's step), by as much more as it is
-            coarser; rounding of the shifted copies and of the loss then leaves an error of 1 to
-            4 % in bfloat16 on the models of the tests, and more for a μ along which the losses
-            hardly change. If the loss enters autocast itself, pass its relative_step.
+            (that of an autocast, if one is on), by as much more as it is coarser; rounding of the
+            shifted copies and of the loss then leaves an error of 1 to 4 % in bfloat16 on the
+            models of the tests, and more for a μ along which the losses hardly change.
 
     Raises:
         ValueError: A step that is not positive, or both of them.
@@ -84,9 +94,11 @@ class CentralDifference(PlainBackward):
             return micro.dots(direction)
         assert micro.losses is not None
 
-        def losses(params: Params, batch: Batch) -> tuple[Float[Tensor, " batch"]]:
-            with random_state.rewound_to(micro.random, lower_params):
-                return (problem.losses(params, batch)[0],)
+        def losses(
+            params: Params, batch: Batch, watch: StopGradients
+        ) -> tuple[Float[Tensor, " batch"]]:
+            with torch.enable_grad(), random_state.rewound_to(micro.random, lower_params):
+                return (_losses(problem, as_leaves(params), batch, watch).detach(),)
 
         like = (micro.losses,)
         with torch.no_grad():
@@ -106,10 +118,12 @@ class CentralDifference(PlainBackward):
 def _gradient_difference(
     route: CentralDifference, at: DerivativeRequest
 ) -> Sequence[Tensor | None]:
-    def gradient(params: Params, inputs: tuple[Params, Batch]) -> tuple[Tensor, ...]:
+    def gradient(
+        params: Params, inputs: tuple[Params, Batch], watch: StopGradients
+    ) -> tuple[Tensor, ...]:
         with torch.enable_grad(), random_state.rewound_to(at.micro.random, at.lower_params):
             params, upper = as_leaves(params), as_leaves(inputs[0])
-            loss, _ = lower_value(at.problem, params, upper, inputs[1])
+            loss, _ = lower_value(watched(at.problem, watch), params, upper, inputs[1])
             wanted = [*chosen(params, at.lower_wanted), *chosen(upper, at.upper_wanted)]
             return zeros_for_none(gradients([loss], wanted), wanted)
 
@@ -132,10 +146,10 @@ def _separable_difference(
     assert at.micro.losses is not None
     weights = at.micro.weights.detach()
 
-    def values(params: Params, batch: Batch) -> tuple[Tensor, ...]:
+    def values(params: Params, batch: Batch, watch: StopGradients) -> tuple[Tensor, ...]:
         with torch.enable_grad(), random_state.rewound_to(at.micro.random, at.lower_params):
             params = as_leaves(params)
-            losses = problem.losses(params, batch)[0]
+            losses = _losses(problem, params, batch, watch)
             wanted = chosen(params, at.lower_wanted)
             grads = gradients([weighted_mean(weights, losses)], wanted)
         return (*zeros_for_none(grads, wanted), losses.detach())
@@ -146,3 +160,14 @@ def _separable_difference(
     )
     cotangent = (slopes / at.micro.size).to(at.micro.weights.dtype)
     return [*products, *gradients([at.micro.weights], tree.leaves(at.upper_wanted), [cotangent])]
+
+
+def _losses(
+    problem: ReweightingProblem[Any, Any, Any],
+    params: Params,
+    batch: Batch,
+    watch: StopGradients,
+) -> Float[Tensor, " batch"]:
+    """Return the losses alone: features are not constants of theirs."""
+    alone = replace(problem, detach_features=False)
+    return watched(alone, watch).losses(params, batch)[0]

@@ -13,7 +13,7 @@ from torch import Tensor
 from bilevel import tree
 from bilevel.autodiff import random_state
 from bilevel.autodiff.finite_difference import moving
-from bilevel.autodiff.kernels import differentiable_kernels
+from bilevel.autodiff.kernels import forward_mode_loss, kernels_for_transforms
 from bilevel.lower.micro_batch import MicroBatch
 from bilevel.lower.route import DerivativeRequest
 from bilevel.lower.second_order import put
@@ -72,11 +72,11 @@ def loss_tangents(
         return torch.zeros_like(micro.losses) / micro.size
 
     def losses(*leaves: Tensor) -> Float[Tensor, " batch"]:
-        with random_state.rewound_to(micro.random, lower_params):
+        with forward_mode_loss(), random_state.rewound_to(micro.random, lower_params):
             return problem.losses(rebuild(leaves), micro.batch)[0]
 
     moved = tuple(t.to(p.dtype) for t, p in zip(tangents, primals, strict=True))
-    with torch.no_grad(), differentiable_kernels():
+    with torch.no_grad(), kernels_for_transforms():
         slopes: Float[Tensor, " batch"] = torch.func.jvp(losses, primals, moved)[1]
         return slopes / micro.size
 
@@ -91,7 +91,7 @@ def gradient_tangent(at: DerivativeRequest) -> Sequence[Tensor]:
     present = tuple(leaf.detach() for leaf in tree.leaves(at.upper_wanted))
 
     def loss(lower_leaves: Sequence[Tensor], upper_leaves: Sequence[Tensor]) -> Float[Tensor, ""]:
-        with random_state.rewound_to(at.micro.random, at.lower_params):
+        with forward_mode_loss(), random_state.rewound_to(at.micro.random, at.lower_params):
             upper = put(fixed, upper_leaves) if present else fixed
             return lower_value(at.problem, rebuild(lower_leaves), upper, at.micro.batch)[0]
 
@@ -104,6 +104,6 @@ def gradient_tangent(at: DerivativeRequest) -> Sequence[Tensor]:
         return (*grads[0], *grads[1]) if wanted == (0, 1) else tuple(grads)
 
     moved = tuple(t.to(p.dtype) for t, p in zip(tangents, primals, strict=True))
-    with torch.no_grad(), differentiable_kernels():
+    with torch.no_grad(), kernels_for_transforms():
         derivative: Sequence[Tensor] = torch.func.jvp(gradient, primals, moved)[1]
     return derivative

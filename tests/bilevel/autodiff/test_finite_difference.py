@@ -33,7 +33,7 @@ from tests.oracles import random_like
 F64 = torch.float64
 
 
-def cubic(params, _):
+def cubic(params, _, watch):
     return (params["a"].pow(3).sum() + params["b"].prod(),)
 
 
@@ -101,7 +101,7 @@ def test_the_step_that_is_taken(dtype):
     ):
         seen = []
 
-        def function(shifted, inputs, seen=seen):
+        def function(shifted, inputs, watch, seen=seen):
             assert shifted["still"].data_ptr() == params["still"].data_ptr()
             seen.append(shifted["a"])
             return (shifted["a"].sum(),)
@@ -115,7 +115,7 @@ def test_the_step_that_is_taken(dtype):
 def test_parameters_that_are_all_zero_are_shifted_too():
     seen = []
 
-    def function(shifted, inputs):
+    def function(shifted, inputs, watch):
         seen.append(shifted)
         return (shifted.sum(),)
 
@@ -227,7 +227,7 @@ def along(case, route, dtype, direction):
     """Derivative of the losses along a given direction, at the parameters rounded to `dtype`."""
     case = cast(case, dtype)
 
-    def losses(params, batch):
+    def losses(params, batch, watch):
         with torch.no_grad():
             return (case.problem.losses(params, batch)[0],)
 
@@ -266,7 +266,7 @@ def test_a_radius_of_a_hundredth_drowns_in_bfloat16():
         sides = []
         central_difference(
             route,
-            lambda p, _, sides=sides: (sides.append(p.double()), (p.sum(),))[1],
+            lambda p, _, watch, sides=sides: (sides.append(p.double()), (p.sum(),))[1],
             params,
             along_,
             None,
@@ -303,7 +303,7 @@ def test_a_loss_with_16_bit_weights_of_its_own_says_what_to_choose():
 
 
 def test_other_errors_of_the_loss_are_its_own():
-    def broken(params, _):
+    def broken(params, _, watch):
         raise RuntimeError("the data loader is on fire")
 
     params = torch.ones(2, dtype=torch.bfloat16)
@@ -316,8 +316,8 @@ def test_autocast_is_off_in_widened_passes(inside):
     """Around the step or entered by the loss; on again afterwards."""
     seen = []
 
-    def function(params, _):
-        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=True):
+    def function(params, _, watch):
+        with watch, torch.autocast("cpu", dtype=torch.bfloat16, enabled=True):
             seen.append(functional.linear(params["x"], params["w"]).dtype)
             seen.append((params["x"] @ params["w"].T).dtype)
         return (params["w"].sum(),)
