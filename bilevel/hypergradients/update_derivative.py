@@ -9,6 +9,7 @@ part.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -18,7 +19,7 @@ from torch import Tensor
 
 from bilevel import tree
 from bilevel.optimizers.base import DifferentiableOptimizer
-from bilevel.optimizers.optimizers import SGD, Adam
+from bilevel.optimizers.optimizers import SGD, Adam, AdamW
 from bilevel.tree import Tree
 
 
@@ -119,10 +120,15 @@ class Sama:
 
     def check(self, optimizer: DifferentiableOptimizer) -> None:
         """Raise ValueError for optimizers that the paper's factor is not defined for."""
-        if not isinstance(optimizer, Adam | SGD):
+        if type(optimizer) not in (SGD, Adam, AdamW):  # their variants have other rules
             raise ValueError(
                 f"Sama: defined for Adam, AdamW and SGD, found {type(optimizer).__name__}; choose "
                 "update_derivative=Exact(), which is right for every optimizer"
+            )
+        if isinstance(getattr(optimizer, "lr", None), Mapping):
+            raise ValueError(
+                "Sama: defined for one learning rate, found one per group; choose "
+                "update_derivative=Exact(), which is right for groups"
             )
 
     def pull_back(
@@ -139,6 +145,7 @@ class Sama:
         if not isinstance(optimizer, Adam):
             return Identity().pull_back(optimizer, grads, state, params, params_bar)
         beta1, beta2 = optimizer.betas
+        assert not isinstance(optimizer.lr, Mapping)
         lr = optimizer.lr(int(state.steps)) if callable(optimizer.lr) else optimizer.lr
 
         def factor(

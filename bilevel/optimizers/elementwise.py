@@ -12,9 +12,9 @@ The optimizers in ``optimizers`` add the rule and its hyperparameters.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass
-from typing import ClassVar
+from typing import Any, ClassVar, TypeAlias
 
 import optree
 import torch
@@ -25,6 +25,7 @@ from bilevel.checks import require
 from bilevel.optimizers.base import OptimizerState, UpdateCotangents, clip_scale
 from bilevel.optimizers.buckets import map_buckets
 from bilevel.optimizers.point import (
+    ONLY,
     LeafKey,
     Leaves,
     UpdatePoint,
@@ -39,18 +40,25 @@ from bilevel.optimizers.rules import RuleStep, add_decay, descend
 from bilevel.optimizers.schedule import Schedule
 from bilevel.tree import Tree, TreeT
 
+GroupValues: TypeAlias = float | Schedule | Mapping[str, float | Schedule] | Mapping[str, float]
+
 
 @dataclass(frozen=True)
 class ElementwiseOptimizer:
     """The parts that all optimizers share: clipping, weight decay, learning rate and state.
 
     Args:
-        lr: The learning rate, or a function from the number of earlier steps to it.
-        weight_decay: The weight decay λ of the module's equations.
+        lr: The learning rate, or a function from the number of earlier steps to it. With groups
+            also a mapping from each group's name to either.
+        weight_decay: The weight decay λ of the module's equations. With groups also a mapping from
+            each group's name to it.
         decay_mask: The function from a leaf's path to whether the leaf decays, for example
             ``lambda name: not name.endswith("bias")``. Paths are joined by '/' (see
             ``tree.names``); in a flat dict they are the parameters' names. None means that all
-            leaves decay. It replaces torch's parameter groups.
+            leaves decay.
+        group: The function from a leaf's path to the name of its group, as torch has parameter
+            groups: ``AdamW({"head": 1e-3, "body": 1e-5}, group=lambda name: name.split(".")[0])``.
+            None means that there is one group.
         max_norm: The largest norm of all gradients together. None means no clipping.
         differentiate_clip: Whether derivatives include that of the clip scale c.
         state_dtype: The dtype of the moments and of the arithmetic. None means that of the
@@ -59,20 +67,21 @@ class ElementwiseOptimizer:
             to their dtype, so a step below half a unit in the last place of a parameter is lost.
     """
 
-    lr: float | Schedule
+    lr: float | Schedule | Mapping[str, float | Schedule]
     _: KW_ONLY
-    weight_decay: float = 0.0
+    weight_decay: float | Mapping[str, float] = 0.0
     decay_mask: Callable[[str], bool] | None = None
+    group: Callable[[str], str] | None = None
     max_norm: float | None = None
     differentiate_clip: bool = False
     state_dtype: torch.dtype | None = None
 
     _decoupled: ClassVar[bool] = False
+    _predicts_from_first: ClassVar[bool] = False  # whether _predicted_gain looks at m
 
     def __post_init__(self) -> None:
-        if not callable(self.lr):
-            require(self, "lr", self.lr)
-        require(self, "weight_decay", self.weight_decay)
+        self._check_groups("lr", self.lr)
+        self._check_groups("weight_decay", self.weight_decay)
         if self.max_norm is not None:
             require(self, "max_norm", self.max_norm, low_open=True)
 
@@ -115,7 +124,7 @@ class ElementwiseOptimizer:
             step, m_new, s_new = self._direction(g_rule, m, s, at.steps)
             if self._decoupled:
                 step = add_decay(step, p_wide, key.decay)
-            return descend(p_wide, step, at.lr).to(p.dtype), m_new, s_new
+            return descend(p_wide, step, at.lrs[key.group]).to(p.dtype), m_new, s_new
 
         new = map_buckets(rule, at.params, at.keys, [at.params, at.grads, *at.moments], 3)
         new_params, *moments = or_else(new, [at.params, *at.moments])
@@ -193,19 +202,27 @@ class ElementwiseOptimizer:
             leaves = structure.flatten_up_to(params)
             p_bars = structure.flatten_up_to(params_bar)
             check_shapes(params, leaves, p_bars, "cotangent")
+            first = state.first_moment if self._predicts_from_first else None
+            firsts = column(structure, first, len(leaves))
             seconds = column(structure, state.second_moment, len(leaves))
             count = int(state.steps)
-            lr = self._lr(count)
+            groups = self._groups(params, len(leaves))
+            lrs = self._lrs(count, groups)
 
-            def rule(_: object, bar: Tensor, s: Tensor | None) -> tuple[Tensor]:
-                gain = self._predicted_gain(s, count)
+            def rule(
+                key: tuple[Any, ...], bar: Tensor, m: Tensor | None, s: Tensor | None
+            ) -> tuple[Tensor]:
+                gain, lr = self._predicted_gain(m, s, count), lrs[key[-1]]
                 if not isinstance(gain, Tensor):
                     return (bar * (gain * -lr),)
                 # In place, since the pages of a new tensor cost more on a CPU than the arithmetic.
                 return (gain.mul_(bar).mul_(-lr).to(bar.dtype),)
 
-            keys = [None if bar is None else (bar.dtype, bar.device) for bar in p_bars]
-            columns = map_buckets(rule, leaves, keys, [p_bars, seconds], 1)
+            keys = [
+                None if bar is None else (bar.dtype, bar.device, group)
+                for bar, group in zip(p_bars, groups, strict=True)
+            ]
+            columns = map_buckets(rule, leaves, keys, [p_bars, firsts, seconds], 1)
             predicted: Tree = structure.unflatten(columns[0])
             return predicted
 
@@ -228,23 +245,75 @@ class ElementwiseOptimizer:
     ) -> RuleStep:
         raise NotImplementedError
 
-    def _predicted_gain(self, s: Tensor | None, count: int) -> float | Tensor:
+    def _predicted_gain(self, m: Tensor | None, s: Tensor | None, count: int) -> float | Tensor:
         raise NotImplementedError
 
     # Helpers of all optimizers.
 
-    def _decays(self, params: Tree) -> list[float] | float:
-        """Return the weight decay λ of each leaf, or one for all."""
-        if self.decay_mask is None:
-            return self.weight_decay
-        names = tree.names(params, none_is_leaf=True)
-        return [self.weight_decay if self.decay_mask(name) else 0.0 for name in names]
+    def _check_groups(self, field: str, value: GroupValues) -> None:
+        if not isinstance(value, Mapping):
+            if not callable(value):
+                require(self, field, value)
+            return
+        if self.group is None:
+            raise ValueError(
+                f"{type(self).__name__}: {field} has values for the groups {list(value)}, but "
+                "there are no groups; give group, a function from a parameter's name to that of "
+                "its group"
+            )
+        for group, number in value.items():
+            if not callable(number):
+                require(self, f"{field}[{group!r}]", number)
 
-    def _lr(self, count: int) -> float | Tensor:
-        return self.lr(count) if callable(self.lr) else self.lr
+    def _groups(self, params: Tree, size: int) -> list[str]:
+        """Return the group of each leaf; the only one has no name."""
+        if self.group is None:
+            return [ONLY] * size
+        return [self.group(name) for name in tree.names(params, none_is_leaf=True)]
+
+    def _decays(self, params: Tree, groups: Sequence[str]) -> list[float]:
+        """Return the weight decay λ of each leaf."""
+        decays = [self._of_group("weight_decay", self.weight_decay, group) for group in groups]
+        if self.decay_mask is None:
+            return decays
+        names = tree.names(params, none_is_leaf=True)
+        return [
+            decay if self.decay_mask(name) else 0.0
+            for name, decay in zip(names, decays, strict=True)
+        ]
+
+    def _lrs(self, count: int, groups: Sequence[str]) -> dict[str, float | Tensor]:
+        """Return the learning rate of each group at the step after so many."""
+        lrs: dict[str, float | Tensor] = {}
+        for group in dict.fromkeys(groups):
+            lr = self._of_group("lr", self.lr, group)
+            lrs[group] = lr(count) if callable(lr) else lr
+        return lrs
+
+    def _of_group(self, field: str, values: GroupValues, group: str) -> Any:
+        """Return the value of a group, from one for all or one for each."""
+        if not isinstance(values, Mapping):
+            return values
+        if group not in values:
+            raise ValueError(
+                f"{type(self).__name__}: {field} has values for the groups {list(values)}, but "
+                f"group puts parameters into {group!r}; add it"
+            )
+        return values[group]
 
     def _point(self, grads: Tree, state: OptimizerState, params: Tree) -> UpdatePoint:
-        at = update_point(grads, state, params, self._lr(int(state.steps)), self._decays(params))
+        at = update_point(grads, state, params)
+        groups = self._groups(params, len(at.params))
+        decays = self._decays(params, groups)
+        at = at._replace(
+            lrs=self._lrs(int(state.steps), groups),
+            keys=[
+                None
+                if p is None or g is None
+                else LeafKey(p.dtype, g.dtype, p.device, decay, group)
+                for p, g, decay, group in zip(at.params, at.grads, decays, groups, strict=True)
+            ],
+        )
         if self.max_norm is None:
             return at
         norm = tree.norm(grads) if self.differentiate_clip else tree.norm(grads).detach()
@@ -275,7 +344,7 @@ class ElementwiseOptimizer:
         ) -> tuple[Tensor | None, ...]:
             p_wide, g_rule = self._rule_inputs(at, key, p, g)
             p_bar = p_bar.to(p_wide.dtype)
-            given = RuleStep(p_bar * -at.lr, m_bar, s_bar)
+            given = RuleStep(p_bar * -at.lrs[key.group], m_bar, s_bar)
             g_bar, *moment_bars = self._direction_vjp(g_rule, m, s, at.steps, given, all_inputs)
             old_bar = None
             if all_inputs:

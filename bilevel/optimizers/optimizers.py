@@ -24,6 +24,14 @@ from bilevel.optimizers.rules import Adaptive, RuleStep
 from bilevel.tree import Tree
 
 
+def check_eps_of_moments(
+    optimizer: ElementwiseOptimizer, eps: float, least: float, params: Tree
+) -> None:
+    """Raise ValueError if ``least``, which ``eps`` goes into, is 0 in the precision of a moment."""
+    for dtype in {optimizer.state_dtype or leaf.dtype for leaf in tree.leaves(params)}:
+        check_eps(optimizer, eps, least, dtype, "pass state_dtype=torch.float32")
+
+
 @dataclass(frozen=True)
 class SGD(ElementwiseOptimizer):
     """Gradient descent with heavy-ball or Nesterov momentum, computed as in ``torch.optim.SGD``.
@@ -65,12 +73,12 @@ class SGD(ElementwiseOptimizer):
             return RuleStep(bars.step)
         return rules.momentum_vjp(bars, self.momentum, self.nesterov, all_inputs=all_inputs)
 
-    def _predicted_gain(self, s: Tensor | None, count: int) -> float:
+    def _predicted_gain(self, m: Tensor | None, s: Tensor | None, count: int) -> float:
         return 1.0 + self.momentum if self.nesterov else 1.0
 
 
 @dataclass(frozen=True)
-class _AdaptiveOptimizer(ElementwiseOptimizer):
+class AdaptiveOptimizer(ElementwiseOptimizer):
     """The base of Adam, RMSProp and Adagrad, whose derivatives differ in coefficients only."""
 
     def init(self, params: Tree) -> OptimizerState:
@@ -82,8 +90,7 @@ class _AdaptiveOptimizer(ElementwiseOptimizer):
         first = self._coefficients(1)
         # The derivative has eps √c₂ in its denominators.
         least = first.eps * math.sqrt(first.correction2)
-        for dtype in {self.state_dtype or leaf.dtype for leaf in tree.leaves(params)}:
-            check_eps(self, first.eps, least, dtype, "pass state_dtype=torch.float32")
+        check_eps_of_moments(self, first.eps, least, params)
         return super().init(params)
 
     def _coefficients(self, steps: int) -> Adaptive:
@@ -102,10 +109,10 @@ class _AdaptiveOptimizer(ElementwiseOptimizer):
         rule = self._coefficients(steps)
         return rules.adaptive_vjp(g, m, s, bars, rule, all_inputs=all_inputs)
 
-    def _predicted_gain(self, s: Tensor | None, count: int) -> Tensor:
+    def _predicted_gain(self, m: Tensor | None, s: Tensor | None, count: int) -> float | Tensor:
         assert s is not None
         now, coming = self._coefficients(max(count, 1)), self._coefficients(count + 1)
-        factor = (1.0 - now.beta1) / coming.correction1
+        factor = (1.0 - coming.beta1 + coming.lookahead) / coming.correction1
         # This is 1/gain. It is in place, since the pages of new tensors cost more on a CPU than the
         # arithmetic.
         inverse = (s / (now.correction2 * factor * factor)).sqrt_().add_(now.eps / factor)
@@ -114,7 +121,7 @@ class _AdaptiveOptimizer(ElementwiseOptimizer):
 
 
 @dataclass(frozen=True)
-class Adam(_AdaptiveOptimizer):
+class Adam(AdaptiveOptimizer):
     """Adam (Kingma & Ba 2014) with L2 weight decay, computed as in ``torch.optim.Adam``.
 
     ``m' = β₁ m + (1 − β₁) g₂``, ``s' = β₂ s + (1 − β₂) g₂²``,
@@ -163,7 +170,7 @@ class AdamW(Adam):
 
 
 @dataclass(frozen=True)
-class RMSProp(_AdaptiveOptimizer):
+class RMSProp(AdaptiveOptimizer):
     """RMSProp (Tieleman & Hinton 2012), not centred, computed as in ``torch.optim.RMSprop``.
 
     ``s' = beta s + (1 − beta) g₂²``, ``u = g₂ / (√s' + eps)``. ``beta`` is torch's ``alpha``.
@@ -192,7 +199,7 @@ class RMSProp(_AdaptiveOptimizer):
 
 
 @dataclass(frozen=True)
-class Adagrad(_AdaptiveOptimizer):
+class Adagrad(AdaptiveOptimizer):
     """Adagrad (Duchi et al. 2011), computed as in ``torch.optim.Adagrad``.
 
     ``s' = s + g₂²``, ``u = g₂ / (√s' + eps)``.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, NamedTuple, TypeAlias
 
 import optree
@@ -14,6 +15,8 @@ from bilevel.tree import Tree
 
 Leaves: TypeAlias = list[Tensor | None]
 
+ONLY = ""  # the group of every leaf where there are no groups
+
 
 class LeafKey(NamedTuple):
     """The properties that leaves must share to be updated together."""
@@ -22,37 +25,42 @@ class LeafKey(NamedTuple):
     grad_dtype: torch.dtype
     device: torch.device
     decay: float
+    group: str
 
 
 class UpdatePoint(NamedTuple):
-    """The inputs of an update: leaves in the parameters' order, and the step's scalars."""
+    """The inputs of an update: leaves in the parameters' order, and the step's scalars.
+
+    Attributes:
+        structure: The structure of the parameters.
+        params: The parameters before the step.
+        grads: Their gradients.
+        moments: The first and second moments before the step.
+        steps: The number of the step, from 1.
+        keys: One for each leaf that the step changes.
+        lrs: The learning rate of each group.
+        norm: The norm of all gradients, if there is a clip.
+        scale: The clip scale.
+    """
 
     structure: Any
     params: Leaves
     grads: Leaves
     moments: list[Leaves]
-    keys: list[LeafKey | None]
     steps: int
-    lr: float | Tensor
+    keys: list[LeafKey | None]
+    lrs: Mapping[str, float | Tensor]
     norm: Tensor | None = None
     scale: Tensor | None = None
 
 
-def update_point(
-    grads: Tree,
-    state: OptimizerState,
-    params: Tree,
-    lr: float | Tensor,
-    decays: list[float] | float,
-) -> UpdatePoint:
-    """Return the point of an update that is not clipped.
+def update_point(grads: Tree, state: OptimizerState, params: Tree) -> UpdatePoint:
+    """Return the point of an update that is not clipped, still without keys and rates.
 
     Args:
         grads: Gradients like ``params``. None leaves are left out of the update.
         state: The state before the step.
         params: The parameters before the step.
-        lr: The learning rate of the step.
-        decays: The weight decay of each leaf, or one for all.
 
     Raises:
         ValueError: Structures differ, or the shape of a gradient is not its parameter's.
@@ -60,19 +68,14 @@ def update_point(
     leaves, structure = optree.tree_flatten(params, none_is_leaf=True)
     gradients = structure.flatten_up_to(grads)
     check_shapes(params, leaves, gradients, "gradient")
-    if isinstance(decays, float | int):
-        decays = [decays] * len(leaves)
     return UpdatePoint(
         structure=structure,
         params=leaves,
         grads=gradients,
         moments=[column(structure, moment, len(leaves)) for moment in state[1:]],
-        keys=[
-            None if p is None or g is None else LeafKey(p.dtype, g.dtype, p.device, decay)
-            for p, g, decay in zip(leaves, gradients, decays, strict=True)
-        ],
         steps=int(state.steps) + 1,
-        lr=lr,
+        keys=[],
+        lrs={},
     )
 
 

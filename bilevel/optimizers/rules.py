@@ -48,12 +48,12 @@ class RuleStep(NamedTuple):
 class Adaptive(NamedTuple):
     """The coefficients of one step of an adaptive rule.
 
-    ``u = (m'/c₁) / (√(s'/c₂) + ε)`` with::
+    ``u = (m' + κ g) / (c₁ (√(s'/c₂) + ε))`` with::
 
         m' = β₁ m + (1 − β₁) g        s' = β₂ s + γ g²
 
-    Adam has γ = 1 − β₂, c₁ = 1 − β₁ᵗ and c₂ = 1 − β₂ᵗ, RMSProp β₁ = 0, γ = 1 − β₂ and c₁ = c₂ = 1,
-    and Adagrad β₁ = 0 and β₂ = γ = c₁ = c₂ = 1.
+    Adam has κ = 0, γ = 1 − β₂, c₁ = 1 − β₁ᵗ and c₂ = 1 − β₂ᵗ, RMSProp β₁ = κ = 0, γ = 1 − β₂ and
+    c₁ = c₂ = 1, and Adagrad β₁ = κ = 0 and β₂ = γ = c₁ = c₂ = 1.
     """
 
     eps: float
@@ -62,6 +62,7 @@ class Adaptive(NamedTuple):
     gain: float = 1.0  # γ
     correction1: float = 1.0  # c₁
     correction2: float = 1.0  # c₂
+    lookahead: float = 0.0  # κ, of Nesterov's rule
 
 
 def add_decay(grads: Tensor, params: Tensor, weight_decay: float) -> Tensor:
@@ -150,14 +151,16 @@ def adaptive_vjp(
 
     For cotangents ū, m̄', s̄' of direction and new moments, with D = √(s'/c₂) + ε::
 
-        m̄ = m̄' + ū / (c₁ D)              s̄ = s̄' − ū u / (2 D √(c₂ s'))
-        ḡ = (1 − β₁) m̄ + 2 γ g s̄         and β₁ m̄, β₂ s̄ for the old moments
+        n̄ = ū / (c₁ D)      m̄ = m̄' + n̄      s̄ = s̄' − ū u / (2 D √(c₂ s'))
+        ḡ = (1 − β₁) m̄ + κ n̄ + 2 γ g s̄      and β₁ m̄, β₂ s̄ for the old moments
 
     Where s' = 0, the fraction in s̄ is set to 0. There g = 0, so this does not change ḡ: from a cold
     state it is (1 − β₁) ū / (c₁ ε), the derivative of g/(|g| + ε). In any state that steps can
     reach, m' = 0 there, too, so the derivative of several steps remains exact.
     """
     new_first = grads if first is None else torch.lerp(first, grads, 1.0 - rule.beta1)
+    if rule.lookahead:
+        new_first = new_first.add(grads, alpha=rule.lookahead)
     root = (second * rule.beta2).addcmul_(grads, grads, value=rule.gain).sqrt_()  # √s'
     # The factors √c₂ of D are collected in ``gain``.
     eps = rule.eps * math.sqrt(rule.correction2)
@@ -167,7 +170,7 @@ def adaptive_vjp(
         least = math.sqrt(torch.finfo(root.dtype).tiny * torch.finfo(root.dtype).eps)
         slope = (grads / root.clamp_(min=least)).mul_(new_first)
         ratio = root.add_(eps).reciprocal_()
-        slope.mul_(ratio).mul_(-rule.gain * gain).add_((1.0 - rule.beta1) * gain)
+        slope.mul_(ratio).mul_(-rule.gain * gain).add_((1.0 - rule.beta1 + rule.lookahead) * gain)
         return RuleStep(ratio.mul_(bars.step).mul_(slope))
     # This is 1/√s', and 0 where s' = 0. Masks would take ten times as long.
     inverse_root = root.reciprocal().nan_to_num_(nan=math.nan, posinf=0.0)
@@ -175,11 +178,14 @@ def adaptive_vjp(
     ratio = bars.step / scaled_denominator
     bend = (new_first * inverse_root).div_(scaled_denominator).mul_(ratio)
     first_bar, second_bar = ratio.mul_(gain), bend.mul_(-0.5 * gain)
+    through_lookahead = first_bar * rule.lookahead if rule.lookahead else None
     if bars.first_moment is not None:
         first_bar = first_bar + bars.first_moment
     if bars.second_moment is not None:
         second_bar = second_bar + bars.second_moment
     grads_bar = (first_bar * (1.0 - rule.beta1)).addcmul_(grads, second_bar, value=2.0 * rule.gain)
+    if through_lookahead is not None:
+        grads_bar = grads_bar.add_(through_lookahead)
     return RuleStep(
         grads_bar, None if first is None else first_bar * rule.beta1, second_bar * rule.beta2
     )

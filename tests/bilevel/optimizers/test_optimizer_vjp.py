@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 from bilevel import tree
 from bilevel.optimizers.base import OptimizerState
 from bilevel.optimizers.optimizers import SGD, Adagrad, Adam, AdamW, RMSProp
+from bilevel.optimizers.variants import AdaDelta, Adamax, NAdam, RAdam
 
 OPTIMIZERS = {
     "sgd": SGD(0.1, weight_decay=0.3, decay_mask=lambda name: name != "a"),
@@ -19,7 +21,20 @@ OPTIMIZERS = {
     "adamw": AdamW(0.1, (0.8, 0.95), 1e-2, weight_decay=0.4, decay_mask=lambda name: name != "b"),
     "rmsprop": RMSProp(0.1, beta=0.9, eps=1e-2, weight_decay=0.2),
     "adagrad": Adagrad(0.1, eps=1e-2, weight_decay=0.3, decay_mask=lambda name: name == "b"),
+    "nadam": NAdam(0.1, (0.8, 0.95), 1e-2, momentum_decay=0.3, weight_decay=0.3),
+    "radam-plain": RAdam(0.1, (0.8, 0.95), 1e-2, weight_decay=0.3),  # ρ = 4.8 at step 5
+    "radam-rectified": RAdam(0.1, (0.8, 0.95), 1e-2, weight_decay=0.3),  # 9.2 at step 10
+    "adamax": Adamax(0.1, (0.8, 0.95), 1e-2, weight_decay=0.3),
+    "adadelta": AdaDelta(0.1, rho=0.8, eps=1e-2, weight_decay=0.3),
+    "groups": AdamW(
+        {"a": 0.1, "rest": 0.03},
+        (0.8, 0.95),
+        1e-2,
+        weight_decay={"a": 0.4, "rest": 0.1},
+        group=lambda name: "a" if name == "a" else "rest",
+    ),
 }
+EARLIER_STEPS = {"radam-rectified": 9}  # 4 for the others
 CLIPS = {
     "unclipped": {},
     "inactive": {"max_norm": 1e3},
@@ -43,7 +58,7 @@ def warm_state(optimizer, seed: int = 10, steps: int = 4) -> OptimizerState:
     cold = optimizer.init(draw(0))
     return OptimizerState(
         torch.tensor(steps),
-        None if cold.first_moment is None else draw(seed),
+        None if cold.first_moment is None else draw(seed, positive=isinstance(optimizer, AdaDelta)),
         None if cold.second_moment is None else draw(seed + 1, positive=True),
     )
 
@@ -60,7 +75,9 @@ def reference(optimizer, grads, first, second, params, steps, scale):
         scale = torch.clamp(optimizer.max_norm / (norm + 1e-6), max=1.0)
     new_params, new_first, new_second = {}, {}, {}
     for name, p in params.items():
-        g, decay = grads[name] * scale, optimizer.weight_decay
+        g, decay, lr = grads[name] * scale, optimizer.weight_decay, optimizer.lr
+        if optimizer.group is not None:
+            decay, lr = decay[optimizer.group(name)], lr[optimizer.group(name)]
         m, s = first.get(name), second.get(name)
         if optimizer.decay_mask is not None:
             decay = decay if optimizer.decay_mask(name) else 0.0
@@ -71,6 +88,34 @@ def reference(optimizer, grads, first, second, params, steps, scale):
             if m is not None:
                 new_first[name] = m = optimizer.momentum * m + g
                 u = g + optimizer.momentum * m if optimizer.nesterov else m
+        elif isinstance(optimizer, NAdam):
+            b1, b2 = optimizer.betas
+            new_first[name] = m = b1 * m + (1 - b1) * g
+            new_second[name] = s = b2 * s + (1 - b2) * g**2
+            mus = [b1 * (1 - 0.5 * 0.96 ** (0.3 * t)) for t in range(1, steps + 2)]
+            here, next_ = math.prod(mus[:-1]), math.prod(mus)
+            m_hat = mus[-1] * m / (1 - next_) + (1 - mus[-2]) * g / (1 - here)
+            u = m_hat / (torch.sqrt(s / (1 - b2**steps)) + optimizer.eps)
+        elif isinstance(optimizer, RAdam):
+            b1, b2 = optimizer.betas
+            new_first[name] = m = b1 * m + (1 - b1) * g
+            new_second[name] = s = b2 * s + (1 - b2) * g**2
+            u = m / (1 - b1**steps)
+            end = 2 / (1 - b2) - 1
+            rho = end - 2 * steps * b2**steps / (1 - b2**steps)
+            if rho > 5:
+                r = math.sqrt((rho - 4) * (rho - 2) * end / ((end - 4) * (end - 2) * rho))
+                u = r * u * math.sqrt(1 - b2**steps) / (torch.sqrt(s) + optimizer.eps)
+        elif isinstance(optimizer, Adamax):
+            b1, b2 = optimizer.betas
+            new_first[name] = m = b1 * m + (1 - b1) * g
+            new_second[name] = s = torch.maximum(b2 * s, g.abs() + optimizer.eps)
+            u = m / ((1 - b1**steps) * s)
+        elif isinstance(optimizer, AdaDelta):
+            rho, eps = optimizer.rho, optimizer.eps
+            new_second[name] = s = rho * s + (1 - rho) * g**2
+            u = torch.sqrt(m + eps) / torch.sqrt(s + eps) * g
+            new_first[name] = rho * m + (1 - rho) * u**2
         elif isinstance(optimizer, Adam):
             b1, b2 = optimizer.betas
             new_first[name] = m = b1 * m + (1 - b1) * g
@@ -83,7 +128,7 @@ def reference(optimizer, grads, first, second, params, steps, scale):
         else:
             new_second[name] = s = s + g**2
             u = g / (torch.sqrt(s) + optimizer.eps)
-        new_params[name] = p - optimizer.lr * u
+        new_params[name] = p - lr * u
     return new_params, new_first, new_second
 
 
@@ -116,11 +161,13 @@ def test_vjp_is_autograds_through_a_reference(name, clip, zero_grads) -> None:
     grads, params, params_bar = draw(1), draw(2), draw(3)
     if zero_grads:
         grads["a"] = torch.zeros_like(grads["a"])
-    state, state_bar = warm_state(optimizer), warm_state(optimizer, seed=20)
+    state = warm_state(optimizer, steps=EARLIER_STEPS.get(name, 4))
+    state_bar = warm_state(optimizer, seed=20)
     scale = held_scale(optimizer, grads)
+    number = int(state.steps) + 1
 
     outputs, pull_back = torch.func.vjp(
-        lambda g, m, s, p: reference(optimizer, g, m, s, p, 5, scale),
+        lambda g, m, s, p: reference(optimizer, g, m, s, p, number, scale),
         grads,
         *moments(state),
         params,
@@ -208,7 +255,10 @@ def test_zero_gradient_from_a_cold_state(name) -> None:
     assert tree.vdot(found.grads, direction[0]).item() == pytest.approx(expected, rel=1e-6)
 
 
-@pytest.mark.parametrize("name", ["adam", "adamw", "rmsprop", "adagrad"])
+@pytest.mark.parametrize(
+    "name",
+    ["adam", "adamw", "rmsprop", "adagrad", "nadam", "radam-plain", "adamax", "adadelta"],
+)
 def test_chained_steps_with_zero_gradients_from_a_cold_state(name) -> None:
     """Three steps, all gradients 0: the zero taken for the undefined derivative loses nothing."""
     optimizer = replace(OPTIMIZERS[name], weight_decay=0.0)
@@ -252,7 +302,8 @@ def test_cold_state_with_some_zero_gradients(name) -> None:
         alone = optimizer.grads_vjp(g, optimizer.init(p), p, p_bar)
         torch.testing.assert_close(found.grads["b"][index], alone["b"], rtol=1e-13, atol=0)
     floats = tree.map(torch.Tensor.float, (grads, params, params_bar))
-    for plain in (Adam(1e-3), AdamW(1e-3), RMSProp(1e-3), Adagrad(1e-3)):
+    adaptive = Adam, AdamW, RMSProp, Adagrad, NAdam, RAdam, Adamax, AdaDelta
+    for plain in (kind(1e-3) for kind in adaptive):
         tiny = tree.scale(1e-30, floats[0])
         for gradient in (floats[0], tiny):
             bars = plain.vjp(gradient, plain.init(floats[1]), floats[1], floats[2])
@@ -352,6 +403,47 @@ def test_prediction_of_the_adaptive_rules(name) -> None:
             found[leaf], -optimizer.lr * gain * params_bar[leaf], rtol=1e-13, atol=0
         )
     assert found["c"] is None
+
+
+def test_prediction_of_the_variants() -> None:
+    """The factor of −lr v with the gradient's own square left out, from each class's equation."""
+    params, params_bar = draw(2), draw(3)
+    nadam, radam = OPTIMIZERS["nadam"], OPTIMIZERS["radam-rectified"]
+    adamax, adadelta = OPTIMIZERS["adamax"], OPTIMIZERS["adadelta"]
+    mu = [0.8 * (1 - 0.5 * 0.96 ** (0.3 * t)) for t in range(1, 7)]
+    here, next_ = math.prod(mu[:5]), math.prod(mu)
+    rho, end = 39 - 20 * 0.95**10 / (1 - 0.95**10), 39.0
+    r = math.sqrt((rho - 4) * (rho - 2) * end / ((end - 4) * (end - 2) * rho))
+    factors = {
+        nadam: lambda m, s: (
+            (mu[5] * 0.2 / (1 - next_) + (1 - mu[4]) / (1 - here))
+            / ((s / (1 - 0.95**4)).sqrt() + 1e-2)
+        ),
+        adamax: lambda m, s: 0.2 / (1 - 0.8**5) / s,
+        adadelta: lambda m, s: ((m + 1e-2) / (s + 1e-2)).sqrt(),
+    }
+    for optimizer, factor in factors.items():
+        state = warm_state(optimizer)
+        found = optimizer.predicted_grads_vjp(state, params, params_bar)
+        close(
+            found,
+            tree.map(
+                lambda m, s, v, factor=factor: -0.1 * factor(m, s) * v,
+                state.first_moment,
+                state.second_moment,
+                params_bar,
+            ),
+        )
+    plain = OPTIMIZERS["radam-plain"].predicted_grads_vjp(warm_state(radam), params, params_bar)
+    close(plain, tree.scale(-0.1 * 0.2 / (1 - 0.8**5), params_bar))
+    state = warm_state(radam, steps=9)
+    found = radam.predicted_grads_vjp(state, params, params_bar)
+    # The second moment is corrected by the 9 steps that are in it.
+    scale = 0.2 / (1 - 0.8**10) * r * math.sqrt(1 - 0.95**9)
+    expected = tree.map(
+        lambda s, v: -0.1 * scale * v / (s.sqrt() + 1e-2), state.second_moment, params_bar
+    )
+    close(found, expected)
 
 
 def test_prediction_converges_to_the_truth_for_steady_gradients() -> None:

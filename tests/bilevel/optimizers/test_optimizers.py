@@ -16,6 +16,7 @@ from bilevel.optimizers.base import clip_scale
 from bilevel.optimizers.buckets import BUCKET_ENTRIES, bucket_indices
 from bilevel.optimizers.optimizers import SGD, Adagrad, Adam, AdamW, RMSProp
 from bilevel.optimizers.schedule import WarmupCosine
+from bilevel.optimizers.variants import AdaDelta, Adamax, NAdam, RAdam
 
 STEPS = 100
 SCHEDULE = WarmupCosine(0.05, 10, STEPS, floor=0.001)
@@ -45,6 +46,14 @@ def trajectory(optimizer, params):
         with torch.no_grad():
             params, state = optimizer.update(grads, state, params)
     return params, state
+
+
+@pytest.fixture(autouse=True)
+def torch_counts_in_float64():
+    """torch.optim.NAdam keeps its product of momenta in the default precision."""
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
 
 
 def torch_trajectory(make, params, *, max_norm=None, schedule=None):
@@ -82,8 +91,28 @@ PAIRS = {
         {"alpha": 0.9, "weight_decay": 0.1},
     ),
     "adagrad": (Adagrad(0.05, weight_decay=0.1), torch.optim.Adagrad, {"weight_decay": 0.1}),
+    "nadam": (
+        NAdam(0.05, (0.8, 0.99), 1e-6, momentum_decay=0.05, weight_decay=0.1),
+        torch.optim.NAdam,
+        {"betas": (0.8, 0.99), "eps": 1e-6, "momentum_decay": 0.05, "weight_decay": 0.1},
+    ),
+    "radam": (
+        RAdam(0.05, (0.8, 0.99), 1e-6, weight_decay=0.1),
+        torch.optim.RAdam,
+        {"betas": (0.8, 0.99), "eps": 1e-6, "weight_decay": 0.1},
+    ),
+    "adamax": (
+        Adamax(0.05, (0.8, 0.9), weight_decay=0.1),
+        torch.optim.Adamax,
+        {"betas": (0.8, 0.9), "weight_decay": 0.1},
+    ),
+    "adadelta": (
+        AdaDelta(0.05, rho=0.95, eps=1e-3, weight_decay=0.1),
+        torch.optim.Adadelta,
+        {"rho": 0.95, "eps": 1e-3, "weight_decay": 0.1},
+    ),
 }
-ADAPTIVE = ("adam", "adamw", "rmsprop", "adagrad")
+ADAPTIVE = ("adam", "adamw", "rmsprop", "adagrad", "nadam", "radam", "adamax", "adadelta")
 
 
 def assert_same(found, expected) -> None:
@@ -127,6 +156,52 @@ def test_decay_mask_is_torch_parameter_groups(name) -> None:
         return torch_class(groups, lr=0.05, **{**arguments, "weight_decay": 0.0})
 
     assert_same(found, torch_trajectory(make, make_params(), max_norm=0.5))
+
+
+def own_group(leaf: str) -> str:
+    return "head" if leaf == "head" else "body"
+
+
+@pytest.mark.parametrize("name", PAIRS)
+def test_groups_are_torchs_parameter_groups(name) -> None:
+    optimizer, torch_class, arguments = PAIRS[name]
+    found, _ = trajectory(
+        replace(
+            optimizer,
+            lr={"head": 0.01, "body": SCHEDULE},
+            weight_decay={"head": 0.3, "body": 0.0},
+            group=own_group,
+            max_norm=0.5,
+        ),
+        make_params(),
+    )
+    leaves = {leaf: torch.nn.Parameter(p) for leaf, p in make_params().items()}
+    others = [p for leaf, p in leaves.items() if leaf != "head"]
+    groups = [
+        {"params": [leaves["head"]], "lr": 0.01, "weight_decay": 0.3},
+        {"params": others, "lr": 0.0, "weight_decay": 0.0},
+    ]
+    expected = torch_class(groups, **{**arguments, "weight_decay": 0.0})
+    for step in range(STEPS):
+        expected.param_groups[1]["lr"] = SCHEDULE(step)
+        expected.zero_grad()
+        loss(leaves, step).backward()
+        torch.nn.utils.clip_grad_norm_(leaves.values(), 0.5)
+        expected.step()
+    assert_same(found, {leaf: p.detach() for leaf, p in leaves.items()})
+
+
+def test_groups_without_a_rate_and_rates_without_groups_are_refused() -> None:
+    params = make_params()
+    optimizer = SGD({"body": 0.1}, group=own_group)
+    with pytest.raises(
+        ValueError, match=r"SGD: lr has values for the groups \['body'\], but .* 'head'; add it"
+    ):
+        optimizer.update(params, optimizer.init(params), params)
+    with pytest.raises(ValueError, match=r"AdamW: weight_decay has values for .*give group"):
+        AdamW(0.1, weight_decay={"head": 0.1})
+    with pytest.raises(ValueError, match=r"SGD: lr\['body'\] must lie in \[0, inf\), got -1"):
+        SGD({"body": -1.0}, group=own_group)
 
 
 @pytest.mark.parametrize("name", PAIRS)
