@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple, Protocol
+from collections.abc import Mapping
+from typing import Any, NamedTuple, Protocol, TypeAlias
 
 import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
 from bilevel.tree import Tree, TreeT
+
+# Hyperparameters by name, as tensors: scalars, one scalar per group, or the two betas of Adam.
+Hyperparameters: TypeAlias = Mapping[str, Tree]
 
 CLIP_EPS = 1e-6  # added to the norm, as in torch.nn.utils.clip_grad_norm_
 

@@ -12,9 +12,9 @@ The optimizers in ``optimizers`` add the rule and its hyperparameters.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import KW_ONLY, dataclass
-from typing import Any, ClassVar, TypeAlias
+from typing import Any, ClassVar
 
 import optree
 import torch
@@ -24,8 +24,8 @@ from bilevel import tree
 from bilevel.checks import require
 from bilevel.optimizers.base import OptimizerState, UpdateCotangents, clip_scale
 from bilevel.optimizers.buckets import map_buckets
+from bilevel.optimizers.groups import GroupRates, GroupValues, check_groups, groups_of, of_group
 from bilevel.optimizers.point import (
-    ONLY,
     LeafKey,
     Leaves,
     UpdatePoint,
@@ -37,10 +37,7 @@ from bilevel.optimizers.point import (
     zero_filled,
 )
 from bilevel.optimizers.rules import RuleStep, add_decay, descend
-from bilevel.optimizers.schedule import Schedule
 from bilevel.tree import Tree, TreeT
-
-GroupValues: TypeAlias = float | Schedule | Mapping[str, float | Schedule] | Mapping[str, float]
 
 
 @dataclass(frozen=True)
@@ -67,9 +64,9 @@ class ElementwiseOptimizer:
             to their dtype, so a step below half a unit in the last place of a parameter is lost.
     """
 
-    lr: float | Schedule | Mapping[str, float | Schedule]
+    lr: GroupRates
     _: KW_ONLY
-    weight_decay: float | Mapping[str, float] = 0.0
+    weight_decay: GroupValues = 0.0
     decay_mask: Callable[[str], bool] | None = None
     group: Callable[[str], str] | None = None
     max_norm: float | None = None
@@ -80,8 +77,8 @@ class ElementwiseOptimizer:
     _predicts_from_first: ClassVar[bool] = False  # whether _predicted_gain looks at m
 
     def __post_init__(self) -> None:
-        self._check_groups("lr", self.lr)
-        self._check_groups("weight_decay", self.weight_decay)
+        check_groups(self, "lr", self.lr, self.group)
+        check_groups(self, "weight_decay", self.weight_decay, self.group)
         if self.max_norm is not None:
             require(self, "max_norm", self.max_norm, low_open=True)
 
@@ -157,13 +154,7 @@ class ElementwiseOptimizer:
         """
         with torch.no_grad():
             at = self._point(grads, state, params)
-            first_bar, second_bar = (None, None) if state_bar is None else state_bar[1:]
-            bars = [
-                zero_filled(at.structure, bar, values)
-                for bar, values in zip(
-                    (params_bar, first_bar, second_bar), (at.params, *at.moments), strict=True
-                )
-            ]
+            bars = self._bars(at, params_bar, state_bar)
             check_shapes(params, at.params, bars[0], "cotangent")
             grads_bar, *others = self._pull_back(at, bars, all_inputs=True)
             new_bars, *moment_bars = or_else(others, bars)
@@ -206,7 +197,7 @@ class ElementwiseOptimizer:
             firsts = column(structure, first, len(leaves))
             seconds = column(structure, state.second_moment, len(leaves))
             count = int(state.steps)
-            groups = self._groups(params, len(leaves))
+            groups = groups_of(params, len(leaves), self.group)
             lrs = self._lrs(count, groups)
 
             def rule(
@@ -250,70 +241,34 @@ class ElementwiseOptimizer:
 
     # Helpers of all optimizers.
 
-    def _check_groups(self, field: str, value: GroupValues) -> None:
-        if not isinstance(value, Mapping):
-            if not callable(value):
-                require(self, field, value)
-            return
-        if self.group is None:
-            raise ValueError(
-                f"{type(self).__name__}: {field} has values for the groups {list(value)}, but "
-                "there are no groups; give group, a function from a parameter's name to that of "
-                "its group"
-            )
-        for group, number in value.items():
-            if not callable(number):
-                require(self, f"{field}[{group!r}]", number)
-
-    def _groups(self, params: Tree, size: int) -> list[str]:
-        """Return the group of each leaf; the only one has no name."""
-        if self.group is None:
-            return [ONLY] * size
-        return [self.group(name) for name in tree.names(params, none_is_leaf=True)]
-
-    def _decays(self, params: Tree, groups: Sequence[str]) -> list[float]:
-        """Return the weight decay λ of each leaf."""
-        decays = [self._of_group("weight_decay", self.weight_decay, group) for group in groups]
-        if self.decay_mask is None:
-            return decays
-        names = tree.names(params, none_is_leaf=True)
-        return [
-            decay if self.decay_mask(name) else 0.0
-            for name, decay in zip(names, decays, strict=True)
-        ]
-
     def _lrs(self, count: int, groups: Sequence[str]) -> dict[str, float | Tensor]:
         """Return the learning rate of each group at the step after so many."""
         lrs: dict[str, float | Tensor] = {}
         for group in dict.fromkeys(groups):
-            lr = self._of_group("lr", self.lr, group)
+            lr = of_group(self, "lr", self.lr, group)
             lrs[group] = lr(count) if callable(lr) else lr
         return lrs
 
-    def _of_group(self, field: str, values: GroupValues, group: str) -> Any:
-        """Return the value of a group, from one for all or one for each."""
-        if not isinstance(values, Mapping):
-            return values
-        if group not in values:
-            raise ValueError(
-                f"{type(self).__name__}: {field} has values for the groups {list(values)}, but "
-                f"group puts parameters into {group!r}; add it"
-            )
-        return values[group]
+    def _keys(self, params: Tree, leaves: Leaves, grads: Leaves) -> list[LeafKey | None]:
+        """Return a key for each leaf that has a gradient."""
+        groups = groups_of(params, len(leaves), self.group)
+        decays = [True] * len(leaves)
+        if self.decay_mask is not None:
+            decays = [self.decay_mask(name) for name in tree.names(params, none_is_leaf=True)]
+        keys: list[LeafKey | None] = [None] * len(leaves)
+        for index, (p, g) in enumerate(zip(leaves, grads, strict=True)):
+            if p is not None and g is not None:
+                group = groups[index]
+                decay = of_group(self, "weight_decay", self.weight_decay, group)
+                decay = decay if decays[index] else None
+                keys[index] = LeafKey(p.dtype, g.dtype, p.device, decay, group)
+        return keys
 
     def _point(self, grads: Tree, state: OptimizerState, params: Tree) -> UpdatePoint:
         at = update_point(grads, state, params)
-        groups = self._groups(params, len(at.params))
-        decays = self._decays(params, groups)
-        at = at._replace(
-            lrs=self._lrs(int(state.steps), groups),
-            keys=[
-                None
-                if p is None or g is None
-                else LeafKey(p.dtype, g.dtype, p.device, decay, group)
-                for p, g, decay, group in zip(at.params, at.grads, decays, groups, strict=True)
-            ],
-        )
+        keys = self._keys(params, at.params, at.grads)
+        groups = [key.group for key in keys if key is not None]
+        at = at._replace(keys=keys, lrs=self._lrs(int(state.steps), groups))
         if self.max_norm is None:
             return at
         norm = tree.norm(grads) if self.differentiate_clip else tree.norm(grads).detach()
@@ -328,6 +283,18 @@ class ElementwiseOptimizer:
         if at.scale is not None:
             g = g * at.scale.to(g)
         return p, g if self._decoupled else add_decay(g, p, key.decay)
+
+    def _bars(
+        self, at: UpdatePoint, params_bar: Tree, state_bar: OptimizerState | None
+    ) -> list[Leaves]:
+        """Return the cotangents of new parameters and moments, zeros in place of None."""
+        first_bar, second_bar = (None, None) if state_bar is None else state_bar[1:]
+        return [
+            zero_filled(at.structure, bar, values)
+            for bar, values in zip(
+                (params_bar, first_bar, second_bar), (at.params, *at.moments), strict=True
+            )
+        ]
 
     def _pull_back(self, at: UpdatePoint, bars: list[Leaves], *, all_inputs: bool) -> list[Leaves]:
         """Return the cotangents of gradients and, with ``all_inputs``, parameters and moments."""

@@ -20,7 +20,8 @@ from bilevel.checks import check_eps, require
 from bilevel.optimizers import rules
 from bilevel.optimizers.base import OptimizerState
 from bilevel.optimizers.elementwise import ElementwiseOptimizer
-from bilevel.optimizers.rules import Adaptive, RuleStep
+from bilevel.optimizers.hyperparameters import LearnableOptimizer
+from bilevel.optimizers.rules import Adaptive, RuleStep, adaptive_betas_vjp
 from bilevel.tree import Tree
 
 
@@ -33,7 +34,7 @@ def check_eps_of_moments(
 
 
 @dataclass(frozen=True)
-class SGD(ElementwiseOptimizer):
+class SGD(LearnableOptimizer):
     """Gradient descent with heavy-ball or Nesterov momentum, computed as in ``torch.optim.SGD``.
 
     ``m' = μ m + g₂``; ``u = m'``, or ``u = g₂ + μ m'`` with ``nesterov``, or ``u = g₂`` if μ = 0.
@@ -45,6 +46,8 @@ class SGD(ElementwiseOptimizer):
 
     momentum: float = 0.0
     nesterov: bool = False
+
+    _learnable: ClassVar[tuple[str, ...]] = ("momentum",)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -76,9 +79,33 @@ class SGD(ElementwiseOptimizer):
     def _predicted_gain(self, m: Tensor | None, s: Tensor | None, count: int) -> float:
         return 1.0 + self.momentum if self.nesterov else 1.0
 
+    def _learnable_bars(
+        self,
+        g: Tensor,
+        m: Tensor | None,
+        s: Tensor | None,
+        steps: int,
+        new: RuleStep,
+        bars: RuleStep,
+    ) -> dict[str, list[Tensor]]:
+        """Return ``μ̄ = Σ (m̄' + ū) m``, with Nesterov ``Σ (m̄' + μ ū) m + ū m'``."""
+        if m is None:
+            raise ValueError(
+                "SGD: momentum is 0, where there is no buffer to differentiate; start a learned "
+                "momentum above 0"
+            )
+        assert new.first_moment is not None
+        first_bar = bars.step * self.momentum if self.nesterov else bars.step
+        if bars.first_moment is not None:
+            first_bar = first_bar + bars.first_moment
+        found = (first_bar * m).sum()
+        if self.nesterov:
+            found = found + (bars.step * new.first_moment).sum()
+        return {"momentum": [found]}
+
 
 @dataclass(frozen=True)
-class AdaptiveOptimizer(ElementwiseOptimizer):
+class AdaptiveOptimizer(LearnableOptimizer):
     """The base of Adam, RMSProp and Adagrad, whose derivatives differ in coefficients only."""
 
     def init(self, params: Tree) -> OptimizerState:
@@ -135,6 +162,8 @@ class Adam(AdaptiveOptimizer):
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-8
 
+    _learnable: ClassVar[tuple[str, ...]] = ("betas",)
+
     def __post_init__(self) -> None:
         super().__post_init__()
         for index, beta in enumerate(self.betas):
@@ -152,6 +181,19 @@ class Adam(AdaptiveOptimizer):
     def _coefficients(self, steps: int) -> Adaptive:
         beta1, beta2 = self.betas
         return Adaptive(self.eps, beta1, beta2, 1.0 - beta2, 1.0 - beta1**steps, 1.0 - beta2**steps)
+
+    def _learnable_bars(
+        self,
+        g: Tensor,
+        m: Tensor | None,
+        s: Tensor | None,
+        steps: int,
+        new: RuleStep,
+        bars: RuleStep,
+    ) -> dict[str, list[Tensor]]:
+        assert s is not None
+        rule = self._coefficients(steps)
+        return {"betas": list(adaptive_betas_vjp(g, m, s, new, bars, rule, steps))}
 
 
 @dataclass(frozen=True)
@@ -182,6 +224,8 @@ class RMSProp(AdaptiveOptimizer):
     beta: float = 0.99
     eps: float = 1e-8
 
+    _learnable: ClassVar[tuple[str, ...]] = ("beta",)
+
     def __post_init__(self) -> None:
         super().__post_init__()
         require(self, "beta", self.beta, high=1.0)
@@ -196,6 +240,19 @@ class RMSProp(AdaptiveOptimizer):
 
     def _coefficients(self, steps: int) -> Adaptive:
         return Adaptive(self.eps, beta2=self.beta, gain=1.0 - self.beta)
+
+    def _learnable_bars(
+        self,
+        g: Tensor,
+        m: Tensor | None,
+        s: Tensor | None,
+        steps: int,
+        new: RuleStep,
+        bars: RuleStep,
+    ) -> dict[str, list[Tensor]]:
+        assert s is not None
+        rule = self._coefficients(steps)
+        return {"beta": [adaptive_betas_vjp(g, None, s, new, bars, rule, steps)[1]]}
 
 
 @dataclass(frozen=True)

@@ -15,8 +15,6 @@ from bilevel.tree import Tree
 
 Leaves: TypeAlias = list[Tensor | None]
 
-ONLY = ""  # the group of every leaf where there are no groups
-
 
 class LeafKey(NamedTuple):
     """The properties that leaves must share to be updated together."""
@@ -24,7 +22,7 @@ class LeafKey(NamedTuple):
     dtype: torch.dtype
     grad_dtype: torch.dtype
     device: torch.device
-    decay: float
+    decay: float | None  # None: the leaf does not decay
     group: str
 
 

@@ -65,9 +65,9 @@ class Adaptive(NamedTuple):
     lookahead: float = 0.0  # κ, of Nesterov's rule
 
 
-def add_decay(grads: Tensor, params: Tensor, weight_decay: float) -> Tensor:
-    """Return ``grads + weight_decay · params``."""
-    if weight_decay == 0.0:
+def add_decay(grads: Tensor, params: Tensor, weight_decay: float | None) -> Tensor:
+    """Return ``grads + weight_decay · params``; None is 0."""
+    if not weight_decay:
         return grads
     decay = add_decayed_weights(weight_decay)
     decayed: Tensor = decay.update(grads, EmptyState(), params=params, inplace=False)[0]
@@ -189,3 +189,40 @@ def adaptive_vjp(
     return RuleStep(
         grads_bar, None if first is None else first_bar * rule.beta1, second_bar * rule.beta2
     )
+
+
+def adaptive_betas_vjp(
+    grads: Tensor,
+    first: Tensor | None,
+    second: Tensor,
+    new: RuleStep,
+    bars: RuleStep,
+    rule: Adaptive,
+    steps: int,
+) -> tuple[Tensor, Tensor]:
+    """Return the cotangents of β₁ and β₂ for γ = 1 − β₂ and, unless they are 1, cᵢ = 1 − βᵢᵗ.
+
+    With m̄ and s̄ as in ``adaptive_vjp``, D = √(s'/c₂) + ε and t = ``steps``::
+
+        β̄₁ = Σ m̄ (m − g)  + t β₁ᵗ⁻¹/c₁ Σ ū u
+        β̄₂ = Σ s̄ (s − g²) − t β₂ᵗ⁻¹/(2 c₂) Σ ū u √(s'/c₂)/D
+    """
+    assert new.second_moment is not None
+    root = (new.second_moment / rule.correction2).sqrt()
+    denominator = root + rule.eps
+    moved = bars.step * new.step
+    bent = 0.5 * moved / (denominator * root * rule.correction2)
+    second_bar = -torch.where(root > 0.0, bent, 0.0)
+    if bars.second_moment is not None:
+        second_bar = second_bar + bars.second_moment
+    beta2_bar = (second_bar * (second - grads * grads)).sum()
+    if rule.correction2 != 1.0:
+        power = steps * rule.beta2 ** (steps - 1) / (2.0 * rule.correction2)
+        beta2_bar = beta2_bar - power * (moved * root / denominator).sum()
+    if first is None:
+        return torch.zeros_like(beta2_bar), beta2_bar
+    first_bar = bars.step / (rule.correction1 * denominator)
+    if bars.first_moment is not None:
+        first_bar = first_bar + bars.first_moment
+    power = steps * rule.beta1 ** (steps - 1) / rule.correction1
+    return (first_bar * (first - grads)).sum() + power * moved.sum(), beta2_bar

@@ -12,6 +12,7 @@ from torch import Tensor
 from bilevel.checks import require
 from bilevel.optimizers.base import OptimizerState
 from bilevel.optimizers.elementwise import ElementwiseOptimizer
+from bilevel.optimizers.hyperparameters import LearnableOptimizer
 from bilevel.optimizers.optimizers import Adam, check_eps_of_moments
 from bilevel.optimizers.rules import Adaptive, RuleStep
 from bilevel.tree import Tree
@@ -34,6 +35,8 @@ class NAdam(Adam):
     """
 
     momentum_decay: float = 0.004
+
+    _learnable: ClassVar[tuple[str, ...]] = ()
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -85,6 +88,8 @@ class RAdam(Adam):
     Raises:
         ValueError: ``Adam`` raises it for the same values.
     """
+
+    _learnable: ClassVar[tuple[str, ...]] = ()
 
     def init(self, params: Tree) -> OptimizerState:
         """Return the state before the first step.
@@ -154,7 +159,7 @@ class RAdam(Adam):
 
 
 @dataclass(frozen=True)
-class Adamax(ElementwiseOptimizer):
+class Adamax(LearnableOptimizer):
     """Adam with an infinity norm (Kingma & Ba 2014), computed as in ``torch.optim.Adamax``.
 
     ``m' = β₁ m + (1 − β₁) g₂``, ``s' = max(β₂ s, |g₂| + eps)``, ``u = m'/((1 − β₁ᵗ) s')``.
@@ -231,7 +236,7 @@ class Adamax(ElementwiseOptimizer):
 
 
 @dataclass(frozen=True)
-class AdaDelta(ElementwiseOptimizer):
+class AdaDelta(LearnableOptimizer):
     """AdaDelta (Zeiler 2012), computed as in ``torch.optim.Adadelta``.
 
     ``s' = rho s + (1 − rho) g₂²``, ``u = √(m + eps)/√(s' + eps) · g₂``,
