@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Generic, NamedTuple, cast
 
 import torch
@@ -15,13 +15,19 @@ from bilevel.autodiff import random_state
 from bilevel.hypergradients.base import (
     Hypergradient,
     HypergradientResult,
+    exact_steps,
     spans_window,
     take_window,
 )
 from bilevel.hypergradients.one_step import OneStep
 from bilevel.lower.lower_pass import LowerPass
-from bilevel.lower.steps import Point, Window
-from bilevel.optimizers.base import DifferentiableOptimizer, Optimizer, clip_scale
+from bilevel.lower.steps import LowerSteps, Point, Window
+from bilevel.optimizers.base import (
+    DifferentiableOptimizer,
+    Hyperparameters,
+    Optimizer,
+    clip_scale,
+)
 from bilevel.problem import BatchT, BilevelProblem, Lower, ReweightingProblem, Upper
 from bilevel.state import BilevelState, StepInfo
 
@@ -52,6 +58,14 @@ class BilevelSolver(Generic[Lower, Upper, BatchT]):
         rollback: Look ahead: after an upper step, redo the lower steps of the window (``step``: the
             last one) from the old θ, with the same random numbers and the new φ.
         upper_start: Lower steps before the first window of which an upper step is part.
+        initial: φ -> θ from which every window starts anew, with a new state of the lower
+            optimizer; the hypergradient goes through it (MAML: ``lambda phi: phi``). None: θ goes
+            on from window to window.
+        hyperparameters: φ -> numbers of the lower optimizer by name, in place of those that it was
+            made with: ``lambda phi: {"lr": phi["log_lr"].exp()}``, or one for each of its groups.
+            ``SGD`` has lr, weight_decay and momentum, ``Adam`` and ``AdamW`` lr, weight_decay and
+            betas, ``RMSProp`` lr, weight_decay and beta, the others lr and weight_decay. The
+            hypergradient goes through them.
 
     With no upper batches, or with the upper learning rate 0, the lower trajectory is bit for bit
     the same; with weights 1 it is that of plain training. A hypergradient with an entry that is
@@ -71,6 +85,8 @@ class BilevelSolver(Generic[Lower, Upper, BatchT]):
     accumulation: int = 1
     rollback: bool = False
     upper_start: int = 0
+    initial: Callable[[Upper], Lower] | None = None
+    hyperparameters: Callable[[Upper], Hyperparameters] | None = None
 
     def __post_init__(self) -> None:
         for name, low in (("unroll_steps", 1), ("accumulation", 1), ("upper_start", 0)):
@@ -79,13 +95,46 @@ class BilevelSolver(Generic[Lower, Upper, BatchT]):
                     f"BilevelSolver: {name} must be at least {low}, got {getattr(self, name)}"
                 )
         self.hypergradient.check(self.problem, self.lower_optimizer, self.unroll_steps)
+        name = type(self.hypergradient).__name__
+        if self.hyperparameters is not None:
+            if not hasattr(self.lower_optimizer, "hyperparameters_vjp"):
+                raise ValueError(
+                    f"BilevelSolver: {type(self.lower_optimizer).__name__} has no derivative with "
+                    "respect to hyperparameters; choose a lower optimizer of bilevel.optimizers"
+                )
+            if not getattr(self.hypergradient, "through_hyperparameters", False):
+                raise ValueError(
+                    f"BilevelSolver: hyperparameters depend on φ, and {name} does not "
+                    "differentiate through the lower optimizer; choose Unrolled(), or OneStep() in "
+                    "order lower-first with update_derivative=Exact()"
+                )
+        if self.initial is not None:
+            whole = exact_steps(self.hypergradient, self.unroll_steps) == self.unroll_steps
+            if not whole or not getattr(self.hypergradient, "through_initial", False):
+                raise ValueError(
+                    f"BilevelSolver: initial depends on φ, and {name} does not differentiate "
+                    "through a whole window; choose Unrolled()"
+                )
+            if self.upper_start:
+                raise ValueError(
+                    f"BilevelSolver: upper_start={self.upper_start} has no effect with initial, "
+                    "from which every window starts anew; leave it 0"
+                )
 
-    def init(self, lower_params: Lower, upper_params: Upper) -> BilevelState[Lower, Upper]:
+    def init(self, lower_params: Lower | None, upper_params: Upper) -> BilevelState[Lower, Upper]:
         """Return the state before the first step; the tensors given are never changed.
 
+        Args:
+            lower_params: θ; None: ``initial`` has it.
+            upper_params: φ.
+
         Raises:
-            ValueError: A parameter is not floating point.
+            ValueError: A parameter is not floating point, or there is no θ.
         """
+        if lower_params is None:
+            if self.initial is None:
+                raise ValueError("lower_params: expected θ, found None; only initial may stand in")
+            lower_params = self.initial(upper_params)
         for level, params in (("lower_params", lower_params), ("upper_params", upper_params)):
             for name, leaf in tree.flatten(params).items():
                 if not leaf.is_floating_point():
@@ -194,11 +243,8 @@ class BilevelSolver(Generic[Lower, Upper, BatchT]):
         """
         if self._place_in_window(state) is None:
             upper_batch = None
-        if len(batches) != self.unroll_steps and (upper_batch is not None or not batches):
-            raise ValueError(
-                f"batches: expected the micro-batches of unroll_steps={self.unroll_steps} lower "
-                f"steps, found {len(batches)}"
-            )
+        if upper_batch is not None or not batches:
+            self._check_whole(batches)
         return self.advance(state, batches, upper_batch)
 
     def advance(
@@ -224,38 +270,94 @@ class BilevelSolver(Generic[Lower, Upper, BatchT]):
             ValueError: Another number of micro-batches, or losses or weights of a wrong shape.
             bilevel.Refusal: ``Ghost`` or ``PerExample`` has no rule for something the model does.
         """
-        for lower_batches in batches:
-            if len(lower_batches) != self.accumulation:
-                raise ValueError(
-                    f"lower_batches: expected accumulation={self.accumulation} micro-batches, "
-                    f"found {len(lower_batches)}"
-                )
+        window = self._window(state, batches)
         random = random_state.capture(state.lower_params)
-        window = Window(
-            self.problem,
-            self.lower_optimizer,
-            Point(state.lower_params, state.lower_optimizer),
-            state.upper_params,
-            batches,
-        )
         taken, upper = take_window(window, self.hypergradient, upper_batch, state.memory)
         new = state
         if upper is not None:
             new = self._upper_step(state, upper)
             if self.rollback and new.upper_steps > state.upper_steps:
                 random_state.restore(random)
-                again = replace(window, upper_params=new.upper_params)
-                taken, _ = take_window(again, self.hypergradient)
-        new = new._replace(
-            lower_params=cast("Lower", taken.end.lower_params),  # steps keep the structure
-            lower_optimizer=taken.end.optimizer_state,
-            lower_steps=state.lower_steps + len(batches),
-        )
-        infos = [self._lower_info(passed) for passed in taken.passes]
-        if upper is not None:
-            skipped = bool(new.upper_skipped > state.upper_skipped)
-            infos[-1] = self._with_upper(infos[-1], upper, skipped)
-        return new, tuple(infos)
+                taken, _ = take_window(window.at(new.upper_params), self.hypergradient)
+        skipped = bool(new.upper_skipped > state.upper_skipped)
+        return _moved(new, taken, len(batches)), self._infos(taken, upper, skipped)
+
+    def meta_batch(
+        self,
+        state: BilevelState[Lower, Upper],
+        tasks: Sequence[tuple[Sequence[Sequence[BatchT]], BatchT]],
+    ) -> tuple[BilevelState[Lower, Upper], tuple[tuple[StepInfo, ...], ...]]:
+        """Take a window on each of several tasks, and an upper step on the mean hypergradient.
+
+        Each task starts from ``initial``, at the same φ. One that is not finite makes the mean so,
+        and the upper step is skipped.
+
+        Args:
+            state: From ``init`` or the last call; not changed.
+            tasks: For each the micro-batches of ``unroll_steps`` lower steps, and the batch of its
+                upper loss.
+
+        Returns:
+            The state, with θ of the last task, and for each task a ``StepInfo`` per lower step.
+
+        Raises:
+            ValueError: There is no ``initial``, ``rollback`` is on, there are no tasks, or one has
+                another number of steps or micro-batches.
+        """
+        if self.initial is None or self.rollback or not tasks:
+            raise ValueError(
+                "meta_batch: expected a solver with initial (φ -> θ, from which every task starts) "
+                "and without rollback, and at least one task; found "
+                f"initial={self.initial}, rollback={self.rollback} and {len(tasks)} tasks"
+            )
+        new, found = state, []
+        for batches, upper_batch in tasks:
+            self._check_whole(batches)
+            window = self._window(state, batches)
+            taken, upper = take_window(window, self.hypergradient, upper_batch, state.memory)
+            assert upper is not None
+            new = _moved(new, taken, len(batches))
+            found.append((taken, upper))
+        with torch.no_grad():
+            results = [result for _, result in found]
+            total = results[0].hypergradient
+            for result in results[1:]:
+                total = tree.add(total, result.hypergradient)
+            mean = results[-1]._replace(hypergradient=tree.scale(1.0 / len(found), total))
+        new = self._upper_step(new, mean)
+        skipped = bool(new.upper_skipped > state.upper_skipped)
+        return new, tuple(self._infos(taken, upper, skipped) for taken, upper in found)
+
+    def _window(
+        self, state: BilevelState[Lower, Upper], batches: Sequence[Sequence[BatchT]]
+    ) -> Window:
+        """Return the window that starts from this state.
+
+        Raises:
+            ValueError: Another number of micro-batches.
+        """
+        for lower_batches in batches:
+            if len(lower_batches) != self.accumulation:
+                raise ValueError(
+                    f"lower_batches: expected accumulation={self.accumulation} micro-batches, "
+                    f"found {len(lower_batches)}"
+                )
+        return Window(
+            self.problem,
+            self.lower_optimizer,
+            Point(state.lower_params, state.lower_optimizer),
+            state.upper_params,
+            batches,
+            self.initial if self._place_in_window(state) == 0 else None,
+            self.hyperparameters,
+        ).at(state.upper_params)
+
+    def _check_whole(self, batches: Sequence[Sequence[BatchT]]) -> None:
+        if len(batches) != self.unroll_steps:
+            raise ValueError(
+                f"batches: expected the micro-batches of unroll_steps={self.unroll_steps} lower "
+                f"steps, found {len(batches)}"
+            )
 
     def _upper_step(
         self, state: BilevelState[Lower, Upper], result: HypergradientResult
@@ -273,6 +375,15 @@ class BilevelSolver(Generic[Lower, Upper, BatchT]):
             memory=result.memory,
             upper_steps=state.upper_steps + 1,
         )
+
+    def _infos(
+        self, taken: LowerSteps, upper: HypergradientResult | None, skipped: bool
+    ) -> tuple[StepInfo, ...]:
+        """Return what is known of the steps; of the upper step with the last of them."""
+        infos = [self._lower_info(passed) for passed in taken.passes]
+        if upper is not None:
+            infos[-1] = self._with_upper(infos[-1], upper, skipped)
+        return tuple(infos)
 
     @torch.no_grad()
     def _lower_info(self, passed: LowerPass) -> StepInfo:
@@ -308,6 +419,17 @@ class BilevelSolver(Generic[Lower, Upper, BatchT]):
             upper_aux=result.upper_aux,
             figures=result.figures,
         )
+
+
+def _moved(
+    state: BilevelState[Lower, Upper], taken: LowerSteps, count: int
+) -> BilevelState[Lower, Upper]:
+    """Return the state after lower steps."""
+    return state._replace(
+        lower_params=cast("Lower", taken.end.lower_params),  # steps keep the structure
+        lower_optimizer=taken.end.optimizer_state,
+        lower_steps=state.lower_steps + count,
+    )
 
 
 def _clipped(optimizer: Optimizer, norm: Tensor) -> Tensor:

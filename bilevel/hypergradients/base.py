@@ -52,7 +52,7 @@ class Record(Recorder, Protocol):
 class Hypergradient(Protocol):
     """A way to compute dL_upper/dφ: a frozen dataclass of its hyperparameters, pure methods.
 
-    Four things a class may add:
+    What a class may add:
 
     - an attribute ``lower_route``: the route by which the lower passes are run, also in windows
       without an upper batch, so that these are the same steps bit for bit. Without it: ``Jvp()``,
@@ -63,7 +63,10 @@ class Hypergradient(Protocol):
       lower steps its derivative is exact, for ``check_hypergradient`` to hold it to that. Without
       it, or with None, it is taken for an approximation by design;
     - an attribute ``at_solution = True``, if its derivative is that of the solved lower level,
-      for ``check_hypergradient(..., solve_steps=...)`` to hold it to that.
+      for ``check_hypergradient(..., solve_steps=...)`` to hold it to that;
+    - attributes ``through_hyperparameters = True`` and ``through_initial = True``, if its
+      derivative includes what φ does through the numbers of the lower optimizer, and through θ
+      before the window (``Window.pulled_back``). Without them a solver with such a φ refuses it.
     """
 
     def check(

@@ -18,7 +18,7 @@ from bilevel.hypergradients.update_derivative import Exact, Sama, UpdateDerivati
 from bilevel.lower.lower_pass import LowerPass
 from bilevel.lower.mixed_product import mixed_product
 from bilevel.lower.steps import PassRequest, Point, Step, Window
-from bilevel.optimizers.base import DifferentiableOptimizer, OptimizerState
+from bilevel.optimizers.base import DifferentiableOptimizer, Hyperparameters, OptimizerState
 from bilevel.problem import Batch, Params, Problem, ReweightingProblem
 from bilevel.routes import Auto, Route
 from bilevel.tree import Tree
@@ -118,6 +118,11 @@ class OneStep:
         exact = self.order == "lower-first" and isinstance(self.update_derivative, Exact)
         return 1 if exact else None
 
+    @property
+    def through_hyperparameters(self) -> bool:
+        """Whether the derivative includes what φ does through the optimizer's numbers."""
+        return self.exact_steps(1) == 1
+
     def init(
         self, optimizer: DifferentiableOptimizer, lower_params: Params, upper_params: Params
     ) -> DirectionAverage | None:
@@ -216,6 +221,8 @@ class OneStepRecord:
         )
         with torch.no_grad():
             hypergradient = tree.add(product, self.upper.direct)
+        if self._window.hyperparameters is not None:
+            hypergradient = tree.add(hypergradient, self._window.pulled_back(None, self._numbers()))
         return HypergradientResult(
             upper_loss=self.upper.loss,
             hypergradient=hypergradient,
@@ -232,9 +239,19 @@ class OneStepRecord:
         with random_state.rewound_to(random, before.lower_params):
             self.upper = upper_gradient(window.problem, at, window.upper_params, self._upper_batch)
         v, self._average = self._method.averaged(self.upper.lower, self._average)
+        self._v = v if window.hyperparameters is not None else None
         return self._method.update_derivative.pull_back(
             window.optimizer, grads, before.optimizer_state, before.lower_params, v
         )
+
+    def _numbers(self) -> Hyperparameters:
+        """Return the cotangents of the optimizer's numbers that come from φ."""
+        optimizer: Any = self._window.optimizer
+        params, state = self._before
+        found: Hyperparameters = optimizer.hyperparameters_vjp(
+            self._window.numbers(), self.passed.grads, state, params, self._v
+        )
+        return found
 
     def _notes(self, optimizer_state: Any) -> tuple[str, ...]:
         """Return what a user should know about the step, taken from this optimizer state."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import ClassVar, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -98,6 +98,8 @@ class Unrolled:
     product: Auto | Jvp | Reverse | CentralDifference = Auto()
 
     lower_route: ClassVar[Route] = Jvp()
+    through_hyperparameters: ClassVar[bool] = True
+    through_initial: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if self.steps is not None:
@@ -205,6 +207,8 @@ class UnrolledRecord:
         upper_loss, upper_aux = upper.loss, upper.aux
         lower_bar, state_bar, total = upper.lower, None, upper.direct
         del upper
+        window, numbers_bar = self._window, None
+        numbers, start_is_constant = window.numbers(), window.initial is None
         while self.points:
             first = (len(self.points) - 1) * self._segment
             if first + self._segment < self._unrolled:
@@ -213,14 +217,21 @@ class UnrolledRecord:
                 optimizer, self.points.pop(), self.grads, method.store
             ):
                 passed = steps.pop().passed
-                if not steps and state_bar is None:
+                if numbers:
+                    learnable: Any = optimizer
+                    owed = learnable.hyperparameters_vjp(
+                        numbers, g, state, params, lower_bar, state_bar
+                    )
+                    numbers_bar = owed if numbers_bar is None else tree.add(owed, numbers_bar)
+                ends = not steps and start_is_constant  # where only the product in φ is needed
+                if ends and state_bar is None:
                     along = optimizer.grads_vjp(g, state, params, lower_bar)
                 else:
                     along, state_bar, lower_bar = optimizer.vjp(
                         g, state, params, lower_bar, state_bar
                     )
                 del g, state
-                if not steps:
+                if ends:
                     del lower_bar, state_bar
                     product = mixed_product(problem, method.product, passed, params, leaves, along)
                 else:
@@ -232,6 +243,9 @@ class UnrolledRecord:
                     del curved
                 with torch.no_grad():
                     total = tree.add(product, total)
+        if window.initial is not None or numbers:
+            start_bar = None if window.initial is None else lower_bar
+            total = tree.add(total, window.pulled_back(start_bar, numbers_bar or {}))
         return HypergradientResult(upper_loss, total, None, upper_aux=upper_aux)
 
     def _recomputed_grads(self, steps: Sequence[_Step]) -> list[Kept]:

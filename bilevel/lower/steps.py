@@ -7,8 +7,8 @@ before each lower pass what the pass should leave behind, and is shown each step
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -16,10 +16,11 @@ from torch import Tensor
 
 from bilevel import tree
 from bilevel.autodiff import random_state
+from bilevel.autodiff.gradient import as_leaves, gradients
 from bilevel.autodiff.random_state import RandomState
 from bilevel.lower.lower_pass import LowerPass, lower_pass
 from bilevel.lower.route import Route
-from bilevel.optimizers.base import DifferentiableOptimizer, Optimizer
+from bilevel.optimizers.base import DifferentiableOptimizer, Hyperparameters, Optimizer
 from bilevel.problem import Batch, Params, Problem
 from bilevel.tree import Tree
 
@@ -41,6 +42,8 @@ class Window:
         start: θ and the optimizer's state before the first step.
         upper_params: φ, the same in all steps.
         batches: Per lower step its micro-batches.
+        initial: φ -> θ, if that is what ``start`` comes from; None: θ does not depend on φ.
+        hyperparameters: φ -> numbers of the optimizer that come from φ; None: none do.
     """
 
     problem: Problem
@@ -48,6 +51,54 @@ class Window:
     start: Point
     upper_params: Params
     batches: Sequence[Sequence[Batch]]
+    initial: Callable[[Any], Params] | None = None
+    hyperparameters: Callable[[Any], Hyperparameters] | None = None
+
+    def at(self, upper_params: Params) -> Window:
+        """Return the same window at a φ, from which the start and the numbers may come.
+
+        The state of an optimizer whose θ starts anew is a new one.
+        """
+        upper_params = tree.map(Tensor.detach, upper_params)
+        optimizer, start = self.optimizer, self.start
+        with torch.no_grad():
+            if self.hyperparameters is not None:
+                learnable: Any = optimizer
+                optimizer = learnable.with_hyperparameters(self.hyperparameters(upper_params))
+            if self.initial is not None:
+                # A copy, since a function may return leaves of φ itself.
+                params = tree.map(Tensor.clone, self.initial(upper_params))
+                start = Point(params, optimizer.init(params))
+        return replace(self, optimizer=optimizer, start=start, upper_params=upper_params)
+
+    def numbers(self) -> Hyperparameters:
+        """Return the numbers of the optimizer that come from φ, none if none do."""
+        if self.hyperparameters is None:
+            return {}
+        with torch.no_grad():
+            return self.hyperparameters(tree.map(Tensor.detach, self.upper_params))
+
+    def pulled_back(self, start_bar: Tree, numbers_bar: Hyperparameters) -> Tree:
+        """Return what φ owes to the start and to the numbers; None where it owes nothing.
+
+        Args:
+            start_bar: Cotangent of θ before the first step, None leaves being zero.
+            numbers_bar: Cotangents of ``numbers``, or {}.
+        """
+        upper_params = as_leaves(self.upper_params)
+        outputs: list[Tensor] = []
+        cotangents: list[Tensor] = []
+
+        def add(value: Tensor, bar: Tensor) -> None:
+            outputs.append(value)
+            cotangents.append(bar.to(value))
+
+        with torch.enable_grad():
+            if self.initial is not None:
+                tree.map(add, self.initial(upper_params), start_bar)
+            if self.hyperparameters is not None and numbers_bar:
+                tree.map(add, dict(self.hyperparameters(upper_params)), dict(numbers_bar))
+            return gradients(outputs, upper_params, cotangents)
 
 
 class PassRequest(NamedTuple):
