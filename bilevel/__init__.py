@@ -32,6 +32,17 @@ from __future__ import annotations
 from bilevel.audit.check import HypergradientCheck, check_hypergradient
 from bilevel.audit.comparison import Agreement, HypergradientComparison, compare_hypergradients
 from bilevel.audit.diagnostics import Movement, Stationarity, movement, stationarity
+from bilevel.fit import (
+    Callback,
+    FitStep,
+    checkpoint,
+    early_stop,
+    fit,
+    load_checkpoint,
+    log,
+    losses,
+    progress,
+)
 from bilevel.hypergradients.base import (
     Hypergradient,
     HypergradientResult,
@@ -51,6 +62,7 @@ from bilevel.lower.ghost.tracker import Refusal
 from bilevel.lower.steps import LowerSteps, PassRequest, Point, Step, Window
 from bilevel.optimizers.base import (
     DifferentiableOptimizer,
+    Hyperparameters,
     Optimizer,
     OptimizerState,
     UpdateCotangents,
@@ -59,6 +71,7 @@ from bilevel.optimizers.lazy import LazyRowAdam, LazyRowState
 from bilevel.optimizers.optimizers import SGD, Adagrad, Adam, AdamW, RMSProp
 from bilevel.optimizers.projected import Projected
 from bilevel.optimizers.schedule import Constant, Schedule, StepDecay, WarmupCosine
+from bilevel.optimizers.variants import AdaDelta, Adamax, NAdam, RAdam
 from bilevel.problem import BilevelProblem, ReweightingProblem
 from bilevel.routes import Auto, CentralDifference, Dot, Ghost, Jvp, PerExample, Reverse, Route
 from bilevel.solver import BilevelSolver, NextSteps
@@ -66,14 +79,17 @@ from bilevel.state import BilevelState, StepInfo
 
 __all__ = [
     "SGD",
+    "AdaDelta",
     "Adagrad",
     "Adam",
     "AdamW",
+    "Adamax",
     "Agreement",
     "Auto",
     "BilevelProblem",
     "BilevelSolver",
     "BilevelState",
+    "Callback",
     "CentralDifference",
     "ConjugateGradient",
     "Constant",
@@ -81,11 +97,13 @@ __all__ = [
     "DifferentiableOptimizer",
     "Dot",
     "Exact",
+    "FitStep",
     "Ghost",
     "Hypergradient",
     "HypergradientCheck",
     "HypergradientComparison",
     "HypergradientResult",
+    "Hyperparameters",
     "Identity",
     "Implicit",
     "ImplicitMemory",
@@ -96,6 +114,7 @@ __all__ = [
     "LinearSolver",
     "LowerSteps",
     "Movement",
+    "NAdam",
     "Neumann",
     "NextSteps",
     "Nystrom",
@@ -109,6 +128,7 @@ __all__ = [
     "PerExample",
     "Point",
     "Projected",
+    "RAdam",
     "RMSProp",
     "Record",
     "Refusal",
@@ -128,8 +148,15 @@ __all__ = [
     "WarmupCosine",
     "Window",
     "check_hypergradient",
+    "checkpoint",
     "compare_hypergradients",
+    "early_stop",
+    "fit",
+    "load_checkpoint",
+    "log",
+    "losses",
     "movement",
+    "progress",
     "stationarity",
     "take_window",
 ]

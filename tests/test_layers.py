@@ -38,7 +38,7 @@ LAYERS = {
         ("routes",),
         ("hypergradients",),
         ("solver",),
-        ("audit",),
+        ("audit", "fit"),
     ),
     "prm": (
         ("schema", "names", "files"),
