@@ -1,57 +1,57 @@
 """MAML: an initialisation φ of a small network f from which three steps fit a new sine wave.
 
-A lower level of the core starts at given numbers, not at φ. So the lower parameters are what
-adaptation to task t adds to φ: δ_t, a fresh 0 in every window::
+Every window starts anew from φ (``initial``). Tasks are a dimension of θ: twenty adapt at once::
 
-    minimise over φ   Σ_t ‖f(φ + δ_t(φ)) − y_t‖²   on 10 other points of wave t
-    δ_t(φ): three gradient steps from 0 on   ‖f(φ + δ_t) − y_t‖²   on 10 points of it
+    minimise over φ   Σ_t ‖f(θ_t(φ)) − y_t‖²   on 10 other points of wave t
+    θ_t(φ): three gradient steps from φ on   ‖f(θ_t) − y_t‖²   on 10 points of it
 
-This is MAML (Finn et al. 2017) with its second derivatives. Look at the error on new tasks from
-MAML's φ, a random one, and one trained on all tasks jointly (the same with a learning rate of 0).
+Look at errors from the φ of MAML (Finn et al. 2017), a random one, and one of joint training.
 Run: python examples/maml.py
 """
+
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from bilevel import SGD, Adam, BilevelProblem, BilevelSolver, Unrolled
+from bilevel import SGD, Adam, BilevelProblem, BilevelSolver, Unrolled, tree
 
 Params = dict[str, Tensor]
 Rows = tuple[Tensor, Tensor]  # x and y, each [tasks, points, 1]
 SHAPES = {"w1": (1, 40), "b1": (1, 40), "w2": (40, 40), "b2": (1, 40), "w3": (40, 1)}
 
 
-def error(delta: Params, phi: Params, rows: Rows) -> Tensor:
-    """Mean squared errors, added up: to each task's δ the gradient of its own error."""
-    p = {name: phi[name] + delta[name] for name in phi}
-    hidden = torch.tanh(torch.tanh(rows[0] @ p["w1"] + p["b1"]) @ p["w2"] + p["b2"])
-    return (hidden @ p["w3"] - rows[1]).square().mean((1, 2)).sum()
+def error(theta: Params, phi: Params, rows: Rows) -> Tensor:
+    """Mean squared errors, added up: to each task's θ the gradient of its own error."""
+    hidden = torch.tanh(torch.tanh(rows[0] @ theta["w1"] + theta["b1"]) @ theta["w2"] + theta["b2"])
+    return (hidden @ theta["w3"] - rows[1]).square().mean((1, 2)).sum()
 
 
-def draw(tasks: int) -> tuple[Params, Rows, Rows]:
-    """New tasks: δ = 0, points to adapt to, other points of the same waves."""
+def draw(tasks: int) -> tuple[Rows, Rows]:
+    """New tasks: points to adapt to, other points of the same waves."""
     size, phase = 0.1 + 4.9 * torch.rand(tasks, 1, 1), torch.pi * torch.rand(tasks, 1, 1)
     x, z = 10 * torch.rand(2, tasks, 10, 1) - 5
-    zeros = {name: torch.zeros(tasks, *shape) for name, shape in SHAPES.items()}
-    return zeros, (x, size * torch.sin(x + phase)), (z, size * torch.sin(z + phase))
+    return (x, size * torch.sin(x + phase)), (z, size * torch.sin(z + phase))
+
+
+def solver_for(tasks: int, rate: float) -> BilevelSolver[Params, Params, Rows]:
+    """A window is three steps of so many tasks, each from φ."""
+    problem = BilevelProblem(error, error)
+    each = partial(tree.map, lambda leaf: leaf.repeat(tasks, 1, 1))
+    return BilevelSolver(problem, SGD(rate), Adam(0.01), Unrolled(), 3, initial=each)
 
 
 def main() -> dict[str, float]:
     """Learn two initialisations; print and return mean errors on 500 new tasks."""
     torch.manual_seed(0)
-    found = {"random": {name: torch.randn(s) / s[0] ** 0.5 for name, s in SHAPES.items()}}
-    for name, rate in ("joint", 0.0), ("MAML", 0.03):
-        solver = BilevelSolver(BilevelProblem(error, error), SGD(rate), Adam(0.01), Unrolled(), 3)
-        state = solver.init(draw(20)[0], found["random"])
-        for _ in range(250):
-            delta, known, other = draw(20)
-            state = state._replace(lower_params=delta)  # SGD keeps no moments to forget
-            state, _ = solver.window(state, [[known]] * 3, other)
-        found[name] = state.upper_params
-    figures, (delta, known, other) = {}, draw(500)
-    for name, phi in found.items():  # all adapt with MAML's solver
-        state, _ = solver.window(solver.init(delta, phi), [[known]] * 3)
-        figures[name] = float(error(state.lower_params, phi, other)) / 500
+    figures, (known, other), judge = {}, draw(500), solver_for(500, 0.03)
+    random = {name: torch.randn(s) / s[0] ** 0.5 for name, s in SHAPES.items()}
+    for name, rate, steps in ("random", 0.0, 0), ("joint", 0.0, 250), ("MAML", 0.03, 250):
+        state = (solver := solver_for(20, rate)).init(None, random)
+        for rows, upper_rows in (draw(20) for _ in range(steps)):
+            state, _ = solver.window(state, [[rows]] * 3, upper_rows)
+        adapted, _ = judge.window(judge.init(None, state.upper_params), [[known]] * 3)
+        figures[name] = float(error(adapted.lower_params, random, other)) / 500
         print(f"error after three steps, {name} φ: {figures[name]:.2f}")
     return figures
 
