@@ -51,9 +51,11 @@ def reading(what: str) -> Iterator[None]:
 def _reason(error: BaseException) -> str:
     if isinstance(error, ModuleNotFoundError) and error.name:
         return f"it needs the package {error.name}, which is not installed; install it"
+    if isinstance(error, KeyError) and error.args:
+        return f"the entry {error.args[0]!r} is missing"
     text = " ".join(str(error).split())
     if not isinstance(error, ValueError | OSError | ImportError) or not text:
-        text = f"{type(error).__name__}: {text}"  # "'hidden_size'" alone says nothing
+        text = f"{type(error).__name__}: {text}"  # the text alone says nothing
     return text if len(text) <= _LONGEST else text[:_LONGEST] + "..."
 
 
