@@ -34,6 +34,7 @@ def atomic_write(path: Path) -> Iterator[Path]:
     unfinished = path.with_name(f".{path.name}.{os.getpid()}.unfinished")
     try:
         yield unfinished
+        _follow_umask(unfinished)
         if unfinished.is_dir():
             for inside in sorted(unfinished.rglob("*")):
                 _flush(inside)
@@ -66,3 +67,18 @@ def _flush(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def _follow_umask(path: Path) -> None:
+    """Give files of the mode 0600, as safetensors makes them, the mode of other new files."""
+    paths = path.rglob("*") if path.is_dir() else [path]
+    private = [each for each in paths if each.is_file() and each.stat().st_mode & 0o777 == 0o600]
+    if not private:
+        return
+    # The umask can be read only by setting it, for all threads at once; a new file shows it.
+    probe = private[0].with_name(f"{private[0].name}.mode")
+    with probe.open("x") as file:
+        mode = os.fstat(file.fileno()).st_mode & 0o777
+    probe.unlink()
+    for each in private:
+        each.chmod(mode)

@@ -76,8 +76,8 @@ def load_model(
     """Load a model, and return it with its trainable parameters by name.
 
     Raises:
-        OptionError: There is no such model, it cannot judge steps, or ``freeze`` names no part of
-            it.
+        OptionError: There is no such model, it is damaged, it or its chat template cannot judge
+            steps, or ``freeze`` names no part of it.
     """
     name = path if path is not None else options.model
     if path not in (None, "embedded") and not Path(name).is_dir():  # a hub name goes to --model
@@ -87,6 +87,7 @@ def load_model(
         )
     try:
         prm = load_prm(EMBEDDED_BASE if name == "embedded" else name)
+        _collator(prm, options)  # refuses chat templates before data are read
     except (OSError, ValueError) as error:
         flag = "--model" if path is None else "--init-from"
         where = " (no folder here, looked up on the hub)" if is_hub_name(name) else ""
@@ -131,12 +132,16 @@ def read_examples(prm: PRM, options: PrmOptions, path: str) -> Examples:
         check_images="sample",
         allow_outside_images=options.allow_outside_images,
     )
-    collator = prm.collator(
+    collator = _collator(prm, options)
+    return Examples(file, [collator.encode(example) for example in examples], collator)
+
+
+def _collator(prm: PRM, options: PrmOptions) -> Collator:
+    return prm.collator(
         context=options.context,
         system_prompt=SYSTEM_PROMPT if options.system_prompt is None else options.system_prompt,
         max_patches=options.max_patches,
     )
-    return Examples(file, [collator.encode(example) for example in examples], collator)
 
 
 def _existing(path: str) -> Path:

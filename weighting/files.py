@@ -21,6 +21,7 @@ def replacing(path: Path) -> Iterator[Path]:
     temporary = path.with_name(path.name + ".tmp")
     try:
         yield temporary
+        _follow_umask(temporary)
         with temporary.open("rb") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
@@ -43,3 +44,15 @@ def write_text(path: Path, text: str) -> None:
     """Write UTF-8 ``text`` by ``replacing`` the file."""
     with replacing(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
+
+
+def _follow_umask(path: Path) -> None:
+    """Give a file of the mode 0600, as safetensors makes it, the mode of other new files."""
+    if path.stat().st_mode & 0o777 != 0o600:
+        return
+    # The umask can be read only by setting it, for all threads at once; a new file shows it.
+    probe = path.with_name(f"{path.name}.mode")
+    with probe.open("x") as file:
+        mode = os.fstat(file.fileno()).st_mode & 0o777
+    probe.unlink()
+    path.chmod(mode)

@@ -123,3 +123,24 @@ def test_an_empty_folder_is_replaced_and_a_full_one_is_not(tmp_path):
         write("newer")
     assert (target / "file").read_text() == "new"
     assert names(tmp_path) == ["model"]
+
+
+@pytest.mark.parametrize("mask", [0o022, 0o077, 0o007])
+def test_files_that_a_library_made_private_follow_the_umask(tmp_path, mask):
+    """safetensors creates its files with the mode 0600; other modes stay."""
+    old = os.umask(mask)
+    try:
+        with atomic_write(tmp_path / "one") as unfinished:
+            unfinished.touch(0o600)
+        with atomic_write(tmp_path / "folder") as unfinished:
+            (unfinished / "below").mkdir(parents=True)
+            (unfinished / "below" / "private").touch(0o600)
+            (unfinished / "program").touch(0o777)
+    finally:
+        os.umask(old)
+    folder = tmp_path / "folder"
+    for path in (tmp_path / "one", folder / "below" / "private"):
+        assert path.stat().st_mode & 0o777 == 0o666 & ~mask
+    assert (folder / "program").stat().st_mode & 0o777 == 0o777 & ~mask
+    assert names(folder) == ["below", "program"]
+    assert names(folder / "below") == ["private"]

@@ -44,3 +44,16 @@ def test_what_fails_leaves_the_old_file_alone(tmp_path):
         fail()
     assert path.read_text() == "old"
     assert os.listdir(tmp_path) == ["ids.json"]
+
+
+@pytest.mark.parametrize("mask", [0o022, 0o077, 0o007])
+def test_a_file_that_a_library_made_private_follows_the_umask(tmp_path, mask):
+    """safetensors creates its files with the mode 0600."""
+    old = os.umask(mask)
+    try:
+        with replacing(tmp_path / "params.safetensors") as temporary:
+            temporary.touch(0o600)
+    finally:
+        os.umask(old)
+    (path,) = tmp_path.iterdir()
+    assert path.stat().st_mode & 0o777 == 0o666 & ~mask
