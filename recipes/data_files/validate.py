@@ -14,7 +14,6 @@ from recipes.data_files.options import ValidateOptions
 from recipes.data_files.overlap import Overlap, Rows, overlaps
 from recipes.options.base import PrmOptions
 from recipes.options.values import OptionError
-from recipes.run.files import write_json
 
 _MISTAKES_SHOWN = 10
 Measure = Callable[[StepExample], tuple[int, int]]
@@ -56,17 +55,6 @@ def validate(options: ValidateOptions) -> tuple[str, dict[str, Any]]:
         }
         page += "\n\n" + "\n".join(_shared(pair, findings_of[pair.second]) for pair in shared)
     return page + "\n\n" + _mistakes(findings_of), figures
-
-
-def write_figures(path: str, figures: dict[str, Any]) -> None:
-    """Write the figures as JSON.
-
-    Raises:
-        OptionError: The folder does not exist.
-    """
-    if not Path(path).parent.is_dir():
-        raise OptionError(f"--json {path}: no such folder")
-    write_json(Path(path), figures)
 
 
 def _scan(
