@@ -15,11 +15,13 @@ from recipes.terminal import say
 
 def data_validate(options: ValidateOptions) -> int:
     """Print the report; return 1 if a record cannot be used."""
+    from recipes.data_files.convert import check_folder
     from recipes.data_files.validate import validate
     from recipes.run.files import json_text, output_file
 
     output = None
     if options.json is not None:
+        check_folder("--json", options.json)
         inputs = (*options.files, options.meta, options.test)
         output = output_file("--json", options.json, overwrite=options.overwrite, inputs=inputs)
     page, figures = validate(options)

@@ -27,6 +27,7 @@ def convert(options: ConvertOptions) -> int:
     if options.weights is not None and options.to != "stepwise":
         raise OptionError("--weights: only stepwise rows have a weight column; use --to stepwise")
     inputs = (options.file, options.weights)
+    check_folder("--out", options.out)
     output_file("--out", options.out, overwrite=options.overwrite, inputs=inputs, streams=False)
     out = Path(options.out)
     counter = _Counter()
@@ -69,6 +70,17 @@ def existing_file(path: str) -> Path:
     if not Path(path).is_file():
         raise OptionError(f"{path}: no such file; check the path")
     return Path(path)
+
+
+def check_folder(flag: str, path: str) -> None:
+    """Refuse a file to write whose folder does not exist, before anything is read.
+
+    Raises:
+        OptionError: The folder does not exist.
+    """
+    folder = Path(path).parent
+    if not folder.is_dir():
+        raise OptionError(f"{flag} {path}: no such folder {folder}; make it first")
 
 
 class _Counter:

@@ -35,8 +35,7 @@ class ValidateFlags(FileOptions):
     test: str | None = option(None, "test file: checked, too, and compared with the others")
     json: str | None = option(
         None,
-        "write the findings to this JSON file; -: to standard output, and the page to standard "
-        "error",
+        "write the findings to this JSON file; -: to standard output, the page to standard error",
     )
     overwrite: bool = option(False, "replace an existing --json", only_with=JSON_NAMED)
     images: Literal["exists", "header", "decode"] = option(

@@ -12,7 +12,7 @@ from recipes.data_files.convert import examples_of, existing_file, root_of
 from recipes.data_files.findings import digest
 from recipes.data_files.options import SplitOptions
 from recipes.options.values import OptionError
-from recipes.run.files import new_directory
+from recipes.run.files import check_writable
 
 REST = "rest"
 
@@ -29,7 +29,10 @@ def split(options: SplitOptions) -> dict[str, tuple[int, int]]:
         DataError: A record cannot be used.
     """
     sizes = parse_parts(options.parts)
-    out = new_directory("--out", options.out)
+    out = Path(options.out)
+    if out.exists():
+        raise OptionError(f"--out {options.out}: exists; remove it or give another name")
+    check_writable("--out", out)
     existing_file(options.file)
     rows: dict[int, int] = defaultdict(int)
     for example in examples_of(options, options.file):

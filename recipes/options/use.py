@@ -95,7 +95,7 @@ class EvaluateOptions(ScoringOptions):
     file: str = option(..., "JSONL of candidates with `group`, `answer` and `correct`")
     output: str | None = option(
         None,
-        "write the figures to this JSON file; -: to standard output, and the table to standard error",
+        "write the figures to this JSON file; -: to standard output, the table to standard error",
     )
     overwrite: bool = option(False, "replace an existing --output", only_with=OUTPUT_NAMED)
     scores: str | None = option(

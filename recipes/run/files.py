@@ -182,8 +182,8 @@ def output_file(
     for there in (path, digest_path(path)) if sealed else (path,):
         if there.exists() and not overwrite:
             raise OptionError(
-                f"{flag} {name}: {'exists' if there is path else f'{there.name} exists'}; nothing "
-                "was overwritten. Remove it, give another name, or give --overwrite"
+                f"{flag} {name}: {'' if there is path else f'{there.name} '}exists; remove it, "
+                "give another name, or give --overwrite"
             )
     return Output(path, sealed)
 

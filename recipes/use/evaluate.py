@@ -81,8 +81,10 @@ def run_evaluate(options: EvaluateOptions) -> dict[str, Any]:
             "--output",
             options.output,
             overwrite=options.overwrite,
-            inputs=(options.file, options.dev, options.scores, options.meta_file)
-            + (options.dev_scores, options.baseline_scores),
+            inputs=(
+                *(options.file, options.scores, options.baseline_scores, options.meta_file),
+                *(() if options.dev is None else (options.dev, options.dev_scores)),
+            ),
         )
     judge = _Judge(options)
     candidates = judge.read(options.file, options.scores)

@@ -157,7 +157,7 @@ def scores(tmp_path) -> Path:
 
 def selected(scores: Path, **more) -> list[dict]:
     output = scores.with_name("selected.jsonl")
-    options = SelectOptions(scores=str(scores), output=str(output), **more)
+    options = SelectOptions(scores=str(scores), output=str(output), overwrite=True, **more)
     assert commands.run("select", options) == 0
     return read_lines(output)
 
@@ -185,7 +185,7 @@ def test_a_draw_depends_on_seed_and_question_only(scores):
     ("words", "status", "message"),
     [
         ("--aggregation men", 2, "line 1 of {scores} has mean, orm; did you mean 'mean'?"),
-        ("--output {scores}", 2, "is the scores file, or a directory; name another"),
+        ("--output {scores}", 2, "is a file that is read; name another"),
         ("--scores ./none.jsonl", 2, "none.jsonl: no such file"),
         ("--tie expected", None, "invalid choice: 'expected'"),
     ],
