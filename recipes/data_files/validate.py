@@ -14,6 +14,7 @@ from recipes.data_files.options import ValidateOptions
 from recipes.data_files.overlap import Overlap, Rows, overlaps
 from recipes.options.base import PrmOptions
 from recipes.options.values import OptionError
+from recipes.terminal import printable
 
 _MISTAKES_SHOWN = 10
 Measure = Callable[[StepExample], tuple[int, int]]
@@ -147,7 +148,8 @@ def _shared(pair: Overlap, findings: Findings) -> str:
 
 def _page(findings: Findings, options: ValidateOptions) -> str:
     """Return the report on one set, without lines for findings that did not occur."""
-    files = ", ".join(f"{p} ({f})" for p, f in zip(findings.files, findings.formats, strict=True))
+    named = zip(findings.files, findings.formats, strict=True)
+    files = ", ".join(f"{printable(path)} ({name})" for path, name in named)
     rows, examples = findings.rows, findings.examples
     lines = [f"{files}: {rows:,} rows, {examples:,} solutions, {findings.steps:,} steps"]
 
