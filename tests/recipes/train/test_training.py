@@ -32,11 +32,6 @@ from weighting import Clip, DomainTable, InstanceNet, InstanceTable, Sigmoid, lo
 COLD = {"args.yaml", "env.json", "log.jsonl", "model", "results.json"}
 ALWAYS = COLD | {"test_questions.jsonl", "dev_questions.jsonl"}
 ALWAYS |= {"weights.jsonl", "weights.jsonl.sha256"}
-    "test_questions.jsonl",
-    "dev_questions.jsonl",
-    "weights.jsonl",
-    "weights.jsonl.sha256",
-}
 KINDS = {
     "net": ({"weighting": "net"}, "instance_net"),
     "table": ({"weighting": "table", "bound": "clip"}, "instance_table"),
