@@ -6,6 +6,7 @@ which is renamed when all of it is on the disk.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -210,19 +211,15 @@ def check_writable(flag: str, path: Path) -> None:
         WriteError: It cannot be written; the message says why.
     """
     try:
-        target = real_target(path)
-    except OSError as error:
-        raise OptionError(f"{flag} {path}: {error.strerror}") from error
-    folder = target.absolute().parent
-    try:
+        folder = real_target(path).absolute().parent
         while not folder.exists():
             folder = folder.parent
         with tempfile.TemporaryFile(dir=folder) as file:
             file.write(b"\n")
     except OSError as error:
-        raise WriteError(
-            f"{flag} {path}: cannot be written ({error.strerror}: {folder})"
-        ) from error
+        if error.errno == errno.EINVAL:
+            raise OptionError(f"{flag} {path}: {error.strerror}") from error
+        raise WriteError(f"{flag} {path}: cannot be written ({error.strerror})") from error
 
 
 def note_unchecked(path: Path) -> None:
