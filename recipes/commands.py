@@ -9,6 +9,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+
 from prm.schema import DataError
 from recipes.data_files import commands as data_commands
 from recipes.options.embedded import DataOptions, PretrainOptions
@@ -42,7 +44,7 @@ def run(name: str, options: Any) -> int:
         return _ended(name, error, error.status)
     except OptionError as error:
         return _ended(name, error, 2)
-    except (DataError, RunError) as error:
+    except (DataError, RunError, SafetensorError) as error:  # the last: of a full disk, for one
         return _ended(name, error, 1)
     except OSError as error:
         return _ended(name, reason(error), 1)

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from safetensors import SafetensorError
 
 import recipes.embedded.build
 import recipes.run.provenance
@@ -220,7 +221,7 @@ def test_overwrite_without_an_output_has_no_effect(command, tmp_path, capsys, na
     assert said(capsys, name).endswith(f"--overwrite has no effect without {option}")
 
 
-def failing(error: OSError) -> Callable[[object], int]:
+def failing(error: Exception) -> Callable[[object], int]:
     def fail(options: object) -> int:
         raise error
 
@@ -236,6 +237,7 @@ def failing(error: OSError) -> Callable[[object], int]:
         (OSError(errno.ENOSPC, "No space left on device"), "No space left on device"),
         (OSError("of a library"), "of a library"),
         (TimeoutError("of a library"), "of a library"),
+        (SafetensorError("I/O error: disk full"), "I/O error: disk full"),
     ],
 )
 def test_no_error_of_the_machine_has_a_traceback(monkeypatch, capsys, error, reason):
