@@ -42,7 +42,7 @@ LAYERS = {
     ),
     "prm": (
         ("schema", "names", "files"),
-        ("losses", "aggregations", "evaluation", "inputs"),
+        ("losses", "aggregations", "evaluation", "inputs", "digests"),
         ("data", "models"),
         ("scoring",),
     ),
@@ -53,7 +53,7 @@ LAYERS = {
         ("store",),
     ),
     "recipes": (
-        ("options",),
+        ("options", "terminal"),
         ("run", "loading"),
         ("data_files", "evaluation", "problems"),
         ("train",),

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+import shutil
+import stat
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,22 +16,33 @@ def replacing(path: Path) -> Iterator[Path]:
     """Give a temporary name beside ``path``; what was written there then replaces ``path``.
 
     The content reaches the disk (fsync) before it gets the name, and the name when this returns. If
-    the body fails, ``path`` is as it was and the temporary file is gone.
+    the body fails, ``path`` is as it was and the temporary file is gone. The temporary name lies in
+    a new folder, so it is nobody else's. Of a symbolic link, the file that it points to is
+    replaced.
 
     Args:
         path: The file to write; its folder exists.
+
+    Raises:
+        OSError: ``path`` is there and no regular file (a device or a pipe is never replaced), or
+            the file cannot be written.
     """
-    temporary = path.with_name(path.name + ".tmp")
+    target = Path(os.path.realpath(path)) if path.is_symlink() else path
+    if path.exists() and not stat.S_ISREG(path.stat().st_mode):
+        raise OSError(f"{path}: expected a file to replace, found a folder, a device or a pipe")
+    folder = Path(
+        tempfile.mkdtemp(prefix=f".{target.name[:40]}.", suffix=".unfinished", dir=target.parent)
+    )
     try:
+        temporary = folder / target.name
         yield temporary
         _follow_umask(temporary)
         with temporary.open("rb") as file:
             os.fsync(file.fileno())
-        os.replace(temporary, path)
-        _flush(path.parent)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+        os.replace(temporary, target)
+        _flush(target.parent)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _flush(folder: Path) -> None:

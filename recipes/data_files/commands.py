@@ -2,22 +2,32 @@
 
 from __future__ import annotations
 
+import sys
+
 from recipes.data_files.options import (
     ConvertOptions,
     InspectOptions,
     SplitOptions,
     ValidateOptions,
 )
+from recipes.terminal import say
 
 
 def data_validate(options: ValidateOptions) -> int:
     """Print the report; return 1 if a record cannot be used."""
-    from recipes.data_files.validate import validate, write_figures
+    from recipes.data_files.convert import check_folder
+    from recipes.data_files.validate import validate
+    from recipes.run.files import json_text, output_file
 
-    page, figures = validate(options)
-    print(page)
+    output = None
     if options.json is not None:
-        write_figures(options.json, figures)
+        check_folder("--json", options.json)
+        inputs = (*options.files, options.meta, options.test)
+        output = output_file("--json", options.json, overwrite=options.overwrite, inputs=inputs)
+    page, figures = validate(options)
+    print(page, file=sys.stderr if output is not None and output.path is None else sys.stdout)
+    if output is not None:
+        output.write_text(json_text(figures))
     return 1 if figures["errors"] else 0
 
 
@@ -27,7 +37,7 @@ def data_convert(options: ConvertOptions) -> int:
 
     count = convert(options)
     root = root_of(options, options.file)
-    print(
+    say(
         f"{options.out}: {count:,} examples; images are relative to {root}: give it as --image-root"
     )
     return 0
@@ -47,6 +57,6 @@ def data_split(options: SplitOptions) -> int:
     from recipes.data_files.split import split
 
     for name, (groups, rows) in split(options).items():
-        print(f"{options.out}/{name}.jsonl: {groups:,} groups, {rows:,} rows")
-    print(f"images are relative to {root_of(options, options.file)}: give it as --image-root")
+        say(f"{options.out}/{name}.jsonl: {groups:,} groups, {rows:,} rows")
+    say(f"images are relative to {root_of(options, options.file)}: give it as --image-root")
     return 0

@@ -10,6 +10,7 @@ from prm.data.stepwise_writer import read_weights, write_stepwise
 from prm.schema import StepExample
 from recipes.data_files.options import ConvertOptions, FileOptions
 from recipes.options.values import OptionError
+from recipes.run.files import note_unchecked, output_file
 
 
 def convert(options: ConvertOptions) -> int:
@@ -21,10 +22,14 @@ def convert(options: ConvertOptions) -> int:
     Raises:
         OptionError: The file does not exist, the output exists, or the format has no weights.
         DataError: A record cannot be used, or ids and weights do not match.
+        OSError: The output cannot be written.
     """
     if options.weights is not None and options.to != "stepwise":
         raise OptionError("--weights: only stepwise rows have a weight column; use --to stepwise")
-    out = new_file(options.out)
+    inputs = (options.file, options.weights)
+    check_folder("--out", options.out)
+    output_file("--out", options.out, overwrite=options.overwrite, inputs=inputs, streams=False)
+    out = Path(options.out)
     counter = _Counter()
     image_root = root_of(options, options.file)
     if options.to == "prm-jsonl":
@@ -35,6 +40,8 @@ def convert(options: ConvertOptions) -> int:
     weights = None if options.weights is None else read_weights(existing_file(options.weights))
     examples = counter.through(examples_of(options, options.file))
     write_stepwise(out, examples, image_root, soft=soft, weights=weights)
+    if options.weights is not None:
+        note_unchecked(Path(options.weights))
     return counter.count
 
 
@@ -65,18 +72,15 @@ def existing_file(path: str) -> Path:
     return Path(path)
 
 
-def new_file(path: str) -> Path:
-    """Return the path of a file that does not exist yet, in a folder that does.
+def check_folder(flag: str, path: str) -> None:
+    """Refuse a file to write whose folder does not exist, before anything is read.
 
     Raises:
-        OptionError: The file exists, or its folder does not.
+        OptionError: The folder does not exist.
     """
-    file = Path(path)
-    if file.exists():
-        raise OptionError(f"--out {path}: exists; remove it or give another name")
-    if not file.parent.is_dir():
-        raise OptionError(f"--out {path}: no such folder {file.parent}; make it first")
-    return file
+    folder = Path(path).parent
+    if not folder.is_dir():
+        raise OptionError(f"{flag} {path}: no such folder {folder}; make it first")
 
 
 class _Counter:

@@ -12,6 +12,7 @@ from recipes.data_files.convert import examples_of, existing_file, root_of
 from recipes.data_files.findings import digest
 from recipes.data_files.options import SplitOptions
 from recipes.options.values import OptionError
+from recipes.run.files import check_writable, complete_directory
 
 REST = "rest"
 
@@ -31,6 +32,7 @@ def split(options: SplitOptions) -> dict[str, tuple[int, int]]:
     out = Path(options.out)
     if out.exists():
         raise OptionError(f"--out {options.out}: exists; remove it or give another name")
+    check_writable("--out", out)
     existing_file(options.file)
     rows: dict[int, int] = defaultdict(int)
     for example in examples_of(options, options.file):
@@ -38,20 +40,20 @@ def split(options: SplitOptions) -> dict[str, tuple[int, int]]:
     keys = list(rows)
     drawn = draw([rows[key] if options.unit == "rows" else 1 for key in keys], sizes, options.seed)
     part_of = {key: part for key, part in zip(keys, drawn, strict=True) if part is not None}
-    out.mkdir(parents=True)
     written: dict[str, tuple[int, int]] = {}
-    for part in sizes:
-        mine = {key for key, name in part_of.items() if name == part}
-        write_jsonl(
-            out / f"{part}.jsonl",
-            (
-                example
-                for example in examples_of(options, options.file)
-                if _group(example.group, example.question, example.images) in mine
-            ),
-            root_of(options, options.file),
-        )
-        written[part] = (len(mine), sum(rows[key] for key in mine))
+    with complete_directory(out) as unfinished:
+        for part in sizes:
+            mine = {key for key, name in part_of.items() if name == part}
+            write_jsonl(
+                unfinished / f"{part}.jsonl",
+                (
+                    example
+                    for example in examples_of(options, options.file)
+                    if _group(example.group, example.question, example.images) in mine
+                ),
+                root_of(options, options.file),
+            )
+            written[part] = (len(mine), sum(rows[key] for key in mine))
     return written
 
 

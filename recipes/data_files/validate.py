@@ -14,7 +14,7 @@ from recipes.data_files.options import ValidateOptions
 from recipes.data_files.overlap import Overlap, Rows, overlaps
 from recipes.options.base import PrmOptions
 from recipes.options.values import OptionError
-from recipes.run.files import write_json
+from recipes.terminal import printable
 
 _MISTAKES_SHOWN = 10
 Measure = Callable[[StepExample], tuple[int, int]]
@@ -56,17 +56,6 @@ def validate(options: ValidateOptions) -> tuple[str, dict[str, Any]]:
         }
         page += "\n\n" + "\n".join(_shared(pair, findings_of[pair.second]) for pair in shared)
     return page + "\n\n" + _mistakes(findings_of), figures
-
-
-def write_figures(path: str, figures: dict[str, Any]) -> None:
-    """Write the figures as JSON.
-
-    Raises:
-        OptionError: The folder does not exist.
-    """
-    if not Path(path).parent.is_dir():
-        raise OptionError(f"--json {path}: no such folder")
-    write_json(Path(path), figures)
 
 
 def _scan(
@@ -159,7 +148,8 @@ def _shared(pair: Overlap, findings: Findings) -> str:
 
 def _page(findings: Findings, options: ValidateOptions) -> str:
     """Return the report on one set, without lines for findings that did not occur."""
-    files = ", ".join(f"{p} ({f})" for p, f in zip(findings.files, findings.formats, strict=True))
+    named = zip(findings.files, findings.formats, strict=True)
+    files = ", ".join(f"{printable(path)} ({name})" for path, name in named)
     rows, examples = findings.rows, findings.examples
     lines = [f"{files}: {rows:,} rows, {examples:,} solutions, {findings.steps:,} steps"]
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from prm.data.json_rows import json_rows
 from prm.data.record_fields import Location
+from prm.digests import check_digest
 from prm.models.model import PRM
 from prm.schema import DataError, StepExample
 from recipes.evaluation.candidates import Candidates, read_candidates
@@ -19,6 +20,7 @@ from recipes.evaluation.leaks import find_leak, refuse_leak
 from recipes.loading import Examples, Solutions, read_examples
 from recipes.options.train import TrainOptions
 from recipes.options.values import OptionError
+from recipes.run.files import note_unchecked
 from recipes.train.bounded_weights import WEIGHTINGS
 from weighting import row_index
 
@@ -172,6 +174,7 @@ def _read_weights(path: str, ids: Mapping[str, int]) -> Tensor:
     file = Path(path)
     if not file.is_file():
         raise OptionError(f"--weights-file {path}: no such file")
+    check_digest(file)
     weights: dict[int, float] = {}
     for line, entry in json_rows(file):
         if isinstance(entry, DataError):
@@ -194,4 +197,5 @@ def _read_weights(path: str, ids: Mapping[str, int]) -> Tensor:
             f"--weights-file {path}: no weight for {len(missing)} of {len(ids)} training "
             f"examples, for example {missing[0]!r}"
         )
+    note_unchecked(file)
     return torch.tensor([weights[row] for row in range(len(ids))])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -22,10 +23,9 @@ from recipes.loading import Examples, load_model, read_solutions, set_up
 from recipes.options.rules import check_together
 from recipes.options.use import EvaluateOptions
 from recipes.options.values import OptionError
-from recipes.run.files import write_json
+from recipes.run.files import json_text, output_file
 from recipes.use.model_run import note_differences, run_of
-from recipes.use.score import read_settings
-from recipes.use.scores_file import scores_for
+from recipes.use.scores_file import read_settings, scores_for
 
 
 class _Judge:
@@ -67,16 +67,25 @@ def run_evaluate(options: EvaluateOptions) -> dict[str, Any]:
 
     Raises:
         OptionError: Options contradict each other, or the file shares questions with the dev or
-            meta set.
+            meta set, or the output exists already or cannot be written.
         DataError: A record, or a line of scores, cannot be used.
+        OSError: The output cannot be written.
     """
     if not 0 <= options.threshold <= 1:
         raise OptionError(f"--threshold: expected a number in [0, 1], found {options.threshold}")
     check_together(options)
     set_up(options)
-    output = None if options.output is None else Path(options.output)
-    if output is not None and output.is_dir():
-        raise OptionError(f"--output {output}: is a directory; name a file")
+    output = None
+    if options.output is not None:
+        output = output_file(
+            "--output",
+            options.output,
+            overwrite=options.overwrite,
+            inputs=(
+                *(options.file, options.scores, options.baseline_scores, options.meta_file),
+                *(() if options.dev is None else (options.dev, options.dev_scores)),
+            ),
+        )
     judge = _Judge(options)
     candidates = judge.read(options.file, options.scores)
     dev = None if options.dev is None else judge.read(options.dev, options.dev_scores)
@@ -91,12 +100,13 @@ def run_evaluate(options: EvaluateOptions) -> dict[str, Any]:
     rows = judge.rows(candidates, options.scores)
     results = all_figures(candidates, rows, choice, options.tie, row, baseline)
     results |= {"sanity_check": options.sanity_check, "tuned_on_these_questions": tuned_on}
-    print(results_table(results))
-    print(_summary(results))
-    if output is not None:
-        write_json(output, results)
-    else:
+    page = f"{results_table(results)}\n{_summary(results)}"
+    if output is None:
+        print(page)
         print(json.dumps({k: v for k, v in results.items() if k not in ("rows", "ci95")}))
+    else:
+        print(page, file=sys.stderr if output.path is None else sys.stdout)
+        output.write_text(json_text(results))
     return results
 
 
