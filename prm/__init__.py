@@ -18,13 +18,13 @@ if TYPE_CHECKING:
     from prm.data.reader import read_examples as read_examples
     from prm.data.reader import read_jsonl as read_jsonl
     from prm.data.reader import write_jsonl as write_jsonl
-    from prm.data.splitter import final_answer as final_answer
     from prm.data.splitter import solution_steps as solution_steps
     from prm.data.splitter import split_steps as split_steps
     from prm.data.stepwise_writer import read_weights as read_weights
     from prm.data.stepwise_writer import write_stepwise as write_stepwise
     from prm.evaluation.answers import answer_classes as answer_classes
     from prm.evaluation.answers import canonical_answer as canonical_answer
+    from prm.evaluation.final_answer import final_answer as final_answer
     from prm.evaluation.calibration import brier as brier
     from prm.evaluation.calibration import expected_calibration_error as expected_calibration_error
     from prm.evaluation.calibration import reliability as reliability
