@@ -24,10 +24,10 @@ if TYPE_CHECKING:
     from prm.data.stepwise_writer import write_stepwise as write_stepwise
     from prm.evaluation.answers import answer_classes as answer_classes
     from prm.evaluation.answers import canonical_answer as canonical_answer
-    from prm.evaluation.final_answer import final_answer as final_answer
     from prm.evaluation.calibration import brier as brier
     from prm.evaluation.calibration import expected_calibration_error as expected_calibration_error
     from prm.evaluation.calibration import reliability as reliability
+    from prm.evaluation.final_answer import final_answer as final_answer
     from prm.evaluation.metrics import best_of_k_curve as best_of_k_curve
     from prm.evaluation.metrics import bootstrap_interval as bootstrap_interval
     from prm.evaluation.metrics import expected_best_of_k as expected_best_of_k

@@ -21,7 +21,17 @@ MODULES = [path for name in PACKAGES for path in sorted((ROOT / name).rglob("*.p
 ALLOWED = {
     "bilevel": {"torch", "torchopt", "optree", "jaxtyping"},
     "weighting": {"torch", "safetensors", "jaxtyping"},
-    "prm": {"torch", "transformers", "jinja2", "PIL", "numpy", "safetensors", "peft", "jaxtyping"},
+    "prm": {
+        "torch",
+        "transformers",
+        "jinja2",
+        "PIL",
+        "numpy",
+        "safetensors",
+        "peft",
+        "jaxtyping",
+        "math_verify",
+    },
     "recipes": {
         *(*CORE, "torch", "torchopt", "optree", "transformers", "tokenizers", "safetensors"),
         *("PIL", "numpy", "sklearn", "yaml", "tqdm", "filelock"),
@@ -236,12 +246,14 @@ def declared() -> set[str]:
     setup = configparser.ConfigParser()
     setup.read(ROOT / "setup.cfg", encoding="utf-8")
     extras = setup["options.extras_require"]
-    lines = setup["options"]["install_requires"] + extras["demo"] + extras["peft"]
+    lines = setup["options"]["install_requires"]
+    lines += "".join(extras[name] for name in ("demo", "peft", "math"))
     return {re.split("[<>=!~]", line)[0] for line in lines.split()}
 
 
 def test_every_package_that_is_imported_is_declared():
     names = {"PIL": "pillow", "yaml": "pyyaml", "sklearn": "scikit-learn"}
+    names["math_verify"] = "math-verify"
     outside = {name for path in MODULES for name in imported(path)}
     outside -= {*PACKAGES, *sys.stdlib_module_names}
     assert {names.get(name, name) for name in outside} == declared()

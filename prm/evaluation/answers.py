@@ -8,8 +8,8 @@ r"""Canonical forms of final answers: equal answers become equal strings, which 
    full stop and sentences behind the answer.
 3. LaTeX becomes plain text by the rules of ``prm.evaluation.latex``: ``\frac{a}{b}`` is a/b,
    ``\text{x}`` x, ``\pi`` π, ``\leq`` ≤.
-4. Choices by the rules of ``prm.evaluation.choices``: "(b)", "B) 12 cm", "B - 12 cm" are "B"; "A and
-   C" and "AC" are "A,C".
+4. Choices by the rules of ``prm.evaluation.choices``: "(b)", "B) 12 cm", "B - 12 cm" are "B";
+   "A and C" and "AC" are "A,C".
 5. What is in front of "=" or "∈" is removed if it is a name: "x = 5", "f(x) = 5", "(p,q) = (3,2)",
    "x ∈ [2,5)". Several: "y=2, x=1" is "x=1, y=2".
 6. Numbers are exact: "3.50", "7/2", "3 1/2", "35e-1" are "7/2"; "1,234" is "1234"; "2 million" is
@@ -34,14 +34,17 @@ from __future__ import annotations
 
 import re
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from fractions import Fraction
 
+from prm.evaluation.brackets import OPENING, spans, split_outside
 from prm.evaluation.choices import choice
 from prm.evaluation.final_answer import without_remarks
 from prm.evaluation.latex import FUNCTIONS, last_box, plain_text
 from prm.evaluation.units import UNIT_SYMBOLS, unit_of
 
+SameAnswer = Callable[[str, str], bool]
+"""Whether two answers, as they were given, are the same."""
 _LONGEST_NUMBER = 300
 """The number of characters, or the exponent, beyond which a number is treated as text."""
 _LONGEST_ANSWER = 2_000
@@ -69,24 +72,26 @@ _NUMBER = re.compile(
     rf"|(?P<plain>{_PLAIN})(?P<power>{_POWER})?)(?P<rest>.*)",
     re.DOTALL,
 )
-_NAME = r"(?:∠?[A-Z]{2,3}|[^\W\d_](?:_(?:\w+|\([^()]*\)))?'*)"
+_NAME = r"(?:∠?\s*[A-Z]{2,3}|[^\W\d_](?:_(?:\w+|\([^()]*\)))?'*)"
 _ASSIGNMENT = re.compile(
     rf"({_NAME})(?:\([^()=]*\))?\s*[=∈]\s*([^=<>≤≥≠∈]+)"
     rf"|(\(\s*{_NAME}(?:\s*,\s*{_NAME})+\s*\))\s*=\s*(\([^=<>≤≥≠∈]+\))"
 )
 _OPERATORS = re.compile(r"\s*([-+*/^=<>(),|:;≤≥≠∈∪∩±!'{}\[\]])\s*")
 _TOKEN = re.compile(r"\d+(?:\.\d+)?|[Ͱ-Ͽ]|[^\W\d_Ͱ-Ͽ]+|\S")
-_PRODUCT = re.compile(rf"(?<=[^\W_)])\*(?=[^\W\d_(])")
-_BRACKETS = {"(": ")", "[": "]", "{": "}"}
+_SEPARATORS = r",\s*(?:and|or)\b|,|;|\band\b|\bor\b"
+_PRODUCT = re.compile(r"(?<=[^\W_)])\*(?=[^\W\d_(])")
 
 
 def canonical_answer(text: str | None) -> str | None:
     """Return the canonical form of an answer by the rules of this module; None for a blank one."""
-    value, unit = _parse(text)
-    return value if unit is None else f"{value} {unit}"
+    value, unit = answer_parts(text)
+    return value if value is None else _join(value, unit)
 
 
-def answer_classes(answers: Sequence[str | None]) -> list[str | None]:
+def answer_classes(
+    answers: Sequence[str | None], same: SameAnswer | None = None
+) -> list[str | None]:
     """Return canonical answers of one question, with a missing unit filled in if unambiguous.
 
     "12" counts as "12 cm" if every candidate that gives 12 with a unit gives cm. If they give
@@ -94,32 +99,61 @@ def answer_classes(answers: Sequence[str | None]) -> list[str | None]:
 
     Args:
         answers: The answer of each candidate. None means that it has no answer.
+        same: A second opinion on two answers of different form, such as
+            ``prm.evaluation.second_opinion.load_math_verify()``. Answers are joined if it finds
+            each the same as every other.
 
     Returns:
         A string per candidate, equal for those that agree, or None for a candidate without a vote.
     """
-    parsed = [_parse(answer) for answer in answers]
+    parsed = [answer_parts(answer) for answer in answers]
     units: dict[str, set[str]] = {}
     for value, unit in parsed:
         if value is not None and unit is not None:
             units.setdefault(value, set()).add(unit)
     classes: list[str | None] = []
-    for value, unit in parsed:
-        if value is not None and unit is None and len(units.get(value, ())) == 1:
+    as_given: dict[str, str] = {}
+    for answer, (value, unit) in zip(answers, parsed, strict=True):
+        if value is None or answer is None:
+            classes.append(None)
+            continue
+        own = _join(value, unit)
+        if unit is None and len(units.get(value, ())) == 1:
             (unit,) = units[value]
-        classes.append(value if unit is None else f"{value} {unit}")
-    return classes
+        classes.append(_join(value, unit))
+        if own == classes[-1]:
+            as_given.setdefault(own, answer)
+    if same is None:
+        return classes
+    names = _joined(as_given, same)
+    return [None if name is None else names[name] for name in classes]
 
 
-def _parse(text: str | None) -> tuple[str | None, str | None]:
-    """Return the canonical value and its unit; only a number can have a unit."""
+def _joined(as_given: dict[str, str], same: SameAnswer) -> dict[str, str]:
+    """Return the class that each class joins: the first of those that are all the same."""
+    joined: list[list[str]] = []
+    for name, answer in as_given.items():
+        for others in joined:
+            if all(same(as_given[other], answer) for other in others):
+                others.append(name)
+                break
+        else:
+            joined.append([name])
+    return {name: names[0] for names in joined for name in names}
+
+
+def answer_parts(text: str | None) -> tuple[str | None, str | None]:
+    """Return the canonical value and its unit, None if missing; only a number can have a unit."""
     if text is None or not text.strip():
         return None, None
     text = _unify(text)
     if len(text) > _LONGEST_ANSWER:
         return _words(text), None
-    text = _unwrap(text)
-    return _parse_plain(plain_text(text)) if text else (None, None)
+    text = unwrapped(text)
+    if not text:
+        return None, None
+    plain = plain_text(text)
+    return _parse_plain(re.sub(r"(?<=[^\W_])\.$", "", plain) or plain)
 
 
 def _unify(text: str) -> str:
@@ -130,8 +164,8 @@ def _unify(text: str) -> str:
     return " ".join(re.sub("[\u2010-\u2015\u2212]", "-", text).split())
 
 
-def _unwrap(text: str) -> str:
-    """Remove box, announcement, delimiters, remarks and final full stop."""
+def unwrapped(text: str) -> str:
+    """Return an answer without box, announcement, delimiters, remarks and final full stop."""
     before = None
     while text != before:
         before = text
@@ -165,7 +199,7 @@ def _parse_plain(text: str, depth: int = 0) -> tuple[str, str | None]:
 
 def _quantity(text: str) -> tuple[str, str | None] | None:
     """Return exact value and unit of a number, the unit None if missing; None for other text."""
-    if text[:1] == "(" and text[-1:] == ")" and "," not in text and _spans(text):
+    if text[:1] == "(" and text[-1:] == ")" and "," not in text and spans(text):
         text = text[1:-1].strip()
     match = _NUMBER.fullmatch(text)
     if match is None or match.start("rest") > _LONGEST_NUMBER:
@@ -217,21 +251,22 @@ def _list(text: str, depth: int) -> str | None:
 
     A matrix is a list of rows, a union of intervals one without order.
     """
-    if (matrix := re.fullmatch(r"(matrix|determinant|norm)\((.*)\)", text)) and _spans(matrix[2], 1):
+    matrix = re.match(r"(matrix|determinant|norm|array)(?=\()", text)
+    if matrix and spans(text[matrix.end() :]):
         rows = [
-            ", ".join(_join(*_parse_plain(cell.strip(), depth)) for cell in _split(row, ","))
-            for row in _split(matrix[2], ";")
+            ", ".join(_join(*_parse_plain(cell, depth)) for cell in split_outside(row, ","))
+            for row in split_outside(text[matrix.end() + 1 : -1], ";")
         ]
         return f"{matrix[1]}({'; '.join(rows)})"
-    sets = [part.strip() for part in _split(text, "∪")]
+    sets = split_outside(text, "∪")
     if len(sets) > 1 and all(sets):
         return "∪".join(sorted(_join(*_parse_plain(part, depth)) for part in sets))
     left, right = "", ""
-    if text[:1] in _BRACKETS and text[-1:] in _BRACKETS.values() and _spans(text):
+    if text[:1] in OPENING and spans(text):
         left, right, text = text[0], text[-1], text[1:-1]
     if left == "{" and not text.strip():
         return "∅"
-    parts = [part.strip() for part in _split(text, r",\s*(?:and|or)\b|,|;|\band\b|\bor\b")]
+    parts = split_outside(text, _SEPARATORS)
     if len(parts) < 2 or not all(parts):
         return None
     if not left and not all(_is_number(part) for part in parts):
@@ -252,9 +287,13 @@ def _is_number(text: str) -> bool:
 
 def _assignments(text: str, depth: int) -> str | None:
     """Return the values of several names, "x=1, y=2", or all values of one name, "1, 2"."""
-    parts = [part.strip() for part in _split(text, r",\s*(?:and|or)\b|,|;|\band\b|\bor\b")]
+    parts = split_outside(text, _SEPARATORS)
     found = [_ASSIGNMENT.fullmatch(part) for part in parts]
-    given = [(match[1], _join(*_parse_plain(match[2].strip(), depth))) for match in found if match and match[1]]
+    given = [
+        (match[1], _join(*_parse_plain(match[2].strip(), depth)))
+        for match in found
+        if match and match[1]
+    ]
     if len(parts) < 2 or len(given) < len(parts):
         return None
     names = {name for name, _ in given}
@@ -263,33 +302,6 @@ def _assignments(text: str, depth: int) -> str | None:
     if len(names) < len(given):
         return None
     return ", ".join(f"{name}={value}" for name, value in sorted(given))
-
-
-def _spans(text: str, depth: int = 0) -> bool:
-    """Return whether the last character closes the first bracket, of any kind: (1, 2].
-
-    Of a text from within ``depth`` brackets: whether none of these is closed.
-    """
-    least = depth
-    for index, character in enumerate(text):
-        depth += (character in _BRACKETS) - (character in _BRACKETS.values())
-        if depth < least or (not least and not depth):
-            return not least and index == len(text) - 1
-    return bool(least) and depth == least
-
-
-def _split(text: str, separators: str) -> list[str]:
-    """Split at ``separators``, a pattern, outside brackets."""
-    parts, depth, start = [], 0, 0
-    for match in re.finditer(rf"[(\[{{]|[)\]}}]|{separators}", text):
-        if match[0] in _BRACKETS:
-            depth += 1
-        elif match[0] in _BRACKETS.values():
-            depth -= 1
-        elif not depth:
-            parts.append(text[start : match.start()])
-            start = match.end()
-    return [*parts, text[start:]]
 
 
 def _join(value: str, unit: str | None) -> str:

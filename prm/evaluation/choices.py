@@ -6,9 +6,7 @@ import re
 
 _LETTER = re.compile(r"\$?[(\[]?\s*([A-Z]|[a-h])\s*[)\]]?\s*[.:]?")
 """One letter alone. Of the small ones i, x, n and the like are variables."""
-_SEPARATED = re.compile(
-    r"[(\[]?[A-J][)\]]?(?:\s*(?:,|;|&|\band\b|,\s*and\b)\s*[(\[]?[A-J][)\]]?)+"
-)
+_SEPARATED = re.compile(r"[(\[]?[A-J][)\]]?(?:\s*(?:,|;|&|\band\b|,\s*and\b)\s*[(\[]?[A-J][)\]]?)+")
 _JOINED = re.compile(r"[A-H]{2,8}|(?:\([A-J]\)){2,}")
 _JOINED_WORDS = frozenset({"AD", "AH", "BE", "EH", "ACE", "AGE", "BEG"})
 _WITH_TEXT = re.compile(r"(?:[(\[]([A-Z])[)\]][.:]?|([A-Z])\)|([A-J])[.:])\s+\S.*", re.DOTALL)

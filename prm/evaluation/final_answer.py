@@ -40,7 +40,7 @@ _DISPLAY = re.compile(r"\s*(?:\$\$(.+?)\$\$|\\\[(.+?)\\\])", re.DOTALL)
 _REMARK = re.compile(
     r"[.;!?](?:\*{1,2}|\$)?\s+(?=(?:I hope|Note|This|That is|These|Therefore|So|Thus|Hence|Because|"
     r"Since|The|We|It|However|In|For|If|Let|Here|Please|Also|Explanation|Reason)\b)"
-    r"|(?<=[\d$})%°\]*])[.;!]\s+(?=[A-Z][a-z]*\b)|(?<=^[A-Z])[.;!]\s+(?=[A-Z][a-z]*\b)"
+    r"|(?<=[\d$})%°\]*])[.;!]\s+(?=[A-Z][a-z]*\b)|(?<=^[A-Z])[.!]\s+(?=[A-Z][a-z]*\b)"
 )
 
 
@@ -63,8 +63,8 @@ def final_answer(text: str) -> str | None:
         ends = match.end() >= len(last)
         if stated and not _HEADING.match(stated) and (ends or re.match(r"[-+$€£]?\.?\d", stated)):
             found.append((match.start(), stated))
-    if (match := _LETTER_A.search(text)) and not _OTHER_OPTION.search(text):
-        found.append((match.start(1), match[1]))
+    if (letter := _LETTER_A.search(text)) and not _OTHER_OPTION.search(text):
+        found.append((letter.start(1), letter[1]))
     # A box inside a statement stands behind its start, and so is the answer.
     _, answer = max(found, key=lambda one: one[0])
     return _bare(without_remarks(answer)) or None

@@ -10,11 +10,9 @@ from fractions import Fraction
 
 _FONTS = (
     "text|textbf|textit|textrm|textsf|texttt|textnormal|textup|mathrm|mathbf|mathit|mathsf|mathbb|"
-    "mathcal|mbox|hbox|operatorname|boldsymbol|bm|emph"
+    "mathcal|mbox|hbox|operatorname|boldsymbol|bm|emph|underline"
 )
-_SIZES = (
-    "left|right|middle|displaystyle|textstyle|limits|rm|bf|[bB]igg?[lrm]?|nobreak|strut|hline"
-)
+_SIZES = "left|right|middle|displaystyle|textstyle|limits|rm|bf|[bB]igg?[lrm]?|nobreak|strut|hline"
 _SPACES = "quad|qquad|enspace|thinspace|medspace|thickspace|negthinspace"
 _SYMBOLS = {
     **dict.fromkeys(("times", "cdot", "ast"), "*"),
@@ -48,8 +46,10 @@ _TYPED = {
 }
 """Symbols as they are typed without LaTeX."""
 FUNCTIONS = frozenset(
-    "sin cos tan cot sec csc arcsin arccos arctan sinh cosh tanh log ln lg exp sqrt root det "
-    "max min gcd lcm".split()
+    (
+        *("sin", "cos", "tan", "cot", "sec", "csc", "arcsin", "arccos", "arctan", "sinh", "cosh"),
+        *("tanh", "log", "ln", "lg", "exp", "sqrt", "root", "det", "max", "min", "gcd", "lcm"),
+    )
 )
 """Names that are functions and no words."""
 _FUNCTION = "|".join(sorted(FUNCTIONS - {"sqrt", "root"}, key=len, reverse=True))
@@ -107,7 +107,7 @@ def plain_text(text: str) -> str:
     ``\frac{1}{2x}`` is 1/(2x), ``x^{2y}`` is x^(2y). Commands for fonts, sizes and spacing are
     removed; of any other command the name remains, without backslash.
     """
-    text = text.replace(r"\!", "")  # A negative space: what stands around it belongs together.
+    text = re.sub(r"\\!\s*", "", text)  # A negative space: what stands around it belongs together.
     text = re.sub(r"(?<=\d)(?:\\,|\{,\})(?=\d{3}(?!\d))", "", text)  # A separator of thousands.
     for typed, symbol in _TYPED.items():
         text = text.replace(typed, symbol)
@@ -120,8 +120,9 @@ def plain_text(text: str) -> str:
     text = re.sub(r"\\([A-Za-z]+)", lambda m: _SYMBOLS.get(m[1], m[0]), text)
     text = re.sub(r"\^\s*(?:'|\{\s*'\s*\})", "'", text)
     text = re.sub(r"(?<![A-Za-z\\])pi(?![A-Za-z])", "π", text)
-    text = re.sub(r"(?<![A-Za-z\\])infinity(?![A-Za-z])", "∞", text, flags=re.IGNORECASE)
-    text = re.sub(r"√\s*(?:(\d+|[^\W\d_])|(?=\())", lambda m: f"sqrt({m[1]})" if m[1] else "sqrt", text)
+    text = re.sub(r"(?<![A-Za-z\\])inf(?:inity)?(?![A-Za-z])", "∞", text, flags=re.IGNORECASE)
+    text = re.sub(r"√\s*(\d+|[^\W\d_])", r"sqrt(\1)", text)
+    text = re.sub(r"√\s*(?=\()", "sqrt", text)
     text = re.sub(r"(?<![\w∞)\]])\+\s*∞", "∞", text)
     text = re.sub(r"(?<=[)\]])\s*U\s*(?=[(\[])", "∪", text)
     if repeating := _REPEATING.fullmatch(text.strip()):
@@ -188,6 +189,9 @@ def _fraction(match: re.Match[str]) -> str:
     below = _factor(match[4] if match[4] is not None else match[5] or "")
     if re.search(r"(?<=.)[-+±]|[=<>≤≥≠,]", above):
         above = f"({above})"
+    if not before and re.fullmatch(r"-[\d.]+|\(-[^()+-]*\)", below) and above[:1] != "(":
+        above = above[1:] if above[:1] == "-" else f"-{above}"
+        below = _factor(below.strip("()")[1:])
     quotient = f"{above}/{below}"
     if before == "^":
         return f"^({quotient})"

@@ -6,6 +6,7 @@ The metrics of step benchmarks are in ``prm.evaluation.step_benchmarks``, those 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from math import comb
 from typing import Any, NamedTuple
 
@@ -132,16 +133,71 @@ def bootstrap_interval(
         raise ValueError("expected at least one value, found none")
     if not 0 < level < 1:
         raise ValueError(f"expected a level between 0 and 1, found {level}")
-    rng = np.random.default_rng(seed)
-    count = len(numbers)
-    rows = max(1, 2**22 // count)  # Resamples per block, which bounds the memory.
-    means = np.concatenate(
-        [
-            numbers[rng.integers(count, size=(min(rows, resamples - start), count))].mean(axis=1)
-            for start in range(0, resamples, rows)
-        ]
-    )
+    draws = _draws(len(numbers), resamples, seed)
+    means = np.concatenate([numbers[drawn].mean(axis=1) for drawn in draws])
     low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
+    return float(low), float(high)
+
+
+def _draws(count: int, resamples: int, seed: int) -> Iterator[NDArray[np.int64]]:
+    """Yield which of ``count`` questions each resample draws, [rows, count], in blocks of rows."""
+    rng = np.random.default_rng(seed)
+    rows = max(1, 2**22 // count)  # Resamples per block, which bounds the memory.
+    for start in range(0, resamples, rows):
+        yield rng.integers(count, size=(min(rows, resamples - start), count))
+
+
+def roc_auc_interval(
+    truth: ArrayLike,
+    scores: ArrayLike,
+    questions: ArrayLike,
+    *,
+    level: float = 0.95,
+    resamples: int = 2_000,
+    seed: int = 0,
+) -> tuple[float, float]:
+    """Return the percentile bootstrap interval of ``roc_auc`` over questions.
+
+    Questions are resampled with all their items, as in ``bootstrap_interval``, since the items of
+    one question are not independent. A resample that lacks one kind of item has no AUC and is left
+    out. Cost: O(resamples · items).
+
+    Args:
+        truth: The label of each item, 1 or 0.
+        scores: The score of each item.
+        questions: The question of each item, any values that can be told apart.
+        level: The coverage, in (0, 1).
+        resamples: The number of resamples.
+        seed: The seed of the resampling.
+
+    Raises:
+        ValueError: ``roc_auc`` raises it, the lengths differ, or ``level`` is outside (0, 1).
+    """
+    roc_auc(truth, scores)  # Its checks.
+    if not 0 < level < 1:
+        raise ValueError(f"expected a level between 0 and 1, found {level}")
+    true, values = _binary(truth, "truth"), _numbers(scores, "scores")
+    _, question = np.unique(np.asarray(questions), return_inverse=True)
+    _check_same_length(true, question)
+    order = np.argsort(values, kind="stable")
+    true, question = true[order], question[order]
+    starts = np.flatnonzero(np.diff(values[order], prepend=np.nan) != 0)  # Of each level of scores.
+    count = int(question.max()) + 1
+    rows = max(1, 2**22 // len(values))
+    found: list[Floats] = []
+    for drawn in _draws(count, resamples, seed):
+        for start in range(0, len(drawn), rows):
+            block = drawn[start : start + rows]
+            shifted = block + count * np.arange(len(block))[:, None]
+            times = np.bincount(shifted.ravel(), minlength=count * len(block))
+            weights = times.reshape(len(block), count)[:, question]
+            right = np.add.reduceat(weights * true, starts, axis=1)
+            wrong = np.add.reduceat(weights * (1 - true), starts, axis=1)
+            below = np.cumsum(wrong, axis=1) - wrong / 2
+            pairs = right.sum(axis=1) * wrong.sum(axis=1)
+            there = pairs > 0
+            found.append((right * below).sum(axis=1)[there] / pairs[there])
+    low, high = np.quantile(np.concatenate(found), [(1 - level) / 2, (1 + level) / 2])
     return float(low), float(high)
 
 
