@@ -74,7 +74,7 @@ _NUMBER = re.compile(
 )
 _NAME = r"(?:∠?\s*[A-Z]{2,3}|[^\W\d_](?:_(?:\w+|\([^()]*\)))?'*)"
 _ASSIGNMENT = re.compile(
-    rf"({_NAME})(?:\([^()=]*\))?\s*[=∈]\s*([^=<>≤≥≠∈]+)"
+    rf"({_NAME})(?:\([^()=]*\))?\s*(?:=|∈\s*(?=[(\[{{]))\s*([^=<>≤≥≠∈]+)"
     rf"|(\(\s*{_NAME}(?:\s*,\s*{_NAME})+\s*\))\s*=\s*(\([^=<>≤≥≠∈]+\))"
 )
 _OPERATORS = re.compile(r"\s*([-+*/^=<>(),|:;≤≥≠∈∪∩±!'{}\[\]])\s*")
@@ -184,13 +184,15 @@ def unwrapped(text: str) -> str:
 
 
 def _parse_plain(text: str, depth: int = 0) -> tuple[str, str | None]:
-    letters = choice(text)
+    letters = None if depth else choice(text)  # The letters of (a, b) are names.
     if letters is not None:
         return letters, None
     if depth < _DEEPEST_LIST and (several := _assignments(text, depth + 1)) is not None:
         return several, None
     if assigned := _ASSIGNMENT.fullmatch(text):
         text = (assigned[2] or assigned[4]).strip()
+        if not depth and (letters := choice(text)) is not None:
+            return letters, None
     quantity = _quantity(text)
     if quantity is not None:
         return quantity

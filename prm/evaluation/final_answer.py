@@ -40,7 +40,7 @@ _DISPLAY = re.compile(r"\s*(?:\$\$(.+?)\$\$|\\\[(.+?)\\\])", re.DOTALL)
 _REMARK = re.compile(
     r"[.;!?](?:\*{1,2}|\$)?\s+(?=(?:I hope|Note|This|That is|These|Therefore|So|Thus|Hence|Because|"
     r"Since|The|We|It|However|In|For|If|Let|Here|Please|Also|Explanation|Reason)\b)"
-    r"|(?<=[\d$})%°\]*])[.;!]\s+(?=[A-Z][a-z]*\b)|(?<=^[A-Z])[.!]\s+(?=[A-Z][a-z]*\b)"
+    r"|(?<=[\d$})%°\]*])[.;!]\s+(?=[A-Z][a-z]*\b)|(?<=^[A-Z])[.!]\s+(?=[A-Z][a-z]*\b(?!\.))"
 )
 
 
@@ -50,7 +50,7 @@ def final_answer(text: str) -> str | None:
     Emphasis, a full stop, and sentences behind the answer ("I hope it is correct.") are removed;
     otherwise it is not normalised.
     """
-    is_word = len(text.split()) == 1 and "boxed" not in text
+    is_word = len(text.split()) == 1 and "boxed" not in text and not text.rstrip().endswith(":")
     found = [(-1, text.strip() if is_word else "")]
     if (box := last_box(text)) is not None:
         found.append(box)

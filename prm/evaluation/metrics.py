@@ -160,7 +160,7 @@ def roc_auc_interval(
 
     Questions are resampled with all their items, as in ``bootstrap_interval``, since the items of
     one question are not independent. A resample that lacks one kind of item has no AUC and is left
-    out. Cost: O(resamples · items).
+    out. Cost: O(questions · items + resamples · questions²).
 
     Args:
         truth: The label of each item, 1 or 0.
@@ -176,29 +176,51 @@ def roc_auc_interval(
     roc_auc(truth, scores)  # Its checks.
     if not 0 < level < 1:
         raise ValueError(f"expected a level between 0 and 1, found {level}")
-    true, values = _binary(truth, "truth"), _numbers(scores, "scores")
+    true, values = _binary(truth, "truth").astype(bool), _numbers(scores, "scores")
     _, question = np.unique(np.asarray(questions), return_inverse=True)
     _check_same_length(true, question)
-    order = np.argsort(values, kind="stable")
-    true, question = true[order], question[order]
-    starts = np.flatnonzero(np.diff(values[order], prepend=np.nan) != 0)  # Of each level of scores.
     count = int(question.max()) + 1
-    rows = max(1, 2**22 // len(values))
-    found: list[Floats] = []
-    for drawn in _draws(count, resamples, seed):
-        for start in range(0, len(drawn), rows):
-            block = drawn[start : start + rows]
-            shifted = block + count * np.arange(len(block))[:, None]
-            times = np.bincount(shifted.ravel(), minlength=count * len(block))
-            weights = times.reshape(len(block), count)[:, question]
-            right = np.add.reduceat(weights * true, starts, axis=1)
-            wrong = np.add.reduceat(weights * (1 - true), starts, axis=1)
-            below = np.cumsum(wrong, axis=1) - wrong / 2
-            pairs = right.sum(axis=1) * wrong.sum(axis=1)
-            there = pairs > 0
-            found.append((right * below).sum(axis=1)[there] / pairs[there])
-    low, high = np.quantile(np.concatenate(found), [(1 - level) / 2, (1 + level) / 2])
+    positives, negatives = (np.bincount(question[kind], minlength=count) for kind in (true, ~true))
+    wins, pairs = np.zeros(resamples), np.zeros(resamples)
+    width = max(1, 2**24 // count)  # Questions per block, which bounds the memory.
+    for first in range(0, count, width):
+        columns = slice(first, min(first + width, count))
+        won = _wins(true, values, question, columns)
+        done = 0
+        for drawn in _draws(count, resamples, seed):
+            shifted = drawn + count * np.arange(len(drawn))[:, None]
+            times = np.bincount(shifted.ravel(), minlength=shifted.size).reshape(drawn.shape)
+            times = times.astype(np.float64)
+            rows = slice(done, done + len(drawn))
+            wins[rows] += np.einsum("rq,rq->r", times @ won, times[:, columns])
+            pairs[rows] += (times @ positives) * (times[:, columns] @ negatives[columns])
+            done += len(drawn)
+    low, high = np.quantile(wins[pairs > 0] / pairs[pairs > 0], [(1 - level) / 2, (1 + level) / 2])
     return float(low), float(high)
+
+
+def _wins(
+    true: NDArray[np.bool_], scores: Floats, question: NDArray[np.int64], columns: slice
+) -> Floats:
+    """Return how often true items of a question score above false ones of another.
+
+    A tie counts one half. Returns [questions, columns], for the false items of ``columns``.
+    """
+    count = int(question.max()) + 1
+    order = np.argsort(scores[true])
+    above, of_question = scores[true][order], question[true][order]
+    by_question = np.argsort(question[~true], kind="stable")
+    false_scores = scores[~true][by_question]
+    bounds = np.searchsorted(question[~true][by_question], np.arange(count + 1))
+    won = np.zeros((count, columns.stop - columns.start))
+    for column in range(columns.start, columns.stop):
+        below = false_scores[bounds[column] : bounds[column + 1]]
+        if len(below):
+            ends = [np.searchsorted(above, below, side=side) for side in ("left", "right")]
+            steps = np.bincount(np.concatenate(ends), minlength=len(above) + 1)
+            gains = np.cumsum(steps[: len(above)]) / 2
+            won[:, column - columns.start] = np.bincount(of_question, gains, count)
+    return won
 
 
 def paired_interval(

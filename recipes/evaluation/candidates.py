@@ -54,7 +54,7 @@ class Candidates:
     @property
     def mixed(self) -> int:
         """The number of questions with right and with wrong candidates."""
-        return sum(0 < share < 1 for share in self.pass_at_one)
+        return int(sum(0 < share < 1 for share in self.pass_at_one))
 
     @property
     def questions(self) -> list[tuple[Any, ...]]:

@@ -22,6 +22,7 @@ from prm.evaluation.metrics import (
 )
 from prm.evaluation.step_benchmarks import first_error, process_bench, visual_process_bench
 from prm.names import TieRule
+from prm.schema import StepExample
 from recipes.evaluation.candidates import Candidates, judged_steps, solution_scores_of, summary
 from recipes.evaluation.dev_choice import Choice
 
@@ -135,6 +136,11 @@ def step_figures(
     """Return figures of step scores against labels, None if the labels do not allow one."""
     truth, predicted = judged_steps(candidates, rows)
     figures: dict[str, Any] = {"labelled": len(truth), "right": int(truth.sum())}
+    figures["labelled_after_an_error"] = sum(
+        sum(label is not None for label in labels[labels.index(False) + 1 :])
+        for labels in map(_right_steps, candidates.data.examples)
+        if False in labels
+    )
     both = bool(truth.any() and not truth.all())
     figures["auc"] = roc_auc(truth, predicted) if both else None
     figures["auc_ci95"] = None
@@ -189,6 +195,11 @@ def _auc_interval(
     return [_short(end) for end in roc_auc_interval(truth, predicted, question)]
 
 
+def _right_steps(example: StepExample) -> list[bool | None]:
+    """Return whether each step is right (label above 1/2), None without a label."""
+    return [None if step.label is None else step.label > 0.5 for step in example.steps]
+
+
 def _domains(candidates: Candidates) -> list[str]:
     """Return the domain of every labelled step."""
     return [
@@ -205,9 +216,7 @@ def _process_bench(
     """Return ProcessBench per domain and its mean, None if no domain has both kinds."""
     by_domain: dict[str, tuple[list[int], list[int]]] = {}
     for example, scores in zip(candidates.data.examples, rows, strict=True):
-        truth = first_error(
-            [None if step.label is None else step.label > 0.5 for step in example.steps]
-        )
+        truth = first_error(_right_steps(example))
         predicted = first_error([score > threshold for score in scores.tolist()])
         if truth is not None and predicted is not None:
             labels, judgements = by_domain.setdefault(example.domain or _UNNAMED, ([], []))

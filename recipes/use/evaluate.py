@@ -191,7 +191,7 @@ def _summary(results: dict[str, Any]) -> str:
         f"{results['n_questions']} questions, aggregation {results['aggregation']}, threshold "
         f"{results['threshold']:.3g}"
         + (f", chosen on {chosen['file']}" if chosen else "")
-        + f", ties {results['tie']}"
+        + (f", ties {results['tie']}" if results["n_mixed_questions"] is not None else "")
     ]
     lines += _selection_notes(results)
     for name, entry in results["difference"].items():
@@ -253,7 +253,8 @@ def _benchmark_lines(steps: dict[str, Any], *, detailed: bool) -> list[str]:
                 f"{entry['correct']} correct solutions"
                 for name, entry in process["per_domain"].items()
             ]
-    if visual is not None and detailed:
+    first_errors_only = process is not None and not steps["labelled_after_an_error"]
+    if visual is not None and detailed and not first_errors_only:
         domains = ", ".join(f"{name} {value:.3f}" for name, value in visual["per_domain"].items())
         lines.append(
             f"VisualProcessBench macro F1: {visual['macro_f1']:.3f} over all steps ({domains})"
