@@ -37,6 +37,8 @@ if TYPE_CHECKING:
     from prm.evaluation.metrics import paired_interval as paired_interval
     from prm.evaluation.metrics import pass_at_k as pass_at_k
     from prm.evaluation.metrics import roc_auc as roc_auc
+    from prm.evaluation.metrics import roc_auc_interval as roc_auc_interval
+    from prm.evaluation.second_opinion import load_math_verify as load_math_verify
     from prm.evaluation.select import best_candidate as best_candidate
     from prm.evaluation.select import best_of_n as best_of_n
     from prm.evaluation.select import self_consistency as self_consistency

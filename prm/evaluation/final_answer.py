@@ -54,15 +54,17 @@ def final_answer(text: str) -> str | None:
     found = [(-1, text.strip() if is_word else "")]
     if (box := last_box(text)) is not None:
         found.append(box)
-    for match in _STATED.finditer(text):
+    for match in reversed(list(_STATED.finditer(text))):
         if answer := _behind(text, match.end()):
             found.append((match.start(), answer))
+            break
     last = text.rstrip()
-    for match in _HASHES.finditer(text):
+    for match in reversed(list(_HASHES.finditer(text))):
         stated = match[1].strip()
         ends = match.end() >= len(last)
         if stated and not _HEADING.match(stated) and (ends or re.match(r"[-+$€£]?\.?\d", stated)):
             found.append((match.start(), stated))
+            break
     if (letter := _LETTER_A.search(text)) and not _OTHER_OPTION.search(text):
         found.append((letter.start(1), letter[1]))
     # A box inside a statement stands behind its start, and so is the answer.

@@ -54,7 +54,7 @@ FUNCTIONS = frozenset(
 """Names that are functions and no words."""
 _FUNCTION = "|".join(sorted(FUNCTIONS - {"sqrt", "root"}, key=len, reverse=True))
 _GROUP = r"\{([^{}]*)\}"
-_BOX = re.compile(r"\\f?boxed(?![A-Za-z])|\\fbox(?![A-Za-z])")
+_BOX = re.compile(r"\\(?:boxed|fbox)(?![A-Za-z])\s*+(?:\{|([^\s$\\{]+))")
 _MATRIX = re.compile(
     r"(?P<open>(?:\\left\s*)?[(\[]\s*)?"
     r"\\begin\{(?P<kind>[pbBvV]?matrix|smallmatrix|array)\}\s*(?:\{[^{}]*\})?"
@@ -72,31 +72,29 @@ def last_box(text: str) -> tuple[int, str] | None:
     Braces are matched, escaped ones (``\{``) not counted; ``\boxed 7`` boxes one word. An empty box
     and one that is never closed, as of a text that was cut off, do not count.
     """
-    for box in reversed(list(_BOX.finditer(text))):
-        start = box.end() + len(text[box.end() :]) - len(text[box.end() :].lstrip())
-        if text[start : start + 1] == "{":
-            end = _closing(text, start)
-            content = "" if end is None else text[start + 1 : end]
+    boxes = list(_BOX.finditer(text))
+    closing = _closing(text) if boxes else {}
+    for box in reversed(boxes):
+        start = box.end()
+        if box[1]:
+            content = box[1].rstrip(".,;")
         else:
-            word = re.match(r"[^\s$\\]+", text[start:])
-            content = word[0].rstrip(".,;") if word else ""
+            content = text[start : closing[start - 1]] if start - 1 in closing else ""
         if content.strip():
             return box.start(), content.strip()
     return None
 
 
-def _closing(text: str, start: int) -> int | None:
-    """Return the index of the brace that closes the one at ``start``."""
-    depth, index = 0, start
-    while index < len(text):
-        if text[index] == "\\":
-            index += 1
-        else:
-            depth += {"{": 1, "}": -1}.get(text[index], 0)
-            if not depth:
-                return index
-        index += 1
-    return None
+def _closing(text: str) -> dict[int, int]:
+    """Return the index of the brace that closes each one that is closed, in one pass."""
+    closing: dict[int, int] = {}
+    opened: list[int] = []
+    for match in re.finditer(r"\\.|[{}]", text, re.DOTALL):
+        if match[0] == "{":
+            opened.append(match.start())
+        elif match[0] == "}" and opened:
+            closing[opened.pop()] = match.start()
+    return closing
 
 
 def plain_text(text: str) -> str:
