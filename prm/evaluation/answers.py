@@ -59,7 +59,9 @@ _DELIMITERS = (
     *(("$$", "$$"), ("$", "$"), (r"\(", r"\)"), (r"\[", r"\]")),
     *(("**", "**"), ("*", "*"), ("__", "__"), ("`", "`"), ('"', '"'), ("“", "”"), ("'", "'")),
 )
-_INLINE = re.compile(r"(?<!\\)\$(?=\S)([^$]*[^\s$\\])\$(?!\d)|\\\((.*?)\\\)")
+_INLINE = re.compile(
+    r"(?<!\\)\$(?=\S)([^$]*[^\s$\\])\$(?!\d)|(?<!\\)\$\s*([^$A-Za-z]*\d)\s*\$(?!\d)|\\\((.*?)\\\)"
+)
 """Mathematics within a text; "$3 and $5" are amounts of money, by the spaces."""
 _WHOLE = r"(?:\d{1,3}(?:,\d{3})+|\d{1,3}(?: \d{3})+(?!\d| *\d*/)|\d+)"
 _PLAIN = rf"(?:{_WHOLE}(?:\.\d*)?|\.\d+)"
@@ -179,7 +181,7 @@ def unwrapped(text: str) -> str:
         text = re.sub(r"(?<=\S)(?<![.;,])[.;,]+$|(?<=[^\W\d_]{3})!$", "", text).strip().strip('"')
         text = _LEAD.sub("", text, count=1).strip() or text
         text = re.sub(r"^=\s*(?=\S)", "", text)
-        text = _INLINE.sub(lambda m: m[1] or m[2] or "", text)
+        text = _INLINE.sub(lambda m: m[1] or m[2] or m[3] or "", text)
     return text
 
 
@@ -196,6 +198,8 @@ def _parse_plain(text: str, depth: int = 0) -> tuple[str, str | None]:
     quantity = _quantity(text)
     if quantity is not None:
         return quantity
+    if re.fullmatch(r"(?:the )?(?:empty|null) set", text, re.IGNORECASE):
+        return "∅", None
     return (_list(text, depth + 1) if depth < _DEEPEST_LIST else None) or _words(text), None
 
 

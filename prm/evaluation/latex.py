@@ -26,6 +26,7 @@ _SYMBOLS = {
     **dict.fromkeys(("lvert", "rvert", "vert", "mid"), "|"),
     **dict.fromkeys(("ldots", "dots", "cdots"), "..."),
     **{"infty": "∞", "lbrace": "{", "rbrace": "}", "lbrack": "[", "rbrack": "]"},
+    **{"langle": "⟨", "rangle": "⟩"},
     **{"prime": "'", "colon": ":", "angle": "∠", "approx": "≈", "setminus": "∖"},
     **dict(
         zip(
@@ -106,7 +107,9 @@ def plain_text(text: str) -> str:
     removed; of any other command the name remains, without backslash.
     """
     text = re.sub(r"\\!\s*", "", text)  # A negative space: what stands around it belongs together.
-    text = re.sub(r"(?<=\d)(?:\\,|\{,\})(?=\d{3}(?!\d))", "", text)  # A separator of thousands.
+    text = re.sub(
+        r"(?<=\d)(?:\\,|\s*\{,\s*\}\s*)(?=\d{3}(?!\d))", "", text
+    )  # A separator of thousands.
     for typed, symbol in _TYPED.items():
         text = text.replace(typed, symbol)
     text = _MATRIX.sub(_matrix, text)
@@ -119,7 +122,7 @@ def plain_text(text: str) -> str:
     text = re.sub(r"\^\s*(?:'|\{\s*'\s*\})", "'", text)
     text = re.sub(r"(?<![A-Za-z\\])pi(?![A-Za-z])", "π", text)
     text = re.sub(r"(?<![A-Za-z\\])inf(?:inity)?(?![A-Za-z])", "∞", text, flags=re.IGNORECASE)
-    text = re.sub(r"√\s*(\d+|[^\W\d_])", r"sqrt(\1)", text)
+    text = re.sub(r"(?:√\s*|(?<![A-Za-z\\])sqrt\s*)(\d+|[^\W\d_](?![^\W\d_]))", r"sqrt(\1)", text)
     text = re.sub(r"√\s*(?=\()", "sqrt", text)
     text = re.sub(r"(?<![\w∞)\]])\+\s*∞", "∞", text)
     text = re.sub(r"(?<=[)\]])\s*U\s*(?=[(\[])", "∪", text)
@@ -210,5 +213,7 @@ def _functions(text: str) -> str:
     base = r"(?:_\d+|_[^\W\d_]|_\([^()]*\))?"
     text = re.sub(rf"(?<![A-Za-z])({_FUNCTION})\s*({base})\s*\{{([^{{}}]*)\}}", r"\1\2(\3)", text)
     return re.sub(
-        rf"(?<![A-Za-z])({_FUNCTION})\s*({base})\s+(\d+|[^\W\d_])(?![\w(^.*/])", r"\1\2(\3)", text
+        rf"(?<![A-Za-z])({_FUNCTION})\s*({base})\s+(\d+°?|[^\W\d_])(?![\w(^.*/°])",
+        r"\1\2(\3)",
+        text,
     )

@@ -36,7 +36,7 @@ _NAMES = {
     "°F": "℉ fahrenheit",
     "rad": "radian",
     "K": "kelvin",
-    "%": "percent pct",
+    "%": "percent percentage pct",
     "$": "dollar usd USD",
     "€": "euro EUR",
     "£": "GBP",
