@@ -26,8 +26,9 @@ _STATED = re.compile(
     re.IGNORECASE | re.MULTILINE,
 )
 _NO_ANSWER = re.compile(
-    r"not\b|(?:also|indeed)?\s*(?:correct|right|wrong|incorrect|verified|confirmed|reasonable|valid|"
-    r"consistent|unknown|unclear|obtained|as follows|given (?:by|in|as)|found (?:by|in))\b",
+    r"(?:not (?:known|clear|given|stated|correct|right)|(?:also |indeed )?(?:correct|right|wrong|"
+    r"incorrect|verified|confirmed|reasonable|valid|consistent|unknown|unclear|obtained|as follows|"
+    r"given (?:by|in|as)|found (?:by|in)))\b",
     re.IGNORECASE,
 )
 """What "the answer is" may go on with without stating one."""
@@ -55,7 +56,8 @@ def final_answer(text: str) -> str | None:
     if (box := last_box(text)) is not None:
         found.append(box)
     for match in reversed(list(_STATED.finditer(text))):
-        if answer := _behind(text, match.end()):
+        is_prose = match[0].rstrip(" \t*").lower().endswith(("is", "are"))
+        if answer := _behind(text, match.end(), is_prose=is_prose):
             found.append((match.start(), answer))
             break
     last = text.rstrip()
@@ -78,13 +80,13 @@ def without_remarks(answer: str) -> str:
     return answer[: match.start()] if match else answer
 
 
-def _behind(text: str, start: int) -> str:
+def _behind(text: str, start: int, *, is_prose: bool) -> str:
     """Return what a statement that ends at ``start`` states: the rest of its line, or the next."""
     rest = text[start:].lstrip(" \t*").lstrip()
     if display := _DISPLAY.match(rest):
         return (display[1] or display[2]).strip()
     line = _FILLER.sub("", rest.partition("\n")[0], count=1)
-    return "" if _NO_ANSWER.match(line) else line.lstrip(":： \t")
+    return "" if is_prose and _NO_ANSWER.match(line) else line.lstrip(":： \t")
 
 
 def _bare(answer: str) -> str:

@@ -28,6 +28,8 @@ STATED = {
     "Answer: *B*": "B",
     "Answer: B) 12 cm": "B) 12 cm",
     "Answer: St. Petersburg": "St. Petersburg",
+    "Answer: Not possible": "Not possible",
+    "Answer: correct": "correct",
     "Answer:\n$$\n\\frac{1}{2}\n$$\nas said": r"\frac{1}{2}",
     # In a sentence
     "The answer is: 145°": "145°",
