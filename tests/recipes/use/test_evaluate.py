@@ -160,7 +160,8 @@ def judge(tmp_path, capsys):
             for example, scores in zip(examples, step_scores, strict=True)
         ]
         scored.write_text("".join(json.dumps(line) + "\n" for line in lines))
-        options = {"file": str(file), "scores": str(scored), "output": str(output)} | given
+        options = {"file": str(file), "scores": str(scored), "output": str(output)}
+        options |= {"overwrite": True} | given
         status = commands.run("evaluate", EvaluateOptions(**options))
         said = capsys.readouterr()
         return (json.loads(output.read_text()) if status == 0 else None), said.out + said.err
