@@ -51,6 +51,7 @@ LAYERS = {
         ("audit", "fit"),
     ),
     "prm": (
+        ("data_urls",),
         ("schema", "names", "files"),
         ("losses", "aggregations", "evaluation", "inputs", "digests"),
         ("data", "models"),
