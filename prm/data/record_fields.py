@@ -43,11 +43,13 @@ class Location:
         root: Folder of the images.
         file: The file that holds the record, if there is one.
         line: Line in a JSONL file, row in a JSON array, counted from 1.
+        inside: Field that holds the record, if it is part of a larger object.
     """
 
     root: Path
     file: Path | None = None
     line: int | None = None
+    inside: str = ""
 
     def refuse(
         self, field: str | None, expected: str, found: object, remedy: str | None = None
@@ -58,7 +60,7 @@ class Location:
             found=found if isinstance(found, Words) else describe(found),
             file=self.file,
             line=self.line,
-            field=field,
+            field=".".join(filter(None, (self.inside, field))) or None,
             remedy=remedy,
         )
 
@@ -70,18 +72,31 @@ class Location:
                 remedy = f"rename {near[0]!r} to {name!r}" if near else None
                 self.refuse(name, f"the field {name!r}", Words("nothing"), remedy)
 
-    def text(self, value: object, field: str, *, blank: bool = False) -> str:
+    def need_in(self, value: Mapping[str, Any], field: str, *names: str) -> None:
+        """Refuse an object inside a record, at ``field``, that lacks one of ``names``."""
+        self.need(
+            {f"{field}.{key}": held for key, held in value.items()},
+            *(f"{field}.{name}" for name in names),
+        )
+
+    def text(
+        self, value: object, field: str, *, blank: bool = False, remedy: str | None = None
+    ) -> str:
         """Return a string that UTF-8 can hold; it may be white space alone only if ``blank``."""
         if not isinstance(value, str):
             self.refuse(field, "a string", value)
         if not blank and not value.strip():
-            self.refuse(field, "a string that is not blank", value)
+            self.refuse(field, "a string that is not blank", value, remedy)
         try:
             value.encode()
         except UnicodeEncodeError:
             surrogate = Words(f"a lone surrogate in {ascii(value)[:60]}")
             self.refuse(field, "text that UTF-8 can hold", surrogate)
         return value
+
+    def step(self, value: object, field: str) -> str:
+        """Return the text of a step, which may not be blank."""
+        return self.text(value, field, remedy="remove the blank step and its label, or the row")
 
     def optional_text(
         self, record: Mapping[str, Any], field: str, *, blank: bool = False

@@ -11,8 +11,9 @@ becomes "So x =", "Then y =".)
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 _HEAD = r"[ \t]*(?:#{1,6}[ \t]*)?\*{0,2}"
 _WORDS = (
@@ -68,8 +69,8 @@ def split_steps(text: str) -> list[str]:
     3. before every paragraph that follows a blank line;
     4. before every line, if no line looks like the continuation of the one above it.
 
-    "Step" may be the word of another language ("Schritt 1", "第1步"). An answer line ("Answer: ...",
-    "Final answer: ...") starts a step in each case. Code between fences and displayed formulas
+    "Step" may be the word of another language ("Schritt 1", "第1步"). An answer line ("Answer:",
+    "Final answer:") starts a step in each case. Code between fences and displayed formulas
     stay whole. No step is blank unless the text is: white space ends the step before it, and a
     leading "[Reasoning]" belongs to the first step. An empty text has no steps.
     """
@@ -178,7 +179,7 @@ def _single_lines(lines: Sequence[_Line]) -> list[int]:
     """
     starts = []
     depth = 0
-    for above, line in zip(lines, lines[1:], strict=False):
+    for above, line in pairwise(lines):
         depth = _depth(above.text, depth)
         before, after = above.text.rstrip(), line.text.rstrip()
         ended = bool(_SENTENCE_END.search(before))

@@ -26,8 +26,11 @@ PLACEHOLDER_ID = "-1"
 
 
 def matches(record: Mapping[str, Any]) -> bool:
-    """Whether the record has conversations."""
-    return "conversations" in record
+    """Whether the record has conversations with "from", and a text in every turn."""
+    turns = record.get("conversations")
+    known = [turn for turn in turns if isinstance(turn, dict)] if isinstance(turns, list) else []
+    other = any("role" in turn or isinstance(turn.get("value"), list) for turn in known)
+    return "conversations" in record and not other
 
 
 def read(record: Mapping[str, Any], location: Location) -> tuple[StepExample, ...]:

@@ -37,24 +37,32 @@ CASES = {
     "code": ("a\n```\n1. x\n\n2. y\n```\n\nb", ["a\n```\n1. x\n\n2. y\n```", "b"]),
     "answer in emphasis": ("a\n**Answer:** B", ["a", "**Answer:** B"]),
     "one word": ("D", ["D"]),
-    "steps with gaps": ("Step 1: a\nb\nStep 3: c\n**Step 4:** d", ["Step 1: a\nb", "Step 3: c", "**Step 4:** d"]),
+    "steps with gaps": (
+        "Step 1: a\nb\nStep 3: c\n**Step 4:** d", ["Step 1: a\nb", "Step 3: c", "**Step 4:** d"]
+    ),
     "steps that start again": (
         "Step 1: a\nStep 2: b\nStep 1: c\nStep 2: d",
         ["Step 1: a", "Step 2: b", "Step 1: c", "Step 2: d"],
     ),
     "steps in one line with gaps": ("Step 1: a. Step 3: b.", ["Step 1: a.", "Step 3: b."]),
     "a step named in another": (
-        "Step 1: Read.\nStep 1 gave 3.\nStep 2: Add.", ["Step 1: Read.\nStep 1 gave 3.", "Step 2: Add."]
+        "Step 1: Read.\nStep 1 gave 3.\nStep 2: Add.",
+        ["Step 1: Read.\nStep 1 gave 3.", "Step 2: Add."],
     ),
     "a later step named in one line": (
         "Step 1: a for Step 3: b. Step 2: c", ["Step 1: a for Step 3: b.", "Step 2: c"]
     ),
-    "other marks of the number": ("Step #1: a\nStep 2. b\n[Step 4] c", ["Step #1: a", "Step 2. b", "[Step 4] c"]),
+    "other marks of the number": (
+        "Step #1: a\nStep 2. b\n[Step 4] c", ["Step #1: a", "Step 2. b", "[Step 4] c"]
+    ),
     "nested list": (
         "1. first\n   1. sub one\n   2. sub two\n2. second\nAnswer: 1",
         ["1. first\n   1. sub one\n   2. sub two", "2. second", "Answer: 1"],
     ),
-    "nested list of two": ("1. a\n  1) b\n  2) c\n  3) d\n2. e\n3. f", ["1. a\n  1) b\n  2) c\n  3) d", "2. e", "3. f"]),
+    "nested list of three": (
+        "1. a\n  1) b\n  2) c\n  3) d\n2. e\n3. f",
+        ["1. a\n  1) b\n  2) c\n  3) d", "2. e", "3. f"],
+    ),
     "indented list": ("  1. a\n  2. b", ["1. a", "2. b"]),
     "one step a line": (
         "He eats 3.\nSo 16-3=13.\nThen 13*2=26.\n#### 26\n",
@@ -62,7 +70,8 @@ CASES = {
     ),
     "one formula a line": ("x = 5\r\n2y = 3\r\n\\boxed{8}", ["x = 5", "2y = 3", "\\boxed{8}"]),
     "lines of one step": (
-        "The prices:\nA - 950 Lt\n- B\n  - C\nSo A.", ["The prices:\nA - 950 Lt\n- B\n  - C", "So A."]
+        "The prices:\nA - 950 Lt\n- B\n  - C\nSo A.",
+        ["The prices:\nA - 950 Lt\n- B\n  - C", "So A."],
     ),
     "lines of a displayed formula": (
         "We get\n\\[\nx = 2\nY\n\\]\nThen\n$$\nA\nB\n$$\nSo 2.",
