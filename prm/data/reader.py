@@ -23,8 +23,7 @@ class Row:
     """One record of a file.
 
     Attributes:
-        line: Line of a JSONL file or row of a JSON array, counted from 1; row of a file that is one
-            object of lists of rows.
+        line: Line of a JSONL file or row of a JSON array, counted from 1.
         record: The decoded record as it is in the file.
         examples: Its examples: one, or one per candidate solution.
         format: Name of its format.
@@ -57,8 +56,6 @@ def iter_rows(
     path = Path(path)
     root = path.parent if image_root is None else Path(image_root)
     known: Format | None = None if format == "auto" else format_named(format)
-    told = False
-    inside = 0
     for line, record in json_rows(path):
         if isinstance(record, DataError):
             yield record
@@ -66,27 +63,12 @@ def iter_rows(
         location = Location(root, path, line)
         try:
             if known is None:
-                listed, told = not told, True  # once a file, since the list is long
-                known = detect(record, location, listed=listed)
-            held = list(known.rows(_object(record, location)))
+                known = detect(record, location)
+            elif not isinstance(record, dict):
+                location.refuse(None, "a JSON object", record, "write one object per line")
+            yield Row(line, record, known.read(record, location), known.name)
         except DataError as error:
             yield error
-            continue
-        for field, inner in held:
-            if field:
-                inside += 1
-                location = Location(root, path, inside, field)
-            try:
-                examples = known.read(_object(inner, location), location)
-                yield Row(location.line or line, inner, examples, known.name)
-            except DataError as error:
-                yield error
-
-
-def _object(record: object, location: Location) -> dict[str, Any]:
-    if not isinstance(record, dict):
-        location.refuse(None, "a JSON object", record, "write one object per line")
-    return record
 
 
 def checked_rows(

@@ -43,13 +43,11 @@ class Location:
         root: Folder of the images.
         file: The file that holds the record, if there is one.
         line: Line in a JSONL file, row in a JSON array, counted from 1.
-        inside: Field that holds the record, if it is part of a larger object.
     """
 
     root: Path
     file: Path | None = None
     line: int | None = None
-    inside: str = ""
 
     def refuse(
         self, field: str | None, expected: str, found: object, remedy: str | None = None
@@ -60,7 +58,7 @@ class Location:
             found=found if isinstance(found, Words) else describe(found),
             file=self.file,
             line=self.line,
-            field=".".join(filter(None, (self.inside, field))) or None,
+            field=field,
             remedy=remedy,
         )
 

@@ -8,9 +8,9 @@ The steps before it are right, it is wrong, and those after it were not judged (
 - ``big-bench-mistake``: ``{"input", "steps", "answer", "target", "mistake_index"}``. The index is
   counted from 0, or null; ``correct`` is whether ``answer`` is ``target``.
 - ``mr-ben``: ``{"Question_UUID", "Subject", "Question", "Options", "Model_Solution_Steps",
-  "Model_Solution_Correctness", "Model_Solution_First_Error_Step"}``, as rows or as an object of
-  lists of them. "2" is the step that starts with "Step 2", or else the second; a line of code is
-  the step of that text.
+  "Model_Solution_Correctness", "Model_Solution_First_Error_Step"}``; a published file is one object
+  of lists of these. "2" is the step that starts with "Step 2", or else the second; a line of code
+  is the step of that text.
 - ``mathcheck-checklist`` (MathCheck as published): ``{"task_type", "group_id", "id", "question",
   "solution", "answer"}``. Of ``process_judging``, the answer "Step 2" is the first wrong step; of
   ``outcome_judging``, every step of a "Correct" solution is right (they are reference solutions),
@@ -25,7 +25,8 @@ The steps before it are right, it is wrong, and those after it were not judged (
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from typing import Any
 
 from prm.data.formats.stepwise import labelled_steps
@@ -52,10 +53,8 @@ def matches_big_bench_mistake(record: Mapping[str, Any]) -> bool:
 
 
 def matches_mr_ben(record: Mapping[str, Any]) -> bool:
-    """Whether the record is a row of MR-Ben, or an object of lists of them."""
-    return any(
-        isinstance(row, dict) and "Model_Solution_Steps" in row for _, row in rows_of_mr_ben(record)
-    )
+    """Whether the record holds the steps of a model's solution under MR-Ben's name."""
+    return "Model_Solution_Steps" in record
 
 
 def matches_mathcheck_checklist(record: Mapping[str, Any]) -> bool:
@@ -127,21 +126,6 @@ def read_big_bench_mistake(
             extra=extra_of(record, ("id", "input", "steps", "answer", "group")),
         ),
     )
-
-
-def rows_of_mr_ben(record: Mapping[str, Any]) -> Iterator[tuple[str, object]]:
-    """Yield the rows of a file of MR-Ben, each with the field that holds it.
-
-    A file is an object of lists, one for every question; a row is yielded as it is.
-    """
-    if "Model_Solution_Steps" in record:
-        yield "", record
-        return
-    for key, rows in record.items():
-        if isinstance(rows, list):
-            yield from ((f"{key}[{number}]", row) for number, row in enumerate(rows))
-        else:
-            yield key, rows
 
 
 def read_mr_ben(record: Mapping[str, Any], location: Location) -> tuple[StepExample, ...]:
@@ -302,13 +286,11 @@ def _mr_ben_error(
 
 
 def _checklist_steps(text: str) -> list[str]:
-    """Split a solution of MathCheck; the sentence that states the answer is a step of its own."""
+    """Split a solution of MathCheck; a sentence that states the answer is a step of its own."""
     *before, last = solution_steps(text)
-    stated = list(_THE_ANSWER.finditer(last))
-    if not stated or not last[: stated[-1].start()].strip():
-        return [*before, last]
-    cut = stated[-1].start()
-    return [*before, last[:cut].strip(), last[cut:].strip()]
+    cuts = [0, *(match.start() for match in _THE_ANSWER.finditer(last)), len(last)]
+    pieces = (last[start:end].strip() for start, end in pairwise(cuts))
+    return [*before, *filter(None, pieces)]
 
 
 def _compare_first_error(record: Mapping[str, Any], location: Location) -> None:

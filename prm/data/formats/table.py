@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,11 +23,6 @@ from prm.data.record_fields import Location, Words
 from prm.names import FORMAT_NAMES, FormatName
 from prm.schema import StepExample
 
-
-def _itself(record: Mapping[str, Any]) -> Iterable[tuple[str, object]]:
-    return (("", record),)
-
-
 _BRACKET = re.compile(r"\[[^\[\]{}]*\]|\{[^\[\]{}]*\}")
 
 
@@ -40,15 +35,12 @@ class Format:
         keys: The keys of its records, for messages.
         matches: Tells whether a record looks like this format.
         read: Returns the examples of a record, or raises ``DataError``.
-        rows: Yields the records that a value of the file holds, each with its field: the value
-            itself, unless files of the format are one large object.
     """
 
     name: FormatName
     keys: str
     matches: Callable[[Mapping[str, Any]], bool]
     read: Callable[[Mapping[str, Any], Location], tuple[StepExample, ...]]
-    rows: Callable[[Mapping[str, Any]], Iterable[tuple[str, object]]] = _itself
 
 
 def _matches_own(record: Mapping[str, Any]) -> bool:
@@ -171,7 +163,6 @@ FORMATS: tuple[Format, ...] = (
         "Model_Solution_First_Error_Step",
         first_error.matches_mr_ben,
         first_error.read_mr_ben,
-        first_error.rows_of_mr_ben,
     ),
     Format(
         "big-bench-mistake",
@@ -206,14 +197,11 @@ def format_named(name: str) -> Format:
     raise ValueError(f"expected a format among {', '.join(FORMAT_NAMES)}, found {name!r}")
 
 
-def detect(record: object, location: Location, *, listed: bool = True) -> Format:
+def detect(record: object, location: Location) -> Format:
     """Return the one format that a record looks like.
 
-    Args:
-        record: The record.
-        location: Its location.
-        listed: Whether the error of a record of no format lists all formats. It always names the
-            nearest one and the fields that this lacks.
+    The error of a record of no format lists them all, and names the nearest one and the fields that
+    the record lacks for it.
 
     Raises:
         DataError: The record looks like no format, or like several, which the message lists.
@@ -233,8 +221,7 @@ def detect(record: object, location: Location, *, listed: bool = True) -> Format
             f"name the format ({', '.join(names)}), or remove the keys of the others",
         )
     known = "; ".join(f"{format.name} ({format.keys})" for format in FORMATS)
-    expected = f"a record of a known format: {known}" if listed else "a record of a known format"
-    location.refuse(None, expected, keys, _advice(record))
+    location.refuse(None, f"a record of a known format: {known}", keys, _advice(record))
 
 
 def _advice(record: Mapping[str, Any]) -> str:

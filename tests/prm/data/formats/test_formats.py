@@ -383,21 +383,6 @@ def test_mr_ben(tmp_path):
         assert labels(example) == [1.0, 1.0, 1.0, 0.0]
 
 
-def test_a_file_of_mr_ben_is_an_object_of_lists_of_rows(tmp_path):
-    blank = GOOD["mr-ben"] | {"Model_Solution_Steps": ["Step 1: a", ""]}
-    path = tmp_path / "data.json"
-    path.write_text(json.dumps({"u-1": [GOOD["mr-ben"], blank], "u-2": [GOOD["mr-ben"], 3]}))
-    first, second, third, fourth = iter_rows(path)
-    assert [row.line for row in (first, second, third, fourth)] == [1, 2, 3, 4]
-    assert second.field == "u-1[1].Model_Solution_Steps[1]"
-    assert second.remedy == "remove the blank step and its label, or the row"
-    assert (fourth.field, fourth.expected) == ("u-2[1]", "a JSON object")
-    assert first.record == third.record == GOOD["mr-ben"]
-    (example,) = first.examples
-    assert example.id.startswith("u-1#1-")
-    assert third.examples[0].id.startswith("u-1#3-")
-
-
 def test_big_bench_mistake(tmp_path):
     (example,) = read(tmp_path, GOOD["big-bench-mistake"])
     assert labels(example) == [1.0, 0.0, None]
@@ -536,13 +521,6 @@ def test_steps_as_texts_without_labels_are_told_what_is_short_of_what(tmp_path):
     assert error.expected == "the field 'labels', a list of 2, one for every step"
     error = first_error(tmp_path, {"id": "a", "question": "Q?", "steps": ["s"], "label": [1]})
     assert (error.field, error.remedy) == ("labels", "rename 'label' to 'labels'")
-
-
-def test_the_list_of_formats_stands_once_in_the_errors_of_a_file(tmp_path):
-    errors = list(iter_rows(write(tmp_path, {"a": 1}, {"b": 1}, {"c": 1}, GOOD["stepwise"])))
-    assert [len(error.expected) > 200 for error in errors[:3]] == [True, False, False]
-    assert {error.found for error in errors[:3]} == {f"the keys '{key}'" for key in "abc"}
-    assert isinstance(errors[3], Row)
 
 
 def test_an_unknown_record_is_told_the_nearest_format(tmp_path):
