@@ -4,7 +4,11 @@
   ...], "images": [path, ...]}``. Parts are ``{"type": "text", "text"}``, ``{"type": "image"}`` with
   the picture in ``image``, ``path`` or ``url`` or without one, and OpenAI's ``{"type": "image_url",
   "image_url": {"url"}}``. A picture is a path or a ``data:`` URL; nothing is fetched.
-- ``rlhflow``: ``{"conversations": [{"role", "content"}, ...]}``, RLHFlow's training rows.
+- ``rlhflow``: ``{"conversations": [{"role", "content"}, ...]}``, RLHFlow's training rows. In its
+  Deepseek-PRM-Data nothing stands between the question and the first step: the question is then the
+  text up to the first question mark, or else the first sentence, what follows belongs to the step,
+  and ``extra["question_end"]`` says so. Nothing is lost, the labels are as right, and rows of one
+  question have the same.
 
 User turns are steps, and assistant turns are their labels, as in ``prm.data.formats.turns``; a
 ``question`` beside the turns is used.
@@ -12,12 +16,13 @@ User turns are steps, and assistant turns are their labels, as in ``prm.data.for
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from prm.data.formats.turns import Turn, question_and_steps
+from prm.data.formats.turns import Turn, opening_question, question_and_steps
 from prm.data.record_fields import Location, Words, extra_of
+from prm.data.splitter import last_first_step
 from prm.schema import StepExample
 
 _ROLES = ("system", "user", "assistant")
@@ -64,6 +69,9 @@ def _read(record: Mapping[str, Any], key: str, location: Location) -> tuple[Step
         location.refuse("images", "image paths in the messages or beside them, not both", found)
     images = images or inside
     question = location.optional_text(record, "question")
+    guessed = None
+    if key == "conversations" and question is None:
+        question = guessed = _guessed(turns)
     question, steps = question_and_steps(turns, len(images), location, question)
     return (
         StepExample(
@@ -75,9 +83,20 @@ def _read(record: Mapping[str, Any], key: str, location: Location) -> tuple[Step
             answer=location.optional_text(record, "answer", blank=True),
             correct=location.optional_bool(record, "correct"),
             group=location.name(record, "group"),
-            extra=extra_of(record, (*_USED, key)),
+            extra=extra_of(
+                record, (*_USED, key), question_end=None if guessed is None else "guessed"
+            ),
         ),
     )
+
+
+def _guessed(turns: Sequence[Turn]) -> str | None:
+    """Return the question of a first turn that holds a step, too, and no mark between the two."""
+    spoken = [turn for turn in turns if turn.role != "system"]
+    joined = [turn.role for turn in spoken[:2]] == ["user", "assistant"]
+    text = spoken[0].text if joined else ""
+    marked = "### Question:" in text or "<image>" in text or last_first_step(text) is not None
+    return None if marked else opening_question(text)
 
 
 def _turns(

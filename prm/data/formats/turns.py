@@ -15,6 +15,8 @@ _QUESTION = re.compile(r"((?:\s*<image>)*)\s*### Question:[ \t]*\n?")
 _PROCESS = re.compile(r"### Solution Process:[ \t]*\n?")
 _NUMBERED = re.compile(r"<image\d+>")
 _LAST_NUMBERED = re.compile(r"<image\d+>$")
+_ASKED = re.compile(r"[?？][\"'”’)\]$]*(?=\s+\S|[^\s\x00-\x7f])")
+_SENTENCE = re.compile(r"[.!][\"'”’)\]$]*(?=\s+\S)|[。！](?=\s*\S)")
 _PLACEHOLDER = re.compile(r"\s*<image>")
 
 
@@ -99,6 +101,18 @@ def cut_question(
             )
         cut = found
     return location.text(text[:cut].strip(), field), text[cut:].strip()
+
+
+def opening_question(text: str) -> str | None:
+    """Return a question of which nothing tells where it ends, so that the same is always cut alike.
+
+    It is the text up to its first question mark, or else its first sentence; None if that is all.
+    """
+    for end in (_ASKED, _SENTENCE):
+        match = end.search(text)
+        if match is not None and text[: match.start()].strip():
+            return text[: match.end()].strip()
+    return None
 
 
 def turns_field(turns: Sequence[Turn]) -> str:

@@ -294,11 +294,36 @@ def test_rlhflow(tmp_path):
     assert (example.question, texts(example), labels(example)) == (
         "What is 1 + 1?", ["Step 1: 1 + 1 = 2", "Step 2: So 3."], [1.0, 0.0],
     )  # fmt: skip
-    first = {"content": "Convert it. To convert", "role": "user"}
-    row = {"conversations": [first, {"content": "+", "role": "assistant"}]}
-    (asked,) = read(tmp_path, row | {"question": "Convert it."})
-    assert (asked.question, texts(asked)) == ("Convert it.", ["To convert"])
-    error = first_error(tmp_path, row)
+
+
+def joined(text, **more):
+    turns = [{"content": text, "role": "user"}, {"content": "+", "role": "assistant"}]
+    return {"conversations": turns, **more}
+
+
+@pytest.mark.parametrize(
+    ("text", "question", "step"),
+    [
+        ("Convert (0,3.5) to polar. To convert, we use $r$.", "Convert (0,3.5) to polar.", None),
+        ("Tom has 3. How many? First, he has 3. So 4?", "Tom has 3. How many?", None),
+        ("求 x 的值。首先，x = 3。", "求 x 的值。", None),
+        ("Step 2 of what? Step 1: a", "Step 2 of what?", "Step 1: a"),
+    ],
+)
+def test_a_question_without_a_mark_behind_it_is_cut_alike_in_every_row(
+    tmp_path, text, question, step
+):
+    (example,) = read(tmp_path, joined(text))
+    assert (example.question, labels(example)) == (question, [1.0])
+    assert " ".join((question, *texts(example))).replace(" ", "") == text.replace(" ", "")
+    assert example.extra == ({} if step else {"question_end": "guessed"})
+    (asked,) = read(tmp_path, joined(text, question=text[:6]))
+    assert (asked.question, texts(asked)) == (text[:6], [text[6:].strip()])
+    assert asked.extra == {}
+
+
+def test_a_single_sentence_holds_no_question_and_step(tmp_path):
+    error = first_error(tmp_path, joined("Convert it now."))
     assert error.field == "conversations[0].content"
     assert "'question'" in error.remedy
 
@@ -734,8 +759,8 @@ BAD = {
          "conversations[0].content", "'content'", "nothing"),
         (step_of("rlhflow", "conversations", 1, content="yes"),
          "conversations[1].content", '"+" or "-"', "'yes'"),
-        (step_of("rlhflow", "conversations", 0, content="What is it? So 2."),
-         "conversations[0].content", '"Step 1:"', "So 2."),
+        (step_of("rlhflow", "conversations", 0, content="What is it"),
+         "conversations[0].content", '"Step 1:"', "What is it"),
         (step_of("rlhflow", "conversations", 0, role="human"),
          "conversations[0].role", '"user"', "'human'"),
     ],
