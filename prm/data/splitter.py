@@ -31,6 +31,7 @@ _HEADING = re.compile(r"[ \t]*+(?:\*\*|[\])】）:：。，—–]|[.-](?!\d)|\s
 _INLINE_STEP = re.compile(
     rf"(?:^|(?<=[\s。；！？]))\*{{0,2}}{_NUMBERED}\*{{0,2}}[ \t]*[:：]", re.IGNORECASE
 )
+_NAMED_STEP = re.compile(rf"(?<!\w)\*{{0,2}}{_NUMBERED}\*{{0,2}}[ \t]*[:：]", re.IGNORECASE)
 _ITEM = re.compile(r"( {0,3})\*{0,2}(\d{1,3})(?:[.)](?=[\s*])|、)")
 _NESTED = 2
 """An item that is indented by so many spaces more than the list belongs to the item above it."""
@@ -90,7 +91,7 @@ def split_steps(text: str) -> list[str]:
 
 def last_first_step(text: str) -> int | None:
     """Return where the last "Step 1:" of a text starts, at a line start or inside a line."""
-    starts = [match.start() for match in _INLINE_STEP.finditer(text) if _number(match) == 1]
+    starts = [match.start() for match in _NAMED_STEP.finditer(text) if _number(match) == 1]
     return starts[-1] if starts else None
 
 

@@ -133,14 +133,20 @@ def _solutions(given: list[Any], location: Location) -> list[tuple[Step, ...]]:
             location.refuse(f"{field}.chosen_completion", expected, chosen)
         ended += [(*way, step) for count, step in enumerate(rated) if count != chosen]
         if chosen is None and human is None:
-            if number + 1 < len(given):
-                found = Words(f"null, and {len(given) - number - 1} steps behind it")
+            behind = [step for step in given[number + 1 :] if not _is_empty(step)]
+            if behind:
+                found = Words(f"null, and {len(behind)} steps behind it")
                 expected = "a completion that was chosen or written, in every step but the last"
                 location.refuse(f"{field}.chosen_completion", expected, found)
             return ended if rated or not way else [tuple(way), *ended]
         on = rated[chosen] if whole else _completion(human, f"{field}.human_completion", location)
         way.append(on)
     return [tuple(way), *ended]
+
+
+def _is_empty(step: object) -> bool:
+    names = ("completions", "human_completion", "chosen_completion")
+    return isinstance(step, dict) and all(step.get(name) is None for name in names)
 
 
 def _completions(value: object, field: str, location: Location) -> list[Step]:

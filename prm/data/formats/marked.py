@@ -2,7 +2,9 @@
 
 - ``math-shepherd``: ``{"input", "label", "task"}``. ``input`` holds the question, from "Step 1:" on
   the solution, and the mark "ки" behind every step; ``label`` is the same text with "+" or "-" in
-  place of every mark. ``task`` is the domain.
+  place of every mark. ``task`` is the domain. A few published rows have a mark in the question,
+  which is dropped with its label (``extra["marks_in_question"]``), or no "Step 1:"; their question
+  ends at its question mark (``extra["question_end"]``; see ``turns.opening_question``).
 - ``openrlhf`` (OpenRLHF, ER-PRM): ``{"input" or "text", "value": [label, ...]}``, a text like
   Math-Shepherd's and a label for every mark: "+", "-" or a number in [0, 1]. A list written as JSON
   text is read, too.
@@ -22,8 +24,9 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from prm.data.formats.turns import cut_question, drop_placeholders
+from prm.data.formats.turns import cut_question, drop_placeholders, opening_question
 from prm.data.record_fields import Location, Words, domain_key, extra_of
+from prm.data.splitter import last_first_step
 from prm.schema import Step, StepExample
 
 _SHEPHERD = re.compile(r"(?<![^\W\d_])ки(?![^\W\d_])")  # no part of a Russian word
@@ -72,11 +75,12 @@ def read_math_shepherd(record: Mapping[str, Any], location: Location) -> tuple[S
     pieces = _SHEPHERD.split(location.text(record["input"], "input"))
     if len(pieces) == 1:
         location.refuse("input", 'a text with the mark "ки" behind every step', record["input"])
-    labels = _signs(pieces, location.text(record["label"], "label"), location)
-    question, pieces[0] = cut_question(pieces[0], "input", location)
-    texts = _steps(pieces, "input", location)
-    steps = tuple(map(Step, texts, [*labels, None][: len(texts)]))
-    return (_example(record, location, question, steps, ("input", "label", "task"), "task"),)
+    signs = _signs(pieces, location.text(record["label"], "label"), location)
+    question, texts, extra = _opened(pieces, "input", location)
+    signs = signs[extra.get("marks_in_question", 0) :]
+    steps = tuple(map(Step, texts, [*signs, None][: len(texts)]))
+    used = ("input", "label", "task")
+    return (_example(record, location, question, steps, used, "task", extra),)
 
 
 def read_openrlhf(record: Mapping[str, Any], location: Location) -> tuple[StepExample, ...]:
@@ -90,9 +94,10 @@ def read_openrlhf(record: Mapping[str, Any], location: Location) -> tuple[StepEx
     location.need(record, field, values)
     pieces = _pieces(location.text(record[field], field))
     asked = location.optional_text(record, "question")
-    question, pieces[0] = cut_question(pieces[0], field, location, asked)
-    steps = _labelled(_steps(pieces, field, location), record[values], values, location)
-    return (_example(record, location, question, steps, (field, values, "question")),)
+    question, texts, extra = _opened(pieces, field, location, asked)
+    early = extra.get("marks_in_question", 0)
+    steps = _labelled(texts, record[values], values, location, early)
+    return (_example(record, location, question, steps, (field, values, "question"), None, extra),)
 
 
 def read_openr(record: Mapping[str, Any], location: Location) -> tuple[StepExample, ...]:
@@ -150,6 +155,7 @@ def _example(
     steps: tuple[Step, ...],
     used: Sequence[str],
     domain: str | None = None,
+    more: Mapping[str, Any] | None = None,
 ) -> StepExample:
     domain = domain or domain_key(record)
     images = ("image", "images", "image_path")
@@ -161,8 +167,30 @@ def _example(
         domain=location.name(record, domain),
         correct=location.optional_bool(record, "correct"),
         group=location.name(record, "group"),
-        extra=extra_of(record, (*used, *images, domain, "id", "correct", "group")),
+        extra=extra_of(record, (*used, *images, domain, "id", "correct", "group"), **(more or {})),
     )
+
+
+def _opened(
+    pieces: Sequence[str], field: str, location: Location, asked: str | None = None
+) -> tuple[str, list[str], dict[str, Any]]:
+    """Return the question that opens the pieces, the steps, and what to note in ``extra``."""
+    extra: dict[str, Any] = {}
+    first, *rest = pieces
+    if asked is None or not first.lstrip().startswith(asked):
+        named = (n for n, piece in enumerate(pieces) if last_first_step(piece) is not None)
+        early = next(named, 0)  # marks before "Step 1:" are in the question
+        if early:
+            first, rest = "".join(pieces[: early + 1]), list(pieces[early + 1 :])
+            extra["marks_in_question"] = early
+        asked = opening_question(first) if last_first_step(first) is None else None
+        if asked is not None:
+            extra["question_end"] = "guessed"
+    if asked is None:
+        question, first = cut_question(first, field, location)
+    else:
+        question, first = asked.strip(), first.lstrip()[len(asked) :]
+    return question, _steps([first, *rest], field, location), extra
 
 
 def _pieces(text: str) -> list[str]:
@@ -183,20 +211,22 @@ def _steps(pieces: Sequence[str], field: str, location: Location) -> list[str]:
 
 
 def _labelled(
-    texts: Sequence[str], values: object, field: str, location: Location
+    texts: Sequence[str], values: object, field: str, location: Location, early: int = 0
 ) -> tuple[Step, ...]:
+    """Pair steps with the labels of their marks, behind ``early`` labels of other marks."""
     if isinstance(values, str):
         try:
             values = json.loads(values)
         except (json.JSONDecodeError, RecursionError):
             values = [values]
     given = location.listed(values, field, "labels")
-    if len(given) != len(texts):
-        found = Words(f"{len(given)} for {len(texts)} steps")
+    if len(given) != len(texts) + early:
+        inside = f" and {early} marks in the question" if early else ""
+        found = Words(f"{len(given)} for {len(texts)} steps{inside}")
         location.refuse(field, "as many labels as steps", found)
     return tuple(
-        Step(text, location.label(value, f"{field}[{number}]", boolean=True))
-        for number, (text, value) in enumerate(zip(texts, given, strict=True))
+        Step(text, location.label(given[number], f"{field}[{number}]", boolean=True))
+        for number, text in enumerate(texts, start=early)
     )
 
 

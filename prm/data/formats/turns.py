@@ -76,30 +76,21 @@ def question_and_steps(
     return question, tuple(steps)
 
 
-def cut_question(
-    text: str, field: str, location: Location, question: str | None = None
-) -> tuple[str, str]:
-    """Separate a question from the first step, which follows it in the same text.
-
-    The step starts at the last "Step 1:" of the text, or behind ``question`` if that is given and
-    opens the text.
+def cut_question(text: str, field: str, location: Location) -> tuple[str, str]:
+    """Separate a question from the first step, which follows it from the last "Step 1:" on.
 
     Raises:
-        DataError: There is nothing to tell them apart, or no question before the step.
+        DataError: There is no "Step 1:", or no question before it.
     """
-    if question is not None and text.lstrip().startswith(question):
-        cut = len(text) - len(text.lstrip()) + len(question)
-    else:
-        found = last_first_step(text)
-        if found is None or not text[:found].strip():
-            location.refuse(
-                field,
-                'a question and, from "Step 1:" on, its solution',
-                text,
-                "give the question in a field 'question' of the record, too, if the solution does "
-                'not start with "Step 1:"',
-            )
-        cut = found
+    cut = last_first_step(text)
+    if cut is None or not text[:cut].strip():
+        location.refuse(
+            field,
+            'a question and, from "Step 1:" on, its solution',
+            text,
+            "give the question in a field 'question' of the record, too, if the solution does "
+            'not start with "Step 1:"',
+        )
     return location.text(text[:cut].strip(), field), text[cut:].strip()
 
 

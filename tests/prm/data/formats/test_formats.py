@@ -240,6 +240,26 @@ def test_math_shepherd(tmp_path):
     assert (texts(example), labels(example)) == (["Step 1: a", "Step 2: b"], [0.0, None])
 
 
+def test_published_faults_of_math_shepherd(tmp_path):
+    # A mark in the question, "step" in small letters, and no name of the first step.
+    for text, signs, question, steps in (
+        ("Mr. R has 3 ки more. Step 1: a ки\nStep 2: b ки", "-+-", "Mr. R has 3  more.", 2),
+        ("How? step 1: a ки\nstep 2: b ки", "+-", "How?", 2),
+        ("How many? a ки\nStep 2: b ки", "+-", "How many?", 2),
+    ):
+        label = text
+        for sign in signs:
+            label = label.replace("ки", sign, 1)
+        (example,) = read(tmp_path, {"input": text, "label": label, "task": "MATH"})
+        assert example.question == question
+        assert [step.text.rsplit(" ")[-1] for step in example.steps] == ["a", "b"][:steps]
+        assert labels(example) == [1.0, 0.0]
+        (same,) = read(tmp_path, {"input": text, "value": list(signs)})
+        assert (same.question, same.steps) == (example.question, example.steps)
+        assert same.extra == example.extra
+    assert example.extra == {"question_end": "guessed"}
+
+
 @pytest.mark.parametrize(
     ("key", "given", "expected"),
     [
@@ -381,7 +401,7 @@ def test_prm800k(tmp_path):
     record["label"]["steps"][1:] = [completions(None, ("b", -1), ("c", 1))]
     assert [texts(solution) for solution in read(tmp_path, record)] == [["a", "b"], ["a", "c"]]
     nothing = {"completions": None, "human_completion": None, "chosen_completion": None}
-    record["label"]["steps"][1:] = [nothing]
+    record["label"]["steps"][1:] = [nothing, nothing]
     assert [texts(solution) for solution in read(tmp_path, record)] == [["a"]]
 
 
