@@ -128,7 +128,10 @@ def read_mm_prm(record: Mapping[str, Any], location: Location) -> tuple[StepExam
         field = f"conversations[{number}]"
         if not isinstance(turn, dict) or not {"from", "value"} <= turn.keys():
             location.refuse(field, 'an object such as {"from": "human", "value": ...}', turn)
-        turns[str(turn["from"])] = (f"{field}.value", turn["value"])
+        role = turn["from"]
+        if role not in ("system", "human", "gpt") or role in turns:
+            location.refuse(f"{field}.from", 'one turn of "human" and one of "gpt"', role)
+        turns[role] = (f"{field}.value", turn["value"])
     location.need(turns, "human", "gpt")
     field, value = turns["human"]
     images = location.images(record, "image", "images", "image_path")

@@ -766,6 +766,10 @@ BAD = {
     "mm-prm": [
         (changed("mm-prm", conversations=[human("q")]), "gpt", "'gpt'", "nothing"),
         (changed("mm-prm", conversations=["q"]), "conversations[0]", "an object", "'q'"),
+        (changed("mm-prm", conversations=[human("q"), gpt([1]), human("r")]),
+         "conversations[2].from", 'one turn of "human"', "'human'"),
+        (changed("mm-prm", conversations=[{"from": ["gpt"], "value": [1]}]),
+         "conversations[0].from", 'one turn of "human"', "a list of 1"),
         (changed("mm-prm", conversations=[human("q"), gpt([1])]),
          "conversations[0].value", '"Question: ..."', "'q'"),
         (changed("mm-prm", conversations=[human("Question: q\nProcess: a<prm>"), gpt([1, 1])]),
