@@ -38,7 +38,7 @@ from prm.schema import Step, StepExample
 _SIGNS: Mapping[int | str, float | None] = {1: 1.0, 0: 0.0, -1: None, "+": 1.0, "-": 0.0}
 _WITH_SOLUTION = ("outcome_judging", "process_judging")
 _TASKS = ("solving", "answerable_judging", *_WITH_SOLUTION)
-_STEP_NAME = re.compile(r"\s*step\s*(\d{1,3})\s*\.?\s*$", re.IGNORECASE)
+_STEP_NAME = re.compile(r"\s*+step\s*+(\d{1,3})\s*+\.?\s*+$", re.IGNORECASE)
 _THE_ANSWER = re.compile(r"^[ \t]*\**the (?:final )?answer is\b", re.IGNORECASE | re.MULTILINE)
 
 

@@ -34,7 +34,7 @@ _MARKS = (_SHEPHERD, re.compile("<prm>"), re.compile("<extra_0>"), re.compile(r"
 _TEXTS = ("input", "text")
 _VALUES = ("value", "values", "labels", "label")
 _ASKED = re.compile(r"\s*Question:[ \t]*")
-_PROCESS = re.compile(r"\n\s*Process:[ \t]*")
+_PROCESS = re.compile(r"\n[ \t]*+Process:[ \t]*")
 
 
 def matches_math_shepherd(record: Mapping[str, Any]) -> bool:
