@@ -54,11 +54,6 @@ class Origins:
         One that has a graph, but that no operation in sight has returned, comes from a custom
         ``autograd.Function``, a transform or a compiled module, whose arguments are not seen.
         """
-        found = self.seen(tensor)
-        return self._default if found is None else found
-
-    def seen(self, tensor: Tensor) -> Origin | None:
-        """Return the same, but None if nothing is known of the tensor."""
         mark = getattr(tensor, _ATTRIBUTE, None)
         if mark is not None and mark[0] is self._run:
             found: Origin = mark[1]
@@ -66,7 +61,16 @@ class Origins:
         given = self._known.get(id(tensor))
         if given is None and tensor.requires_grad and not tensor.is_leaf:
             return Origin.EXAMPLES
-        return given
+        return self._default if given is None else given
+
+    def of_examples(self, tensor: Tensor) -> bool:
+        """Return whether a tensor is known to have the examples, in whatever order.
+
+        Data that the loss holds itself are not: to look up rows of them picks the examples.
+        """
+        mark = getattr(tensor, _ATTRIBUTE, None)
+        known = mark is not None or id(tensor) in self._known or not tensor.is_leaf
+        return known and self.of(tensor) is not Origin.CONSTANT
 
     @property
     def shapes(self) -> list[tuple[int, ...]]:
@@ -99,10 +103,10 @@ class Origins:
             origin: The largest origin of its arguments.
             result: What it returned.
         """
-        if isinstance(result, Iterator):  # of a tensor's rows
-            result = list(result)
-            self.mark(result, origin)
-            return iter(result)
+        if function is Tensor.__iter__:
+            rows = list(result)
+            self.mark(rows, origin)
+            return iter(rows)
         if origin is Origin.CONSTANT:
             if isinstance(result, Tensor) and result.requires_grad:
                 self.mark(result, origin)
@@ -170,8 +174,8 @@ def _picks(
         index: The index.
         broadcast: The number of dimensions of all indices together; None: those of this one.
     """
-    if not origins.seen(tensor) or dim % max(tensor.dim(), 1):
-        return False  # Of a constant, or of data that the loss holds itself, it picks the examples.
+    if not origins.of_examples(tensor) or dim % max(tensor.dim(), 1):
+        return False
     if index.dtype in (torch.bool, torch.uint8):
         return not bool(index.all())
     if index.shape[:1] != tensor.shape[:1] or index.dim() != (broadcast or index.dim()):
