@@ -121,10 +121,27 @@ class Origins:
         elif origin is Origin.EXAMPLES and function in _MAY_REORDER:
             moved = _MAY_REORDER[function](self, *arguments, **named)
             origin = Origin.REORDERED if moved else origin
+        elif origin is Origin.REORDERED and self._only_filled(arguments, named, written):
+            origin = Origin.EXAMPLES
         self.mark(written, origin)
         if isinstance(written, Tensor) and arguments and written is arguments[0]:
             self.mark(written._base, origin)  # written in place, into a view
         return result
+
+    def _only_filled(self, arguments: Sequence[Any], named: Mapping[str, Any], result: Any) -> bool:
+        """Return whether reordered rows went into entries of a result that has other rows.
+
+        Features of image tiles are written into sequences of tokens, say.
+        """
+        if not isinstance(result, Tensor):
+            return False
+        of_rows = [
+            self.of(item)
+            for value in (*arguments, *named.values())
+            for item in (value if isinstance(value, tuple | list) else (value,))
+            if isinstance(item, Tensor) and item.shape[:1] == result.shape[:1]
+        ]
+        return max(of_rows, default=Origin.CONSTANT) is Origin.EXAMPLES
 
 
 def _tensors(value: Any, seen: set[int] | None = None) -> Iterator[Tensor]:

@@ -52,6 +52,7 @@ EXAMPLES = {
     "written into a constant": lambda x: torch.zeros(4, 3).copy_(x),
     "written into a view of a constant": lambda x: _written(torch.zeros(4, 6), x),
     "written by an index": lambda x: _set(torch.zeros(4, 3), x),
+    "filled with rows in another order": lambda x: x.masked_scatter(x > 3, x[[2, 1, 0]]),
     "past torch's functions, with a graph": lambda x: _Same.apply(x.clone().requires_grad_()),
 }
 REORDERED = {
