@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Generic, TypeAlias, TypeGuard, TypeVar
 
 from jaxtyping import Float, Int
@@ -64,11 +65,12 @@ class ReweightingProblem(Generic[Lower, Upper, BatchT]):
         rows: batch -> {leading size: owner [leading size]}, for operations inside the model whose
             leading dimension is not the batch: image tiles, flattened tokens, scored positions.
             ``owner[r]`` is the index in the batch of the example that row r belongs to. Needed by
-            the routes ``Ghost`` and ``PerExample``; declare every such dimension that may come to
-            have the size of the batch, for undeclared it would then be taken for the batch.
+            the routes ``Ghost`` and ``PerExample``. A dimension that is not declared, and comes to
+            have the size of the batch, is refused as one where examples influence each other is.
 
-    Examples of a micro-batch must not influence each other's losses (no batch normalisation in
-    training mode, no contrastive terms); ``check_hypergradient`` finds out.
+    Where examples of a micro-batch influence each other's losses (batch normalisation in training
+    mode, contrastive terms), ``Ghost`` and ``PerExample`` do not apply: they measure it on the
+    first step and for new shapes, and refuse; ``Auto`` takes another route.
     """
 
     per_example_loss: Callable[[Lower, BatchT], tuple[Float[Tensor, " batch"], Any]]
@@ -76,6 +78,14 @@ class ReweightingProblem(Generic[Lower, Upper, BatchT]):
     upper_loss: Callable[[Lower, Upper, BatchT], Loss]
     detach_features: bool = True
     rows: Callable[[BatchT], Mapping[int, Int[Tensor, " rows"]]] | None = None
+
+    @cached_property
+    def verdicts(self) -> dict[Hashable, str | None]:
+        """What was measured of the per-example rules on this problem, by shapes.
+
+        None where they are right, or why they are not. Filled by the routes that use them.
+        """
+        return {}
 
     def lower_loss(
         self, lower_params: Lower, upper_params: Upper, batch: BatchT

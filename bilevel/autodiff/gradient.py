@@ -28,6 +28,8 @@ def gradients(
 ) -> TreeT:
     """Return Σ_k ⟨cotangent_k, ∂output_k/∂params⟩, None at leaves that no output depends on.
 
+    All are dense, those of ``torch.nn.Embedding(sparse=True)`` too.
+
     Args:
         outputs: Scalars, or tensors of the cotangents' shapes. Those without a graph are left out.
         params: A tree of leaves that require grad, or None.
@@ -47,9 +49,16 @@ def gradients(
             create_graph=create_graph,
         )
         for index, gradient in zip(wanted, grads, strict=True):
-            result[index] = gradient
+            result[index] = dense(gradient)
     found: TreeT = structure.unflatten(result)
     return found
+
+
+def dense(gradient: Tensor | None) -> Tensor | None:
+    """Return a gradient as a tensor with strides, whatever its layout."""
+    if gradient is None or gradient.layout is torch.strided:
+        return gradient
+    return gradient.to_dense()
 
 
 class UpperGradient(NamedTuple):

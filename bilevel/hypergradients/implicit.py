@@ -27,7 +27,7 @@ from bilevel.lower.route import Product
 from bilevel.lower.steps import PassRequest, Point, Step, Window
 from bilevel.optimizers.base import DifferentiableOptimizer
 from bilevel.problem import Batch, Params, Problem
-from bilevel.routes import CentralDifference, Jvp, Reverse
+from bilevel.routes import Auto, CentralDifference, Jvp, Reverse, Route
 from bilevel.tree import Tree
 
 
@@ -78,8 +78,9 @@ class Implicit:
     Args:
         solver: Of H q = v; its damping δ makes that (H + δ I) q = v.
         warm_start: Start the solver at the last q.
-        product: ``Jvp``, ``Reverse`` or ``CentralDifference``: how products with H (see
-            ``hessian_product``) and the mixed product are computed.
+        product: ``Auto``, ``Jvp``, ``Reverse`` or ``CentralDifference``: how products with H (see
+            ``hessian_product``) and the mixed product are computed. ``Auto``: ``Jvp``, and
+            ``Reverse`` where that fails.
         stationarity_tolerance: A larger stationarity adds a note and, once in a run,
             ``StationarityWarning``. None: not measured, one product less.
 
@@ -95,16 +96,17 @@ class Implicit:
 
     solver: LinearSolver = ConjugateGradient()
     warm_start: bool = True
-    product: Jvp | Reverse | CentralDifference = Jvp()
+    product: Auto | Jvp | Reverse | CentralDifference = Auto()
     stationarity_tolerance: float | None = 1e-2
 
+    lower_route: ClassVar[Route] = Jvp()
     last_step_only: ClassVar[bool] = True
     at_solution: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if not getattr(self.product, "second_order", False):
             raise ValueError(
-                "Implicit: product must be Jvp(), Reverse() or CentralDifference(), got "
+                "Implicit: product must be Auto(), Jvp(), Reverse() or CentralDifference(), got "
                 f"{self.product!r}"
             )
         if self.stationarity_tolerance is not None:
@@ -166,7 +168,7 @@ class ImplicitRecord:
         with random_state.rewound_to(self._random, params):
             passed = lower_pass(
                 problem,
-                method.product,
+                method.lower_route,
                 params,
                 leaves,
                 self._window.batches[-1],
@@ -195,6 +197,7 @@ class ImplicitRecord:
         del hessian  # with ``Reverse`` it holds a graph
         against = tree.scale(-1.0, solved.solution)
         mixed = mixed_product(problem, method.product, passed, params, leaves, against)
+        notes += passed.notes
         with torch.no_grad():
             hypergradient = tree.add(mixed, upper.direct)
         warm = _warm_start(solved.solution, params) if method.warm_start else None

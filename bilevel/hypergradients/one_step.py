@@ -105,12 +105,12 @@ class OneStep:
         if not isinstance(problem, ReweightingProblem):
             raise ValueError(
                 f"OneStep: {name}() needs a ReweightingProblem, whose losses are per example; "
-                f"found a {type(problem).__name__}: choose Jvp()"
+                f"found a {type(problem).__name__}: choose Auto()"
             )
         if not problem.detach_features:
             raise ValueError(
                 f"OneStep: {name}() cannot see weights that depend on θ (detach_features=False); "
-                "choose Jvp()"
+                "choose Auto()"
             )
 
     def exact_steps(self, unroll_steps: int) -> int | None:
@@ -255,8 +255,7 @@ class OneStepRecord:
 
     def _notes(self, optimizer_state: Any) -> tuple[str, ...]:
         """Return what a user should know about the step, taken from this optimizer state."""
-        refusals = [micro.note for micro in self.passed.micro_batches if micro.note is not None]
-        notes = list(dict.fromkeys(f"Auto() took Jvp(): {note}" for note in refusals))
+        notes = list(self.passed.notes)
         cold = (
             isinstance(optimizer_state, OptimizerState)
             and optimizer_state.second_moment is not None

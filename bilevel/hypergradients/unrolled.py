@@ -73,7 +73,7 @@ class Unrolled:
         product: ``Jvp``, ``Reverse`` or ``CentralDifference``: how second derivatives are computed.
             ``Auto``: ``Jvp`` at the first step, whose derivative is in φ alone, and ``Reverse`` at
             the others, where both take as long and ``Jvp`` (forward over reverse) takes more
-            memory.
+            memory; where one of them fails, the other.
 
     Cost: 3F for each lower step and 3F for the upper gradient, as in every method, then about
     9F for each of T − 1 steps and 3F for the first (9F without detached features). F is a
@@ -112,7 +112,7 @@ class Unrolled:
             )
         if self.store not in ("device", "host"):
             raise ValueError(f"Unrolled: store must be 'device' or 'host', got {self.store!r}")
-        if self.product != Auto() and not getattr(self.product, "second_order", False):
+        if not getattr(self.product, "second_order", False):
             raise ValueError(
                 "Unrolled: product must be Auto(), Jvp(), Reverse() or CentralDifference(), got "
                 f"{self.product!r}"
@@ -205,6 +205,7 @@ class UnrolledRecord:
         with random_state.rewound_to(steps[-1].random, end.lower_params):
             upper = upper_gradient(problem, end.lower_params, self._upper_params, self._upper_batch)
         upper_loss, upper_aux = upper.loss, upper.aux
+        notes: list[str] = []
         lower_bar, state_bar, total = upper.lower, None, upper.direct
         del upper
         window, numbers_bar = self._window, None
@@ -241,12 +242,14 @@ class UnrolledRecord:
                     with torch.no_grad():
                         lower_bar = tree.add(lower_bar, curved)
                     del curved
+                notes += passed.notes
                 with torch.no_grad():
                     total = tree.add(product, total)
         if window.initial is not None or numbers:
             start_bar = None if window.initial is None else lower_bar
             total = tree.add(total, window.pulled_back(start_bar, numbers_bar or {}))
-        return HypergradientResult(upper_loss, total, None, upper_aux=upper_aux)
+        once = tuple(dict.fromkeys(notes))
+        return HypergradientResult(upper_loss, total, None, notes=once, upper_aux=upper_aux)
 
     def _recomputed_grads(self, steps: Sequence[_Step]) -> list[Kept]:
         """Return the gradients of a segment whose head is the last; keep its ``way_points``."""

@@ -22,7 +22,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from bilevel import tree
-from bilevel.autodiff.gradient import as_leaves
+from bilevel.autodiff.gradient import as_leaves, dense
 from bilevel.tree import Tree
 
 
@@ -155,7 +155,7 @@ def _hook(
 ) -> Callable[[Tensor], None]:
     # Knows nothing of the leaf that it hangs on, whose memory a cycle would hold.
     def use(leaf: Tensor) -> None:
-        grad, leaf.grad = leaf.grad, None
+        grad, leaf.grad = dense(leaf.grad), None
         assert grad is not None
         if direction is not None:
             terms.extend(tree.dot_terms(grad, direction))

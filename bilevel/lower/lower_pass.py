@@ -50,6 +50,12 @@ class LowerPass:
         )
 
     @property
+    def notes(self) -> tuple[str, ...]:
+        """What a user should know about the routes in use, each note once."""
+        notes = (micro.note for micro in self.micro_batches)
+        return tuple(dict.fromkeys(note for note in notes if note is not None))
+
+    @property
     def shares(self) -> list[float]:
         """Each micro-batch's share n_m / N of the examples."""
         total = sum(micro.size for micro in self.micro_batches)
@@ -90,17 +96,22 @@ def lower_pass(
         random = random_state.capture(lower_params)
         with torch.enable_grad():
             grads, micro, kept = backward(batch, random)
+        if not micro.size:  # contributes nothing
+            continue
         micro_batches.append(micro)
         if grads is None:  # added as it came; one example in each, so all have the same share
             continue
         if len(batches) == 1 and micro.factor is None:
             return LowerPass(grads, micro_batches)
-        if not micro.size:
-            raise ValueError("batch_size: expected at least 1 example per micro-batch, found 0")
         relative = micro.size / micro_batches[0].size
         factor = relative if micro.factor is None else micro.factor * relative
         total.add(factor, grads, kept=kept)
         del grads
+    if not micro_batches:
+        raise ValueError(
+            f"lower_batches: expected at least 1 example in the {len(batches)} micro-batches of a "
+            "step, found 0"
+        )
     relative = sum(micro.size for micro in micro_batches) / micro_batches[0].size
     return LowerPass(total.mean(relative), micro_batches)
 

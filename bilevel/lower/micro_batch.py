@@ -8,7 +8,7 @@ returns the gradient of the micro-batch's mean weighted loss (None leaves: no gr
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 from jaxtyping import Float
@@ -29,6 +29,26 @@ from bilevel.problem import (
 from bilevel.tree import Tree
 
 
+@dataclass(eq=False)
+class Fallback:
+    """What ``Auto`` took for a micro-batch in place of routes that do not apply to it.
+
+    Attributes:
+        reasons: Why not, by route, in the order in which they were tried.
+        taken: The route that was taken; None: none was tried in vain.
+    """
+
+    reasons: dict[str, str] = field(default_factory=dict)
+    taken: str | None = None
+
+    @property
+    def note(self) -> str | None:
+        """One sentence on what was taken and why; None if the first choice applied."""
+        if self.taken is None:
+            return None
+        return f"Auto() took {self.taken}: {'; '.join(self.reasons.values())}"
+
+
 @dataclass(frozen=True, eq=False)
 class MicroBatch:
     """What a micro-batch left behind.
@@ -41,9 +61,9 @@ class MicroBatch:
         losses: Per example; None for a ``BilevelProblem``.
         weights: Per example; with a graph to φ if features are detached and φ requires grad.
         dots: μ -> ⟨μ, ∇ℓ_i⟩ / size, per example; None: the product needs another pass.
-        note: Why the route in use did not apply; None if it did.
         aux: What the lower loss returned beside its value, detached.
         factor: What the gradient is still to be multiplied by; None: by nothing.
+        fallback: What ``Auto`` took in place of what; products add to it.
     """
 
     batch: Batch
@@ -53,9 +73,14 @@ class MicroBatch:
     losses: Float[Tensor, " batch"] | None = None
     weights: Float[Tensor, " batch"] | None = None
     dots: Callable[[Tree], Float[Tensor, " batch"]] | None = None
-    note: str | None = None
     aux: Any = None
     factor: Float[Tensor, ""] | None = None
+    fallback: Fallback = field(default_factory=Fallback)
+
+    @property
+    def note(self) -> str | None:
+        """What a user should know about the route in use; None if it applied."""
+        return self.fallback.note
 
     def summary(self) -> MicroBatch:
         """Return the figures alone, for the record of a step: no batch, no graph, no closure."""

@@ -30,7 +30,7 @@ def mixed_product(
 
     Args:
         problem: The losses.
-        route: How. Where the lower pass has noted that it does not apply, forward mode steps in.
+        route: How, unless the lower pass has left the products already.
         passed: The lower pass at θ and φ.
         lower_params: θ.
         upper_params: φ, the very leaves that were given to the lower pass.
@@ -44,7 +44,9 @@ def mixed_product(
     cotangents: list[Float[Tensor, " _"]] = []
     for micro, share in zip(passed.micro_batches, passed.shares, strict=True):
         slopes = None
-        if is_separable(problem):
+        if micro.dots is not None:
+            slopes = micro.dots(direction)
+        elif is_separable(problem):
             slopes = route.loss_slopes(problem, micro, lower_params, direction)
         if slopes is not None:
             assert micro.weights is not None

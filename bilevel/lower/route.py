@@ -94,6 +94,8 @@ class Route(Protocol):
     ) -> Float[Tensor, " batch"] | None:
         """Return ``⟨μ, ∇ℓ_i⟩ / size``, [size], for detached features; μ like θ.
 
+        Not called where the lower pass has left them (``MicroBatch.dots``).
+
         None: the route does not take the losses apart, and ``gradient_derivative`` serves.
         """
 

@@ -14,10 +14,11 @@ import torch
 from torch import Tensor
 
 from bilevel import tree
+from bilevel.autodiff.gradient import dense
 from bilevel.lower.lower_pass import LowerPass
 from bilevel.lower.route import DerivativeRequest, Route
 from bilevel.problem import Params, Problem
-from bilevel.tree import Tree
+from bilevel.tree import T, Tree
 
 
 class SecondDerivatives(NamedTuple):
@@ -41,8 +42,7 @@ def gradient_derivative(route: Route, request: DerivativeRequest) -> SecondDeriv
             tree.map(lambda _: None, request.direction),
             tree.map(lambda _: None, request.upper_params),
         )
-    values = iter(route.gradient_derivative(request))
-    return SecondDerivatives(*tree.map(lambda _: next(values), wanted))
+    return SecondDerivatives(*put(wanted, route.gradient_derivative(request)))
 
 
 def second_derivatives(
@@ -96,7 +96,7 @@ def zeros_for_none(values: Sequence[Tensor | None], like: Sequence[Tensor]) -> t
     )
 
 
-def put(like: Tree, values: Sequence[Tensor | None]) -> Tree:
-    """Return the values in the places of the leaves of ``like``."""
+def put(like: T, values: Sequence[Tensor | None]) -> T:
+    """Return the values, dense, in the places of the leaves of ``like``."""
     remaining = iter(values)
-    return tree.map(lambda _: next(remaining), like)
+    return tree.map(lambda _: dense(next(remaining)), like)

@@ -90,8 +90,6 @@ class CentralDifference(PlainBackward):
         direction: Tree,
     ) -> Float[Tensor, " batch"] | None:
         """Return ``⟨μ, ∇ℓ_i⟩ / size``, [size], from the losses on both sides."""
-        if micro.dots is not None:
-            return micro.dots(direction)
         assert micro.losses is not None
 
         def losses(

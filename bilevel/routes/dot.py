@@ -37,12 +37,12 @@ class Dot(ForwardProducts):
     def backward_pass(self, context: PassContext, total: GradientSum) -> BackwardPass:
         """Return the backward pass of one example; streamed, if its gradient need not be kept."""
         if context.differentiate and context.direction is None:
-            return partial(_kept_backward, context)
+            return partial(kept_backward, context)
         direction = context.direction if context.differentiate else None
         return partial(_streamed_backward, context, GradientStream(total, direction))
 
 
-def _kept_backward(context: PassContext, batch: Batch, random: RandomState) -> Backward:
+def kept_backward(context: PassContext, batch: Batch, random: RandomState) -> Backward:
     """Differentiate the unweighted loss; the gradient is kept for the products."""
     params = as_leaves(context.lower_params)
     losses, weights = _single_loss(context, params, batch)

@@ -20,7 +20,8 @@ class Ghost(ForwardProducts):
     For a linear layer with input a and output gradient b, ``⟨μ_W, ∇_W ℓ_i⟩ = Σ_tokens b·(μ_W a)``,
     and similarly for biases, scales, embeddings and convolutions: see ``bilevel.lower.ghost``.
     Needs μ before the lower backward pass, hence order upper-first, and detached features. Cost:
-    between 0 and 1F. Memory: μ, and a few examples' gradients of one layer at a time. Source: the
+    between 0 and 1F. Memory: μ, and a few examples' gradients of one layer at a time. It measures
+    first whether examples influence each other, as ``PerExample`` does. Source: the
     ghost norm of Li et al. 2021 (arXiv 2110.05679), ghost dot product of Wang et al. 2024 (arXiv
     2406.11011), here with the direction kept as a matrix.
     """

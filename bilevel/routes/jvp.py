@@ -23,7 +23,7 @@ from bilevel.tree import Tree
 
 
 class ForwardProducts(PlainBackward):
-    """Products from what the lower pass left, or else by forward mode."""
+    """Products by forward mode."""
 
     def loss_slopes(
         self,
@@ -33,8 +33,6 @@ class ForwardProducts(PlainBackward):
         direction: Tree,
     ) -> Float[Tensor, " batch"] | None:
         """Return ``⟨μ, ∇ℓ_i⟩ / size``, [size]."""
-        if micro.dots is not None:
-            return micro.dots(direction)
         return loss_tangents(problem, micro, lower_params, direction)
 
     def gradient_derivative(self, request: DerivativeRequest) -> Sequence[Tensor | None]:

@@ -21,6 +21,9 @@ class PerExample(ForwardProducts):
     What the products need is kept until then: per-example gradients, or activations and output
     gradients where these are smaller. Memory: up to batch × θ, for every micro-batch of the step.
 
+    On the first step and for new shapes the gradient is compared with autograd's, for the time and
+    memory of two plain passes; where examples influence each other the route refuses.
+
     Args:
         entries_limit: Per-example gradients of a linear layer with more entries than this (batch
             times weight) are not kept; its activations and output gradients are.

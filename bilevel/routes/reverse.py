@@ -59,6 +59,7 @@ def double_backward(at: DerivativeRequest) -> Sequence[Tensor | None]:
         params, upper = as_leaves(at.lower_params), as_leaves(at.upper_params)
         loss, _ = lower_value(at.problem, params, upper, at.micro.batch)
         first = gradients([loss], chosen(params, at.direction), create_graph=True)
+        _check_twice_differentiable(first)
         pairs = [
             (grad, d.to(grad.dtype))
             for grad, d in zip(first, tree.leaves(at.direction), strict=True)
@@ -81,7 +82,9 @@ def _kept_graph(
             with torch.enable_grad(), random_state.rewound_to(micro.random, lower_params):
                 params = as_leaves(lower_params)
                 loss, _ = lower_value(problem, params, upper_params, micro.batch)
-                kept.append((params, gradients([loss], params, create_graph=True)))
+                grads = gradients([loss], params, create_graph=True)
+                _check_twice_differentiable(tree.leaves(grads))
+                kept.append((params, grads))
         return kept[0]
 
     def product(vector: Tree) -> Tree:
@@ -102,3 +105,24 @@ def _kept_graph(
         return put(vector, zeros_for_none(products, wanted))
 
     return product
+
+
+def _check_twice_differentiable(grads: Sequence[Tensor | None]) -> None:
+    """Raise RuntimeError if an operation's backward pass has cut the graph of the gradient.
+
+    What ``once_differentiable`` leaves in its place fails only if it is reached, and with the graph
+    cut it never is: the derivative would silently be zero.
+    """
+    pending = [grad.grad_fn for grad in grads if grad is not None]
+    seen = set()
+    while pending:
+        node = pending.pop()
+        if node is None or node in seen:
+            continue
+        if type(node).__name__ == "Error":
+            raise RuntimeError(
+                "the backward of a custom autograd.Function is marked once_differentiable, so the "
+                "gradient of the lower loss has no derivative: choose CentralDifference()"
+            )
+        seen.add(node)
+        pending.extend(following for following, _ in node.next_functions)

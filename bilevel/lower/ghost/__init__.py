@@ -7,7 +7,9 @@ the tap computes from b the parameter's gradient weighted per example and the pr
 which the micro-batch's ``context.Context`` collects. No module is wrapped or hooked, so the loss
 may be any pure function, such as ``torch.func.functional_call`` of any module.
 
-Every operation with a parameter must have the examples in its leading dimension, or the owners of
-its rows must be declared in ``ReweightingProblem.rows``. An operation without a rule is an error
-that names it; it is never omitted silently.
+Every operation of a parameter and of what is computed from the batch (``origin``) must have the
+examples in its leading dimension, or the owners of its rows must be declared in
+``ReweightingProblem.rows``. An operation of parameters and constants makes an image of the
+parameters, which is used like them. An operation without a rule is an error that names it; it is
+never omitted silently. Whether the result is right for this model is measured (``verification``).
 """

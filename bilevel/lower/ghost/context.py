@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeAlias
 
 import torch
 from jaxtyping import Float, Int
@@ -33,27 +33,32 @@ class Use(Protocol):
         """
 
 
+# A direction in parameter space, leaf by leaf.
+Direction: TypeAlias = Sequence[Tensor | None]
+
+
 @dataclass(frozen=True, eq=False)
 class Tracked:
-    """A parameter, or its image under a view, a cast or another linear map.
+    """A parameter, or the image of one or several under an affine map, such as a view or a cast.
 
     Attributes:
-        leaf: The index of the parameter among all parameters.
+        leaves: The indices of the parameters among all parameters.
         visible: The tensor that the loss sees.
         value: The same values without a graph.
-        shadow: The same values with a graph that ends in the leaf that collects gradients.
-        tangent: The linear map, to be applied to a direction in parameter space.
+        shadow: The same values with a graph that ends in the leaves that collect gradients.
+        tangent: The linear part of the map, to be applied to a direction in parameter space; None
+            if none of the parameters moves.
     """
 
-    leaf: int
+    leaves: tuple[int, ...]
     visible: Tensor
     value: Tensor
     shadow: Tensor
-    tangent: Callable[[Tensor], Tensor]
+    tangent: Callable[[Direction], Tensor | None]
 
 
 _MARKER = (0, 1, 0, 1, 0, 1)
-Pending = tuple[int, Callable[[Tensor], Tensor]]
+Pending: TypeAlias = Callable[[Direction], Tensor | None]
 
 
 class Context:
@@ -67,7 +72,7 @@ class Context:
     def __init__(self, entries_limit: int) -> None:
         self.weights: Tensor | None = None
         self.dots: Tensor | None = None
-        self._direction: Sequence[Tensor | None] | None = None
+        self._direction: Direction | None = None
         self._keep: int | None = None
         self._entries_limit = entries_limit
         self._all_one = False
@@ -78,7 +83,7 @@ class Context:
         self,
         weights: Float[Tensor, " batch"],
         owners: Mapping[int, Int[Tensor, " rows"]],
-        direction: Sequence[Tensor | None] | None,
+        direction: Direction | None,
         keep: bool,
     ) -> None:
         """Request gradients weighted per example, and products with a direction.
@@ -97,13 +102,13 @@ class Context:
         self._all_one = bool((weights == 1.0).all())
         self.dots = weights.new_zeros(weights.shape, dtype=tree.wide_dtype(weights.dtype))
 
-    def later_dots(self, direction: Sequence[Tensor | None]) -> Float[Tensor, " batch"]:
+    def later_dots(self, direction: Direction) -> Float[Tensor, " batch"]:
         """Return the products [batch] from the gradients that were kept, and release these."""
         assert self.dots is not None
-        for leaf, dots in self._pending:
-            along = direction[leaf]
-            if along is not None:
-                self.dots += dots(along)
+        for pending in self._pending:
+            dots = pending(direction)
+            if dots is not None:
+                self.dots += dots
         self._pending = []
         return self.dots
 
@@ -127,22 +132,18 @@ class Context:
             if dots is not None:
                 self._add(dots, owner)
             if self._keep is not None:
-                self._pending.append((entry.leaf, self._later(row, entry, owner)))
+                self._pending.append(self._later(row, entry, owner))
             if weighted is not None:
                 result.append(weighted)
         return _cast(result if plain is None else plain, entries)
 
     def _along(self, entry: Tracked) -> Tensor | None:
-        direction = None if self._direction is None else self._direction[entry.leaf]
-        return None if direction is None else entry.tangent(direction)
+        return None if self._direction is None else entry.tangent(self._direction)
 
-    def _later(
-        self, row: RowGradients, entry: Tracked, owner: Tensor | None
-    ) -> Callable[[Tensor], Tensor]:
-        def dots(direction: Tensor) -> Tensor:
+    def _later(self, row: RowGradients, entry: Tracked, owner: Tensor | None) -> Pending:
+        def dots(direction: Direction) -> Tensor | None:
             products = row.sums(None, entry.tangent(direction))[1]
-            assert products is not None
-            return self._per_example(products, owner)
+            return None if products is None else self._per_example(products, owner)
 
         return dots
 

@@ -90,7 +90,10 @@ class Broadcast:
         def weighted(weights: Tensor) -> Tensor:
             return scale_rows(entries, weights).sum_to_size(self.shape)
 
-        return [contracted(weighted, lambda mu: row_dots(entries, mu.to(entries.dtype)))]
+        def dots(mu: Tensor) -> Tensor:
+            return row_dots(entries, mu.to(entries.dtype).expand_as(entries))
+
+        return [contracted(weighted, dots)]
 
     def _times(self, b: Tensor, saved: Sequence[Tensor]) -> Tensor:
         if saved:

@@ -17,34 +17,51 @@ from bilevel.lower.ghost.uses import Convolution, Embedding, Linear, Vector
 
 def linear(t: Tracker, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Any:
     """Apply ``input @ weight.T + bias``."""
-    if t.find(input) or input.dim() < 2 or weight.dim() != 2:
+    if not t.from_batch(input, weight, bias):
+        if not t.find(input):
+            return t.affine(partial(functional.linear, input), weight, bias)
+        if not t.find(weight):
+            return t.affine(lambda x, shift: functional.linear(x, weight, shift), input, bias)
+    if t.find(input) or not t.from_batch(input) or input.dim() < 2 or weight.dim() != 2:
         return NotImplemented
     w, b = t.find(weight), t.find(bias)
     output = functional.linear(input, t.value(weight), t.value(bias))
     saved = (input,) if w else ()
-    return t.tap(output, Linear(w is not None, b is not None), (w, b), saved)
+    return t.tap(output, Linear(w is not None, b is not None), (w, b), input, saved)
 
 
 def matmul(t: Tracker, input: Tensor, other: Tensor) -> Any:
     """Apply ``input @ other``, where ``other`` is the parameter, a matrix or a vector."""
     w = t.find(other)
-    if w is None or t.find(input) or input.dim() < 2 or other.dim() > 2:
+    if w is not None and t.find(input):
+        return NotImplemented
+    if not t.from_batch(input, other):
+        if w is None:
+            return t.affine(lambda image: torch.matmul(image, other), input)
+        return t.affine(lambda image: torch.matmul(input, image), other)
+    if w is None or input.dim() < 2 or other.dim() > 2:
         return NotImplemented
     output = torch.matmul(input, w.value)
-    use = Vector() if other.dim() == 1 else Linear(True, False, transposed=True)
-    return t.tap(output, use, (w,), (input,))
+    by_columns = other.dim() == 2 and other.stride() == (1, len(other)) and other.shape[1] > 1
+    use = Vector() if other.dim() == 1 else Linear(True, False, True, by_columns)
+    return t.tap(output, use, (w,), input, (input,))
 
 
 def addmm(
     t: Tracker, input: Tensor, mat1: Tensor, mat2: Tensor, *, beta: float = 1, alpha: float = 1
 ) -> Any:
     """Apply ``input + mat1 @ mat2``, with a bias vector as input."""
-    if t.find(mat1) or beta != 1 or alpha != 1 or input.dim() != 1:
+    if t.find(mat1) or beta != 1 or alpha != 1 or t.from_batch(input, mat2):
+        return NotImplemented
+    if not t.from_batch(mat1):
+        return t.affine(lambda shift, image: torch.addmm(shift, mat1, image), input, mat2)
+    if input.dim() != 1:
         return NotImplemented
     b, w = t.find(input), t.find(mat2)
     output = torch.addmm(t.value(input), mat1, t.value(mat2))
-    use = Linear(w is not None, b is not None, transposed=True)
-    return t.tap(output, use, (w, b), (mat1,) if w else ())
+    by_columns = mat2.stride() == (1, len(mat2)) and mat2.shape[1] > 1
+    use = Linear(w is not None, b is not None, True, by_columns)
+    return t.tap(output, use, (w, b), mat1, (mat1,) if w else ())
 
 
 def embedding(
@@ -59,12 +76,10 @@ def embedding(
 ) -> Any:
     """Apply ``weight[input]``."""
     w = t.find(weight)
-    if w is None or max_norm is not None or scale_grad_by_freq or sparse:
-        return NotImplemented
-    if input.dim() == 0 and t.indexes_examples(input):
+    if w is None or max_norm is not None or scale_grad_by_freq:
         return NotImplemented
     lookup = partial(functional.embedding, input, padding_idx=padding_idx)
-    if not t.indexes_examples(input):
+    if not t.from_batch(input) or input.dim() == 0:
         # The padding row of μ is left out, too, since no gradient flows through it.
         def tangent(direction: Tensor) -> Tensor:
             along = functional.embedding(input, direction)
@@ -73,24 +88,21 @@ def embedding(
             at_padding = input == padding_idx % len(direction)
             return along.masked_fill(at_padding[..., None], 0.0)
 
-        return t.derive(w, lookup, tangent)
+        return t.derive(lookup, w, tangent=tangent)
     padding = -1 if padding_idx is None else padding_idx % len(weight)
-    return t.tap(lookup(w.value), Embedding(len(weight), padding, False), (w,), (input,))
+    use = Embedding(len(weight), padding, False)
+    return t.tap(lookup(w.value), use, (w,), input, (input,))
 
 
 def index(t: Tracker, tensor: Tensor, key: Any) -> Any:
     """Apply ``tensor[key]``, a look-up of rows or a view."""
     w = t.find(tensor)
-    if w is None:
+    if w is None or t.find(key):
         return NotImplemented
-    if isinstance(key, Tensor) and key.dtype == torch.int64:
-        if key.numel() and int(key.min()) < 0:  # An embedding has no negative indices.
-            return NotImplemented
-        return embedding(t, key, tensor) if tensor.dim() == 2 else NotImplemented
-    keys = key if isinstance(key, tuple) else (key,)
-    if all(item is None or item is Ellipsis or isinstance(item, int | slice) for item in keys):
-        return t.derive(w, lambda parameter: parameter[key])
-    return NotImplemented
+    looks_up = isinstance(key, Tensor) and key.dtype == torch.int64 and tensor.dim() == 2
+    if looks_up and t.from_batch(key) and not (key.numel() and int(key.min()) < 0):
+        return embedding(t, key, tensor)  # which has no negative indices
+    return t.derive(lambda parameter: parameter[key], w, tangent=lambda along: along[key])
 
 
 def layer_norm(
@@ -103,10 +115,16 @@ def layer_norm(
     *_: Any,
 ) -> Any:
     """Apply ``weight · x̂ + bias`` over the last dimensions."""
-    if t.find(input) or input.dim() <= len(normalized_shape):
+    shape = torch.Size(normalized_shape)
+    if not t.find(input) and not t.from_batch(input):
+        return t.affine(
+            lambda scale, shift: functional.layer_norm(input, shape, scale, shift, eps),
+            weight,
+            bias,
+        )
+    if t.find(input) or input.dim() <= len(shape):
         return NotImplemented
     w, b = t.find(weight), t.find(bias)
-    shape = torch.Size(normalized_shape)
     output = functional.layer_norm(input, shape, t.value(weight), t.value(bias), eps)
 
     def kernel(gradient: Tensor, x: Tensor) -> tuple[Tensor | None, Tensor | None]:
@@ -121,7 +139,7 @@ def layer_norm(
 
     normalise = partial(_layer_normalised, shape=shape, eps=eps)
     use = Normalised(w is not None, b is not None, shape, normalise, kernel)
-    return t.tap(output, use, (w, b), (input,))
+    return t.tap(output, use, (w, b), input, (input,))
 
 
 def rms_norm(
@@ -132,16 +150,19 @@ def rms_norm(
     eps: float | None = None,
 ) -> Any:
     """Apply ``weight · x / rms(x)`` over the last dimensions."""
-    w = t.find(weight)
-    if w is None or t.find(input) or input.dim() <= len(normalized_shape):
+    w, shape = t.find(weight), torch.Size(normalized_shape)
+    if w is None or t.find(input):
         return NotImplemented
-    shape = torch.Size(normalized_shape)
+    if not t.from_batch(input):
+        return t.affine(lambda scale: functional.rms_norm(input, shape, scale, eps), weight)
+    if input.dim() <= len(shape):
+        return NotImplemented
     output = functional.rms_norm(input, shape, w.value, eps)
 
     def normalise(x: Tensor) -> Tensor:
         return functional.rms_norm(x, shape, None, eps)
 
-    return t.tap(output, Normalised(True, False, shape, normalise), (w,), (input,))
+    return t.tap(output, Normalised(True, False, shape, normalise), (w,), input, (input,))
 
 
 def group_norm(
@@ -154,6 +175,12 @@ def group_norm(
     *_: Any,
 ) -> Any:
     """Apply ``weight · x̂ + bias``, with a weight and a bias per channel (dimension 1)."""
+    if not t.find(input) and not t.from_batch(input):
+        return t.affine(
+            lambda scale, shift: functional.group_norm(input, num_groups, scale, shift, eps),
+            weight,
+            bias,
+        )
     if t.find(input) or input.dim() < 2:
         return NotImplemented
     w, b = t.find(weight), t.find(bias)
@@ -179,7 +206,7 @@ def group_norm(
         kernel,
         channels=True,
     )
-    return t.tap(output, use, (w, b), (input,))
+    return t.tap(output, use, (w, b), input, (input,))
 
 
 def convolution(
@@ -195,15 +222,20 @@ def convolution(
     convolve: Callable[..., Tensor],
 ) -> Any:
     """Apply a convolution to inputs [rows, channels, ...]."""
+    options = (stride, padding, dilation, groups)
+    if not t.from_batch(input, weight, bias) and not t.find(input):
+        return t.affine(lambda *at: convolve(input, *at, *options), weight, bias)
     size = weight.dim() - 2
     strides, dilations = _per_axis(stride, size), _per_axis(dilation, size)
     paddings = _paddings(padding, weight.shape[2:], dilations)
     if t.find(input) or input.dim() != weight.dim() or paddings is None:
         return NotImplemented
+    if t.from_batch(weight, bias):
+        return NotImplemented
     w, b = t.find(weight), t.find(bias)
-    output = convolve(input, t.value(weight), t.value(bias), stride, padding, dilation, groups)
+    output = convolve(input, t.value(weight), t.value(bias), *options)
     use = Convolution(w is not None, b is not None, strides, paddings, dilations, groups)
-    return t.tap(output, use, (w, b), (input, t.value(weight)))
+    return t.tap(output, use, (w, b), input, (input, t.value(weight)))
 
 
 def _per_axis(value: int | Sequence[int], size: int) -> tuple[int, ...]:

@@ -7,7 +7,9 @@ rule, which is then an error.
 
 Rules exist for ``linear``, ``matmul``/``mm``/``mv``/``addmm`` with the parameter on the right,
 ``embedding``, ``layer_norm``, ``rms_norm``, ``group_norm``, ``conv1d/2d/3d``, broadcast ``mul``,
-``add``, ``sub``, ``cat``, views, casts and scalar multiples.
+``add``, ``sub`` and ``cat``, all with an operand from the batch. Of constants and parameters the
+same operations, and ``stack``, ``where``, ``masked_fill``, views, casts, indices, sums and means,
+make images of the parameters, which are used like them.
 """
 
 from __future__ import annotations
@@ -16,11 +18,11 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any, TypeAlias
 
-import torch
 from torch import Tensor
 from torch.nn import functional
 
 from bilevel.lower.ghost import arithmetic, layers
+from bilevel.lower.ghost.origin import functions
 
 Handler: TypeAlias = Callable[..., Any]
 
@@ -31,7 +33,10 @@ VIEWS = [
     "unflatten", "unsqueeze", "squeeze", "narrow", "select", "chunk", "split", "unbind",
     "tensor_split", "ravel", "clone", "neg", "view", "view_as", "expand", "expand_as",
     "contiguous", "to", "type", "type_as", "float", "double", "half", "bfloat16",
+    "sum", "mean", "flip", "roll", "repeat", "tile", "tril", "triu", "diag", "diagonal",
+    "index_select",
 ]
+AFFINE = ["stack", "where", "masked_fill"]
 # fmt: on
 
 
@@ -64,20 +69,16 @@ def _table() -> dict[Any, Handler]:
         "concat": arithmetic.concatenate,
     }
     for name, handler in named.items():
-        table |= dict.fromkeys(_functions(name), handler)
+        table |= dict.fromkeys(functions(name), handler)
     for name in ("conv1d", "conv2d", "conv3d"):
-        for function in _functions(name):
+        for function in functions(name):
             table[function] = partial(layers.convolution, convolve=function)
+    for function in functions(*AFFINE):
+        table[function] = partial(arithmetic.constant_map, function=function)
     getters = [getattr(Tensor, name).__get__ for name in ("T", "mT")]
-    for function in (*getters, *(function for name in VIEWS for function in _functions(name))):
+    for function in (*getters, *functions(*VIEWS)):
         table[function] = partial(arithmetic.view, function=function)
     return table
-
-
-def _functions(name: str) -> list[Any]:
-    """Return torch's function and method of that name; ``torch.float`` is a dtype, not one."""
-    candidates = [getattr(owner, name, None) for owner in (torch, Tensor)]
-    return [function for function in candidates if callable(function)]
 
 
 OPERATIONS = _table()

@@ -8,7 +8,7 @@ ordinary training step bit for bit.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -39,18 +39,28 @@ class Linear:
 
     Either parameter may be missing (frozen). Per row, the gradient of W is Σ_tokens b xᵀ, and its
     product with μ is Σ_tokens b·(μ x).
+
+    Args:
+        weight: Whether the weight is tracked.
+        bias: Whether the bias is tracked.
+        transposed: Whether W is [in, out].
+        by_columns: Whether such a W lies in memory column by column, as ``weight.T`` does. autograd
+            then forms the transpose of its gradient.
     """
 
     weight: bool
     bias: bool
     transposed: bool = False
+    by_columns: bool = False
 
     def gradients(self, b: Tensor, saved: Sequence[Tensor]) -> list[Tensor]:
         """Return autograd's gradients, by one matrix product over all rows and tokens."""
         b_flat = b.reshape(-1, b.shape[-1])
         result = []
         if self.weight:
-            result.append(self._weight_gradient(b_flat, saved[0]))
+            form = replace(self, transposed=self.transposed and not self.by_columns)
+            gradient = form._weight_gradient(b_flat, saved[0])
+            result.append(gradient.t() if self.by_columns else gradient)
         if self.bias:
             result.append(b_flat.sum(0))
         return result

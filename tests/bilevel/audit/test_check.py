@@ -214,6 +214,18 @@ class Mlp(nn.Module):
         return self.layers(x)
 
 
+class _Trusted(dict):
+    """Verdicts that are all good: what the routes measure themselves is switched off."""
+
+    def __contains__(self, key):
+        return True
+
+
+def trusted(case):
+    case.problem.__dict__["verdicts"] = _Trusted()
+    return case
+
+
 def test_examples_that_influence_each_other_disagree():
     """Batch statistics in a model taken for one of independent examples."""
 
@@ -224,7 +236,7 @@ def test_examples_that_influence_each_other_disagree():
 
     torch.manual_seed(3)
     case = make(Normalised(), vectors)
-    check = audit(case, OneStep(PerExample()))
+    check = audit(trusted(case), OneStep(PerExample()))
     assert check.outcome == "disagrees"
     assert check.lower_gradient_error > 1e-3
     assert "examples of a batch influence each other" in str(check)
@@ -244,7 +256,7 @@ def test_the_batch_in_another_dimension_of_the_same_size_disagrees():
 
     torch.manual_seed(3)
     case = make(Transposed(), tokens)
-    check = audit(case, OneStep(PerExample()))
+    check = audit(trusted(case), OneStep(PerExample()))
     assert check.outcome == "disagrees"
     assert "leading dimension" in str(check)
     assert audit(case, OneStep(Jvp()))

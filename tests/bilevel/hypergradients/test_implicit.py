@@ -15,7 +15,6 @@ from bilevel import (
     SGD,
     Adam,
     AdamW,
-    Auto,
     BilevelProblem,
     BilevelSolver,
     CentralDifference,
@@ -26,6 +25,7 @@ from bilevel import (
     Neumann,
     Nystrom,
     OneStep,
+    PerExample,
     Reverse,
     ReweightingProblem,
     StationarityWarning,
@@ -732,7 +732,7 @@ def test_what_is_refused():
         with pytest.raises(ValueError, match="lower optimizer's weight_decay"):
             BilevelSolver(logistic_problem(), optimizer, SGD(0.1), Implicit())
     BilevelSolver(logistic_problem(), AdamW(0.1, weight_decay=0.0), SGD(0.1), Implicit())
-    with pytest.raises(ValueError, match=r"Implicit: product must be Jvp\(\)"):
-        Implicit(product=Auto())
+    with pytest.raises(ValueError, match=r"Implicit: product must be Auto\(\)"):
+        Implicit(product=PerExample())
     with pytest.raises(ValueError, match="stationarity_tolerance"):
         Implicit(stationarity_tolerance=-1.0)
