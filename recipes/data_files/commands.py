@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from recipes.data_files.options import (
     ConvertOptions,
     InspectOptions,
@@ -25,11 +27,9 @@ def data_convert(options: ConvertOptions) -> int:
     """Write the converted file."""
     from recipes.data_files.convert import convert, root_of
 
-    count = convert(options)
-    root = root_of(options, options.file)
-    print(
-        f"{options.out}: {count:,} examples; images are relative to {root}: give it as --image-root"
-    )
+    written = convert(options)
+    root = f"; {_relative_to(root_of(options, options.file))}" if written.images else ""
+    print(f"{options.out}: {written.examples:,} examples{root}")
     return 0
 
 
@@ -46,7 +46,15 @@ def data_split(options: SplitOptions) -> int:
     from recipes.data_files.convert import root_of
     from recipes.data_files.split import split
 
-    for name, (groups, rows) in split(options).items():
+    division = split(options)
+    for name, (groups, rows) in division.parts.items():
         print(f"{options.out}/{name}.jsonl: {groups:,} groups, {rows:,} rows")
-    print(f"images are relative to {root_of(options, options.file)}: give it as --image-root")
+    if division.joined:
+        print(f"{division.joined:,} groups were joined with others that have the same question")
+    if division.images:
+        print(_relative_to(root_of(options, options.file)))
     return 0
+
+
+def _relative_to(root: Path) -> str:
+    return f"images are relative to {root}: give it as --image-root"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 from prm.data.reader import checked_rows, write_jsonl
@@ -12,8 +13,23 @@ from recipes.data_files.options import ConvertOptions, FileOptions
 from recipes.options.values import OptionError
 
 
-def convert(options: ConvertOptions) -> int:
-    """Convert a file, one row at a time; return the number of examples written.
+@dataclass
+class Written:
+    """Counts what is written: the number of examples, and whether one has an image."""
+
+    examples: int = 0
+    images: bool = False
+
+    def through(self, examples: Iterator[StepExample]) -> Iterator[StepExample]:
+        """Pass the examples on, and count them."""
+        for example in examples:
+            self.examples += 1
+            self.images = self.images or bool(example.images)
+            yield example
+
+
+def convert(options: ConvertOptions) -> Written:
+    """Convert a file, one row at a time; return what was written.
 
     The whole source is checked as in training, except that images are checked for existence and
     place only. Nothing is written if a record cannot be used.
@@ -25,17 +41,17 @@ def convert(options: ConvertOptions) -> int:
     if options.weights is not None and options.to != "stepwise":
         raise OptionError("--weights: only stepwise rows have a weight column; use --to stepwise")
     out = new_file(options.out)
-    counter = _Counter()
+    written = Written()
     image_root = root_of(options, options.file)
     if options.to == "prm-jsonl":
-        write_jsonl(out, counter.through(examples_of(options, options.file)), image_root)
-        return counter.count
+        write_jsonl(out, written.through(examples_of(options, options.file)), image_root)
+        return written
     labels = (step.label for e in examples_of(options, options.file) for step in e.steps)
     soft = any(label not in (None, 0.0, 1.0) for label in labels)
     weights = None if options.weights is None else read_weights(existing_file(options.weights))
-    examples = counter.through(examples_of(options, options.file))
+    examples = written.through(examples_of(options, options.file))
     write_stepwise(out, examples, image_root, soft=soft, weights=weights)
-    return counter.count
+    return written
 
 
 def examples_of(options: FileOptions, file: str) -> Iterator[StepExample]:
@@ -77,15 +93,3 @@ def new_file(path: str) -> Path:
     if not file.parent.is_dir():
         raise OptionError(f"--out {path}: no such folder {file.parent}; make it first")
     return file
-
-
-class _Counter:
-    """Counts the items that it passes on."""
-
-    def __init__(self) -> None:
-        self.count = 0
-
-    def through(self, examples: Iterator[StepExample]) -> Iterator[StepExample]:
-        for example in examples:
-            self.count += 1
-            yield example

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import hashlib
 import re
 from collections import Counter
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from prm.data.formats.visualprm import PLACEHOLDER_ID
+from prm.data.questions import Questions, digest, words_of
 from prm.schema import DataError, StepExample
 
 _NUMBERED = re.compile(r"<image[ _]?(\d+)>")
@@ -68,6 +67,7 @@ class Findings:
         self.contradictions = Tally()
         self.duplicate_ids = Tally()
         self.image_mismatches = Tally()
+        self.mixed_up_groups = Tally()
         self.unjudged = Tally()
         self.image_rows = Tally()
         self.images: Counter[str] = Counter()
@@ -79,6 +79,8 @@ class Findings:
         self._names_at: dict[int, int] = {}
         self._rows_with_id = 0
         self._groups: dict[int, int] = {}
+        self._question_of: dict[int, tuple[int, tuple[Path, ...]]] = {}
+        self._questions = Questions()
         self._labels_of: dict[int, bytes] = {}
         self._contents: set[int] = set()
 
@@ -153,11 +155,26 @@ class Findings:
             before = self._labels_of.setdefault(texts, sides)
             if any(a != b and _UNKNOWN not in (a, b) for a, b in zip(before, sides, strict=True)):
                 self.contradictions.add(location)
-        if example.correct is not None:
-            group = question if example.group is None else digest((example.group,))
-            self._groups[group] = self._groups.get(group, 0) | (1 if example.correct else 2)
+        if self.compared or example.group is not None or example.correct is not None:
+            self._same_question(location, example)
+
+    def _same_question(self, location: int, example: StepExample) -> None:
+        """Compare the example with others of its question and of its group."""
+        words = digest(words_of(example.question))
         if self.compared:
-            self.words.add(digest(words_of(example.question)))
+            self.words.add(words)
+        if example.group is None:
+            name = digest((str(words), *map(str, example.images)))
+        else:
+            name = digest((example.group,))
+            first, images = self._question_of.setdefault(name, (words, example.images))
+            contents = self._questions.contents
+            if words != first or (
+                images != example.images and contents(images) != contents(example.images)
+            ):
+                self.mixed_up_groups.add(location)
+        if example.correct is not None:
+            self._groups[name] = self._groups.get(name, 0) | (1 if example.correct else 2)
 
     def measured(self, location: int, length: int, tiles: int) -> None:
         """Record the numbers of tokens and tiles of an example."""
@@ -206,6 +223,7 @@ class Findings:
             "label_balance": dict(self.labels),
             "outcome_balance": dict(self.outcomes),
             "unjudged_rows": self.unjudged.count,
+            "rows_of_another_question_in_group": self.mixed_up_groups.count,
             "groups": self.groups,
             "mixed_groups": self.mixed_groups,
             **({"tokens": spread(self.lengths)} if self.lengths else {}),
@@ -220,15 +238,6 @@ class Findings:
 def location_of(file: int, line: int) -> int:
     """Return the number of a file and a line as one number."""
     return file * _LINES + line
-
-
-def digest(texts: Iterable[str]) -> int:
-    """Return a 64-bit hash of several texts and the boundaries between them."""
-    hashed = hashlib.blake2b(digest_size=8)
-    for text in texts:
-        raw = text.encode("utf-8", "surrogatepass")
-        hashed.update(b"%d:" % len(raw) + raw)
-    return int.from_bytes(hashed.digest(), "little")
 
 
 def mismatched(example: StepExample) -> bool:
@@ -266,8 +275,3 @@ def _kind(label: float | None) -> str:
     if label is None:
         return "none"
     return {1.0: "+", 0.0: "-"}.get(label, "soft")
-
-
-def words_of(text: str) -> list[str]:
-    """Return the words in lower case, by which a repeated question is recognised."""
-    return text.casefold().split()

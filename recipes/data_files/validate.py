@@ -188,6 +188,12 @@ def _page(findings: Findings, options: ValidateOptions) -> str:
         examples,
     )
     add("unjudged", findings.unjudged, "neither a label nor an outcome", examples)
+    add(
+        "mixed up groups",
+        findings.mixed_up_groups,
+        "solutions of another question than the first of their group",
+        examples,
+    )
     images = findings.images
     add("images", images["checked"], f"different files named, checked: {options.images}")
     for fault in ("missing", "unreadable", "outside"):
