@@ -11,15 +11,20 @@ from recipes.data_files.options import (
     ValidateOptions,
 )
 
+LEAK = 3
+"""The exit status of ``data validate`` where sets share questions, with or without errors."""
+
 
 def data_validate(options: ValidateOptions) -> int:
-    """Print the report; return 1 if a record cannot be used."""
+    """Print the report; return 1 if a record cannot be used, 3 if sets share questions."""
     from recipes.data_files.validate import validate, write_figures
 
     page, figures = validate(options)
     print(page)
     if options.json is not None:
         write_figures(options.json, figures)
+    if figures.get("leaks"):
+        return LEAK
     return 1 if figures["errors"] else 0
 
 

@@ -34,7 +34,7 @@ class Tally:
 
 @dataclass(frozen=True)
 class Mistake:
-    """A record that cannot be used."""
+    """Why a row, or a solution of it, cannot be used."""
 
     file: str
     line: int | None
@@ -58,7 +58,7 @@ class Findings:
         self.rows = 0
         self.examples = 0
         self.steps = 0
-        self.errors: list[Mistake] = []
+        self.errors: dict[Mistake, int] = {}
         self.labels: Counter[str] = Counter({"+": 0, "-": 0, "soft": 0, "none": 0})
         self.outcomes: Counter[str] = Counter({"right": 0, "wrong": 0, "unknown": 0})
         self.one_step = Tally()
@@ -92,18 +92,26 @@ class Findings:
         """Return the current file and a line as one number, which saves memory."""
         return location_of(len(self.files) - 1, line)
 
+    def names_shared(self, other: Findings) -> int:
+        """Return how many ids occur in both sets."""
+        return len(self._names_at.keys() & other._names_at.keys())
+
     def shown(self, location: int) -> str:
         """Return ``location`` as text."""
         file, line = divmod(location, _LINES)
         return f"{line}" if len(self.files) == 1 else f"{self.files[file].name}:{line}"
 
     def mistake(self, error: DataError) -> None:
-        """Record the error of a record that cannot be used."""
+        """Record an error. Solutions of one row that have the same count as one."""
         message = f"expected {error.expected}, found {error.found}"
         message += f"; {error.remedy}" if error.remedy else ""
-        self.errors.append(
-            Mistake(str(error.file or self.files[-1]), error.line, error.field, message)
-        )
+        mistake = Mistake(str(error.file or self.files[-1]), error.line, error.field, message)
+        self.errors[mistake] = self.errors.get(mistake, 0) + 1
+
+    @property
+    def bad_rows(self) -> int:
+        """Return the number of rows with an error, or of errors without a row."""
+        return len({(mistake.file, mistake.line) for mistake in self.errors})
 
     def row(self, line: int, record: Any) -> None:
         """Count a record, readable or not, and compare its id with those of earlier rows."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from recipes.options.values import OptionError
 from recipes.run.files import write_json
 
 _MISTAKES_SHOWN = 10
+_LINES_SHOWN = 5
 Measure = Callable[[StepExample], tuple[int, int]]
 
 
@@ -24,7 +26,8 @@ def validate(options: ValidateOptions) -> tuple[str, dict[str, Any]]:
     """Check the files of ``options``; return the report and the figures for JSON.
 
     The figures of the files are at the top level, those of ``--meta`` and ``--test`` below ``meta``
-    and ``test``; ``errors`` holds the errors of all sets. Memory: about 400 bytes a row.
+    and ``test``; ``errors`` holds the errors of all sets, ``leaks`` the pairs of sets that share a
+    question. Memory: about 400 bytes a row.
 
     Raises:
         OptionError: A file or the model does not exist.
@@ -54,8 +57,11 @@ def validate(options: ValidateOptions) -> tuple[str, dict[str, Any]]:
             }
             for pair in shared
         }
-        page += "\n\n" + "\n".join(_shared(pair, findings_of[pair.second]) for pair in shared)
-    return page + "\n\n" + _mistakes(findings_of), figures
+        page += "\n\n" + "\n".join(_shared(pair, findings_of) for pair in shared)
+        figures["leaks"] = [
+            f"{pair.first}_{pair.second}" for pair in shared if pair.questions.count
+        ]
+    return page + "\n\n" + _mistakes(findings_of, figures.get("leaks", [])), figures
 
 
 def write_figures(path: str, figures: dict[str, Any]) -> None:
@@ -145,10 +151,12 @@ def _rows(paths: Sequence[str], options: ValidateOptions) -> list[Rows]:
     return [rows(number, Path(path)) for number, path in enumerate(paths)]
 
 
-def _shared(pair: Overlap, findings: Findings) -> str:
+def _shared(pair: Overlap, findings_of: Mapping[str, Findings]) -> str:
+    findings = findings_of[pair.second]
+    names = findings.names_shared(findings_of[pair.first])
     text = f"{pair.second} and {pair.first} share "
     if not pair.questions.count:
-        return text + "no question"
+        return text + "no question" + (f", but {names:,} ids" if names else "")
     text += f"the questions of {pair.questions.count:,} solutions of {pair.second}"
     text += _first(pair.questions, findings)
     if pair.solutions.count:
@@ -170,7 +178,7 @@ def _page(findings: Findings, options: ValidateOptions) -> str:
             where = "" if isinstance(tally, int) else _first(tally, findings)
             lines.append(f"  {name:<22}{count:>9,}{share:<10} {text}{where}")
 
-    add("errors", len(findings.errors), "records that cannot be used, listed below")
+    add("errors", findings.bad_rows, "rows that cannot be used, or not whole; see below", rows)
     if findings.constant_id:
         text = "all rows have the same id"
         if findings.placeholder_ids:
@@ -230,15 +238,37 @@ def _counts(counts: Mapping[str, int], total: int) -> str:
     return ", ".join(parts) or "none"
 
 
-def _mistakes(findings_of: dict[str, Findings]) -> str:
-    mistakes = [mistake for findings in findings_of.values() for mistake in findings.errors]
-    if not mistakes:
-        return "no errors"
-    lines = [f"{len(mistakes):,} errors"]
-    for mistake in mistakes[:_MISTAKES_SHOWN]:
-        location = f"{mistake.file}:{mistake.line}" if mistake.line else mistake.file
-        field = f": field {mistake.field}" if mistake.field else ""
-        lines.append(f"  {location}{field}: {mistake.message}")
-    if len(mistakes) > _MISTAKES_SHOWN:
-        lines.append(f"  ... and {len(mistakes) - _MISTAKES_SHOWN:,} more; --json FILE lists all")
-    return "\n".join(lines)
+def _mistakes(findings_of: Mapping[str, Findings], leaks: Sequence[str]) -> str:
+    """Return the errors, those of equal text together, and the leaks."""
+    alike: dict[tuple[str, str | None, str], list[int | None]] = defaultdict(list)
+    for findings in findings_of.values():
+        for mistake in findings.errors:
+            alike[mistake.file, mistake.field, mistake.message].append(mistake.line)
+    lines = []
+    if alike:
+        rows = sum(findings.bad_rows for findings in findings_of.values())
+        lines.append(f"errors in {_counted(rows, 'row')}")
+    for (file, field, message), at in list(alike.items())[:_MISTAKES_SHOWN]:
+        location = file if at[0] is None else f"{file}:{at[0]}"
+        more = (
+            "" if len(at) == 1 else f" (and {_counted(len(at) - 1, 'more row')}: {_list(at[1:])})"
+        )
+        lines.append(f"  {location}{more}{f': field {field}' if field else ''}: {message}")
+    if len(alike) > _MISTAKES_SHOWN:
+        lines.append(f"  ... and {len(alike) - _MISTAKES_SHOWN:,} others; --json FILE lists all")
+    if leaks:
+        pairs = ", ".join(pair.replace("_", " and ") for pair in leaks)
+        lines.append(
+            f"a leak: {pairs} share questions; take them out of one of the two, or divide one file "
+            "by `bilevel-prm data split`"
+        )
+    return "\n".join(lines) or "no errors"
+
+
+def _counted(number: int, what: str) -> str:
+    return f"{number:,} {what}" + ("" if number == 1 else "s")
+
+
+def _list(lines: Sequence[int | None]) -> str:
+    shown = ", ".join(f"{line}" for line in lines[:_LINES_SHOWN])
+    return shown + (", ..." if len(lines) > _LINES_SHOWN else "")
