@@ -19,6 +19,7 @@ from recipes.evaluation.leaks import find_leak, refuse_leak
 from recipes.loading import Examples, Solutions, read_examples
 from recipes.options.train import TrainOptions
 from recipes.options.values import OptionError
+from recipes.train.batches import mixed_questions
 from recipes.train.bounded_weights import WEIGHTINGS
 from weighting import row_index
 
@@ -50,7 +51,7 @@ def read_train_data(prm: PRM, options: TrainOptions) -> TrainData:
     Raises:
         OptionError: A file is missing, or the meta set shares questions with the test set and
             the run is not marked as a sanity check.
-        DataError: A record cannot be used.
+        DataError: A record cannot be used, or no question has a pair to compare.
     """
     plain = read_examples(prm, options, options.train_file)
     require(plain, "labels")
@@ -65,6 +66,7 @@ def read_train_data(prm: PRM, options: TrainOptions) -> TrainData:
         require(meta, "correct")
         if options.loss_target == "pairs":
             require(meta, "group")
+            _require_pairs(meta)
     evaluations = {
         name: read_candidates(prm, options, path)
         for name, path in (("dev", options.data.dev_file), ("test", options.data.test_file))
@@ -86,6 +88,28 @@ def read_train_data(prm: PRM, options: TrainOptions) -> TrainData:
         domains=domains,
         fixed_weights=_read_weights(weights, ids) if weights else None,
     )
+
+
+def _require_pairs(meta: Examples) -> None:
+    """Say how many questions of the meta set have pairs of solutions to compare.
+
+    Raises:
+        DataError: None has.
+    """
+    mixed, questions = mixed_questions(meta.examples)
+    if not mixed:
+        raise DataError(
+            expected="questions with both a right and a wrong solution, which --loss-target pairs "
+            "compares",
+            found=f"none among {questions:,} questions with {len(meta):,} solutions",
+            file=meta.path,
+            remedy="sample more solutions of each question, or use --loss-target both",
+        )
+    if len(mixed) < questions:
+        print(
+            f"{meta.path}: {len(mixed):,} of {questions:,} questions have right and wrong "
+            "solutions; --loss-target pairs uses these alone"
+        )
 
 
 def _weighs_by_domain(options: TrainOptions) -> bool:
