@@ -21,7 +21,10 @@ MODULES = [path for name in PACKAGES for path in sorted((ROOT / name).rglob("*.p
 ALLOWED = {
     "bilevel": {"torch", "torchopt", "optree", "jaxtyping"},
     "weighting": {"torch", "safetensors", "jaxtyping"},
-    "prm": {"torch", "transformers", "jinja2", "PIL", "numpy", "safetensors", "peft", "jaxtyping"},
+    "prm": {
+        *("torch", "transformers", "jinja2", "PIL", "numpy", "safetensors", "peft", "jaxtyping"),
+        *("pyarrow", "zstandard"),
+    },
     "recipes": {
         *(*CORE, "torch", "torchopt", "optree", "transformers", "tokenizers", "safetensors"),
         *("PIL", "numpy", "sklearn", "yaml", "tqdm", "filelock"),
@@ -236,7 +239,9 @@ def declared() -> set[str]:
     setup = configparser.ConfigParser()
     setup.read(ROOT / "setup.cfg", encoding="utf-8")
     extras = setup["options.extras_require"]
-    lines = setup["options"]["install_requires"] + extras["demo"] + extras["peft"]
+    lines = (
+        setup["options"]["install_requires"] + extras["demo"] + extras["peft"] + extras["datasets"]
+    )
     return {re.split("[<>=!~]", line)[0] for line in lines.split()}
 
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from prm.data.formats.table import Format, detect, format_named
+from prm.data.formats.table import FORMATS, Format, detect, format_named
 from prm.data.image_files import ImageFiles
 from prm.data.json_rows import json_rows
 from prm.data.record_fields import Location, image_field
@@ -40,8 +41,9 @@ def iter_rows(
 ) -> Iterator[Row | DataError]:
     """Yield every record of a file, or a ``DataError`` instead of a record that is wrong.
 
-    The file is JSONL or one JSON array, and is never held whole. Images are neither opened nor
-    looked for, and ids are not compared; ``checked_rows`` does both.
+    The file is JSONL, one JSON array, a table or another form that ``json_rows`` reads, and is not
+    held whole. One object that is no record, but holds lists of them, is read as these. Images are
+    neither opened nor looked for, and ids are not compared; ``checked_rows`` does both.
 
     Args:
         path: The file.
@@ -56,19 +58,57 @@ def iter_rows(
     path = Path(path)
     root = path.parent if image_root is None else Path(image_root)
     known: Format | None = None if format == "auto" else format_named(format)
-    for line, record in json_rows(path):
+    unknown: DataError | None = None
+    for line, record in _unfolded(json_rows(path), known):
         if isinstance(record, DataError):
             yield record
             continue
         location = Location(root, path, line)
-        try:
-            if known is None:
+        if known is None:
+            try:
                 known = detect(record, location)
-            elif not isinstance(record, dict):
+            except DataError as error:
+                unknown = unknown or error
+                yield _shortened(error, unknown)
+                continue
+        try:
+            if not isinstance(record, dict):
                 location.refuse(None, "a JSON object", record, "write one object per line")
             yield Row(line, record, known.read(record, location), known.name)
         except DataError as error:
             yield error
+
+
+def _unfolded(rows: Iterator[tuple[int, Any]], known: Format | None) -> Iterator[tuple[int, Any]]:
+    """Yield the rows; in place of one object that holds lists of records, those records."""
+    formats = FORMATS if known is None else (known,)
+    for line, record in rows:
+        if line == 1 and _holds_records(record) and not any(f.matches(record) for f in formats):
+            yield from enumerate(chain.from_iterable(record.values()), start=1)
+        else:
+            yield line, record
+
+
+def _holds_records(record: object) -> bool:
+    return (
+        isinstance(record, dict)
+        and bool(record)
+        and all(isinstance(held, list) for held in record.values())
+        and all(isinstance(inner, dict) for held in record.values() for inner in held)
+    )
+
+
+def _shortened(error: DataError, first: DataError) -> DataError:
+    """Return an error without what the first of its kind has listed already."""
+    if error is first or error.expected != first.expected:
+        return error
+    return DataError(
+        expected=f"a record of a known format, as listed for line {first.line}",
+        found=error.found,
+        file=error.file,
+        line=error.line,
+        remedy=error.remedy,
+    )
 
 
 def checked_rows(

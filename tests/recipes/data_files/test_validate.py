@@ -231,7 +231,7 @@ def test_several_files_are_one_set(tmp_path):
 
 @pytest.mark.parametrize(
     ("content", "expected"),
-    [(b"", "at least one row"), (b"[]", "at least one row"), (b"\xff\xfe{}", "without a mark")],
+    [(b"", "at least one row"), (b"[]", "at least one row"), (b"\xff\xfe{}", "JSON in UTF-8")],
 )
 def test_files_without_rows(tmp_path, content, expected):
     path = tmp_path / "empty.jsonl"
