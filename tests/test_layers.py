@@ -57,6 +57,7 @@ LAYERS = {
     ),
     "recipes": (
         ("options",),
+        ("bad_rows",),
         ("run", "loading"),
         ("data_files", "evaluation", "problems"),
         ("train",),

@@ -8,8 +8,9 @@ from __future__ import annotations
 import difflib
 import hashlib
 import os
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, NoReturn
@@ -38,11 +39,23 @@ class Location:
         root: Folder of the images.
         file: The file that holds the record, if there is one.
         line: Line in a JSONL file, row in a JSON array, counted from 1.
+        errors: Takes the errors of single candidates (``one_of_several``), None to raise them.
     """
 
     root: Path
     file: Path | None = None
     line: int | None = None
+    errors: list[DataError] | None = field(default=None, compare=False)
+
+    @contextmanager
+    def one_of_several(self) -> Iterator[None]:
+        """Keep the error of one candidate, so that the others of its record can be read."""
+        try:
+            yield
+        except DataError as error:
+            if self.errors is None:
+                raise
+            self.errors.append(error)
 
     def refuse(
         self, field: str | None, expected: str, found: object, remedy: str | None = None

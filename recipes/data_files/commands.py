@@ -25,7 +25,7 @@ def data_validate(options: ValidateOptions) -> int:
         write_figures(options.json, figures)
     if figures.get("leaks"):
         return LEAK
-    return 1 if figures["errors"] else 0
+    return 0 if figures["usable"] else 1
 
 
 def data_convert(options: ConvertOptions) -> int:

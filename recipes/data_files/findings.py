@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from prm.data.bad_rows import BadRows
 from prm.data.formats.visualprm import PLACEHOLDER_ID
 from prm.data.questions import Questions, digest, words_of
 from prm.schema import DataError, StepExample
@@ -73,8 +74,10 @@ class Findings:
         self.images: Counter[str] = Counter()
         self.lengths: list[int] = []
         self.tiles: list[int] = []
+        self.bad: list[BadRows] = []
         self.compared = compared
         self.words: set[int] = set()
+        self._last = -1
         self._ids: set[int] = set()
         self._names_at: dict[int, int] = {}
         self._rows_with_id = 0
@@ -114,8 +117,12 @@ class Findings:
         return len({(mistake.file, mistake.line) for mistake in self.errors})
 
     def row(self, line: int, record: Any) -> None:
-        """Count a record, readable or not, and compare its id with those of earlier rows."""
-        self.rows += 1
+        """Count a record, readable or not, and compare its id with those of earlier rows.
+
+        A row of which a candidate cannot be read comes several times and counts once.
+        """
+        self.rows += self._last != (location := self.location(line))
+        self._last = location
         given = record.get("id") if isinstance(record, dict) else None
         if given is None or isinstance(given, list | dict):
             return

@@ -11,9 +11,11 @@ from pathlib import Path
 from prm.data.questions import Questions, digest, words_of
 from prm.data.reader import write_jsonl
 from prm.schema import StepExample
-from recipes.data_files.convert import examples_of, existing_file, root_of
+from recipes.bad_rows import bad_rows_of, report_bad_rows, skipped_path
+from recipes.data_files.convert import examples_of, root_of
 from recipes.data_files.options import SplitOptions
-from recipes.options.values import OptionError
+from recipes.options.rules import check_together
+from recipes.options.values import OptionError, existing_file
 from recipes.run.files import complete_directory
 
 REST = "rest"
@@ -51,8 +53,10 @@ def split(options: SplitOptions) -> Division:
     if out.exists():
         raise OptionError(f"--out {options.out}: exists; remove it or give another name")
     existing_file(options.file)
+    check_together(options)
     groups = _Groups()
-    for example in examples_of(options, options.file):
+    bad = bad_rows_of(options, Path(options.file))
+    for example in examples_of(options, options.file, bad):
         groups.add(example)
     groups.join_equal_pictures()
     rows = groups.rows()
@@ -73,6 +77,7 @@ def split(options: SplitOptions) -> Division:
                 root_of(options, options.file),
             )
             written[part] = (len(mine), sum(rows[key] for key in mine))
+    report_bad_rows([bad], skipped_path(out))
     return Division(written, groups.joined(len(keys)), groups.images)
 
 

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from prm.data.bad_rows import BadRows
 from prm.data.image_files import ImageFiles
 from prm.data.reader import Row, image_errors, iter_rows, repeated_id
 from prm.schema import DataError, StepExample
@@ -14,7 +15,8 @@ from recipes.data_files.findings import Findings, Tally, location_of, spread
 from recipes.data_files.options import ValidateOptions
 from recipes.data_files.overlap import Overlap, Rows, overlaps
 from recipes.options.base import PrmOptions
-from recipes.options.values import OptionError
+from recipes.options.rules import check_together
+from recipes.options.values import OptionError, existing_file
 from recipes.run.files import write_json
 
 _MISTAKES_SHOWN = 10
@@ -26,8 +28,9 @@ def validate(options: ValidateOptions) -> tuple[str, dict[str, Any]]:
     """Check the files of ``options``; return the report and the figures for JSON.
 
     The figures of the files are at the top level, those of ``--meta`` and ``--test`` below ``meta``
-    and ``test``; ``errors`` holds the errors of all sets, ``leaks`` the pairs of sets that share a
-    question. Memory: about 400 bytes a row.
+    and ``test``. ``errors`` holds the errors of all sets, ``leaks`` the pairs of sets that share a
+    question, and ``usable`` says whether commands would take the files. Memory: about 400 bytes a
+    row.
 
     Raises:
         OptionError: A file or the model does not exist.
@@ -35,8 +38,8 @@ def validate(options: ValidateOptions) -> tuple[str, dict[str, Any]]:
     sets = {"train": options.files}
     sets |= {name: (path,) for name in ("meta", "test") if (path := getattr(options, name))}
     for path in (path for paths in sets.values() for path in paths):
-        if not Path(path).is_file():
-            raise OptionError(f"{path}: no such file; check the path")
+        existing_file(path)
+    check_together(options)
     measure = None if options.model is None else _measure(options)
     findings_of = {}
     for name, paths in sets.items():
@@ -61,7 +64,22 @@ def validate(options: ValidateOptions) -> tuple[str, dict[str, Any]]:
         figures["leaks"] = [
             f"{pair.first}_{pair.second}" for pair in shared if pair.questions.count
         ]
-    return page + "\n\n" + _mistakes(findings_of, figures.get("leaks", [])), figures
+    page += "\n\n" + _mistakes(findings_of, figures.get("leaks", []))
+    figures["usable"] = not figures["errors"]
+    if options.on_bad_row == "skip" and figures["errors"]:
+        bad = [bad for findings in findings_of.values() for bad in findings.bad if bad.left_out]
+        too_many = list(filter(None, map(_too_many, bad)))
+        figures["usable"] = not too_many
+        page += "\n" + "\n".join([*map(str, bad), *too_many])
+    return page, figures
+
+
+def _too_many(bad: BadRows) -> str | None:
+    try:
+        bad.check()
+    except DataError as error:
+        return str(error)
+    return None
 
 
 def write_figures(path: str, figures: dict[str, Any]) -> None:
@@ -81,20 +99,29 @@ def _scan(
     findings.start(path)
     root = path.parent if options.image_root is None else Path(options.image_root)
     images = ImageFiles(root, allow_outside=options.allow_outside_images, check=options.images)
-    format, rows = "unknown", 0
+    format, rows = "unknown", findings.rows
+    bad = BadRows(path, "skip", options.max_bad_rows)
     for row in iter_rows(path, root, format=options.format):
-        rows += 1
         if isinstance(row, DataError):
             findings.row(row.line or 0, None)
             findings.mistake(row)
+            bad.add(row)
             continue
         format = row.format
         findings.row(row.line, row.record)
+        usable = 0
         for example in row.examples:
             findings.example(row.line, example)
-            _check(row, example, path, findings, images, measure)
+            wrong = _check(row, example, path, findings, images, measure)
+            if wrong is None:
+                usable += 1
+            else:
+                bad.add(wrong, example.id)
+        bad.count(row.line, usable)
     findings.formats.append(format)
-    if not rows:
+    bad.rows = findings.rows - rows
+    findings.bad.append(bad)
+    if not bad.rows:
         findings.mistake(DataError(expected="at least one row", found="an empty file", file=path))
     findings.images.update(problem.fault for problem in images.problems.values())
     findings.images["checked"] += images.count
@@ -107,22 +134,26 @@ def _check(
     findings: Findings,
     images: ImageFiles,
     measure: Measure | None,
-) -> None:
+) -> DataError | None:
+    """Check an example against the others, and its images; return the first error, if any."""
     location = findings.location(row.line)
     first = findings.first_named(example.id, location)
+    errors = []
     if first != location:
-        findings.mistake(repeated_id(example.id, path, row.line, findings.shown(first)))
-    errors = list(image_errors(row, example, images, path))
-    for error in errors:
-        findings.mistake(error)
-    if errors:
+        errors.append(repeated_id(example.id, path, row.line, findings.shown(first)))
+    of_images = list(image_errors(row, example, images, path))
+    errors += of_images
+    if of_images:
         findings.image_rows.add(location)
     elif measure is not None:
         try:
             findings.measured(location, *measure(example))
         except DataError as error:
             error.line = row.line
-            findings.mistake(error)
+            errors.append(error)
+    for mistake in errors:
+        findings.mistake(mistake)
+    return errors[0] if errors else None
 
 
 def _measure(options: ValidateOptions) -> Measure:

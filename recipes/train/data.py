@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
+from prm.data.bad_rows import BadRows
 from prm.data.json_rows import json_rows
 from prm.data.record_fields import Location
 from prm.models.model import PRM
 from prm.schema import DataError, StepExample
+from recipes.bad_rows import SKIPPED, report_bad_rows
 from recipes.evaluation.candidates import Candidates, read_candidates
 from recipes.evaluation.leaks import find_leak, refuse_leak
-from recipes.loading import Examples, Solutions, read_examples
+from recipes.loading import Data, Examples, Fault, read_examples, usable
 from recipes.options.train import TrainOptions
 from recipes.options.values import OptionError
+from recipes.run.resume import Run
 from recipes.train.batches import mixed_questions
 from recipes.train.bounded_weights import WEIGHTINGS
 from weighting import row_index
@@ -44,6 +47,12 @@ class TrainData:
     domains: Mapping[str, int]
     fixed_weights: Tensor | None
 
+    @property
+    def bad(self) -> list[BadRows]:
+        """What was left out of every file."""
+        read = [self.train, self.meta, *(one.data for one in self.evaluations.values())]
+        return [data.bad for data in read if data is not None]
+
 
 def read_train_data(prm: PRM, options: TrainOptions) -> TrainData:
     """Read and check the files of a training run.
@@ -54,18 +63,18 @@ def read_train_data(prm: PRM, options: TrainOptions) -> TrainData:
         DataError: A record cannot be used, or no question has a pair to compare.
     """
     plain = read_examples(prm, options, options.train_file)
-    require(plain, "labels")
+    plain = require(plain, "labels")
     if _weighs_by_domain(options):
-        require(plain, "domain")
+        plain = require(plain, "domain")
     ids = row_index([example.id for example in plain.examples])
     names = [example.domain for example in plain.examples]
     domains = {} if None in names else {str(n): i for i, n in enumerate(dict.fromkeys(names))}
     meta = None
     if options.data.meta_file is not None:
         meta = read_examples(prm, options, options.data.meta_file)
-        require(meta, "correct")
+        meta = require(meta, "correct")
         if options.loss_target == "pairs":
-            require(meta, "group")
+            meta = require(meta, "group")
             _require_pairs(meta)
     evaluations = {
         name: read_candidates(prm, options, path)
@@ -112,6 +121,24 @@ def _require_pairs(meta: Examples) -> None:
         )
 
 
+def keep_bad_rows(run: Run, bad: Sequence[BadRows]) -> None:
+    """List what was left out of the files in the run directory, and say how much it was.
+
+    Raises:
+        OptionError: The run is resumed, and other rows were left out when it began.
+    """
+    path = run.directory / f"rows{SKIPPED}"
+    if int(run.start.state.lower_steps):
+        earlier = path.read_text(encoding="utf-8") if path.is_file() else ""
+        now = "".join(row.line_of_json() for one in bad for row in one.left_out)
+        if earlier != now:
+            raise OptionError(
+                f"--resume {run.directory}: other rows are left out than when the run began, which "
+                f"{path} lists; make the files, and the images that they name, as they were"
+            )
+    report_bad_rows(bad, path)
+
+
 def _weighs_by_domain(options: TrainOptions) -> bool:
     if options.weighting.kind == "none":
         return False
@@ -127,69 +154,62 @@ def lower_examples(options: TrainOptions, data: TrainData) -> Examples:
     return data.train
 
 
-@dataclass(frozen=True)
-class _Need:
-    """A field that the data need for some purpose, and the text of the error without it."""
+class _Need(NamedTuple):
+    """A field that the data need for some purpose, and the fault of an example without it."""
 
     has: Callable[[StepExample], bool]
-    field: str
-    expected: str
-    found: str
-    remedy: str
+    fault: Fault
 
 
 _NEEDS: Mapping[str, _Need] = {
     "labels": _Need(
-        has=lambda example: any(step.label is not None for step in example.steps),
-        field="steps[].label",
-        expected="at least one labelled step",
-        found="none",
-        remedy="label a step or remove the example",
+        lambda example: any(step.label is not None for step in example.steps),
+        Fault(
+            field="steps[].label",
+            expected="at least one labelled step",
+            found="none",
+            remedy="label a step or remove the example",
+        ),
     ),
     "correct": _Need(
-        has=lambda example: example.correct is not None,
-        field="correct",
-        expected="true or false",
-        found="nothing",
-        remedy="meta examples must say whether the solution's answer is right",
+        lambda example: example.correct is not None,
+        Fault(
+            field="correct",
+            expected="true or false",
+            found="nothing",
+            remedy="meta examples must say whether the solution's answer is right",
+        ),
     ),
     "group": _Need(
-        has=lambda example: example.group is not None,
-        field="group",
-        expected="the name of the question",
-        found="nothing",
-        remedy='loss_target "pairs" compares solutions of one question; name it, or use "both"',
+        lambda example: example.group is not None,
+        Fault(
+            field="group",
+            expected="the name of the question",
+            found="nothing",
+            remedy='loss_target "pairs" compares solutions of one question; name it, or use "both"',
+        ),
     ),
     "domain": _Need(
-        has=lambda example: example.domain is not None,
-        field="domain",
-        expected="a name",
-        found="nothing",
-        remedy="--weighting domain and the feature domain need one: name the example's, or use "
-        "another weighting or other features",
+        lambda example: example.domain is not None,
+        Fault(
+            field="domain",
+            expected="a name",
+            found="nothing",
+            remedy="--weighting domain and the feature domain need one: name the example's, or use "
+            "another weighting or other features",
+        ),
     ),
 }
 
 
-def require(
-    data: Examples | Solutions, what: Literal["labels", "correct", "group", "domain"]
-) -> None:
-    """Refuse examples without ``labels``, ``correct``, ``group`` or ``domain``.
+def require(data: Data, what: Literal["labels", "correct", "group", "domain"]) -> Data:
+    """Refuse examples without ``labels``, ``correct``, ``group`` or ``domain``, or leave them out.
 
     Raises:
         DataError: An example lacks the field. The error names the first such line.
     """
     need = _NEEDS[what]
-    for line, example in enumerate(data.examples, start=1):
-        if not need.has(example):
-            raise DataError(
-                file=data.path,
-                line=line,
-                field=need.field,
-                expected=need.expected,
-                found=need.found,
-                remedy=need.remedy,
-            )
+    return usable(data, lambda example: None if need.has(example) else need.fault)
 
 
 def _read_weights(path: str, ids: Mapping[str, int]) -> Tensor:

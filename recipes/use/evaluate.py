@@ -10,15 +10,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from prm.data.json_rows import json_rows
 from prm.models.model import PRM
 from prm.schema import DataError
 from prm.scoring import score_examples
-from recipes.evaluation.candidates import Candidates, read_candidates, read_scored_candidates
+from recipes.bad_rows import report_bad_rows, skipped_path
+from recipes.evaluation.candidates import Candidates, read_candidates, tie_together
 from recipes.evaluation.dev_choice import Choice, choose_on_dev
 from recipes.evaluation.figures import all_figures
 from recipes.evaluation.leaks import find_leak, refuse_leak
 from recipes.evaluation.table import SANITY_CHECK, results_table
-from recipes.loading import Examples, load_model, read_solutions, set_up
+from recipes.loading import Examples, Fault, Solutions, load_model, read_solutions, set_up, usable
 from recipes.options.rules import check_together
 from recipes.options.use import EvaluateOptions
 from recipes.options.values import OptionError
@@ -42,7 +44,8 @@ class _Judge:
     def read(self, path: str, scores: str | None) -> Candidates:
         """Return candidates, tokenised only if they have to be scored."""
         if scores is not None:
-            return read_scored_candidates(self.options, path)
+            data = read_solutions(self.options, path)
+            return tie_together(without_skipped(data, Path(scores)))
         return read_candidates(self.loaded[0], self.options, path)
 
     def rows(self, candidates: Candidates, scores: str | None) -> list[Tensor]:
@@ -77,6 +80,8 @@ def run_evaluate(options: EvaluateOptions) -> dict[str, Any]:
     output = None if options.output is None else Path(options.output)
     if output is not None and output.is_dir():
         raise OptionError(f"--output {output}: is a directory; name a file")
+    if output is None and options.on_bad_row == "skip":
+        raise OptionError("--on-bad-row skip: needs --output, beside which the list is written")
     judge = _Judge(options)
     candidates = judge.read(options.file, options.scores)
     dev = None if options.dev is None else judge.read(options.dev, options.dev_scores)
@@ -95,6 +100,8 @@ def run_evaluate(options: EvaluateOptions) -> dict[str, Any]:
     print(_summary(results))
     if output is not None:
         write_json(output, results)
+        read = [candidates] if dev is None else [candidates, dev]
+        report_bad_rows([one.data.bad for one in read], skipped_path(output))
     else:
         print(json.dumps({k: v for k, v in results.items() if k not in ("rows", "ci95")}))
     return results
@@ -124,6 +131,26 @@ def _tuned_on(
         if leak:
             shared.append(f"{name} {leak}")
     return shared
+
+
+def without_skipped(data: Solutions, scores: Path) -> Solutions:
+    """Return the solutions without those that ``score`` left out when it wrote ``scores``.
+
+    Raises:
+        DataError: There are such solutions, and bad rows are refused.
+    """
+    listed = skipped_path(scores)
+    if not listed.is_file():
+        return data
+    entries = [entry for _, entry in json_rows(listed) if isinstance(entry, dict)]
+    skipped = {entry.get("id") for entry in entries}
+    fault = Fault(
+        field="id",
+        expected=f"a solution with scores in {scores}",
+        found=f"one that `score` left out, as {listed} says",
+        remedy="leave it out here, too: --on-bad-row skip",
+    )
+    return usable(data, lambda example: fault if example.id in skipped else None)
 
 
 def _read_rows(path: Path, candidates: Candidates) -> list[Tensor]:

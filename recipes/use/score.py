@@ -18,6 +18,7 @@ from prm.inputs.prompt import SYSTEM_PROMPT
 from prm.models.model import PRM
 from prm.schema import DataError, StepExample
 from prm.scoring import aggregate, score_examples
+from recipes.bad_rows import report_bad_rows, skipped_path
 from recipes.loading import load_model, read_examples, set_up
 from recipes.options.use import ScoreOptions
 from recipes.options.values import OptionError
@@ -47,6 +48,7 @@ def run_score(options: ScoreOptions) -> Path:
     data = read_examples(prm, options, options.file)
     ids = [example.id for example in data.examples]
     done = _begin(output, settings_of(prm, options), ids, Path(options.file))
+    report_bad_rows([data.bad], skipped_path(output))
     started = time.perf_counter()
     window = _WINDOW * options.eval_batch_size
     # An incomplete window is scored again as a whole, so that its batches are the same.

@@ -1,0 +1,36 @@
+"""What commands do with rows that they cannot use, and the list of those that they leave out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+from prm.data.bad_rows import BadRows, write_bad_rows
+from recipes.options.base import ReadOptions
+
+SKIPPED = ".skipped.jsonl"
+"""What the name of a list of rows that were left out ends with."""
+_HINT = "mend it, or leave such rows out with --on-bad-row skip"
+
+
+def bad_rows_of(options: ReadOptions, path: Path) -> BadRows:
+    """Return what takes the bad rows of a file."""
+    return BadRows(path, options.on_bad_row, options.max_bad_rows, _HINT)
+
+
+def report_bad_rows(several: Iterable[BadRows], output: Path) -> None:
+    """Say what was left out of several files, and list it in the file ``output``, if anything was.
+
+    Raises:
+        OSError: The list cannot be written.
+    """
+    lost = [bad for bad in several if bad.left_out]
+    if lost:
+        write_bad_rows(output, lost)
+        for bad in lost:
+            print(f"{bad}, listed in {output}")
+
+
+def skipped_path(output: Path) -> Path:
+    """Return the path of the list of what was left out, beside an output."""
+    return output.with_name(output.name + SKIPPED)
