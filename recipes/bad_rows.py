@@ -15,7 +15,9 @@ _HINT = "mend it, or leave such rows out with --on-bad-row skip"
 
 def bad_rows_of(options: ReadOptions, path: Path) -> BadRows:
     """Return what takes the bad rows of a file."""
-    return BadRows(path, options.on_bad_row, options.max_bad_rows, _HINT)
+    if options.on_bad_row == "refuse":
+        return BadRows(path, hint=_HINT)
+    return BadRows(path, "skip", options.max_bad_rows)
 
 
 def report_bad_rows(several: Iterable[BadRows], output: Path) -> None:

@@ -11,6 +11,7 @@ from prm.data.bad_rows import BadRows
 from prm.data.image_files import ImageFiles
 from prm.data.reader import Row, image_errors, iter_rows, repeated_id
 from prm.schema import DataError, StepExample
+from recipes.bad_rows import bad_rows_of
 from recipes.data_files.findings import Findings, Tally, location_of, spread
 from recipes.data_files.options import ValidateOptions
 from recipes.data_files.overlap import Overlap, Rows, overlaps
@@ -100,12 +101,13 @@ def _scan(
     root = path.parent if options.image_root is None else Path(options.image_root)
     images = ImageFiles(root, allow_outside=options.allow_outside_images, check=options.images)
     format, rows = "unknown", findings.rows
-    bad = BadRows(path, "skip", options.max_bad_rows)
+    bad = bad_rows_of(options, path) if options.on_bad_row == "skip" else None
     for row in iter_rows(path, root, format=options.format):
         if isinstance(row, DataError):
             findings.row(row.line or 0, None)
             findings.mistake(row)
-            bad.add(row)
+            if bad is not None:
+                bad.add(row)
             continue
         format = row.format
         findings.row(row.line, row.record)
@@ -113,15 +115,16 @@ def _scan(
         for example in row.examples:
             findings.example(row.line, example)
             wrong = _check(row, example, path, findings, images, measure)
-            if wrong is None:
-                usable += 1
-            else:
+            usable += wrong is None
+            if wrong is not None and bad is not None:
                 bad.add(wrong, example.id)
-        bad.count(row.line, usable)
+        if bad is not None:
+            bad.count(row.line, usable)
     findings.formats.append(format)
-    bad.rows = findings.rows - rows
-    findings.bad.append(bad)
-    if not bad.rows:
+    if bad is not None:
+        bad.rows = findings.rows - rows
+        findings.bad.append(bad)
+    if findings.rows == rows:
         findings.mistake(DataError(expected="at least one row", found="an empty file", file=path))
     findings.images.update(problem.fault for problem in images.problems.values())
     findings.images["checked"] += images.count

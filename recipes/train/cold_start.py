@@ -64,7 +64,7 @@ def run_cold_start(options: ColdStartOptions) -> Path:
     solver = make_plain_solver(options, objective.problem())
     batch = train_batch(lower_draw(options, drawn), data)
     with open_run(options, prm.model, solver.init(lower, {})) as run:
-        keep_bad_rows(run, [data.bad])
+        keep_bad_rows(run, {"train": data.bad})
         training = Training(
             solver,
             steps=options.lower.steps,

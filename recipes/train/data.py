@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,7 +18,7 @@ from prm.schema import DataError, StepExample
 from recipes.bad_rows import SKIPPED, report_bad_rows
 from recipes.evaluation.candidates import Candidates, read_candidates
 from recipes.evaluation.leaks import find_leak, refuse_leak
-from recipes.loading import Data, Examples, Fault, read_examples, usable
+from recipes.loading import Data, Examples, Fault, Solutions, read_examples, usable
 from recipes.options.train import TrainOptions
 from recipes.options.values import OptionError
 from recipes.run.resume import Run
@@ -48,10 +48,13 @@ class TrainData:
     fixed_weights: Tensor | None
 
     @property
-    def bad(self) -> list[BadRows]:
-        """What was left out of every file."""
-        read = [self.train, self.meta, *(one.data for one in self.evaluations.values())]
-        return [data.bad for data in read if data is not None]
+    def bad(self) -> dict[str, BadRows]:
+        """What was left out of every file, by the name of its set."""
+        read: dict[str, Examples | Solutions] = {"train": self.train}
+        if self.meta is not None:
+            read["meta"] = self.meta
+        read |= {name: candidates.data for name, candidates in self.evaluations.items()}
+        return {name: data.bad for name, data in read.items()}
 
 
 def read_train_data(prm: PRM, options: TrainOptions) -> TrainData:
@@ -121,22 +124,30 @@ def _require_pairs(meta: Examples) -> None:
         )
 
 
-def keep_bad_rows(run: Run, bad: Sequence[BadRows]) -> None:
-    """List what was left out of the files in the run directory, and say how much it was.
+def keep_bad_rows(run: Run, bad: Mapping[str, BadRows]) -> None:
+    """List what was left out of each file (train, meta, ...) in the run directory, and say so.
 
     Raises:
-        OptionError: The run is resumed, and other rows were left out when it began.
+        OptionError: The run is resumed, and other rows to train on were left out when it began.
     """
-    path = run.directory / f"rows{SKIPPED}"
-    if int(run.start.state.lower_steps):
-        earlier = path.read_text(encoding="utf-8") if path.is_file() else ""
-        now = "".join(row.line_of_json() for one in bad for row in one.left_out)
-        if earlier != now:
-            raise OptionError(
-                f"--resume {run.directory}: other rows are left out than when the run began, which "
-                f"{path} lists; make the files, and the images that they name, as they were"
-            )
-    report_bad_rows(bad, path)
+    for name, one in bad.items():
+        path = run.directory / f"{name}{SKIPPED}"
+        if name in ("train", "meta") and int(run.start.state.lower_steps):
+            earlier = _left_out(path)
+            if earlier != [(row.line, row.field, row.id) for row in one.left_out]:
+                raise OptionError(
+                    f"--resume {run.directory}: of {one.path} other rows are left out than when the "
+                    f"run began ({len(one.left_out):,} now, {len(earlier):,} then: {path}); "
+                    "make the images that it names as they were"
+                )
+        report_bad_rows([one], path)
+
+
+def _left_out(path: Path) -> list[tuple[Any, Any, Any]]:
+    if not path.is_file():
+        return []
+    rows = [row for _, row in json_rows(path) if isinstance(row, dict)]
+    return [(row.get("line"), row.get("field"), row.get("id")) for row in rows]
 
 
 def _weighs_by_domain(options: TrainOptions) -> bool:
