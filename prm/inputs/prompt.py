@@ -155,7 +155,7 @@ class PromptEncoder:
                 found=f"{len(ids)}",
                 example=example.id,
                 remedy="lower max_patches if it has images, shorten the solution, or leave it out "
-                "(on_bad_row skip)",
+                "(--on-bad-row skip)",
             )
         return torch.tensor(ids, dtype=torch.int32), torch.tensor(positions)
 

@@ -19,9 +19,8 @@ from recipes.bad_rows import SKIPPED, report_bad_rows
 from recipes.evaluation.candidates import Candidates, read_candidates
 from recipes.evaluation.leaks import find_leak, refuse_leak
 from recipes.loading import Data, Examples, Fault, Solutions, read_examples, usable
-from recipes.options.train import TrainOptions
-from recipes.options.values import OptionError
-from recipes.run.resume import Run
+from recipes.options.train import LowerOptions, TrainOptions
+from recipes.options.values import OptionError, resume_point
 from recipes.train.batches import mixed_questions
 from recipes.train.bounded_weights import WEIGHTINGS
 from weighting import row_index
@@ -124,23 +123,33 @@ def _require_pairs(meta: Examples) -> None:
         )
 
 
-def keep_bad_rows(run: Run, bad: Mapping[str, BadRows]) -> None:
-    """List what was left out of each file (train, meta, ...) in the run directory, and say so.
+def refuse_other_bad_rows(options: LowerOptions, bad: Mapping[str, BadRows]) -> None:
+    """Refuse to resume a run with other rows to train on than it began with.
 
     Raises:
-        OptionError: The run is resumed, and other rows to train on were left out when it began.
+        OptionError: Other rows are left out than the lists in the run directory name.
     """
-    for name, one in bad.items():
-        path = run.directory / f"{name}{SKIPPED}"
-        if name in ("train", "meta") and int(run.start.state.lower_steps):
-            earlier = _left_out(path)
-            if earlier != [(row.line, row.field, row.id) for row in one.left_out]:
+    if options.run.resume is None:
+        return
+    directory, _ = resume_point(options.run.resume)
+    if not any((directory / "checkpoints").glob("step-*")):
+        return  # it starts again from the beginning
+    for name in ("train", "meta"):
+        if name in bad:
+            earlier = _left_out(directory / f"{name}{SKIPPED}")
+            now = [(row.line, row.field, row.id) for row in bad[name].left_out]
+            if earlier != now:
                 raise OptionError(
-                    f"--resume {run.directory}: of {one.path} other rows are left out than when the "
-                    f"run began ({len(one.left_out):,} now, {len(earlier):,} then: {path}); "
-                    "make the images that it names as they were"
+                    f"--resume {directory}: of {bad[name].path} other rows are left out than when "
+                    f"the run began ({len(now):,} now, {len(earlier):,} then); make the images "
+                    "that it names as they were"
                 )
-        report_bad_rows([one], path)
+
+
+def keep_bad_rows(directory: Path, bad: Mapping[str, BadRows]) -> None:
+    """List what was left out of each file (train, meta, ...) in the run directory, and say so."""
+    for name, one in bad.items():
+        report_bad_rows([one], directory / f"{name}{SKIPPED}")
 
 
 def _left_out(path: Path) -> list[tuple[Any, Any, Any]]:
