@@ -4,17 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 from prm.data.bad_rows import BadRows, write_bad_rows
-from recipes.options.base import ReadOptions
 
 SKIPPED = ".skipped.jsonl"
 """What the name of a list of rows that were left out ends with."""
 _HINT = "mend it, or leave such rows out with --on-bad-row skip"
 
 
-def bad_rows_of(options: ReadOptions, path: Path) -> BadRows:
-    """Return what takes the bad rows of a file."""
+def bad_rows_of(options: Any, path: Path) -> BadRows:
+    """Return what takes the bad rows of a file, by ``on_bad_row`` and ``max_bad_rows``."""
     if options.on_bad_row == "refuse":
         return BadRows(path, hint=_HINT)
     return BadRows(path, "skip", options.max_bad_rows)

@@ -56,8 +56,7 @@ LAYERS = {
         ("store",),
     ),
     "recipes": (
-        ("options",),
-        ("bad_rows",),
+        ("bad_rows", "options"),
         ("run", "loading"),
         ("data_files", "evaluation", "problems"),
         ("train",),
