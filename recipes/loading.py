@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -73,8 +73,12 @@ class Solutions:
 
     path: Path
     examples: Sequence[StepExample]
-    lines: Sequence[int]
-    bad: BadRows
+    lines: Sequence[int] = ()
+    bad: BadRows = field(default_factory=lambda: BadRows(Path()))
+
+    def __post_init__(self) -> None:
+        if len(self.lines) != len(self.examples):  # made by hand: a line each
+            object.__setattr__(self, "lines", range(1, len(self.examples) + 1))
 
     def __len__(self) -> int:
         return len(self.examples)
