@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 
 from recipes.data_files.options import (
     ConvertOptions,
@@ -30,7 +31,8 @@ from recipes.options.use import (
 )
 from recipes.options.values import OptionError, did_you_mean, shortened
 from recipes.run.provenance import PACKAGE, version_of
-from recipes.run.show import RunsListOptions, RunsShowOptions, list_runs, show_run
+from recipes.run.show import RunsListOptions, RunsShowOptions
+from recipes.terminal import say, standard_streams
 
 _DESCRIPTION = "Train process reward models with instance weights learned by bilevel optimization."
 _COMMANDS = {
@@ -114,22 +116,32 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command and return its exit status.
 
     The status is 0 for success, 1 for an error of the data or the run, 2 for wrong usage, and 130
-    or 143 after SIGINT or SIGTERM, for which training saves its state.
+    or 143 after SIGINT or SIGTERM, for which training saves its state. It does not depend on
+    whether anybody reads what is printed.
     """
+    status = 0
+    try:
+        with standard_streams():
+            status = _run(arguments)
+    except OSError as error:  # a preset, or standard output, which is flushed at the end
+        with suppress(OSError):
+            say(f"bilevel-prm: {error.filename}: {error.strerror}", error=True)
+        return status or 1
+    return status
+
+
+def _run(arguments: Sequence[str] | None) -> int:
     known, unknown = make_parser().parse_known_args(arguments)
     given = vars(known)
     name = " ".join(filter(None, (given.pop("command"), given.pop("kind", None))))
     kind = given.pop("options")
-    if unknown:
-        print(f"bilevel-prm {name}: {_unknown(unknown[0], kind)}; see --help", file=sys.stderr)
-        return 2
     try:
+        if unknown:
+            raise OptionError(f"{_unknown(unknown[0], kind)}; see --help")
         options = resolve(kind, given)
     except OptionError as error:
-        print(f"bilevel-prm {name}: {error}", file=sys.stderr)
+        say(f"bilevel-prm {name}: {error}", error=True)
         return 2
-    if isinstance(options, RunsShowOptions | RunsListOptions):
-        return _runs(name, options)
     from recipes import commands
 
     return commands.run(name, options)
@@ -142,16 +154,6 @@ def _unknown(argument: str, options: type) -> str:
     flags = ["--config", *(entry.flag for entry in flat_options(options).values())]
     word = argument.split("=")[0]
     return f"unknown option {shortened(word)}{did_you_mean(word.replace('_', '-'), flags)}"
-
-
-def _runs(name: str, options: RunsShowOptions | RunsListOptions) -> int:
-    """Run ``runs`` without importing the other commands, which import torch."""
-    try:
-        show_run(options) if isinstance(options, RunsShowOptions) else list_runs(options)
-    except OptionError as error:
-        print(f"bilevel-prm {name}: {error}", file=sys.stderr)
-        return 2
-    return 0
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +20,8 @@ def bad_rows_of(options: Any, path: Path) -> BadRows:
     return BadRows(path, "skip", options.max_bad_rows)
 
 
-def report_bad_rows(several: Iterable[BadRows], output: Path) -> None:
-    """Say what was left out of several files, and list it in the file ``output``, if anything was.
+def report_bad_rows(several: Iterable[BadRows], output: Path, tell: Callable[[str], None]) -> None:
+    """Tell what was left out of several files, and list it in the file ``output``, if anything was.
 
     Raises:
         OSError: The list cannot be written.
@@ -30,7 +30,7 @@ def report_bad_rows(several: Iterable[BadRows], output: Path) -> None:
     if lost:
         write_bad_rows(output, lost)
         for bad in lost:
-            print(f"{bad}, listed in {output}")
+            tell(f"{bad}, listed in {output}")
 
 
 def skipped_path(output: Path) -> Path:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
+
+from safetensors import SafetensorError
 
 from prm.schema import DataError
 from recipes.data_files import commands as data_commands
@@ -21,6 +24,9 @@ from recipes.options.use import (
 )
 from recipes.options.values import OptionError
 from recipes.run.errors import RunError, Stopped
+from recipes.run.files import new_directory
+from recipes.run.show import RunsListOptions, RunsShowOptions, list_runs, show_run
+from recipes.terminal import say
 
 _INTERRUPTED = 130
 
@@ -28,28 +34,44 @@ _INTERRUPTED = 130
 def run(name: str, options: Any) -> int:
     """Run a command and return its exit status.
 
-    Errors of the user (options, data) end in one line that says what to change, without a
-    traceback. Errors of the program keep their traceback.
+    Errors of the user (options, data) and of the machine (files that cannot be read or written)
+    end in one line that says what to change, without a traceback. Errors of the program keep their
+    traceback.
     """
     try:
         return _COMMANDS[name](options) or 0
     except Stopped as error:
-        print(f"bilevel-prm {name}: {error}", file=sys.stderr)
-        return error.status
-    except (OptionError, DataError, RunError, FileExistsError) as error:
-        print(f"bilevel-prm {name}: {error}", file=sys.stderr)
-        return 2 if isinstance(error, OptionError) else 1
+        return _ended(name, error, error.status)
+    except OptionError as error:
+        return _ended(name, error, 2)
+    except (DataError, RunError, SafetensorError) as error:  # the last: of a full disk, for one
+        return _ended(name, error, 1)
+    except OSError as error:
+        return _ended(name, reason(error), 1)
     except ModuleNotFoundError as error:
         if "bilevel-prm[" not in str(error):
             raise
-        print(f"bilevel-prm {name}: {error}", file=sys.stderr)
-        return 1
+        return _ended(name, error, 1)
     except KeyboardInterrupt:
         print(
             f"\nbilevel-prm {name}: interrupted; what was logged and saved so far is kept",
             file=sys.stderr,
         )
         return _INTERRUPTED
+
+
+def _ended(name: str, why: object, status: int) -> int:
+    say(f"bilevel-prm {name}: {why}", error=True)
+    return status
+
+
+def reason(error: OSError) -> str:
+    """Return path and reason of an error of the operating system, as one phrase."""
+    if error.strerror is None:
+        return str(error)
+    path = error.filename if error.filename2 is None else error.filename2
+    name = os.fsdecode(path) if isinstance(path, str | bytes | os.PathLike) else path
+    return error.strerror if name is None else f"{name}: {error.strerror}"
 
 
 def _quiet() -> None:
@@ -125,7 +147,7 @@ def _data_embedded(options: DataOptions) -> None:
     from recipes.embedded.build import build
 
     rows = build(Path(options.out), seed=options.seed)
-    print(f"{options.out}: " + ", ".join(f"{name} {count}" for name, count in rows.items()))
+    say(f"{options.out}: " + ", ".join(f"{name} {count}" for name, count in rows.items()))
 
 
 def _data_pretrain_base(options: PretrainOptions) -> None:
@@ -133,6 +155,7 @@ def _data_pretrain_base(options: PretrainOptions) -> None:
     from recipes.loading import set_up
 
     _quiet()
+    new_directory("--out", options.out)
     set_up(options)
     accuracies = pretrain_base(Path(options.out), seed=options.seed, scale=options.scale)
     print(json.dumps(accuracies))
@@ -146,6 +169,14 @@ def _data_validate(options: Any) -> int:
 def _data_inspect(options: Any) -> int:
     _quiet()
     return data_commands.data_inspect(options)
+
+
+def _runs_show(options: RunsShowOptions) -> None:
+    show_run(options)
+
+
+def _runs_list(options: RunsListOptions) -> None:
+    list_runs(options)
 
 
 _COMMANDS: Mapping[str, Callable[[Any], int | None]] = {
@@ -164,4 +195,6 @@ _COMMANDS: Mapping[str, Callable[[Any], int | None]] = {
     "data convert": data_commands.data_convert,
     "data inspect": _data_inspect,
     "data split": data_commands.data_split,
+    "runs show": _runs_show,
+    "runs list": _runs_list,
 }

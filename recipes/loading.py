@@ -18,7 +18,7 @@ from prm.inputs.collate import Batch, Collator, EncodedExample
 from prm.inputs.prompt import SYSTEM_PROMPT
 from prm.models.model import PRM, is_hub_name, load_prm, split_parameters
 from prm.schema import DataError, StepExample
-from recipes.bad_rows import bad_rows_of
+from recipes.bad_rows import bad_rows_of, skipped_path
 from recipes.options.base import LoaderOptions, PrmOptions
 from recipes.options.values import OptionError, existing_file
 
@@ -134,8 +134,8 @@ def load_model(
     """Load a model, and return it with its trainable parameters by name.
 
     Raises:
-        OptionError: There is no such model, it cannot judge steps, or ``freeze`` names no part of
-            it.
+        OptionError: There is no such model, it is damaged, it or its chat template cannot judge
+            steps, or ``freeze`` names no part of it.
     """
     name = path if path is not None else options.model
     if path not in (None, "embedded") and not Path(name).is_dir():  # a hub name goes to --model
@@ -145,6 +145,7 @@ def load_model(
         )
     try:
         prm = load_prm(EMBEDDED_BASE if name == "embedded" else name)
+        _collator(prm, options)  # refuses chat templates before data are read
     except (OSError, ValueError) as error:
         flag = "--model" if path is None else "--init-from"
         where = " (no folder here, looked up on the hub)" if is_hub_name(name) else ""
@@ -202,11 +203,7 @@ def tokenised(prm: PRM, options: LoaderOptions, data: Examples | Solutions) -> E
     Raises:
         DataError: An example cannot be laid out for the model.
     """
-    collator = prm.collator(
-        context=options.context,
-        system_prompt=SYSTEM_PROMPT if options.system_prompt is None else options.system_prompt,
-        max_patches=options.max_patches,
-    )
+    collator = _collator(prm, options)
     encoded, at = [], []
     for example, line in zip(data.examples, data.lines, strict=True):
         try:
@@ -218,8 +215,29 @@ def tokenised(prm: PRM, options: LoaderOptions, data: Examples | Solutions) -> E
     return Examples(data.path, encoded, collator, at, data.bad)
 
 
+def _collator(prm: PRM, options: PrmOptions) -> Collator:
+    return prm.collator(
+        context=options.context,
+        system_prompt=SYSTEM_PROMPT if options.system_prompt is None else options.system_prompt,
+        max_patches=options.max_patches,
+    )
+
+
 def _located(error: DataError, file: Path, line: int) -> DataError:
     """Return an error of an example with its line, unless it names a file of its own."""
     if error.file is not None:
         return error
     return error.copy(file=file, line=line)
+
+
+def list_beside(options: LoaderOptions, output: Path | None) -> Path | None:
+    """Return the path of the list of rows that are left out, None if bad rows are refused.
+
+    Raises:
+        OptionError: Rows are left out, and there is no output file beside which to list them.
+    """
+    if options.on_bad_row == "refuse":
+        return None
+    if output is None:
+        raise OptionError("--on-bad-row skip: needs --output, beside which the list is written")
+    return skipped_path(output)

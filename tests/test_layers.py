@@ -45,7 +45,7 @@ LAYERS = {
     ),
     "prm": (
         ("schema", "names", "files"),
-        ("losses", "aggregations", "evaluation", "inputs"),
+        ("losses", "aggregations", "evaluation", "inputs", "digests"),
         ("data", "models"),
         ("scoring",),
     ),
@@ -56,7 +56,7 @@ LAYERS = {
         ("store",),
     ),
     "recipes": (
-        ("bad_rows", "options"),
+        ("bad_rows", "options", "terminal"),
         ("run", "loading"),
         ("data_files", "evaluation", "problems"),
         ("train",),

@@ -11,6 +11,7 @@ from typing import Any
 from prm.data.json_rows import json_rows
 from prm.data.record_fields import describe
 from prm.data.records import relative
+from prm.digests import check_digest
 from prm.files import write_lines
 from prm.schema import DataError, StepExample
 
@@ -105,10 +106,12 @@ def read_weights(path: str | Path) -> dict[str, float]:
     """Read the weights of a run's ``weights.jsonl``, by id.
 
     Raises:
-        DataError: A line lacks an id or a finite weight, or an id occurs twice.
+        DataError: A line lacks an id or a finite weight, an id occurs twice, or the file is not
+            that of the digest beside it (``prm.digests``).
         FileNotFoundError: ``path`` does not exist.
     """
     path = Path(path)
+    check_digest(path)
     weights: dict[str, float] = {}
     for line, entry in json_rows(path):
         if isinstance(entry, DataError):

@@ -225,7 +225,15 @@ class PromptEncoder:
                         field=field,
                         remedy="remove it or write it differently",
                     )
-        pieces = self._render(self._turns(example, [_SLOT] * len(example.steps))).split(_SLOT)
+        try:
+            pieces = self._render(self._turns(example, [_SLOT] * len(example.steps))).split(_SLOT)
+        except TemplateError as error:
+            raise DataError(
+                expected="turns that the chat template renders",
+                found=f"its refusal: {error}",
+                example=example.id,
+                remedy="change the text that it refuses, or use another chat template",
+            ) from error
         if len(pieces) != len(example.steps) + 1:
             raise DataError(
                 expected=f"{len(example.steps)} scored positions, one per step",
@@ -248,12 +256,17 @@ class PromptEncoder:
         return self.labels.plus_id if slot == "+" else self.labels.minus_id
 
     def _render(self, turns: list[dict[str, Any]], *, generate: bool = False) -> str:
-        rendered: str = self.tokenizer.apply_chat_template(
-            turns,
-            chat_template=self.chat_template,
-            tokenize=False,
-            add_generation_prompt=generate,
-        )
+        try:
+            rendered: str = self.tokenizer.apply_chat_template(
+                turns,
+                chat_template=self.chat_template,
+                tokenize=False,
+                add_generation_prompt=generate,
+            )
+        except TemplateError:
+            raise
+        except Exception as error:  # a template is a program, and fails like one
+            raise TemplateError(f"{type(error).__name__}: {error}") from error
         return rendered
 
     def _takes_parts(self) -> bool:
@@ -261,7 +274,7 @@ class PromptEncoder:
         turn = {"role": "user", "content": [{"type": "text", "text": "probe"}]}
         try:
             rendered = self._render([turn])
-        except (TemplateError, TypeError):
+        except TemplateError:
             return False
         return "probe" in rendered and "'text'" not in rendered
 

@@ -21,8 +21,25 @@ from torch import Tensor
 
 from prm.files import atomic_write
 from prm.models.internvl_layout import Layout, is_tied, layout_of, native_config
+from prm.models.native import MOST_TILES
+from prm.models.untrusted import (
+    ModelError,
+    check_counts,
+    is_finite,
+    listed,
+    no_larger_than,
+    read_object,
+    reading,
+)
+from prm.models.weight_files import (
+    INDEX,
+    SINGLE,
+    index_shards,
+    tensor_shapes,
+    weight_files,
+    write_digests,
+)
 
-_INDEX = "model.safetensors.index.json"
 _HEAD, _EMBEDDING = "lm_head.weight", "model.language_model.embed_tokens.weight"
 _TOKENS = {
     "start_image_token": "<img>",
@@ -40,7 +57,6 @@ _CHAT_TEMPLATE = (
     "{% endfor %}{% endif %}{{ '<|im_end|>\\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
 )
-_SHOWN = 5
 
 
 def convert_internvl(source: str | Path, target: str | Path) -> dict[str, int]:
@@ -60,30 +76,37 @@ def convert_internvl(source: str | Path, target: str | Path) -> dict[str, int]:
     Raises:
         FileNotFoundError: A file is missing in ``source``.
         FileExistsError: ``target`` is not empty.
-        ValueError: ``source`` is not such a checkpoint, or a tensor is missing, unknown, duplicate
-            or of another shape than the configuration states.
+        ModelError: ``source`` is not such a checkpoint, a file is damaged, or a tensor is missing,
+            unknown, duplicate, not finite, or of another shape than the configuration states. It
+            is a ``ValueError``.
     """
     source, target = Path(source), Path(target)
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise FileExistsError(f"{target} exists and is not empty; remove it or choose another")
-    config = _read_json(source / "config.json")
-    layout = layout_of(config)
+    config = read_object(source / "config.json")
+    check_counts(source / "config.json", config)
+    with reading(str(source / "config.json")):
+        layout = layout_of(config)
+        tied = is_tied(config)
     tokenizer = _tokenizer(source, layout)
-    native = native_config(config, tokenizer.convert_tokens_to_ids("<IMG_CONTEXT>"))
-    tied = is_tied(config)
+    with reading(str(source / "config.json")):
+        native = native_config(config, tokenizer.convert_tokens_to_ids("<IMG_CONTEXT>"))
     shards = _shards(source)
-    expected = _expected_shapes(native)
+    with reading(str(source)), no_larger_than(tensor_shapes(shards), config, str(source)):
+        expected = _expected_shapes(native)
     _check(layout, shards, expected, tied=tied)
+    images = _image_processor(config, native)
     with atomic_write(target) as unfinished:
         unfinished.mkdir(parents=True)
         count, native.dtype = _write_weights(layout, shards, unfinished, drop_head=tied)
         native.save_pretrained(unfinished)
         tokenizer.save_pretrained(unfinished)
-        _image_processor(config, native).save_pretrained(unfinished)
+        images.save_pretrained(unfinished)
         if (source / "generation_config.json").is_file():
             shutil.copyfile(
                 source / "generation_config.json", unfinished / "generation_config.json"
             )
+        write_digests(unfinished)
     return count
 
 
@@ -99,11 +122,12 @@ def _tokenizer(source: Path, layout: Layout) -> Any:
             "neither; a tokenizer that needs code from the checkpoint must be saved as "
             "tokenizer.json first"
         )
-    plain = kind.from_pretrained(source)
+    with reading(f"the tokenizer in {source}"):
+        plain = kind.from_pretrained(source, trust_remote_code=False)
     for name in ("<img>", "</img>", "<IMG_CONTEXT>", "<|im_start|>", "<|im_end|>"):
         if plain.convert_tokens_to_ids(name) in (None, plain.unk_token_id):
-            raise ValueError(f"{source}: expected a tokenizer with the token {name}, found none")
-    tokenizer = kind.from_pretrained(source, extra_special_tokens=_TOKENS)
+            raise ModelError(f"{source}: expected a tokenizer with the token {name}, found none")
+    tokenizer = kind.from_pretrained(source, extra_special_tokens=_TOKENS, trust_remote_code=False)
     tokenizer.chat_template = _CHAT_TEMPLATE
     return tokenizer
 
@@ -112,31 +136,26 @@ def _image_processor(config: Mapping[str, Any], native: Any) -> Any:
     from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2ImageProcessorPil
 
     height, width = native.vision_config.image_size
+    most = config.get("max_dynamic_patch", 12)
+    if not isinstance(most, int) or not 1 <= most <= MOST_TILES:
+        raise ModelError(
+            f"config.json: max_dynamic_patch: expected 1 to {MOST_TILES}, found {most!r}"
+        )
     return GotOcr2ImageProcessorPil(
         size={"height": height, "width": width},
         crop_to_patches=bool(config.get("dynamic_image_size", True)),
         min_patches=config.get("min_dynamic_patch", 1),
-        max_patches=config.get("max_dynamic_patch", 12),
+        max_patches=most,
         image_mean=[0.485, 0.456, 0.406],
         image_std=[0.229, 0.224, 0.225],
     )
 
 
 def _shards(source: Path) -> list[Path]:
-    if (source / _INDEX).is_file():
-        names = sorted(set(_read_json(source / _INDEX)["weight_map"].values()))
-        files = [source / name for name in names]
-        for file in files:
-            if not file.is_file():
-                raise FileNotFoundError(f"expected {file}, which {_INDEX} names, found nothing")
-        return files
-    files = sorted(source.glob("*.safetensors"))
-    if not files:
-        raise FileNotFoundError(
-            f"expected *.safetensors in {source}, found none; weights in pickles (*.bin) are not "
-            "read: save the model with safe_serialization=True"
-        )
-    return files
+    """Return all weight files; without an index, every safetensors file, whatever its name."""
+    if (source / INDEX).is_file():
+        return index_shards(source / INDEX)
+    return sorted(source.glob("*.safetensors")) or weight_files(source)
 
 
 def _expected_shapes(native: Any) -> dict[str, tuple[int, ...]]:
@@ -158,22 +177,22 @@ def _check(
                 shape = tuple(file.get_slice(name).get_shape())
                 for native, part in _checked_parts(layout, shard, name, shape):
                     if native in shard_of:
-                        raise ValueError(
+                        raise ModelError(
                             f"{name} is in {shard_of[native].name} and in {shard.name}; expected "
                             "it once: remove the shards that belong to another copy"
                         )
                     shard_of[native] = shard
                     if native in expected and part != expected[native]:
-                        raise ValueError(
+                        raise ModelError(
                             f"{shard}: {name}: expected shape {expected[native]} for {native} as "
                             f"config.json says, found {part}"
                         )
     missing = sorted(expected.keys() - shard_of.keys() - ({_HEAD} if tied else set()))
     unknown = sorted(shard_of.keys() - expected.keys())
     if missing or unknown:
-        raise ValueError(
+        raise ModelError(
             "expected the tensors of the model that config.json describes; "
-            f"missing: {_some(missing)}; left over: {_some(unknown)} (native names)"
+            f"missing: {listed(missing)}; left over: {listed(unknown)} (native names)"
         )
 
 
@@ -182,8 +201,8 @@ def _checked_parts(
 ) -> list[tuple[str, tuple[int, ...]]]:
     try:
         names = layout.native_names(name)
-    except ValueError as error:
-        raise ValueError(f"{shard}: {error}") from error
+    except ModelError as error:
+        raise ModelError(f"{shard}: {error}") from error
     return list(zip(names, layout.native_shapes(name, shape), strict=True))
 
 
@@ -200,6 +219,10 @@ def _write_weights(
         with safe_open(shard, framework="pt") as file:
             for name in file.keys():  # noqa: SIM118
                 whole = file.get_tensor(name)
+                if not is_finite(whole):
+                    raise ModelError(
+                        f"{shard}: {name}: expected finite weights, found NaN or infinite values"
+                    )
                 parts = layout.native_tensors(name, whole)
                 # safetensors refuses tensors that share memory, as the parts of one tensor do.
                 parts = parts if len(parts) == 1 else tuple(part.clone() for part in parts)
@@ -208,7 +231,7 @@ def _write_weights(
             head_and_embedding += [tensors[name] for name in (_HEAD, _EMBEDDING) if name in tensors]
             tensors.pop(_HEAD, None)
         target = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        target = target if len(shards) > 1 else "model.safetensors"
+        target = target if len(shards) > 1 else SINGLE
         for name, value in tensors.items():
             where[name] = target
             size += value.nbytes
@@ -217,28 +240,11 @@ def _write_weights(
         contiguous = {name: value.contiguous() for name, value in tensors.items()}
         save_file(contiguous, directory / target, metadata={"format": "pt"})
     if len(head_and_embedding) == 2 and not torch.equal(*head_and_embedding):
-        raise ValueError(
+        raise ModelError(
             "config.json says tie_word_embeddings, but the head is not the embedding; set it to "
             "false if the model was trained with a head of its own"
         )
     if len(shards) > 1:
         index = {"metadata": {"total_size": size}, "weight_map": where}
-        (directory / _INDEX).write_text(json.dumps(index, indent=2), encoding="utf-8")
+        (directory / INDEX).write_text(json.dumps(index, indent=2), encoding="utf-8")
     return {"tensors": len(where), "parameters": parameters}, dtype
-
-
-def _some(names: list[str]) -> str:
-    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
-    return (", ".join(names[:_SHOWN]) or "none") + more
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        raise FileNotFoundError(f"expected {path}, found nothing there")
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path}: expected JSON, found {error}") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path}: expected a JSON object, found {type(content).__name__}")
-    return content

@@ -23,6 +23,8 @@ from typing import Any
 
 from torch import Tensor
 
+from prm.models.untrusted import ModelError
+
 _TEXT_TYPES = ("qwen2", "qwen3", "llama", "internlm2")
 _TOWER = "model.vision_tower."
 _BLOCK = _TOWER + r"encoder.layer.\1."
@@ -116,7 +118,7 @@ class Layout:
         """Return the native names for an original tensor: one, or those of q, k and v.
 
         Raises:
-            ValueError: The original layout has no such name.
+            ModelError: The original layout has no such name.
         """
         if match := _FUSED_VISION.fullmatch(name):
             block = match.expand(_BLOCK)
@@ -128,7 +130,7 @@ class Layout:
         for pattern, native in (*_VISION, *_PROJECTOR, *(_INTERNLM2 if internlm2 else _DECODER)):
             if match := pattern.fullmatch(name):
                 return (match.expand(native),)
-        raise ValueError(
+        raise ModelError(
             f"expected a tensor of InternVL's original layout with a {self.text_type} language "
             f"model, found {name!r}"
         )
@@ -167,7 +169,7 @@ def layout_of(config: Mapping[str, Any]) -> Layout:
     """Return the layout of the checkpoint with this original ``config.json``.
 
     Raises:
-        ValueError: The native classes do not cover this variant.
+        ModelError: The native classes do not cover this variant.
     """
     text = config.get("llm_config") or {}
     wanted = (
@@ -180,7 +182,7 @@ def layout_of(config: Mapping[str, Any]) -> Layout:
     )
     for name, known, value in wanted:
         if value not in known:
-            raise ValueError(
+            raise ModelError(
                 f"config.json: expected {name} {' or '.join(map(repr, known))}, found {value!r}; "
                 "it is not InternVL in its original layout, or a variant that transformers has no "
                 "class for"
@@ -202,7 +204,7 @@ def native_config(config: Mapping[str, Any], image_token_id: int) -> Any:
         image_token_id: The id of the token ``<IMG_CONTEXT>``.
 
     Raises:
-        ValueError: The entries for the size of images contradict each other.
+        ModelError: The entries for the size of images contradict each other.
     """
     from transformers import InternVLConfig
 
@@ -210,7 +212,7 @@ def native_config(config: Mapping[str, Any], image_token_id: int) -> Any:
     vision = {**_VISION_DEFAULTS, **config["vision_config"]}
     size = config.get("force_image_size") or vision["image_size"]
     if size != vision["image_size"]:
-        raise ValueError(
+        raise ModelError(
             f"config.json: expected force_image_size {vision['image_size']} as in vision_config, "
             f"found {size}; the position embeddings would have to be resized"
         )

@@ -23,7 +23,10 @@ from prm.inputs.tiles import CACHE_BYTES
 from prm.inputs.tokens import ImageTokens, label_tokens
 from prm.models.activation_checkpointing import checkpointed
 from prm.models.adapters import merged
-from prm.models.native import load_image_processor, refuse_remote_code
+from prm.models.chat_templates import check_terminates
+from prm.models.native import load_config, load_image_processor, load_model, load_tokenizer
+from prm.models.untrusted import ModelError, reading
+from prm.models.weight_files import write_digests
 from prm.names import Context
 
 Params = dict[str, Tensor]
@@ -120,7 +123,7 @@ def load_prm(
     dtype: torch.dtype = torch.float32,
     attn_implementation: str | None = None,
 ) -> PRM:
-    """Load a checkpoint folder or a hub name; remote code is never run.
+    """Load a checkpoint folder or a hub name; remote code is never run, and pickles never read.
 
     Args:
         path_or_name: A path or name for ``from_pretrained``. It must hold a model, a tokenizer and,
@@ -134,15 +137,13 @@ def load_prm(
     local folder ``organisation``: a mistyped path must not reach the network.
 
     Raises:
-        FileNotFoundError: There is no such folder, and the name cannot be one on a hub.
-        ValueError: The checkpoint cannot be used as a process reward model; the message says why.
+        FileNotFoundError: There is no such folder, and the name cannot be one on a hub; or the
+            folder lacks its configuration or safetensors files.
+        ModelError: The checkpoint cannot be used as a process reward model: tensors are missing,
+            left over, of another shape or not finite, a file is damaged or has changed since it was
+            written here, or the model is of another kind. It is a ``ValueError``.
     """
-    from transformers import (
-        AutoConfig,
-        AutoModelForCausalLM,
-        AutoModelForImageTextToText,
-        AutoTokenizer,
-    )
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
     from transformers.models.auto.modeling_auto import (
         MODEL_FOR_CAUSAL_LM_MAPPING,
         MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
@@ -156,19 +157,26 @@ def load_prm(
             f"expected a checkpoint folder at {name}, found {found}; a name on a hub is written "
             "organisation/model"
         )
-    refuse_remote_code(name)
-    config = AutoConfig.from_pretrained(name)
+    config = load_config(name)
     sees = type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
     if not sees and type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
-        raise ValueError(
+        raise ModelError(
             f"expected an image-text-to-text or causal language model, found {name} of type "
             f"{config.model_type!r}"
         )
-    model_class = AutoModelForImageTextToText if sees else AutoModelForCausalLM
-    model = model_class.from_pretrained(name, dtype=dtype, attn_implementation=attn_implementation)
-    tokenizer = AutoTokenizer.from_pretrained(name)
-    image_processor = load_image_processor(name, tokenizer) if sees else None
-    return make_prm(model, tokenizer, image_processor)
+    tokenizer = load_tokenizer(name)
+    image_processor = load_image_processor(name, tokenizer, config) if sees else None
+    for part in (tokenizer, image_processor):
+        check_terminates(getattr(part, "chat_template", None), name)
+    model = load_model(
+        AutoModelForImageTextToText if sees else AutoModelForCausalLM,
+        name,
+        config,
+        dtype=dtype,
+        attn_implementation=attn_implementation,
+    )
+    with reading(f"the model in {name}"):
+        return make_prm(model, tokenizer, image_processor)
 
 
 def is_hub_name(name: str) -> bool:
@@ -208,6 +216,9 @@ def make_prm(model: Any, tokenizer: Any, image_processor: Any = None) -> PRM:
 def save_prm(prm: PRM, params: Mapping[str, Tensor], directory: str | Path) -> None:
     """Write a folder that plain transformers ``from_pretrained`` loads; adapters are merged.
 
+    The folder also holds ``model.sha256``, the digests of the weights and the tokenizer, which
+    ``load_prm`` compares.
+
     Args:
         prm: The model, its tokenizer and its image processor.
         params: Values by parameter name. Parameters that are not named keep the model's values.
@@ -232,6 +243,7 @@ def save_prm(prm: PRM, params: Mapping[str, Tensor], directory: str | Path) -> N
         prm.tokenizer.save_pretrained(unfinished)
         if prm.image_processor is not None:
             prm.image_processor.save_pretrained(unfinished)
+        write_digests(unfinished)
         _check_saved_tokenizer(prm.tokenizer, unfinished)
 
 
@@ -350,11 +362,22 @@ class _StepHead(nn.Module):
 
 def _check_head(model: Any, token_id: int) -> None:
     """Refuse models that do more to a hidden state than the head (logit scaling, soft caps)."""
+    rows = model.get_input_embeddings().num_embeddings
+    if token_id >= rows:
+        raise ValueError(
+            f"expected a tokenizer whose tokens the model embeds, found id {token_id} and {rows} "
+            "embeddings; tokenizer and model do not belong together"
+        )
     ids = torch.tensor([[token_id, token_id]], device=model.device)
     with torch.no_grad():
         whole = model(input_ids=ids, use_cache=False).logits
         head = model.get_output_embeddings()
         direct = head(model.base_model(input_ids=ids, use_cache=False).last_hidden_state)
+    if not direct.isfinite().all():
+        raise ValueError(
+            f"expected finite logits for two tokens, found NaN or infinite ones; the weights of "
+            f"this {type(model).__name__} are damaged, or its training had diverged"
+        )
     if not torch.equal(whole.to(direct.dtype), direct):
         raise ValueError(
             f"expected a model whose logits are its head applied to its last hidden state; "
@@ -368,7 +391,7 @@ def _check_saved_tokenizer(tokenizer: Any, directory: Path) -> None:
 
     probe = [{"role": "user", "content": "### Question:\nWhat is 3 + 4?\n\nIt is 7."}]
     text = tokenizer.apply_chat_template(probe, tokenize=False, add_generation_prompt=True)
-    loaded = AutoTokenizer.from_pretrained(directory)
+    loaded = AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
     before, after = (
         each(text, add_special_tokens=False)["input_ids"] for each in (tokenizer, loaded)
     )

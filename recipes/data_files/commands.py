@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 from recipes.data_files.options import (
@@ -10,6 +11,7 @@ from recipes.data_files.options import (
     SplitOptions,
     ValidateOptions,
 )
+from recipes.terminal import say
 
 LEAK = 3
 """The exit status of ``data validate`` where sets share questions, with or without errors."""
@@ -17,12 +19,19 @@ LEAK = 3
 
 def data_validate(options: ValidateOptions) -> int:
     """Print the report; return 1 if a record cannot be used, 3 if sets share questions."""
-    from recipes.data_files.validate import validate, write_figures
+    from recipes.data_files.convert import check_folder
+    from recipes.data_files.validate import validate
+    from recipes.run.files import json_text, output_file
 
-    page, figures = validate(options)
-    print(page)
+    output = None
     if options.json is not None:
-        write_figures(options.json, figures)
+        check_folder("--json", options.json)
+        inputs = (*options.files, options.meta, options.test)
+        output = output_file("--json", options.json, overwrite=options.overwrite, inputs=inputs)
+    page, figures = validate(options)
+    print(page, file=sys.stderr if output is not None and output.path is None else sys.stdout)
+    if output is not None:
+        output.write_text(json_text(figures))
     if figures.get("leaks"):
         return LEAK
     return 0 if figures["usable"] else 1
@@ -34,7 +43,7 @@ def data_convert(options: ConvertOptions) -> int:
 
     written = convert(options)
     root = f"; {_relative_to(root_of(options, options.file))}" if written.images else ""
-    print(f"{options.out}: {written.examples:,} examples{root}")
+    say(f"{options.out}: {written.examples:,} examples{root}")
     return 0
 
 
@@ -53,11 +62,11 @@ def data_split(options: SplitOptions) -> int:
 
     division = split(options)
     for name, (groups, rows) in division.parts.items():
-        print(f"{options.out}/{name}.jsonl: {groups:,} groups, {rows:,} rows")
+        say(f"{options.out}/{name}.jsonl: {groups:,} groups, {rows:,} rows")
     if division.joined:
-        print(f"{division.joined:,} groups were joined with others that have the same question")
+        say(f"{division.joined:,} groups were joined with others that have the same question")
     if division.images:
-        print(_relative_to(root_of(options, options.file)))
+        say(_relative_to(root_of(options, options.file)))
     return 0
 
 

@@ -14,6 +14,8 @@ from recipes.bad_rows import bad_rows_of, report_bad_rows, skipped_path
 from recipes.data_files.options import ConvertOptions, FileOptions
 from recipes.options.rules import check_together
 from recipes.options.values import OptionError, existing_file
+from recipes.run.files import note_unchecked, output_file
+from recipes.terminal import say
 
 
 @dataclass
@@ -40,25 +42,31 @@ def convert(options: ConvertOptions) -> Written:
     Raises:
         OptionError: The file does not exist, the output exists, or the format has no weights.
         DataError: A record cannot be used, or ids and weights do not match.
+        OSError: The output cannot be written.
     """
     if options.weights is not None and options.to != "stepwise":
         raise OptionError("--weights: only stepwise rows have a weight column; use --to stepwise")
-    out = new_file(options.out)
     check_together(options)
+    inputs = (options.file, options.weights)
+    check_folder("--out", options.out)
+    output_file("--out", options.out, overwrite=options.overwrite, inputs=inputs, streams=False)
+    out = Path(options.out)
     written = Written()
     bad = bad_rows_of(options, Path(options.file))
     image_root = root_of(options, options.file)
     if options.to == "prm-jsonl":
         examples = examples_of(options, options.file, bad)
         write_jsonl(out, written.through(examples), image_root)
-        report_bad_rows([bad], skipped_path(out))
+        report_bad_rows([bad], skipped_path(out), say)
         return written
     labels = (step.label for e in examples_of(options, options.file) for step in e.steps)
     soft = any(label not in (None, 0.0, 1.0) for label in labels)
     weights = None if options.weights is None else read_weights(existing_file(options.weights))
     examples = written.through(examples_of(options, options.file, bad))
     write_stepwise(out, examples, image_root, soft=soft, weights=weights)
-    report_bad_rows([bad], skipped_path(out))
+    report_bad_rows([bad], skipped_path(out), say)
+    if options.weights is not None:
+        note_unchecked(Path(options.weights))
     return written
 
 
@@ -82,15 +90,12 @@ def root_of(options: FileOptions, file: str) -> Path:
     return Path(file).parent if options.image_root is None else Path(options.image_root)
 
 
-def new_file(path: str) -> Path:
-    """Return the path of a file that does not exist yet, in a folder that does.
+def check_folder(flag: str, path: str) -> None:
+    """Refuse a file to write whose folder does not exist, before anything is read.
 
     Raises:
-        OptionError: The file exists, or its folder does not.
+        OptionError: The folder does not exist.
     """
-    file = Path(path)
-    if file.exists():
-        raise OptionError(f"--out {path}: exists; remove it or give another name")
-    if not file.parent.is_dir():
-        raise OptionError(f"--out {path}: no such folder {file.parent}; make it first")
-    return file
+    folder = Path(path).parent
+    if not folder.is_dir():
+        raise OptionError(f"{flag} {path}: no such folder {folder}; make it first")

@@ -15,6 +15,8 @@ from prm.schema import DataError, StepExample
 from recipes.data_files.options import InspectOptions
 from recipes.loading import load_model, set_up
 from recipes.options.values import OptionError, existing_file
+from recipes.run.files import note_unchecked
+from recipes.terminal import printable
 
 _SHOWN = 100
 
@@ -36,7 +38,7 @@ def inspect(options: InspectOptions) -> str:
         max_patches=options.max_patches,
     )
     encoded = collator.encode(example)
-    lines = [f"{path}:{row.line} ({row.format})", *_fields(example, options, encoded)]
+    lines = [f"{printable(path)}:{row.line} ({row.format})", *_fields(example, options, encoded)]
     lines += _steps(encoded, collator.prompt.tokenizer)
     if options.tokens:
         lines += ["", *_tokens(encoded, collator.prompt.tokenizer)]
@@ -66,11 +68,11 @@ def _find(path: Path, options: InspectOptions) -> tuple[Row, StepExample]:
 
 
 def _fields(example: StepExample, options: InspectOptions, encoded: EncodedExample) -> list[str]:
-    lines = [f"id        {example.id}"]
+    lines = [f"id        {printable(example.id)}"]
     for name in ("group", "domain", "answer", "correct"):
         value = getattr(example, name)
         if value is not None:
-            lines.append(f"{name:<10}{value}")
+            lines.append(f"{name:<10}{printable(value)}")
     if options.weights is not None:
         weights = read_weights(existing_file(options.weights))
         if example.id not in weights:
@@ -81,11 +83,12 @@ def _fields(example: StepExample, options: InspectOptions, encoded: EncodedExamp
                 found=f"{len(weights):,} other ids",
                 remedy="use the weights.jsonl of a run on the same file",
             )
+        note_unchecked(Path(options.weights))
         lines.append(f"weight    {weights[example.id]:.6g}")
     lines.append(f"question  {_short(example.question)}")
     for image, tiles in zip(example.images, encoded.tile_counts, strict=True):
         height, width = image_size(image)
-        lines.append(f"image     {image}  {width} x {height} pixels, {tiles} tiles")
+        lines.append(f"image     {printable(image)}  {width} x {height} pixels, {tiles} tiles")
     lines.append(
         f"tokens    {len(encoded.input_ids)}, scored at {len(encoded.label_positions)} of them"
     )

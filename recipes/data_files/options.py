@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from prm.names import FormatChoice
-from recipes.options.base import PrmOptions, ReadOptions, option
+from recipes.options.base import Condition, PrmOptions, ReadOptions, option
 from recipes.options.parse import build_parser
 
 
@@ -22,13 +22,22 @@ class FileOptions(ReadOptions):
     allow_outside_images: bool = option(False, "take images outside the image root, too")
 
 
+JSON_NAMED = Condition(
+    lambda given: given.json is not None, text="{flags} has no effect without --json"
+)
+
+
 @dataclass(frozen=True, kw_only=True)
 class ValidateFlags(FileOptions):
     """Read every record and report what is wrong or doubtful, on one page."""
 
     meta: str | None = option(None, "meta file: checked, too, and compared with the others")
     test: str | None = option(None, "test file: checked, too, and compared with the others")
-    json: str | None = option(None, "write the findings to this JSON file")
+    json: str | None = option(
+        None,
+        "write the findings to this JSON file; -: to standard output, the page to standard error",
+    )
+    overwrite: bool = option(False, "replace an existing --json", only_with=JSON_NAMED)
     images: Literal["exists", "header", "decode"] = option(
         "header",
         "how closely each image is looked at: it is there; its header, and whether it is cut off; "
@@ -52,7 +61,8 @@ class ConvertFlags(FileOptions):
     """Rewrite a file in the project's format or as prompt/completions/labels rows."""
 
     to: Literal["prm-jsonl", "stepwise"] = option("prm-jsonl", "format to write")
-    out: str = option(..., "file to write; must not exist")
+    out: str = option(..., "file to write")
+    overwrite: bool = option(False, "replace an existing --out")
     weights: str | None = option(
         None, "weights.jsonl of a run on this file: joined by id as a column (stepwise)"
     )

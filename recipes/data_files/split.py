@@ -16,7 +16,8 @@ from recipes.data_files.convert import examples_of, root_of
 from recipes.data_files.options import SplitOptions
 from recipes.options.rules import check_together
 from recipes.options.values import OptionError, existing_file
-from recipes.run.files import complete_directory
+from recipes.run.files import check_writable, complete_directory
+from recipes.terminal import say
 
 REST = "rest"
 
@@ -52,6 +53,7 @@ def split(options: SplitOptions) -> Division:
     out = Path(options.out)
     if out.exists():
         raise OptionError(f"--out {options.out}: exists; remove it or give another name")
+    check_writable("--out", out)
     existing_file(options.file)
     check_together(options)
     groups = _Groups()
@@ -77,7 +79,7 @@ def split(options: SplitOptions) -> Division:
                 root_of(options, options.file),
             )
             written[part] = (len(mine), sum(rows[key] for key in mine))
-    report_bad_rows([bad], skipped_path(out))
+    report_bad_rows([bad], skipped_path(out), say)
     return Division(written, groups.joined(len(keys)), groups.images)
 
 

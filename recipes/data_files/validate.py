@@ -17,8 +17,8 @@ from recipes.data_files.options import ValidateOptions
 from recipes.data_files.overlap import Overlap, Rows, overlaps
 from recipes.options.base import PrmOptions
 from recipes.options.rules import check_together
-from recipes.options.values import OptionError, existing_file
-from recipes.run.files import write_json
+from recipes.options.values import existing_file
+from recipes.terminal import printable
 
 _MISTAKES_SHOWN = 10
 _LINES_SHOWN = 5
@@ -81,17 +81,6 @@ def _too_many(bad: BadRows) -> str | None:
     except DataError as error:
         return str(error)
     return None
-
-
-def write_figures(path: str, figures: dict[str, Any]) -> None:
-    """Write the figures as JSON.
-
-    Raises:
-        OptionError: The folder does not exist.
-    """
-    if not Path(path).parent.is_dir():
-        raise OptionError(f"--json {path}: no such folder")
-    write_json(Path(path), figures)
 
 
 def _scan(
@@ -201,7 +190,8 @@ def _shared(pair: Overlap, findings_of: Mapping[str, Findings]) -> str:
 
 def _page(findings: Findings, options: ValidateOptions) -> str:
     """Return the report on one set, without lines for findings that did not occur."""
-    files = ", ".join(f"{p} ({f})" for p, f in zip(findings.files, findings.formats, strict=True))
+    named = zip(findings.files, findings.formats, strict=True)
+    files = ", ".join(f"{printable(path)} ({name})" for path, name in named)
     rows, examples = findings.rows, findings.examples
     lines = [f"{files}: {rows:,} rows, {examples:,} solutions, {findings.steps:,} steps"]
 

@@ -10,17 +10,18 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
+from prm.digests import check_digest, write_digest
 from recipes.embedded.build import build
 from recipes.evaluation.table import comparison_table
 from recipes.options.embedded import CompareOptions
 from recipes.options.parse import changed, resolve
 from recipes.options.train import ColdStartOptions, TrainOptions
 from recipes.options.values import OptionError
-from recipes.run.files import write_json, write_text
+from recipes.run.files import check_writable, write_json, write_text
 from recipes.run.provenance import environment
 from recipes.train.cold_start import run_cold_start
 from recipes.train.training import run_training
@@ -29,13 +30,15 @@ _RESAMPLES = 10_000
 _KEPT_WEIGHT = 0.5  # An instance with a higher weight counts as kept.
 
 Values = dict[str, np.ndarray]
+Run = TypeVar("Run", ColdStartOptions, TrainOptions)
 
 
 def compare(options: CompareOptions) -> dict[str, Any]:
-    """Run the missing runs, then write and print ``compare.json``.
+    """Run the missing runs, resume the interrupted one, then write and print ``compare.json``.
 
     Raises:
         OptionError: A method is unknown.
+        WriteError: An output cannot be written.
     """
     wanted = options.methods or tuple(_METHODS)
     for method in wanted:
@@ -43,6 +46,8 @@ def compare(options: CompareOptions) -> dict[str, Any]:
             raise OptionError(
                 f"--methods: unknown {method!r}; expected among {', '.join(_METHODS)}"
             )
+    check_writable("--output-dir", Path(options.output_dir) / "compare.json")
+    check_writable("--work-dir", Path(options.work_dir) / "seed-0")
     per_seed: list[Values] = []
     details: dict[str, list[dict[str, Any]]] = {}
     for seed in range(options.seeds):
@@ -51,7 +56,7 @@ def compare(options: CompareOptions) -> dict[str, Any]:
             build(seed_dir / "data", seed=seed)
         make = _Maker(options, seed_dir, seed)
         if not (seed_dir / "cold-start" / "results.json").exists():
-            run_cold_start(make.cold_start())
+            run_cold_start(_gone_on_with(make.cold_start()))
         values: Values = {}
         for method in wanted:
             print(f"\nseed {seed}: {method}")
@@ -160,24 +165,24 @@ class _Maker:
         files = {"dev_file": None, "test_file": str(data / "test.jsonl")}
         trusted = options.data.meta_file is not None
         meta = {"meta_file": str(data / "meta.jsonl")} if trusted else {}
-        return run_training(
-            changed(
-                options,
-                train_file=str(data / f"{train}.jsonl"),
-                output_dir=str(directory),
-                on_existing="refuse",
-                **{
-                    "init_from": str(self.directory / "cold-start" / "model"),
-                    **files,
-                    **meta,
-                    **self.common,
-                    **more,
-                },
-            )
+        own = changed(
+            options,
+            train_file=str(data / f"{train}.jsonl"),
+            output_dir=str(directory),
+            on_existing="refuse",
+            **{
+                "init_from": str(self.directory / "cold-start" / "model"),
+                **files,
+                **meta,
+                **self.common,
+                **more,
+            },
         )
+        return run_training(_gone_on_with(own))
 
     def weights(self, run: Path) -> list[dict[str, Any]]:
         """Return the rows of a run's ``weights.jsonl``."""
+        check_digest(run / "weights.jsonl")
         return [json.loads(line) for line in (run / "weights.jsonl").read_text().splitlines()]
 
     def with_weights(self, name: str, weights: Mapping[str, float]) -> Path:
@@ -185,7 +190,14 @@ class _Maker:
         file = self.directory / f"{name}-weights.jsonl"
         lines = [json.dumps({"id": key, "weight": value}) for key, value in weights.items()]
         write_text(file, "\n".join(lines) + "\n")
+        write_digest(file)
         return self.run(name, "baseline", weights_file=str(file))
+
+
+def _gone_on_with(options: Run) -> Run:
+    """Return the options of a run that resumes it, if it was begun already and interrupted."""
+    begun = Path(options.output_dir)
+    return changed(options, resume=str(begun)) if (begun / "args.yaml").exists() else options
 
 
 def _shuffled(make: _Maker, source: str, name: str) -> Path:

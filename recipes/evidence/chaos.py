@@ -167,9 +167,9 @@ def _position(run: Path) -> tuple[int, int, bool]:
         text = (run / "log.jsonl").read_text(encoding="utf-8")
         lines = text[: text.rfind("\n") + 1].splitlines()
         logged = json.loads(lines[-1])["step"] if lines else 0
-    names = [path.name for path in (run / "checkpoints").glob("step-*")]
+    names = [path.name for path in (run / "checkpoints").glob("*step-*")]
     saved = [int(m[1]) for name in names if (m := re.fullmatch(r"step-(\d+)", name))]
-    return logged, max(saved, default=0), any(name.endswith(".tmp") for name in names)
+    return logged, max(saved, default=0), any(name.endswith(".unfinished") for name in names)
 
 
 @dataclass(frozen=True)

@@ -27,6 +27,9 @@ DEV_NAMED = Condition(
     lambda given: given.dev is not None,
     text="{flags} has no effect without --dev: name the candidates too",
 )
+OUTPUT_NAMED = Condition(
+    lambda given: given.output is not None, text="{flags} has no effect without --output"
+)
 CHOSEN_BY_HAND = Condition(
     lambda given: given.dev is None,
     text="{flags}: no effect with --dev, which chooses: leave out one",
@@ -63,6 +66,7 @@ class ScoreOptions(LoaderOptions):
         "scores.jsonl to write; if it holds scores of the same model, file and settings already, "
         "go on behind them",
     )
+    overwrite: bool = option(False, "begin an existing --output anew")
     probability: Literal["labels", "vocabulary"] = option("labels", _PROBABILITY)
     eval_batch_size: int = option(64, "solutions per forward pass", least=1)
 
@@ -72,7 +76,8 @@ class SelectOptions:
     """Select the best candidate of every question."""
 
     scores: str = option(..., "scores.jsonl of `score`")
-    output: str = option(..., "JSONL to write, one line a question")
+    output: str = option(..., "JSONL to write, one line a question; -: to standard output")
+    overwrite: bool = option(False, "replace an existing --output")
     aggregation: str = option("mean", "which of the scores of a line decides")
     tie: DrawRule = option("random", "which of several best candidates is taken")
     seed: int = option(0, "fixes the draw among tied candidates", least=0)
@@ -88,7 +93,11 @@ class EvaluateOptions(ScoringOptions):
     }
 
     file: str = option(..., "JSONL of candidates with `group`, `answer` and `correct`")
-    output: str | None = option(None, "write the figures to this JSON file")
+    output: str | None = option(
+        None,
+        "write the figures to this JSON file; -: to standard output, the table to standard error",
+    )
+    overwrite: bool = option(False, "replace an existing --output", only_with=OUTPUT_NAMED)
     scores: str | None = option(
         None, "scores.jsonl of `score` for --file: read, no model is loaded for it"
     )
@@ -146,7 +155,8 @@ class WeighOptions(LoaderOptions):
         0.05, "what examples whose labels are all alike still count", only_with=BY_BIS
     )
     file: str = option(..., "JSONL; with step labels for an Instance Net and for rules")
-    output: str = option(..., "weights.jsonl to write")
+    output: str = option(..., "weights.jsonl to write; -: to standard output")
+    overwrite: bool = option(False, "replace an existing --output")
     reference_model: str | None = option(
         None,
         "model that the run started from, for an Instance Net with reference features (default: "

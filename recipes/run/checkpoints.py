@@ -20,7 +20,6 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
@@ -36,7 +35,12 @@ from bilevel import BilevelState, tree
 from bilevel.autodiff.random_state import RandomState
 from recipes.options.values import OptionError
 from recipes.run.errors import WriteError
-from recipes.run.files import UNFINISHED, complete_directory, remove_directory, write_text
+from recipes.run.files import (
+    complete_directory,
+    remove_directory,
+    remove_unfinished,
+    write_text,
+)
 from recipes.run.identity import differences, digest_file
 from recipes.run.step_log import Unlogged
 from recipes.run.trouble import Seen
@@ -114,8 +118,7 @@ class Checkpoints:
         return path
 
     def _write(self, path: Path, progress: Progress, due: bool) -> None:
-        for leftover in self.directory.glob(f"step-*{UNFINISHED}"):
-            shutil.rmtree(leftover)
+        remove_unfinished(self.directory, "step-*")
         with complete_directory(path) as unfinished:
             save_file(_tensors(progress), unfinished / _STATE)
             content = {

@@ -5,12 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from prm.files import UNFINISHED
 from recipes.options.flat import flatten
 from recipes.options.parse import to_yaml
 from recipes.options.values import OptionError
-from recipes.run.files import UNFINISHED, write_json, write_text
+from recipes.run.files import check_writable, write_json, write_text
 from recipes.run.provenance import data_fingerprints, environment
 
+_LEFT = (UNFINISHED, ".tmp")
+"""Suffixes of what killed writers leave; the second is that of version 0.1.0."""
 LOCK = "lock"
 """Name of the file that names the process at work in the directory (``recipes.run.lock``)."""
 
@@ -24,6 +27,18 @@ def make_directory(path: Path) -> None:
     if path.exists() and not path.is_dir():
         raise OptionError(f"--output-dir {path}: exists and is not a directory; choose another")
     path.mkdir(parents=True, exist_ok=True)
+
+
+def check_directory(options: Any) -> None:
+    """Find out before a run loads anything whether its directory can be written.
+
+    Raises:
+        WriteError: It cannot.
+    """
+    path = Path(options.output_dir)
+    if options.run.resume is None:
+        path = free_directory(path, options.on_existing)
+    check_writable("--output-dir", path / "args.yaml")
 
 
 def describe_run(path: Path, options: Any) -> None:
@@ -62,6 +77,6 @@ def free_directory(path: Path, on_existing: str) -> Path:
 def _holds_something(path: Path) -> bool:
     """Return whether there is more than a run killed before it wrote ``args.yaml`` leaves."""
     return any(
-        entry.name not in (LOCK, "env.json") and entry.suffix != UNFINISHED
+        entry.name not in (LOCK, "env.json") and entry.suffix not in _LEFT
         for entry in path.iterdir()
     )

@@ -16,7 +16,7 @@ class NonFiniteError(StepError):
 
 
 class WriteError(RunError):
-    """A file of the run directory cannot be written: disk full, no permission, read-only."""
+    """An output cannot be written: disk full, no permission, read-only."""
 
 
 class Stopped(RunError):

@@ -1,26 +1,30 @@
-"""Write files and directories atomically: under a temporary name first, which is then renamed.
+"""Write files and directories atomically, and check the outputs of a command before its work.
 
-The content has a temporary name (the final name and ``.tmp``) until all of its bytes are on the
-disk. A write that fails removes its temporary file and leaves the old file unchanged. A write that
-is killed leaves the old file and a temporary one, which nothing reads and the next write of that
-name replaces.
+Everything is written by ``prm.files.atomic_write``: under a temporary name that nobody else has,
+which is renamed when all of it is on the disk.
 """
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
+import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-UNFINISHED = ".tmp"
-"""Suffix of the temporary names."""
+from prm.digests import digest_path, write_digest
+from prm.files import UNFINISHED, atomic_write, real_target
+from recipes.options.values import OptionError
+from recipes.run.errors import WriteError
+from recipes.terminal import say, write_bytes
 
-_AT_ONCE = 16
+STANDARD_OUTPUT = "-"
+"""The name of standard output in an option that names a file to write."""
 
 
 def write_text(path: Path, text: str) -> None:
@@ -33,19 +37,8 @@ def write_text(path: Path, text: str) -> None:
     Raises:
         OSError: The file cannot be written. An older file is unchanged.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = unfinished_name(path)
-    try:
-        with unfinished.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(unfinished, path)
-    except BaseException:
-        with suppress(OSError):
-            unfinished.unlink()
-        raise
-    flush(path.parent)
+    with atomic_write(path) as unfinished:
+        unfinished.write_text(text, encoding="utf-8", newline="\n")
 
 
 def write_json(path: Path, content: Mapping[str, Any] | Sequence[Any]) -> None:
@@ -55,7 +48,16 @@ def write_json(path: Path, content: Mapping[str, Any] | Sequence[Any]) -> None:
         ValueError: The content holds a NaN or an infinity, which JSON lacks.
         OSError: The file cannot be written. An older file is unchanged.
     """
-    write_text(path, json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+    write_text(path, json_text(content))
+
+
+def json_text(content: Mapping[str, Any] | Sequence[Any]) -> str:
+    """Return indented JSON.
+
+    Raises:
+        ValueError: The content holds a NaN or an infinity, which JSON lacks.
+    """
+    return json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
 
 
 @contextmanager
@@ -75,50 +77,167 @@ def complete_directory(path: Path) -> Iterator[Path]:
         OSError: The directory cannot be written. Errors of the body are raised too. In either
             case no directory is left, neither under its name nor under the temporary one.
     """
-    unfinished = unfinished_name(path)
-    shutil.rmtree(unfinished, ignore_errors=True)
-    unfinished.mkdir(parents=True)
-    try:
+    with atomic_write(path) as unfinished:
+        unfinished.mkdir()
         yield unfinished
-        _flush_all(unfinished)
-        os.replace(unfinished, path)
-    except BaseException:
-        # An incomplete directory must not take the disk space that other files need.
-        shutil.rmtree(unfinished, ignore_errors=True)
-        raise
-    flush(path.parent)
 
 
 def remove_directory(path: Path) -> None:
     """Rename a directory, if it exists, and remove it, so that no part of it looks complete."""
     if not path.is_dir():
         return
-    doomed = unfinished_name(path)
-    shutil.rmtree(doomed, ignore_errors=True)
+    doomed = tempfile.mkdtemp(prefix=f".{path.name}.", suffix=UNFINISHED, dir=path.parent)
     os.replace(path, doomed)
     shutil.rmtree(doomed)
 
 
-def unfinished_name(path: Path) -> Path:
-    """Return the temporary name of a file or directory, in the same directory."""
-    return path.with_name(path.name + UNFINISHED)
+def remove_unfinished(directory: Path, names: str) -> None:
+    """Remove what killed writers of files or directories called ``names`` left in a directory.
+
+    Args:
+        directory: A directory that only this process writes into.
+        names: A pattern, for example ``step-*``.
+    """
+    for leftover in directory.glob(f".{names}.*{UNFINISHED}"):
+        shutil.rmtree(leftover, ignore_errors=True)
 
 
-def _flush_all(directory: Path) -> None:
-    """Flush a directory and all below it to the disk, the directories after their content."""
-    folders = [Path(folder) for folder, _, _ in os.walk(directory, topdown=False)]
-    files = [path for folder in folders for path in folder.iterdir() if path.is_file()]
-    # In parallel: a disk flushes many small files at once (1,870 pictures: 0.4 s, not 11 s).
-    with ThreadPoolExecutor(_AT_ONCE) as pool:
-        list(pool.map(flush, files))
-    for folder in folders:
-        flush(folder)
+@dataclass(frozen=True)
+class Output:
+    """A file that an option names, checked by ``output_file`` before the work begins.
+
+    Attributes:
+        path: The file, None for standard output.
+        sealed: Whether the file gets its digest beside it (``prm.digests``).
+    """
+
+    path: Path | None
+    sealed: bool = False
+
+    @contextmanager
+    def file(self) -> Iterator[Path]:
+        """Yield a temporary name to write to; the output is what was written there.
+
+        Raises:
+            OSError: The output cannot be written. An older file is unchanged.
+        """
+        if self.path is None:
+            with tempfile.TemporaryDirectory() as folder:
+                file = Path(folder) / "output"
+                yield file
+                write_bytes(file.read_bytes())
+            return
+        with atomic_write(self.path) as unfinished:
+            yield unfinished
+        if self.sealed:
+            write_digest(self.path)
+
+    def write_text(self, text: str) -> None:
+        """Write the whole content, as UTF-8.
+
+        Raises:
+            OSError: The output cannot be written. An older file is unchanged.
+        """
+        with self.file() as unfinished:
+            unfinished.write_text(text, encoding="utf-8", newline="\n")
+
+    def say(self, text: str) -> None:
+        """Print a line about the output, on standard error if the output is standard output."""
+        say(f"{STANDARD_OUTPUT if self.path is None else self.path}: {text}", self.path is None)
 
 
-def flush(path: Path) -> None:
-    """Flush a file, or the names in a directory, to the disk."""
-    handle = os.open(path, os.O_RDONLY)
+def output_file(
+    flag: str,
+    name: str,
+    *,
+    overwrite: bool = False,
+    inputs: Sequence[str | None] = (),
+    sealed: bool = False,
+    streams: bool = True,
+) -> Output:
+    """Return the output that an option names, which can be written as far as one can know.
+
+    Args:
+        flag: The option, for messages.
+        name: The file, or ``-`` for standard output.
+        overwrite: Whether an existing file is replaced.
+        inputs: Files that the command reads, which are never replaced.
+        sealed: Whether the file gets its digest beside it.
+        streams: Whether the output may be standard output.
+
+    Raises:
+        OptionError: The file exists, is no file or is an input.
+        WriteError: The file cannot be written.
+    """
+    if name == STANDARD_OUTPUT:
+        if not streams:
+            raise OptionError(f"{flag} -: expected a file, not standard output; name one")
+        return Output(None)
+    path = Path(name)
+    check_writable(flag, path)
+    if path.is_dir():
+        raise OptionError(f"{flag} {name}: is a directory; name a file")
+    for other in inputs:
+        if other is not None and path.exists() and Path(other).exists() and path.samefile(other):
+            raise OptionError(f"{flag} {name}: is a file that is read; name another")
+    for there in (path, digest_path(path)) if sealed else (path,):
+        if there.exists() and not overwrite:
+            raise OptionError(
+                f"{flag} {name}: {'' if there is path else f'{there.name} '}exists; remove it, "
+                "give another name, or give --overwrite"
+            )
+    return Output(path, sealed)
+
+
+def new_directory(flag: str, name: str) -> Path:
+    """Return the directory that an option names, which is absent or empty and can be written.
+
+    Raises:
+        OptionError: There is a file or a directory with files.
+        WriteError: The directory cannot be written.
+    """
+    path = Path(name)
+    check_writable(flag, path)
+    if path.exists() and not (path.is_dir() and not any(path.iterdir())):
+        raise OptionError(f"{flag} {name}: exists; remove it or give another name")
+    return path
+
+
+def check_writable(flag: str, path: Path) -> None:
+    """Find out before the work whether a file can be written, by writing a byte beside it.
+
+    Raises:
+        OptionError: It is a device or a pipe.
+        WriteError: It cannot be written; the message says why.
+    """
     try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+        folder = real_target(path).absolute().parent
+        while not folder.exists():
+            folder = folder.parent
+        with tempfile.TemporaryFile(dir=folder) as file:
+            file.write(b"\n")
+    except OSError as error:
+        if error.errno == errno.EINVAL:
+            raise OptionError(f"{flag} {path}: {error.strerror}") from error
+        raise WriteError(f"{flag} {path}: cannot be written ({error.strerror})") from error
+
+
+def note_unchecked(path: Path) -> None:
+    """Say that a file that was read has no digest beside it, so that a change is not noticed."""
+    if not digest_path(path).exists():
+        say(f"note: {path}: no {digest_path(path).name} beside it to check it with", error=True)
+
+
+@contextmanager
+def named(path: Path) -> Iterator[None]:
+    """Add the name of a file to an error of the body that names none, as those of writing do.
+
+    Raises:
+        OSError: The error of the body.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.filename is not None or error.errno is None:
+            raise
+        raise OSError(error.errno, error.strerror, str(path)) from error

@@ -1,10 +1,10 @@
-"""The lock of a run directory: a file that names the process at work there.
+"""The lock of a run directory or of an output: a file that names the process at work there.
 
-The file ``lock`` is a ``filelock.SoftFileLock``: it holds the process id, the host and, where the
-system provides it, the start time of the process. It is removed when the run ends, unless the
-process is killed. In that case the next run finds that the process is gone (the same id with
-another start time is another process) and takes the lock over. The processes of another host cannot
-be seen, so its lock is respected until somebody removes the file.
+The file ``lock`` (of an output, ``<name>.lock``) is a ``filelock.SoftFileLock``: it holds the
+process id, the host and, where the system provides it, the start time of the process. It is removed
+when the run ends, unless the process is killed. In that case the next run finds that the process is
+gone (the same id with another start time is another process) and takes the lock over. The processes
+of another host cannot be seen, so its lock is respected until somebody removes the file.
 
 This module adds three things to ``SoftFileLock`` (4.2.11):
 
@@ -30,6 +30,7 @@ from filelock import SoftFileLock, Timeout
 
 from recipes.options.values import OptionError
 from recipes.run.directory import LOCK
+from recipes.terminal import say
 
 _NO_PROCESS = 2**31 - 1
 """A process id that no system assigns."""
@@ -57,31 +58,40 @@ class _Record:
 
 
 @contextmanager
-def locked(directory: Path) -> Iterator[None]:
-    """Hold the lock of a run directory, which must exist, while the body runs.
+def locked(place: Path) -> Iterator[None]:
+    """Hold the lock of a run directory, or of a file that is written, while the body runs.
+
+    Args:
+        place: A directory, whose lock is the file ``lock`` in it, or a file, whose lock has its
+            name and ``.lock``. A symbolic link is followed, so that two names of a file share one.
 
     Raises:
         OptionError: Another process holds the lock.
         OSError: The lock cannot be written.
     """
-    path = directory / LOCK
+    path = _lock_of(Path(os.path.realpath(place)))
+    path.parent.mkdir(parents=True, exist_ok=True)
     lock = SoftFileLock(path, timeout=0)
-    with _one_starts(directory):
+    with _one_starts(path.parent):
         record = _read(path)
         if record is not None:
             if _is_held(record):
-                raise _refused(path, record)
+                raise _refused(place, path, record)
             lock.break_lock()
-            print(f"{directory}: took over the lock of a killed run ({record})")
+            say(f"{place}: took over the lock of a killed run ({record})")
         try:
             lock.acquire()
         except Timeout:
-            raise _refused(path, _read(path)) from None
+            raise _refused(place, path, _read(path)) from None
     try:
         yield
     finally:
         with suppress(OSError):
             lock.release()
+
+
+def _lock_of(place: Path) -> Path:
+    return place / LOCK if place.is_dir() else place.with_name(f"{place.name}.{LOCK}")
 
 
 def at_work(directory: Path) -> bool:
@@ -150,9 +160,11 @@ def _has_ended(pid: str) -> bool:
     return stat.rpartition(")")[2].split()[0] in "ZX"
 
 
-def _refused(path: Path, record: _Record | None) -> OptionError:
+def _refused(place: Path, lock: Path, record: _Record | None) -> OptionError:
     holder = "it has just started" if record is None else record
+    what = "works in this run directory" if place.is_dir() else "writes this file"
+    path = place / LOCK if place.is_dir() else lock
     return OptionError(
-        f"{path.parent}: another process works in this run directory ({holder}). Wait for it or "
-        f"stop it; if it is gone, remove {path}"
+        f"{place}: another process {what} ({holder}). Wait for it or stop it; if it is gone, "
+        f"remove {path}"
     )

@@ -21,10 +21,11 @@ from recipes.options.values import OptionError, resume_point
 from recipes.run.checkpoints import Checkpoints, Progress
 from recipes.run.directory import describe_run, free_directory, make_directory
 from recipes.run.errors import RunError, WriteError
-from recipes.run.files import write_json, write_text
+from recipes.run.files import remove_unfinished, write_json, write_text
 from recipes.run.identity import identity
 from recipes.run.lock import locked
 from recipes.run.provenance import environment
+from recipes.terminal import say
 
 
 @dataclass(frozen=True)
@@ -166,13 +167,13 @@ def _resumed(
     if later := checkpoints.remove_after(int(start.state.lower_steps)):
         where += f"; removed {', '.join(later)}, which come again"
     cut_log(directory / "log.jsonl", int(start.state.lower_steps))
-    for saved in (directory / "model", *directory.glob(".model.*.unfinished")):
-        shutil.rmtree(saved, ignore_errors=True)
+    shutil.rmtree(directory / "model", ignore_errors=True)
+    remove_unfinished(directory, "*")
     if not (directory / "env.json").exists():
         write_json(directory / "env.json", environment())
     own = changed(options, resume=None, output_dir=str(directory))
     write_text(directory / "args.yaml", to_yaml(own))
-    print(f"{directory}: {where}")
+    say(f"{directory}: {where}")
     return start
 
 

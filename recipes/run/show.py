@@ -12,6 +12,7 @@ from recipes.options.base import option
 from recipes.options.values import OptionError
 from recipes.options.yaml_file import read_yaml
 from recipes.run.lock import at_work
+from recipes.terminal import printable, say
 
 State = Literal["complete", "at work", "stopped"]
 
@@ -125,9 +126,9 @@ def list_runs(options: RunsListOptions) -> None:
         print(json.dumps([asdict(run) for run in states], indent=1))
         return
     for run in states:
-        print(f"{run.state:9} {run.logged:>7} of {run.steps:>7}  {run.kind:10} {run.directory}")
+        say(f"{run.state:9} {run.logged:>7} of {run.steps:>7}  {run.kind:10} {run.directory}")
     if not states:
-        print(f"no runs below {options.directory}")
+        say(f"no runs below {options.directory}")
 
 
 def described(run: RunState) -> str:
@@ -153,7 +154,7 @@ def described(run: RunState) -> str:
     if run.resume is not None:
         lost = "" if run.checkpoint is not None else " (from the beginning)"
         lines.append(f"go on with  {run.resume}{lost}")
-    return "\n".join(lines)
+    return "\n".join(map(printable, lines))
 
 
 def _short(value: Any) -> str:

@@ -21,6 +21,7 @@ from prm.models.model import save_prm
 from recipes.loading import load_model, read_examples, set_up
 from recipes.options.rules import check_together
 from recipes.options.train import ColdStartOptions
+from recipes.run.directory import check_directory
 from recipes.run.files import write_json
 from recipes.run.resume import open_run
 from recipes.train.batches import (
@@ -49,6 +50,7 @@ def run_cold_start(options: ColdStartOptions) -> Path:
     """
     started = time.perf_counter()
     check_together(options)
+    check_directory(options)
     set_up(options)
     prm, lower = load_model(options, options.lower.freeze)
     data = require(read_examples(prm, options, options.train_file), "labels")

@@ -13,6 +13,7 @@ from torch import Tensor
 from prm.data.bad_rows import BadRows
 from prm.data.json_rows import json_rows
 from prm.data.record_fields import Location
+from prm.digests import check_digest
 from prm.models.model import PRM
 from prm.schema import DataError, StepExample
 from recipes.bad_rows import SKIPPED, report_bad_rows
@@ -21,6 +22,8 @@ from recipes.evaluation.leaks import find_leak, refuse_leak
 from recipes.loading import Data, Examples, Fault, Solutions, read_examples, usable
 from recipes.options.train import LowerOptions, TrainOptions
 from recipes.options.values import OptionError, resume_point
+from recipes.run.files import note_unchecked
+from recipes.terminal import say
 from recipes.train.batches import mixed_questions
 from recipes.train.bounded_weights import WEIGHTINGS
 from weighting import row_index
@@ -117,7 +120,7 @@ def _require_pairs(meta: Examples) -> None:
             remedy="sample more solutions of each question, or use --loss-target both",
         )
     if len(mixed) < questions:
-        print(
+        say(
             f"{meta.path}: {len(mixed):,} of {questions:,} questions have right and wrong "
             "solutions; --loss-target pairs uses these alone"
         )
@@ -149,7 +152,7 @@ def refuse_other_bad_rows(options: LowerOptions, bad: Mapping[str, BadRows]) -> 
 def keep_bad_rows(directory: Path, bad: Mapping[str, BadRows]) -> None:
     """List what was left out of each file (train, meta, ...) in the run directory, and say so."""
     for name, one in bad.items():
-        report_bad_rows([one], directory / f"{name}{SKIPPED}")
+        report_bad_rows([one], directory / f"{name}{SKIPPED}", say)
 
 
 def _left_out(path: Path) -> list[tuple[Any, Any, Any]]:
@@ -236,6 +239,7 @@ def _read_weights(path: str, ids: Mapping[str, int]) -> Tensor:
     file = Path(path)
     if not file.is_file():
         raise OptionError(f"--weights-file {path}: no such file")
+    check_digest(file)
     weights: dict[int, float] = {}
     for line, entry in json_rows(file):
         if isinstance(entry, DataError):
@@ -258,4 +262,5 @@ def _read_weights(path: str, ids: Mapping[str, int]) -> Tensor:
             f"--weights-file {path}: no weight for {len(missing)} of {len(ids)} training "
             f"examples, for example {missing[0]!r}"
         )
+    note_unchecked(file)
     return torch.tensor([weights[row] for row in range(len(ids))])

@@ -19,6 +19,7 @@ from recipes.evaluation.candidates import step_scores_of
 from recipes.loading import load_model, set_up
 from recipes.options.rules import check_together
 from recipes.options.train import TrainOptions
+from recipes.run.directory import check_directory
 from recipes.run.files import write_json
 from recipes.run.resume import open_run
 from recipes.train.batches import (
@@ -96,6 +97,7 @@ def run_training(options: TrainOptions, logged: Callable[[int], None] | None = N
     """
     clock = _Clock()
     check_together(options)
+    check_directory(options)
     set_up(options)
     prm, lower = load_model(options, options.lower.freeze, options.init_from)
     data = read_train_data(prm, options)

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from prm.digests import write_digest
 from prm.evaluation.metrics import roc_auc
 from prm.losses import step_cross_entropy
 from prm.schema import StepExample
@@ -146,7 +147,13 @@ def final_weights(
 def write_weights(
     path: Path, data: Examples | Solutions, columns: Mapping[str, Tensor | None]
 ) -> None:
-    """Write ``weights.jsonl``: an example on each line, with its id and a value per column."""
+    """Write ``weights.jsonl`` with its digest beside it; see ``weight_lines``."""
+    write_text(path, weight_lines(data, columns))
+    write_digest(path)
+
+
+def weight_lines(data: Examples | Solutions, columns: Mapping[str, Tensor | None]) -> str:
+    """Return ``weights.jsonl``: an example on each line, with its id and a value per column."""
     values = {
         name: [None] * len(data) if column is None else column.tolist()
         for name, column in columns.items()
@@ -158,7 +165,7 @@ def write_weights(
         )
         for row, example in enumerate(data.examples)
     ]
-    write_text(path, "\n".join(lines) + "\n")
+    return "\n".join(lines) + "\n"
 
 
 def write_weighting(

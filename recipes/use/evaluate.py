@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -20,14 +21,23 @@ from recipes.evaluation.dev_choice import Choice, choose_on_dev
 from recipes.evaluation.figures import all_figures
 from recipes.evaluation.leaks import find_leak, refuse_leak
 from recipes.evaluation.table import SANITY_CHECK, results_table
-from recipes.loading import Examples, Fault, Solutions, load_model, read_solutions, set_up, usable
+from recipes.loading import (
+    Examples,
+    Fault,
+    Solutions,
+    list_beside,
+    load_model,
+    read_solutions,
+    set_up,
+    usable,
+)
 from recipes.options.rules import check_together
 from recipes.options.use import EvaluateOptions
 from recipes.options.values import OptionError
-from recipes.run.files import write_json
+from recipes.run.files import json_text, output_file
+from recipes.terminal import say
 from recipes.use.model_run import note_differences, run_of
-from recipes.use.score import read_settings
-from recipes.use.scores_file import scores_for
+from recipes.use.scores_file import read_settings, scores_for
 
 
 class _Judge:
@@ -70,18 +80,26 @@ def run_evaluate(options: EvaluateOptions) -> dict[str, Any]:
 
     Raises:
         OptionError: Options contradict each other, or the file shares questions with the dev or
-            meta set.
+            meta set, or the output exists already or cannot be written.
         DataError: A record, or a line of scores, cannot be used.
+        OSError: The output cannot be written.
     """
     if not 0 <= options.threshold <= 1:
         raise OptionError(f"--threshold: expected a number in [0, 1], found {options.threshold}")
     check_together(options)
     set_up(options)
-    output = None if options.output is None else Path(options.output)
-    if output is not None and output.is_dir():
-        raise OptionError(f"--output {output}: is a directory; name a file")
-    if output is None and options.on_bad_row == "skip":
-        raise OptionError("--on-bad-row skip: needs --output, beside which the list is written")
+    output = None
+    if options.output is not None:
+        output = output_file(
+            "--output",
+            options.output,
+            overwrite=options.overwrite,
+            inputs=(
+                *(options.file, options.scores, options.baseline_scores, options.meta_file),
+                *(() if options.dev is None else (options.dev, options.dev_scores)),
+            ),
+        )
+    listed = list_beside(options, None if output is None else output.path)
     judge = _Judge(options)
     candidates = judge.read(options.file, options.scores)
     dev = None if options.dev is None else judge.read(options.dev, options.dev_scores)
@@ -96,14 +114,16 @@ def run_evaluate(options: EvaluateOptions) -> dict[str, Any]:
     rows = judge.rows(candidates, options.scores)
     results = all_figures(candidates, rows, choice, options.tie, row, baseline)
     results |= {"sanity_check": options.sanity_check, "tuned_on_these_questions": tuned_on}
-    print(results_table(results))
-    print(_summary(results))
-    if output is not None:
-        write_json(output, results)
+    page = f"{results_table(results)}\n{_summary(results)}"
+    if listed is not None:
         read = [candidates] if dev is None else [candidates, dev]
-        report_bad_rows([one.data.bad for one in read], skipped_path(output))
-    else:
+        report_bad_rows([one.data.bad for one in read], listed, say)
+    if output is None:
+        print(page)
         print(json.dumps({k: v for k, v in results.items() if k not in ("rows", "ci95")}))
+    else:
+        print(page, file=sys.stderr if output.path is None else sys.stdout)
+        output.write_text(json_text(results))
     return results
 
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from prm.aggregations import AGGREGATIONS
+from prm.digests import check_digest, digest_path, write_digest
 from prm.inputs.prompt import SYSTEM_PROMPT
 from prm.models.model import PRM
 from prm.schema import DataError, StepExample
@@ -22,12 +23,20 @@ from recipes.bad_rows import report_bad_rows, skipped_path
 from recipes.loading import load_model, read_examples, set_up
 from recipes.options.use import ScoreOptions
 from recipes.options.values import OptionError
-from recipes.run.files import write_json
+from recipes.run.files import named, output_file, write_json, write_text
 from recipes.run.identity import digest_file, digest_model
+from recipes.run.lock import locked
+from recipes.terminal import say
 from recipes.use.model_run import note_differences
-from recipes.use.scores_file import ScoredSolution, complete_lines, settings_path
+from recipes.use.scores_file import (
+    ScoredSolution,
+    complete_lines,
+    read_settings,
+    settings_path,
+)
 
 _FORMAT = 1
+_SOLUTIONS = "solutions"
 _WINDOW = 8
 """Number of batches that are sorted by length and written together, in the order of the data."""
 
@@ -36,24 +45,34 @@ def run_score(options: ScoreOptions) -> Path:
     """Score the remaining solutions, and return the scores file.
 
     Raises:
-        OptionError: The output exists and is not a scores file of this model, data and settings.
+        OptionError: The output exists and is not a scores file of this model, data and settings,
+            another process writes it, or it cannot be written.
         DataError: A record, or a line of the output, cannot be used.
+        OSError: The output cannot be written; what was written so far stays.
     """
-    set_up(options)
+    # An existing file is gone on with, or refused by _begin.
+    inputs = (options.file,)
+    output_file("--output", options.output, overwrite=True, inputs=inputs, streams=False)
     output = Path(options.output)
-    if output.is_dir():
-        raise OptionError(f"--output {output}: is a directory; name a file")
+    with locked(output):
+        _score(options, output)
+    return output
+
+
+def _score(options: ScoreOptions, output: Path) -> None:
+    set_up(options)
     note_differences(options, options.model)
     prm, params = load_model(options)
     data = read_examples(prm, options, options.file)
     ids = [example.id for example in data.examples]
-    done = _begin(output, settings_of(prm, options), ids, Path(options.file))
-    report_bad_rows([data.bad], skipped_path(output))
+    settings = settings_of(prm, options) | {_SOLUTIONS: len(ids)}
+    done = _begin(output, settings, ids, Path(options.file), overwrite=options.overwrite)
+    report_bad_rows([data.bad], skipped_path(output), say)
     started = time.perf_counter()
     window = _WINDOW * options.eval_batch_size
     # An incomplete window is scored again as a whole, so that its batches are the same.
     first = done // window * window if done < len(ids) else len(ids)
-    with output.open("a", encoding="utf-8", newline="\n") as file:
+    with named(output), output.open("a", encoding="utf-8", newline="\n") as file:
         for start in range(first, len(ids), window):
             encoded = data.encoded[start : start + window]
             scores = score_examples(
@@ -78,12 +97,12 @@ def run_score(options: ScoreOptions) -> Path:
                     file.write(scored_solution(row.example, steps).line())
             file.flush()
             os.fsync(file.fileno())
+    write_digest(output)
     seconds = time.perf_counter() - started
-    print(
+    say(
         f"{output}: {len(ids) - done} solutions scored in {seconds:.1f} s"
         + (f", {done} were there" if done else "")
     )
-    return output
 
 
 def scored_solution(example: StepExample, step_scores: Tensor) -> ScoredSolution:
@@ -133,49 +152,43 @@ def digest_judge(prm: PRM) -> str:
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()
 
 
-def read_settings(scores: Path) -> Mapping[str, Any]:
-    """Return the settings beside a scores file, empty if there are none.
-
-    Raises:
-        DataError: The file holds no settings.
-    """
-    path = settings_path(scores)
-    if not path.is_file():
-        return {}
-    try:
-        settings = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise DataError(expected="JSON", found=str(error), file=path) from error
-    if not isinstance(settings, dict) or not isinstance(settings.get("model", {}), dict):
-        raise DataError(
-            expected='a JSON object with an object "model"',
-            found=type(settings).__name__,
-            file=path,
-            remedy="write scores and settings with `bilevel-prm score`",
-        )
-    return settings
-
-
-def _begin(output: Path, settings: Mapping[str, Any], ids: Sequence[str], data: Path) -> int:
+def _begin(
+    output: Path, settings: Mapping[str, Any], ids: Sequence[str], data: Path, *, overwrite: bool
+) -> int:
     """Prepare the output for more lines, and return how many solutions it holds."""
-    if not output.exists():
+    if overwrite or not output.exists():
+        for there in (settings_path(output), digest_path(output)):
+            if there.exists() and not overwrite:
+                raise OptionError(
+                    f"--output {output}: {there.name} exists already, without scores; nothing was "
+                    "overwritten. Remove it, give another name, or give --overwrite"
+                )
+        digest_path(output).unlink(missing_ok=True)
+        write_text(output, "")
         write_json(settings_path(output), settings)
-        output.touch()
         return 0
     earlier = read_settings(output)
     if not earlier:
         raise OptionError(
             f"--output {output}: exists, without {settings_path(output).name} beside it that says "
-            "what it is; choose another file"
+            "what it is; choose another file, or give --overwrite"
         )
-    differ = [name for name in settings if _decisive(settings, name) != _decisive(earlier, name)]
+    differ = [
+        name
+        for name in settings
+        if name != _SOLUTIONS and _decisive(settings, name) != _decisive(earlier, name)
+    ]
     if differ:
         values = "; ".join(f"{name}: {_shown(earlier, name)}" for name in differ)
         raise OptionError(
             f"--output {output}: holds scores made with other settings ({values}); nothing was "
-            "changed. Choose another file, or remove this one"
+            "changed. Choose another file, or begin it anew with --overwrite"
         )
-    return complete_lines(output, ids, data)
+    check_digest(output)
+    done = complete_lines(output, ids, data)
+    if _SOLUTIONS not in earlier:  # of a version that did not store their number
+        write_json(settings_path(output), {**earlier, _SOLUTIONS: len(ids)})
+    return done
 
 
 def _decisive(settings: Mapping[str, Any], name: str) -> Any:

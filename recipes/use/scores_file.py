@@ -3,8 +3,9 @@
     {"id": ..., "group": ..., "answer": ..., "correct": ..., "step_scores": [...], "scores": {...}}
 
 ``scores`` holds the solution's score by every aggregation. The file ``<name>.settings.json`` beside
-it records the model, data and settings of the scores. Lines are in the order of the data, and a
-line is complete once it ends with a line break, so an interrupted file can be continued.
+it records the model, data and settings of the scores and the number of solutions, and a complete
+file has its digest beside it (``prm.digests``). Lines are in the order of the data, and a line is
+complete once it ends with a line break, so an interrupted file can be continued.
 """
 
 from __future__ import annotations
@@ -17,8 +18,10 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from prm.data.json_rows import json_line
+from prm.digests import check_digest, digest_path
 from prm.schema import DataError
 from recipes.options.values import OptionError
+from recipes.run.files import note_unchecked
 
 _REMEDY = "write the file with `bilevel-prm score`"
 
@@ -60,16 +63,41 @@ def settings_path(scores: Path) -> Path:
     return scores.with_name(scores.name + ".settings.json")
 
 
+def read_settings(scores: Path) -> Mapping[str, Any]:
+    """Return the settings beside a scores file, empty if there are none.
+
+    Raises:
+        DataError: The file holds no settings.
+    """
+    path = settings_path(scores)
+    if not path.is_file():
+        return {}
+    try:
+        settings = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise DataError(expected="JSON", found=str(error), file=path) from error
+    if not isinstance(settings, dict) or not isinstance(settings.get("model", {}), dict):
+        raise DataError(
+            expected='a JSON object with an object "model"',
+            found=type(settings).__name__,
+            file=path,
+            remedy="write scores and settings with `bilevel-prm score`",
+        )
+    return settings
+
+
 def read_scores(path: Path) -> list[ScoredSolution]:
-    """Read all lines of a scores file.
+    """Read all lines of a complete scores file; a note says if nothing tells that it is complete.
 
     Raises:
         OptionError: There is no such file.
-        DataError: A line is malformed (the error names file, line and field), or an id occurs
-            twice.
+        DataError: A line is malformed (the error names file, line and field), an id occurs twice,
+            solutions are missing, or the file is not as it was written.
     """
     if not path.is_file():
         raise OptionError(f"{path}: no such file; {_REMEDY}")
+    checked = check_digest(path)
+    expected = read_settings(path).get("solutions")
     rows: list[ScoredSolution] = []
     first: dict[str, int] = {}
     for line, row in _rows(path):
@@ -77,8 +105,16 @@ def read_scores(path: Path) -> list[ScoredSolution]:
             _fail(path, line, "id", f"an id of its own, not that of line {first[row.id]}", row.id)
         first[row.id] = line
         rows.append(row)
+    if isinstance(expected, int) and (len(rows) != expected or not checked):
+        raise DataError(
+            expected=f"the scores of {expected} solutions, and the digest of the complete file",
+            found=f"{len(rows)}{'' if checked else f', without {digest_path(path).name}'}",
+            file=path,
+            remedy="call `bilevel-prm score` again as before: it goes on where it stopped",
+        )
     if not rows:
         raise DataError(expected="a line per solution", found="an empty file", file=path)
+    note_unchecked(path)
     return rows
 
 

@@ -9,11 +9,11 @@ from prm.evaluation.select import best_candidate
 from prm.schema import DataError
 from recipes.options.use import SelectOptions
 from recipes.options.values import OptionError, did_you_mean
-from recipes.run.files import write_text
+from recipes.run.files import output_file
 from recipes.use.scores_file import ScoredSolution, read_scores
 
 
-def run_select(options: SelectOptions) -> Path:
+def run_select(options: SelectOptions) -> None:
     """Write a line for every question, in the order in which they begin in the scores file.
 
     A line holds ``group`` and ``id`` of the selected candidate, its ``score``, its ``answer`` and
@@ -21,12 +21,15 @@ def run_select(options: SelectOptions) -> Path:
     depends on the seed and on the name of the question only.
 
     Raises:
-        OptionError: There is no such file or no such aggregation.
-        DataError: A line is malformed or has no ``group``.
+        OptionError: There is no such file or no such aggregation, or the output exists already or
+            cannot be written.
+        DataError: A line is malformed or has no ``group``, or the scores are not complete.
+        OSError: The output cannot be written.
     """
-    scores, output = Path(options.scores), Path(options.output)
-    if output.is_dir() or output.resolve() == scores.resolve():
-        raise OptionError(f"--output {output}: is the scores file, or a directory; name another")
+    scores = Path(options.scores)
+    output = output_file(
+        "--output", options.output, overwrite=options.overwrite, inputs=(options.scores,)
+    )
     questions: dict[str, list[ScoredSolution]] = {}
     for line, row in enumerate(read_scores(scores), start=1):
         if row.group is None:
@@ -60,9 +63,8 @@ def run_select(options: SelectOptions) -> Path:
             "tied": [rows[other].id for other in tied],
         }
         lines.append(json.dumps(record, ensure_ascii=False))
-    write_text(output, "\n".join(lines) + "\n")
-    print(
-        f"{output}: {len(lines)} questions, best {options.aggregation} of "
+    output.write_text("\n".join(lines) + "\n")
+    output.say(
+        f"{len(lines)} questions, best {options.aggregation} of "
         f"{sum(map(len, questions.values()))} candidates; {several} ties settled by {options.tie!r}"
     )
-    return output

@@ -4,19 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 from prm.aggregations import AGGREGATIONS
 from prm.schema import DataError
-from recipes.bad_rows import report_bad_rows, skipped_path
+from recipes.bad_rows import report_bad_rows
 from recipes.evaluation.candidates import step_scores_of
 from recipes.loading import (
     Data,
     Examples,
     Solutions,
+    list_beside,
     load_model,
     read_examples,
     read_solutions,
@@ -26,6 +26,8 @@ from recipes.loading import (
 from recipes.options.rules import check_together, refuse_given
 from recipes.options.use import WeighOptions
 from recipes.options.values import OptionError
+from recipes.run.files import output_file
+from recipes.terminal import say
 from recipes.train.bounded_weights import WEIGHTINGS
 from recipes.train.data import require
 from recipes.train.objective import Objective
@@ -33,7 +35,7 @@ from recipes.train.weight_report import (
     example_batch,
     model_batches,
     reads_examples_alone,
-    write_weights,
+    weight_lines,
 )
 from recipes.use.model_run import prompt_differences, run_of
 from recipes.use.weigh_rules import rule_weights
@@ -42,36 +44,39 @@ from weighting import Weighting, load_weighting, reads_model
 _SHOWN = 5
 
 
-def run_weigh(options: WeighOptions) -> Path:
+def run_weigh(options: WeighOptions) -> None:
     """Write ``id, weight, raw_weight`` of every example, in the order of the file.
 
     If the weighting normalises, weights have mean 1 over the file: they compare the examples of the
     file with each other. On a run's training file they equal its ``weights.jsonl``. The weights of
     a rule are 1 and 0, and its raw weights are the scores that it ranks by.
 
-    Returns:
-        The file that was written.
-
     Raises:
-        OptionError: There is no weighting, it does not read an option, or it was not trained with
-            the options.
+        OptionError: There is no weighting, it does not read an option, it was not trained with the
+            options, or the output exists already or cannot be written.
         DataError: A record cannot be used, or the weighting has no row or domain for an example.
+        OSError: The output cannot be written.
     """
     set_up(options)
     check_together(options)
-    output = Path(options.output)
-    if output.is_dir():
-        raise OptionError(f"--output {output}: is a directory; name a file")
+    output = output_file(
+        "--output",
+        options.output,
+        overwrite=options.overwrite,
+        inputs=(options.file,),
+        sealed=True,
+    )
+    listed = list_beside(options, output.path)
     data: Examples | Solutions
     if options.by == "weighting":
         data, weights, raw = _by_weighting(options)
     else:
         data, weights, raw = rule_weights(options)
-    write_weights(output, data, {"weight": weights, "raw_weight": raw})
-    report_bad_rows([data.bad], skipped_path(output))
+    output.write_text(weight_lines(data, {"weight": weights, "raw_weight": raw}))
+    if listed is not None:
+        report_bad_rows([data.bad], listed, say)
     low, high = float(weights.min()), float(weights.max())
-    print(f"{output}: weights of {len(data)} examples, {low:.3f} to {high:.3f}")
-    return output
+    output.say(f"weights of {len(data)} examples, {low:.3f} to {high:.3f}")
 
 
 @dataclass(frozen=True)

@@ -197,3 +197,30 @@ def test_tokens_of_another_model_are_refused():
     del tokenizer._special_tokens_map["start_image_token"]
     with pytest.raises(ValueError, match="missing: start_image_token"):
         tile_tokens(tokenizer, config)
+
+
+@pytest.mark.parametrize(
+    ("template", "reason"),
+    [
+        ("{{ 1 // 0 }}", "ZeroDivisionError"),
+        ("{{ messages + 1 }}", "TypeError"),
+        ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "RecursionError"),
+        ("{{ messages[0].role.no.such }}", "no attribute 'no'"),
+        ("{% for %}", "end of statement block"),
+        ("{{ raise_exception('no system turns') }}", "no system turns"),
+    ],
+)
+def test_templates_that_fail_in_any_way_are_refused_with_the_reason(template, reason):
+    with pytest.raises(ValueError, match=rf"it refused: .*{reason}"):
+        PromptEncoder(word_tokenizer(template))
+
+
+def test_a_text_that_the_template_refuses_is_an_error_of_its_example():
+    item = example("a", 1)
+    bad = type(item)("b", item.question, (), (Step("four"),))
+    guard = "{% if 'four' in messages[0].content %}{{ 1 // 0 }}{% endif %}"
+    prompt = PromptEncoder(word_tokenizer(guard + CHAT_TEMPLATE), system_prompt=None)
+    prompt.text(item)
+    with pytest.raises(DataError, match="its refusal: ZeroDivisionError") as caught:
+        prompt.text(bad)
+    assert caught.value.example == "b"

@@ -13,6 +13,7 @@ from transformers import AutoModelForImageTextToText
 from prm.models.convert import convert_internvl
 from prm.models.internvl_layout import Layout
 from prm.models.model import load_prm
+from prm.models.untrusted import ModelError
 from prm.schema import Step, StepExample
 from tests.prm.models.original_checkpoint import make_original, state_of, write_original
 
@@ -184,3 +185,93 @@ def test_a_full_target_is_left_alone(tmp_path):
     with pytest.raises(FileExistsError, match="not empty"):
         convert_internvl(source, target)
     assert [path.name for path in target.iterdir()] == ["mine"]
+
+
+def _cut(folder):
+    path = folder / "model-00002-of-2.safetensors"
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+def _written(name, text):
+    return lambda folder: (folder / name).write_text(text)
+
+
+def _config(change):
+    def edit(folder):
+        content = json.loads((folder / "config.json").read_text())
+        change(content)
+        (folder / "config.json").write_text(json.dumps(content))
+
+    return edit
+
+
+def _nan(folder):
+    path = folder / "model-00001-of-2.safetensors"
+    state = load_file(path)
+    next(iter(state.values())).view(-1)[0] = float("nan")
+    save_file(state, path)
+
+
+INDEX = "model.safetensors.index.json"
+DAMAGE = {
+    "cut shard": (_cut, r"model-00002-of-2\.safetensors: expected a complete safetensors file"),
+    "index without weight_map": (_written(INDEX, "{}"), r"index\.json: weight_map: .* found none"),
+    "index a list": (_written(INDEX, "[]"), r"index\.json: expected a JSON object, found list"),
+    "index no JSON": (_written(INDEX, "{"), r"index\.json: expected JSON"),
+    "shard above": (
+        _written(INDEX, '{"weight_map": {"x": "../old/model-00001-of-2.safetensors"}}'),
+        r"found '\.\./old/model-00001-of-2\.safetensors'; weights are never read from elsewhere",
+    ),
+    "NaN": (_nan, r"model-00001-of-2\.safetensors: \S+: expected finite weights"),
+    "config null": (_written("config.json", "null"), r"config\.json: expected a JSON object"),
+    "llm_config a string": (_config(lambda c: c.update(llm_config="qwen2")), r"config\.json can"),
+    "no vision_config": (
+        _config(lambda c: c.pop("vision_config")), r"config\.json .* 'vision_config' is missing",
+    ),
+    "no number of heads": (
+        _config(lambda c: c["llm_config"].pop("num_attention_heads")),
+        r"the entry 'num_attention_heads' is missing",
+    ),
+    "a word for a size": (
+        _config(lambda c: c["llm_config"].update(hidden_size="x")), r"config\.json cannot be used",
+    ),
+    "10^7 layers": (
+        _config(lambda c: c["llm_config"].update(num_hidden_layers=10**7)),
+        r"config\.json: llm_config\.num_hidden_layers: expected at most 10000, found 10000000",
+    ),
+    "9000 layers": (
+        _config(lambda c: c["llm_config"].update(num_hidden_layers=9000)), r"more than \d+ modules",
+    ),
+    "a vocabulary of 10^12": (
+        _config(lambda c: c["llm_config"].update(vocab_size=10**12)), r"more than \d+ values",
+    ),
+    "patches of size 0": (
+        _config(lambda c: c["vision_config"].update(patch_size=0)), r"config\.json cannot .* Zero",
+    ),
+    "10^9 tiles": (
+        _config(lambda c: c.update(max_dynamic_patch=10**9)), r"max_dynamic_patch: expected 1 to",
+    ),
+    "tokenizer cut": (_written("tokenizer.json", '{"version": '), r"the tokenizer in .* cannot be"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", DAMAGE)
+def test_damaged_checkpoints_are_refused_in_a_sentence_and_nothing_is_written(tmp_path, name):
+    change, message = DAMAGE[name]
+    config, model, tokenizer = make_original("qwen2")
+    source = write_original(tmp_path / "old", config, state_of(model), tokenizer, shards=2)
+    change(source)
+    with pytest.raises(ModelError, match=message) as caught:
+        convert_internvl(source, tmp_path / "new")
+    assert "\n" not in str(caught.value)
+    assert [path.name for path in tmp_path.iterdir()] == ["old"]
+
+
+def test_weights_in_pickles_are_refused(tmp_path):
+    config, model, tokenizer = make_original("qwen2")
+    source = write_original(tmp_path / "old", config, state_of(model), tokenizer)
+    (source / "model.safetensors").rename(source / "pytorch_model.bin")
+    with pytest.raises(
+        FileNotFoundError, match=r"found pytorch_model\.bin, which may hold pickles"
+    ):
+        convert_internvl(source, tmp_path / "new")

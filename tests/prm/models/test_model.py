@@ -386,9 +386,7 @@ def test_a_path_that_is_not_there_never_reaches_the_network(tmp_path, monkeypatc
     """Also where it is written like a name on a hub: a folder of its first part is here."""
     (tmp_path / "runs").mkdir()
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(
-        "prm.models.model.refuse_remote_code", lambda name: pytest.fail("looked it up")
-    )
+    monkeypatch.setattr("prm.models.model.load_config", lambda name: pytest.fail("looked it up"))
     with pytest.raises(FileNotFoundError, match="organisation/model"):
         load_prm(name)
 
@@ -407,7 +405,7 @@ def test_a_name_on_a_hub_is_looked_up_there(tmp_path, monkeypatch):
         raise OSError("no network in tests")
 
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("prm.models.model.refuse_remote_code", refuse)
+    monkeypatch.setattr("prm.models.model.load_config", refuse)
     with pytest.raises(OSError, match="no network"):
         load_prm("OpenGVLab/InternVL3-1B-hf")
     assert looked == ["OpenGVLab/InternVL3-1B-hf"]

@@ -261,7 +261,7 @@ def test_command(tmp_path, capsys):
     assert set(content) >= EXACT
     assert content["errors"] == []
     bad = write(tmp_path / "bad.jsonl", own(1, "+"), own(2, "good"))
-    assert main(["data", "validate", str(bad), "--json", str(out)]) == 1
+    assert main(["data", "validate", str(bad), "--json", str(out), "--overwrite"]) == 1
     assert json.loads(out.read_text())["errors"] == [
         {
             "file": str(bad),

@@ -12,6 +12,7 @@ import yaml
 
 import recipes.embedded.compare
 import recipes.options.parse
+import recipes.train.loop
 from recipes.embedded.build import build
 from recipes.embedded.compare import compare, statistics
 from recipes.evaluation.table import NAMES
@@ -163,3 +164,33 @@ def test_shuffled_weights_are_the_learned_ones_on_other_examples(tiny, tmp_path)
     assert sorted(dealt.values()) == sorted(learned.values())
     assert dealt != learned
     assert list(dealt) == list(learned)
+
+
+@pytest.mark.parametrize("where", ["cold-start", "no-selection"])
+def test_an_interrupted_comparison_goes_on(tiny, tmp_path, monkeypatch, where):
+    """A run that was killed after its second step is resumed, and the numbers are the same."""
+    small = replace(tiny, seeds=1, methods=("cold_start", "no_selection"))
+    whole = compare(replace(small, work_dir=str(tmp_path / "whole")))
+    append, run = recipes.train.loop.append_line, tmp_path / "work" / "seed-0" / where
+
+    def killed(path, line):
+        append(path, line)
+        if path == run / "log.jsonl":
+            raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(recipes.train.loop, "append_line", killed)
+        with pytest.raises(Killed):
+            compare(small)
+    assert (run / "args.yaml").exists()
+    assert not (run / "results.json").exists()
+    found = compare(small)
+    assert found["rows"] == whole["rows"]
+    assert found["per_seed"] == whole["per_seed"]
+    for name in ("cold-start", "no-selection"):
+        bits = [model_bits(tmp_path / at / "seed-0" / name) for at in ("whole", "work")]
+        assert bits[0] == bits[1]
+
+
+class Killed(BaseException):
+    """The end of a process that nothing catches."""

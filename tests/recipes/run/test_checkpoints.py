@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-import recipes.run.files
+import prm.files
 from bilevel import BilevelSolver, tree
 from bilevel.autodiff.random_state import capture
 from recipes.__main__ import main
@@ -309,12 +309,12 @@ def test_a_checkpoint_that_was_not_finished_does_not_count(tmp_path, monkeypatch
     _, state = toy()
     checkpoints = Checkpoints(tmp_path, every=1, keep=1, identity=TOY)
     checkpoints.save(Progress(state, capture(())))
-    killed = shutil.copytree(tmp_path / "step-0", tmp_path / "step-2.tmp")
+    killed = shutil.copytree(tmp_path / "step-0", tmp_path / ".step-2.x7yz.unfinished")
 
     def interrupted(path):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(recipes.run.files, "flush", interrupted)
+    monkeypatch.setattr(prm.files, "flush", interrupted)
     later = Progress(state._replace(lower_steps=torch.tensor(1)), capture(()))
     with pytest.raises(KeyboardInterrupt):
         checkpoints.save(later)

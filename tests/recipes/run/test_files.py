@@ -8,11 +8,11 @@ import os
 
 import pytest
 
-import recipes.run.files
+import prm.files
 from recipes.run.files import (
     complete_directory,
     remove_directory,
-    unfinished_name,
+    remove_unfinished,
     write_json,
     write_text,
 )
@@ -46,7 +46,7 @@ def test_a_file_is_on_the_disk_before_it_has_its_name(tmp_path, order):
     write_text(path, "α\n")
     write_text(path, "β\n")
     assert path.read_bytes() == "β\n".encode()
-    assert order == ["flush file.txt.tmp", "rename file.txt.tmp file.txt", "flush made"] * 2
+    assert order == ["flush file.txt", "rename file.txt file.txt", "flush made"] * 2
     assert [entry.name for entry in path.parent.iterdir()] == ["file.txt"]
 
 
@@ -62,11 +62,24 @@ def test_a_write_that_fails_leaves_the_old_file(tmp_path, monkeypatch, call, exi
     assert [entry.read_text() for entry in tmp_path.iterdir()] == ["old"] * existed
 
 
-def test_what_a_killed_write_left_is_replaced(tmp_path):
-    path = tmp_path / "file.txt"
-    unfinished_name(path).write_text("half of something that was longer")
-    write_text(path, "new")
-    assert {entry.name: entry.read_text() for entry in tmp_path.iterdir()} == {"file.txt": "new"}
+def test_what_a_killed_writer_left_is_removed_where_only_we_write(tmp_path):
+    for name in (".step-4.x1y2.unfinished", ".step-8.z.unfinished", "step-4", ".other.unfinished"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "state").write_text("half")
+    remove_unfinished(tmp_path, "step-*")
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".other.unfinished", "step-4"]
+
+
+def test_files_of_others_that_look_temporary_stay(tmp_path):
+    """Also those that a writer with fixed temporary names would have taken for its own."""
+    mine = ("x.tmp", ".x.unfinished", f".x.{os.getpid()}.unfinished", "x.unfinished")
+    for name in mine:
+        (tmp_path / name).write_text("mine")
+    write_text(tmp_path / "x", "new")
+    assert (tmp_path / "x").read_text() == "new"
+    for name in mine:
+        assert (tmp_path / name).read_text() == "mine"
+    assert len(list(tmp_path.iterdir())) == len(mine) + 1
 
 
 def test_json_refuses_what_json_lacks_and_keeps_the_old_file(tmp_path):
@@ -79,10 +92,9 @@ def test_json_refuses_what_json_lacks_and_keeps_the_old_file(tmp_path):
 
 
 def test_a_directory_appears_when_all_of_it_is_on_the_disk(tmp_path, order):
-    unfinished_name(tmp_path / "step").mkdir()
-    (unfinished_name(tmp_path / "step") / "left").write_text("by a kill")
     with complete_directory(tmp_path / "step") as folder:
-        assert folder == tmp_path / "step.tmp"
+        assert folder.parent.parent == tmp_path
+        assert folder.parent.name.startswith(".step.")
         assert list(folder.iterdir()) == []
         (folder / "inside").mkdir()
         (folder / "inside" / "a").write_text("1")
@@ -90,7 +102,7 @@ def test_a_directory_appears_when_all_of_it_is_on_the_disk(tmp_path, order):
         assert order == []
     assert sorted(order[:2]) == ["flush a", "flush b"]  # at once
     assert order[2:] == [
-        *("flush inside", "flush step.tmp", "rename step.tmp step", f"flush {tmp_path.name}")
+        *("flush inside", "flush step", "rename step step", f"flush {tmp_path.name}")
     ]
     assert sorted(p.name for p in tmp_path.rglob("*")) == ["a", "b", "inside", "step"]
 
@@ -102,7 +114,7 @@ def test_a_directory_that_fails_is_not_there(tmp_path, monkeypatch, error, where
         raise error
 
     if where == "flush":
-        monkeypatch.setattr(recipes.run.files, "flush", raises)
+        monkeypatch.setattr(prm.files, "flush", raises)
 
     def fill():
         with complete_directory(tmp_path / "step") as folder:
@@ -130,5 +142,6 @@ def test_a_directory_is_renamed_before_it_is_removed(tmp_path, order):
         (tmp_path / name / "a").write_text("1")
     remove_directory(tmp_path / "step")
     remove_directory(tmp_path / "step")
-    assert order == ["rename step step.tmp"]
-    assert list(tmp_path.iterdir()) == []
+    (renamed,) = order
+    assert renamed.startswith("rename step .step.")
+    assert [entry.name for entry in tmp_path.iterdir()] == ["step.tmp"]

@@ -105,6 +105,21 @@ def test_a_second_process_is_refused(tmp_path, holder):
     assert not (tmp_path / "lock").exists()
 
 
+def test_a_file_has_a_lock_of_its_own(tmp_path):
+    file = tmp_path / "made" / "scores.jsonl"
+    with locked(file):
+        assert [path.name for path in file.parent.iterdir()] == ["scores.jsonl.lock"]
+        with locked(file.with_name("other.jsonl")):
+            assert len(list(file.parent.iterdir())) == 2
+        with pytest.raises(OptionError) as refused, locked(file):
+            pass
+    assert str(refused.value).startswith(
+        f"{file}: another process writes this file (process {os.getpid()} on "
+    )
+    assert str(refused.value).endswith(f"if it is gone, remove {file}.lock")
+    assert list(file.parent.iterdir()) == []
+
+
 @pytest.mark.parametrize("waited_for", [True, False])
 def test_a_killed_one_is_taken_over(tmp_path, holder, capsys, waited_for):
     holder.kill()

@@ -14,6 +14,7 @@ import torch
 from transformers import AutoImageProcessor, AutoModelForImageTextToText, AutoTokenizer
 
 import recipes.train.training
+from prm.digests import check_digest
 from prm.models.model import load_prm
 from prm.scoring import score_examples, step_scores
 from recipes.__main__ import main
@@ -21,6 +22,7 @@ from recipes.evaluation.candidates import step_scores_of
 from recipes.loading import load_model, read_examples
 from recipes.options.parse import changed, resolve
 from recipes.options.train import ColdStartOptions, TrainOptions
+from recipes.run.errors import WriteError
 from recipes.train.cold_start import run_cold_start
 from recipes.train.training import run_training
 from recipes.train.weight_report import initial_losses
@@ -28,7 +30,8 @@ from tests.tiny_task import SIZES, altered, model_bits, read_lines
 from weighting import Clip, DomainTable, InstanceNet, InstanceTable, Sigmoid, load_weighting
 
 COLD = {"args.yaml", "env.json", "log.jsonl", "model", "results.json"}
-ALWAYS = COLD | {"test_questions.jsonl", "dev_questions.jsonl", "weights.jsonl"}
+ALWAYS = COLD | {"test_questions.jsonl", "dev_questions.jsonl"}
+ALWAYS |= {"weights.jsonl", "weights.jsonl.sha256"}
 KINDS = {
     "net": ({"weighting": "net"}, "instance_net"),
     "table": ({"weighting": "table", "bound": "clip"}, "instance_table"),
@@ -101,7 +104,8 @@ def test_run_directory_holds_what_the_contract_says(runs, kind):
     weighted = kind in ("net", "table", "domain")
     files = {path.name for path in run.iterdir()}
     assert files == ALWAYS | ({"weighting"} if weighted else set())
-    assert not list(run.rglob("*.tmp"))
+    assert not list(run.rglob("*.unfinished"))
+    assert check_digest(run / "weights.jsonl")
     environment = json.loads((run / "env.json").read_text())
     assert environment["packages"]["torch"] == metadata.version("torch")
     assert {"python", "platform", "cpus", "threads", "cuda"} <= set(environment)
@@ -440,3 +444,13 @@ def test_cold_start_draws_by_seed(task, tmp_path):
     assert bits[0] != bits[1]
     whole = run_cold_start(task.cold_start(tmp_path / "all", draw=0))
     assert json.loads((whole / "results.json").read_text())["examples"] == TRAINED
+
+
+def test_a_directory_that_cannot_be_written_is_said_before_the_model_is_loaded(
+    task, tmp_path, monkeypatch
+):
+    (tmp_path / "file").write_text("mine")
+    monkeypatch.setattr(recipes.train.training, "load_model", None)
+    with pytest.raises(WriteError, match=r"cannot be written \(Not a directory\)"):
+        run_training(task.train(tmp_path / "file" / "run"))
+    assert (tmp_path / "file").read_text() == "mine"

@@ -28,3 +28,20 @@ def test_mistakes_are_one_line(tmp_path, capsys):
     assert main([*words, str(source)]) == 1
     (said,) = capsys.readouterr().err.splitlines()
     assert said.endswith("is not empty; remove it or choose another")
+
+
+def test_damaged_models_end_in_one_line_and_status_2(tmp_path, capsys):
+    config, model, tokenizer = make_original("qwen2")
+    source = write_original(tmp_path / "old", config, state_of(model), tokenizer, shards=2)
+    (source / "model.safetensors.index.json").write_text('{"metadata": {}}')
+    words = ["convert-model", "--input", str(source), "--output", str(tmp_path / "new")]
+    assert main(words) == 2
+    (said,) = capsys.readouterr().err.splitlines()
+    assert said.startswith(f"bilevel-prm convert-model: --input {source}: ")
+    assert "model.safetensors.index.json: weight_map: expected" in said
+    (source / "config.json").write_text("[]")
+    score = ["score", "--model", str(source), "--file", str(source / "config.json")]
+    for command in (words, [*score, "--output", str(tmp_path / "scores.jsonl")]):
+        assert main(command) == 2
+        (said,) = capsys.readouterr().err.splitlines()
+        assert said.endswith("config.json: expected a JSON object, found list")

@@ -36,6 +36,7 @@ def evaluate(task, tmp_path):
     def run(**given) -> dict:
         output = tmp_path / "out.json"
         given = {"file": str(task.data / "test.jsonl"), "output": str(output)} | given
+        given["overwrite"] = True
         assert commands.run("evaluate", EvaluateOptions(**given)) == 0
         return json.loads(output.read_text())
 

@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 from pathlib import Path
 
 import pytest
 import torch
 
 import recipes.use.score
+from prm.digests import digest_path
 from prm.scoring import score_examples
 from recipes import commands
 from recipes.__main__ import main
 from recipes.embedded.vocabulary import SYSTEM_PROMPT
 from recipes.loading import load_model, read_examples
 from recipes.options.use import ScoreOptions, SelectOptions
+from recipes.run.lock import locked
 from recipes.use.score import all_aggregates, run_score
-from recipes.use.scores_file import read_scores
+from recipes.use.scores_file import read_scores, settings_path
 from tests.tiny_task import read_lines
 
 
@@ -140,6 +144,104 @@ def test_scores_that_are_no_numbers_are_named(options, monkeypatch, capsys):
     assert "test.jsonl: example 'test-0000-0': expected numbers as step scores, found [nan" in line
 
 
+def test_an_interrupted_file_is_not_selected_from(options, monkeypatch, capsys, tmp_path):
+    """Of the 20 candidates 6 are there: the last question has 2 of its 4."""
+    monkeypatch.setattr(recipes.use.score, "_WINDOW", 2)
+    calls = []
+
+    def interrupted(*args, **more):
+        calls.append(args)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return score_examples(*args, **more)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(recipes.use.score, "score_examples", interrupted)
+        assert commands.run("score", options()) == 130
+    select = SelectOptions(scores=options().output, output=str(tmp_path / "best.jsonl"))
+    capsys.readouterr()
+    assert commands.run("select", select) == 1
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert "expected the scores of 20 solutions, and the digest of the complete file" in line
+    assert "found 6, without scores.jsonl.sha256" in line
+    assert not (tmp_path / "best.jsonl").exists()
+    assert commands.run("score", options()) == 0
+    assert commands.run("select", select) == 0
+    assert len(read_lines(tmp_path / "best.jsonl")) == 5
+
+
+def test_a_changed_file_is_not_gone_on_with(options, capsys):
+    output = run_score(options())
+    content = output.read_bytes()
+    output.write_bytes(content.replace(b'"correct": true', b'"correct": null', 1))
+    assert commands.run("score", options()) == 1
+    assert "changed after it was written, or is damaged" in capsys.readouterr().err
+    assert commands.run("score", options(overwrite=True)) == 0
+    assert output.read_bytes() == content
+
+
+def test_a_file_of_an_older_version_is_gone_on_with_and_completed(options, monkeypatch, capsys):
+    output = run_score(options())
+    content = output.read_bytes()
+    digest_path(output).unlink()
+    settings = json.loads(settings_path(output).read_text())
+    assert settings.pop("solutions") == 20
+    settings_path(output).write_text(json.dumps(settings))
+    output.write_bytes(b"".join(content.splitlines(keepends=True)[:7]))
+    assert run_score(options()).read_bytes() == content
+    assert json.loads(settings_path(output).read_text()) == settings | {"solutions": 20}
+    capsys.readouterr()
+    assert len(read_scores(output)) == 20
+    assert capsys.readouterr().err == ""
+
+
+def test_settings_and_digests_of_others_are_not_overwritten(options, capsys):
+    output = Path(options().output)
+    for path in (settings_path(output), digest_path(output)):
+        path.write_text("mine")
+        assert commands.run("score", options()) == 2
+        assert f"{path.name} exists already, without scores" in capsys.readouterr().err
+        assert (path.read_text(), output.exists()) == ("mine", False)
+        path.unlink()
+
+
+def test_two_processes_do_not_write_one_file(options, capsys, tmp_path):
+    """The second names the first, also by another name of the file, and changes nothing."""
+    (tmp_path / "link").symlink_to(options().output)
+    with locked(Path(options().output)):
+        for name in ("scores.jsonl", "link"):
+            assert commands.run("score", options(name)) == 2
+            line = capsys.readouterr().err
+            assert "another process writes this file (process " in line
+            assert f"(process {os.getpid()} on " in line
+            assert f"remove {options().output}.lock\n" in line
+        assert {path.name for path in tmp_path.iterdir()} == {"link", "scores.jsonl.lock"}
+    assert commands.run("score", options()) == 0
+    assert not Path(options().output + ".lock").exists()
+
+
+def test_a_full_disk_is_said_and_what_was_scored_is_gone_on_with(options, monkeypatch, capsys):
+    whole = run_score(options("whole.jsonl")).read_bytes()
+    monkeypatch.setattr(recipes.use.score, "_WINDOW", 2)
+    fsync, calls = os.fsync, []
+
+    def full(handle):
+        if Path(f"/proc/self/fd/{handle}").resolve() == Path(options().output):
+            calls.append(handle)
+            if len(calls) == 3:
+                raise OSError(errno.ENOSPC, "No space left on device")
+        fsync(handle)
+
+    capsys.readouterr()
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        assert commands.run("score", options()) == 1
+    said = f"bilevel-prm score: {options().output}: No space left on device\n"
+    assert capsys.readouterr().err == said
+    assert 0 < len(Path(options().output).read_bytes()) < len(whole)
+    assert run_score(options()).read_bytes() == whole
+
+
 @pytest.fixture
 def scores(tmp_path) -> Path:
     path = tmp_path / "scores.jsonl"
@@ -157,7 +259,7 @@ def scores(tmp_path) -> Path:
 
 def selected(scores: Path, **more) -> list[dict]:
     output = scores.with_name("selected.jsonl")
-    options = SelectOptions(scores=str(scores), output=str(output), **more)
+    options = SelectOptions(scores=str(scores), output=str(output), overwrite=True, **more)
     assert commands.run("select", options) == 0
     return read_lines(output)
 
@@ -185,7 +287,7 @@ def test_a_draw_depends_on_seed_and_question_only(scores):
     ("words", "status", "message"),
     [
         ("--aggregation men", 2, "line 1 of {scores} has mean, orm; did you mean 'mean'?"),
-        ("--output {scores}", 2, "is the scores file, or a directory; name another"),
+        ("--output {scores}", 2, "is a file that is read; name another"),
         ("--scores ./none.jsonl", 2, "none.jsonl: no such file"),
         ("--tie expected", None, "invalid choice: 'expected'"),
     ],

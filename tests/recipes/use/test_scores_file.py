@@ -7,9 +7,16 @@ from pathlib import Path
 
 import pytest
 
+from prm.digests import digest_path, write_digest
 from prm.schema import DataError
 from recipes.options.values import OptionError
-from recipes.use.scores_file import ScoredSolution, complete_lines, read_scores, scores_for
+from recipes.use.scores_file import (
+    ScoredSolution,
+    complete_lines,
+    read_scores,
+    scores_for,
+    settings_path,
+)
 
 ROWS = [
     ScoredSolution("a", (0.1, 1 / 3), {"mean": 13 / 60, "min": 0.1}, "q", "7", True),
@@ -46,6 +53,47 @@ def test_an_incomplete_last_line_is_cut_off(path, rest):
     path.write_bytes(whole + rest.encode())
     assert complete_lines(path, ["a", "b", "ç", "d"], Path("data")) == 3
     assert path.read_bytes() == whole
+
+
+@pytest.fixture
+def complete(path) -> Path:
+    """A complete file, with all that ``score`` writes beside it."""
+    settings_path(path).write_text(json.dumps({"solutions": len(ROWS)}))
+    write_digest(path)
+    return path
+
+
+def test_a_complete_file_is_read_without_a_note_and_an_old_one_with_it(complete, capsys):
+    assert read_scores(complete) == ROWS
+    assert capsys.readouterr().err == ""
+    settings_path(complete).unlink()
+    digest_path(complete).unlink()
+    assert read_scores(complete) == ROWS
+    said = f"note: {complete}: no scores.jsonl.sha256 beside it to check it with\n"
+    assert capsys.readouterr().err == said
+    settings_path(complete).write_text("{}")  # of a version that counted nothing
+    assert read_scores(complete) == ROWS
+    assert capsys.readouterr().err == said
+
+
+@pytest.mark.parametrize("there", [0, 1, 2, 3])
+def test_an_unfinished_file_is_refused(complete, there):
+    """The third is all there, but ``score`` was stopped before it said so."""
+    digest_path(complete).unlink()
+    complete.write_text("".join(row.line() for row in ROWS[:there]))
+    with pytest.raises(DataError, match=f"scores of 3 solutions.*, found {there}, without") as said:
+        read_scores(complete)
+    assert "call `bilevel-prm score` again as before: it goes on" in str(said.value)
+
+
+def test_every_flipped_bit_of_a_complete_file_is_noticed(complete):
+    content = complete.read_bytes()
+    for place in range(8 * len(content)):
+        flipped = bytearray(content)
+        flipped[place // 8] ^= 1 << place % 8
+        complete.write_bytes(flipped)
+        with pytest.raises(DataError, match="changed after it was written, or is damaged"):
+            read_scores(complete)
 
 
 def test_a_file_of_other_solutions_is_not_continued(path):

@@ -42,7 +42,8 @@ def weigh(task, runs, tmp_path):
         asked |= {"model": str(runs[name] / "model")} if name == "net" else {}
         asked["weighting"] = str(runs[name] / "weighting")
         asked["file"] = str(file or task.data / "train.jsonl")
-        options = WeighOptions(output=str(tmp_path / "weights.jsonl"), **{**asked, **more})
+        output = str(tmp_path / "weights.jsonl")
+        options = WeighOptions(output=output, overwrite=True, **{**asked, **more})
         status = commands.run("weigh", options)
         return status, read_lines(tmp_path / "weights.jsonl") if status == 0 else []
 
