@@ -342,7 +342,7 @@ def test_a_leak_is_an_error_with_a_status_of_its_own(tmp_path, capsys):
     out = tmp_path / "out.json"
 
     def check(*words: object) -> int:
-        return main(["data", "validate", *map(str, words), "--json", str(out)])
+        return main(["data", "validate", *map(str, words), "--json", str(out), "--overwrite"])
 
     assert check(train, "--meta", meta, "--test", apart) == 0
     assert json.loads(out.read_text())["leaks"] == []
