@@ -18,7 +18,6 @@ if TYPE_CHECKING:
     from prm.data.reader import read_examples as read_examples
     from prm.data.reader import read_jsonl as read_jsonl
     from prm.data.reader import write_jsonl as write_jsonl
-    from prm.data.splitter import final_answer as final_answer
     from prm.data.splitter import solution_steps as solution_steps
     from prm.data.splitter import split_steps as split_steps
     from prm.data.stepwise_writer import read_weights as read_weights
@@ -28,6 +27,7 @@ if TYPE_CHECKING:
     from prm.evaluation.calibration import brier as brier
     from prm.evaluation.calibration import expected_calibration_error as expected_calibration_error
     from prm.evaluation.calibration import reliability as reliability
+    from prm.evaluation.final_answer import final_answer as final_answer
     from prm.evaluation.metrics import best_of_k_curve as best_of_k_curve
     from prm.evaluation.metrics import bootstrap_interval as bootstrap_interval
     from prm.evaluation.metrics import expected_best_of_k as expected_best_of_k
@@ -37,6 +37,8 @@ if TYPE_CHECKING:
     from prm.evaluation.metrics import paired_interval as paired_interval
     from prm.evaluation.metrics import pass_at_k as pass_at_k
     from prm.evaluation.metrics import roc_auc as roc_auc
+    from prm.evaluation.metrics import roc_auc_interval as roc_auc_interval
+    from prm.evaluation.second_opinion import load_math_verify as load_math_verify
     from prm.evaluation.select import best_candidate as best_candidate
     from prm.evaluation.select import best_of_n as best_of_n
     from prm.evaluation.select import self_consistency as self_consistency

@@ -22,8 +22,17 @@ ALLOWED = {
     "bilevel": {"torch", "torchopt", "optree", "jaxtyping"},
     "weighting": {"torch", "safetensors", "jaxtyping"},
     "prm": {
-        *("torch", "transformers", "jinja2", "PIL", "numpy", "safetensors", "peft", "jaxtyping"),
-        *("pyarrow", "zstandard"),
+        "torch",
+        "transformers",
+        "jinja2",
+        "PIL",
+        "numpy",
+        "safetensors",
+        "peft",
+        "jaxtyping",
+        "math_verify",
+        "pyarrow",
+        "zstandard",
     },
     "recipes": {
         *(*CORE, "torch", "torchopt", "optree", "transformers", "tokenizers", "safetensors"),
@@ -239,14 +248,14 @@ def declared() -> set[str]:
     setup = configparser.ConfigParser()
     setup.read(ROOT / "setup.cfg", encoding="utf-8")
     extras = setup["options.extras_require"]
-    lines = (
-        setup["options"]["install_requires"] + extras["demo"] + extras["peft"] + extras["datasets"]
-    )
+    lines = setup["options"]["install_requires"]
+    lines += "".join(extras[name] for name in ("demo", "peft", "math", "datasets"))
     return {re.split("[<>=!~]", line)[0] for line in lines.split()}
 
 
 def test_every_package_that_is_imported_is_declared():
     names = {"PIL": "pillow", "yaml": "pyyaml", "sklearn": "scikit-learn"}
+    names["math_verify"] = "math-verify"
     outside = {name for path in MODULES for name in imported(path)}
     outside -= {*PACKAGES, *sys.stdlib_module_names}
     assert {names.get(name, name) for name in outside} == declared()

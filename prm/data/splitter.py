@@ -20,7 +20,6 @@ _ITEM = re.compile(r" {0,3}\*{0,2}(\d{1,3})(?:[.)](?=[\s*])|、)")
 # The quantifiers are possessive, so that a long run of white space is matched in linear time.
 _GAP = r"[ \t]*+(?:\*{1,2}+[ \t]*+)?"
 _ANSWER = re.compile(_HEAD + rf"(?:(?:final[ \t]+)?answer|答案){_GAP}[:：]", re.I)
-_STATED = re.compile(rf"(?:\banswer|答案){_GAP}(?:[:：]|is\b[:：]?|是[:：]?)", re.I)
 _TAG = re.compile(r"\s*\[reasoning\][ \t]*\n?", re.IGNORECASE)
 _FENCE = re.compile(r"[ \t]*(?:```|~~~)")
 _CONTINUES = re.compile(r"[ \t]|[-*+•][ \t]")
@@ -75,18 +74,6 @@ def solution_steps(text: str) -> list[str]:
     tag = _TAG.match(text)
     body = text[tag.end() :] if tag else text
     return [step for piece in split_steps(body) if (step := piece.strip())]
-
-
-def final_answer(text: str) -> str | None:
-    """Return the text after the last "Answer:" or "answer is", or else a reply of a single word.
-
-    Emphasis and a full stop around it are removed; otherwise the answer is not normalised.
-    """
-    answer = text if len(text.split()) == 1 else None
-    for match in _STATED.finditer(text):
-        behind = text[match.end() :].lstrip(" \t*").lstrip("\r\n")
-        answer = behind.partition("\n")[0]
-    return (answer or "").strip().strip("*").removesuffix(".").strip("*").strip() or None
 
 
 def _lines(text: str) -> list[_Line]:

@@ -4,20 +4,24 @@ r"""Canonical forms of final answers: equal answers become equal strings, which 
 
 1. Blank: no answer. Unicode forms are unified (NFKC; minus signs and dashes are "-", "½" is "1/2").
 2. The last ``\boxed{...}`` stands for the whole; "the answer is", "Answer:" and "Option" in front
-   are removed, as are math delimiters and a final full stop.
-3. LaTeX: ``\frac{a}{b}`` is a/b, ``\text{x}`` is x, ``\sqrt{a}`` is sqrt(a), ``\%`` is %, and
-   ``^\circ`` is °. Spacing, ``\left`` and ``\right`` are removed.
-4. Choice letters A to H: "(b)", "B.", "B) 12 cm", "option B" are "B"; "A and C" is "A,C".
-5. A variable in front is removed: "x = 5" is "5".
+   are removed, as are delimiters of mathematics ("$28$ percent" too), quotes, emphasis, a final
+   full stop and sentences behind the answer.
+3. LaTeX becomes plain text by the rules of ``prm.evaluation.latex``: ``\frac{a}{b}`` is a/b,
+   ``\text{x}`` x, ``\pi`` π, ``\leq`` ≤.
+4. Choices by the rules of ``prm.evaluation.choices``: "(b)", "B) 12 cm", "B - 12 cm" are "B";
+   "A and C" and "AC" are "A,C".
+5. What is in front of "=" or "∈" is removed if it is a name: "x = 5", "f(x) = 5", "(p,q) = (3,2)",
+   "x ∈ [2,5)". Several: "y=2, x=1" is "x=1, y=2".
 6. Numbers are exact: "3.50", "7/2", "3 1/2", "35e-1" are "7/2"; "1,234" is "1234"; "2 million" is
-   "2000000". Nothing is rounded: "0.33" is not "1/3".
+   "2000000"; "2^10" is "1024". Nothing is rounded: "0.33" is not "1/3".
 7. Units behind a number, known ones by their symbol: "12 centimetres" is "12 cm", "$3" is "3 $",
    "50 percent" is "50 %", "5 m per s" is "5 m/s". A single-letter unit needs a space ("5m" may be
    5·m). Other words of three letters or more are a unit too: "3 apples" is "3 apple". Units are
    never converted.
 8. Lists in brackets, or of numbers, element by element: "(1.0,2)" is "(1, 2)"; sets {...} in
-   sorted order.
-9. Anything else: lower case, one space between words, none around operators.
+   sorted order. So are matrices, and unions of intervals.
+9. Anything else: lower case, no space where it has no meaning ("4 π" is "4π"), no sign of
+   multiplication before a letter or bracket, "x > 3" as "3<x".
 
 An answer of more than 2000 characters, and any part that is nested more than 20 brackets deep, is
 compared as text, by rule 9.
@@ -30,47 +34,66 @@ from __future__ import annotations
 
 import re
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from fractions import Fraction
 
-from prm.evaluation.latex import boxed, plain_text
+from prm.evaluation.brackets import OPENING, spans, split_outside
+from prm.evaluation.choices import choice
+from prm.evaluation.final_answer import without_remarks
+from prm.evaluation.latex import FUNCTIONS, last_box, plain_text
 from prm.evaluation.units import UNIT_SYMBOLS, unit_of
 
+SameAnswer = Callable[[str, str], bool]
+"""Whether two answers, as they were given, are the same."""
 _LONGEST_NUMBER = 300
 """The number of characters, or the exponent, beyond which a number is treated as text."""
 _LONGEST_ANSWER = 2_000
 _DEEPEST_LIST = 20
 _SCALES = {"hundred": 10**2, "thousand": 10**3, "million": 10**6, "billion": 10**9}
 _LEAD = re.compile(
-    r"^(?:(?:so|thus|hence|therefore),?\s+)?(?:the\s+)?(?:final\s+|correct\s+)?"
-    r"(?:(?:answer|result)\s*(?:is\s*:?|:|=)|(?:option|choice)\s*:?)\s*",
+    r"^(?:(?:so|thus|hence|therefore),?\s+)?(?:the\s+)?(?:final\s+|correct\s+|right\s+|best\s+)?"
+    r"(?:(?:answer|ans|result|option|choice)s?\s*(?:(?:is|are)\b\s*:?|:|=)|(?:option|choice)s?\s*:?)\s*",
     re.IGNORECASE,
 )
-_WHOLE = r"(?:\d{1,3}(?:,\d{3})+|\d+)"
+_DELIMITERS = (
+    *(("$$", "$$"), ("$", "$"), (r"\(", r"\)"), (r"\[", r"\]")),
+    *(("**", "**"), ("*", "*"), ("__", "__"), ("`", "`"), ('"', '"'), ("“", "”"), ("'", "'")),
+)
+_INLINE = re.compile(
+    r"(?<!\\)\$(?=\S)([^$]*[^\s$\\])\$(?!\d)|(?<!\\)\$\s*(?=[-+\d])([^$A-Za-z]*\d)\s*\$(?!\d)|\\\((.*?)\\\)"
+)
+"""Mathematics within a text; "$3 and $5" are amounts of money, by the spaces."""
+_WHOLE = r"(?:\d{1,3}(?:,\d{3})+|\d{1,3}(?: \d{3})+(?!\d| *\d*/)|\d+)"
 _PLAIN = rf"(?:{_WHOLE}(?:\.\d*)?|\.\d+)"
 _POWER = r"(?:[eE][-+]?\d+|\s*(?:\*|x|×)\s*10\^\(?[-+]?\d+\)?)"
 _NUMBER = re.compile(
     rf"(?P<sign>[-+]?)\s*(?P<currency>[$€£¥]?)\s*(?:"
-    rf"(?P<mixed>{_WHOLE})\s+(?P<above>\d+)\s*/\s*(?P<below>\d+)"
-    rf"|(?P<top>{_PLAIN})\s*/\s*(?P<bottom>{_PLAIN})"
+    rf"(?P<base>\d+)\^\(?(?P<exponent>[-+]?\d+)\)?"
+    rf"|(?P<mixed>{_WHOLE})\s+(?P<above>\d+)\s*/\s*(?P<below>\d+)"
+    rf"|(?P<top>{_PLAIN})\s*/\s*(?P<bottom>-?{_PLAIN})"
     rf"|(?P<plain>{_PLAIN})(?P<power>{_POWER})?)(?P<rest>.*)",
     re.DOTALL,
 )
-_CHOICE = re.compile(r"[(\[]?\s*([A-Ha-h])\s*[)\]]?\s*[.:]?")
-_CHOICE_AND_TEXT = re.compile(r"(?:[(\[]([A-H])[)\]][.:]?|([A-H])[).:])\s+\S.*", re.DOTALL)
-_CHOICES = re.compile(r"[(\[]?[A-H][)\]]?(?:\s*(?:,|;|&|\band\b|,\s*and\b)\s*[(\[]?[A-H][)\]]?)+")
-_ASSIGNMENT = re.compile(r"[A-Za-z](?:_\w+)?\s*=\s*([^=<>]+)")
-_OPERATORS = re.compile(r"\s*([-+*/^=<>(),|])\s*")
-_BRACKETS = {"(": ")", "[": "]", "{": "}"}
+_NAME = r"(?:∠?\s*[A-Z]{2,3}|[^\W\d_](?:_(?:\w+|\([^()]*\)))?'*)"
+_ASSIGNMENT = re.compile(
+    rf"({_NAME})(?:\([^()=]*\))?\s*(?:=|∈\s*(?=[(\[{{]))\s*([^=<>≤≥≠∈]+)"
+    rf"|(\(\s*{_NAME}(?:\s*,\s*{_NAME})+\s*\))\s*=\s*(\([^=<>≤≥≠∈]+\))"
+)
+_OPERATORS = re.compile(r"\s*([-+*/^=<>(),|:;≤≥≠∈∪∩±!'{}\[\]])\s*")
+_TOKEN = re.compile(r"\d+(?:\.\d+)?|[Ͱ-Ͽ]|[^\W\d_Ͱ-Ͽ]+|\S")
+_SEPARATORS = r",\s*(?:and|or)\b|,|;|\band\b|\bor\b"
+_PRODUCT = re.compile(r"(?<=[^\W_)])\*(?=[^\W\d_(])")
 
 
 def canonical_answer(text: str | None) -> str | None:
     """Return the canonical form of an answer by the rules of this module; None for a blank one."""
-    value, unit = _parse(text)
-    return value if unit is None else f"{value} {unit}"
+    value, unit = answer_parts(text)
+    return value if value is None else _join(value, unit)
 
 
-def answer_classes(answers: Sequence[str | None]) -> list[str | None]:
+def answer_classes(
+    answers: Sequence[str | None], same: SameAnswer | None = None
+) -> list[str | None]:
     """Return canonical answers of one question, with a missing unit filled in if unambiguous.
 
     "12" counts as "12 cm" if every candidate that gives 12 with a unit gives cm. If they give
@@ -78,32 +101,61 @@ def answer_classes(answers: Sequence[str | None]) -> list[str | None]:
 
     Args:
         answers: The answer of each candidate. None means that it has no answer.
+        same: A second opinion on two answers of different form, such as
+            ``prm.evaluation.second_opinion.load_math_verify()``. Answers are joined if it finds
+            each the same as every other.
 
     Returns:
         A string per candidate, equal for those that agree, or None for a candidate without a vote.
     """
-    parsed = [_parse(answer) for answer in answers]
+    parsed = [answer_parts(answer) for answer in answers]
     units: dict[str, set[str]] = {}
     for value, unit in parsed:
         if value is not None and unit is not None:
             units.setdefault(value, set()).add(unit)
     classes: list[str | None] = []
-    for value, unit in parsed:
-        if value is not None and unit is None and len(units.get(value, ())) == 1:
+    as_given: dict[str, str] = {}
+    for answer, (value, unit) in zip(answers, parsed, strict=True):
+        if value is None or answer is None:
+            classes.append(None)
+            continue
+        own = _join(value, unit)
+        if unit is None and len(units.get(value, ())) == 1:
             (unit,) = units[value]
-        classes.append(value if unit is None else f"{value} {unit}")
-    return classes
+        classes.append(_join(value, unit))
+        if own == classes[-1]:
+            as_given.setdefault(own, answer)
+    if same is None:
+        return classes
+    names = _joined(as_given, same)
+    return [None if name is None else names[name] for name in classes]
 
 
-def _parse(text: str | None) -> tuple[str | None, str | None]:
-    """Return the canonical value and its unit; only a number can have a unit."""
+def _joined(as_given: dict[str, str], same: SameAnswer) -> dict[str, str]:
+    """Return the class that each class joins: the first of those that are all the same."""
+    joined: list[list[str]] = []
+    for name, answer in as_given.items():
+        for others in joined:
+            if all(same(as_given[other], answer) for other in others):
+                others.append(name)
+                break
+        else:
+            joined.append([name])
+    return {name: names[0] for names in joined for name in names}
+
+
+def answer_parts(text: str | None) -> tuple[str | None, str | None]:
+    """Return the canonical value and its unit, None if missing; only a number can have a unit."""
     if text is None or not text.strip():
         return None, None
     text = _unify(text)
     if len(text) > _LONGEST_ANSWER:
         return _words(text), None
-    text = _unwrap(text)
-    return _parse_plain(plain_text(text)) if text else (None, None)
+    text = unwrapped(text)
+    if not text:
+        return None, None
+    plain = plain_text(text)
+    return _parse_plain(re.sub(r"(?<=[^\W_])\.$", "", plain) or plain)
 
 
 def _unify(text: str) -> str:
@@ -114,46 +166,46 @@ def _unify(text: str) -> str:
     return " ".join(re.sub("[\u2010-\u2015\u2212]", "-", text).split())
 
 
-def _unwrap(text: str) -> str:
-    """Remove box, announcement, delimiters and final full stop."""
+def unwrapped(text: str) -> str:
+    """Return an answer without box, announcement, delimiters, remarks and final full stop."""
     before = None
     while text != before:
         before = text
-        text = boxed(text)
-        for left, right in (("$$", "$$"), ("$", "$"), (r"\(", r"\)"), (r"\[", r"\]"), ("**", "**")):
+        box = last_box(text)
+        text = text if box is None else box[1]
+        for left, right in _DELIMITERS:
             inner = text[len(left) : -len(right)]
             if text.startswith(left) and text.endswith(right) and inner and left not in inner:
                 text = inner.strip()
-        text = re.sub(r"(?<=\S)[.;!]$", "", text).strip().strip('"')
+        text = without_remarks(text).strip()
+        text = re.sub(r"(?<=\S)(?<![.;,])[.;,]+$|(?<=[^\W\d_]{3})!$", "", text).strip().strip('"')
         text = _LEAD.sub("", text, count=1).strip() or text
+        text = re.sub(r"^=\s*(?=\S)", "", text)
+        text = _INLINE.sub(lambda m: m[1] or m[2] or m[3] or "", text)
     return text
 
 
 def _parse_plain(text: str, depth: int = 0) -> tuple[str, str | None]:
-    choice = _choice(text)
-    if choice is not None:
-        return choice, None
-    assigned = _ASSIGNMENT.fullmatch(text)
-    text = (assigned[1] if assigned else text).strip()
+    letters = None if depth else choice(text)  # The letters of (a, b) are names.
+    if letters is not None:
+        return letters, None
+    if depth < _DEEPEST_LIST and (several := _assignments(text, depth + 1)) is not None:
+        return several, None
+    if assigned := _ASSIGNMENT.fullmatch(text):
+        text = (assigned[2] or assigned[4]).strip()
+        if not depth and (letters := choice(text)) is not None:
+            return letters, None
     quantity = _quantity(text)
     if quantity is not None:
         return quantity
+    if re.fullmatch(r"(?:the )?(?:empty|null) set", text, re.IGNORECASE):
+        return "∅", None
     return (_list(text, depth + 1) if depth < _DEEPEST_LIST else None) or _words(text), None
-
-
-def _choice(text: str) -> str | None:
-    if match := _CHOICE.fullmatch(text):
-        return match[1].upper()
-    if _CHOICES.fullmatch(text):
-        return ",".join(sorted(set(re.findall("[A-H]", text))))
-    if match := _CHOICE_AND_TEXT.fullmatch(text):
-        return match[1] or match[2]
-    return None
 
 
 def _quantity(text: str) -> tuple[str, str | None] | None:
     """Return exact value and unit of a number, the unit None if missing; None for other text."""
-    if text[:1] == "(" and text[-1:] == ")" and "," not in text and _spans(text):
+    if text[:1] == "(" and text[-1:] == ")" and "," not in text and spans(text):
         text = text[1:-1].strip()
     match = _NUMBER.fullmatch(text)
     if match is None or match.start("rest") > _LONGEST_NUMBER:
@@ -176,12 +228,16 @@ def _quantity(text: str) -> tuple[str, str | None] | None:
 
 
 def _value(match: re.Match[str]) -> Fraction | None:
-    digits = {name: (match[name] or "").replace(",", "") for name in ("mixed", "plain", "top")}
+    digits = {
+        name: re.sub("[, ]", "", match[name] or "") for name in ("mixed", "plain", "top", "bottom")
+    }
+    if match["base"]:
+        return _power(int(match["base"]), int(match["exponent"]))
     if digits["mixed"]:
         below = int(match["below"])
         return Fraction(digits["mixed"]) + Fraction(int(match["above"]), below) if below else None
     if digits["top"]:
-        divisor = Fraction(match["bottom"].replace(",", ""))
+        divisor = Fraction(digits["bottom"])
         return Fraction(digits["top"]) / divisor if divisor else None
     exponent = int(re.findall(r"[-+]?\d+", match["power"])[-1]) if match["power"] else 0
     if abs(exponent) > _LONGEST_NUMBER:
@@ -189,15 +245,37 @@ def _value(match: re.Match[str]) -> Fraction | None:
     return Fraction(digits["plain"]) * Fraction(10) ** exponent
 
 
+def _power(base: int, exponent: int) -> Fraction | None:
+    """Return an integer power, None for one of too many digits or of 0 below a fraction."""
+    if abs(exponent) * max(1, len(str(base))) > _LONGEST_NUMBER or (not base and exponent <= 0):
+        return None
+    return Fraction(base) ** exponent
+
+
 def _list(text: str, depth: int) -> str | None:
-    """Return the canonical form of a list in brackets or of numbers alone, by elements."""
+    """Return the canonical form of a list in brackets or of numbers alone, by elements.
+
+    A matrix is a list of rows, a union of intervals one without order.
+    """
+    matrix = re.match(r"(matrix|determinant|norm|array)(?=\()", text)
+    if matrix and spans(text[matrix.end() :]):
+        rows = [
+            ", ".join(_join(*_parse_plain(cell, depth)) for cell in split_outside(row, ","))
+            for row in split_outside(text[matrix.end() + 1 : -1], ";")
+        ]
+        return f"{matrix[1]}({'; '.join(rows)})"
+    sets = split_outside(text, "∪")
+    if len(sets) > 1 and all(sets):
+        return "∪".join(sorted(_join(*_parse_plain(part, depth)) for part in sets))
     left, right = "", ""
-    if text[:1] in _BRACKETS and text[-1:] in _BRACKETS.values() and _spans(text):
+    if text[:1] in OPENING and spans(text):
         left, right, text = text[0], text[-1], text[1:-1]
-    parts = [part.strip() for part in _split(text)]
+    if left == "{" and not text.strip():
+        return "∅"
+    parts = split_outside(text, _SEPARATORS)
     if len(parts) < 2 or not all(parts):
         return None
-    if not left and not all(_quantity(part) for part in parts):
+    if not left and not all(_is_number(part) for part in parts):
         return None
     elements = [_join(*_parse_plain(part, depth)) for part in parts]
     if left == "{":
@@ -205,28 +283,31 @@ def _list(text: str, depth: int) -> str | None:
     return left + ", ".join(elements) + right
 
 
-def _spans(text: str) -> bool:
-    """Return whether the last character closes the first bracket, of any kind: (1, 2]."""
-    depth = 0
-    for index, character in enumerate(text):
-        depth += (character in _BRACKETS) - (character in _BRACKETS.values())
-        if not depth:
-            return index == len(text) - 1
-    return False
+def _is_number(text: str) -> bool:
+    """Return whether a text is a quantity, or a formula with a digit and no word or choice."""
+    if _quantity(text):
+        return True
+    words = {token for token in _TOKEN.findall(text) if token.isalpha() and len(token) > 1}
+    return bool(re.search(r"\d", text)) and words <= FUNCTIONS and not re.search("[<>≤≥≠=∈]", text)
 
 
-def _split(text: str) -> list[str]:
-    """Split at commas (and "and") outside brackets."""
-    parts, depth, start = [], 0, 0
-    for match in re.finditer(r"[(\[{]|[)\]}]|,\s*and\b|,|\band\b", text):
-        if match[0] in _BRACKETS:
-            depth += 1
-        elif match[0] in _BRACKETS.values():
-            depth -= 1
-        elif not depth:
-            parts.append(text[start : match.start()])
-            start = match.end()
-    return [*parts, text[start:]]
+def _assignments(text: str, depth: int) -> str | None:
+    """Return the values of several names, "x=1, y=2", or all values of one name, "1, 2"."""
+    parts = split_outside(text, _SEPARATORS)
+    found = [_ASSIGNMENT.fullmatch(part) for part in parts]
+    given = [
+        (match[1], _join(*_parse_plain(match[2].strip(), depth)))
+        for match in found
+        if match and match[1]
+    ]
+    if len(parts) < 2 or len(given) < len(parts):
+        return None
+    names = {name for name, _ in given}
+    if len(names) == 1:
+        return ", ".join(value for _, value in given)
+    if len(names) < len(given):
+        return None
+    return ", ".join(f"{name}={value}" for name, value in sorted(given))
 
 
 def _join(value: str, unit: str | None) -> str:
@@ -234,4 +315,34 @@ def _join(value: str, unit: str | None) -> str:
 
 
 def _words(text: str) -> str:
-    return _OPERATORS.sub(r"\1", " ".join(text.split())).casefold()
+    """Return a text without what makes no difference: spaces, case, signs of multiplication."""
+    text = _OPERATORS.sub(r"\1", " ".join(text.split()))
+    pieces = []
+    end = 0
+    last = ""
+    for match in _TOKEN.finditer(text):
+        if match.start() > end and _apart(last, match[0]):
+            pieces.append(" ")
+        pieces.append(match[0])
+        last, end = match[0], match.end()
+    text = _PRODUCT.sub("", "".join(pieces).casefold())
+    if re.search("[>≥]", text) and not re.search(r"[<≤,;]|\bor\b|\band\b", text):
+        text = re.sub("[>≥]", lambda m: "<" if m[0] == ">" else "≤", "".join(_reversed(text)))
+    return text
+
+
+def _apart(left: str, right: str) -> bool:
+    """Return whether a space between two tokens has a meaning: between numbers, and at words."""
+    if not (left.isalnum() or left[-1:].isdigit()) or not right.isalnum():
+        return False
+    if left[-1].isdigit() and right[0].isdigit():
+        return True
+    words = [token for token in (left, right) if token.isalpha() and token not in FUNCTIONS]
+    return any(len(word) > 2 for word in words) or (
+        left.isalpha() and right.isalpha() and any(len(word) > 1 for word in words)
+    )
+
+
+def _reversed(text: str) -> list[str]:
+    """Return the sides of "a>b≥c" and the signs between them from right to left."""
+    return re.split("([>≥])", text)[::-1]

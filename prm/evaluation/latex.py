@@ -1,58 +1,219 @@
-"""The subset of LaTeX that final answers use."""
+r"""The subset of LaTeX that final answers use, as plain text.
+
+Notation only is unified, no algebra is done: what is joined are two spellings of one formula.
+"""
 
 from __future__ import annotations
 
 import re
+from fractions import Fraction
 
-_UPRIGHT = "text|textbf|mathrm|mathbf|mbox|operatorname"
+_FONTS = (
+    "text|textbf|textit|textrm|textsf|texttt|textnormal|textup|mathrm|mathbf|mathit|mathsf|mathbb|"
+    "mathcal|mbox|hbox|operatorname|boldsymbol|bm|emph|underline"
+)
+_SIZES = "left|right|middle|displaystyle|textstyle|limits|rm|bf|[bB]igg?[lrm]?|nobreak|strut|hline"
+_SPACES = "quad|qquad|enspace|thinspace|medspace|thickspace|negthinspace"
+_SYMBOLS = {
+    **dict.fromkeys(("times", "cdot", "ast"), "*"),
+    "div": "/",
+    **dict.fromkeys(("le", "leq", "leqslant"), "≤"),
+    **dict.fromkeys(("ge", "geq", "geqslant"), "≥"),
+    **dict.fromkeys(("ne", "neq"), "≠"),
+    **{"lt": "<", "gt": ">", "in": "∈", "cup": "∪", "cap": "∩", "pm": "±", "mp": "∓"},
+    **dict.fromkeys(("emptyset", "varnothing"), "∅"),
+    **dict.fromkeys(("to", "rightarrow", "longrightarrow"), "→"),
+    **dict.fromkeys(("lvert", "rvert", "vert", "mid"), "|"),
+    **dict.fromkeys(("ldots", "dots", "cdots"), "..."),
+    **{"infty": "∞", "lbrace": "{", "rbrace": "}", "lbrack": "[", "rbrack": "]"},
+    **{"langle": "⟨", "rangle": "⟩"},
+    **{"prime": "'", "colon": ":", "angle": "∠", "approx": "≈", "setminus": "∖"},
+    **dict(
+        zip(
+            (
+                *("alpha", "beta", "gamma", "delta", "epsilon", "zeta", "eta", "theta", "iota"),
+                *("kappa", "lambda", "mu", "nu", "xi", "pi", "rho", "sigma", "tau", "upsilon"),
+                *("phi", "chi", "psi", "omega", "Gamma", "Delta", "Theta", "Lambda", "Xi", "Pi"),
+                *("Sigma", "Phi", "Psi", "Omega", "varepsilon", "vartheta", "varphi"),
+            ),
+            "αβγδεζηθικλμνξπρστυφχψωΓΔΘΛΞΠΣΦΨΩεθφ",
+            strict=True,
+        )
+    ),
+}
+_TYPED = {
+    **{"<=": "≤", ">=": "≥", "!=": "≠", "+/-": "±", "+-": "±", "⩽": "≤", "⩾": "≥"},
+    **{"×": "*", "·": "*", "⋅": "*", "∙": "*", "∗": "*", "÷": "/", "∣": "|", "∛": r"\sqrt[3]"},
+}
+"""Symbols as they are typed without LaTeX."""
+FUNCTIONS = frozenset(
+    (
+        *("sin", "cos", "tan", "cot", "sec", "csc", "arcsin", "arccos", "arctan", "sinh", "cosh"),
+        *("tanh", "log", "ln", "lg", "exp", "sqrt", "root", "det", "max", "min", "gcd", "lcm"),
+    )
+)
+"""Names that are functions and no words."""
+_FUNCTION = "|".join(sorted(FUNCTIONS - {"sqrt", "root"}, key=len, reverse=True))
+_GROUP = r"\{([^{}]*)\}"
+_BOX = re.compile(r"\\(?:boxed|fbox)(?![A-Za-z])\s*+(?:\{|([^\s$\\{]+))")
+_MATRIX = re.compile(
+    r"(?P<open>(?:\\left\s*)?[(\[]\s*)?"
+    r"\\begin\{(?P<kind>[pbBvV]?matrix|smallmatrix|array)\}\s*(?:\{[^{}]*\})?"
+    r"(?P<body>(?:(?!\\begin\{).)*?)\\end\{(?P=kind)\}"
+    r"(?P<close>\s*(?:\\right\s*)?[)\]])?",
+    re.DOTALL,
+)
+_MATRIX_KINDS = {"vmatrix": "determinant", "Vmatrix": "norm"}
+_REPEATING = re.compile(r"([-+]?)\s*(\d*)\.(\d*)\\overline\s*\{?(\d+)\}?")
 
 
-def boxed(text: str) -> str:
-    r"""Return the content of the last ``\boxed{...}`` with matching braces, or else the text."""
-    start = max(text.rfind(r"\boxed{"), text.rfind(r"\fbox{"))
-    if start < 0:
-        return text
-    start = text.index("{", start) + 1
-    depth = 1
-    for index in range(start, len(text)):
-        depth += {"{": 1, "}": -1}.get(text[index], 0)
-        if not depth:
-            return text[start:index].strip()
-    return text
+def last_box(text: str) -> tuple[int, str] | None:
+    r"""Return where the last closed ``\boxed{...}`` or ``\fbox{...}`` starts, and its content.
+
+    Braces are matched, escaped ones (``\{``) not counted; ``\boxed 7`` boxes one word. An empty box
+    and one that is never closed, as of a text that was cut off, do not count.
+    """
+    boxes = list(_BOX.finditer(text))
+    closing = _closing(text) if boxes else {}
+    for box in reversed(boxes):
+        start = box.end()
+        if box[1]:
+            content = box[1].rstrip(".,;")
+        else:
+            content = text[start : closing[start - 1]] if start - 1 in closing else ""
+        if content.strip():
+            return box.start(), content.strip()
+    return None
+
+
+def _closing(text: str) -> dict[int, int]:
+    """Return the index of the brace that closes each one that is closed, in one pass."""
+    closing: dict[int, int] = {}
+    opened: list[int] = []
+    for match in re.finditer(r"\\.|[{}]", text, re.DOTALL):
+        if match[0] == "{":
+            opened.append(match.start())
+        elif match[0] == "}" and opened:
+            closing[opened.pop()] = match.start()
+    return closing
 
 
 def plain_text(text: str) -> str:
     r"""Convert the LaTeX of an answer to plain text.
 
-    ``\frac{a}{b}`` becomes a/b, ``\sqrt{a}`` sqrt(a), ``^\circ`` ° and ``\%`` %. Commands for fonts
-    and spacing are removed; of any other command the name remains, without backslash.
+    ``\frac{a}{b}`` becomes a/b, ``\sqrt{a}`` sqrt(a), ``\pi`` π, ``\le`` ≤, ``^\circ`` ° and ``\%``
+    %, a matrix ``matrix(a,b;c,d)``. Brackets are set where a formula would change without:
+    ``\frac{1}{2x}`` is 1/(2x), ``x^{2y}`` is x^(2y). Commands for fonts, sizes and spacing are
+    removed; of any other command the name remains, without backslash.
     """
-    text = re.sub(r"(?<=\d)(?:\\,|\{,\})(?=\d{3})", "", text)  # A separator of thousands.
-    text = re.sub(r"\\(?:(?:left|right|displaystyle)(?![A-Za-z])|[,;:! ])|~", " ", text)
-    text = text.replace(r"\%", "%").replace(r"\$", "$").replace(r"\{", "{").replace(r"\}", "}")
+    text = re.sub(r"\\!\s*", "", text)  # A negative space: what stands around it belongs together.
+    text = re.sub(
+        r"(?<=\d)(?:\\,|\s*\{,\s*\}\s*)(?=\d{3}(?!\d))", "", text
+    )  # A separator of thousands.
+    for typed, symbol in _TYPED.items():
+        text = text.replace(typed, symbol)
+    text = _MATRIX.sub(_matrix, text)
+    text = re.sub(r"\\(?:left|right)\s*\.", " ", text)
+    text = re.sub(rf"\\(?:(?:{_SIZES}|{_SPACES})(?![A-Za-z])|[,;: ])|~", " ", text)
+    text = re.sub(r"\\([%$#&_{}])", r"\1", text)
     degree = r"\\(?:circ|degree)(?![A-Za-z])"
     text = re.sub(rf"\^\s*\{{\s*{degree}\s*\}}|\^?\s*{degree}", "°", text)
-    text = re.sub(r"\\(?:times|cdot)", "*", text)
-    group = r"\{([^{}]*)\}"
+    text = re.sub(r"\\([A-Za-z]+)", lambda m: _SYMBOLS.get(m[1], m[0]), text)
+    text = re.sub(r"\^\s*(?:'|\{\s*'\s*\})", "'", text)
+    text = re.sub(r"(?<![A-Za-z\\])pi(?![A-Za-z])", "π", text)
+    text = re.sub(r"(?<![A-Za-z\\])inf(?:inity)?(?![A-Za-z])", "∞", text, flags=re.IGNORECASE)
+    text = re.sub(r"(?:√\s*|(?<![A-Za-z\\])sqrt\s*)(\d+|[^\W\d_](?![^\W\d_]))", r"sqrt(\1)", text)
+    text = re.sub(r"√\s*(?=\()", "sqrt", text)
+    text = re.sub(r"(?<![\w∞)\]])\+\s*∞", "∞", text)
+    text = re.sub(r"(?<=[)\]])\s*U\s*(?=[(\[])", "∪", text)
+    if repeating := _REPEATING.fullmatch(text.strip()):
+        return _repeating(repeating)
     before = None
     while text != before:  # Innermost first.
         before = text
-        text = re.sub(rf"\\(?:{_UPRIGHT})\s*{group}", r" \1 ", text)
-        text = re.sub(rf"\\sqrt\s*(?:{group}|(\w))", lambda m: f"sqrt({m[1] or m[2]})", text)
-        text = re.sub(rf"\^{group}", lambda m: f"^{_grouped(m[1])}", text)
-        text = re.sub(rf"_{group}", r"_\1", text)
+        text = re.sub(rf"\\(?:{_FONTS})\s*{_GROUP}", r" \1 ", text)
         text = re.sub(
-            rf"(\d)?\s*\\[dtc]?frac\s*(?:{group}|(\w))\s*(?:{group}|(\w))",
-            lambda m: (
-                (f"{m[1]} " if m[1] else "")
-                + f"{_grouped(m[2] or m[3] or '')}/{_grouped(m[4] or m[5] or '')}"
-            ),
+            rf"\\sqrt\s*\[([^\[\]{{}}]*)\]\s*(?:{_GROUP}|(\w))",
+            lambda m: f"root({m[1].strip()},{(m[2] or m[3]).strip()})",
             text,
         )
-    return re.sub(r"\\([A-Za-z]+)", r"\1", text).strip()
+        text = re.sub(
+            rf"\\sqrt\s*(?:{_GROUP}|(\w))", lambda m: f"sqrt({(m[1] or m[2] or '').strip()})", text
+        )
+        text = re.sub(rf"\^\s*{_GROUP}", lambda m: f"^{_factor(m[1])}", text)
+        text = re.sub(rf"_\s*{_GROUP}", lambda m: f"_{_factor(m[1])}", text)
+        text = re.sub(
+            rf"(\^\s*|\d\s*|[^\W\d]\s*|\)\s*)?\\[dtc]?frac\s*(?:{_GROUP}|(\w))\s*(?:{_GROUP}|(\w))",
+            _fraction,
+            text,
+        )
+        text = re.sub(
+            rf"\\(?!(?:{_FONTS}|[dtc]?frac|sqrt)(?![A-Za-z]))([A-Za-z]+)((?:_\w|_\([^()]*\))?)\s*"
+            rf"((?:{_GROUP}\s*)+)",
+            lambda m: f" {m[1]}{m[2]}({','.join(re.findall(_GROUP, m[3]))})",
+            text,
+        )
+    text = re.sub(r"\\([A-Za-z]+)", r" \1 ", text)
+    return _functions(text).strip()
 
 
-def _grouped(text: str) -> str:
-    """Put ``text`` into round brackets unless it is one number, one word or one function."""
+def _matrix(match: re.Match[str]) -> str:
+    r"""Write a matrix as ``matrix(a,b;c,d)``: round and square brackets are one matrix."""
+    kind = match["kind"]
+    name = _MATRIX_KINDS.get(kind, "matrix")
+    before, after = match["open"] or "", match["close"] or ""
+    bare = kind in ("array", "matrix", "smallmatrix")
+    if bare and before and after:
+        before = after = ""
+    elif bare:
+        name = "array"
+    rows = [
+        ",".join(cell.strip() for cell in row.split("&"))
+        for row in re.split(r"\\\\(?:\[[^\]]*\])?", match["body"].replace(r"\hline", ""))
+        if row.strip()
+    ]
+    return f"{before}{name}({';'.join(rows)}){after}"
+
+
+def _repeating(match: re.Match[str]) -> str:
+    r"""Return the exact fraction of a repeating decimal: ``0.\overline{3}`` is 1/3."""
+    sign, whole, fixed, period = match.groups()
+    scale = 10 ** len(fixed)
+    value = Fraction(int((whole or "0") + fixed), scale)
+    value += Fraction(int(period), scale * (10 ** len(period) - 1))
+    return f"{sign}{value}"
+
+
+def _fraction(match: re.Match[str]) -> str:
+    before = (match[1] or "").rstrip()
+    above = (match[2] if match[2] is not None else match[3] or "").strip()
+    below = _factor(match[4] if match[4] is not None else match[5] or "")
+    if re.search(r"(?<=.)[-+±]|[=<>≤≥≠,]", above):
+        above = f"({above})"
+    if not before and re.fullmatch(r"-[\d.]+|\(-[^()+-]*\)", below) and above[:1] != "(":
+        above = above[1:] if above[:1] == "-" else f"-{above}"
+        below = _factor(below.strip("()")[1:])
+    quotient = f"{above}/{below}"
+    if before == "^":
+        return f"^({quotient})"
+    if before.isdigit() and above.isdigit() and below.isdigit():
+        return f"{before} {quotient}"  # A mixed number.
+    return f"{before}*{quotient}" if before else quotient
+
+
+def _factor(text: str) -> str:
+    """Put ``text`` into round brackets unless it is one number, one letter or one function."""
     text = text.strip()
-    return text if re.fullmatch(r"[-+]?[\w.]*(?:\([^()]*\))?", text) else f"({text})"
+    alone = rf"[-+]?(?:\d+(?:\.\d*)?|\.\d+)|[^\W\d_]|(?:{'|'.join(FUNCTIONS)})\([^()]*\)|\(\w\)"
+    return text if not text or re.fullmatch(alone, text) else f"({text})"
+
+
+def _functions(text: str) -> str:
+    """Set the brackets of a function of one number or letter: "sin x" is sin(x)."""
+    base = r"(?:_\d+|_[^\W\d_]|_\([^()]*\))?"
+    text = re.sub(rf"(?<![A-Za-z])({_FUNCTION})\s*({base})\s*\{{([^{{}}]*)\}}", r"\1\2(\3)", text)
+    return re.sub(
+        rf"(?<![A-Za-z])({_FUNCTION})\s*({base})\s+(\d+°?|[^\W\d_])(?![\w(^.*/°])",
+        r"\1\2(\3)",
+        text,
+    )

@@ -32,11 +32,11 @@ _NAMES = {
     "ml": "mL millilitre milliliter",
     "l": "L litre liter",
     "°": "degree deg degs",
-    "°C": "℃",
-    "°F": "℉",
+    "°C": "℃ celsius",
+    "°F": "℉ fahrenheit",
     "rad": "radian",
     "K": "kelvin",
-    "%": "percent pct",
+    "%": "percent percentage pct",
     "$": "dollar usd USD",
     "€": "euro EUR",
     "£": "GBP",
@@ -55,13 +55,15 @@ _NAMES = {
     "Pa": "pascal",
     "kPa": "kilopascal",
     "mol": "mole",
-    "mph": "",
+    "unit": "",
 }
+_ABBREVIATED = {"mph": "mi/h", "kph": "km/h", "kmh": "km/h", "kmph": "km/h"}
 UNIT_SYMBOLS = {symbol: symbol for symbol in _NAMES} | {
     name: symbol for symbol, names in _NAMES.items() for name in names.split()
 }
 """The symbol for each symbol or name as written. Names are also known in capitals and plural."""
 _POWERS = {"square": "^2", "sq": "^2", "squared": "^2", "cubic": "^3", "cubed": "^3"}
+_DEGREES = ("°c", "°celsius", "°f", "°fahrenheit")
 _FACTOR = re.compile(r"([^\d\s^/*·]+)(\^-?\d)?")
 _SHORTEST_WORD = 3
 
@@ -74,7 +76,9 @@ def unit_of(text: str) -> str | None:
     are returned in lower case and singular.
     """
     words = re.sub(r"\bper\b", "/", text.strip().rstrip(".")).replace("° ", "°")
-    words = re.sub(r"\s*([/*·])\s*", r"\1", words)
+    words = re.sub(r"\bdegrees?\s+(c|celsius|f|fahrenheit)\b", r"°\1", words, flags=re.IGNORECASE)
+    words = re.sub(r"(?<=[A-Za-z])\.(?=\s|$)", "", words)  # "sq. ft."
+    words = re.sub(r"\s*([/*·^])\s*", r"\1", words)
     parts: list[str] = []
     prefix = ""
     for word in words.split():
@@ -111,6 +115,12 @@ def _symbol(word: str) -> str | None:
     if word in UNIT_SYMBOLS:
         return UNIT_SYMBOLS[word]
     lower = word.lower()
+    if word.isupper() and len(word) == 2 and lower in UNIT_SYMBOLS:
+        return UNIT_SYMBOLS[lower]
+    if lower in _ABBREVIATED:
+        return _ABBREVIATED[lower]
+    if word[0] == "°":
+        return f"°{word[1].upper()}" if lower in _DEGREES else None
     for name in (lower, lower.removesuffix("s"), lower.removesuffix("es")):
         if len(name) >= _SHORTEST_WORD and name in UNIT_SYMBOLS:
             return UNIT_SYMBOLS[name]

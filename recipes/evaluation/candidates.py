@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, cast
 
 import numpy as np
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor
 
 from prm.aggregations import AGGREGATIONS, Aggregation
-from prm.evaluation.answers import answer_classes
+from prm.evaluation.answers import SameAnswer, answer_classes
 from prm.evaluation.metrics import bootstrap_interval, macro_f1, roc_auc
 from prm.evaluation.select import best_of_n, self_consistency, weighted_vote
 from prm.models.model import PRM
@@ -37,11 +38,38 @@ class Candidates:
 
     Attributes:
         data: The candidates.
-        groups: The rows of each question, in the order of the file.
+        groups: The rows of each question, in the order of the file; none if the rows are solutions
+            with step labels that are no candidates.
+        same_answer: A second opinion on answers of different form, or None.
     """
 
     data: Examples | Solutions
     groups: tuple[tuple[int, ...], ...]
+    same_answer: SameAnswer | None = field(default=None, compare=False)
+
+    @cached_property
+    def votes(self) -> list[list[str | None]]:
+        """The answer that each candidate of each question votes for, None without an answer.
+
+        ``prm.evaluation.answers.answer_classes`` decides which answers are equal.
+        """
+        return [
+            answer_classes([self.data.examples[row].answer for row in rows], self.same_answer)
+            for rows in self.groups
+        ]
+
+    @property
+    def mixed(self) -> int:
+        """The number of questions with right and with wrong candidates."""
+        return int(sum(0 < share < 1 for share in self.pass_at_one))
+
+    @property
+    def questions(self) -> list[tuple[Any, ...]]:
+        """The question of each row: its group or, without one, its text and images."""
+        return [
+            (example.group,) if example.group else (example.question, *example.images)
+            for example in self.data.examples
+        ]
 
     @property
     def pass_at_one(self) -> np.ndarray:
@@ -61,13 +89,14 @@ class Candidates:
     def vote(self, scores: Tensor | None = None, tie: TieRule = "expected") -> np.ndarray:
         """Return whether the answer with the most votes is right; ``scores`` weight the votes.
 
-        ``prm.evaluation.answers.answer_classes`` decides which answers are equal.
+        A question whose candidates all have no answer has no vote, and the value NaN.
         """
         values = []
-        for rows in self.groups:
-            answers = answer_classes([self.data.examples[row].answer for row in rows])
+        for rows, answers in zip(self.groups, self.votes, strict=True):
             correct = self.correct(rows)
-            if scores is None:
+            if not any(answers):
+                values.append(float("nan"))
+            elif scores is None:
                 values.append(self_consistency(answers, correct, tie=tie))
             else:
                 weights = scores[list(rows)].tolist()
@@ -108,7 +137,7 @@ def read_candidates(prm: PRM, options: LoaderOptions, path: str) -> Candidates:
 
     Raises:
         OptionError: There is no such file.
-        DataError: A row has no ``group``, ``answer`` or ``correct``.
+        DataError: A row has no ``group`` or ``correct``.
     """
     return tie_together(read_examples(prm, options, path))
 
@@ -122,7 +151,7 @@ def tie_together(data: Examples | Solutions) -> Candidates:
     """Group candidates into questions by their ``group``.
 
     Raises:
-        DataError: A row has no ``group``, ``answer`` or ``correct``.
+        DataError: A row has no ``group`` or ``correct``.
     """
     data = usable(data, _lacks)
     groups: dict[str, list[int]] = {}
@@ -132,7 +161,7 @@ def tie_together(data: Examples | Solutions) -> Candidates:
 
 
 def _lacks(example: StepExample) -> Fault | None:
-    for name in ("group", "answer", "correct"):
+    for name in ("group", "correct"):
         if getattr(example, name) is None:
             return Fault(
                 field=name,
@@ -141,6 +170,23 @@ def _lacks(example: StepExample) -> Fault | None:
                 remedy=f"give every candidate the field {name}",
             )
     return None
+
+
+def candidates_or_steps(data: Examples | Solutions) -> Candidates:
+    """Group candidates, or return rows with step labels that are no candidates without groups.
+
+    Rows are no candidates if none of them has both ``group`` and ``correct``, as in ProcessBench
+    and VisualProcessBench.
+
+    Raises:
+        DataError: A row has no ``group`` or ``correct``, and others have both or no step a label.
+    """
+    rows = data.examples
+    if any(row.group is not None and row.correct is not None for row in rows):
+        return tie_together(data)
+    if any(step.label is not None for row in rows for step in row.steps):
+        return Candidates(data, ())
+    return tie_together(data)
 
 
 def evaluate(
@@ -215,12 +261,15 @@ def interval(values: np.ndarray, seed: int = 0) -> tuple[float, float]:
 
 
 def summary(values: Mapping[str, np.ndarray]) -> dict[str, Any]:
-    """Return means and intervals of per-question values by row, as in ``results.json``."""
+    """Return means and intervals of per-question values by row, as in ``results.json``.
+
+    Values that are NaN are left out, and so is a row that has no others.
+    """
+    there = {name: value[~np.isnan(value)] for name, value in values.items()}
+    there = {name: value for name, value in there.items() if len(value)}
     return {
-        "rows": {name: round(float(np.mean(value)), 4) for name, value in values.items()},
-        "ci95": {
-            name: [round(end, 4) for end in interval(value)] for name, value in values.items()
-        },
+        "rows": {name: round(float(np.mean(value)), 4) for name, value in there.items()},
+        "ci95": {name: [round(end, 4) for end in interval(value)] for name, value in there.items()},
     }
 
 

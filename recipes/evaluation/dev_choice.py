@@ -34,7 +34,8 @@ def choose_on_dev(candidates: Candidates, rows: Sequence[Tensor], tie: TieRule) 
     """Choose the aggregation by best-of-N accuracy and the threshold by macro F1.
 
     Of several best aggregations the first in the list is chosen, so the mean unless another is
-    better. Without both right and wrong labelled steps the threshold is 1/2.
+    better. Without both right and wrong labelled steps the threshold is 1/2. Rows that are no
+    candidates choose the threshold alone.
 
     Args:
         candidates: The dev set.
@@ -44,13 +45,14 @@ def choose_on_dev(candidates: Candidates, rows: Sequence[Tensor], tie: TieRule) 
     accuracy = {
         name: float(np.mean(candidates.best(solution_scores_of(rows, how), tie)))
         for name, how in AGGREGATIONS.items()
+        if candidates.groups
     }
     truth, predicted = judged_steps(candidates, rows)
     threshold, figure = 0.5, None
     if truth.any() and not truth.all():
         threshold, figure = best_threshold(truth, predicted)
     return Choice(
-        aggregation=max(accuracy, key=lambda name: accuracy[name]),
+        aggregation=max(accuracy, key=lambda name: accuracy[name], default="mean"),
         threshold=threshold,
         dev={
             "file": str(candidates.data.path),

@@ -18,9 +18,11 @@ from prm.evaluation.metrics import (
     paired_interval,
     pass_at_k,
     roc_auc,
+    roc_auc_interval,
 )
 from prm.evaluation.step_benchmarks import first_error, process_bench, visual_process_bench
 from prm.names import TieRule
+from prm.schema import StepExample
 from recipes.evaluation.candidates import Candidates, judged_steps, solution_scores_of, summary
 from recipes.evaluation.dev_choice import Choice
 
@@ -29,15 +31,22 @@ _UNNAMED = "no domain"
 
 
 def selection_values(candidates: Candidates, scores: Tensor, row: str, tie: TieRule) -> Values:
-    """Return the per-question values of every selector; the model's row is named ``row``."""
+    """Return the per-question values of every selector; the model's row is named ``row``.
+
+    Where no question has right and wrong candidates, nothing can be selected: pass@1 is the only
+    row. Rows without a single value are left out, votes if there is no answer.
+    """
+    if not candidates.mixed:
+        return {"pass@1": candidates.pass_at_one} if candidates.groups else {}
     size = max(map(len, candidates.groups))
-    return {
+    values = {
         "pass@1": candidates.pass_at_one,
         "self_consistency": candidates.vote(tie=tie),
         "weighted_vote": candidates.vote(scores, tie),
         row: candidates.best(scores, tie),
         f"pass@{size}": candidates.pass_at_n,
     }
+    return {name: value for name, value in values.items() if not np.isnan(value).all()}
 
 
 def all_figures(
@@ -50,6 +59,9 @@ def all_figures(
 ) -> dict[str, Any]:
     """Return the content of the results file of ``evaluate``.
 
+    Of solutions that are no candidates only the figures of steps and, where ``correct`` is known,
+    of solutions are there.
+
     Args:
         candidates: The questions.
         rows: The step scores of every candidate, [steps] each.
@@ -60,15 +72,18 @@ def all_figures(
     """
     scores = solution_scores_of(rows, AGGREGATIONS[choice.aggregation])
     values = selection_values(candidates, scores, row, tie)
-    rivals = ["self_consistency", "weighted_vote"]
-    if baseline is not None:
+    if baseline is not None and row in values:
         theirs = solution_scores_of(baseline, AGGREGATIONS[choice.aggregation])
         values["baseline"] = candidates.best(theirs, tie)
-        rivals.insert(0, "baseline")
+    rivals = [name for name in ("baseline", "self_consistency", "weighted_vote") if name in values]
     steps = step_figures(candidates, rows, choice.threshold)
     return {
         **summary(values),
-        "n_questions": len(candidates.groups),
+        "n_questions": len(candidates.groups) or len(set(candidates.questions)),
+        "n_solutions": len(candidates.data),
+        "n_mixed_questions": candidates.mixed if candidates.groups else None,
+        "n_without_answer": sum(vote is None for votes in candidates.votes for vote in votes),
+        "n_questions_without_vote": sum(not any(votes) for votes in candidates.votes),
         "aggregation": choice.aggregation,
         "threshold": choice.threshold,
         "tie": tie,
@@ -83,7 +98,12 @@ def all_figures(
 
 
 def compared(values: NDArray[np.float64], baseline: NDArray[np.float64]) -> dict[str, Any]:
-    """Compare two selectors on the same questions: paired bootstrap and McNemar's test."""
+    """Compare two selectors on the same questions: paired bootstrap and McNemar's test.
+
+    Questions without a vote, where a value is NaN, are left out.
+    """
+    there = ~np.isnan(values) & ~np.isnan(baseline)
+    values, baseline = values[there], baseline[there]
     test = mcnemar(values, baseline)
     return {
         "difference": _short(float(np.mean(values - baseline))),
@@ -96,6 +116,8 @@ def compared(values: NDArray[np.float64], baseline: NDArray[np.float64]) -> dict
 
 def curves(candidates: Candidates, scores: Tensor) -> dict[str, list[float]]:
     """Return exact best-of-k and pass@k, for k up to the fewest candidates of a question."""
+    if not candidates.groups:
+        return {"best_of_k": [], "pass_at_k": []}
     most = min(map(len, candidates.groups))
     best, oracle = [], []
     for group in candidates.groups:
@@ -114,12 +136,28 @@ def step_figures(
     """Return figures of step scores against labels, None if the labels do not allow one."""
     truth, predicted = judged_steps(candidates, rows)
     figures: dict[str, Any] = {"labelled": len(truth), "right": int(truth.sum())}
+    figures["labelled_after_an_error"] = sum(
+        sum(label is not None for label in labels[labels.index(False) + 1 :])
+        for labels in map(_right_steps, candidates.data.examples)
+        if False in labels
+    )
     both = bool(truth.any() and not truth.all())
     figures["auc"] = roc_auc(truth, predicted) if both else None
+    figures["auc_ci95"] = None
     figures["macro_f1"] = macro_f1(truth, predicted > threshold) if both else None
     figures["ece"] = expected_calibration_error(predicted, truth) if len(truth) else None
     figures["brier"] = brier(predicted, truth) if len(truth) else None
     figures = {name: _short(value) for name, value in figures.items()}
+    if both:
+        questions = [
+            question
+            for example, question in zip(
+                candidates.data.examples, candidates.questions, strict=True
+            )
+            for step in example.steps
+            if step.label is not None
+        ]
+        figures["auc_ci95"] = _auc_interval(truth, predicted, questions)
     figures["visual_process_bench"] = None
     if both:
         bench = visual_process_bench(truth, predicted > threshold, _domains(candidates))
@@ -132,16 +170,34 @@ def step_figures(
     return figures
 
 
-def solution_figures(candidates: Candidates, scores: Tensor) -> dict[str, float | None]:
-    """Return figures of solution scores against right answers, over all candidates."""
-    truth = np.array(candidates.correct(range(len(scores))))
-    predicted = np.array(scores.tolist())
+def solution_figures(candidates: Candidates, scores: Tensor) -> dict[str, Any]:
+    """Return figures of solution scores against right answers, where ``correct`` is known."""
+    examples = candidates.data.examples
+    known = [row for row, example in enumerate(examples) if example.correct is not None]
+    truth = np.array(candidates.correct(known))
+    predicted = np.array(scores.tolist())[known]
     both = bool(truth.any() and not truth.all())
+    named = candidates.questions
+    questions = [named[row] for row in known]
     return {
         "auc": _short(roc_auc(truth, predicted)) if both else None,
-        "ece": _short(expected_calibration_error(predicted, truth)),
-        "brier": _short(brier(predicted, truth)),
+        "auc_ci95": _auc_interval(truth, predicted, questions) if both else None,
+        "ece": _short(expected_calibration_error(predicted, truth)) if known else None,
+        "brier": _short(brier(predicted, truth)) if known else None,
     }
+
+
+def _auc_interval(
+    truth: NDArray[Any], predicted: NDArray[np.float64], questions: Sequence[Any]
+) -> list[float]:
+    numbers: dict[Any, int] = {}
+    question = [numbers.setdefault(name, len(numbers)) for name in questions]
+    return [_short(end) for end in roc_auc_interval(truth, predicted, question)]
+
+
+def _right_steps(example: StepExample) -> list[bool | None]:
+    """Return whether each step is right (label above 1/2), None without a label."""
+    return [None if step.label is None else step.label > 0.5 for step in example.steps]
 
 
 def _domains(candidates: Candidates) -> list[str]:
@@ -160,9 +216,7 @@ def _process_bench(
     """Return ProcessBench per domain and its mean, None if no domain has both kinds."""
     by_domain: dict[str, tuple[list[int], list[int]]] = {}
     for example, scores in zip(candidates.data.examples, rows, strict=True):
-        truth = first_error(
-            [None if step.label is None else step.label > 0.5 for step in example.steps]
-        )
+        truth = first_error(_right_steps(example))
         predicted = first_error([score > threshold for score in scores.tolist()])
         if truth is not None and predicted is not None:
             labels, judgements = by_domain.setdefault(example.domain or _UNNAMED, ([], []))

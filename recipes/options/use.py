@@ -92,7 +92,11 @@ class EvaluateOptions(ScoringOptions):
         MODEL_ASKED: ("model", *_PROMPT, "eval_batch_size", "workers"),
     }
 
-    file: str = option(..., "JSONL of candidates with `group`, `answer` and `correct`")
+    file: str = option(
+        ...,
+        "JSONL of candidates with `group`, `correct` and, for votes, `answer`; or of solutions "
+        "with step labels, such as ProcessBench",
+    )
     output: str | None = option(
         None,
         "write the figures to this JSON file; -: to standard output, the table to standard error",
@@ -113,6 +117,11 @@ class EvaluateOptions(ScoringOptions):
     )
     tie: TieRule = option(
         "expected", "value of tied candidates: on average over a fair draw, the first's, the last's"
+    )
+    equal_answers: Literal["text", "math-verify"] = option(
+        "text",
+        "which answers vote together: those of one form as text; or also those that math-verify "
+        "shows to be equal by algebra (needs the extra `math`)",
     )
     probability: Literal["labels", "vocabulary"] = option(
         "labels", _PROBABILITY, only_with=MODEL_ASKED

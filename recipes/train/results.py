@@ -52,7 +52,11 @@ def evaluate_all(
         lines = [
             json.dumps(
                 {"question": str(candidates.data.examples[rows[0]].group)}
-                | {key: float(value[question]) for key, value in values.items()}
+                | {
+                    key: float(value[question])
+                    for key, value in values.items()
+                    if value[question] == value[question]  # NaN: no candidate has an answer
+                }
             )
             for question, rows in enumerate(candidates.groups)
         ]

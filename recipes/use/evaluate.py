@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -12,11 +13,12 @@ import torch
 from torch import Tensor
 
 from prm.data.json_rows import json_rows
+from prm.evaluation.second_opinion import load_math_verify
 from prm.models.model import PRM
 from prm.schema import DataError
 from prm.scoring import score_examples
 from recipes.bad_rows import report_bad_rows, skipped_path
-from recipes.evaluation.candidates import Candidates, read_candidates, tie_together
+from recipes.evaluation.candidates import Candidates, candidates_or_steps
 from recipes.evaluation.dev_choice import Choice, choose_on_dev
 from recipes.evaluation.figures import all_figures
 from recipes.evaluation.leaks import find_leak, refuse_leak
@@ -27,6 +29,7 @@ from recipes.loading import (
     Solutions,
     list_beside,
     load_model,
+    read_examples,
     read_solutions,
     set_up,
     usable,
@@ -55,8 +58,8 @@ class _Judge:
         """Return candidates, tokenised only if they have to be scored."""
         if scores is not None:
             data = read_solutions(self.options, path)
-            return tie_together(without_skipped(data, Path(scores)))
-        return read_candidates(self.loaded[0], self.options, path)
+            return candidates_or_steps(without_skipped(data, Path(scores)))
+        return candidates_or_steps(read_examples(self.loaded[0], self.options, path))
 
     def rows(self, candidates: Candidates, scores: str | None) -> list[Tensor]:
         """Return the step scores of every candidate, read or computed."""
@@ -102,11 +105,22 @@ def run_evaluate(options: EvaluateOptions) -> dict[str, Any]:
     listed = list_beside(options, None if output is None else output.path)
     judge = _Judge(options)
     candidates = judge.read(options.file, options.scores)
+    if options.equal_answers == "math-verify":
+        try:
+            candidates = replace(candidates, same_answer=load_math_verify())
+        except ModuleNotFoundError as error:
+            raise OptionError(f"--equal-answers math-verify: {error}") from error
+    _check_what_the_file_has(options, candidates)
     dev = None if options.dev is None else judge.read(options.dev, options.dev_scores)
     tuned_on = _tuned_on(options, candidates, dev)
     choice = Choice(options.aggregation, options.threshold)
     if dev is not None:
         choice = choose_on_dev(dev, judge.rows(dev, options.dev_scores), options.tie)
+        if choice.dev and not choice.dev["accuracy"] and choice.dev["step_macro_f1"] is None:
+            raise OptionError(
+                f"--dev {options.dev}: has nothing to choose by: give rows with `group` and "
+                "`correct`, or with labels of right and of wrong steps"
+            )
     baseline = None
     if options.baseline_scores is not None:
         baseline = _read_rows(Path(options.baseline_scores), candidates)
@@ -114,10 +128,11 @@ def run_evaluate(options: EvaluateOptions) -> dict[str, Any]:
     rows = judge.rows(candidates, options.scores)
     results = all_figures(candidates, rows, choice, options.tie, row, baseline)
     results |= {"sanity_check": options.sanity_check, "tuned_on_these_questions": tuned_on}
-    page = f"{results_table(results)}\n{_summary(results)}"
     if listed is not None:
         read = [candidates] if dev is None else [candidates, dev]
         report_bad_rows([one.data.bad for one in read], listed, say)
+    table = f"{results_table(results)}\n" if results["n_mixed_questions"] else ""
+    page = table + _summary(results)
     if output is None:
         print(page)
         print(json.dumps({k: v for k, v in results.items() if k not in ("rows", "ci95")}))
@@ -125,6 +140,26 @@ def run_evaluate(options: EvaluateOptions) -> dict[str, Any]:
         print(page, file=sys.stderr if output.path is None else sys.stdout)
         output.write_text(json_text(results))
     return results
+
+
+def _check_what_the_file_has(options: EvaluateOptions, candidates: Candidates) -> None:
+    """Refuse options on a selection among candidates, where the rows are none.
+
+    Raises:
+        OptionError: There is such an option.
+    """
+    if candidates.groups:
+        return
+    given = {
+        "--baseline-scores": options.baseline_scores is not None,
+        "--tie": options.tie != "expected",
+        "--equal-answers": options.equal_answers != "text",
+    }
+    if flags := ", ".join(flag for flag, is_given in given.items() if is_given):
+        raise OptionError(
+            f"{flags}: no effect: no row of {options.file} has both `group` and `correct`, so that "
+            "nothing is selected. Leave out, or add the fields"
+        )
 
 
 def _tuned_on(
@@ -194,23 +229,72 @@ def _summary(results: dict[str, Any]) -> str:
         f"{results['n_questions']} questions, aggregation {results['aggregation']}, threshold "
         f"{results['threshold']:.3g}"
         + (f", chosen on {chosen['file']}" if chosen else "")
-        + f", ties {results['tie']}"
+        + (f", ties {results['tie']}" if results["n_mixed_questions"] is not None else "")
     ]
+    lines += _selection_notes(results)
     for name, entry in results["difference"].items():
         low, high = entry["ci95"]
         lines.append(
             f"minus {name}: {entry['difference']:+.3f} [{low:+.3f}, {high:+.3f}], better on "
             f"{entry['better']}, worse on {entry['worse']} (McNemar p = {entry['mcnemar_p']:g})"
         )
-    lines.append("best of k: " + " ".join(f"{value:.3f}" for value in results["best_of_k"]))
-    steps = results["steps"]
-    if steps["auc"] is not None:
-        lines.append(
-            f"steps: AUC {steps['auc']:.3f}, macro F1 {steps['macro_f1']:.3f}, "
-            f"ECE {steps['ece']:.3f}, Brier {steps['brier']:.3f}"
-        )
-    if steps["process_bench"] is not None:
-        lines.append(f"ProcessBench F1, mean over domains: {steps['process_bench']['mean_f1']:.3f}")
+    if results["n_mixed_questions"]:
+        lines.append("best of k: " + " ".join(f"{value:.3f}" for value in results["best_of_k"]))
+    for name, entry in (("solutions", results["solutions"]), ("steps", results["steps"])):
+        if entry["auc"] is not None:
+            low, high = entry["auc_ci95"]
+            macro = f"macro F1 {entry['macro_f1']:.3f}, " if "macro_f1" in entry else ""
+            lines.append(
+                f"{name}: AUC {entry['auc']:.3f} [{low:.3f}, {high:.3f}], {macro}"
+                f"ECE {entry['ece']:.3f}, Brier {entry['brier']:.3f}"
+            )
+    lines += _benchmark_lines(results["steps"], detailed=results["n_mixed_questions"] is None)
     for shared in results["tuned_on_these_questions"]:
         lines.append(f"SANITY CHECK, an upper bound: {shared} with the questions judged here")
     return "\n".join(lines)
+
+
+def _selection_notes(results: dict[str, Any]) -> list[str]:
+    """Return what is to be said on the candidates, before they are compared."""
+    mixed, questions = results["n_mixed_questions"], results["n_questions"]
+    if mixed is None:
+        return ["no row has both group and correct: figures of steps, no selection"]
+    notes = []
+    if not mixed:
+        notes.append(
+            "no question is mixed: the candidates of each are all right or all wrong, and whatever "
+            f"is selected the accuracy is {results['rows']['pass@1']:.3f}"
+        )
+    if without := results["n_without_answer"]:
+        empty = results["n_questions_without_vote"]
+        votes = ""
+        if empty == questions:
+            votes = "; there is no majority"
+        elif empty:
+            votes = f"; votes are of the {questions - empty} questions with an answer"
+        notes.append(
+            f"{without} of {results['n_solutions']} candidates have no answer, and no vote{votes}"
+        )
+    return notes
+
+
+def _benchmark_lines(steps: dict[str, Any], *, detailed: bool) -> list[str]:
+    """Return the figures of step benchmarks, by domain if the file is one."""
+    lines = []
+    process, visual = steps["process_bench"], steps["visual_process_bench"]
+    if process is not None:
+        lines.append(f"ProcessBench F1, mean over domains: {process['mean_f1']:.3f}")
+        if detailed:
+            lines += [
+                f"  {name}: F1 {entry['f1']:.3f}, accuracy {entry['accuracy_erroneous']:.3f} on "
+                f"{entry['erroneous']} erroneous and {entry['accuracy_correct']:.3f} on "
+                f"{entry['correct']} correct solutions"
+                for name, entry in process["per_domain"].items()
+            ]
+    first_errors_only = process is not None and not steps["labelled_after_an_error"]
+    if visual is not None and detailed and not first_errors_only:
+        domains = ", ".join(f"{name} {value:.3f}" for name, value in visual["per_domain"].items())
+        lines.append(
+            f"VisualProcessBench macro F1: {visual['macro_f1']:.3f} over all steps ({domains})"
+        )
+    return lines

@@ -10,8 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from prm.data.reader import checked_rows, read_jsonl
-from prm.data.splitter import final_answer, solution_steps, split_steps
+from prm.data.splitter import solution_steps, split_steps
 from prm.evaluation.answers import answer_classes
+from prm.evaluation.final_answer import final_answer
 from prm.inputs.collate import Collator
 from prm.inputs.prompt import PromptEncoder
 from prm.names import FORMAT_NAMES

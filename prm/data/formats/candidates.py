@@ -19,7 +19,8 @@ from typing import Any
 
 from prm.data.formats.turns import question_text
 from prm.data.record_fields import Location, Words, domain_key, extra_of
-from prm.data.splitter import final_answer, solution_steps
+from prm.data.splitter import solution_steps
+from prm.evaluation.final_answer import final_answer
 from prm.schema import Step, StepExample
 
 

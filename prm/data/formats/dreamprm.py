@@ -16,7 +16,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from prm.data.record_fields import Location, domain_key, extra_of
-from prm.data.splitter import final_answer, solution_steps
+from prm.data.splitter import solution_steps
+from prm.evaluation.final_answer import final_answer
 from prm.schema import Step, StepExample
 
 _FIRST_STEP = re.compile(r"^[ \t]*(?:#{1,6}[ \t]*)?\*{0,2}Step[ \t]*1\b", re.I | re.M)

@@ -16,7 +16,7 @@ from typing import Any
 
 from prm.data.formats.turns import Turn, question_and_steps
 from prm.data.record_fields import Location, Words, domain_key, extra_of
-from prm.data.splitter import final_answer
+from prm.evaluation.final_answer import final_answer
 from prm.schema import Step, StepExample
 
 _ROLES = {"system": "system", "human": "user", "gpt": "assistant"}

@@ -143,7 +143,7 @@ def scores_of(model: Path, work: Path, name: str, threads: int) -> list[Tensor]:
 
 def figures(candidates: Candidates, judges: Mapping[str, Sequence[Tensor]]) -> list[dict[str, Any]]:
     """Return a row per selector with accuracy and interval and, for a judge, the steps' AUC."""
-    majority = candidates.majority
+    majority = np.nan_to_num(candidates.majority)  # without any answer a vote is not right
     size = max(map(len, candidates.groups))
     rows = [
         _row("pass@1 (random candidate)", candidates.pass_at_one, majority),

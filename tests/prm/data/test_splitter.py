@@ -6,7 +6,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from prm.data.splitter import final_answer, solution_steps, split_steps
+from prm.data.splitter import solution_steps, split_steps
 
 CASES = {
     "step lines": (
@@ -68,23 +68,3 @@ def test_no_character_is_lost(text):
 def test_numbers_inside_a_line_never_cut_it(first, second, mark):
     text = f"So x = {first}{mark} Then y = {second}{mark} and z = {first}.{second}"
     assert split_steps(text) == [text]
-
-
-@pytest.mark.parametrize(
-    ("text", "answer"),
-    [
-        ("a\n\nAnswer: B", "B"),
-        ("Answer: A\nno,\nFinal answer: **3.5**.", "3.5"),
-        ("**Answer:** B.", "B"),
-        ("Answer:\n 12\nbecause", "12"),
-        ("The answer is: 145°", "145°"),
-        ("so the answer is 12.", "12"),
-        ("答案：丙", "丙"),
-        ("D", "D"),
-        ("no statement at all", None),
-        ("Answer:", None),
-        ("", None),
-    ],
-)
-def test_final_answer(text, answer):
-    assert final_answer(text) == answer

@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from prm.evaluation.answers import answer_classes, canonical_answer
+from tests.prm.evaluation.answer_pairs import EQUAL, EQUAL_BY_ALGEBRA, UNEQUAL
 
 SAME = {
     "7/2": [
@@ -55,6 +56,28 @@ def test_equal_answers_are_one(text, canonical):
 @pytest.mark.parametrize(("first", "second"), DIFFERENT)
 def test_different_answers_are_two(first, second):
     assert canonical_answer(first) != canonical_answer(second)
+
+
+@pytest.mark.parametrize(("first", "second"), EQUAL)
+def test_two_spellings_of_an_answer_are_one(first, second):
+    assert canonical_answer(first) == canonical_answer(second)
+
+
+@pytest.mark.parametrize(("first", "second"), UNEQUAL)
+def test_two_answers_that_look_alike_are_two(first, second):
+    assert canonical_answer(first) != canonical_answer(second)
+
+
+@pytest.mark.parametrize("text", [text for pair in EQUAL + UNEQUAL for text in pair])
+def test_a_canonical_form_of_any_answer_is_its_own(text):
+    once = canonical_answer(text)
+    assert canonical_answer(once) == once
+
+
+def test_the_pairs_are_many_and_a_third_is_unequal():
+    count = len({*EQUAL, *UNEQUAL, *EQUAL_BY_ALGEBRA})
+    assert count >= 500
+    assert len(UNEQUAL) > count / 3
 
 
 @pytest.mark.parametrize("text", [None, "", "  \n"])

@@ -20,6 +20,7 @@ from prm.evaluation.metrics import (
     paired_interval,
     pass_at_k,
     roc_auc,
+    roc_auc_interval,
 )
 from prm.evaluation.select import best_of_n
 
@@ -168,3 +169,39 @@ def test_resampling_in_slices_gives_all_resamples(monkeypatch):
 def test_bad_calls_are_refused(call, words):
     with pytest.raises(ValueError, match=words):
         call()
+
+
+@pytest.mark.parametrize("levels", [5, 1000])
+def test_the_interval_of_the_auc_resamples_whole_questions(levels):
+    rng = np.random.default_rng(1)
+    question = rng.integers(12, size=90)
+    truth = (rng.random(90) < 0.7).astype(float)
+    scores = np.round(rng.random(90) + truth / 3, 3 if levels > 5 else 1)
+    aucs = []
+    for drawn in np.random.default_rng(4).integers(12, size=(200, 12)):
+        rows = np.concatenate([np.flatnonzero(question == number) for number in drawn])
+        aucs.append(sklearn.metrics.roc_auc_score(truth[rows], scores[rows]))
+    found = roc_auc_interval(truth, scores, question, level=0.9, resamples=200, seed=4)
+    assert found == pytest.approx(np.quantile(aucs, [0.05, 0.95]), abs=1e-12)
+    # Names of questions and the order of items do not matter.
+    order = rng.permutation(90)
+    named = np.array([f"q{number:02}" for number in question])
+    again = roc_auc_interval(
+        truth[order], scores[order], named[order], level=0.9, resamples=200, seed=4
+    )
+    assert again == pytest.approx(found, abs=1e-12)
+
+
+def test_resamples_of_one_kind_have_no_auc():
+    # A question of right and one of wrong items: only resamples of both have an AUC, which is 3/4.
+    low, high = roc_auc_interval([1, 1, 0, 0], [0.9, 0.5, 0.6, 0.1], [0, 0, 1, 1])
+    assert (low, high) == (0.75, 0.75)
+
+
+def test_the_interval_of_the_auc_refuses_what_has_none():
+    with pytest.raises(ValueError, match="items of both kinds, found 2 true and 0 false"):
+        roc_auc_interval([1, 1], [0.5, 0.6], [0, 1])
+    with pytest.raises(ValueError, match="two lists of one length"):
+        roc_auc_interval([1, 0], [0.5, 0.6], [0])
+    with pytest.raises(ValueError, match="level between 0 and 1, found 95"):
+        roc_auc_interval([1, 0], [0.5, 0.6], [0, 1], level=95)

@@ -137,7 +137,7 @@ def test_candidates_are_tied_by_group_in_file_order(task, tmp_path):
     assert not scores[~mask].any()
 
 
-@pytest.mark.parametrize("name", ["group", "answer", "correct"])
+@pytest.mark.parametrize("name", ["group", "correct"])
 def test_candidates_need_their_fields(task, tmp_path, name):
     options = task.train(tmp_path)
     prm, _ = load_model(options)
@@ -148,6 +148,24 @@ def test_candidates_need_their_fields(task, tmp_path, name):
     broken = altered(task.data / "test.jsonl", tmp_path / "broken.jsonl", lose)
     with pytest.raises(DataError, match=rf":4: field {name}: expected .*found nothing; give every"):
         read_candidates(prm, options, str(broken))
+
+
+def test_a_candidate_without_an_answer_is_read_and_does_not_vote(task, tmp_path):
+    options = task.train(tmp_path)
+    prm, _ = load_model(options)
+
+    def lose(place, row):
+        return {key: value for key, value in row.items() if key != "answer" or place != 3}
+
+    fewer = altered(task.data / "test.jsonl", tmp_path / "fewer.jsonl", lose)
+    votes = read_candidates(prm, options, str(fewer)).votes
+    assert sum(vote is None for question in votes for vote in question) == 1
+
+
+def test_a_row_without_values_is_left_out_of_a_summary():
+    nan = float("nan")
+    report = summary({"vote": np.array([nan, 1.0, 0.0]), "none": np.array([nan, nan, nan])})
+    assert report["rows"] == {"vote": 0.5}
 
 
 def weighted(*rows):

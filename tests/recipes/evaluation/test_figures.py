@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
-from prm.schema import Step, StepExample
-from recipes.evaluation.candidates import Candidates, tie_together
+from prm.schema import DataError, Step, StepExample
+from recipes.evaluation.candidates import Candidates, candidates_or_steps, tie_together
 from recipes.evaluation.dev_choice import Choice, choose_on_dev
 from recipes.evaluation.figures import all_figures
 from recipes.loading import Solutions
@@ -169,3 +170,99 @@ def test_the_mean_is_kept_where_nothing_beats_it():
     assert (choice.aggregation, choice.threshold) == ("mean", 0.5)
     assert choice.dev is not None
     assert choice.dev["step_macro_f1"] is None
+
+
+def test_a_candidate_without_an_answer_has_no_vote():
+    rows = [
+        ("q1", "sum", "3", True, [(1, 0.9)]),
+        ("q1", "sum", "", False, [(1, 0.6)]),
+        ("q1", "sum", None, False, [(1, 0.5)]),
+        ("q2", "sum", None, True, [(1, 0.9)]),
+        ("q2", "sum", " ", False, [(1, 0.2)]),
+    ]
+    found = all_figures(*candidates(rows), Choice("mean", 0.5), "expected", "prm")
+    assert (found["n_solutions"], found["n_without_answer"]) == (5, 4)
+    assert found["n_questions_without_vote"] == 1
+    # The one vote of q1 is right. Nobody votes in q2, which counts for no vote and no difference.
+    assert found["rows"]["self_consistency"] == found["rows"]["weighted_vote"] == 1.0
+    assert found["rows"]["prm"] == 1.0
+    entry = found["difference"]["self_consistency"]
+    assert (entry["difference"], entry["better"], entry["worse"]) == (0.0, 0, 0)
+
+
+def test_without_any_answer_there_is_no_majority_to_beat():
+    rows = [(question, domain, None, *rest) for question, domain, _, *rest in ROWS]
+    found = all_figures(*candidates(rows), Choice("mean", 0.5), "expected", "prm")
+    assert list(found["rows"]) == list(found["ci95"]) == ["pass@1", "prm", "pass@3"]
+    assert found["difference"] == {}
+    assert found["n_without_answer"] == 6
+    assert found["n_questions_without_vote"] == 2
+
+
+def test_where_no_question_is_mixed_nothing_is_compared():
+    rows = [(*row[:3], row[0] == "q1", row[4]) for row in ROWS]
+    questions, scores = candidates(rows)
+    found = all_figures(questions, scores, Choice("mean", 0.5), "expected", "prm", scores)
+    assert found["n_mixed_questions"] == 0
+    assert found["rows"] == {"pass@1": 0.5}
+    assert found["difference"] == {}
+
+
+def test_aucs_have_intervals_over_questions(found):
+    # Both questions drawn twice, or one of each: q1 wins 2.5 of 5 steps (.6 is wrong), q2 3 of 3.
+    q1, q2 = [0.9, 0.7, 0.9, 0.6], [0.5, 0.4, 0.8]
+    alone = (sum((s > 0.6) + (s == 0.6) / 2 for s in q1) / 4, sum(s > 0.25 for s in q2) / 3)
+    low, high = found["steps"]["auc_ci95"]
+    assert [low, high] == pytest.approx([found["steps"]["auc"], max(alone)], abs=1e-4)
+    # Solutions: q1 wins 1 of 2 pairs, q2 both.
+    assert found["solutions"]["auc_ci95"] == pytest.approx([0.5, 1.0], abs=1e-4)
+
+
+def test_steps_behind_an_error_are_counted(found):
+    assert found["steps"]["labelled_after_an_error"] == 0
+    rows = [("q1", "sum", "3", False, [(1, 0.9), (0, 0.6), (None, 0.5), (1, 0.5), (0, 0.1)])]
+    steps = all_figures(*candidates(rows), Choice("mean", 0.5), "expected", "prm")["steps"]
+    assert steps["labelled_after_an_error"] == 2
+
+
+def test_solutions_that_are_no_candidates_have_figures_of_steps():
+    questions, scores = candidates()
+    loose = [replace(example, group=None, correct=None) for example in questions.data.examples]
+    bench = candidates_or_steps(Solutions(Path("file.jsonl"), loose))
+    assert bench.groups == ()
+    found = all_figures(bench, scores, Choice("mean", 0.5), "expected", "prm")
+    with_groups = all_figures(questions, scores, Choice("mean", 0.5), "expected", "prm")
+    assert (found["rows"], found["difference"], found["best_of_k"]) == ({}, {}, [])
+    assert found["n_mixed_questions"] is None
+    assert found["n_questions"] == 1  # all ask "?"
+    assert found["solutions"]["auc"] is found["solutions"]["brier"] is None
+    for name in ("auc", "macro_f1", "brier", "process_bench", "visual_process_bench"):
+        assert found["steps"][name] == with_groups["steps"][name]
+    chosen = choose_on_dev(bench, scores, "expected")
+    assert (chosen.aggregation, chosen.dev["accuracy"]) == ("mean", {})
+    assert chosen.threshold == choose_on_dev(questions, scores, "expected").threshold
+
+
+def test_rows_are_candidates_if_one_of_them_is():
+    questions, _ = candidates()
+    first, *others = questions.data.examples
+    mixed = [first, *(replace(example, group=None) for example in others)]
+    with pytest.raises(DataError, match=r"file\.jsonl:2: field group: expected a value"):
+        candidates_or_steps(Solutions(Path("file.jsonl"), mixed))
+    no_labels = [replace(one, group=None, steps=(Step("a", None),)) for one in others]
+    with pytest.raises(DataError, match=r"file\.jsonl:1: field group: expected a value"):
+        candidates_or_steps(Solutions(Path("file.jsonl"), no_labels))
+
+
+def test_a_second_opinion_joins_votes():
+    rows = [
+        ("q1", "sum", "1+x", True, [(1, 0.5)]),
+        ("q1", "sum", "x+1", True, [(1, 0.5)]),
+        ("q1", "sum", "7", False, [(1, 0.5)]),
+        ("q1", "sum", "7", False, [(1, 0.5)]),
+        ("q1", "sum", "1 + x", True, [(1, 0.5)]),
+    ]
+    questions, _ = candidates(rows)
+    assert questions.majority.tolist() == [0.5]
+    asked = replace(questions, same_answer=lambda one, other: "x" in one and "x" in other)
+    assert asked.majority.tolist() == [1.0]

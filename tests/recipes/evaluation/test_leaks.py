@@ -107,7 +107,10 @@ def evaluate(task, tmp_path):
         (tmp_path / "run" / "args.yaml").write_text(yaml.safe_dump({"meta_file": str(meta)}))
         given = {"model": str(model), "file": str(task.data / "test.jsonl")} | more
         options = EvaluateOptions(
-            output=str(tmp_path / "out.json"), system_prompt="judge each step", **given
+            output=str(tmp_path / "out.json"),
+            overwrite=True,
+            system_prompt="judge each step",
+            **given,
         )
         return commands.run("evaluate", options), tmp_path / "out.json"
 

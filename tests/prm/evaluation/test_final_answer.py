@@ -1,0 +1,97 @@
+"""The final answer of a solution, wherever and however it is stated."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from prm.evaluation.answers import canonical_answer
+from prm.evaluation.final_answer import final_answer, without_remarks
+
+STATED = {
+    # "Answer" with a colon, in emphasis, as a heading, in other languages
+    "a\n\nAnswer: B": "B",
+    "Answer: A\nno,\nFinal answer: **3.5**.": "3.5",
+    "**Answer:** B.": "B",
+    "**Answer**: B": "B",
+    "Answer:\n 12\nbecause": "12",
+    "Answer:\n\n12": "12",
+    "### Final Answer\n\n**73**": "73",
+    "Final Answer: **73**": "73",
+    "Ans: 5": "5",
+    "Antwort: C": "C",
+    "答案：丙": "丙",
+    "答案是：丙": "丙",
+    "ANSWER: A\nActually, ANSWER: B": "B",
+    "Answer: $B": "$B",
+    "Answer: *B*": "B",
+    "Answer: B) 12 cm": "B) 12 cm",
+    "Answer: St. Petersburg": "St. Petersburg",
+    "Answer: Not possible": "Not possible",
+    "Answer: correct": "correct",
+    "Answer:\n$$\n\\frac{1}{2}\n$$\nas said": r"\frac{1}{2}",
+    # In a sentence
+    "The answer is: 145°": "145°",
+    "so the answer is 12.": "12",
+    "**The answer is 12**": "12",
+    "The answer is therefore 5.": "5",
+    "The answers are 3 and 4.": "3 and 4",
+    "The answer to the question is 12 cm.": "12 cm",
+    "The correct option is (C).": "(C)",
+    "The answer is B. Note that A is too small.": "B",
+    "The final answer is $[2, 5)$. I hope it is correct.": "$[2, 5)$",
+    "Answer: C. A pretty girl": "C",
+    "Answer: 5. So we are done": "5",
+    "Answer: 1.5 m. The rest is air": "1.5 m",
+    # Boxes
+    "2+3 is 5.\n\nSo \\boxed{5}": "5",
+    r"We get $\boxed{\frac{1}{\sqrt{2}}}$. Hence it is done.": r"\frac{1}{\sqrt{2}}",
+    r"First \boxed{1}, then \fbox{2}.": "2",
+    r"\boxed{\{1, 2\}}": r"\{1, 2\}",
+    r"So $\boxed 7$.": "7",
+    r"The answer is $\boxed{4}$.": "4",
+    "Answer: The area is $\\boxed{12}$.": "12",
+    r"\boxed{5}. This answer is correct.": "5",
+    "\\boxed{3}\n\nWait. Answer: 4": "4",
+    # As in GSM8K
+    "He eats 3.\nSo 16-3=13.\n#### 26": "26",
+    "#### 1,000 dollars": "1,000 dollars",
+    "#### B": "B",
+    "So 16-3=13.\nA: 26": "26",
+    # A reply of one word
+    "D": "D",
+}
+NOT_STATED = [
+    "no statement at all", "Answer:", "", r"cut off \boxed{5", r"\boxed{}", "#### Step 1: begin",
+    "#### Introduction\ntext and more", "A: 12\nB: 13", "A: 12\nand on it goes",
+    "The answer is not known.", "So the answer is correct.", "He answered: 5",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("text", "answer"), STATED.items())
+def test_a_final_answer_is_found(text, answer):
+    assert final_answer(text) == answer
+
+
+@pytest.mark.parametrize("text", NOT_STATED)
+def test_where_none_is_stated_there_is_none(text):
+    assert final_answer(text) is None
+
+
+def test_sentences_behind_an_answer_are_removed_and_decimals_are_not():
+    assert without_remarks("B. Note that A is small") == "B"
+    assert without_remarks("$3.5$ m. It is") == "$3.5$ m"
+    for text in ("3.5", "C. a pretty girl", "J. K. Rowling", "12 cm", "U.S. Army"):
+        assert without_remarks(text) == text
+
+
+@given(st.text(max_size=60))
+def test_any_text_is_searched(text):
+    answer = final_answer(text)
+    assert answer is None or answer.strip()
+
+
+def test_votes_agree_over_all_ways_to_state_an_answer():
+    said = [r"So \boxed{\frac{7}{2}}", "#### 3.5", "The answer is 7/2. I hope so", "A: 3.50"]
+    assert {canonical_answer(final_answer(text)) for text in said} == {"7/2"}
