@@ -54,6 +54,19 @@ FormatName = Literal[
     "mathcheck",
     "mathcheck-candidates",
     "game24",
+    "math-shepherd",
+    "openrlhf",
+    "openr",
+    "mm-prm",
+    "rlhflow",
+    "rlhflow-candidates",
+    "math-aps",
+    "prm800k",
+    "prmbench",
+    "mr-ben",
+    "big-bench-mistake",
+    "mathcheck-checklist",
+    "math-vision",
 ]
 """Data formats; ``prm.data.formats.table.FORMATS`` holds their readers."""
 

@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from prm.data_urls import shown
+
 
 @dataclass(frozen=True)
 class Step:
@@ -29,7 +31,8 @@ class StepExample:
     Attributes:
         id: Unique within a file; instance weights are stored under it.
         question: Text of the question.
-        images: Image files, in the order in which the model sees them.
+        images: Image files, in the order in which the model sees them; a picture that lies in the
+            record itself is a ``data:`` URL (see ``prm.data_urls``).
         steps: The solution, at least one step.
         domain: Name of the domain, for domain weights and reports.
         answer: The answer that the solution ends with, for votes.
@@ -86,7 +89,8 @@ class DataError(ValueError):
         self.field = field
         self.example = example
         self.remedy = remedy
-        where = "" if file is None else f"{file}:{line}" if line is not None else f"{file}"
+        where = "" if self.file is None else shown(self.file)
+        where += f":{line}" if where and line is not None else ""
         parts = [
             where,
             "" if example is None else f"example {example!r}",

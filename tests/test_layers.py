@@ -53,6 +53,7 @@ LAYERS = {
         ("audit", "fit"),
     ),
     "prm": (
+        ("data_urls",),
         ("schema", "names", "files"),
         ("losses", "aggregations", "evaluation", "inputs", "digests"),
         ("data", "models"),

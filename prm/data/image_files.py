@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Literal
 
 from prm.data.record_fields import is_below
+from prm.data_urls import is_embedded, opened, shown
 from prm.names import ImageCheck
 from prm.schema import DataError
 
@@ -84,6 +85,8 @@ class ImageFiles:
         return self._problems[path]
 
     def _look(self, path: str) -> ImageProblem | None:
+        if is_embedded(Path(path)):
+            return self._read(Path(path))
         try:
             if not self._allow_outside and self._is_outside(path):
                 return ImageProblem(
@@ -126,7 +129,7 @@ class ImageFiles:
         except DataError as error:
             remedy = error.remedy or _REMEDY
             return ImageProblem(
-                "unreadable", "a readable image file", f"{error.found} in {path}", remedy
+                "unreadable", "a readable image file", f"{error.found} in {shown(path)}", remedy
             )
         return None
 
@@ -141,12 +144,13 @@ def _missing(found: str) -> ImageProblem:
 def _looks_cut_off(path: Path) -> bool:
     """Whether a PNG or JPEG file lacks its end mark; only decoding shows whether that matters."""
     try:
-        with path.open("rb") as file:
+        with opened(path) as file:
             start = file.read(4)
             end = next((mark for sign, mark in _ENDS.items() if start.startswith(sign)), None)
             if end is None:
                 return False
-            file.seek(max(0, os.fstat(file.fileno()).st_size - _TAIL))
+            file.seek(0, os.SEEK_END)
+            file.seek(max(0, file.tell() - _TAIL))
             return end not in file.read()
     except OSError as error:
         raise DataError(expected="a readable file", found=str(error), file=path) from error

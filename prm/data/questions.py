@@ -12,6 +12,7 @@ import unicodedata
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+from prm.data_urls import opened
 from prm.schema import StepExample
 
 # Soft hyphen, zero-width space and joiners, directional marks, word joiner, byte order mark.
@@ -57,7 +58,10 @@ class Questions:
 
 def _content(image: Path) -> str:
     try:
-        with image.open("rb") as file:
-            return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
+        with opened(image) as file:
+            hashed = hashlib.blake2b(digest_size=16)
+            while block := file.read(2**20):
+                hashed.update(block)
+            return hashed.hexdigest()
     except (OSError, ValueError):
         return str(image)  # The checks of images name it.

@@ -8,13 +8,16 @@ from __future__ import annotations
 import difflib
 import hashlib
 import os
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, NoReturn
+from urllib.parse import unquote
 
+from prm.data_urls import PREFIX, decoded, embedded, url_content
 from prm.schema import DataError
 
 FIELDS = ("id", "question", "images", "steps", "domain", "answer", "correct", "group")
@@ -25,6 +28,8 @@ IMAGE_FIELDS = ("images", "image", "image_path")
 
 LABELS = '"+", "-", a number in [0, 1] or null (or [right, all], two counts of rollouts)'
 _NEAR = 0.8
+_FILE_SCHEME = "file://"
+_SCHEME = re.compile(r"[a-zA-Z][a-zA-Z0-9+.-]+://")
 
 
 class Words(str):
@@ -78,18 +83,31 @@ class Location:
                 remedy = f"rename {near[0]!r} to {name!r}" if near else None
                 self.refuse(name, f"the field {name!r}", Words("nothing"), remedy)
 
-    def text(self, value: object, field: str, *, blank: bool = False) -> str:
+    def need_in(self, value: Mapping[str, Any], field: str, *names: str) -> None:
+        """Refuse an object inside a record, at ``field``, that lacks one of ``names``."""
+        self.need(
+            {f"{field}.{key}": held for key, held in value.items()},
+            *(f"{field}.{name}" for name in names),
+        )
+
+    def text(
+        self, value: object, field: str, *, blank: bool = False, remedy: str | None = None
+    ) -> str:
         """Return a string that UTF-8 can hold; it may be white space alone only if ``blank``."""
         if not isinstance(value, str):
             self.refuse(field, "a string", value)
         if not blank and not value.strip():
-            self.refuse(field, "a string that is not blank", value)
+            self.refuse(field, "a string that is not blank", value, remedy)
         try:
             value.encode()
         except UnicodeEncodeError:
             surrogate = Words(f"a lone surrogate in {ascii(value)[:60]}")
             self.refuse(field, "text that UTF-8 can hold", surrogate)
         return value
+
+    def step(self, value: object, field: str) -> str:
+        """Return the text of a step, which may not be blank."""
+        return self.text(value, field, remedy="remove the blank step and its label, or the row")
 
     def optional_text(
         self, record: Mapping[str, Any], field: str, *, blank: bool = False
@@ -153,16 +171,50 @@ class Location:
     def image(self, value: object, field: str, *, cut_parents: bool = False) -> Path:
         """Return the path of an image; the reader checks whether the file exists.
 
+        A ``data:`` URL and ``{"bytes": base64 or null, "path": path or null}``, the form of Hugging
+        Face datasets, become embedded pictures (see ``prm.data_urls``). Other URLs than ``file:``
+        are refused.
         With ``cut_parents`` leading ``../`` are dropped from a path that would leave the root: the
         meta file of DreamPRM-1.5 writes ``../data/...`` for ``data/...`` below its repository.
         """
+        if isinstance(value, dict):
+            return self._image_object(value, field)
         path = self.text(value, field)
+        if path.startswith(PREFIX):
+            try:
+                return embedded(url_content(path))
+            except ValueError as error:
+                self._not_base64(field, error)
+        if path.startswith(_FILE_SCHEME):
+            path = unquote(path.removeprefix(_FILE_SCHEME))
+        elif _SCHEME.match(path):
+            remedy = "download the picture and name its path; nothing is fetched from the network"
+            self.refuse(field, 'the path of an image, or a "data:" URL', path, remedy)
         if cut_parents and path.startswith("../"):
             root = os.path.abspath(self.root)
             if not is_below(os.path.normpath(os.path.join(root, path)), root):
                 while path.startswith("../"):
                     path = path[3:]
         return self.root / path
+
+    def _image_object(self, value: Mapping[str, Any], field: str) -> Path:
+        """Return the image of ``{"bytes": bytes or base64 or null, "path": path or null}``."""
+        content = value.get("bytes")
+        if content is None:
+            if value.get("path") is None:
+                self.refuse(field, 'an object with the "bytes" or the "path" of an image', value)
+            return self.image(value["path"], f"{field}.path")
+        try:
+            raw = content if isinstance(content, bytes) and content else None
+            return embedded(raw or decoded(self.text(content or " ", f"{field}.bytes", blank=True)))
+        except DataError:
+            raise
+        except ValueError as error:
+            self._not_base64(f"{field}.bytes", error)
+
+    def _not_base64(self, field: str, error: ValueError) -> NoReturn:
+        remedy = "write the whole file as base64"
+        self.refuse(field, "the bytes of an image in base64", Words(str(error)), remedy)
 
     def images(
         self, record: Mapping[str, Any], *fields: str, cut_parents: bool = False
@@ -174,7 +226,7 @@ class Location:
         if len(present) > 1:
             self.refuse(present[1], f"images in one field ({present[0]!r})", record[present[1]])
         field, value = present[0], record[present[0]]
-        if isinstance(value, str):
+        if isinstance(value, str | dict):
             return (self.image(value, field, cut_parents=cut_parents),)
         if not isinstance(value, list):
             self.refuse(field, "a path, a list of paths or null", value)
@@ -210,7 +262,7 @@ def image_field(record: object, number: int) -> str:
     for name in IMAGE_FIELDS:
         value = record.get(name) if isinstance(record, dict) else None
         if value is not None:
-            return name if isinstance(value, str) else f"{name}[{number}]"
+            return f"{name}[{number}]" if isinstance(value, list) else name
     return f"images[{number}]"
 
 

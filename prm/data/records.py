@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from prm.data.record_fields import FIELDS, Location, Words, near_field
+from prm.data_urls import is_embedded, to_url
 from prm.schema import Step, StepExample
 
 STEP_FIELDS = ("text", "label")
@@ -68,6 +69,8 @@ def to_record(example: StepExample, image_root: Path) -> dict[str, Any]:
 
 def relative(path: Path, root: Path) -> str:
     """Return ``path`` in the form in which a file with images below ``root`` holds it."""
+    if is_embedded(path):
+        return to_url(path)
     return path.relative_to(root).as_posix() if path.is_relative_to(root) else path.as_posix()
 
 

@@ -19,6 +19,7 @@ from jaxtyping import Float
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
+from prm.data_urls import is_embedded, opened
 from prm.inputs.tokens import ImageTokens
 from prm.schema import DataError
 
@@ -107,7 +108,7 @@ def image_size(path: Path) -> tuple[int, int]:
 def _nothing_behind_pixels(path: Path) -> bool:
     """Return whether only the end chunk follows the pixels of a PNG file, by its chunk headers."""
     behind = False
-    with path.open("rb") as file:
+    with opened(path) as file:
         file.seek(8)
         for _ in range(_MOST_CHUNKS):
             head = file.read(8)
@@ -128,7 +129,8 @@ def _opened(path: Path) -> Iterator[Image.Image]:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
-            image = Image.open(path, formats=IMAGE_FORMATS)
+            source = opened(path) if is_embedded(path) else path
+            image = Image.open(source, formats=IMAGE_FORMATS)
         with image:
             if image.width * image.height > MOST_PIXELS:
                 raise _too_large(path, f"{image.width} x {image.height}")
@@ -293,7 +295,7 @@ def _bytes(inputs: Mapping[str, Tensor]) -> int:
 
 
 def _check_exists(path: Path) -> None:
-    if not path.is_file():
+    if not is_embedded(path) and not path.is_file():
         raise DataError(
             expected="an image file",
             found="a folder" if path.is_dir() else "no such file",

@@ -8,6 +8,7 @@ from typing import Any
 from prm.data.image_files import ImageFiles
 from prm.data.reader import Row, image_errors, iter_rows
 from prm.data.stepwise_writer import read_weights
+from prm.data_urls import shown
 from prm.inputs.collate import EncodedExample
 from prm.inputs.prompt import SYSTEM_PROMPT
 from prm.inputs.tiles import image_size
@@ -88,7 +89,8 @@ def _fields(example: StepExample, options: InspectOptions, encoded: EncodedExamp
     lines.append(f"question  {_short(example.question)}")
     for image, tiles in zip(example.images, encoded.tile_counts, strict=True):
         height, width = image_size(image)
-        lines.append(f"image     {printable(image)}  {width} x {height} pixels, {tiles} tiles")
+        name = printable(shown(image))
+        lines.append(f"image     {name}  {width} x {height} pixels, {tiles} tiles")
     lines.append(
         f"tokens    {len(encoded.input_ids)}, scored at {len(encoded.label_positions)} of them"
     )

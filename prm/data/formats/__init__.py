@@ -1,6 +1,6 @@
-"""Data formats of other projects, one module each, which turn records into examples.
+"""Data formats of other projects, which turn records into examples; a module holds those of a kind.
 
-Every module has ``matches(record)``, which tells whether a record looks like its format, and
+Every format has a function ``matches(record)``, which tells whether a record looks like it, and
 ``read(record, location)``, which returns the examples of a record or raises a ``DataError`` that
 names the field. ``prm.data.formats.table`` lists the formats and tells them apart.
 """

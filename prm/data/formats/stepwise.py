@@ -52,7 +52,7 @@ def labelled_steps(
     texts: str,
     labels: str,
     location: Location,
-    signs: Mapping[int, float | None] | None = None,
+    signs: Mapping[int | str, float | None] | None = None,
 ) -> tuple[Step, ...]:
     """Pair the step texts and the labels of two lists of the same length.
 
@@ -61,7 +61,8 @@ def labelled_steps(
         texts: Field of the list of step texts.
         labels: Field of the list of labels; if it is null, no step has a label.
         location: The location of the record.
-        signs: Meaning of integer labels. None: the labels are those that ``Location.label`` reads.
+        signs: Meaning of the labels, integers or signs. None: the labels are those that
+            ``Location.label`` reads.
     """
     step_texts = location.listed(record[texts], texts, "steps")
     judged = record.get(labels)
@@ -74,13 +75,13 @@ def labelled_steps(
         location.refuse(labels, "as many labels as steps", lengths)
     steps = []
     for number, (text, label) in enumerate(zip(step_texts, judged, strict=True)):
-        step = location.text(text, f"{texts}[{number}]")
+        step = location.step(text, f"{texts}[{number}]")
         field = f"{labels}[{number}]"
         if signs is None:
             steps.append(Step(step, location.label(label, field, boolean=True)))
         elif label is None:
             steps.append(Step(step))
-        elif isinstance(label, bool) or not isinstance(label, int) or label not in signs:
+        elif isinstance(label, bool) or not isinstance(label, int | str) or label not in signs:
             location.refuse(field, f"one of {', '.join(map(str, signs))} or null", label)
         else:
             steps.append(Step(step, signs[label]))

@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from prm.data import records
 from prm.data.formats import (
-    benchmarks,
     candidates,
     dreamprm,
+    first_error,
+    judged,
+    marked,
     messages,
+    rollouts,
     stepwise,
     visualprm,
-    visualprm_raw,
 )
 from prm.data.record_fields import Location, Words
 from prm.names import FORMAT_NAMES, FormatName
 from prm.schema import StepExample
+
+_BRACKET = re.compile(r"\[[^\[\]{}]*\]|\{[^\[\]{}]*\}")
 
 
 @dataclass(frozen=True)
@@ -41,7 +46,8 @@ class Format:
 def _matches_own(record: Mapping[str, Any]) -> bool:
     steps = record.get("steps")
     texts = isinstance(steps, list) and bool(steps) and isinstance(steps[0], str)
-    return "steps" in record and not texts and "puzzle" not in record
+    other = "puzzle" in record or "mistake_index" in record
+    return "steps" in record and not texts and not other
 
 
 def _read_own(record: Mapping[str, Any], location: Location) -> tuple[StepExample, ...]:
@@ -54,8 +60,8 @@ FORMATS: tuple[Format, ...] = (
     Format(
         "visualprm-raw",
         "question, steps_with_score: [{step, score, num_mc_correct, num_mc_total}]",
-        visualprm_raw.matches,
-        visualprm_raw.read,
+        rollouts.matches_visualprm_raw,
+        rollouts.read_visualprm_raw,
     ),
     Format(
         "dreamprm-test",
@@ -75,20 +81,20 @@ FORMATS: tuple[Format, ...] = (
     Format(
         "processbench",
         "id, problem, steps: [text], label",
-        benchmarks.matches_processbench,
-        benchmarks.read_processbench,
+        first_error.matches_processbench,
+        first_error.read_processbench,
     ),
     Format(
         "visualprocessbench",
         "question, response: {steps, process_correctness}",
-        benchmarks.matches_visualprocessbench,
-        benchmarks.read_visualprocessbench,
+        judged.matches_visualprocessbench,
+        judged.read_visualprocessbench,
     ),
     Format(
         "mathcheck",
         "id, question, steps: [text], labels",
-        benchmarks.matches_mathcheck,
-        benchmarks.read_mathcheck,
+        first_error.matches_mathcheck,
+        first_error.read_mathcheck,
     ),
     Format(
         "mathcheck-candidates",
@@ -101,6 +107,80 @@ FORMATS: tuple[Format, ...] = (
         "idx, puzzle, candidates: [{steps, correct}]",
         candidates.matches_game24,
         candidates.read_game24,
+    ),
+    Format(
+        "math-shepherd",
+        "input, label: text, task",
+        marked.matches_math_shepherd,
+        marked.read_math_shepherd,
+    ),
+    Format(
+        "openrlhf",
+        "input or text, value: [label]",
+        marked.matches_openrlhf,
+        marked.read_openrlhf,
+    ),
+    Format("openr", "question, process, labels", marked.matches_openr, marked.read_openr),
+    Format(
+        "mm-prm",
+        "conversations: [{from: human, value}, {from: gpt, value: [label]}]",
+        marked.matches_mm_prm,
+        marked.read_mm_prm,
+    ),
+    Format(
+        "rlhflow",
+        "conversations: [{role, content}]",
+        messages.matches_rlhflow,
+        messages.read_rlhflow,
+    ),
+    Format(
+        "rlhflow-candidates",
+        "prompt, answers: [text], labels: [1 or 0]",
+        candidates.matches_rlhflow,
+        candidates.read_rlhflow,
+    ),
+    Format(
+        "math-aps",
+        "question, final_answer, reasoning_steps",
+        rollouts.matches_math_aps,
+        rollouts.read_math_aps,
+    ),
+    Format(
+        "prm800k",
+        "question: {problem}, label: {steps}",
+        judged.matches_prm800k,
+        judged.read_prm800k,
+    ),
+    Format(
+        "prmbench",
+        "modified_question, modified_process, error_steps",
+        judged.matches_prmbench,
+        judged.read_prmbench,
+    ),
+    Format(
+        "mr-ben",
+        "Question, Model_Solution_Steps, Model_Solution_Correctness, "
+        "Model_Solution_First_Error_Step",
+        first_error.matches_mr_ben,
+        first_error.read_mr_ben,
+    ),
+    Format(
+        "big-bench-mistake",
+        "input, steps: [text], mistake_index, target",
+        first_error.matches_big_bench_mistake,
+        first_error.read_big_bench_mistake,
+    ),
+    Format(
+        "mathcheck-checklist",
+        "task_type, question_type, question, solution, answer",
+        first_error.matches_mathcheck_checklist,
+        first_error.read_mathcheck_checklist,
+    ),
+    Format(
+        "math-vision",
+        "id, model, response, model_answer, correct",
+        candidates.matches_math_vision,
+        candidates.read_math_vision,
     ),
 )
 
@@ -120,6 +200,9 @@ def format_named(name: str) -> Format:
 def detect(record: object, location: Location) -> Format:
     """Return the one format that a record looks like.
 
+    The error of a record of no format lists them all, and names the nearest one and the fields that
+    the record lacks for it.
+
     Raises:
         DataError: The record looks like no format, or like several, which the message lists.
     """
@@ -138,4 +221,23 @@ def detect(record: object, location: Location) -> Format:
             f"name the format ({', '.join(names)}), or remove the keys of the others",
         )
     known = "; ".join(f"{format.name} ({format.keys})" for format in FORMATS)
-    location.refuse(None, f"a record of a known format: {known}", keys, "rename keys or convert")
+    location.refuse(None, f"a record of a known format: {known}", keys, _advice(record))
+
+
+def _advice(record: Mapping[str, Any]) -> str:
+    """Name the format with most of its fields in the record, and the fields that are missing."""
+    fields = {format.name: _top_level(format.keys) for format in FORMATS}
+    there = {name: len(keys & record.keys()) for name, keys in fields.items()}
+    best = max(there, key=lambda name: (there[name], -len(fields[name])))
+    missing = sorted(fields[best] - record.keys())
+    if 2 * there[best] < len(fields[best]) or not missing:
+        return "rename keys or convert"
+    return f"rename keys or convert; {best} is nearest, and lacks {', '.join(map(repr, missing))}"
+
+
+def _top_level(keys: str) -> set[str]:
+    """Return the names in ``Format.keys`` that stand in no bracket and are no alternative."""
+    plain = keys
+    while (inner := _BRACKET.sub("", plain)) != plain:
+        plain = inner
+    return {part.partition(":")[0].strip() for part in plain.split(",") if " or " not in part}

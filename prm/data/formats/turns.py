@@ -8,10 +8,15 @@ from dataclasses import dataclass
 from typing import Any
 
 from prm.data.record_fields import Location
+from prm.data.splitter import last_first_step
 from prm.schema import Step
 
 _QUESTION = re.compile(r"((?:\s*<image>)*)\s*### Question:[ \t]*\n?")
 _PROCESS = re.compile(r"### Solution Process:[ \t]*\n?")
+_NUMBERED = re.compile(r"<image\d+>")
+_LAST_NUMBERED = re.compile(r"<image\d+>$")
+_ASKED = re.compile(r"[?？][\"'”’)\]$]*(?=\s+\S|[^\s\x00-\x7f])")
+_SENTENCE = re.compile(r"[.!][\"'”’)\]$]*(?=\s+\S)|[。！](?=\s*\S)")
 _PLACEHOLDER = re.compile(r"\s*<image>")
 
 
@@ -30,9 +35,10 @@ def question_and_steps(
     """Separate the question of a conversation from its steps and their labels.
 
     The first user turn holds "### Question:" and, after "### Solution Process:", the first step
-    (VisualPRM); or it holds the question alone, and the first step has a user turn of its own (meta
-    and test prompts of DreamPRM-1.5). If ``question`` is given, every user turn is a step. System
-    turns are left out, because the system instruction is an option of training.
+    (VisualPRM); or the question and, from "Step 1:" on, the first step (RLHFlow); or the question
+    alone, and the first step has a user turn of its own (meta and test prompts of DreamPRM-1.5). If
+    ``question`` is given, every user turn is a step, and the first may start with the question.
+    System turns are left out, because the system instruction is an option of training.
 
     Raises:
         DataError: Turns do not alternate, a label is neither "+" nor "-", or there is no step.
@@ -49,6 +55,8 @@ def question_and_steps(
     spoken[0] = Turn("user", text, spoken[0].field)
     if question is None:
         question, spoken = _question(spoken, location)
+    elif text.strip() != question and text.lstrip().startswith(question):
+        spoken[0] = Turn("user", text.lstrip()[len(question) :].strip(), spoken[0].field)
     steps = []
     for number in range(0, len(spoken), 2):
         turn = spoken[number]
@@ -66,6 +74,36 @@ def question_and_steps(
     if not steps:
         location.refuse(spoken[-1].field if spoken else turns_field(turns), "at least one step", [])
     return question, tuple(steps)
+
+
+def cut_question(text: str, field: str, location: Location) -> tuple[str, str]:
+    """Separate a question from the first step, which follows it from the last "Step 1:" on.
+
+    Raises:
+        DataError: There is no "Step 1:", or no question before it.
+    """
+    cut = last_first_step(text)
+    if cut is None or not text[:cut].strip():
+        location.refuse(
+            field,
+            'a question and, from "Step 1:" on, its solution',
+            text,
+            "give the question in a field 'question' of the record, too, if the solution does "
+            'not start with "Step 1:"',
+        )
+    return location.text(text[:cut].strip(), field), text[cut:].strip()
+
+
+def opening_question(text: str) -> str | None:
+    """Return a question of which nothing tells where it ends, so that the same is always cut alike.
+
+    It is the text up to its first question mark, or else its first sentence; None if that is all.
+    """
+    for end in (_ASKED, _SENTENCE):
+        match = end.search(text)
+        if match is not None and text[: match.start()].strip():
+            return text[: match.end()].strip()
+    return None
 
 
 def turns_field(turns: Sequence[Turn]) -> str:
@@ -99,6 +137,18 @@ def drop_placeholders(text: str, images: int) -> str:
     return rest.lstrip()
 
 
+def drop_numbered(text: str, images: int) -> str:
+    """Remove the marks ``<image1>``, ... that open or end ``text``, if as many as images."""
+    if not images or len(_NUMBERED.findall(text)) != images:
+        return text
+    kept = text.strip()
+    while match := _NUMBERED.match(kept):
+        kept = kept[match.end() :].lstrip()
+    while kept.endswith(">") and (match := _LAST_NUMBERED.search(kept)):
+        kept = kept[: match.start()].rstrip()
+    return kept
+
+
 def _question(spoken: list[Turn], location: Location) -> tuple[str, list[Turn]]:
     first, *rest = spoken
     head = _QUESTION.match(first.text)
@@ -108,10 +158,16 @@ def _question(spoken: list[Turn], location: Location) -> tuple[str, list[Turn]]:
         rest.insert(0, Turn("user", body[process.end() :], first.field))
         body = body[: process.start()]
     elif not rest or rest[0].role != "user":
-        location.refuse(
-            first.field,
-            '"### Question:", the question, "### Solution Process:" and the first step; or the '
-            "question alone, with the first step in a user turn of its own",
-            first.text,
-        )
+        if head is not None or last_first_step(body) is None:
+            location.refuse(
+                first.field,
+                '"### Question:", the question, "### Solution Process:" and the first step; or the '
+                'question and, from "Step 1:" on, the first step; or the question alone, with the '
+                "first step in a user turn of its own",
+                first.text,
+                "give the question in a field 'question' of the record, too, if nothing in the "
+                "turn tells where it ends",
+            )
+        body, step = cut_question(body, first.field, location)
+        rest.insert(0, Turn("user", step, first.field))
     return location.text(body.strip(), first.field), rest

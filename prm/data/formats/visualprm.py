@@ -26,8 +26,11 @@ PLACEHOLDER_ID = "-1"
 
 
 def matches(record: Mapping[str, Any]) -> bool:
-    """Whether the record has conversations."""
-    return "conversations" in record
+    """Whether the record has conversations with "from", and a text in every turn."""
+    turns = record.get("conversations")
+    known = [turn for turn in turns if isinstance(turn, dict)] if isinstance(turns, list) else []
+    other = any("role" in turn or isinstance(turn.get("value"), list) for turn in known)
+    return "conversations" in record and not other
 
 
 def read(record: Mapping[str, Any], location: Location) -> tuple[StepExample, ...]:
@@ -75,7 +78,9 @@ def _turns(record: Mapping[str, Any], location: Location) -> list[Turn]:
             location.refuse(field, 'an object such as {"from": "human", "value": ...}', turn)
         for name in ("from", "value"):
             if name not in turn:
-                location.refuse(f"{field}.{name}", f"the field {name!r}", Words("nothing"))
+                other = "turns of 'role' and 'content' are the format rlhflow"
+                remedy = other if "role" in turn else None
+                location.refuse(f"{field}.{name}", f"the field {name!r}", Words("nothing"), remedy)
         if not isinstance(turn["from"], str) or turn["from"] not in _ROLES:
             location.refuse(f"{field}.from", '"system", "human" or "gpt"', turn["from"])
         role = _ROLES[turn["from"]]

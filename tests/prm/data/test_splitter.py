@@ -37,6 +37,51 @@ CASES = {
     "code": ("a\n```\n1. x\n\n2. y\n```\n\nb", ["a\n```\n1. x\n\n2. y\n```", "b"]),
     "answer in emphasis": ("a\n**Answer:** B", ["a", "**Answer:** B"]),
     "one word": ("D", ["D"]),
+    "steps with gaps": (
+        "Step 1: a\nb\nStep 3: c\n**Step 4:** d", ["Step 1: a\nb", "Step 3: c", "**Step 4:** d"]
+    ),
+    "steps that start again": (
+        "Step 1: a\nStep 2: b\nStep 1: c\nStep 2: d",
+        ["Step 1: a", "Step 2: b", "Step 1: c", "Step 2: d"],
+    ),
+    "steps in one line with gaps": ("Step 1: a. Step 3: b.", ["Step 1: a.", "Step 3: b."]),
+    "a step named in another": (
+        "Step 1: Read.\nStep 1 gave 3.\nStep 2: Add.",
+        ["Step 1: Read.\nStep 1 gave 3.", "Step 2: Add."],
+    ),
+    "a later step named in one line": (
+        "Step 1: a for Step 3: b. Step 2: c", ["Step 1: a for Step 3: b.", "Step 2: c"]
+    ),
+    "other marks of the number": (
+        "Step #1: a\nStep 2. b\n[Step 4] c", ["Step #1: a", "Step 2. b", "[Step 4] c"]
+    ),
+    "nested list": (
+        "1. first\n   1. sub one\n   2. sub two\n2. second\nAnswer: 1",
+        ["1. first\n   1. sub one\n   2. sub two", "2. second", "Answer: 1"],
+    ),
+    "nested list of three": (
+        "1. a\n  1) b\n  2) c\n  3) d\n2. e\n3. f",
+        ["1. a\n  1) b\n  2) c\n  3) d", "2. e", "3. f"],
+    ),
+    "indented list": ("  1. a\n  2. b", ["1. a", "2. b"]),
+    "one step a line": (
+        "He eats 3.\nSo 16-3=13.\nThen 13*2=26.\n#### 26\n",
+        ["He eats 3.", "So 16-3=13.", "Then 13*2=26.", "#### 26"],
+    ),
+    "one formula a line": ("x = 5\r\n2y = 3\r\n\\boxed{8}", ["x = 5", "2y = 3", "\\boxed{8}"]),
+    "lines of one step": (
+        "The prices:\nA - 950 Lt\n- B\n  - C\nSo A.",
+        ["The prices:\nA - 950 Lt\n- B\n  - C", "So A."],
+    ),
+    "lines of a displayed formula": (
+        "We get\n\\[\nx = 2\nY\n\\]\nThen\n$$\nA\nB\n$$\nSo 2.",
+        ["We get\n\\[\nx = 2\nY\n\\]", "Then\n$$\nA\nB\n$$", "So 2."],
+    ),
+    "prose that an editor broke": (
+        "We add the eggs of the\nfirst day. Then\nNext we stop.",
+        ["We add the eggs of the\nfirst day. Then\nNext we stop."],
+    ),
+    "a formula that an editor broke": ("x = 3 +\n4\nSo 7.", ["x = 3 +\n4\nSo 7."]),
     "tag alone": ("[Reasoning]\n", []),
     "nothing": (" \n ", []),
 }  # fmt: skip
@@ -48,9 +93,59 @@ def test_steps(text, steps):
     assert "".join(split_steps(text)) == text
 
 
+HEADINGS = [
+    *(
+        "Schritt {}: a",
+        "Étape {} : a",
+        "E\u0301tape {} : a",
+        "Paso {}: a",
+        "Passo {} - a",
+        "Etapa {}: a",
+    ),
+    *("Stap {}: a", "Steg {}: a", "**Krok {}:** a", "Шаг {}. a", "### Adım {}: a", "Bước {}: a"),
+    *(
+        "Langkah {}: a",
+        "चरण {}: a",
+        "第{}步：a",
+        "第 {} 步 a",
+        "步骤{}：a",
+        "步驟 {}: a",
+        "ステップ{}：a",
+    ),
+    *(
+        "手順{}：a",
+        "단계 {}: a",
+        "{}단계: a",
+        "الخطوة {}: a",
+        "STEP {}: a",
+        "Step: {}: a",
+        "(Step {}) a",
+    ),
+]
+
+
+@pytest.mark.parametrize("heading", HEADINGS)
+def test_step_is_a_word_of_many_languages(heading):
+    numbered = [heading.format(number) for number in (1, 2, 3)]
+    assert solution_steps("\n".join(numbered)) == numbered
+
+
+def test_chinese_numerals_count_steps():
+    steps = [
+        "第一步：读题。",
+        "第二步：计算。",
+        "第十步：检查。",
+        "第十二步：验算。",
+        "第二十步：答。",
+    ]
+    assert solution_steps("\n".join(steps)) == steps
+    assert solution_steps("".join(steps[:2])) == steps[:2]
+
+
 PIECES = st.sampled_from(
     ["Step 1:", "Step 2:", "step 3", "1. ", "2. ", "3) ", "4、", "3.5", "x = 4. ", "\n", "\n\n",
-     " ", "Answer: ", "**", "### ", "[Reasoning]", "```", "\r\n", "\t", "- a", "\x0b", "\u2028"]
+     " ", "Answer: ", "**", "### ", "[Reasoning]", "```", "\r\n", "\t", "- a", "\x0b", "\u2028",
+     "Step 4:", "第1步：", "Schritt 2:", "   1. ", "So ", "so ", ",", "\\[", "\\]", "$$", "#### 2"]
 )  # fmt: skip
 
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 
-from prm.data.reader import read_jsonl
+from prm.data.reader import read_jsonl, write_jsonl
+from prm.data_urls import embedded, shown
 from prm.models.model import load_prm
 from recipes.__main__ import main
 from recipes.embedded.vocabulary import SYSTEM_PROMPT
@@ -54,6 +56,15 @@ def test_page(task, show, tmp_path):
         times = int(rest[rest.index("x") + 1]) if " x " in line else 1
         tokens += [int(token)] * times
     assert tokens == encoded.input_ids.tolist()
+
+
+def test_a_picture_in_the_row_is_shown_by_its_start(task, show, tmp_path):
+    example = read_jsonl(task.data / "train.jsonl")[2]
+    picture = embedded(example.images[0].read_bytes())
+    write_jsonl(tmp_path / "own.jsonl", [replace(example, images=(picture,))])
+    (line,) = [x for x in show(tmp_path / "own.jsonl").splitlines() if x.startswith("image")]
+    assert line == f"image     {shown(picture)}  32 x 32 pixels, 1 tiles"
+    assert len(line) < 120
 
 
 def test_soft_and_missing_labels_and_candidates(task, show, tmp_path):

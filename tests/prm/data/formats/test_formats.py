@@ -10,9 +10,10 @@ import pytest
 
 from prm.data.formats.table import FORMATS
 from prm.data.reader import Row, iter_rows, read_examples
+from prm.data_urls import embedded
 from prm.names import FORMAT_NAMES
 from prm.schema import DataError, Step, StepExample
-from tests.prm.data.formats.good_records import GOOD, SYSTEM, gpt, human
+from tests.prm.data.formats.good_records import GOOD, SYSTEM, completions, gpt, human
 
 
 def write(folder: Path, *records, array=False) -> Path:
@@ -227,6 +228,352 @@ def test_sets_of_candidates(tmp_path):
     assert "4 5 6 10" in example.question
 
 
+def test_math_shepherd(tmp_path):
+    (example,) = read(tmp_path, GOOD["math-shepherd"])
+    assert example.question == "How many?"
+    assert texts(example) == ["Step 1: 2 + 3 = 5", "Step 2: 5 - 1 = 3", "Step 3: It is: 3"]
+    assert (labels(example), example.domain) == ([1.0, 0.0, 0.0], "GSM8K")
+    # A question that speaks of steps, a Russian word, and a last step without mark and label.
+    row = {"input": "In Step 1: of знаки? Step 1: a ки\nStep 2: b", "task": None}
+    (example,) = read(tmp_path, row | {"label": "In Step 1: of знаки? Step 1: a -\nStep 2: b"})
+    assert example.question == "In Step 1: of знаки?"
+    assert (texts(example), labels(example)) == (["Step 1: a", "Step 2: b"], [0.0, None])
+
+
+def test_published_faults_of_math_shepherd(tmp_path):
+    # A mark in the question, "step" in small letters, and no name of the first step.
+    for text, signs, question, steps in (
+        ("Mr. R has 3 ки more. Step 1: a ки\nStep 2: b ки", "-+-", "Mr. R has 3  more.", 2),
+        ("How? step 1: a ки\nstep 2: b ки", "+-", "How?", 2),
+        ("How many? a ки\nStep 2: b ки", "+-", "How many?", 2),
+    ):
+        label = text
+        for sign in signs:
+            label = label.replace("ки", sign, 1)
+        (example,) = read(tmp_path, {"input": text, "label": label, "task": "MATH"})
+        assert example.question == question
+        assert [step.text.rsplit(" ")[-1] for step in example.steps] == ["a", "b"][:steps]
+        assert labels(example) == [1.0, 0.0]
+        (same,) = read(tmp_path, {"input": text, "value": list(signs)})
+        assert (same.question, same.steps) == (example.question, example.steps)
+        assert same.extra == example.extra
+    assert example.extra == {"question_end": "guessed"}
+
+
+@pytest.mark.parametrize(
+    ("key", "given", "expected"),
+    [
+        ("value", ["+", "-", "+"], [1, 0, 1]),
+        ("values", [0.5, None, 1], [0.5, None, 1]),
+        ("labels", [1.0, 0.0, 0.25], [1, 0, 0.25]),
+        ("label", ["-", "-", "+"], [0, 0, 1]),
+        ("value", '["-", 0.5, 1]', [0, 0.5, 1]),
+    ],
+)
+def test_openrlhf(tmp_path, key, given, expected):
+    (example,) = read(tmp_path, {"input": GOOD["openrlhf"]["text"], key: given})
+    assert example.question == "How many?"
+    assert texts(example) == ["Step 1: 5", "Step 2: 4", "Step 3: 3"]
+    assert labels(example) == expected
+    (asked,) = read(tmp_path, {"text": "Q. a ки b ки", "question": "Q.", key: ["+", "-"]})
+    assert (asked.question, texts(asked)) == ("Q.", ["a", "b"])
+
+
+@pytest.mark.parametrize("mark", [" ки\n", "<prm>\n\n", "<extra_0>", " \n\n\n\n\n "])
+def test_openr_and_mm_prm_with_any_mark(tmp_path, mark):
+    process = f"Step: 1: a{mark}Step: 2: b\n\nc{mark}"
+    for key, given in (("labels", [1, 0]), ("label", ["+", "-"])):
+        (example,) = read(tmp_path, {"question": "q", "process": process, key: given})
+        assert texts(example) == ["Step: 1: a", "Step: 2: b\n\nc"]
+        assert labels(example) == [1.0, 0.0]
+    turns = [human(f"Question: q\nProcess: {process}"), gpt([1.0, 0.125])]
+    (example,) = read(tmp_path, {"id": 0, "image": None, "conversations": turns})
+    assert (example.question, texts(example)) == ("q", ["Step: 1: a", "Step: 2: b\n\nc"])
+    assert labels(example) == [1.0, 0.125]
+
+
+def test_a_process_of_one_step_has_one_label(tmp_path):
+    row = {"question": "q", "process": "Step: 2: a\n\nb ки"}
+    for given in ({"label": 1}, {"label": ["+"]}, {"labels": "+"}):
+        (example,) = read(tmp_path, row | given)
+        assert (texts(example), labels(example)) == (["Step: 2: a\n\nb"], [1.0])
+    tree = {
+        "question": "q",
+        "answer": "7",
+        "image_path": "x.png",
+        "process": "a<prm>",
+        "labels": [0.5],
+    }
+    (example,) = read(tmp_path, tree)
+    assert example.images == (tmp_path / "x.png",)
+    assert example.extra == {"source_answer": "7"}
+
+
+def test_rlhflow(tmp_path):
+    (example,) = read(tmp_path, GOOD["rlhflow"])
+    assert (example.question, texts(example), labels(example)) == (
+        "What is 1 + 1?", ["Step 1: 1 + 1 = 2", "Step 2: So 3."], [1.0, 0.0],
+    )  # fmt: skip
+
+
+def joined(text, **more):
+    turns = [{"content": text, "role": "user"}, {"content": "+", "role": "assistant"}]
+    return {"conversations": turns, **more}
+
+
+@pytest.mark.parametrize(
+    ("text", "question", "step"),
+    [
+        ("Convert (0,3.5) to polar. To convert, we use $r$.", "Convert (0,3.5) to polar.", None),
+        ("Tom has 3. How many? First, he has 3. So 4?", "Tom has 3. How many?", None),
+        ("求 x 的值。首先，x = 3。", "求 x 的值。", None),
+        ("Step 2 of what? Step 1: a", "Step 2 of what?", "Step 1: a"),
+    ],
+)
+def test_a_question_without_a_mark_behind_it_is_cut_alike_in_every_row(
+    tmp_path, text, question, step
+):
+    (example,) = read(tmp_path, joined(text))
+    assert (example.question, labels(example)) == (question, [1.0])
+    assert " ".join((question, *texts(example))).replace(" ", "") == text.replace(" ", "")
+    assert example.extra == ({} if step else {"question_end": "guessed"})
+    (asked,) = read(tmp_path, joined(text, question=text[:6]))
+    assert (asked.question, texts(asked)) == (text[:6], [text[6:].strip()])
+    assert asked.extra == {}
+
+
+def test_a_single_sentence_holds_no_question_and_step(tmp_path):
+    error = first_error(tmp_path, joined("Convert it now."))
+    assert error.field == "conversations[0].content"
+    assert "'question'" in error.remedy
+
+
+def test_rlhflow_candidates(tmp_path):
+    first, second = read(tmp_path, GOOD["rlhflow-candidates"])
+    assert (texts(first), first.correct) == (["a", "The answer is: 1"], True)
+    assert (texts(second), second.correct) == (["Step 1: b", "Step 2: The answer is: 2"], False)
+    assert (first.answer, second.answer) == ("1", "2")
+    assert first.group == second.group
+    row = GOOD["rlhflow-candidates"]
+    both = read(
+        tmp_path, {**{k: v for k, v in row.items() if k != "label"}, "labels": [True, False]}
+    )
+    assert [example.correct for example in both] == [True, False]
+
+
+def test_every_leaf_of_a_tree_is_a_solution(tmp_path):
+    listed = GOOD["math-aps"]
+    leaf = {"children": []}
+    tree = {
+        "text": "q", "mc_value": 0.75,
+        "children": [
+            {"text": "a", "mc_value": 0.5, "children": [
+                {"text": "b", "mc_value": 1.0, **leaf}, {"text": "c", "mc_value": 0.0, **leaf},
+            ]},
+            {"text": "d", "mc_value": 0.25, **leaf},
+        ],
+    }  # fmt: skip
+    states = [
+        {"state": entry["solution_prefix"][1:], "rollout": "r", "mcs": entry["mc_value"]}
+        for entry in listed["reasoning_steps"]
+    ]
+    for row in (listed, listed | {"reasoning_steps": tree}, {"q": "q", "states": states * 2}):
+        solutions = read(tmp_path, row)
+        assert [texts(solution) for solution in solutions] == [["a", "b"], ["a", "c"], ["d"]]
+        assert [labels(solution) for solution in solutions] == [[0.5, 1.0], [0.5, 0.0], [0.25]]
+        assert {solution.question for solution in solutions} == {"q"}
+        assert len({solution.id for solution in solutions}) == 3
+
+
+def test_prm800k(tmp_path):
+    solutions = read(tmp_path, GOOD["prm800k"])
+    assert [texts(solution) for solution in solutions] == [
+        ["a", "d", "f"], ["a", "b"], ["a", "c"], ["a", "d", "e"],
+    ]  # fmt: skip
+    assert [labels(solution) for solution in solutions] == [
+        [1, None, 1], [1, 0], [1, None], [1, None, 0],
+    ]  # fmt: skip
+    assert solutions[0].extra["ground_truth_answer"] == "2"
+    assert solutions[0].extra["finish_reason"] == "solution"
+    # Where the labeler found no way on, its completions end the solutions; where nobody had one,
+    # the way up to there is one.
+    record = copy.deepcopy(GOOD["prm800k"])
+    record["label"]["steps"][1:] = [completions(None, ("b", -1), ("c", 1))]
+    assert [texts(solution) for solution in read(tmp_path, record)] == [["a", "b"], ["a", "c"]]
+    nothing = {"completions": None, "human_completion": None, "chosen_completion": None}
+    record["label"]["steps"][1:] = [nothing, nothing]
+    assert [texts(solution) for solution in read(tmp_path, record)] == [["a"]]
+
+
+def test_prmbench(tmp_path):
+    (example,) = read(tmp_path, GOOD["prmbench"])
+    assert (example.question, texts(example), labels(example)) == ("q?", ["s", "u", "v"], [1, 0, 1])
+    assert example.id.startswith("circular_p1_0#1-")
+    assert (example.domain, example.extra["original_process"]) == ("circular", ["s", "t"])
+    (right,) = read(tmp_path, GOOD["prmbench"] | {"error_steps": []})
+    assert labels(right) == [1, 1, 1]
+
+
+def test_mr_ben(tmp_path):
+    (example,) = read(tmp_path, GOOD["mr-ben"])
+    assert example.question == "q\nOptions:\nA: 1 \nB: 2"
+    assert labels(example) == [1.0, 1.0, 0.0, None]
+    assert (example.domain, example.group, example.correct) == ("college_math", "u-1", False)
+    right = {"Model_Solution_Correctness": "correct", "Model_Solution_First_Error_Step": "N/A"}
+    (example,) = read(tmp_path, GOOD["mr-ben"] | right)
+    assert (labels(example), example.correct) == ([1.0] * 4, True)
+    # A step that is not called "Step 4" is the fourth; a line of code is the step of that text.
+    for given in ("4", "Step 4", 4, "Solution: Choice_B"):
+        (example,) = read(tmp_path, GOOD["mr-ben"] | {"Model_Solution_First_Error_Step": given})
+        assert labels(example) == [1.0, 1.0, 1.0, 0.0]
+
+
+def test_big_bench_mistake(tmp_path):
+    (example,) = read(tmp_path, GOOD["big-bench-mistake"])
+    assert labels(example) == [1.0, 0.0, None]
+    assert (example.answer, example.correct) == ("3", False)
+    assert example.extra == {"target": "4", "mistake_index": 1}
+    (right,) = read(tmp_path, GOOD["big-bench-mistake"] | {"mistake_index": None, "target": "3"})
+    assert (labels(right), right.correct) == ([1.0] * 3, True)
+
+
+def test_mathcheck_as_published(tmp_path):
+    row = GOOD["mathcheck-checklist"]
+    outcome = row | {"task_type": "outcome_judging"}
+    given = [row, outcome | {"answer": "Correct"}, outcome | {"answer": "Incorrect"}]
+    given += [
+        row | {"task_type": task, "answer": 3.0} for task in ("solving", "answerable_judging")
+    ]
+    process, right, wrong = read(tmp_path, *given)
+    assert texts(process) == ["Step 1: a", "Step 2: b", "Step 3: c", "The answer is 3."]
+    assert (labels(process), process.correct) == ([1.0, 0.0, None, None], None)
+    assert (labels(right), right.correct) == ([1.0] * 4, True)
+    assert (labels(wrong), wrong.correct) == ([None] * 4, False)
+    assert (process.id, process.group) == ("0-3", "0")
+
+
+def test_an_output_of_math_vision_and_the_question_of_the_benchmark(tmp_path):
+    (tmp_path / "data").mkdir()
+    asked = {"id": "1", "question": "Which?\n<image1>", "options": ["A", "B"], "answer": "A"}
+    asked |= {"image": "images/1.jpg", "subject": "logic"}
+    (tmp_path / "data" / "test.jsonl").write_text(json.dumps(asked) + "\n")
+    row = {
+        "id": "1",
+        "model": "m",
+        "response": "a = 1\nSo A.",
+        "model_answer": "a",
+        "correct": True,
+    }
+    (example,) = read(tmp_path, row)
+    assert (example.question, texts(example)) == ("Which?\n(A) A\n(B) B", ["a = 1", "So A."])
+    assert (example.answer, example.correct, example.group) == ("a", True, "1")
+    assert (example.images, example.domain) == ((tmp_path / "images" / "1.jpg",), "logic")
+    assert example.extra == {"model": "m"}
+    error = first_error(tmp_path, row | {"id": "2"})
+    assert (error.field, error.found) == ("id", "the string '2'")
+    (tmp_path / "data" / "test.jsonl").unlink()
+    error = first_error(tmp_path, row)
+    assert error.field == "question"
+    assert "clone of MATH-V" in error.remedy
+    (inside,) = read(tmp_path, GOOD["math-vision"])
+    assert inside.question == "Which one?\n(A) one\n(B) two"
+
+
+def test_pictures_in_messages_may_be_urls_with_data(tmp_path):
+    record = copy.deepcopy({**GOOD["messages"], "images": None})
+    content = record["messages"][1]["content"]
+    url = "data:image/png;base64,iVBORw0KGgo="
+    for part in (
+        {"type": "image_url", "image_url": {"url": url}},
+        {"type": "image_url", "image_url": url},
+        {"type": "image", "image": {"bytes": "iVBORw0KGgo=", "path": None}},
+    ):
+        content[0] = part
+        assert read(tmp_path, record)[0].images == (embedded(b"\x89PNG\r\n\x1a\n"),)
+    content[0] = {"type": "image_url", "image_url": {"url": "https://example.org/x.png"}}
+    error = first_error(tmp_path, record)
+    assert error.field == "messages[1].content[0].image_url"
+    assert "nothing is fetched" in error.remedy
+
+
+@pytest.mark.parametrize(
+    "name", [name for name in GOOD if "image" in GOOD[name] or "images" in GOOD[name]]
+)
+def test_every_format_takes_pictures_as_bytes(tmp_path, name):
+    key = "image" if "image" in GOOD[name] else "images"
+    picture = {"bytes": "iVBORw0KGgo=", "path": "x.png"}
+    for value in (picture, [picture]):
+        if name == "prm-jsonl" and isinstance(value, dict):
+            continue
+        for example in read(tmp_path, GOOD[name] | {key: value}):
+            assert example.images == (embedded(b"\x89PNG\r\n\x1a\n"),)
+
+
+@pytest.mark.parametrize("given", [[1, -1, 1], [1, 0, -1], [-1, -1], [1, -1, 0]])
+def test_labels_that_can_mean_two_things_are_refused(tmp_path, given):
+    row = {"id": "a", "question": "Q?", "steps": ["s"] * len(given), "labels": given}
+    error = first_error(tmp_path, row)
+    assert (error.field, error.expected) == ("labels", "labels of one meaning")
+    assert "PRM800K" in error.found
+    assert "first_error" in error.remedy
+    good, bad = iter_rows(write(tmp_path, row | {"labels": [1] * len(given)}, row))
+    assert labels(good.examples[0]) == [1.0] * len(given)
+    assert bad.expected == "labels of one meaning"
+
+
+def test_what_the_refusal_of_ambiguous_labels_advises_is_read(tmp_path):
+    row = {"id": "a", "question": "Q?", "steps": ["s", "t", "u"]}
+    for given in (
+        {"labels": [1, "-", None]},
+        {"labels": [1, 0, None]},
+        {"labels": ["+", "-", None]},
+    ):
+        assert labels(read(tmp_path, row | given)[0]) == [1.0, 0.0, None]
+    assert labels(read(tmp_path, row | {"labels": [1, 0, -1], "first_error": 2})[0]) == [1, 0, None]
+    assert labels(read(tmp_path, row | {"labels": None})[0]) == [None] * 3
+
+
+@pytest.mark.parametrize(
+    ("given", "error", "found"),
+    [
+        ([1, 0, -1], 1, "first_error 1, and labels in which step 2 is the first wrong one"),
+        ([1, 0, -1], 0, "first_error 0, and labels in which step 2 is the first wrong one"),
+        ([1, 1, 1], 2, "first_error 2, and labels in which no step is wrong"),
+        ([1, 1, -1], 0, "first_error 0, and labels in which no step is wrong, -1 at step 3"),
+        (
+            [1, -1, 0],
+            3,
+            "first_error 3, and labels in which step 3 is the first wrong one, -1 at step 2",
+        ),
+    ],
+)
+def test_labels_that_contradict_the_first_error_are_refused(tmp_path, given, error, found):
+    row = {
+        "id": "a",
+        "question": "Q?",
+        "steps": ["s", "t", "u"],
+        "labels": given,
+        "first_error": error,
+    }
+    refused = first_error(tmp_path, row)
+    assert (refused.field, refused.found) == ("first_error", found)
+    assert "'labels'" in refused.expected
+
+
+def test_steps_as_texts_without_labels_are_told_what_is_short_of_what(tmp_path):
+    error = first_error(tmp_path, {"id": "a", "question": "Q?", "steps": ["s1", "s2"]})
+    assert error.field == "labels"
+    assert error.expected == "the field 'labels', a list of 2, one for every step"
+    error = first_error(tmp_path, {"id": "a", "question": "Q?", "steps": ["s"], "label": [1]})
+    assert (error.field, error.remedy) == ("labels", "rename 'label' to 'labels'")
+
+
+def test_an_unknown_record_is_told_the_nearest_format(tmp_path):
+    error = first_error(tmp_path, {"prompt": "q", "labels": [1]})
+    assert error.remedy.endswith("stepwise is nearest, and lacks 'completions'")
+    assert first_error(tmp_path, {"class": 1}).remedy == "rename keys or convert"
+
+
 def changed(name, **changes):
     record = copy.deepcopy(GOOD[name])
     record.update(changes)
@@ -248,6 +595,10 @@ def step_of(name, field, number, **changes):
 def response(**changes):
     inner = GOOD["visualprocessbench"]["response"] | changes
     return changed("visualprocessbench", response={k: v for k, v in inner.items() if v is not ...})
+
+
+def of_prm800k(*steps):
+    return changed("prm800k", label={"steps": list(steps)})
 
 
 Q, S = human("### Question:\nq"), human("s")
@@ -378,6 +729,140 @@ BAD = {
         (step_of("game24", "candidates", 0, correct=2), "candidates[0].correct", "0 or 1", "2"),
         (step_of("game24", "candidates", 0, steps=[{"text": "a"}]),
          "candidates[0].steps[0].valid", "'valid'", "nothing"),
+    ],
+    "math-shepherd": [
+        (changed("math-shepherd", label=...), "label", "'label'", "nothing"),
+        (changed("math-shepherd", input="Q Step 1: a"), "input", '"ки"', "Step 1"),
+        (changed("math-shepherd", input=3), "input", "a string", "3"),
+        (changed("math-shepherd", input="Q Step 1: a ки", label="Q Step 1: a *"),
+         "label", "+ or -", "mark 1"),
+        (changed("math-shepherd", input="Q Step 1: a ки", label="Q Step 1: b +"),
+         "label", "+ or -", "mark 1"),
+        (changed("math-shepherd", input="Q Step 1: a ки", label="Q Step 1: a + more"),
+         "label", "+ or -", "more"),
+        (changed("math-shepherd", input="a ки", label="a +"), "input", "a question", "'a '"),
+        (changed("math-shepherd", input="Q Step 1: a ки ки", label="Q Step 1: a + -"),
+         "input", "before every mark", "step 2 of 2"),
+    ],
+    "openrlhf": [
+        (changed("openrlhf", text=...), "input", "'input'", "nothing"),
+        (changed("openrlhf", value=...), "value", "'value'", "nothing"),
+        (changed("openrlhf", value=[1, 0]), "value", "as many labels", "2 for 3"),
+        (changed("openrlhf", value=[1, 0, 2]), "value[2]", "[0, 1]", "2"),
+        (changed("openrlhf", value=[1, 0, "good"]), "value[2]", "[0, 1]", "'good'"),
+        (changed("openrlhf", value="[1, 0"), "value", "as many labels", "1 for 3"),
+        (changed("openrlhf", text="no steps ки"), "text", '"Step 1:"', "no steps"),
+        (changed("openrlhf", text="Step 1: a ки"), "text", "a question", "Step 1"),
+    ],
+    "openr": [
+        (changed("openr", process=...), "process", "'process'", "nothing"),
+        (changed("openr", label=...), "label", "'label'", "nothing"),
+        (changed("openr", label=["+"]), "label", "as many labels", "1 for 2"),
+        (changed("openr", label=["+", "?"]), "label[1]", '"+"', "'?'"),
+        (changed("openr", label={}), "label", "as many labels", "1 for 2"),
+        (changed("openr", process="<prm><prm>"), "process", "before every mark", "step 1 of"),
+        (changed("openr", question=" "), "question", "not blank", "' '"),
+    ],
+    "mm-prm": [
+        (changed("mm-prm", conversations=[human("q")]), "gpt", "'gpt'", "nothing"),
+        (changed("mm-prm", conversations=["q"]), "conversations[0]", "an object", "'q'"),
+        (changed("mm-prm", conversations=[human("q"), gpt([1]), human("r")]),
+         "conversations[2].from", 'one turn of "human"', "'human'"),
+        (changed("mm-prm", conversations=[{"from": ["gpt"], "value": [1]}]),
+         "conversations[0].from", 'one turn of "human"', "a list of 1"),
+        (changed("mm-prm", conversations=[human("q"), gpt([1])]),
+         "conversations[0].value", '"Question: ..."', "'q'"),
+        (changed("mm-prm", conversations=[human("Question: q\nProcess: a<prm>"), gpt([1, 1])]),
+         "conversations[1].value", "as many labels", "2 for 1"),
+        (changed("mm-prm", conversations=[human("Question: q\nProcess: a<prm>"), gpt([2])]),
+         "conversations[1].value[0]", "[0, 1]", "2"),
+    ],
+    "rlhflow": [
+        (changed("rlhflow", conversations=[]), "conversations", "at least one turn", "empty"),
+        (changed("rlhflow", conversations=[{"role": "user"}]),
+         "conversations[0].content", "'content'", "nothing"),
+        (step_of("rlhflow", "conversations", 1, content="yes"),
+         "conversations[1].content", '"+" or "-"', "'yes'"),
+        (step_of("rlhflow", "conversations", 0, content="What is it"),
+         "conversations[0].content", '"Step 1:"', "What is it"),
+        (step_of("rlhflow", "conversations", 0, role="human"),
+         "conversations[0].role", '"user"', "'human'"),
+    ],
+    "rlhflow-candidates": [
+        (changed("rlhflow-candidates", label=[1]), "label", "as many values as answers", "1 for 2"),
+        (changed("rlhflow-candidates", label=[1, 2]), "label[1]", "1 or 0", "2"),
+        (changed("rlhflow-candidates", label=...), "label", "'label'", "nothing"),
+        (changed("rlhflow-candidates", answers=["a", ""]), "answers[1]", "not blank", "''"),
+        (changed("rlhflow-candidates", answers=[]), "answers", "at least one answer", "empty"),
+    ],
+    "math-aps": [
+        (changed("math-aps", reasoning_steps=[]), "reasoning_steps", "at least one node", "empty"),
+        (changed("math-aps", reasoning_steps=[{"solution_prefix": "q", "mc_value": 1}]),
+         "reasoning_steps", "behind the question", "a list of 1"),
+        (changed("math-aps", reasoning_steps=["a"]), "reasoning_steps[0]", "an object", "'a'"),
+        (step_of("math-aps", "reasoning_steps", 1, mc_value=...),
+         "reasoning_steps[1].mc_value", "mc_value", "nothing"),
+        (step_of("math-aps", "reasoning_steps", 1, mc_value=2),
+         "reasoning_steps[1].mc_value", "[0, 1]", "2"),
+        (changed("math-aps", reasoning_steps={"text": "q"}),
+         "reasoning_steps.children", "a list of nodes", "null"),
+        (changed("math-aps", reasoning_steps={"text": "q", "children": [{"text": "a"}]}),
+         "reasoning_steps.children[0].mc_value", "mc_value", "nothing"),
+    ],
+    "prm800k": [
+        (changed("prm800k", question="q"), "question", "an object", "'q'"),
+        (changed("prm800k", question={}), "question.problem", "problem", "nothing"),
+        (changed("prm800k", label={"steps": []}), "label.steps", "at least one step", "empty"),
+        (of_prm800k({"completions": None}),
+         "label.steps[0].chosen_completion", "chosen_completion", "nothing"),
+        (of_prm800k(completions(2, ("a", 1))),
+         "label.steps[0].chosen_completion", "index of one of 1", "2"),
+        (of_prm800k(completions(0, ("a", 2))),
+         "label.steps[0].completions[0].rating", "1, 0, -1", "2"),
+        (of_prm800k(completions(0, (" ", 1))),
+         "label.steps[0].completions[0].text", "not blank", "' '"),
+        (of_prm800k(completions(None, ("a", 1)), completions(0, ("b", 1))),
+         "label.steps[0].chosen_completion", "every step but the last", "1 steps behind"),
+        (of_prm800k(completions(None)), "label.steps", "at least one completion", "a list of 1"),
+    ],
+    "prmbench": [
+        (changed("prmbench", error_steps=[4]), "error_steps[0]", "1 to 3", "4"),
+        (changed("prmbench", error_steps=[0]), "error_steps[0]", "1 to 3", "0"),
+        (changed("prmbench", error_steps=2), "error_steps", "a list", "2"),
+        (changed("prmbench", modified_process=["s", "", "v"]),
+         "modified_process[1]", "not blank", "''"),
+        (changed("prmbench", modified_process=...), "modified_process", "modified", "nothing"),
+    ],
+    "mr-ben": [
+        (changed("mr-ben", Model_Solution_Steps=["Step 1: a", " "]),
+         "Model_Solution_Steps[1]", "not blank", "' '"),
+        (changed("mr-ben", Model_Solution_Correctness="right"),
+         "Model_Solution_Correctness", '"correct"', "'right'"),
+        (changed("mr-ben", Model_Solution_First_Error_Step="9"),
+         "Model_Solution_First_Error_Step", '"1" to "4"', "'9'"),
+        (changed("mr-ben", Model_Solution_First_Error_Step="N/A"),
+         "Model_Solution_First_Error_Step", "Correctness is 'incorrect'", "'N/A'"),
+        (changed("mr-ben", Model_Solution_Correctness="correct"),
+         "Model_Solution_First_Error_Step", "Correctness is 'correct'", "'2'"),
+    ],
+    "big-bench-mistake": [
+        (changed("big-bench-mistake", mistake_index=3), "mistake_index", "0 to 2", "3"),
+        (changed("big-bench-mistake", mistake_index=-1), "mistake_index", "0 to 2", "-1"),
+        (changed("big-bench-mistake", steps=["a", ""]), "steps[1]", "not blank", "''"),
+        (changed("big-bench-mistake", steps=[]), "steps", "at least one step", "empty"),
+    ],
+    "mathcheck-checklist": [
+        (changed("mathcheck-checklist", answer="Step 9"), "answer", '"Step 4"', "'Step 9'"),
+        (changed("mathcheck-checklist", answer="Correct"), "answer", '"Step 1"', "'Correct'"),
+        (changed("mathcheck-checklist", task_type="outcome_judging"),
+         "answer", '"Correct"', "Step"),
+        (changed("mathcheck-checklist", task_type="other"), "task_type", "solving", "'other'"),
+        (changed("mathcheck-checklist", solution=...), "solution", "'solution'", "nothing"),
+    ],
+    "math-vision": [
+        (changed("math-vision", response=" "), "response", "not blank", "' '"),
+        (changed("math-vision", correct=None), "correct", "true or false", "null"),
+        (changed("math-vision", question=...), "question", "data/test.jsonl", "neither"),
     ],
 }  # fmt: skip
 TABLE = [(name, *case) for name, cases in BAD.items() for case in cases]
