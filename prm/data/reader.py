@@ -101,7 +101,7 @@ def _unfolded(rows: Iterator[tuple[int, Any]], known: Format | None) -> Iterator
 def _holds_records(record: object) -> bool:
     return (
         isinstance(record, dict)
-        and bool(record)
+        and any(record.values())
         and all(isinstance(held, list) for held in record.values())
         and all(isinstance(inner, dict) for held in record.values() for inner in held)
     )

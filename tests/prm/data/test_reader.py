@@ -135,6 +135,8 @@ def test_one_object_that_holds_lists_of_records_is_read_as_these(tmp_path):
     ]  # fmt: skip
     path.write_text(json.dumps({"u1": [first, second], "u2": [{**third, "steps": []}]}))
     assert [row.line for row in iter_rows(path) if isinstance(row, DataError)] == [3]
+    path.write_text('{"u1": []}')  # holds nothing: an error, not no row
+    assert [row.line for row in iter_rows(path) if isinstance(row, DataError)] == [1]
     # A record of a known format stays one, though it holds lists of objects.
     turn = {"role": "user", "content": "### Question: q\n\n### Solution Process:\ns"}
     path.write_text(json.dumps({"messages": [turn, {"role": "assistant", "content": "+"}]}))
