@@ -37,6 +37,9 @@ and it does not look cut off. "decode": every pixel is decoded. "sample": the fi
 are decoded, and of the others the header is read (about 0.1 ms each, whereas decoding a photo takes
 10)."""
 
+OnBadRow = Literal["refuse", "skip"]
+"""What a row that cannot be used leads to: an error, or that it is left out, counted and listed."""
+
 FormatName = Literal[
     "prm-jsonl",
     "visualprm",

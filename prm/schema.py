@@ -69,6 +69,8 @@ class DataError(ValueError):
         remedy: What to change.
     """
 
+    _FIELDS = ("expected", "found", "file", "line", "field", "example", "remedy")
+
     def __init__(
         self,
         *,
@@ -97,9 +99,12 @@ class DataError(ValueError):
         ]
         super().__init__(": ".join(_middle_out(part, 2_000) for part in parts if part))
 
+    def copy(self, **changes: Any) -> DataError:
+        """Return the same error with some attributes changed."""
+        return DataError(**{name: getattr(self, name) for name in self._FIELDS} | changes)
+
     def __reduce__(self) -> tuple[Any, ...]:
-        fields = ("expected", "found", "file", "line", "field", "example", "remedy")
-        return _rebuild_error, ({name: getattr(self, name) for name in fields},)
+        return _rebuild_error, ({name: getattr(self, name) for name in self._FIELDS},)
 
 
 def _middle_out(text: str, most: int = 1_000) -> str:

@@ -3,33 +3,45 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from prm.data import reader
+from prm.data.bad_rows import BadRows
 from prm.inputs.collate import Batch, Collator, EncodedExample
 from prm.inputs.prompt import SYSTEM_PROMPT
 from prm.models.model import PRM, is_hub_name, load_prm, split_parameters
-from prm.schema import StepExample
-from recipes.options.base import PrmOptions
-from recipes.options.values import OptionError
+from prm.schema import DataError, StepExample
+from recipes.bad_rows import bad_rows_of, skipped_path
+from recipes.options.base import LoaderOptions, PrmOptions
+from recipes.options.values import OptionError, existing_file
 
 EMBEDDED_BASE = Path(__file__).parent / "assets" / "base"
 
 
 @dataclass(frozen=True)
 class Examples:
-    """A file of examples, which are tokenised once, and the collator that batches them."""
+    """A file of examples, which are tokenised once, and the collator that batches them.
+
+    Attributes:
+        path: The file.
+        encoded: The examples.
+        collator: What batches them.
+        lines: The line of each.
+        bad: What was left out of the file.
+    """
 
     path: Path
     encoded: Sequence[EncodedExample]
     collator: Collator
+    lines: Sequence[int]
+    bad: BadRows
 
     def __len__(self) -> int:
         return len(self.encoded)
@@ -38,6 +50,11 @@ class Examples:
     def examples(self) -> list[StepExample]:
         """The examples themselves."""
         return [row.example for row in self.encoded]
+
+    def only(self, rows: Sequence[int]) -> Examples:
+        """Return the given rows alone."""
+        encoded, lines = [self.encoded[row] for row in rows], [self.lines[row] for row in rows]
+        return replace(self, encoded=encoded, lines=lines)
 
     def with_rows(
         self, index: Mapping[str, int], domains: Mapping[str, int] | None = None
@@ -52,13 +69,54 @@ class Examples:
 
 @dataclass(frozen=True)
 class Solutions:
-    """A file of examples that no model reads: without tokens and decoded images."""
+    """A file of examples that no model reads, as ``Examples`` without tokens and images."""
 
     path: Path
     examples: Sequence[StepExample]
+    lines: Sequence[int] = ()
+    bad: BadRows = field(default_factory=lambda: BadRows(Path()))
+
+    def __post_init__(self) -> None:
+        if len(self.lines) != len(self.examples):  # made by hand: a line each
+            object.__setattr__(self, "lines", range(1, len(self.examples) + 1))
 
     def __len__(self) -> int:
         return len(self.examples)
+
+    def only(self, rows: Sequence[int]) -> Solutions:
+        """Return the given rows alone."""
+        examples, lines = [self.examples[row] for row in rows], [self.lines[row] for row in rows]
+        return replace(self, examples=examples, lines=lines)
+
+
+@dataclass(frozen=True)
+class Fault:
+    """Why an example cannot be used: the parts of its ``DataError``."""
+
+    field: str
+    expected: str
+    found: str
+    remedy: str
+
+
+Data = TypeVar("Data", bound=Examples | Solutions)
+
+
+def usable(data: Data, fault: Callable[[StepExample], Fault | None]) -> Data:
+    """Refuse examples with a fault, or leave them out, as ``--on-bad-row`` says.
+
+    Raises:
+        DataError: Faults are refused (the error names the first such line), or there are too many.
+    """
+    good = []
+    for row, example in enumerate(data.examples):
+        found = fault(example)
+        if found is None:
+            good.append(row)
+        else:
+            data.bad.add(DataError(file=data.path, line=data.lines[row], **vars(found)), example.id)
+    data.bad.check()
+    return data if len(good) == len(data) else cast(Data, data.only(good))
 
 
 def set_up(options: Any) -> None:
@@ -99,23 +157,25 @@ def load_model(
     return prm, {name: tensor.clone() for name, tensor in trainable.items()}
 
 
-def read_solutions(options: PrmOptions, path: str) -> Solutions:
+def read_solutions(options: LoaderOptions, path: str) -> Solutions:
     """Read a file that no model reads; images must exist, but are not decoded.
 
     Raises:
         OptionError: There is no such file.
         DataError: A record cannot be used.
     """
-    file = _existing(path)
-    return Solutions(
+    file = existing_file(path)
+    bad = bad_rows_of(options, file)
+    examples, lines = reader.read_rows(
         file,
-        reader.read_examples(
-            file, options.image_root, allow_outside_images=options.allow_outside_images
-        ),
+        options.image_root,
+        allow_outside_images=options.allow_outside_images,
+        bad_rows=bad,
     )
+    return Solutions(file, examples, lines, bad)
 
 
-def read_examples(prm: PRM, options: PrmOptions, path: str) -> Examples:
+def read_examples(prm: PRM, options: LoaderOptions, path: str) -> Examples:
     """Read a file of any known format and tokenise it for ``prm``.
 
     Images are checked but not kept, because a batch decodes its own: the first thousand are
@@ -125,15 +185,34 @@ def read_examples(prm: PRM, options: PrmOptions, path: str) -> Examples:
         OptionError: There is no such file.
         DataError: A record cannot be used.
     """
-    file = _existing(path)
-    examples = reader.read_examples(
+    file = existing_file(path)
+    bad = bad_rows_of(options, file)
+    examples, lines = reader.read_rows(
         file,
         options.image_root,
         check_images="sample",
         allow_outside_images=options.allow_outside_images,
+        bad_rows=bad,
     )
+    return tokenised(prm, options, Solutions(file, examples, lines, bad))
+
+
+def tokenised(prm: PRM, options: LoaderOptions, data: Examples | Solutions) -> Examples:
+    """Return the examples tokenised for ``prm``.
+
+    Raises:
+        DataError: An example cannot be laid out for the model.
+    """
     collator = _collator(prm, options)
-    return Examples(file, [collator.encode(example) for example in examples], collator)
+    encoded, at = [], []
+    for example, line in zip(data.examples, data.lines, strict=True):
+        try:
+            encoded.append(collator.encode(example))
+            at.append(line)
+        except DataError as error:
+            data.bad.add(_located(error, data.path, line), example.id)
+    data.bad.check()
+    return Examples(data.path, encoded, collator, at, data.bad)
 
 
 def _collator(prm: PRM, options: PrmOptions) -> Collator:
@@ -144,8 +223,21 @@ def _collator(prm: PRM, options: PrmOptions) -> Collator:
     )
 
 
-def _existing(path: str) -> Path:
-    file = Path(path)
-    if not file.is_file():
-        raise OptionError(f"{path}: no such file; check the path, or write the data first")
-    return file
+def _located(error: DataError, file: Path, line: int) -> DataError:
+    """Return an error of an example with its line, unless it names a file of its own."""
+    if error.file is not None:
+        return error
+    return error.copy(file=file, line=line)
+
+
+def list_beside(options: LoaderOptions, output: Path | None) -> Path | None:
+    """Return the path of the list of rows that are left out, None if bad rows are refused.
+
+    Raises:
+        OptionError: Rows are left out, and there is no output file beside which to list them.
+    """
+    if options.on_bad_row == "refuse":
+        return None
+    if output is None:
+        raise OptionError("--on-bad-row skip: needs --output, beside which the list is written")
+    return skipped_path(output)

@@ -31,6 +31,8 @@ ALLOWED = {
         "peft",
         "jaxtyping",
         "math_verify",
+        "pyarrow",
+        "zstandard",
     },
     "recipes": {
         *(*CORE, "torch", "torchopt", "optree", "transformers", "tokenizers", "safetensors"),
@@ -64,7 +66,7 @@ LAYERS = {
         ("store",),
     ),
     "recipes": (
-        ("options", "terminal"),
+        ("bad_rows", "options", "terminal"),
         ("run", "loading"),
         ("data_files", "evaluation", "problems"),
         ("train",),
@@ -248,7 +250,7 @@ def declared() -> set[str]:
     setup.read(ROOT / "setup.cfg", encoding="utf-8")
     extras = setup["options.extras_require"]
     lines = setup["options"]["install_requires"]
-    lines += "".join(extras[name] for name in ("demo", "peft", "math"))
+    lines += "".join(extras[name] for name in ("demo", "peft", "math", "datasets"))
     return {re.split("[<>=!~]", line)[0] for line in lines.split()}
 
 

@@ -1,4 +1,4 @@
-"""Read the values of a JSONL file or of one JSON array one at a time, each with its line.
+"""Read the values of a JSONL file, a JSON array or a table one at a time, each with its line.
 
 The file is never held whole: memory is one row and a buffer. A mistake is yielded instead of the
 value, so that a check can go on after it.
@@ -12,15 +12,13 @@ import math
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, Any, NoReturn
+from typing import Any, NoReturn
 
+from prm.data.containers import Damaged, Reader, table_kind, table_rows, unlike_rows, unpacked
 from prm.schema import DataError
 
-_BOMS = {
-    b"\xef\xbb\xbf": "a UTF-8 byte order mark",
-    b"\xff\xfe": "a UTF-16 byte order mark",
-    b"\xfe\xff": "a UTF-16 byte order mark",
-}
+_MARK = b"\xef\xbb\xbf"
+_LOOK = 4096
 _CHUNK = 2**20
 _LARGEST_ROW = 2**26
 _SPACE = " \t\n\r"
@@ -52,25 +50,61 @@ class _Refused(Exception):
 
 
 def json_rows(path: Path) -> Iterator[tuple[int, Any | DataError]]:
-    """Yield (line, value) of every line of a JSONL file, or (row, value) of every array element.
+    """Yield (line, value) of every line of a JSONL file, or (row, value) of every other row.
 
-    The first character of the file tells which of the two it is. Where a value cannot be read, the
-    ``DataError`` that says why is yielded instead. After malformed JSON an array cannot be read
-    further, because nothing says where its next row starts; a JSONL file can.
+    The content of the file tells what it is: JSONL, one JSON array, JSON objects over several lines
+    each, all of these compressed (``prm.data.containers``), or a table, whose rows are objects. A
+    byte order mark of UTF-8 is passed over.
+
+    Where a value cannot be read, the ``DataError`` that says why is yielded instead. After
+    malformed JSON only a JSONL file can be read further: nothing else says where the next row
+    starts.
 
     Raises:
         FileNotFoundError: ``path`` does not exist.
+        ModuleNotFoundError: The package that reads such a file is not installed.
     """
-    with path.open("rb") as file:
-        start = file.read(64)
-        for mark, name in _BOMS.items():
-            if start.startswith(mark):
-                refused = _Refused("UTF-8 without a mark", name, "save the file as plain UTF-8")
-                yield 1, refused.at(path, 1)
-                return
-        file.seek(0)
-        is_array = start.lstrip(_SPACE.encode()).startswith(b"[")
-        yield from _array_rows(file, path) if is_array else _line_rows(file, path)
+    last = 0
+    kind = table_kind(path)
+    try:
+        if kind is not None:
+            for last, row in enumerate(table_rows(path, kind), start=1):
+                yield last, row
+        else:
+            with unpacked(path) as file:
+                for last, value in _text_rows(file, path):
+                    yield last, value
+    except Damaged as error:
+        refused = _Refused("a complete file", f"{error}", "download or pack the file again")
+        yield last + 1, refused.at(path, last + 1)
+
+
+def _text_rows(file: Reader, path: Path) -> Iterator[tuple[int, Any | DataError]]:
+    if file.peek(len(_MARK)).startswith(_MARK):
+        file.read(len(_MARK))
+    start = file.peek(_LOOK)[:_LOOK]
+    unlike = unlike_rows(start)
+    if unlike is not None:
+        yield 1, _Refused("JSON in UTF-8", unlike.found, unlike.remedy).at(path, 1)
+    elif start.lstrip(_SPACE.encode()).startswith(b"["):
+        yield from _array_rows(file, path)
+    elif _spans_lines(start):
+        yield from _object_rows(file, path)
+    else:
+        yield from _line_rows(file, path)
+
+
+def _spans_lines(start: bytes) -> bool:
+    """Whether a file that begins so holds objects over several lines each."""
+    first, _, rest = start.lstrip().partition(b"\n")
+    following = rest.lstrip()
+    if not first.startswith(b"{") or not following or following.startswith(b"{"):
+        return False
+    try:
+        json.loads(first)
+    except (ValueError, RecursionError):
+        return True
+    return False
 
 
 def json_line(raw: bytes, path: Path, line: int) -> Any:
@@ -85,7 +119,7 @@ def json_line(raw: bytes, path: Path, line: int) -> Any:
         raise refused.at(path, line) from refused
 
 
-def _line_rows(file: IO[bytes], path: Path) -> Iterator[tuple[int, Any | DataError]]:
+def _line_rows(file: Reader, path: Path) -> Iterator[tuple[int, Any | DataError]]:
     line = 0
     while raw := file.readline(_LARGEST_ROW + 1):
         line += 1
@@ -126,7 +160,8 @@ def _decode_line(raw: bytes) -> Any:
 class _Buffer:
     """The text of a file from ``position`` on, read only as far as needed."""
 
-    def __init__(self, file: IO[bytes]) -> None:
+    def __init__(self, file: Reader, remedy: str = "write one array of JSON objects") -> None:
+        self._remedy = remedy
         self.text = ""
         self.position = 0
         self.ended = False
@@ -168,7 +203,7 @@ class _Buffer:
                 cut_off = error.msg.startswith("Unterminated string")
                 cut_off = cut_off or error.pos >= len(self.text) - _TAIL
                 if self.ended or not cut_off:
-                    raise _Refused("JSON", error.msg, "write one array of JSON objects") from error
+                    raise _Refused("JSON", error.msg, self._remedy) from error
             except RecursionError as error:
                 raise _Refused("JSON", " ".join(str(error).split())) from error
             else:
@@ -203,7 +238,7 @@ class _Buffer:
             return refused, _ANY_JSON.raw_decode(self.text, self.position)[1]
 
 
-def _array_rows(file: IO[bytes], path: Path) -> Iterator[tuple[int, Any | DataError]]:
+def _array_rows(file: Reader, path: Path) -> Iterator[tuple[int, Any | DataError]]:
     buffer = _Buffer(file)
     row = 0
     try:
@@ -228,6 +263,18 @@ def _array_rows(file: IO[bytes], path: Path) -> Iterator[tuple[int, Any | DataEr
             raise _Refused("nothing behind the array", repr(buffer.peek()), "write one array")
     except _Refused as refused:
         yield max(row, 1), refused.at(path, max(row, 1))
+
+
+def _object_rows(file: Reader, path: Path) -> Iterator[tuple[int, Any | DataError]]:
+    buffer = _Buffer(file, "write one complete JSON object per line")
+    row = 0
+    try:
+        while buffer.peek():
+            row += 1
+            value = buffer.value()
+            yield row, value.at(path, row) if isinstance(value, _Refused) else value
+    except _Refused as refused:
+        yield row, refused.at(path, row)
 
 
 def _refuse_surrogates(value: object) -> None:

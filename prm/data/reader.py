@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from prm.data.formats.table import Format, detect, format_named
+from prm.data.bad_rows import BadRows
+from prm.data.formats.table import FORMATS, Format, detect, format_named
 from prm.data.image_files import ImageFiles
 from prm.data.json_rows import json_rows
 from prm.data.record_fields import Location, image_field
@@ -40,8 +42,12 @@ def iter_rows(
 ) -> Iterator[Row | DataError]:
     """Yield every record of a file, or a ``DataError`` instead of a record that is wrong.
 
-    The file is JSONL or one JSON array, and is never held whole. Images are neither opened nor
-    looked for, and ids are not compared; ``checked_rows`` does both.
+    If single candidates of a record are wrong, their errors come first, then the record with the
+    others, if there are any.
+
+    The file is JSONL, one JSON array, a table or another form that ``json_rows`` reads, and is not
+    held whole. One object that is no record, but holds lists of them, is read as these. Images are
+    neither opened nor looked for, and ids are not compared; ``checked_rows`` does both.
 
     Args:
         path: The file.
@@ -56,19 +62,56 @@ def iter_rows(
     path = Path(path)
     root = path.parent if image_root is None else Path(image_root)
     known: Format | None = None if format == "auto" else format_named(format)
-    for line, record in json_rows(path):
+    unknown: DataError | None = None
+    for line, record in _unfolded(json_rows(path), known):
         if isinstance(record, DataError):
             yield record
             continue
-        location = Location(root, path, line)
-        try:
-            if known is None:
+        errors: list[DataError] = []
+        location = Location(root, path, line, errors)
+        if known is None:
+            try:
                 known = detect(record, location)
-            elif not isinstance(record, dict):
+            except DataError as error:
+                unknown = unknown or error
+                yield _shortened(error, unknown)
+                continue
+        try:
+            if not isinstance(record, dict):
                 location.refuse(None, "a JSON object", record, "write one object per line")
-            yield Row(line, record, known.read(record, location), known.name)
+            examples = known.read(record, location)
         except DataError as error:
             yield error
+            continue
+        yield from errors
+        if examples or not errors:
+            yield Row(line, record, examples, known.name)
+
+
+def _unfolded(rows: Iterator[tuple[int, Any]], known: Format | None) -> Iterator[tuple[int, Any]]:
+    """Yield the rows; in place of one object that holds lists of records, those records."""
+    formats = FORMATS if known is None else (known,)
+    for line, record in rows:
+        if line == 1 and _holds_records(record) and not any(f.matches(record) for f in formats):
+            yield from enumerate(chain.from_iterable(record.values()), start=1)
+        else:
+            yield line, record
+
+
+def _holds_records(record: object) -> bool:
+    return (
+        isinstance(record, dict)
+        and any(record.values())
+        and all(isinstance(held, list) for held in record.values())
+        and all(isinstance(inner, dict) for held in record.values() for inner in held)
+    )
+
+
+def _shortened(error: DataError, first: DataError) -> DataError:
+    """Return an error without what the first of its kind has listed already."""
+    if error is first or error.expected != first.expected:
+        return error
+    return error.copy(expected=f"a record of a known format, as listed for line {first.line}")
 
 
 def checked_rows(
@@ -78,6 +121,7 @@ def checked_rows(
     format: str = "auto",
     check_images: ImageCheck = "exists",
     allow_outside_images: bool = False,
+    bad_rows: BadRows | None = None,
 ) -> Iterator[Row]:
     """Yield every record of a file, and raise the error of the first that is wrong.
 
@@ -85,33 +129,75 @@ def checked_rows(
     ``check_images``, and to lie below ``image_root`` after symbolic links are followed, unless
     ``allow_outside_images``. Each path is checked once.
 
+    With ``bad_rows`` that skip, what is wrong is left out: a row, or a candidate of a row.
+
     Raises:
-        DataError: A record cannot be used. The error names file, line or row, field, what was
-            expected and found, and what to do.
+        DataError: A record cannot be used, or too many. The error names file, line or row, field,
+            what was expected and found, and what to do.
         FileNotFoundError: ``path`` does not exist.
         ValueError: There is no format of that name.
     """
     path = Path(path)
     root = path.parent if image_root is None else Path(image_root)
+    bad = BadRows(path) if bad_rows is None else bad_rows
     images = ImageFiles(root, allow_outside=allow_outside_images, check=check_images)
     first_line: dict[str, int] = {}
+    before: int | None = 0
+    bad.rows = 0
     for row in iter_rows(path, root, format=format):
+        bad.rows += row.line != before  # the errors of candidates come before their row
+        before = row.line
         if isinstance(row, DataError):
-            raise row
+            bad.add(row)
+            continue
+        usable = []
         for example in row.examples:
-            first = first_line.setdefault(example.id, row.line)
-            if first != row.line:
-                raise repeated_id(example.id, path, row.line, first)
-            for error in image_errors(row, example, images, path):
-                raise error
-        yield row
+            error = _repeated(example, row, first_line, path)
+            error = error or next(image_errors(row, example, images, path), None)
+            if error is None:
+                usable.append(example)
+            else:
+                bad.add(error, example.id)
+        bad.count(row.line, len(usable))
+        if usable:
+            yield row if len(usable) == len(row.examples) else replace(row, examples=tuple(usable))
+    bad.check()
     if not first_line:
         raise DataError(
             expected="at least one example",
-            found="an empty file",
+            found="an empty file" if not bad.rows else f"none in {bad.rows:,} rows",
             file=path,
             remedy="check that the file was written completely",
         )
+
+
+def _repeated(
+    example: StepExample, row: Row, first_line: dict[str, int], path: Path
+) -> DataError | None:
+    first = first_line.setdefault(example.id, row.line)
+    return None if first == row.line else repeated_id(example.id, path, row.line, first)
+
+
+def read_rows(
+    path: str | Path,
+    image_root: str | Path | None = None,
+    *,
+    format: str = "auto",
+    check_images: ImageCheck = "exists",
+    allow_outside_images: bool = False,
+    bad_rows: BadRows | None = None,
+) -> tuple[list[StepExample], list[int]]:
+    """Return all examples of a file, checked as by ``checked_rows``, and the line of each."""
+    rows = checked_rows(
+        path,
+        image_root,
+        format=format,
+        check_images=check_images,
+        allow_outside_images=allow_outside_images,
+        bad_rows=bad_rows,
+    )
+    pairs = [(example, row.line) for row in rows for example in row.examples]
+    return [example for example, _ in pairs], [line for _, line in pairs]
 
 
 def read_examples(
@@ -123,14 +209,14 @@ def read_examples(
     allow_outside_images: bool = False,
 ) -> list[StepExample]:
     """Return all examples of a file in any known format, checked as by ``checked_rows``."""
-    rows = checked_rows(
+    examples, _ = read_rows(
         path,
         image_root,
         format=format,
         check_images=check_images,
         allow_outside_images=allow_outside_images,
     )
-    return [example for row in rows for example in row.examples]
+    return examples
 
 
 def read_jsonl(

@@ -9,8 +9,9 @@ import difflib
 import hashlib
 import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, NoReturn
@@ -43,11 +44,23 @@ class Location:
         root: Folder of the images.
         file: The file that holds the record, if there is one.
         line: Line in a JSONL file, row in a JSON array, counted from 1.
+        errors: Takes the errors of single candidates (``one_of_several``), None to raise them.
     """
 
     root: Path
     file: Path | None = None
     line: int | None = None
+    errors: list[DataError] | None = field(default=None, compare=False)
+
+    @contextmanager
+    def one_of_several(self) -> Iterator[None]:
+        """Keep the error of one candidate, so that the others of its record can be read."""
+        try:
+            yield
+        except DataError as error:
+            if self.errors is None:
+                raise
+            self.errors.append(error)
 
     def refuse(
         self, field: str | None, expected: str, found: object, remedy: str | None = None

@@ -154,7 +154,8 @@ class PromptEncoder:
                 expected=f"at most {self.max_length} tokens",
                 found=f"{len(ids)}",
                 example=example.id,
-                remedy="lower max_patches, shorten the solution, or raise max_length",
+                remedy="lower max_patches if it has images, shorten the solution, or leave it out "
+                "(--on-bad-row skip)",
             )
         return torch.tensor(ids, dtype=torch.int32), torch.tensor(positions)
 

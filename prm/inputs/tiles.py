@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import shlex
 import struct
 import warnings
 import zlib
@@ -11,6 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
+import numpy as np
 import torch
 from jaxtyping import Float
 from PIL import Image, ImageOps, UnidentifiedImageError
@@ -42,40 +45,56 @@ _DECODE_ERRORS = (
     AssertionError,
     struct.error,
     zlib.error,
-    Image.DecompressionBombError,
-    Image.DecompressionBombWarning,
 )
-_MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr", "HSV", "LAB", "La")
+_WITH_ALPHA = ("LA", "La", "PA", "RGBA", "RGBa")
+_STRAIGHT = {"La": "LA", "RGBa": "RGBA"}  # from premultiplied alpha
+_8_BITS = ("1", "L", "P", "RGB", "RGBX", "CMYK", "YCbCr", "HSV", "LAB", *_WITH_ALPHA)
+_16_BITS = ("I;16", "I;16L", "I;16B")
 
 
 def read_image(path: Path) -> Image.Image:
-    """Decode ``path`` completely, upright (EXIF orientation applied), as RGB.
+    """Decode ``path`` completely, upright (EXIF orientation applied), as RGB on white.
+
+    A transparent image is laid on white, as viewers show it. Grey values of 16 bits become
+    round(value / 257), so that 0 stays black and 65,535 white.
 
     Raises:
         DataError: The file is missing, truncated, not one of ``IMAGE_FORMATS``, has more than
-            ``MOST_PIXELS`` or more than 8 bits per channel (which conversion to RGB would clip
-            silently).
+            ``MOST_PIXELS``, or values without a known range (32-bit integers, floats).
     """
     with _opened(path) as image:
-        if image.mode not in _MODES:
-            raise DataError(
-                expected="an image of 8 bits per channel",
-                found=f"Pillow mode {image.mode!r}",
-                file=path,
-                remedy="convert it to 8-bit RGB or grey values first",
-            )
         upright = ImageOps.exif_transpose(image)
-        if upright.mode == "P" and "transparency" in upright.info:
-            upright = upright.convert("RGBA")
+        if _has_16_bits(image):
+            return _from_16_bits(upright)
+        if upright.mode in _WITH_ALPHA or "transparency" in upright.info:
+            return _on_white(upright)
         return upright.convert("RGB")
+
+
+def _from_16_bits(image: Image.Image) -> Image.Image:
+    values = np.asarray(image).astype(np.uint32)
+    grey = ((values + 128) // 257).astype(np.uint8)
+    if "transparency" in image.info:
+        grey[values == image.info["transparency"]] = 255
+    return Image.fromarray(grey).convert("RGB")
+
+
+def _on_white(image: Image.Image) -> Image.Image:
+    straight = image.convert(_STRAIGHT.get(image.mode, image.mode)).convert("RGBA")
+    return Image.alpha_composite(Image.new("RGBA", straight.size, "white"), straight).convert("RGB")
+
+
+def _has_16_bits(image: Image.Image) -> bool:
+    # Older versions of Pillow open a PNG of 16 bits with mode "I".
+    return image.mode in _16_BITS or (image.mode == "I" and image.format == "PNG")
 
 
 def image_size(path: Path) -> tuple[int, int]:
     """Return (height, width) of the upright image from the file's header.
 
     Raises:
-        DataError: The file is missing, not one of ``IMAGE_FORMATS``, or has more than
-            ``MOST_PIXELS``.
+        DataError: The file is missing, not one of ``IMAGE_FORMATS``, has more than
+            ``MOST_PIXELS``, or values without a known range.
     """
     with _opened(path) as image:
         width, height = image.size
@@ -114,15 +133,20 @@ def _opened(path: Path) -> Iterator[Image.Image]:
             image = Image.open(source, formats=IMAGE_FORMATS)
         with image:
             if image.width * image.height > MOST_PIXELS:
+                raise _too_large(path, f"{image.width} x {image.height}")
+            if image.mode not in _8_BITS and not _has_16_bits(image):
                 raise DataError(
-                    expected=f"an image of at most {MOST_PIXELS:,} pixels",
-                    found=f"{image.width} x {image.height}",
+                    expected="an image of 8 bits per channel, or grey values of 16 bits",
+                    found=f"Pillow mode {image.mode!r}, whose range of values is not known",
                     file=path,
-                    remedy="scale it down; a model sees far fewer",
+                    remedy="convert it to 8-bit RGB or grey values first",
                 )
             yield image
     except DataError:
         raise
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        pixels = re.search(r"\d+ pixels", str(error))
+        raise _too_large(path, pixels[0] if pixels else "more") from error
     except UnidentifiedImageError as error:
         raise DataError(
             expected=f"an image file ({', '.join(IMAGE_FORMATS)})",
@@ -278,6 +302,16 @@ def _check_exists(path: Path) -> None:
             file=path,
             remedy="check the path and image_root",
         )
+
+
+def _too_large(path: Path, found: str) -> DataError:
+    return DataError(
+        expected=f"an image of at most {MOST_PIXELS:,} pixels (a model sees far fewer)",
+        found=found,
+        file=path,
+        remedy="scale it down, for example by ImageMagick: "
+        f"magick {shlex.quote(path.name)} -resize 4096x4096 {shlex.quote(f'small-{path.name}')}",
+    )
 
 
 def _unreadable(path: Path, error: BaseException) -> DataError:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 
 from recipes.data_files.options import (
     ConvertOptions,
@@ -12,9 +13,12 @@ from recipes.data_files.options import (
 )
 from recipes.terminal import say
 
+LEAK = 3
+"""The exit status of ``data validate`` where sets share questions, with or without errors."""
+
 
 def data_validate(options: ValidateOptions) -> int:
-    """Print the report; return 1 if a record cannot be used."""
+    """Print the report; return 1 if a record cannot be used, 3 if sets share questions."""
     from recipes.data_files.convert import check_folder
     from recipes.data_files.validate import validate
     from recipes.run.files import json_text, output_file
@@ -28,18 +32,18 @@ def data_validate(options: ValidateOptions) -> int:
     print(page, file=sys.stderr if output is not None and output.path is None else sys.stdout)
     if output is not None:
         output.write_text(json_text(figures))
-    return 1 if figures["errors"] else 0
+    if figures.get("leaks"):
+        return LEAK
+    return 0 if figures["usable"] else 1
 
 
 def data_convert(options: ConvertOptions) -> int:
     """Write the converted file."""
     from recipes.data_files.convert import convert, root_of
 
-    count = convert(options)
-    root = root_of(options, options.file)
-    say(
-        f"{options.out}: {count:,} examples; images are relative to {root}: give it as --image-root"
-    )
+    written = convert(options)
+    root = f"; {_relative_to(root_of(options, options.file))}" if written.images else ""
+    say(f"{options.out}: {written.examples:,} examples{root}")
     return 0
 
 
@@ -56,7 +60,15 @@ def data_split(options: SplitOptions) -> int:
     from recipes.data_files.convert import root_of
     from recipes.data_files.split import split
 
-    for name, (groups, rows) in split(options).items():
+    division = split(options)
+    for name, (groups, rows) in division.parts.items():
         say(f"{options.out}/{name}.jsonl: {groups:,} groups, {rows:,} rows")
-    say(f"images are relative to {root_of(options, options.file)}: give it as --image-root")
+    if division.joined:
+        say(f"{division.joined:,} groups were joined with others that have the same question")
+    if division.images:
+        say(_relative_to(root_of(options, options.file)))
     return 0
+
+
+def _relative_to(root: Path) -> str:
+    return f"images are relative to {root}: give it as --image-root"

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import hashlib
 import re
 from collections import Counter
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from prm.data.bad_rows import BadRows
 from prm.data.formats.visualprm import PLACEHOLDER_ID
+from prm.data.questions import Questions, digest, words_of
 from prm.schema import DataError, StepExample
 
 _NUMBERED = re.compile(r"<image[ _]?(\d+)>")
@@ -35,7 +35,7 @@ class Tally:
 
 @dataclass(frozen=True)
 class Mistake:
-    """A record that cannot be used."""
+    """Why a row, or a solution of it, cannot be used."""
 
     file: str
     line: int | None
@@ -59,7 +59,7 @@ class Findings:
         self.rows = 0
         self.examples = 0
         self.steps = 0
-        self.errors: list[Mistake] = []
+        self.errors: dict[Mistake, int] = {}
         self.labels: Counter[str] = Counter({"+": 0, "-": 0, "soft": 0, "none": 0})
         self.outcomes: Counter[str] = Counter({"right": 0, "wrong": 0, "unknown": 0})
         self.one_step = Tally()
@@ -68,17 +68,22 @@ class Findings:
         self.contradictions = Tally()
         self.duplicate_ids = Tally()
         self.image_mismatches = Tally()
+        self.mixed_up_groups = Tally()
         self.unjudged = Tally()
         self.image_rows = Tally()
         self.images: Counter[str] = Counter()
         self.lengths: list[int] = []
         self.tiles: list[int] = []
+        self.bad: list[BadRows] = []
         self.compared = compared
         self.words: set[int] = set()
+        self._last = -1
         self._ids: set[int] = set()
         self._names_at: dict[int, int] = {}
         self._rows_with_id = 0
         self._groups: dict[int, int] = {}
+        self._question_of: dict[int, tuple[int, tuple[Path, ...]]] = {}
+        self._questions = Questions()
         self._labels_of: dict[int, bytes] = {}
         self._contents: set[int] = set()
 
@@ -90,22 +95,34 @@ class Findings:
         """Return the current file and a line as one number, which saves memory."""
         return location_of(len(self.files) - 1, line)
 
+    def names_shared(self, other: Findings) -> int:
+        """Return how many ids occur in both sets."""
+        return len(self._names_at.keys() & other._names_at.keys())
+
     def shown(self, location: int) -> str:
         """Return ``location`` as text."""
         file, line = divmod(location, _LINES)
         return f"{line}" if len(self.files) == 1 else f"{self.files[file].name}:{line}"
 
     def mistake(self, error: DataError) -> None:
-        """Record the error of a record that cannot be used."""
+        """Record an error. Solutions of one row that have the same count as one."""
         message = f"expected {error.expected}, found {error.found}"
         message += f"; {error.remedy}" if error.remedy else ""
-        self.errors.append(
-            Mistake(str(error.file or self.files[-1]), error.line, error.field, message)
-        )
+        mistake = Mistake(str(error.file or self.files[-1]), error.line, error.field, message)
+        self.errors[mistake] = self.errors.get(mistake, 0) + 1
+
+    @property
+    def bad_rows(self) -> int:
+        """Return the number of rows with an error, or of errors without a row."""
+        return len({(mistake.file, mistake.line) for mistake in self.errors})
 
     def row(self, line: int, record: Any) -> None:
-        """Count a record, readable or not, and compare its id with those of earlier rows."""
-        self.rows += 1
+        """Count a record, readable or not, and compare its id with those of earlier rows.
+
+        A row of which a candidate cannot be read comes several times and counts once.
+        """
+        self.rows += self._last != (location := self.location(line))
+        self._last = location
         given = record.get("id") if isinstance(record, dict) else None
         if given is None or isinstance(given, list | dict):
             return
@@ -153,11 +170,26 @@ class Findings:
             before = self._labels_of.setdefault(texts, sides)
             if any(a != b and _UNKNOWN not in (a, b) for a, b in zip(before, sides, strict=True)):
                 self.contradictions.add(location)
-        if example.correct is not None:
-            group = question if example.group is None else digest((example.group,))
-            self._groups[group] = self._groups.get(group, 0) | (1 if example.correct else 2)
+        if self.compared or example.group is not None or example.correct is not None:
+            self._same_question(location, example)
+
+    def _same_question(self, location: int, example: StepExample) -> None:
+        """Compare the example with others of its question and of its group."""
+        words = digest(words_of(example.question))
         if self.compared:
-            self.words.add(digest(words_of(example.question)))
+            self.words.add(words)
+        if example.group is None:
+            name = digest((str(words), *map(str, example.images)))
+        else:
+            name = digest((example.group,))
+            first, images = self._question_of.setdefault(name, (words, example.images))
+            contents = self._questions.contents
+            if words != first or (
+                images != example.images and contents(images) != contents(example.images)
+            ):
+                self.mixed_up_groups.add(location)
+        if example.correct is not None:
+            self._groups[name] = self._groups.get(name, 0) | (1 if example.correct else 2)
 
     def measured(self, location: int, length: int, tiles: int) -> None:
         """Record the numbers of tokens and tiles of an example."""
@@ -206,6 +238,7 @@ class Findings:
             "label_balance": dict(self.labels),
             "outcome_balance": dict(self.outcomes),
             "unjudged_rows": self.unjudged.count,
+            "rows_of_another_question_in_group": self.mixed_up_groups.count,
             "groups": self.groups,
             "mixed_groups": self.mixed_groups,
             **({"tokens": spread(self.lengths)} if self.lengths else {}),
@@ -220,15 +253,6 @@ class Findings:
 def location_of(file: int, line: int) -> int:
     """Return the number of a file and a line as one number."""
     return file * _LINES + line
-
-
-def digest(texts: Iterable[str]) -> int:
-    """Return a 64-bit hash of several texts and the boundaries between them."""
-    hashed = hashlib.blake2b(digest_size=8)
-    for text in texts:
-        raw = text.encode("utf-8", "surrogatepass")
-        hashed.update(b"%d:" % len(raw) + raw)
-    return int.from_bytes(hashed.digest(), "little")
 
 
 def mismatched(example: StepExample) -> bool:
@@ -266,8 +290,3 @@ def _kind(label: float | None) -> str:
     if label is None:
         return "none"
     return {1.0: "+", 0.0: "-"}.get(label, "soft")
-
-
-def words_of(text: str) -> list[str]:
-    """Return the words in lower case, by which a repeated question is recognised."""
-    return text.casefold().split()

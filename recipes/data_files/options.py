@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from prm.names import FormatChoice
-from recipes.options.base import Condition, PrmOptions, option
+from recipes.options.base import Condition, PrmOptions, ReadOptions, option
 from recipes.options.parse import build_parser
 
 
 @dataclass(frozen=True, kw_only=True)
-class FileOptions:
+class FileOptions(ReadOptions):
     """The options of every command that reads data files."""
 
     format: FormatChoice = option("auto", "format of the files; auto: what the first record is")

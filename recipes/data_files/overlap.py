@@ -6,13 +6,12 @@ compares the images, too, and reads only the rows whose words occur in another s
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import combinations
-from pathlib import Path
 
+from prm.data.questions import Questions, digest, words_of
 from prm.schema import StepExample
-from recipes.data_files.findings import Findings, Tally, digest, words_of
+from recipes.data_files.findings import Findings, Tally
 
 Rows = Iterator[tuple[int, StepExample]]
 """Pairs (location, example) of all usable examples of a file; see ``Findings.location``."""
@@ -47,14 +46,14 @@ def overlaps(
         name: set().union(*(_common(findings_of, pair) for pair in pairs if name in pair))
         for name in findings_of
     }
-    images: dict[Path, str] = {}
+    questions = Questions()
     keys: dict[str, list[tuple[int, int, int]]] = {}
     for name, words in wanted.items():
         keys[name] = []
         for rows in rows_of[name] if words else ():
             for location, example in rows:
                 if digest(words_of(example.question)) in words:
-                    keys[name].append((*_keys(example, images), location))
+                    keys[name].append((*_keys(example, questions), location))
     return [_overlap(pair, keys) for pair in pairs]
 
 
@@ -62,22 +61,11 @@ def _common(findings_of: Mapping[str, Findings], pair: tuple[str, str]) -> set[i
     return findings_of[pair[0]].words & findings_of[pair[1]].words
 
 
-def _keys(example: StepExample, images: dict[Path, str]) -> tuple[int, int]:
-    """Return hashes of question and solution by words and content of the images, not paths."""
-    for image in example.images:
-        if image not in images:
-            images[image] = _content(image)
-    pictures = [images[image] for image in example.images]
-    question = digest((*words_of(example.question), "\n", *pictures))
+def _keys(example: StepExample, questions: Questions) -> tuple[int, int]:
+    """Return hashes of question and solution."""
+    question = questions.key(example)
     steps = ("\n".join(words_of(step.text)) for step in example.steps)
     return question, digest((str(question), *steps))
-
-
-def _content(image: Path) -> str:
-    try:
-        return hashlib.blake2b(image.read_bytes(), digest_size=16).hexdigest()
-    except (OSError, ValueError):
-        return str(image)  # The errors name it already.
 
 
 def _overlap(pair: tuple[str, str], keys: Mapping[str, Sequence[tuple[int, int, int]]]) -> Overlap:

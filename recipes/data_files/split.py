@@ -3,25 +3,46 @@
 from __future__ import annotations
 
 import random
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
+from prm.data.questions import Questions, digest, words_of
 from prm.data.reader import write_jsonl
-from recipes.data_files.convert import examples_of, existing_file, root_of
-from recipes.data_files.findings import digest
+from prm.schema import StepExample
+from recipes.bad_rows import bad_rows_of, report_bad_rows, skipped_path
+from recipes.data_files.convert import examples_of, root_of
 from recipes.data_files.options import SplitOptions
-from recipes.options.values import OptionError
+from recipes.options.rules import check_together
+from recipes.options.values import OptionError, existing_file
 from recipes.run.files import check_writable, complete_directory
+from recipes.terminal import say
 
 REST = "rest"
 
 
-def split(options: SplitOptions) -> dict[str, tuple[int, int]]:
-    """Write the parts; return the numbers of groups and rows of each.
+@dataclass(frozen=True)
+class Division:
+    """What ``split`` has written.
 
-    A group is a set of rows with the same ``group`` or, without one, the same question and images.
-    Rows keep their order and their ids, including ids that were generated.
+    Attributes:
+        parts: The numbers of groups and rows of each part.
+        joined: How many groups were joined with another because they share a question.
+        images: Whether a row has an image.
+    """
+
+    parts: Mapping[str, tuple[int, int]]
+    joined: int
+    images: bool
+
+
+def split(options: SplitOptions) -> Division:
+    """Write the parts, all of them or none.
+
+    Rows stay together that have the same ``group`` or the same question (``prm.data.questions``),
+    directly or by way of other rows. Rows keep their order and their ids, including ids that were
+    generated.
 
     Raises:
         OptionError: The sizes are impossible (the message names the nearest possible ones), or the
@@ -34,9 +55,13 @@ def split(options: SplitOptions) -> dict[str, tuple[int, int]]:
         raise OptionError(f"--out {options.out}: exists; remove it or give another name")
     check_writable("--out", out)
     existing_file(options.file)
-    rows: dict[int, int] = defaultdict(int)
-    for example in examples_of(options, options.file):
-        rows[_group(example.group, example.question, example.images)] += 1
+    check_together(options)
+    groups = _Groups()
+    bad = bad_rows_of(options, Path(options.file))
+    for example in examples_of(options, options.file, bad):
+        groups.add(example)
+    groups.join_equal_pictures()
+    rows = groups.rows()
     keys = list(rows)
     drawn = draw([rows[key] if options.unit == "rows" else 1 for key in keys], sizes, options.seed)
     part_of = {key: part for key, part in zip(keys, drawn, strict=True) if part is not None}
@@ -49,16 +74,81 @@ def split(options: SplitOptions) -> dict[str, tuple[int, int]]:
                 (
                     example
                     for example in examples_of(options, options.file)
-                    if _group(example.group, example.question, example.images) in mine
+                    if groups.of(example) in mine
                 ),
                 root_of(options, options.file),
             )
             written[part] = (len(mine), sum(rows[key] for key in mine))
-    return written
+    report_bad_rows([bad], skipped_path(out), say)
+    return Division(written, groups.joined(len(keys)), groups.images)
 
 
-def _group(group: str | None, question: str, images: Sequence[Path]) -> int:
-    return digest(("group", group)) if group is not None else digest((question, *map(str, images)))
+class _Groups:
+    """The rows of a file that have to stay together: the connected parts of groups and questions.
+
+    Pictures are compared by their paths first. Only where the same words come with other paths are
+    the files read.
+    """
+
+    def __init__(self) -> None:
+        self.images = False
+        self._count: Counter[int] = Counter()
+        self._parent: dict[int, int] = {}
+        self._pictures_of: dict[int, dict[tuple[Path, ...], None]] = {}
+        self._questions = Questions()
+
+    def add(self, example: StepExample) -> None:
+        """Count a row, and join its group with its question."""
+        self.images = self.images or bool(example.images)
+        words = digest(words_of(example.question))
+        self._pictures_of.setdefault(words, {})[example.images] = None
+        node = _node(example)
+        self._count[node] += 1
+        self._join(node, _question_node(words, example.images))
+
+    def join_equal_pictures(self) -> None:
+        """Join questions of the same words and pictures whose pictures have other paths."""
+        for words, several in self._pictures_of.items():
+            if len(several) > 1:
+                first: dict[tuple[str, ...], tuple[Path, ...]] = {}
+                for images in several:
+                    contents = tuple(self._questions.contents(images))
+                    same = first.setdefault(contents, images)
+                    self._join(_question_node(words, same), _question_node(words, images))
+
+    def rows(self) -> dict[int, int]:
+        """Return the number of rows of every joined group, in the order of their first rows."""
+        rows: dict[int, int] = defaultdict(int)
+        for node, count in self._count.items():
+            rows[self._root(node)] += count
+        return rows
+
+    def joined(self, left: int) -> int:
+        """Return how many groups were joined with others, if ``left`` are left."""
+        return len(self._count) - left
+
+    def of(self, example: StepExample) -> int:
+        """Return the joined group of a row that was added."""
+        return self._root(_node(example))
+
+    def _root(self, node: int) -> int:
+        while (parent := self._parent.get(node, node)) != node:
+            self._parent[node] = self._parent.get(parent, parent)
+            node = parent
+        return node
+
+    def _join(self, first: int, second: int) -> None:
+        self._parent[self._root(second)] = self._root(first)
+
+
+def _node(example: StepExample) -> int:
+    if example.group is not None:
+        return digest(("group", example.group))
+    return _question_node(digest(words_of(example.question)), example.images)
+
+
+def _question_node(words: int, images: Sequence[Path]) -> int:
+    return digest(("question", str(words), *map(str, images)))
 
 
 def parse_parts(parts: Sequence[str]) -> dict[str, int | None]:

@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from prm.data.bad_rows import BadRows
 from prm.data.image_files import ImageFiles
 from prm.data.reader import Row, image_errors, iter_rows, repeated_id
 from prm.schema import DataError, StepExample
+from recipes.bad_rows import bad_rows_of
 from recipes.data_files.findings import Findings, Tally, location_of, spread
 from recipes.data_files.options import ValidateOptions
 from recipes.data_files.overlap import Overlap, Rows, overlaps
 from recipes.options.base import PrmOptions
-from recipes.options.values import OptionError
+from recipes.options.rules import check_together
+from recipes.options.values import existing_file
 from recipes.terminal import printable
 
 _MISTAKES_SHOWN = 10
+_LINES_SHOWN = 5
 Measure = Callable[[StepExample], tuple[int, int]]
 
 
@@ -24,7 +29,9 @@ def validate(options: ValidateOptions) -> tuple[str, dict[str, Any]]:
     """Check the files of ``options``; return the report and the figures for JSON.
 
     The figures of the files are at the top level, those of ``--meta`` and ``--test`` below ``meta``
-    and ``test``; ``errors`` holds the errors of all sets. Memory: about 400 bytes a row.
+    and ``test``. ``errors`` holds the errors of all sets, ``leaks`` the pairs of sets that share a
+    question, and ``usable`` says whether commands would take the files. Memory: about 400 bytes a
+    row.
 
     Raises:
         OptionError: A file or the model does not exist.
@@ -32,8 +39,8 @@ def validate(options: ValidateOptions) -> tuple[str, dict[str, Any]]:
     sets = {"train": options.files}
     sets |= {name: (path,) for name in ("meta", "test") if (path := getattr(options, name))}
     for path in (path for paths in sets.values() for path in paths):
-        if not Path(path).is_file():
-            raise OptionError(f"{path}: no such file; check the path")
+        existing_file(path)
+    check_together(options)
     measure = None if options.model is None else _measure(options)
     findings_of = {}
     for name, paths in sets.items():
@@ -54,8 +61,26 @@ def validate(options: ValidateOptions) -> tuple[str, dict[str, Any]]:
             }
             for pair in shared
         }
-        page += "\n\n" + "\n".join(_shared(pair, findings_of[pair.second]) for pair in shared)
-    return page + "\n\n" + _mistakes(findings_of), figures
+        page += "\n\n" + "\n".join(_shared(pair, findings_of) for pair in shared)
+        figures["leaks"] = [
+            f"{pair.first}_{pair.second}" for pair in shared if pair.questions.count
+        ]
+    page += "\n\n" + _mistakes(findings_of, figures.get("leaks", []))
+    figures["usable"] = not figures["errors"]
+    if options.on_bad_row == "skip" and figures["errors"]:
+        bad = [bad for findings in findings_of.values() for bad in findings.bad if bad.left_out]
+        too_many = list(filter(None, map(_too_many, bad)))
+        figures["usable"] = not too_many
+        page += "\n" + "\n".join([*map(str, bad), *too_many])
+    return page, figures
+
+
+def _too_many(bad: BadRows) -> str | None:
+    try:
+        bad.check()
+    except DataError as error:
+        return str(error)
+    return None
 
 
 def _scan(
@@ -64,20 +89,31 @@ def _scan(
     findings.start(path)
     root = path.parent if options.image_root is None else Path(options.image_root)
     images = ImageFiles(root, allow_outside=options.allow_outside_images, check=options.images)
-    format, rows = "unknown", 0
+    format, rows = "unknown", findings.rows
+    bad = bad_rows_of(options, path) if options.on_bad_row == "skip" else None
     for row in iter_rows(path, root, format=options.format):
-        rows += 1
         if isinstance(row, DataError):
             findings.row(row.line or 0, None)
             findings.mistake(row)
+            if bad is not None:
+                bad.add(row)
             continue
         format = row.format
         findings.row(row.line, row.record)
+        usable = 0
         for example in row.examples:
             findings.example(row.line, example)
-            _check(row, example, path, findings, images, measure)
+            wrong = _check(row, example, path, findings, images, measure)
+            usable += wrong is None
+            if wrong is not None and bad is not None:
+                bad.add(wrong, example.id)
+        if bad is not None:
+            bad.count(row.line, usable)
     findings.formats.append(format)
-    if not rows:
+    if bad is not None:
+        bad.rows = findings.rows - rows
+        findings.bad.append(bad)
+    if findings.rows == rows:
         findings.mistake(DataError(expected="at least one row", found="an empty file", file=path))
     findings.images.update(problem.fault for problem in images.problems.values())
     findings.images["checked"] += images.count
@@ -90,22 +126,26 @@ def _check(
     findings: Findings,
     images: ImageFiles,
     measure: Measure | None,
-) -> None:
+) -> DataError | None:
+    """Check an example against the others, and its images; return the first error, if any."""
     location = findings.location(row.line)
     first = findings.first_named(example.id, location)
+    errors = []
     if first != location:
-        findings.mistake(repeated_id(example.id, path, row.line, findings.shown(first)))
-    errors = list(image_errors(row, example, images, path))
-    for error in errors:
-        findings.mistake(error)
-    if errors:
+        errors.append(repeated_id(example.id, path, row.line, findings.shown(first)))
+    of_images = list(image_errors(row, example, images, path))
+    errors += of_images
+    if of_images:
         findings.image_rows.add(location)
     elif measure is not None:
         try:
             findings.measured(location, *measure(example))
         except DataError as error:
             error.line = row.line
-            findings.mistake(error)
+            errors.append(error)
+    for mistake in errors:
+        findings.mistake(mistake)
+    return errors[0] if errors else None
 
 
 def _measure(options: ValidateOptions) -> Measure:
@@ -134,10 +174,12 @@ def _rows(paths: Sequence[str], options: ValidateOptions) -> list[Rows]:
     return [rows(number, Path(path)) for number, path in enumerate(paths)]
 
 
-def _shared(pair: Overlap, findings: Findings) -> str:
+def _shared(pair: Overlap, findings_of: Mapping[str, Findings]) -> str:
+    findings = findings_of[pair.second]
+    names = findings.names_shared(findings_of[pair.first])
     text = f"{pair.second} and {pair.first} share "
     if not pair.questions.count:
-        return text + "no question"
+        return text + "no question" + (f", but {names:,} ids" if names else "")
     text += f"the questions of {pair.questions.count:,} solutions of {pair.second}"
     text += _first(pair.questions, findings)
     if pair.solutions.count:
@@ -160,7 +202,7 @@ def _page(findings: Findings, options: ValidateOptions) -> str:
             where = "" if isinstance(tally, int) else _first(tally, findings)
             lines.append(f"  {name:<22}{count:>9,}{share:<10} {text}{where}")
 
-    add("errors", len(findings.errors), "records that cannot be used, listed below")
+    add("errors", findings.bad_rows, "rows that cannot be used, or not whole; see below", rows)
     if findings.constant_id:
         text = "all rows have the same id"
         if findings.placeholder_ids:
@@ -178,6 +220,12 @@ def _page(findings: Findings, options: ValidateOptions) -> str:
         examples,
     )
     add("unjudged", findings.unjudged, "neither a label nor an outcome", examples)
+    add(
+        "mixed up groups",
+        findings.mixed_up_groups,
+        "solutions of another question than the first of their group",
+        examples,
+    )
     images = findings.images
     add("images", images["checked"], f"different files named, checked: {options.images}")
     for fault in ("missing", "unreadable", "outside"):
@@ -214,15 +262,37 @@ def _counts(counts: Mapping[str, int], total: int) -> str:
     return ", ".join(parts) or "none"
 
 
-def _mistakes(findings_of: dict[str, Findings]) -> str:
-    mistakes = [mistake for findings in findings_of.values() for mistake in findings.errors]
-    if not mistakes:
-        return "no errors"
-    lines = [f"{len(mistakes):,} errors"]
-    for mistake in mistakes[:_MISTAKES_SHOWN]:
-        location = f"{mistake.file}:{mistake.line}" if mistake.line else mistake.file
-        field = f": field {mistake.field}" if mistake.field else ""
-        lines.append(f"  {location}{field}: {mistake.message}")
-    if len(mistakes) > _MISTAKES_SHOWN:
-        lines.append(f"  ... and {len(mistakes) - _MISTAKES_SHOWN:,} more; --json FILE lists all")
-    return "\n".join(lines)
+def _mistakes(findings_of: Mapping[str, Findings], leaks: Sequence[str]) -> str:
+    """Return the errors, those of equal text together, and the leaks."""
+    alike: dict[tuple[str, str | None, str], list[int | None]] = defaultdict(list)
+    for findings in findings_of.values():
+        for mistake in findings.errors:
+            alike[mistake.file, mistake.field, mistake.message].append(mistake.line)
+    lines = []
+    if alike:
+        rows = sum(findings.bad_rows for findings in findings_of.values())
+        lines.append(f"errors in {_counted(rows, 'row')}")
+    for (file, field, message), at in list(alike.items())[:_MISTAKES_SHOWN]:
+        location = file if at[0] is None else f"{file}:{at[0]}"
+        more = (
+            "" if len(at) == 1 else f" (and {_counted(len(at) - 1, 'more row')}: {_list(at[1:])})"
+        )
+        lines.append(f"  {location}{more}{f': field {field}' if field else ''}: {message}")
+    if len(alike) > _MISTAKES_SHOWN:
+        lines.append(f"  ... and {len(alike) - _MISTAKES_SHOWN:,} others; --json FILE lists all")
+    if leaks:
+        pairs = ", ".join(pair.replace("_", " and ") for pair in leaks)
+        lines.append(
+            f"a leak: {pairs} share questions; take them out of one of the two, or divide one file "
+            "by `bilevel-prm data split`"
+        )
+    return "\n".join(lines) or "no errors"
+
+
+def _counted(number: int, what: str) -> str:
+    return f"{number:,} {what}" + ("" if number == 1 else "s")
+
+
+def _list(lines: Sequence[int | None]) -> str:
+    shown = ", ".join(f"{line}" for line in lines[:_LINES_SHOWN])
+    return shown + (", ..." if len(lines) > _LINES_SHOWN else "")

@@ -17,10 +17,17 @@ from prm.evaluation.metrics import bootstrap_interval, macro_f1, roc_auc
 from prm.evaluation.select import best_of_n, self_consistency, weighted_vote
 from prm.models.model import PRM
 from prm.names import TieRule
-from prm.schema import DataError
+from prm.schema import StepExample
 from prm.scoring import aggregate, score_examples
-from recipes.loading import Examples, Solutions, read_examples, read_solutions
-from recipes.options.base import PrmOptions, ScoringOptions
+from recipes.loading import (
+    Examples,
+    Fault,
+    Solutions,
+    read_examples,
+    read_solutions,
+    usable,
+)
+from recipes.options.base import LoaderOptions, ScoringOptions
 from recipes.options.train import TrainOptions
 from recipes.options.use import WeighOptions
 
@@ -125,8 +132,8 @@ class Evaluation:
     step_macro_f1: float | None
 
 
-def read_candidates(prm: PRM, options: PrmOptions, path: str) -> Candidates:
-    """Read the candidates of a JSONL file, and tokenise them for ``prm``.
+def read_candidates(prm: PRM, options: LoaderOptions, path: str) -> Candidates:
+    """Read the candidates of a file, and tokenise them for ``prm``.
 
     Raises:
         OptionError: There is no such file.
@@ -135,7 +142,7 @@ def read_candidates(prm: PRM, options: PrmOptions, path: str) -> Candidates:
     return tie_together(read_examples(prm, options, path))
 
 
-def read_scored_candidates(options: PrmOptions, path: str) -> Candidates:
+def read_scored_candidates(options: LoaderOptions, path: str) -> Candidates:
     """Read candidates that are scored already; raises the errors of ``read_candidates``."""
     return tie_together(read_solutions(options, path))
 
@@ -146,20 +153,23 @@ def tie_together(data: Examples | Solutions) -> Candidates:
     Raises:
         DataError: A row has no ``group`` or ``correct``.
     """
+    data = usable(data, _lacks)
     groups: dict[str, list[int]] = {}
     for row, example in enumerate(data.examples):
-        for name in ("group", "correct"):
-            if getattr(example, name) is None:
-                raise DataError(
-                    file=data.path,
-                    line=row + 1,
-                    field=name,
-                    expected="a value (candidates are compared within a group)",
-                    found="nothing",
-                    remedy=f"give every candidate the field {name}",
-                )
         groups.setdefault(str(example.group), []).append(row)
     return Candidates(data, tuple(map(tuple, groups.values())))
+
+
+def _lacks(example: StepExample) -> Fault | None:
+    for name in ("group", "correct"):
+        if getattr(example, name) is None:
+            return Fault(
+                field=name,
+                expected="a value (candidates are compared within a group)",
+                found="nothing",
+                remedy=f"give every candidate the field {name}",
+            )
+    return None
 
 
 def candidates_or_steps(data: Examples | Solutions) -> Candidates:

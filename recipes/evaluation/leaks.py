@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from prm.data.questions import Questions, words_of
 from prm.schema import StepExample
 from recipes.options.values import OptionError
 
@@ -18,9 +18,8 @@ class Leak:
     Attributes:
         same_file: Whether the sets are the same file.
         ids: The ids in both sets, sorted.
-        questions: The questions in both sets, in the order of the first. Questions are equal if
-            they have the same words (without case and white space) and images of the same content;
-            ids and paths may differ.
+        questions: The questions in both sets, in the order of the first. ``prm.data.questions``
+            says which are equal.
     """
 
     same_file: bool
@@ -48,13 +47,14 @@ def find_leak(
     Image files are read only for questions with the same words in both sets.
     """
     ids = {example.id for example in first} & {example.id for example in second}
-    texts = {_words(example) for example in first} & {_words(example) for example in second}
-    digests: dict[Path, str] = {}
-    there = {_question(example, digests) for example in second if _words(example) in texts}
+    questions = Questions()
+    words = [{_words(example) for example in examples} for examples in (first, second)]
+    texts = words[0] & words[1]
+    there = {questions.key(example) for example in second if _words(example) in texts}
     shared = {
         example.question: None
         for example in first
-        if _words(example) in texts and _question(example, digests) in there
+        if _words(example) in texts and questions.key(example) in there
     }
     same = first_path.resolve() == second_path.resolve()
     return Leak(same, tuple(sorted(ids)), tuple(shared))
@@ -80,12 +80,5 @@ def refuse_leak(leak: Leak, tuned: str, held_out: str, *, sanity_check: bool) ->
         )
 
 
-def _words(example: StepExample) -> str:
-    return " ".join(example.question.casefold().split())
-
-
-def _question(example: StepExample, digests: dict[Path, str]) -> tuple[str, ...]:
-    for image in example.images:
-        if image not in digests:
-            digests[image] = hashlib.sha256(image.read_bytes()).hexdigest()
-    return (_words(example), *(digests[image] for image in example.images))
+def _words(example: StepExample) -> tuple[str, ...]:
+    return tuple(words_of(example.question))

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from itertools import count
 from typing import Any, ClassVar, Literal
 
-from prm.names import AggregationName, Context
+from prm.names import AggregationName, Context, OnBadRow
 
 OnResume = Literal["same", "free", "file", "path"]
 _ranks = count()
@@ -140,8 +140,35 @@ class PrmOptions:
     )
 
 
+SKIPS = Condition(
+    lambda given: given.on_bad_row == "skip",
+    ("on_bad_row",),
+    "use --on-bad-row skip",
+    shown="skip",
+)
+
+
 @dataclass(frozen=True, kw_only=True)
-class LoaderOptions(PrmOptions):
+class ReadOptions:
+    """What every command does with rows that it cannot use."""
+
+    on_bad_row: OnBadRow = option(
+        "refuse",
+        "what a row that cannot be used, or a candidate of it, leads to: an error; or it is left "
+        "out, counted, and listed in a file beside the output (.skipped.jsonl)",
+        on_resume="free",
+    )
+    max_bad_rows: float = option(
+        0.1,
+        "largest share of a file's rows that is left out; of more, the file is refused",
+        least=0,
+        only_with=SKIPS,
+        on_resume="free",
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoaderOptions(ReadOptions, PrmOptions):
     """Options of every command that runs the model over a whole file."""
 
     workers: int = option(

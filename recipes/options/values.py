@@ -18,6 +18,24 @@ class OptionError(ValueError):
     """An option or preset cannot be used; the message says what to change."""
 
 
+def existing_file(path: str) -> Path:
+    """Return the path of a file of rows.
+
+    Raises:
+        OptionError: There is no such file, or it can be read only once.
+    """
+    file = Path(path)
+    if file.is_file():
+        return file
+    if file.is_dir():
+        raise OptionError(f"{path}: is a folder; name the file of rows in it")
+    if file.exists():
+        raise OptionError(
+            f"{path}: is a pipe or a device, which can be read only once; save the rows in a file"
+        )
+    raise OptionError(f"{path}: no such file; check the path, or write the data first")
+
+
 @contextmanager
 def blaming(flags: str) -> Iterator[None]:
     """Turn the ``ValueError`` of a constructor into an ``OptionError`` that names ``flags``.

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from prm.inputs.collate import Batch
 from prm.inputs.workers import ordered_map
+from prm.schema import StepExample
 from recipes.loading import Examples
 from recipes.options.train import LowerOptions, TrainOptions
 
@@ -77,7 +78,7 @@ def lower_meta_draw(options: TrainOptions, meta: Examples) -> Draw:
 
 
 def upper_draw(options: TrainOptions, meta: Examples) -> Draw:
-    """Return the meta batches, which hold whole questions with the loss target "pairs"."""
+    """Return the meta batches, which hold whole mixed questions with the loss target "pairs"."""
     size, seed = min(options.upper.meta_batch_size, len(meta)), stream_seed(options, UPPER)
     if options.loss_target == "pairs":
         return _draw_questions(meta, size, seed)
@@ -161,14 +162,24 @@ def _draw_examples(rows: Sequence[int], size: int, seed: int) -> Draw:
     return lambda number: [[rows[row]] for row in order(number * size, size)]
 
 
-def _draw_questions(data: Examples, size: int, seed: int) -> Draw:
-    """Draw whole questions of about ``size`` solutions together: at least one, at most all."""
+def mixed_questions(examples: Sequence[StepExample]) -> tuple[list[list[int]], int]:
+    """Return the rows of every question with right and wrong solutions, and the number of all."""
     by_name: dict[str, list[int]] = {}
-    for row, example in enumerate(data.examples):
+    for row, example in enumerate(examples):
         by_name.setdefault(str(example.group), []).append(row)
-    questions = list(by_name.values())
+    mixed = [rows for rows in by_name.values() if len({examples[row].correct for row in rows}) == 2]
+    return mixed, len(by_name)
+
+
+def _draw_questions(data: Examples, size: int, seed: int) -> Draw:
+    """Draw whole mixed questions of about ``size`` solutions together: at least one, at most all.
+
+    A question whose solutions are all right, or all wrong, has no pair to compare.
+    """
+    questions, _ = mixed_questions(data.examples)
     order = epoch_order(len(questions), seed)
-    count = max(1, min(size * len(questions) // len(data), len(questions)))
+    solutions = sum(map(len, questions))
+    count = max(1, min(size * len(questions) // solutions, len(questions)))
     return lambda number: [questions[row] for row in order(number * count, count)]
 
 

@@ -33,7 +33,7 @@ from recipes.train.batches import (
     stream_seed,
     train_batch,
 )
-from recipes.train.data import require
+from recipes.train.data import keep_bad_rows, refuse_other_bad_rows, require
 from recipes.train.loop import StepLogging, Training, train
 from recipes.train.make_solver import lower_schedule, make_plain_solver
 from recipes.train.objective import Objective
@@ -53,8 +53,8 @@ def run_cold_start(options: ColdStartOptions) -> Path:
     check_directory(options)
     set_up(options)
     prm, lower = load_model(options, options.lower.freeze)
-    data = read_examples(prm, options, options.train_file)
-    require(data, "labels")
+    data = require(read_examples(prm, options, options.train_file), "labels")
+    refuse_other_bad_rows(options, {"train": data.bad})
     drawn = cold_start_rows(options, len(data))
     objective = Objective(  # the upper level is not used
         prm,
@@ -67,6 +67,7 @@ def run_cold_start(options: ColdStartOptions) -> Path:
     solver = make_plain_solver(options, objective.problem())
     batch = train_batch(lower_draw(options, drawn), data)
     with open_run(options, prm.model, solver.init(lower, {})) as run:
+        keep_bad_rows(run.directory, {"train": data.bad})
         training = Training(
             solver,
             steps=options.lower.steps,

@@ -5,22 +5,26 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
+from prm.data.bad_rows import BadRows
 from prm.data.json_rows import json_rows
 from prm.data.record_fields import Location
 from prm.digests import check_digest
 from prm.models.model import PRM
 from prm.schema import DataError, StepExample
+from recipes.bad_rows import SKIPPED, report_bad_rows
 from recipes.evaluation.candidates import Candidates, read_candidates
 from recipes.evaluation.leaks import find_leak, refuse_leak
-from recipes.loading import Examples, Solutions, read_examples
-from recipes.options.train import TrainOptions
-from recipes.options.values import OptionError
+from recipes.loading import Data, Examples, Fault, Solutions, read_examples, usable
+from recipes.options.train import LowerOptions, TrainOptions
+from recipes.options.values import OptionError, resume_point
 from recipes.run.files import note_unchecked
+from recipes.terminal import say
+from recipes.train.batches import mixed_questions
 from recipes.train.bounded_weights import WEIGHTINGS
 from weighting import row_index
 
@@ -45,6 +49,15 @@ class TrainData:
     domains: Mapping[str, int]
     fixed_weights: Tensor | None
 
+    @property
+    def bad(self) -> dict[str, BadRows]:
+        """What was left out of every file, by the name of its set."""
+        read: dict[str, Examples | Solutions] = {"train": self.train}
+        if self.meta is not None:
+            read["meta"] = self.meta
+        read |= {name: candidates.data for name, candidates in self.evaluations.items()}
+        return {name: data.bad for name, data in read.items()}
+
 
 def read_train_data(prm: PRM, options: TrainOptions) -> TrainData:
     """Read and check the files of a training run.
@@ -52,21 +65,22 @@ def read_train_data(prm: PRM, options: TrainOptions) -> TrainData:
     Raises:
         OptionError: A file is missing, or the meta set shares questions with the test set and
             the run is not marked as a sanity check.
-        DataError: A record cannot be used.
+        DataError: A record cannot be used, or no question has a pair to compare.
     """
     plain = read_examples(prm, options, options.train_file)
-    require(plain, "labels")
+    plain = require(plain, "labels")
     if _weighs_by_domain(options):
-        require(plain, "domain")
+        plain = require(plain, "domain")
     ids = row_index([example.id for example in plain.examples])
     names = [example.domain for example in plain.examples]
     domains = {} if None in names else {str(n): i for i, n in enumerate(dict.fromkeys(names))}
     meta = None
     if options.data.meta_file is not None:
         meta = read_examples(prm, options, options.data.meta_file)
-        require(meta, "correct")
+        meta = require(meta, "correct")
         if options.loss_target == "pairs":
-            require(meta, "group")
+            meta = require(meta, "group")
+            _require_pairs(meta)
     evaluations = {
         name: read_candidates(prm, options, path)
         for name, path in (("dev", options.data.dev_file), ("test", options.data.test_file))
@@ -90,6 +104,64 @@ def read_train_data(prm: PRM, options: TrainOptions) -> TrainData:
     )
 
 
+def _require_pairs(meta: Examples) -> None:
+    """Say how many questions of the meta set have pairs of solutions to compare.
+
+    Raises:
+        DataError: None has.
+    """
+    mixed, questions = mixed_questions(meta.examples)
+    if not mixed:
+        raise DataError(
+            expected="questions with both a right and a wrong solution, which --loss-target pairs "
+            "compares",
+            found=f"none among {questions:,} questions with {len(meta):,} solutions",
+            file=meta.path,
+            remedy="sample more solutions of each question, or use --loss-target both",
+        )
+    if len(mixed) < questions:
+        say(
+            f"{meta.path}: {len(mixed):,} of {questions:,} questions have right and wrong "
+            "solutions; --loss-target pairs uses these alone"
+        )
+
+
+def refuse_other_bad_rows(options: LowerOptions, bad: Mapping[str, BadRows]) -> None:
+    """Refuse to resume a run with other rows to train on than it began with.
+
+    Raises:
+        OptionError: Other rows are left out than the lists in the run directory name.
+    """
+    if options.run.resume is None:
+        return
+    directory, _ = resume_point(options.run.resume)
+    if not any((directory / "checkpoints").glob("step-*")):
+        return  # it starts again from the beginning
+    for name in ("train", "meta"):
+        if name in bad:
+            earlier = _left_out(directory / f"{name}{SKIPPED}")
+            now = [(row.line, row.field, row.id) for row in bad[name].left_out]
+            if earlier != now:
+                raise OptionError(
+                    f"--resume {directory}: of {bad[name].path} other rows are left out than when "
+                    f"the run began ({len(now):,} now, {len(earlier):,} then); make the images "
+                    "that it names as they were"
+                )
+
+
+def keep_bad_rows(directory: Path, bad: Mapping[str, BadRows]) -> None:
+    """List what was left out of each file (train, meta, ...) in the run directory, and say so."""
+    for name, one in bad.items():
+        report_bad_rows([one], directory / f"{name}{SKIPPED}", say)
+
+
+def _left_out(path: Path) -> list[tuple[Any, Any, Any]]:
+    if not path.is_file():
+        return []
+    rows = [row for _, row in json_rows(path) if isinstance(row, dict)]
+    return [(row.get("line"), row.get("field"), row.get("id")) for row in rows]
+
+
 def _weighs_by_domain(options: TrainOptions) -> bool:
     if options.weighting.kind == "none":
         return False
@@ -105,69 +177,62 @@ def lower_examples(options: TrainOptions, data: TrainData) -> Examples:
     return data.train
 
 
-@dataclass(frozen=True)
-class _Need:
-    """A field that the data need for some purpose, and the text of the error without it."""
+class _Need(NamedTuple):
+    """A field that the data need for some purpose, and the fault of an example without it."""
 
     has: Callable[[StepExample], bool]
-    field: str
-    expected: str
-    found: str
-    remedy: str
+    fault: Fault
 
 
 _NEEDS: Mapping[str, _Need] = {
     "labels": _Need(
-        has=lambda example: any(step.label is not None for step in example.steps),
-        field="steps[].label",
-        expected="at least one labelled step",
-        found="none",
-        remedy="label a step or remove the example",
+        lambda example: any(step.label is not None for step in example.steps),
+        Fault(
+            field="steps[].label",
+            expected="at least one labelled step",
+            found="none",
+            remedy="label a step or remove the example",
+        ),
     ),
     "correct": _Need(
-        has=lambda example: example.correct is not None,
-        field="correct",
-        expected="true or false",
-        found="nothing",
-        remedy="meta examples must say whether the solution's answer is right",
+        lambda example: example.correct is not None,
+        Fault(
+            field="correct",
+            expected="true or false",
+            found="nothing",
+            remedy="meta examples must say whether the solution's answer is right",
+        ),
     ),
     "group": _Need(
-        has=lambda example: example.group is not None,
-        field="group",
-        expected="the name of the question",
-        found="nothing",
-        remedy='loss_target "pairs" compares solutions of one question; name it, or use "both"',
+        lambda example: example.group is not None,
+        Fault(
+            field="group",
+            expected="the name of the question",
+            found="nothing",
+            remedy='loss_target "pairs" compares solutions of one question; name it, or use "both"',
+        ),
     ),
     "domain": _Need(
-        has=lambda example: example.domain is not None,
-        field="domain",
-        expected="a name",
-        found="nothing",
-        remedy="--weighting domain and the feature domain need one: name the example's, or use "
-        "another weighting or other features",
+        lambda example: example.domain is not None,
+        Fault(
+            field="domain",
+            expected="a name",
+            found="nothing",
+            remedy="--weighting domain and the feature domain need one: name the example's, or use "
+            "another weighting or other features",
+        ),
     ),
 }
 
 
-def require(
-    data: Examples | Solutions, what: Literal["labels", "correct", "group", "domain"]
-) -> None:
-    """Refuse examples without ``labels``, ``correct``, ``group`` or ``domain``.
+def require(data: Data, what: Literal["labels", "correct", "group", "domain"]) -> Data:
+    """Refuse examples without ``labels``, ``correct``, ``group`` or ``domain``, or leave them out.
 
     Raises:
         DataError: An example lacks the field. The error names the first such line.
     """
     need = _NEEDS[what]
-    for line, example in enumerate(data.examples, start=1):
-        if not need.has(example):
-            raise DataError(
-                file=data.path,
-                line=line,
-                field=need.field,
-                expected=need.expected,
-                found=need.found,
-                remedy=need.remedy,
-            )
+    return usable(data, lambda example: None if need.has(example) else need.fault)
 
 
 def _read_weights(path: str, ids: Mapping[str, int]) -> Tensor:

@@ -34,7 +34,13 @@ from recipes.train.batches import (
     upper_draw,
 )
 from recipes.train.bounded_weights import make_weighting
-from recipes.train.data import TrainData, lower_examples, read_train_data
+from recipes.train.data import (
+    TrainData,
+    keep_bad_rows,
+    lower_examples,
+    read_train_data,
+    refuse_other_bad_rows,
+)
 from recipes.train.loop import StepLogging, Training, train
 from recipes.train.make_solver import (
     logged_upper_rate,
@@ -95,10 +101,12 @@ def run_training(options: TrainOptions, logged: Callable[[int], None] | None = N
     set_up(options)
     prm, lower = load_model(options, options.lower.freeze, options.init_from)
     data = read_train_data(prm, options)
+    refuse_other_bad_rows(options, data.bad)
     objective = _objective(options, prm, data)
     task = _Task(options, data, objective)
     solver, upper, rates = _method(task)
     with open_run(options, prm.model, solver.init(lower, upper)) as run:
+        keep_bad_rows(run.directory, data.bad)
         initial = None
         if objective.weighting is not None:
             initial = _initial_scores(prm, lower, data, options)

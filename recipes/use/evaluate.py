@@ -12,20 +12,33 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from prm.data.json_rows import json_rows
 from prm.evaluation.second_opinion import load_math_verify
 from prm.models.model import PRM
 from prm.schema import DataError
 from prm.scoring import score_examples
+from recipes.bad_rows import report_bad_rows, skipped_path
 from recipes.evaluation.candidates import Candidates, candidates_or_steps
 from recipes.evaluation.dev_choice import Choice, choose_on_dev
 from recipes.evaluation.figures import all_figures
 from recipes.evaluation.leaks import find_leak, refuse_leak
 from recipes.evaluation.table import SANITY_CHECK, results_table
-from recipes.loading import Examples, load_model, read_examples, read_solutions, set_up
+from recipes.loading import (
+    Examples,
+    Fault,
+    Solutions,
+    list_beside,
+    load_model,
+    read_examples,
+    read_solutions,
+    set_up,
+    usable,
+)
 from recipes.options.rules import check_together
 from recipes.options.use import EvaluateOptions
 from recipes.options.values import OptionError
 from recipes.run.files import json_text, output_file
+from recipes.terminal import say
 from recipes.use.model_run import note_differences, run_of
 from recipes.use.scores_file import read_settings, scores_for
 
@@ -44,7 +57,8 @@ class _Judge:
     def read(self, path: str, scores: str | None) -> Candidates:
         """Return candidates, tokenised only if they have to be scored."""
         if scores is not None:
-            return candidates_or_steps(read_solutions(self.options, path))
+            data = read_solutions(self.options, path)
+            return candidates_or_steps(without_skipped(data, Path(scores)))
         return candidates_or_steps(read_examples(self.loaded[0], self.options, path))
 
     def rows(self, candidates: Candidates, scores: str | None) -> list[Tensor]:
@@ -88,6 +102,7 @@ def run_evaluate(options: EvaluateOptions) -> dict[str, Any]:
                 *(() if options.dev is None else (options.dev, options.dev_scores)),
             ),
         )
+    listed = list_beside(options, None if output is None else output.path)
     judge = _Judge(options)
     candidates = judge.read(options.file, options.scores)
     if options.equal_answers == "math-verify":
@@ -113,6 +128,9 @@ def run_evaluate(options: EvaluateOptions) -> dict[str, Any]:
     rows = judge.rows(candidates, options.scores)
     results = all_figures(candidates, rows, choice, options.tie, row, baseline)
     results |= {"sanity_check": options.sanity_check, "tuned_on_these_questions": tuned_on}
+    if listed is not None:
+        read = [candidates] if dev is None else [candidates, dev]
+        report_bad_rows([one.data.bad for one in read], listed, say)
     table = f"{results_table(results)}\n" if results["n_mixed_questions"] else ""
     page = table + _summary(results)
     if output is None:
@@ -168,6 +186,26 @@ def _tuned_on(
         if leak:
             shared.append(f"{name} {leak}")
     return shared
+
+
+def without_skipped(data: Solutions, scores: Path) -> Solutions:
+    """Return the solutions without those that ``score`` left out when it wrote ``scores``.
+
+    Raises:
+        DataError: There are such solutions, and bad rows are refused.
+    """
+    listed = skipped_path(scores)
+    if not listed.is_file():
+        return data
+    entries = [entry for _, entry in json_rows(listed) if isinstance(entry, dict)]
+    skipped = {entry.get("id") for entry in entries}
+    fault = Fault(
+        field="id",
+        expected=f"a solution with scores in {scores}",
+        found=f"one that `score` left out, as {listed} says",
+        remedy="leave it out here, too: --on-bad-row skip",
+    )
+    return usable(data, lambda example: fault if example.id in skipped else None)
 
 
 def _read_rows(path: Path, candidates: Candidates) -> list[Tensor]:

@@ -10,12 +10,24 @@ from torch import Tensor
 
 from prm.aggregations import AGGREGATIONS
 from prm.schema import DataError
+from recipes.bad_rows import report_bad_rows
 from recipes.evaluation.candidates import step_scores_of
-from recipes.loading import Examples, Solutions, load_model, read_examples, read_solutions, set_up
+from recipes.loading import (
+    Data,
+    Examples,
+    Solutions,
+    list_beside,
+    load_model,
+    read_examples,
+    read_solutions,
+    set_up,
+    tokenised,
+)
 from recipes.options.rules import check_together, refuse_given
 from recipes.options.use import WeighOptions
 from recipes.options.values import OptionError
 from recipes.run.files import output_file
+from recipes.terminal import say
 from recipes.train.bounded_weights import WEIGHTINGS
 from recipes.train.data import require
 from recipes.train.objective import Objective
@@ -54,12 +66,15 @@ def run_weigh(options: WeighOptions) -> None:
         inputs=(options.file,),
         sealed=True,
     )
+    listed = list_beside(options, output.path)
     data: Examples | Solutions
     if options.by == "weighting":
         data, weights, raw = _by_weighting(options)
     else:
         data, weights, raw = rule_weights(options)
     output.write_text(weight_lines(data, {"weight": weights, "raw_weight": raw}))
+    if listed is not None:
+        report_bad_rows([data.bad], listed, say)
     low, high = float(weights.min()), float(weights.max())
     output.say(f"weights of {len(data)} examples, {low:.3f} to {high:.3f}")
 
@@ -121,8 +136,8 @@ def _by_examples(options: WeighOptions, saved: _Saved) -> tuple[Solutions, Tenso
     )
     data = read_solutions(options, options.file)
     if "labels" in weighting.reads:
-        require(data, "labels")
-    _check_rows(options, saved, data)
+        data = require(data, "labels")
+    data = _check_rows(options, saved, data)
     batch = example_batch(weighting, data.examples, saved.index, saved.domains)
     return data, *weighting.file_weights(saved.params, [batch])
 
@@ -139,8 +154,8 @@ def _by_model(options: WeighOptions, saved: _Saved) -> tuple[Examples, Tensor, T
     features, uses_reference = _features(saved)
     prm, model_params = load_model(options)
     data = read_examples(prm, options, options.file)
-    require(data, "labels")
-    _check_rows(options, saved, data)
+    data = require(data, "labels")
+    data = _check_rows(options, saved, data)
     domains = saved.domains
     if domains or saved.index:
         index = saved.index or _numbered([example.id for example in data.examples])
@@ -151,7 +166,9 @@ def _by_model(options: WeighOptions, saved: _Saved) -> tuple[Examples, Tensor, T
     scores = None
     if reads_model(weighting):
         scores, _ = step_scores_of(prm, model_params, data, options)
-    reference = _reference_scores(options, saved.directory) if objective.reads_reference else None
+    reference = None
+    if objective.reads_reference:
+        reference = _reference_scores(options, saved.directory, data)
     batches = model_batches(objective, data, scores, reference, options.eval_batch_size)
     return data, *weighting.file_weights(saved.params, batches)
 
@@ -169,7 +186,7 @@ def _features(saved: _Saved) -> tuple[tuple[str, ...], bool]:
         ) from error
 
 
-def _reference_scores(options: WeighOptions, directory: str) -> Tensor:
+def _reference_scores(options: WeighOptions, directory: str, data: Examples) -> Tensor:
     """Return the step scores of the initial model of the run, [examples, steps]."""
     name = options.reference_model
     if name is None:
@@ -184,12 +201,18 @@ def _reference_scores(options: WeighOptions, directory: str) -> Tensor:
         prm, params = load_model(replace(options, model=name))
     except OptionError as error:
         raise OptionError(f"--reference-model {name}: {error}") from error
-    scores, _ = step_scores_of(prm, params, read_examples(prm, options, options.file), options)
+    tokens = tokenised(prm, options, data)
+    if len(tokens) < len(data):
+        raise OptionError(
+            f"--reference-model {name}: cannot judge {len(data) - len(tokens)} solutions that "
+            "--model judges; leave them out of the file"
+        )
+    scores, _ = step_scores_of(prm, params, tokens, options)
     return scores
 
 
-def _check_rows(options: WeighOptions, saved: _Saved, data: Examples | Solutions) -> None:
-    """Refuse examples whose id or domain the weighting was not trained with.
+def _check_rows(options: WeighOptions, saved: _Saved, data: Data) -> Data:
+    """Refuse examples whose id or domain the weighting was not trained with; return the others.
 
     Raises:
         DataError: An example has no domain, or the weighting was not trained with its id or
@@ -198,9 +221,10 @@ def _check_rows(options: WeighOptions, saved: _Saved, data: Examples | Solutions
     if saved.weighting.row_key == "index":
         _check_known(options, [example.id for example in data.examples], saved.index, "id")
     if saved.domains:
-        require(data, "domain")
+        data = require(data, "domain")
         names = [str(example.domain) for example in data.examples]
         _check_known(options, names, saved.domains, "domain")
+    return data
 
 
 def _check_known(

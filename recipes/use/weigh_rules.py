@@ -34,15 +34,19 @@ def rule_weights(options: WeighOptions) -> tuple[Examples | Solutions, Tensor, T
     data: Examples | Solutions
     if options.by == "small-loss":
         prm, params = load_model(options)
-        data = read_examples(prm, options, options.file)
-        require(data, "labels")
+        data = require(read_examples(prm, options, options.file), "labels")
+        if options.within == "domain":
+            data = require(data, "domain")
         scores = -initial_losses(*step_scores_of(prm, params, data, options), data)
     else:
         data = read_solutions(options, options.file)
+        if options.by == "bis":
+            data = require(data, "labels")
+        if options.within == "domain":
+            data = require(data, "domain")
         scores = _bis(options, data) if options.by == "bis" else _draw(options, len(data))
     groups = None
     if options.within == "domain":
-        require(data, "domain")
         groups = [example.domain for example in data.examples]
     try:
         return data, keep_best(scores, options.keep, groups), scores
@@ -51,7 +55,6 @@ def rule_weights(options: WeighOptions) -> tuple[Examples | Solutions, Tensor, T
 
 
 def _bis(options: WeighOptions, data: Solutions) -> Tensor:
-    require(data, "labels")
     labels = step_labels(data.examples, max(len(example.steps) for example in data.examples))
     try:
         return balanced_information(labels, ~labels.isnan(), alpha=options.alpha)

@@ -336,14 +336,17 @@ def test_divergence_is_named(train, said, tmp_path, weighting, found, logged):
     assert not (tmp_path / "run" / "results.json").exists()
 
 
-def test_a_meta_batch_without_pairs_is_named(task, train, said, tmp_path):
+def test_a_meta_file_without_pairs_is_refused_before_the_run_begins(task, train, said, tmp_path):
     alone = altered(
         task.data / "meta.jsonl",
         tmp_path / "alone.jsonl",
         lambda place, row: row | {"group": str(place)},
     )
     assert train("--meta-file", str(alone), "--loss-target", "pairs") == 1
-    assert "instance_net, step 0: expected a question with both a right and a wrong" in said()
+    line = said()
+    assert f"{alone}: expected questions with both a right and a wrong solution" in line
+    assert "found none among 12 questions with 12 solutions" in line
+    assert not (tmp_path / "run").exists()
 
 
 def test_interruption_keeps_what_was_logged(train, capsys, monkeypatch, tmp_path):

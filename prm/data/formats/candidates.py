@@ -74,19 +74,20 @@ def read_test(record: Mapping[str, Any], location: Location) -> tuple[StepExampl
     domain = location.name(record, domain_key(record))
     examples = []
     for number, (text, truth) in enumerate(zip(texts, right, strict=True)):
-        if not isinstance(truth, bool):
-            location.refuse(f"true_false[{number}]", "true or false", truth)
-        steps = _split(text, f"candidates[{number}]", location)
-        examples.append(
-            _example(
-                location.default_id(raw, (question, text), number),
-                (question, images, group, domain),
-                steps,
-                final_answer(text) or "",
-                truth,
-                extra,
+        with location.one_of_several():
+            if not isinstance(truth, bool):
+                location.refuse(f"true_false[{number}]", "true or false", truth)
+            steps = _split(text, f"candidates[{number}]", location)
+            examples.append(
+                _example(
+                    location.default_id(raw, (question, text), number),
+                    (question, images, group, domain),
+                    steps,
+                    final_answer(text) or "",
+                    truth,
+                    extra,
+                )
             )
-        )
     return tuple(examples)
 
 
@@ -171,21 +172,22 @@ def read_mathcheck(record: Mapping[str, Any], location: Location) -> tuple[StepE
     examples = []
     given = location.listed(record["candidates"], "candidates", "candidates")
     for number, candidate in enumerate(given):
-        field = f"candidates[{number}]"
-        truth = _field(candidate, "auto_correct", field, location)
-        if not isinstance(truth, bool):
-            location.refuse(f"{field}.auto_correct", "true or false", truth)
-        text = _field(candidate, "response", field, location)
-        examples.append(
-            _example(
-                f"{raw}.{number}",
-                (question, images, raw, None),
-                _split(text, f"{field}.response", location),
-                final_answer(text) or "",
-                truth,
-                {**extra, "model": candidate.get("model")},
+        with location.one_of_several():
+            field = f"candidates[{number}]"
+            truth = _field(candidate, "auto_correct", field, location)
+            if not isinstance(truth, bool):
+                location.refuse(f"{field}.auto_correct", "true or false", truth)
+            text = _field(candidate, "response", field, location)
+            examples.append(
+                _example(
+                    f"{raw}.{number}",
+                    (question, images, raw, None),
+                    _split(text, f"{field}.response", location),
+                    final_answer(text) or "",
+                    truth,
+                    {**extra, "model": candidate.get("model")},
+                )
             )
-        )
     return tuple(examples)
 
 
@@ -202,28 +204,29 @@ def read_game24(record: Mapping[str, Any], location: Location) -> tuple[StepExam
     examples = []
     given = location.listed(record["candidates"], "candidates", "candidates")
     for number, candidate in enumerate(given):
-        field = f"candidates[{number}]"
-        steps, reach = [], []
-        listed = _field(candidate, "steps", field, location)
-        for count, step in enumerate(location.listed(listed, f"{field}.steps", "steps")):
-            inner = f"{field}.steps[{count}]"
-            text = location.text(_field(step, "text", inner, location), f"{inner}.text")
-            label = location.label(_field(step, "valid", inner, location), f"{inner}.valid")
-            steps.append(Step(text, label))
-            reach.append(step.get("reach"))
-        truth = _field(candidate, "correct", field, location)
-        if truth not in (0, 1):
-            location.refuse(f"{field}.correct", "0 or 1", truth)
-        examples.append(
-            _example(
-                f"{raw}.{number}",
-                (question, (), raw, None),
-                tuple(steps),
-                final_answer(steps[-1].text) or "",
-                bool(truth),
-                {"puzzle": puzzle, "reach": reach},
+        with location.one_of_several():
+            field = f"candidates[{number}]"
+            steps, reach = [], []
+            listed = _field(candidate, "steps", field, location)
+            for count, step in enumerate(location.listed(listed, f"{field}.steps", "steps")):
+                inner = f"{field}.steps[{count}]"
+                text = location.text(_field(step, "text", inner, location), f"{inner}.text")
+                label = location.label(_field(step, "valid", inner, location), f"{inner}.valid")
+                steps.append(Step(text, label))
+                reach.append(step.get("reach"))
+            truth = _field(candidate, "correct", field, location)
+            if truth not in (0, 1):
+                location.refuse(f"{field}.correct", "0 or 1", truth)
+            examples.append(
+                _example(
+                    f"{raw}.{number}",
+                    (question, (), raw, None),
+                    tuple(steps),
+                    final_answer(steps[-1].text) or "",
+                    bool(truth),
+                    {"puzzle": puzzle, "reach": reach},
+                )
             )
-        )
     return tuple(examples)
 
 

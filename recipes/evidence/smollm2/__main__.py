@@ -39,7 +39,7 @@ from recipes.evidence.smollm2.game24 import FILE, Sizes, write_parts
 from recipes.evidence.smollm2.position import auc_by_position, position_scores
 from recipes.evidence.smollm2.weights import gguf_file, write_model
 from recipes.loading import read_solutions
-from recipes.options.base import PrmOptions
+from recipes.options.base import LoaderOptions
 from recipes.options.parse import cold_start_options, to_yaml, train_options
 from recipes.options.train import ColdStartOptions, LowerOptions, TrainOptions
 from recipes.options.use import ScoreOptions
@@ -137,7 +137,7 @@ def scores_of(model: Path, work: Path, name: str, threads: int) -> list[Tensor]:
             eval_batch_size=8,
         )
     )
-    ids = [example.id for example in read_solutions(PrmOptions(), str(data)).examples]
+    ids = [example.id for example in read_solutions(LoaderOptions(), str(data)).examples]
     return [torch.tensor(row.step_scores) for row in scores_for(output, ids, data)]
 
 
@@ -200,14 +200,14 @@ def check(given: argparse.Namespace) -> dict[str, Any]:
     runs: dict[str, LowerOptions] = {"cold start": cold, "No Selection": plain, "Instance Net": net}
     for options in runs.values():
         once(options, run_cold_start if options is cold else run_training)
-    test = read_solutions(PrmOptions(), str(work / "data" / "test.jsonl")).examples
-    train = read_solutions(PrmOptions(), cold.train_file).examples
+    test = read_solutions(LoaderOptions(), str(work / "data" / "test.jsonl")).examples
+    train = read_solutions(LoaderOptions(), cold.train_file).examples
     judges: dict[str, list[Tensor]] = {"place of the step only": position_scores(train, test)}
     models = {name: Path(options.output_dir) / "model" for name, options in runs.items()}
     for name, path in {"SmolLM2 as it comes": model, **models}.items():
         file = name.lower().replace(" ", "-")
         judges[f"PRM: {name}"] = scores_of(path, work, file, given.threads)
-    candidates = read_scored_candidates(PrmOptions(), str(work / "data" / "test.jsonl"))
+    candidates = read_scored_candidates(LoaderOptions(), str(work / "data" / "test.jsonl"))
     return {
         "rows": figures(candidates, judges),
         "n_questions": len(candidates.groups),

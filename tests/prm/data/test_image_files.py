@@ -112,3 +112,12 @@ def test_each_path_is_looked_at_once(root, monkeypatch):
         assert images.problem(root / "none.png") is not None
     assert len(looked) == 2
     assert list(images.problems) == [str(root / "none.png")]
+
+
+def test_a_header_tells_that_a_picture_cannot_be_used(root):
+    """What decoding refuses, and a header shows, is found without decoding."""
+    Image.new("F", (8, 8)).save(root / "floats.tiff")
+    Image.new("I;16", (8, 8)).save(root / "sixteen.png")
+    images = ImageFiles(root, check="header")
+    assert "Pillow mode 'F'" in images.problem(root / "floats.tiff").found
+    assert images.problem(root / "sixteen.png") is None

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from prm.data.reader import read_jsonl, write_jsonl
+from prm.data.reader import iter_rows, read_jsonl, write_jsonl
 from prm.data.records import parse_record
 from prm.schema import DataError, Step, StepExample
 from tests.prm.tiny import save_image
@@ -118,12 +118,39 @@ def test_bad_line_is_refused_with_its_place(tmp_path, bad, field, expected, foun
     assert all(part in message for part in (error.expected, error.found, field or ""))
 
 
-@pytest.mark.parametrize("mark", [b"\xef\xbb\xbf", b"\xff\xfe", b"\xfe\xff"])
-def test_byte_order_mark_is_refused(tmp_path, mark):
+@pytest.mark.parametrize("mark", [b"\xff\xfe", b"\xfe\xff"])
+def test_a_mark_of_utf16_is_named(tmp_path, mark):
     path = write(tmp_path, mark + line().encode())
-    with pytest.raises(DataError, match="byte order mark") as caught:
+    with pytest.raises(DataError, match="UTF-16 byte order mark; save the file as") as caught:
         read_jsonl(path)
     assert (caught.value.file, caught.value.line) == (path, 1)
+
+
+def test_one_object_that_holds_lists_of_records_is_read_as_these(tmp_path):
+    path = tmp_path / "pretty.json"
+    first, second, third = ({**GOOD, "id": name} for name in "abc")
+    path.write_text(json.dumps({"u1": [first, second], "u2": [third]}, indent=2))
+    assert [(row.line, row.examples[0].id) for row in iter_rows(path)] == [
+        (1, "a"), (2, "b"), (3, "c"),
+    ]  # fmt: skip
+    path.write_text(json.dumps({"u1": [first, second], "u2": [{**third, "steps": []}]}))
+    assert [row.line for row in iter_rows(path) if isinstance(row, DataError)] == [3]
+    path.write_text('{"u1": []}')  # holds nothing: an error, not no row
+    assert [row.line for row in iter_rows(path) if isinstance(row, DataError)] == [1]
+    # A record of a known format stays one, though it holds lists of objects.
+    turn = {"role": "user", "content": "### Question: q\n\n### Solution Process:\ns"}
+    path.write_text(json.dumps({"messages": [turn, {"role": "assistant", "content": "+"}]}))
+    assert [row.format for row in iter_rows(path)] == ["messages"]
+
+
+def test_the_formats_are_listed_once(tmp_path):
+    path = write(tmp_path, '{"a": 1}', '{"a": 1}', '{"b": 1}', line())
+    errors = [row for row in iter_rows(path) if isinstance(row, DataError)]
+    assert [error.line for error in errors] == [1, 2, 3]
+    assert "dreamprm-test" in errors[0].expected
+    for error, key in zip(errors[1:], "ab", strict=True):
+        assert error.expected == "a record of a known format, as listed for line 1"
+        assert error.found == f"the keys {key!r}"
 
 
 def test_empty_file_and_duplicate_id_are_refused(tmp_path):

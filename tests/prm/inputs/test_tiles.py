@@ -136,7 +136,7 @@ def test_orientation_of_a_photo_is_applied(tmp_path):
     assert read_image(path).size == (20, 80)
 
 
-@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGBA", "CMYK", "RGB"])
+@pytest.mark.parametrize("mode", ["1", "L", "P", "CMYK", "RGB"])
 def test_eight_bit_modes_become_rgb(tmp_path, mode):
     path = tmp_path / ("x.tiff" if mode == "CMYK" else "x.png")
     Image.new(mode, (8, 8), 0).save(path)
@@ -151,11 +151,113 @@ def test_palette_with_transparency_reads_without_a_warning(tmp_path):
     assert read_image(path).mode == "RGB"
 
 
-def test_sixteen_bits_are_refused(tmp_path):
+BLACK, WHITE = (0, 0, 0), (255, 255, 255)
+
+
+def ink(mode: str) -> Image.Image:
+    """Black ink on transparent ground: the left half is ink, the right half is transparent."""
+    image = Image.new("RGBA", (8, 4), (0, 0, 0, 0))
+    image.paste((0, 0, 0, 255), (0, 0, 4, 4))
+    return image if mode == "RGBA" else image.convert("LA").convert(mode)
+
+
+def save_with_key(path, mode: str) -> None:
+    """As ``ink``, where a single value of an image without alpha is the transparent one."""
+    keys = {"L": 7, "RGB": (7, 7, 7), "P": 1, "1": 255}
+    image = Image.new(mode, (8, 4), keys[mode])
+    if mode == "P":
+        image.putpalette([0, 0, 0, 9, 9, 9])
+    image.paste(0 if mode != "RGB" else BLACK, (0, 0, 4, 4))
+    image.save(path, transparency=keys[mode])
+
+
+@pytest.mark.parametrize("mode", ["LA", "RGBA", "L key", "RGB key", "P key", "1 key", "16 key"])
+def test_transparent_images_lie_on_white(tmp_path, mode):
     path = tmp_path / "x.png"
-    Image.fromarray(np.full((8, 8), 40_000, dtype=np.uint16)).save(path)
-    with pytest.raises(DataError, match="8 bits per channel, found Pillow mode 'I;16'"):
-        read_image(path)
+    if mode == "16 key":
+        values = np.full((4, 8), 300, dtype=np.uint16)
+        values[:, :4] = 0
+        Image.fromarray(values).save(path, transparency=300)
+    elif mode.endswith("key"):
+        save_with_key(path, mode.split()[0])
+    else:
+        ink(mode).save(path)
+    image = read_image(path)
+    assert image.mode == "RGB"
+    assert (image.getpixel((0, 0)), image.getpixel((7, 3))) == (BLACK, WHITE)
+
+
+@pytest.mark.parametrize("kind", ["gif", "webp", "tiff"])
+def test_other_formats_lie_on_white_too(tmp_path, kind):
+    path = tmp_path / f"x.{kind}"
+    ink("RGBA").save(path, **({"lossless": True} if kind == "webp" else {}))
+    image = read_image(path)
+    assert (image.getpixel((0, 0)), image.getpixel((7, 3))) == (BLACK, WHITE)
+
+
+@pytest.mark.parametrize("mode", ["PA", "La", "RGBa"])
+def test_palettes_with_alpha_and_premultiplied_alpha_lie_on_white(tmp_path, monkeypatch, mode):
+    """No file of these formats opens so today, but Pillow has the modes."""
+    path = save_image(tmp_path / "x.png", 8, 8)
+    if mode == "PA":
+        image = Image.new("P", (8, 4), 0)
+        image.putalpha(ink("RGBA").getchannel("A"))
+    else:
+        image = ink({"La": "LA", "RGBa": "RGBA"}[mode]).convert(mode)
+    assert image.mode == mode
+    monkeypatch.setattr(Image, "open", lambda *_, **__: image)
+    read = read_image(path)
+    assert (read.getpixel((0, 0)), read.getpixel((7, 3))) == (BLACK, WHITE)
+
+
+def test_half_transparent_ink_is_half_as_dark_and_turned_as_told(tmp_path):
+    path = tmp_path / "x.png"
+    exif = Image.Exif()
+    exif[274] = 3  # half a turn
+    image = Image.new("RGBA", (2, 1), (100, 0, 200, 51))
+    image.putpixel((1, 0), (10, 20, 30, 0))
+    image.save(path, exif=exif)
+    read = read_image(path)
+    # 51 / 255 = 1/5: a fifth of the ink and four fifths of white.
+    assert [read.getpixel((x, 0)) for x in (0, 1)] == [WHITE, (224, 204, 244)]
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P"])
+def test_opaque_images_keep_their_bits(tmp_path, mode):
+    path = tmp_path / "x.png"
+    noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8))
+    image = noise.convert({"LA": "L", "P": "P"}.get(mode, "RGB"))
+    expected = np.asarray(image.convert("RGB"))
+    if mode == "P":
+        image.save(path, transparency=bytes([255] * 256))
+    else:
+        image.putalpha(255)
+        image.save(path)
+    with Image.open(path) as saved:
+        assert saved.mode == mode
+    assert np.array_equal(np.asarray(read_image(path)), expected)
+
+
+@pytest.mark.parametrize("kind", ["png", "tiff"])
+def test_grey_values_of_sixteen_bits_are_scaled(tmp_path, kind):
+    path = tmp_path / f"x.{kind}"
+    values = np.array([[0, 128, 129, 257, 40_000, 65_535]], dtype=np.uint16)
+    Image.fromarray(values).save(path)
+    read = np.asarray(read_image(path))
+    # round(value / 257)
+    assert read[0, :, 0].tolist() == read[0, :, 2].tolist() == [0, 0, 1, 1, 156, 255]
+
+
+@pytest.mark.parametrize("dtype", [np.int32, np.float32])
+def test_values_without_a_known_range_are_refused_by_the_header_already(tmp_path, dtype):
+    path = tmp_path / "x.tiff"
+    Image.fromarray(np.full((8, 8), 400, dtype=dtype)).save(path)
+    for read in (read_image, image_size):
+        with pytest.raises(
+            DataError, match="8 bits per channel, or grey values of 16 bits"
+        ) as told:
+            read(path)
+        assert "Pillow mode" in told.value.found
 
 
 @pytest.mark.parametrize("kind", ["png", "jpg", "gif", "bmp", "webp", "tiff"])
@@ -193,6 +295,10 @@ def test_files_that_claim_more_pixels_than_anyone_needs_are_refused(tmp_path, si
         with pytest.raises(DataError, match=r"(pixels|size|limit)") as caught:
             read(path)
         assert caught.value.file == path
+        if size != (2**31 - 1, 1):  # of which Pillow makes no image at all
+            assert "at most 80,000,000 pixels" in caught.value.expected
+            assert caught.value.remedy.startswith("scale it down, for example")
+            assert "magick x.png -resize 4096x4096 small-x.png" in caught.value.remedy
 
 
 def test_the_largest_image_is_counted(tmp_path):

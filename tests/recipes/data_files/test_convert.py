@@ -134,3 +134,10 @@ def test_options_resolve():
     from recipes.data_files.options import ConvertOptions
 
     assert resolve(ConvertOptions, {"file": "f", "out": "o"}).to == "prm-jsonl"
+
+
+def test_the_root_of_the_images_is_not_told_for_a_file_without_images(tmp_path, capsys):
+    source, out = tmp_path / "rows.jsonl", tmp_path / "out.jsonl"
+    source.write_text('{"prompt": "1+1?", "completions": ["2"], "labels": [true]}\n')
+    assert convert(source, "--out", out) == 0
+    assert capsys.readouterr().out == f"{out}: 1 examples\n"

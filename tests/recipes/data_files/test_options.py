@@ -19,7 +19,7 @@ from recipes.data_files.options import (
     SplitOptions,
     ValidateOptions,
 )
-from recipes.options.base import PrmOptions
+from recipes.options.base import PrmOptions, ReadOptions
 
 KINDS = {
     "validate": ValidateOptions,
@@ -53,7 +53,8 @@ def test_every_option_is_read(kind):
             if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
                 read |= {node.attr} if node.value.id == "options" else set()
     named = {"meta", "test"}  # by getattr, in validate.py
-    shared = {f.name for f in fields(PrmOptions)}  # recipes.loading reads the rest of these
+    shared = {f.name for kind in (PrmOptions, ReadOptions) for f in fields(kind)}
+    # recipes.loading and recipes.bad_rows read the rest of these.
     assert {f.name for f in fields(KINDS[kind])} <= read | named | shared
 
 

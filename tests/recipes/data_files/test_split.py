@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import json
+import shutil
+import subprocess
+import sys
 from collections import Counter
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -11,8 +15,10 @@ from hypothesis import strategies as st
 
 from prm.data.reader import read_examples
 from recipes.__main__ import main
+from recipes.data_files import split as module
 from recipes.data_files.split import draw, exact_subset, parse_parts
 from recipes.options.values import OptionError
+from tests.prm.tiny import save_image
 
 WEIGHTS = st.lists(st.integers(1, 9), min_size=1, max_size=12)
 
@@ -150,3 +156,107 @@ def test_mistakes_leave_nothing_behind(source, tmp_path, capsys):
     out.mkdir()
     assert split(source, out, "a=1") == 2
     assert "exists; remove it" in capsys.readouterr().err
+
+
+def file_of(path: Path, *rows: dict) -> Path:
+    steps = [{"text": "s", "label": "+"}]
+    lines = [json.dumps({"id": f"r{n}", "steps": steps, **row}) for n, row in enumerate(rows)]
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return path
+
+
+def test_a_question_of_several_groups_stays_on_one_side(tmp_path, capsys):
+    rows = [{"question": "Same question?", "group": f"g{n}"} for n in range(6)]
+    rows += [{"question": f"Other {n}?", "group": f"g{n}"} for n in range(6, 12)]
+    source = file_of(tmp_path / "all.jsonl", *rows)
+    for seed in range(4):
+        out = tmp_path / f"{seed}"
+        assert split(source, out, "train=rest", "test=3", seed=seed) == 0
+        asked = {n: {e.question for e in part} for n, part in parts_of(out).items()}
+        assert not asked["train"] & asked["test"]
+        assert (len(asked["train"]), len(asked["test"])) == (4, 3)
+    assert "5 groups were joined with others that have the same question" in capsys.readouterr().out
+
+
+SAME = ["Compute 1+1.", "Compute 1+1. ", "Compute  1+1.", "compute 1+1.", "Comp\u200bute\t1+1."]
+SAME_ACCENT = ["Caf\u00e9?", "Cafe\u0301?", "CAF\u00c9?", "\ufeffcafe\u0301?"]
+
+
+@pytest.mark.parametrize("same", [SAME, SAME_ACCENT], ids=["spaces", "accents"])
+def test_the_same_question_written_otherwise_stays_on_one_side(tmp_path, same):
+    rows = [{"question": question} for question in (*same, "Other?", "Another?")]
+    source = file_of(tmp_path / "all.jsonl", *rows)
+    for seed in range(4):
+        out = tmp_path / f"{seed}"
+        assert split(source, out, "a=rest", "b=1", seed=seed) == 0
+        places = {n: {e.id for e in part} for n, part in parts_of(out).items()}
+        together = {f"r{n}" for n in range(len(same))}
+        assert together <= places["a"] or together == places["b"]
+
+
+def test_groups_are_joined_by_way_of_others_and_by_the_content_of_pictures(tmp_path):
+    save_image(tmp_path / "x.png", 8, 8)
+    shutil.copy(tmp_path / "x.png", tmp_path / "copy.png")
+    save_image(tmp_path / "y.png", 9, 9)
+    source = file_of(
+        tmp_path / "all.jsonl",
+        {"question": "A?", "group": "1"}, {"question": "B?", "group": "1"},
+        {"question": "B?", "group": "2"}, {"question": "b?"},  # 1 and 2 share B
+        {"question": "See?", "images": ["x.png"]}, {"question": "See?", "images": ["copy.png"]},
+        {"question": "See?", "images": ["y.png"]},  # another picture, another question
+    )  # fmt: skip
+    assert split(source, tmp_path / "three", "a=1", "b=1", "c=1") == 0
+    together = [
+        frozenset(int(json.loads(line)["id"][1:]) for line in path.read_text().splitlines())
+        for path in (tmp_path / "three").iterdir()
+    ]
+    assert set(together) == {frozenset({0, 1, 2, 3}), frozenset({4, 5}), frozenset({6})}
+    assert split(source, tmp_path / "four", "a=4") == 2
+
+
+def test_a_split_that_is_interrupted_leaves_no_part_and_can_be_repeated(
+    source, tmp_path, monkeypatch
+):
+    real, calls = module.write_jsonl, []
+
+    def once(*arguments):
+        calls.append(arguments)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        real(*arguments)
+
+    monkeypatch.setattr(module, "write_jsonl", once)
+    out = tmp_path / "parts"
+    assert split(source, out, "a=rest", "b=5") == 130
+    assert not out.exists()
+    monkeypatch.setattr(module, "write_jsonl", real)
+    assert split(source, out, "a=rest", "b=5") == 0
+    assert sorted(path.name for path in out.iterdir()) == ["a.jsonl", "b.jsonl"]
+
+
+def test_a_split_that_is_killed_leaves_no_part_and_can_be_repeated(source, tmp_path):
+    out = tmp_path / "parts"
+    code = (
+        "import os\n"
+        "from recipes.__main__ import main\n"
+        "from recipes.data_files import split\n"
+        "write = split.write_jsonl\n"
+        "def once(*given):\n"
+        "    write(*given)\n"
+        "    os.kill(os.getpid(), 9)\n"
+        "split.write_jsonl = once\n"
+        f"main(['data', 'split', {str(source)!r}, '--out', {str(out)!r}, '--parts', 'a=9', 'b=5'])"
+    )
+    assert subprocess.run([sys.executable, "-c", code]).returncode == -9
+    assert not out.exists()
+    assert split(source, out, "a=rest", "b=5") == 0
+    assert sorted(path.name for path in out.iterdir()) == ["a.jsonl", "b.jsonl"]
+
+
+def test_the_root_of_the_images_is_told_for_files_with_images(source, tmp_path, capsys):
+    assert split(source, tmp_path / "parts", "a=rest") == 0
+    assert "images are relative" not in capsys.readouterr().out
+    save_image(tmp_path / "x.png", 8, 8)
+    pictured = file_of(tmp_path / "pictured.jsonl", {"question": "See?", "images": ["x.png"]})
+    assert split(pictured, tmp_path / "more", "a=rest") == 0
+    assert f"images are relative to {tmp_path}: give it" in capsys.readouterr().out

@@ -118,7 +118,9 @@ def test_fillers_of_visualprms_converter(tmp_path):
     assert {tuple(error) for error in found["errors"]} == {("file", "line", "field", "message")}
     text = page(path)
     assert "all rows have the same id, a filler: examples are named by row" in text
-    assert "... and 10 more; --json FILE lists all" in text
+    missing = f"{path.parent}/images/000002.png"
+    assert text.count(missing) == 1  # one line for all 20
+    assert f"  {path}:3 (and 19 more rows: 6, 9, 12, 15, 18, ...): field image: " in text
     array = write_visualprm(tmp_path / "train.json", rows=60, images=3, array=True)
     assert figures(array) == found | {
         "files": [str(array)],
@@ -229,7 +231,7 @@ def test_several_files_are_one_set(tmp_path):
 
 @pytest.mark.parametrize(
     ("content", "expected"),
-    [(b"", "at least one row"), (b"[]", "at least one row"), (b"\xff\xfe{}", "without a mark")],
+    [(b"", "at least one row"), (b"[]", "at least one row"), (b"\xff\xfe{}", "JSON in UTF-8")],
 )
 def test_files_without_rows(tmp_path, content, expected):
     path = tmp_path / "empty.jsonl"
@@ -269,7 +271,7 @@ def test_command(tmp_path, capsys):
             "of rollouts), found the string 'good'",
         }
     ]
-    assert f"1 errors\n  {bad}:2: field steps[0].label: expected" in capsys.readouterr().out
+    assert f"errors in 1 row\n  {bad}:2: field steps[0].label: expected" in capsys.readouterr().out
     assert main(["data", "validate", str(tmp_path / "none.jsonl")]) == 2
     assert "none.jsonl: no such file" in capsys.readouterr().err
     assert main(["data", "validate", str(good), "--json", "no/such/folder.json"]) == 2
@@ -296,3 +298,68 @@ def test_memory_does_not_grow_with_the_length_of_rows(tmp_path):
     rows, grown = map(int, done.stdout.split())
     assert rows == 10_000
     assert grown < 15e6
+
+
+def candidates(number, *texts, **more):
+    row = {"id": f"q{number}", "question": f"question {number}", "candidates": list(texts)}
+    return row | {"true_false": [True] * len(texts), **more}
+
+
+def test_errors_are_counted_in_rows_and_equal_ones_told_once(tmp_path):
+    rows = [candidates(k, *[f"x = {c}" for c in range(16)], image=f"{k}.png") for k in range(12)]
+    text, found = validate(ValidateOptions(files=(str(write(tmp_path / "test.jsonl", *rows)),)))
+    assert (found["rows"], found["examples"], len(found["errors"])) == (12, 192, 12)
+    assert " 12 (100.0 %) rows that cannot be used" in text
+    assert "errors in 12 rows" in text
+    told = [line for line in text.splitlines() if "no file at" in line]
+    assert len(told) == len(set(told)) == 10
+    assert "... and 2 others" in text
+
+
+def test_a_group_with_two_questions_is_reported(tmp_path):
+    save_image(tmp_path / "x.png", 8, 8)
+    save_image(tmp_path / "same.png", 8, 8)
+    save_image(tmp_path / "other.png", 9, 9)
+    path = write(
+        tmp_path / "a.jsonl",
+        own(1, "+", group="g", question="Q one?"),
+        own(2, "+", group="g", question="Q other?"),
+        own(3, "+", group="g", question="q  one?\u200b"),  # the same, written otherwise
+        own(4, "+", group="h", question="Q?", images=["x.png"]),
+        own(5, "+", group="h", question="Q?", images=["same.png"]),
+        own(6, "+", group="h", question="Q?", images=["other.png"]),
+    )
+    text, found = validate(ValidateOptions(files=(str(path),)))
+    assert found["rows_of_another_question_in_group"] == 2
+    assert "solutions of another question than the first of their group; at 2, 6" in text
+
+
+def test_a_leak_is_an_error_with_a_status_of_its_own(tmp_path, capsys):
+    train = write(tmp_path / "train.jsonl", own(1, "+"))
+    meta = write(tmp_path / "meta.jsonl", own(2, "+", question="Cafe\u0301  at 5?"))
+    test = write(tmp_path / "test.jsonl", own(3, "+", question="CAF\u00c9 at 5?"), own(4, "+"))
+    apart = write(tmp_path / "apart.jsonl", own(5, "+"))
+    out = tmp_path / "out.json"
+
+    def check(*words: object) -> int:
+        return main(["data", "validate", *map(str, words), "--json", str(out), "--overwrite"])
+
+    assert check(train, "--meta", meta, "--test", apart) == 0
+    assert json.loads(out.read_text())["leaks"] == []
+    assert capsys.readouterr().out.endswith("no errors\n")
+    assert check(train, "--meta", meta, "--test", test) == 3
+    assert json.loads(out.read_text())["leaks"] == ["meta_test"]
+    said = capsys.readouterr().out
+    assert "a leak: meta and test share questions" in said
+    assert "no errors" not in said
+    assert check(train, "--meta", meta, "--test", meta) == 3  # identical files
+    assert check(test, "--test", test) == 3
+    bad = write(tmp_path / "bad.jsonl", own(1, "good"))
+    assert check(bad) == 1
+    assert check(bad, "--meta", meta, "--test", test) == 3
+
+
+def test_ids_that_two_sets_share_are_told(tmp_path):
+    first = write(tmp_path / "a.jsonl", own(1, "+"))
+    second = write(tmp_path / "b.jsonl", own(1, "+", question="another one"))
+    assert "test and train share no question, but 1 ids" in page(first, test=str(second))

@@ -52,6 +52,11 @@ def test_renamed_questions_are_found_by_words_and_pictures(picture):
     assert not find_leak(first, swapped, META, TEST)
 
 
+@pytest.mark.parametrize("other", ["cafe\u0301  ?", "CAF\u00c9 ?", "Caf\u00e9 ?\u200b"])
+def test_the_form_of_the_words_does_not_hide_a_leak(other):
+    assert find_leak([example("a", "Caf\u00e9 ?")], [example("b", other)], META, TEST).questions
+
+
 def test_pictures_are_read_only_where_words_agree():
     first = [example("a", "What?", Path("nowhere.png"))]
     assert not find_leak(first, [example("b", "How?", Path("gone.png"))], META, TEST)

@@ -262,6 +262,7 @@ def test_the_minima_are_those_of_the_options():
     least = {name: entry.least for name, entry in ENTRIES.items() if entry.least is not None}
     assert least == {
         "max_patches": 1,
+        "max_bad_rows": 0,
         "threads": 0,
         "seed": 0,
         "workers": 0,
@@ -300,5 +301,5 @@ def test_what_a_resumed_run_may_change():
     assert kinds["free"] == {
         *("resume", "output_dir", "on_existing", "progress", "threads", "workers"),
         *("log_every", "save_every", "keep_checkpoints", "on_trouble"),
-        *("dev_file", "test_file", "sanity_check"),
+        *("dev_file", "test_file", "sanity_check", "on_bad_row", "max_bad_rows"),
     }

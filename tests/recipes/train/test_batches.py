@@ -15,6 +15,7 @@ from recipes.train.batches import (
     lower_draw,
     lower_meta_draw,
     meta_batch,
+    mixed_questions,
     per_step,
     train_batch,
     upper_draw,
@@ -26,6 +27,7 @@ OPTIONS = train_options(train_file="t", output_dir="o", batch_size=3, meta_batch
 @dataclass(frozen=True)
 class Example:
     group: str
+    correct: bool
 
 
 @dataclass(frozen=True)
@@ -34,13 +36,14 @@ class Data:
 
     groups: tuple[str, ...]
     path: Path = Path("data.jsonl")
+    right: tuple[int, ...] = (0, 1, 3)
 
     def __len__(self):
         return len(self.groups)
 
     @property
     def examples(self):
-        return [Example(group) for group in self.groups]
+        return [Example(group, row in self.right) for row, group in enumerate(self.groups)]
 
     def batch(self, rows):
         return {"rows": torch.tensor(rows), "step_mask": torch.ones(len(rows), rows[-1] + 1)}
@@ -93,6 +96,20 @@ def test_a_meta_batch_is_no_larger_than_the_meta_set_and_no_smaller_than_a_quest
     pairs = replace(OPTIONS, loss_target="pairs")
     assert len(upper_draw(changed(pairs, meta_batch_size=100), META)(0)) == 3
     assert len(upper_draw(changed(pairs, meta_batch_size=1), META)(0)) == 1
+
+
+def test_pairs_are_drawn_from_mixed_questions_alone():
+    """One mixed question among three: every batch holds it, whatever the size."""
+    data = replace(META, right=(0, 1, 2, 4, 6))  # of "a" and "b" some or all, of "c" none
+    assert mixed_questions(data.examples) == ([[1, 4, 7]], 3)
+    for size in (1, 2, 6, 100):
+        draw = upper_draw(
+            changed(replace(OPTIONS, loss_target="pairs"), meta_batch_size=size), data
+        )
+        assert [draw(number) for number in range(20)] == [[[1, 4, 7]]] * 20
+    lower = lower_meta_draw(replace(OPTIONS, loss_target="pairs"), data)
+    assert [lower(number) for number in range(5)] == [[[1, 4, 7]]] * 5
+    assert count_visits(lower, 5, examples=8).tolist() == [0, 5, 0, 0, 5, 0, 0, 5]
 
 
 def test_groups_are_told_apart_within_a_batch():

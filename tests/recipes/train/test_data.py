@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
+from prm.data.bad_rows import BadRows
 from prm.schema import DataError, Step, StepExample
+from recipes.loading import Solutions
 from recipes.train.data import require
 
 
-@dataclass(frozen=True)
-class Data:
-    examples: list[StepExample]
-    path: Path = Path("train.jsonl")
+def data(examples: list[StepExample], *bad_rows: object) -> Solutions:
+    path = Path("train.jsonl")
+    bad = BadRows(path, *bad_rows)
+    bad.rows = len(examples)
+    return Solutions(path, examples, range(1, len(examples) + 1), bad)
 
 
 def example(**more):
@@ -56,11 +58,22 @@ FULL = example(domain="d", group="g", correct=False)
     ],
 )
 def test_the_first_example_that_lacks_something_is_named(what, lacking, message):
-    require(Data([FULL, FULL]), what)
+    require(data([FULL, FULL]), what)
     with pytest.raises(DataError) as error:
-        require(Data([FULL, lacking, FULL, lacking]), what)
+        require(data([FULL, lacking, FULL, lacking]), what)
     assert str(error.value) == f"train.jsonl:2: {message}"
 
 
 def test_one_label_suffices_whichever_it_is():
-    require(Data([example(steps=(Step("s"), Step("t", 0.0)))]), "labels")
+    require(data([example(steps=(Step("s"), Step("t", 0.0)))]), "labels")
+
+
+def test_examples_that_lack_something_are_left_out_on_request():
+    unlabelled = example(id="b", steps=(Step("s"),))
+    given = data([FULL, unlabelled, FULL, FULL], "skip", 0.3)
+    left = require(given, "labels")
+    assert (left.examples, left.lines) == ([FULL, FULL, FULL], [1, 3, 4])
+    (row,) = given.bad.left_out
+    assert (row.line, row.field, row.id) == (2, "steps[].label", "b")
+    with pytest.raises(DataError, match=r"found 2 of 4 rows \(50.0 %\); the first is line 1"):
+        require(data([unlabelled, FULL, unlabelled, FULL], "skip", 0.3), "labels")

@@ -20,13 +20,13 @@ from prm.scoring import score_examples, step_scores
 from recipes.__main__ import main
 from recipes.evaluation.candidates import step_scores_of
 from recipes.loading import load_model, read_examples
-from recipes.options.parse import resolve
+from recipes.options.parse import changed, resolve
 from recipes.options.train import ColdStartOptions, TrainOptions
 from recipes.run.errors import WriteError
 from recipes.train.cold_start import run_cold_start
 from recipes.train.training import run_training
 from recipes.train.weight_report import initial_losses
-from tests.tiny_task import SIZES, model_bits, read_lines
+from tests.tiny_task import SIZES, altered, model_bits, read_lines
 from weighting import Clip, DomainTable, InstanceNet, InstanceTable, Sigmoid, load_weighting
 
 COLD = {"args.yaml", "env.json", "log.jsonl", "model", "results.json"}
@@ -386,6 +386,26 @@ def test_meta_run_on_whole_questions(task, tmp_path):
     assert read_lines(run / "log.jsonl")[0]["lower_loss"] == pytest.approx(
         sum(pairs) / len(pairs), rel=1e-5
     )
+
+
+def test_pairs_need_one_mixed_question_only_and_resume_to_the_same_bits(task, tmp_path, capsys):
+    """One of six questions is mixed, and every meta batch holds it."""
+    order: list[str] = []
+
+    def all_alike(place, row):
+        order.append(row["group"])
+        return row if row["group"] == order[0] else row | {"correct": row["group"] < order[0]}
+
+    meta = altered(task.data / "meta.jsonl", tmp_path / "meta.jsonl", all_alike)
+    more = {"meta_file": str(meta), "loss_target": "pairs", "meta_batch_size": 1, "steps": 6}
+    whole = run_training(task.train(tmp_path / "whole", **more))
+    assert "1 of 6 questions have right and wrong solutions" in capsys.readouterr().out
+    assert len(read_lines(whole / "log.jsonl")) == 6
+    run = run_training(task.train(tmp_path / "run", save_every=3, **more))
+    (run / "results.json").unlink()
+    run_training(changed(options_of(run), resume=str(run / "checkpoints" / "step-3")))
+    assert model_bits(run) == model_bits(whole)
+    assert (run / "weights.jsonl").read_bytes() == (whole / "weights.jsonl").read_bytes()
 
 
 def test_no_steps_at_all_evaluates_the_start(task, cold, tmp_path):

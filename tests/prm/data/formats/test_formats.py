@@ -28,7 +28,7 @@ def read(folder: Path, *records, **more) -> list[StepExample]:
 
 
 def first_error(folder: Path, record, **more) -> DataError:
-    (error,) = iter_rows(write(folder, record), **more)
+    error = next(iter(iter_rows(write(folder, record), **more)))
     assert isinstance(error, DataError)
     assert (error.file, error.line) == (folder / "data.json", 1)
     return error

@@ -1,0 +1,38 @@
+"""What commands do with rows that they cannot use, and the list of those that they leave out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+from prm.data.bad_rows import BadRows, write_bad_rows
+
+SKIPPED = ".skipped.jsonl"
+"""What the name of a list of rows that were left out ends with."""
+_HINT = "mend it, or leave such rows out with --on-bad-row skip"
+
+
+def bad_rows_of(options: Any, path: Path) -> BadRows:
+    """Return what takes the bad rows of a file, by ``on_bad_row`` and ``max_bad_rows``."""
+    if options.on_bad_row == "refuse":
+        return BadRows(path, hint=_HINT)
+    return BadRows(path, "skip", options.max_bad_rows)
+
+
+def report_bad_rows(several: Iterable[BadRows], output: Path, tell: Callable[[str], None]) -> None:
+    """Tell what was left out of several files, and list it in the file ``output``, if anything was.
+
+    Raises:
+        OSError: The list cannot be written.
+    """
+    lost = [bad for bad in several if bad.left_out]
+    if lost:
+        write_bad_rows(output, lost)
+        for bad in lost:
+            tell(f"{bad}, listed in {output}")
+
+
+def skipped_path(output: Path) -> Path:
+    """Return the path of the list of what was left out, beside an output."""
+    return output.with_name(output.name + SKIPPED)
