@@ -43,6 +43,7 @@ from bilevel.fit import (
     losses,
     progress,
 )
+from bilevel.functional import Functional, functional
 from bilevel.hypergradients.base import (
     Hypergradient,
     HypergradientResult,
@@ -98,6 +99,7 @@ __all__ = [
     "Dot",
     "Exact",
     "FitStep",
+    "Functional",
     "Ghost",
     "Hypergradient",
     "HypergradientCheck",
@@ -152,6 +154,7 @@ __all__ = [
     "compare_hypergradients",
     "early_stop",
     "fit",
+    "functional",
     "load_checkpoint",
     "log",
     "losses",

@@ -56,3 +56,52 @@ def check_eps(owner: object, eps: float, least: float, dtype: torch.dtype, remed
             f"{type(owner).__name__}: eps={eps:g} is lost in {dtype}, the precision of the "
             f"moments, so a gradient of 0 would become NaN; {remedy}"
         )
+
+
+def refuse_processes() -> None:
+    """Refuse to train in several processes, whose parameters would drift apart.
+
+    Raises:
+        RuntimeError: ``torch.distributed`` runs more than one process.
+    """
+    distributed = torch.distributed
+    if distributed.is_available() and distributed.is_initialized():
+        size = distributed.get_world_size()
+        if size > 1:
+            raise RuntimeError(
+                f"bilevel: torch.distributed runs {size} processes, whose gradients are not "
+                "averaged here, so that their parameters would drift apart; run one process"
+            )
+
+
+def refuse_data_parallel(value: object) -> None:
+    """Refuse a module or tensor that is spread over processes.
+
+    Args:
+        value: A module, its submodules included, or a tensor.
+
+    Raises:
+        ValueError: It is wrapped by ``DistributedDataParallel``, ``FullyShardedDataParallel`` or
+            ``DataParallel``, or a parameter is a ``DTensor``.
+    """
+    if isinstance(value, torch.nn.Module):
+        for name, module in value.named_modules():
+            kind = type(module).__name__
+            if kind in _WRAPPERS:
+                raise ValueError(
+                    f"bilevel: {name or 'the module'} is wrapped by {kind}, whose averaging of "
+                    "gradients does not happen here; give the module inside (.module), and run one "
+                    "process"
+                )
+        for parameter in value.parameters():
+            refuse_data_parallel(parameter)
+    elif isinstance(value, torch.Tensor) and type(value).__name__ == "DTensor":
+        raise ValueError(
+            "bilevel: a parameter is a DTensor, spread over processes (fully_shard or tensor "
+            "parallelism), which is not supported yet; give whole tensors "
+            "(parameter.full_tensor()) and run one process"
+        )
+
+
+# By name: a class of theirs is only loaded where one of them is used.
+_WRAPPERS = ("DistributedDataParallel", "FullyShardedDataParallel", "DataParallel")

@@ -43,8 +43,8 @@ ALLOWED = {
 
 LAYERS = {
     "bilevel": (
-        ("tree", "checks"),
-        ("problem", "optimizers"),
+        ("tree", "checks", "module_copy"),
+        ("problem", "optimizers", "functional", "inputs"),
         ("autodiff", "state"),
         ("lower",),
         ("routes",),
