@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Generic, TypeAlias, TypeGuard, TypeVar
 
-from jaxtyping import Float, Int
+import torch
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from bilevel import tree
@@ -98,9 +99,15 @@ class ReweightingProblem(Generic[Lower, Upper, BatchT]):
         """Return checked per-example losses and features, detached if so declared.
 
         Raises:
-            ValueError: The losses are not a vector.
+            ValueError: Not a pair, or the losses are not a vector.
         """
-        losses, features = self.per_example_loss(lower_params, batch)
+        found: object = self.per_example_loss(lower_params, batch)
+        if not isinstance(found, tuple | list) or len(found) != 2:
+            raise ValueError(
+                f"per_example_loss: expected (losses [batch], features), found a "
+                f"{type(found).__name__}; return (losses, None) where there are no features"
+            )
+        losses, features = found
         if not isinstance(losses, Tensor) or losses.dim() != 1:
             kind = tuple(losses.shape) if isinstance(losses, Tensor) else type(losses).__name__
             raise ValueError(
@@ -117,13 +124,14 @@ class ReweightingProblem(Generic[Lower, Upper, BatchT]):
         """Return the weights that go with these losses.
 
         Raises:
-            ValueError: The shapes differ.
+            ValueError: Not a tensor, or the shapes differ.
         """
-        weights = self.weights(upper_params, batch, features)
-        if weights.shape != losses.shape:
+        weights: object = self.weights(upper_params, batch, features)
+        if not isinstance(weights, Tensor) or weights.shape != losses.shape:
+            found = tuple(weights.shape) if isinstance(weights, Tensor) else type(weights).__name__
             raise ValueError(
                 f"weights: expected one per loss, shape {tuple(losses.shape)}, found "
-                f"{tuple(weights.shape)}"
+                f"{found if isinstance(found, tuple) else 'a ' + found}"
             )
         return weights
 
@@ -150,6 +158,16 @@ def weighted_mean(
     whose weights are small takes a small step.
     """
     return (weights * losses).mean()
+
+
+def dropped(
+    weights: Float[Tensor, " batch"], losses: Float[Tensor, " batch"]
+) -> Bool[Tensor, " batch"]:
+    """Return which examples have no part in a step: weight exactly 0, and no finite loss.
+
+    Their gradient is not finite either, and 0 times it is NaN.
+    """
+    return (weights == 0.0) & ~torch.isfinite(losses)
 
 
 def lower_value(

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from bilevel import tree
+from bilevel.autodiff.recomputation import watched_backward
 from bilevel.problem import Batch, Params, Problem, detached, upper_value
 from bilevel.tree import T, Tree, TreeT
 
@@ -35,17 +36,19 @@ def gradients(
         params: A tree of leaves that require grad, or None.
         cotangents: One cotangent per output. None means ones.
         create_graph: Whether the result can be differentiated again.
+
+    Raises:
+        RecomputationError: A part of the model was recomputed with other parameters.
     """
     leaves, structure = optree.tree_flatten(params, none_is_leaf=True)
     wanted = [index for index, leaf in enumerate(leaves) if leaf is not None]
     used = [index for index, output in enumerate(outputs) if output.requires_grad]
     result: list[Tensor | None] = [None] * len(leaves)
     if wanted and used:
-        grads = torch.autograd.grad(
+        grads = watched_backward(
             [outputs[index] for index in used],
             [leaves[index] for index in wanted],
             None if cotangents is None else [cotangents[index] for index in used],
-            allow_unused=True,
             create_graph=create_graph,
         )
         for index, gradient in zip(wanted, grads, strict=True):
@@ -62,12 +65,13 @@ def dense(gradient: Tensor | None) -> Tensor | None:
 
 
 class UpperGradient(NamedTuple):
-    """The upper loss, its gradients v with respect to θ and φ (the direct one), and its aux."""
+    """The upper loss, its gradients v with respect to θ and φ (the direct one), aux and notes."""
 
     loss: Tensor
     lower: Tree
     direct: Tree
     aux: Any = None
+    notes: tuple[str, ...] = ()
 
 
 def upper_gradient(
@@ -82,4 +86,11 @@ def upper_gradient(
         lower, upper = as_leaves(lower_params), as_leaves(upper_params)
         loss, aux = upper_value(problem, lower, upper, batch)
         v, direct = gradients([loss], (lower, upper))
-    return UpperGradient(loss.detach(), v, direct, detached(aux))
+    notes = () if tree.leaves(v) or not tree.leaves(lower) else (_IGNORES_LOWER,)
+    return UpperGradient(loss.detach(), v, direct, detached(aux), notes)
+
+
+_IGNORES_LOWER = (
+    "the upper loss does not depend on the lower parameters, so the lower level has no part in the "
+    "hypergradient: let it use those that it is given (bilevel.functional calls a module with them)"
+)

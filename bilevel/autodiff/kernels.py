@@ -86,9 +86,8 @@ def _advice(routes: str) -> Iterator[None]:
         if "captured Tensor" in text:
             raise RuntimeError(
                 f"the loss writes into a tensor that is not its argument: {text}. If it is a "
-                "module's buffer (batch normalisation in training mode), pass a copy: "
-                "functional_call(module, {**params, **{k: b.clone() for k, b in "
-                "module.named_buffers()}}, ...)"
+                "module's buffer (batch normalisation in training mode), call the module by "
+                "f = bilevel.functional(module), f(params, ...), which clones buffers for each call"
             ) from error
         raise RuntimeError(
             f"a torch operation lacks the derivative that this route needs: {text}. Use "

@@ -7,6 +7,9 @@ test also fails under a release that is not among ``TRIED``, with a message on w
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -21,6 +24,8 @@ NAMES = (
     "torch._C._set_grad_enabled",
     "torch._C._set_fwd_grad_enabled",
     "torch._C._is_fwd_grad_enabled",
+    "torch.autograd.graph._engine_run_backward",
+    "torch._C.DisableTorchFunction",
 )
 
 # What ``torch.no_grad`` and its like call, as a ``TorchFunctionMode`` sees it.
@@ -60,3 +65,44 @@ def forward_gradients_are_on() -> bool:
     """
     on: bool = torch._C._is_fwd_grad_enabled()
     return on
+
+
+def run_backward(
+    outputs: Sequence[Tensor],
+    inputs: Sequence[Tensor],
+    cotangents: Sequence[Tensor] | None = None,
+    *,
+    create_graph: bool = False,
+    accumulate: bool = False,
+) -> Sequence[Tensor | None]:
+    """Return what ``torch.autograd.grad`` returns, None for inputs that no output depends on.
+
+    That function takes a torch function mode off before its backward pass; this one leaves it on,
+    so that the mode sees what the backward pass recomputes.
+
+    Args:
+        outputs: What is differentiated.
+        inputs: With respect to what.
+        cotangents: One cotangent per output; None: ones, for scalars.
+        create_graph: Whether the result can be differentiated again.
+        accumulate: Add the gradients to ``inputs[i].grad`` and return nothing, as
+            ``torch.autograd.backward`` does.
+    """
+    if cotangents is None:
+        cotangents = [torch.ones_like(output) for output in outputs]
+    gradients: Sequence[Tensor | None] = torch.autograd.graph._engine_run_backward(
+        tuple(outputs),
+        tuple(cotangents),
+        create_graph,
+        create_graph,
+        tuple(inputs),
+        True,
+        accumulate_grad=accumulate,
+    )
+    return gradients
+
+
+def function_modes_off() -> AbstractContextManager[None]:
+    """Return a context in which torch functions are called past all torch function modes."""
+    off: AbstractContextManager[None] = torch._C.DisableTorchFunction()
+    return off

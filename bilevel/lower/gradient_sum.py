@@ -23,6 +23,7 @@ from torch import Tensor
 
 from bilevel import tree
 from bilevel.autodiff.gradient import as_leaves, dense
+from bilevel.autodiff.recomputation import watched_backward
 from bilevel.tree import Tree
 
 
@@ -77,6 +78,8 @@ class GradientSum:
         if isinstance(factor, Tensor):
             # A number where that needs no transfer: it takes a fraction of the time.
             factor = float(factor) if factor.is_cpu else factor.to(grad)
+        if isinstance(factor, float) and factor == 0.0 and not torch.isfinite(grad).all():
+            grad = torch.zeros_like(grad)  # an example without a part in the step
         old = self._sums[index]
         if old is None:
             self._sums[index] = grad.mul_(factor) if own else grad * factor
@@ -140,7 +143,7 @@ class GradientStream:
         for terms in self._terms:
             terms.clear()
         if self._wanted and loss.requires_grad:
-            torch.autograd.backward([loss], inputs=self._wanted)
+            watched_backward([loss], self._wanted, accumulate=True)
         if self._direction is None:
             return None
         return tree.total([term for terms in self._terms for term in terms], like=self._direction)

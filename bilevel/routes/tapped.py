@@ -122,12 +122,16 @@ def _weighted(
     run: _Run, weights: Tensor, direction: list[Tensor | None] | None, keep: bool
 ) -> tuple[Tree, str | None]:
     """Return the gradient weighted per example, or why there is none."""
-    run.taps.weight(weights, run.owners, direction, keep)
+    run.taps.weight(weights, run.owners, direction, keep, run.losses)
     leaves = (run.tracker.visible, run.tracker.collectors)
     try:
-        escaped, grads = gradients([run.losses.mean()], leaves)
+        with run.tracker:  # Also for a part that is recomputed with the parameters of this call.
+            escaped, grads = gradients([run.losses.mean()], leaves)
     except CheckpointError:
-        return None, "activation checkpointing runs parts of the model again, without their taps"
+        return None, (
+            "activation checkpointing runs parts of the model again with other parameters than the "
+            "call's; call the module by bilevel.functional(module)"
+        )
     if tree.leaves(escaped):
         return None, (
             f"parameters {list(tree.flatten(escaped))} got a gradient past every torch operation "

@@ -5,7 +5,7 @@ the parameter's value and has a tap on its output (``operations``). In the backw
 receives the gradient b of the *unweighted* loss, row by row. Input gradients flow on as usual, and
 the tap computes from b the parameter's gradient weighted per example and the products (``uses``),
 which the micro-batch's ``context.Context`` collects. No module is wrapped or hooked, so the loss
-may be any pure function, such as ``torch.func.functional_call`` of any module.
+may be any pure function, such as ``bilevel.functional`` of any module.
 
 Every operation of a parameter and of what is computed from the batch (``origin``) must have the
 examples in its leading dimension, or the owners of its rows must be declared in

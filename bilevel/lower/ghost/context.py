@@ -11,7 +11,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from bilevel import tree
+from bilevel.autodiff.torch_private import function_modes_off
 from bilevel.lower.ghost.rows import RowGradients
+from bilevel.problem import dropped
 
 
 class Use(Protocol):
@@ -76,6 +78,7 @@ class Context:
         self._keep: int | None = None
         self._entries_limit = entries_limit
         self._all_one = False
+        self._dropped: Tensor | None = None
         self._owners: Mapping[int, Tensor] = {}
         self._pending: list[Pending] = []
 
@@ -85,6 +88,7 @@ class Context:
         owners: Mapping[int, Int[Tensor, " rows"]],
         direction: Direction | None,
         keep: bool,
+        losses: Float[Tensor, " batch"] | None = None,
     ) -> None:
         """Request gradients weighted per example, and products with a direction.
 
@@ -95,11 +99,17 @@ class Context:
             owners: The example of each row, by the number of rows.
             direction: The direction of the products, or None.
             keep: Whether per-row gradients are kept for products with a later direction.
+            losses: The losses, by which examples without a part in the step are known (``dropped``
+                of ``bilevel.problem``): their rows are left out. None: there are none.
         """
         self.weights, self._direction = weights, direction
         self._keep = self._entries_limit if keep else None
         self._owners = owners
-        self._all_one = bool((weights == 1.0).all())
+        gone = torch.zeros_like(weights, dtype=torch.bool)
+        if losses is not None:
+            gone = dropped(weights, losses.detach())
+        self._all_one, any_gone = torch.stack([(weights == 1.0).all(), gone.any()]).tolist()
+        self._dropped = gone if any_gone else None
         self.dots = weights.new_zeros(weights.shape, dtype=tree.wide_dtype(weights.dtype))
 
     def later_dots(self, direction: Direction) -> Float[Tensor, " batch"]:
@@ -118,6 +128,8 @@ class Context:
         """Return the gradients of a use's parameters, in their dtype, and record the products."""
         if self.weights is None:
             return _cast(use.gradients(b, saved), entries)
+        if self._dropped is not None:
+            b, saved = self._without_dropped(b, saved)
         plain = use.gradients(b, saved) if self._all_one else None
         if plain is not None and self._keep is None and self._direction is None:
             return _cast(plain, entries)
@@ -136,6 +148,20 @@ class Context:
             if weighted is not None:
                 result.append(weighted)
         return _cast(result if plain is None else plain, entries)
+
+    def _without_dropped(
+        self, b: Tensor, saved: Sequence[Tensor]
+    ) -> tuple[Tensor, Sequence[Tensor]]:
+        """Return zeros in the rows of dropped examples, and nothing that makes NaN of 0."""
+        assert self._dropped is not None
+        owner = self._owners.get(len(b))
+        rows = self._dropped if owner is None else self._dropped[owner]
+        b = b.masked_fill(rows.view(-1, *[1] * (b.dim() - 1)), 0.0)
+        finite = [
+            torch.nan_to_num(one, 0.0, 0.0, 0.0) if one.is_floating_point() else one
+            for one in saved
+        ]
+        return b, finite
 
     def _along(self, entry: Tracked) -> Tensor | None:
         return None if self._direction is None else entry.tangent(self._direction)
@@ -182,7 +208,8 @@ class Tap(torch.autograd.Function):
     def backward(ctx: Any, b: Tensor) -> Any:
         """Return b itself for the output, and the shadows' gradients."""
         _, *saved = ctx.saved_tensors  # Unpacked once: checkpointing allows no second time.
-        gradients = ctx.context.backward(ctx.use, b, saved, ctx.entries)
+        with function_modes_off():  # They are there for what is recomputed, not for this.
+            gradients = ctx.context.backward(ctx.use, b, saved, ctx.entries)
         return b, None, None, None, None, *([None] * len(saved)), *gradients
 
 

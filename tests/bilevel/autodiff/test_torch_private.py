@@ -7,10 +7,18 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.overrides import TorchFunctionMode
 
 import bilevel
 from bilevel.autodiff import torch_private
-from bilevel.autodiff.torch_private import NAMES, TRIED, softmax_tangent, transform_is_active
+from bilevel.autodiff.torch_private import (
+    NAMES,
+    TRIED,
+    function_modes_off,
+    run_backward,
+    softmax_tangent,
+    transform_is_active,
+)
 
 # torch compiles some of its forward-mode formulas with its deprecated compiler.
 pytestmark = pytest.mark.filterwarnings(r"ignore:.*torch\.jit:DeprecationWarning")
@@ -61,6 +69,51 @@ def test_transforms_are_seen_while_they_last():
         square(torch.autograd.forward_ad.make_dual(x, x))
     torch.autograd.grad(square(x.requires_grad_()), x)
     assert seen[3:] == [False, False, False]
+
+
+class Calls(TorchFunctionMode):
+    """Counts the functions that it sees."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        self.names.append(func.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+def test_the_backward_pass_gives_the_gradients_of_grad_and_leaves_modes_on():
+    class Twice(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return 2 * x
+
+        @staticmethod
+        def backward(ctx, b):
+            return torch.mul(b, 2)
+
+    x, unused = torch.randn(3, requires_grad=True), torch.randn(2, requires_grad=True)
+    cotangent = torch.randn(3)
+    (expected,) = torch.autograd.grad([Twice.apply(x).sin()], [x], [cotangent])
+    with Calls() as calls:
+        output = Twice.apply(x).sin()
+        calls.names.clear()
+        found, nothing = run_backward([output], [x, unused], [cotangent])
+    assert calls.names == ["mul"]
+    assert torch.equal(found, expected)
+    assert nothing is None
+    (slope,) = run_backward([x.square().sum()], [x], create_graph=True)
+    assert torch.equal(slope, 2 * x)
+    assert torch.equal(run_backward([slope.sum()], [x])[0], torch.full((3,), 2.0))
+    run_backward([x.square().sum()], [x], accumulate=True)
+    assert torch.equal(x.grad, 2 * x)
+
+
+def test_modes_are_off_within():
+    with Calls() as calls, function_modes_off():
+        torch.ones(2).add(1)
+    assert calls.names == []
 
 
 def test_no_other_module_names_a_private_function():

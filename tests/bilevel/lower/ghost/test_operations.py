@@ -426,8 +426,9 @@ def test_gradients_past_the_taps_are_noticed():
     assert_falls_back(problem, params, batch, "past every torch operation")
 
 
-def test_activation_checkpointing_is_left_to_jvp():
+def test_a_part_that_is_recomputed_has_its_taps():
     params, batch = {"w": draw(SIZE, SIZE), "g": draw(SIZE)}, batch_of()
+    direction = {name: torch.randn_like(leaf) for name, leaf in params.items()}
 
     def output(p, b):
         def part(x):
@@ -435,9 +436,33 @@ def test_activation_checkpointing_is_left_to_jvp():
 
         return checkpoint(part, b["x"] @ p["w"], use_reentrant=False)
 
-    with pytest.raises(Refusal, match=r"activation checkpointing.*Auto\(\)"):
-        lower_pass(problem_of(output), Ghost(), params, WEIGHTS, [batch])
-    assert_falls_back(problem_of(output), params, batch, "activation checkpointing")
+    problem = problem_of(output)
+    examples = per_example_gradients(problem, params, batch)
+    products = torch.stack([tree.vdot(gradient, direction) for gradient in examples]) / BATCH
+    for route, known in ((Ghost(), True), (PerExample(), False)):
+        grads, dots = weighted_pass(problem, params, batch, route, direction, known)
+        torch.testing.assert_close(dots, products)
+        for key in params:
+            expected = sum(w * g[key] for w, g in zip(WEIGHTS, examples, strict=True)) / BATCH
+            torch.testing.assert_close(grads[key], expected)
+
+
+def test_a_part_that_is_recomputed_with_other_parameters_is_refused():
+    """Weights, inputs and outputs are all 4 x 4."""
+    net = torch.nn.Linear(4, 4, bias=False, dtype=torch.float64)
+    net.forward = lambda x: checkpoint(
+        lambda x: functional.linear(x, net.weight), x, use_reentrant=False
+    )
+    problem = ReweightingProblem(
+        lambda p, b: (functional_call(net, p, (b,)).sin().sum(1), None),
+        lambda u, b, f: u,
+        lambda p, u, b: p["weight"].sum(),
+    )
+    params, upper, batch = {"weight": draw(4, 4)}, torch.rand(4).double(), draw(4, 4)
+    with pytest.raises(Refusal, match=r"activation checkpointing.*bilevel\.functional\(module\)"):
+        lower_pass(problem, Ghost(), params, upper, [batch])
+    with pytest.raises(RuntimeError, match=r"bilevel\.functional\(module\)"):
+        lower_pass(problem, Auto(), params, upper, [batch])
 
 
 def test_rows_that_are_not_the_batch_must_be_declared():
