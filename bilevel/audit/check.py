@@ -12,6 +12,7 @@ from torch import Tensor
 
 from bilevel import tree
 from bilevel.audit.steps import AuditedSolution, AuditedSteps, slope_errors
+from bilevel.autodiff.recomputation import RecomputationError
 from bilevel.hypergradients.base import Hypergradient, spans_window
 from bilevel.hypergradients.one_step import OneStep
 from bilevel.problem import BatchT, Lower, Params, Upper
@@ -21,6 +22,9 @@ from bilevel.tree import Tree
 
 # Largest relative error that passes, by the least precise parameter.
 TOLERANCES = {torch.float64: 1e-5, torch.float32: 2e-2}
+
+# Largest relative error of the slopes of the lower loss that passes.
+SLOPES = 1e-2
 
 Outcome = Literal["agrees", "disagrees", "inconclusive", "approximates"]
 
@@ -40,6 +44,9 @@ class HypergradientCheck:
         best_step: The step with the smallest error.
         tolerance: Largest relative error that agrees.
         lower_gradient_error: Relative error of the route's θ gradient against plain autograd.
+        lower_slope_error: The same against differences of the lower loss, by forward passes alone;
+            0 where rounding hides them. It may be up to 1e-2, as losses compute in less precision
+            than their parameters have; faults of this kind are larger.
         approximation_error: For methods that are not exact by design: how far the hypergradient is
             from the true derivative of the upper loss after the steps. None for exact ones.
         message: All this in words.
@@ -51,6 +58,7 @@ class HypergradientCheck:
     best_step: float
     tolerance: float
     lower_gradient_error: float
+    lower_slope_error: float
     approximation_error: float | None
     message: str
 
@@ -121,18 +129,13 @@ def check_hypergradient(
         ValueError: ``solve_steps`` for a method that is not the derivative of the solved lower
             level.
     """
-    audit: AuditedSteps | AuditedSolution
-    if solve_steps:
-        if not getattr(solver.hypergradient, "at_solution", False):
-            raise ValueError(
-                f"solve_steps={solve_steps}: {type(solver.hypergradient).__name__} is not the "
-                "derivative of the solved lower level, as Implicit is; leave solve_steps out"
-            )
-        audit = AuditedSolution(solver, state, lower_batches, upper_batch, solve_steps)
-    else:
-        window = spans_window(solver.hypergradient, solver.unroll_steps)
-        batches = lower_batches if window else [lower_batches]
-        audit = AuditedSteps(solver, state, batches, upper_batch)
+    if tolerance is None:
+        precisions = {leaf.dtype for leaf in tree.leaves((state.lower_params, state.upper_params))}
+        tolerance = max(TOLERANCES.get(dtype, 0.2) for dtype in precisions)
+    try:
+        audit = _audited(solver, state, lower_batches, upper_batch, solve_steps)
+    except RecomputationError as error:
+        return _without_gradient(error, tolerance)
     along = [_random_like(state.upper_params, generator) for _ in range(directions)]
     result = audit.result
     assert result.hypergradient is not None
@@ -151,12 +154,10 @@ def check_hypergradient(
         if stands_for_itself:
             true_errors, _ = slope_errors(truth, state.upper_params, along, steps, slopes)
         approximation = min(true_errors.values())
-    if tolerance is None:
-        precisions = {leaf.dtype for leaf in tree.leaves((state.lower_params, state.upper_params))}
-        tolerance = max(TOLERANCES.get(dtype, 0.2) for dtype in precisions)
     outcome: Outcome = "agrees"
-    if not max(errors[best], audit.lower_gradient_error) <= tolerance:
-        right_gradient = audit.lower_gradient_error <= tolerance
+    lower_errors = audit.lower_gradient_error, audit.lower_slope_error
+    right_gradient = lower_errors[0] <= tolerance and lower_errors[1] <= max(tolerance, SLOPES)
+    if not (right_gradient and errors[best] <= tolerance):
         hidden = errors[best] <= 10.0 * floors[best] or _still_falling(errors)
         outcome = "inconclusive" if hidden and right_gradient else "disagrees"
         if outcome == "disagrees" and right_gradient and not (audit.exact or stands_for_itself):
@@ -168,17 +169,52 @@ def check_hypergradient(
         best_step=best,
         tolerance=tolerance,
         lower_gradient_error=audit.lower_gradient_error,
+        lower_slope_error=audit.lower_slope_error,
         approximation_error=approximation,
         message=_message(
             outcome,
             errors,
             best,
             tolerance,
-            audit.lower_gradient_error,
+            lower_errors,
             approximation,
             solver.hypergradient,
             (*result.notes, *audit.notes),
         ),
+    )
+
+
+def _audited(
+    solver: BilevelSolver[Any, Any, Any],
+    state: BilevelState[Any, Any],
+    lower_batches: Sequence[Any],
+    upper_batch: Any,
+    solve_steps: int,
+) -> AuditedSteps | AuditedSolution:
+    if solve_steps:
+        if not getattr(solver.hypergradient, "at_solution", False):
+            raise ValueError(
+                f"solve_steps={solve_steps}: {type(solver.hypergradient).__name__} is not the "
+                "derivative of the solved lower level, as Implicit is; leave solve_steps out"
+            )
+        return AuditedSolution(solver, state, lower_batches, upper_batch, solve_steps)
+    window = spans_window(solver.hypergradient, solver.unroll_steps)
+    batches = lower_batches if window else [lower_batches]
+    return AuditedSteps(solver, state, batches, upper_batch)
+
+
+def _without_gradient(error: RecomputationError, tolerance: float) -> HypergradientCheck:
+    """Return the verdict where the lower gradient has been refused."""
+    return HypergradientCheck(
+        outcome="disagrees",
+        relative_error=math.inf,
+        errors={},
+        best_step=math.nan,
+        tolerance=tolerance,
+        lower_gradient_error=math.inf,
+        lower_slope_error=math.inf,
+        approximation_error=None,
+        message=f"hypergradient disagrees\n  the lower gradient itself is wrong: {error}",
     )
 
 
@@ -208,7 +244,7 @@ def _message(
     errors: dict[float, float],
     best: float,
     tolerance: float,
-    lower_gradient_error: float,
+    lower_errors: tuple[float, float],
     approximation: float | None,
     method: Hypergradient,
     notes: Sequence[str],
@@ -217,7 +253,8 @@ def _message(
         f"hypergradient {outcome}: relative error {errors[best]:.1e} at step {best:g}, tolerance "
         f"{tolerance:.1e}",
         "  by step: " + ", ".join(f"{step:g}: {error:.1e}" for step, error in errors.items()),
-        f"  lower gradient against plain autograd: relative error {lower_gradient_error:.1e}",
+        f"  lower gradient against plain autograd: relative error {lower_errors[0]:.1e}",
+        f"  lower gradient against differences of the loss: relative error {lower_errors[1]:.1e}",
     ]
     if approximation is not None:
         name = type(method).__name__
@@ -238,16 +275,24 @@ def _message(
             "  the slopes drown in rounding: use float64 parameters and batches, or a state with "
             "a larger hypergradient (not a cold Adam, not the end of training)"
         )
-    elif lower_gradient_error > tolerance:
+    elif lower_errors[0] > tolerance:
         lines.append(
             "  the lower gradient itself differs: examples of a batch influence each other's "
             "losses, some operation does not have the examples in its leading dimension, or a "
             "random draw does not come from torch's default generator; try the route Jvp()"
         )
+    elif lower_errors[1] > max(tolerance, SLOPES):
+        lines.append(
+            "  the lower gradient itself is wrong, with plain autograd too: it is not the slope of "
+            "the lower loss; look for a part that is recomputed with other parameters in the "
+            "backward pass (call the module by bilevel.functional), an in-place change between the "
+            "passes, or a custom autograd.Function whose backward is not its derivative"
+        )
     elif outcome == "disagrees":
         lines.append(
-            "  look for: a detach or no_grad between φ and the weights, an optimizer or custom "
-            "autograd.Function with a wrong derivative, weights at a kink of their bound, random "
-            "numbers not drawn from torch's default generator; compare with the route Reverse()"
+            "  the lower gradient is right, the hypergradient is wrong; look for: a detach or "
+            "no_grad between φ and the weights, an optimizer or custom autograd.Function with a "
+            "wrong derivative, weights at a kink of their bound, random numbers not drawn from "
+            "torch's default generator; compare with the route Reverse()"
         )
     return "\n".join([*lines, *(f"  note: {note}" for note in notes)])

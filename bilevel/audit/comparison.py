@@ -12,6 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from bilevel.audit.steps import NOT_FINITE
 from bilevel.audit.table import text_table
 from bilevel.autodiff import random_state
 from bilevel.hypergradients.base import Hypergradient, take_window
@@ -111,7 +112,8 @@ def compare_hypergradients(
     Cost: per window that of all methods.
 
     Raises:
-        ValueError: Fewer than two methods, no windows, or a method that does not apply.
+        ValueError: Fewer than two methods, no windows, a method that does not apply, or a lower
+            gradient that is not finite.
     """
     if len(methods) < 2:
         raise ValueError(f"methods: expected at least two to compare, found {list(methods)}")
@@ -131,7 +133,8 @@ def compare_hypergradients(
             now = random_state.capture(state.lower_params)
             with random_state.rewound_to(now, state.lower_params):
                 _, result = take_window(window, method, upper_batch, kept[name])
-            assert result is not None
+            if result is None:
+                raise ValueError(NOT_FINITE)
             kept[name] = result.memory
             notes[name].update(dict.fromkeys(result.notes))
             vectors[name] = _vector(result.hypergradient, state.upper_params)

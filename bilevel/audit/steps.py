@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from bilevel import tree
+from bilevel.audit.lower_gradient import gradient_error, plain_gradient, ratio, slope_error
 from bilevel.autodiff import random_state
 from bilevel.autodiff.gradient import upper_gradient
 from bilevel.autodiff.random_state import RandomState
@@ -26,14 +27,18 @@ from bilevel.hypergradients.base import (
     take_window,
 )
 from bilevel.hypergradients.one_step import OneStep, OneStepRecord
-from bilevel.lower.lower_pass import LowerPass, lower_pass
+from bilevel.lower.lower_pass import lower_pass
 from bilevel.lower.steps import Point, Window, advance, take_steps
 from bilevel.optimizers.base import clip_scale
-from bilevel.problem import Batch, Params, Problem, upper_value
-from bilevel.routes import Jvp
+from bilevel.problem import Batch, Params, upper_value
 from bilevel.solver import BilevelSolver
 from bilevel.state import BilevelState
 from bilevel.tree import Tree
+
+NOT_FINITE = (
+    "a lower gradient is not finite at this state, so there is no hypergradient to look at; choose "
+    "a state and batches at which the lower loss and its gradient are finite"
+)
 
 
 class _Start(NamedTuple):
@@ -50,6 +55,7 @@ class AuditedSteps:
         result: Of the hypergradient, without an average of v (``direction_decay``).
         exact: Whether it claims to be the slope of ``upper_after``.
         lower_gradient_error: Relative error of its last gradient against plain autograd's.
+        lower_slope_error: The same against differences of the lower loss, by forward passes.
         notes: What should be known of the steps.
     """
 
@@ -75,6 +81,8 @@ class AuditedSteps:
         with random_state.rewound_to(random, state.lower_params):
             record = self._hypergradient.record(window, upper_batch, memory)
             taken = take_steps(window, lower_route(self._hypergradient), record)
+            if taken.skipped:
+                raise ValueError(NOT_FINITE)
             self.result: HypergradientResult = record.hypergradient(taken.end)
         claimed = exact_steps(self._hypergradient, len(batches))
         self.exact = claimed is not None
@@ -88,8 +96,15 @@ class AuditedSteps:
         self._batches, self._first = batches[constant:], starts[constant]
         self._last, self._end = starts[-2:]
         self._scales = [self._held_scale(grads) for grads in gradients[constant:]]
-        last = record.passed if isinstance(record, OneStepRecord) else taken.passes[-1]
-        self.lower_gradient_error = gradient_error(last, gradients[-1])
+        params, random = self._last.point.lower_params, self._last.random
+        if isinstance(record, OneStepRecord):
+            grads = record.passed.grads
+        else:  # of the steps that were taken there are only figures
+            grads = route_gradient(solver, params, state.upper_params, batches[-1], random)
+        self.lower_gradient_error = gradient_error(grads, gradients[-1])
+        self.lower_slope_error = slope_error(
+            self._problem, params, state.upper_params, batches[-1], random, grads
+        )
 
     def upper_after(self, upper_params: Params) -> Tensor:
         """Return L_upper(θ(φ), φ), θ(φ) being reached by the steps that are differentiated.
@@ -164,6 +179,7 @@ class AuditedSolution:
     Attributes:
         result: Of the hypergradient at the solution, without what it keeps between windows.
         lower_gradient_error: Relative error of its gradient against plain autograd's.
+        lower_slope_error: The same against differences of the lower loss, by forward passes.
         notes: How nearly the lower level was solved.
     """
 
@@ -194,7 +210,8 @@ class AuditedSolution:
                     solver.lower_optimizer, at.lower_params, state.upper_params
                 ),
             )
-        assert result is not None
+        if result is None:
+            raise ValueError(NOT_FINITE)
         self.result: HypergradientResult = result
         stationarity = self.result.figures.get("stationarity")
         self.notes = (
@@ -203,8 +220,12 @@ class AuditedSolution:
             + ("" if stationarity is None else f"; stationarity {float(stationarity):.1e}"),
         )
         self._end = steps.end
-        plain = self._gradient(at, state.upper_params)
-        self.lower_gradient_error = gradient_error(steps.passes[-1], plain)
+        params, upper = at.lower_params, state.upper_params
+        grads = route_gradient(solver, params, upper, batches, self._random)
+        self.lower_gradient_error = gradient_error(grads, self._gradient(at, upper))
+        self.lower_slope_error = slope_error(
+            self._problem, params, upper, batches, self._random, grads
+        )
 
     def upper_after(self, upper_params: Params) -> Tensor:
         """Return L_upper(θ*(φ), φ)."""
@@ -222,21 +243,18 @@ class AuditedSolution:
         return point
 
 
-def plain_gradient(
-    problem: Problem, lower_params: Params, upper_params: Params, batches: Sequence[Batch]
+def route_gradient(
+    solver: BilevelSolver[Any, Any, Any],
+    lower_params: Params,
+    upper_params: Params,
+    batches: Sequence[Batch],
+    random: RandomState,
 ) -> Tree:
-    """Return the lower gradient by plain autograd, whatever the route."""
-    upper_params = tree.map(Tensor.detach, upper_params)
-    return lower_pass(problem, Jvp(), lower_params, upper_params, batches).grads
-
-
-def gradient_error(passed: LowerPass, plain: Tree) -> float:
-    """Return the relative error of the gradient of a pass; of its norm alone, of a summary."""
-    if passed.grads is None:
-        error = float(passed.grad_norm - tree.norm(plain))
-    else:
-        error = float(tree.norm(tree.axpy(-1.0, passed.grads, plain)))
-    return ratio(abs(error), float(tree.norm(plain)))
+    """Return the lower gradient as the solver's steps compute it."""
+    route = lower_route(solver.hypergradient)
+    fixed = tree.map(Tensor.detach, upper_params)
+    with random_state.rewound_to(random, lower_params):
+        return lower_pass(solver.problem, route, lower_params, fixed, batches).grads
 
 
 def slope_errors(
@@ -264,10 +282,3 @@ def slope_errors(
         errors[step] = ratio(math.hypot(*gaps), length)
         floors[step] = ratio(math.hypot(*values), length)
     return errors, floors
-
-
-def ratio(part: float, whole: float) -> float:
-    """Return part / whole, 0 for 0/0, and never a comparison-proof NaN."""
-    if math.isnan(part) or math.isnan(whole):
-        return math.inf
-    return part / whole if whole > 0.0 else (0.0 if part == 0.0 else math.inf)
