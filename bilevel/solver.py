@@ -12,6 +12,7 @@ from torch import Tensor
 
 from bilevel import tree
 from bilevel.autodiff import random_state
+from bilevel.checks import refuse_processes
 from bilevel.hypergradients.base import (
     Hypergradient,
     HypergradientResult,
@@ -20,6 +21,13 @@ from bilevel.hypergradients.base import (
     take_window,
 )
 from bilevel.hypergradients.one_step import OneStep
+from bilevel.inputs import (
+    check_method,
+    check_micro_batches,
+    check_optimizer,
+    check_params,
+    check_steps,
+)
 from bilevel.lower.lower_pass import LowerPass
 from bilevel.lower.steps import LowerSteps, Point, Window
 from bilevel.optimizers.base import (
@@ -69,8 +77,10 @@ class BilevelSolver(Generic[Lower, Upper, BatchT]):
 
     With no upper batches, or with the upper learning rate 0, the lower trajectory is bit for bit
     the same; with weights 1 it is that of plain training. A hypergradient with an entry that is
-    infinite or NaN is not used: φ, the upper optimizer and ``memory`` stay as they are, and
-    ``BilevelState.upper_skipped`` counts it.
+    infinite or NaN, or that of such an upper loss, is not used: φ, the upper optimizer and
+    ``memory`` stay as they are, and ``BilevelState.upper_skipped`` counts it. A lower gradient
+    whose norm is not finite is not used either: θ and the lower optimizer stay as they are,
+    ``BilevelState.lower_skipped`` counts it, and no upper step follows in its window.
 
     Raises:
         ValueError: A count below its minimum, or a hypergradient that does not apply to the
@@ -89,6 +99,14 @@ class BilevelSolver(Generic[Lower, Upper, BatchT]):
     hyperparameters: Callable[[Upper], Hyperparameters] | None = None
 
     def __post_init__(self) -> None:
+        if not isinstance(self.problem, BilevelProblem | ReweightingProblem):
+            raise TypeError(
+                "BilevelSolver: problem must be a BilevelProblem or a ReweightingProblem, found "
+                f"{self.problem!r}"
+            )
+        check_optimizer("lower_optimizer", self.lower_optimizer)
+        check_optimizer("upper_optimizer", self.upper_optimizer)
+        check_method(self.hypergradient)
         for name, low in (("unroll_steps", 1), ("accumulation", 1), ("upper_start", 0)):
             if getattr(self, name) < low:
                 raise ValueError(
@@ -122,28 +140,26 @@ class BilevelSolver(Generic[Lower, Upper, BatchT]):
                 )
 
     def init(self, lower_params: Lower | None, upper_params: Upper) -> BilevelState[Lower, Upper]:
-        """Return the state before the first step; the tensors given are never changed.
+        """Return the state before the first step; it holds clones of the tensors given.
 
         Args:
             lower_params: θ; None: ``initial`` has it.
             upper_params: φ.
 
         Raises:
+            TypeError: A leaf is no tensor, or a module was given.
             ValueError: A parameter is not floating point, or there is no θ.
+            RuntimeError: There are several processes.
         """
+        refuse_processes()
+        check_params("upper_params", upper_params)
         if lower_params is None:
             if self.initial is None:
                 raise ValueError("lower_params: expected θ, found None; only initial may stand in")
             lower_params = self.initial(upper_params)
-        for level, params in (("lower_params", lower_params), ("upper_params", upper_params)):
-            for name, leaf in tree.flatten(params).items():
-                if not leaf.is_floating_point():
-                    raise ValueError(
-                        f"{level}: {name!r} is {leaf.dtype}; expected floating point. Buffers and "
-                        "frozen tensors do not belong here: let the loss hold them"
-                    )
-        lower_params = tree.map(Tensor.detach, lower_params)
-        upper_params = tree.map(Tensor.detach, upper_params)
+        check_params("lower_params", lower_params)
+        lower_params = tree.map(_owned, lower_params)
+        upper_params = tree.map(_owned, upper_params)
         return BilevelState(
             lower_params=lower_params,
             upper_params=upper_params,
@@ -153,6 +169,7 @@ class BilevelSolver(Generic[Lower, Upper, BatchT]):
             lower_steps=torch.zeros((), dtype=torch.int64),
             upper_steps=torch.zeros((), dtype=torch.int64),
             upper_skipped=torch.zeros((), dtype=torch.int64),
+            lower_skipped=torch.zeros((), dtype=torch.int64),
         )
 
     def next_steps(
@@ -241,6 +258,7 @@ class BilevelSolver(Generic[Lower, Upper, BatchT]):
                 shape.
             bilevel.Refusal: ``Ghost`` or ``PerExample`` has no rule for something the model does.
         """
+        check_steps(batches)
         if self._place_in_window(state) is None:
             upper_batch = None
         if upper_batch is not None or not batches:
@@ -274,13 +292,15 @@ class BilevelSolver(Generic[Lower, Upper, BatchT]):
         random = random_state.capture(state.lower_params)
         taken, upper = take_window(window, self.hypergradient, upper_batch, state.memory)
         new = state
+        notes: tuple[str, ...] = ()
         if upper is not None:
-            new = self._upper_step(state, upper)
+            new, notes = self._upper_step(state, upper)
             if self.rollback and new.upper_steps > state.upper_steps:
                 random_state.restore(random)
                 taken, _ = take_window(window.at(new.upper_params), self.hypergradient)
-        skipped = bool(new.upper_skipped > state.upper_skipped)
-        return _moved(new, taken, len(batches)), self._infos(taken, upper, skipped)
+        elif upper_batch is not None:
+            new, notes = _without_upper_step(state)
+        return _moved(new, taken, len(batches)), self._infos(taken, upper, notes)
 
     def meta_batch(
         self,
@@ -315,18 +335,22 @@ class BilevelSolver(Generic[Lower, Upper, BatchT]):
             self._check_whole(batches)
             window = self._window(state, batches)
             taken, upper = take_window(window, self.hypergradient, upper_batch, state.memory)
-            assert upper is not None
             new = _moved(new, taken, len(batches))
             found.append((taken, upper))
-        with torch.no_grad():
-            results = [result for _, result in found]
-            total = results[0].hypergradient
-            for result in results[1:]:
-                total = tree.add(total, result.hypergradient)
-            mean = results[-1]._replace(hypergradient=tree.scale(1.0 / len(found), total))
-        new = self._upper_step(new, mean)
-        skipped = bool(new.upper_skipped > state.upper_skipped)
-        return new, tuple(self._infos(taken, upper, skipped) for taken, upper in found)
+        results = [result for _, result in found if result is not None]
+        if len(results) < len(found):
+            new, notes = _without_upper_step(new)
+        else:
+            with torch.no_grad():
+                total = results[0].hypergradient
+                for result in results[1:]:
+                    total = tree.add(total, result.hypergradient)
+                mean = results[-1]._replace(
+                    hypergradient=tree.scale(1.0 / len(found), total),
+                    upper_loss=torch.stack([result.upper_loss for result in results]).mean(),
+                )
+            new, notes = self._upper_step(new, mean)
+        return new, tuple(self._infos(taken, upper, notes) for taken, upper in found)
 
     def _window(
         self, state: BilevelState[Lower, Upper], batches: Sequence[Sequence[BatchT]]
@@ -334,14 +358,14 @@ class BilevelSolver(Generic[Lower, Upper, BatchT]):
         """Return the window that starts from this state.
 
         Raises:
+            RuntimeError: There are several processes.
+            TypeError: No list of lists of micro-batches.
             ValueError: Another number of micro-batches.
         """
+        refuse_processes()
+        check_steps(batches)
         for lower_batches in batches:
-            if len(lower_batches) != self.accumulation:
-                raise ValueError(
-                    f"lower_batches: expected accumulation={self.accumulation} micro-batches, "
-                    f"found {len(lower_batches)}"
-                )
+            check_micro_batches("lower_batches", lower_batches, self.accumulation)
         return Window(
             self.problem,
             self.lower_optimizer,
@@ -353,6 +377,7 @@ class BilevelSolver(Generic[Lower, Upper, BatchT]):
         ).at(state.upper_params)
 
     def _check_whole(self, batches: Sequence[Sequence[BatchT]]) -> None:
+        check_steps(batches)
         if len(batches) != self.unroll_steps:
             raise ValueError(
                 f"batches: expected the micro-batches of unroll_steps={self.unroll_steps} lower "
@@ -361,32 +386,46 @@ class BilevelSolver(Generic[Lower, Upper, BatchT]):
 
     def _upper_step(
         self, state: BilevelState[Lower, Upper], result: HypergradientResult
-    ) -> BilevelState[Lower, Upper]:
-        """Return the state with the upper step taken, or skipped if it is not finite."""
-        if not tree.allfinite(result.hypergradient):
-            return state._replace(upper_skipped=state.upper_skipped + 1)
+    ) -> tuple[BilevelState[Lower, Upper], tuple[str, ...]]:
+        """Return the state with the upper step taken, or skipped if it is not finite, and notes."""
+        found = result.hypergradient
+        norm = tree.norm(found)
+        facts = tree.allfinite(found), tree.allfinite(result.upper_loss), norm == 0.0
+        finite, finite_loss, zero = torch.stack([fact.to(norm.device) for fact in facts]).tolist()
+        if not (finite and finite_loss):
+            skipped = state._replace(upper_skipped=state.upper_skipped + 1)
+            return skipped, (_LOSS_NOT_FINITE if finite else _NOT_FINITE,)
         with torch.no_grad():
             upper_params, upper_optimizer = self.upper_optimizer.update(
-                result.hypergradient, state.upper_optimizer, state.upper_params
+                found, state.upper_optimizer, state.upper_params
             )
-        return state._replace(
+        taken = state._replace(
             upper_params=upper_params,
             upper_optimizer=upper_optimizer,
             memory=result.memory,
             upper_steps=state.upper_steps + 1,
         )
+        if not zero or not tree.leaves(state.upper_params):
+            return taken, ()
+        return taken, (_ZERO if tree.leaves(found) else _NO_INFLUENCE,)
 
     def _infos(
-        self, taken: LowerSteps, upper: HypergradientResult | None, skipped: bool
+        self, taken: LowerSteps, upper: HypergradientResult | None, notes: tuple[str, ...]
     ) -> tuple[StepInfo, ...]:
         """Return what is known of the steps; of the upper step with the last of them."""
-        infos = [self._lower_info(passed) for passed in taken.passes]
+        infos = [
+            self._lower_info(passed, index in taken.skipped)
+            for index, passed in enumerate(taken.passes)
+        ]
+        last = infos[-1]
         if upper is not None:
-            infos[-1] = self._with_upper(infos[-1], upper, skipped)
+            infos[-1] = self._with_upper(last, upper, notes)
+        elif notes:
+            infos[-1] = last._replace(notes=(*last.notes, *notes))
         return tuple(infos)
 
     @torch.no_grad()
-    def _lower_info(self, passed: LowerPass) -> StepInfo:
+    def _lower_info(self, passed: LowerPass, skipped: bool) -> StepInfo:
         micro_batches, shares = passed.micro_batches, passed.shares
         terms = [micro.loss * share for micro, share in zip(micro_batches, shares, strict=True)]
         grad_norm = passed.grad_norm
@@ -399,23 +438,20 @@ class BilevelSolver(Generic[Lower, Upper, BatchT]):
             upper_loss=None,
             hypergradient_norm=None,
             upper_clipped=None,
-            notes=(),
+            notes=(*passed.remarks, _STEP_SKIPPED) if skipped else passed.remarks,
             lower_aux=tuple(micro.aux for micro in micro_batches),
         )
 
     @torch.no_grad()
-    def _with_upper(self, info: StepInfo, result: HypergradientResult, skipped: bool) -> StepInfo:
+    def _with_upper(
+        self, info: StepInfo, result: HypergradientResult, notes: tuple[str, ...]
+    ) -> StepInfo:
         norm = tree.norm(result.hypergradient)
-        notes = result.notes
-        if skipped:
-            notes += (
-                "the hypergradient was not finite: φ and its optimizer were left as they are",
-            )
         return info._replace(
             upper_loss=result.upper_loss,
             hypergradient_norm=norm,
             upper_clipped=_clipped(self.upper_optimizer, norm),
-            notes=notes,
+            notes=(*info.notes, *result.notes, *notes),
             upper_aux=result.upper_aux,
             figures=result.figures,
         )
@@ -429,7 +465,35 @@ def _moved(
         lower_params=cast("Lower", taken.end.lower_params),  # steps keep the structure
         lower_optimizer=taken.end.optimizer_state,
         lower_steps=state.lower_steps + count,
+        lower_skipped=state.lower_skipped + len(taken.skipped),
     )
+
+
+def _without_upper_step(
+    state: BilevelState[Lower, Upper],
+) -> tuple[BilevelState[Lower, Upper], tuple[str, ...]]:
+    """Return the state and the note where a lower step of the window was left out."""
+    return state._replace(upper_skipped=state.upper_skipped + 1), (_NO_UPPER_STEP,)
+
+
+_STEP_SKIPPED = "the lower gradient was not finite: θ and its optimizer were left as they are"
+_NO_UPPER_STEP = "no upper step: a lower step of its window was left out"
+_NOT_FINITE = "the hypergradient was not finite: φ and its optimizer were left as they are"
+_LOSS_NOT_FINITE = (
+    "the upper loss was not finite (an empty upper batch?): φ and its optimizer were left as they "
+    "are"
+)
+_ZERO = (
+    "the hypergradient is exactly 0: here the upper loss does not change with the upper parameters"
+)
+_NO_INFLUENCE = (
+    "the upper parameters have no influence on the upper loss: the losses or weights have no graph "
+    "to them (no_grad, detach, other tensors), or the upper loss has none to the lower parameters"
+)
+
+
+def _owned(leaf: Tensor) -> Tensor:
+    return leaf.detach().clone()
 
 
 def _clipped(optimizer: Optimizer, norm: Tensor) -> Tensor:

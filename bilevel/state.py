@@ -26,7 +26,10 @@ class BilevelState(NamedTuple, Generic[Lower, Upper]):
             a second copy of θ), or None.
         lower_steps: Lower steps taken.
         upper_steps: Upper steps taken.
-        upper_skipped: Upper steps not taken because their hypergradient was not finite.
+        upper_skipped: Upper steps not taken because their hypergradient, the upper loss or a lower
+            gradient of their window was not finite.
+        lower_skipped: Lower steps, of those in ``lower_steps``, that left θ as it was because their
+            gradient was not finite.
     """
 
     lower_params: Lower
@@ -37,6 +40,7 @@ class BilevelState(NamedTuple, Generic[Lower, Upper]):
     lower_steps: Int64[Tensor, ""]
     upper_steps: Int64[Tensor, ""]
     upper_skipped: Int64[Tensor, ""]
+    lower_skipped: Int64[Tensor, ""]
 
 
 class StepInfo(NamedTuple):

@@ -99,13 +99,14 @@ def take_window(
 
     Without an upper batch this is plain training bit for bit. With one the same lower steps are
     taken, with the same random numbers, and the torch generators are left where these leave them.
+    Where a step was left out, because its gradient was not finite, there is no hypergradient.
     """
     route = lower_route(hypergradient)
     if upper_batch is None:
         return take_steps(window, route), None
     record = hypergradient.record(window, upper_batch, memory)
     steps = take_steps(window, route, record)
-    return steps, record.hypergradient(steps.end)
+    return steps, None if steps.skipped else record.hypergradient(steps.end)
 
 
 def lower_route(hypergradient: Hypergradient) -> Route:

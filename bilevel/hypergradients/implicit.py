@@ -69,7 +69,8 @@ class Implicit:
     of ten of the figure while both fall by six orders of magnitude. Mini-batches add their noise to
     it, which ``bilevel.stationarity`` tells apart; the whole training set as micro-batches of the
     last step has none. Parameters that the lower loss does not depend on are not part of the
-    system.
+    system. Where the solver finds nothing better than q = 0, as at an indefinite H, there is no
+    hypergradient: it is NaN, and no upper step is taken.
 
     ``StepInfo.figures`` has, beside it, ``residual``, ``iterations`` and ``products`` of the solver
     and ``upper_change = −⟨q, g⟩``, what solving the lower level to the end would add to the upper
@@ -179,12 +180,13 @@ class ImplicitRecord:
         hessian = hessian_product(problem, method.product, passed, params, upper_params)
         rhs = _restricted(upper.lower, passed.grads)
         solved = method.solver.solve(hessian, rhs, memory.solution if method.warm_start else None)
-        if math.isnan(solved.residual):  # the solver of the run then skips the upper step
+        unsolved = solved.residual > 0.0 and float(tree.norm(solved.solution)) == 0.0
+        if unsolved or math.isnan(solved.residual):  # the solver of the run skips the upper step
             unknown = tree.map(lambda leaf: torch.full_like(leaf, math.nan), solved.solution)
             solved = solved._replace(solution=unknown)
         figures = _figures(solved, passed.grads)
         name = type(method.solver).__name__
-        notes = tuple(f"{name}(): {note}" for note in solved.notes)
+        notes = (*passed.remarks, *upper.notes, *(f"{name}(): {note}" for note in solved.notes))
         warned = memory.warned
         if method.stationarity_tolerance is not None:
             distance = _stationarity(hessian, passed, params)

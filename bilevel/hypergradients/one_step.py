@@ -266,4 +266,4 @@ class OneStepRecord:
                 "the adaptive lower optimizer was cold: its first step hardly depends on the "
                 "gradient's size, so the exact hypergradient is almost zero; set upper_start"
             )
-        return tuple(notes)
+        return (*notes, *self.upper.notes)

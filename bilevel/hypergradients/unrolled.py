@@ -205,7 +205,7 @@ class UnrolledRecord:
         with random_state.rewound_to(steps[-1].random, end.lower_params):
             upper = upper_gradient(problem, end.lower_params, self._upper_params, self._upper_batch)
         upper_loss, upper_aux = upper.loss, upper.aux
-        notes: list[str] = []
+        notes = [*upper.notes]
         lower_bar, state_bar, total = upper.lower, None, upper.direct
         del upper
         window, numbers_bar = self._window, None

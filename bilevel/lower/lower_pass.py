@@ -9,7 +9,7 @@ that are all exactly 1 it does so by autograd's own kernels, which is plain trai
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 
 import torch
@@ -32,11 +32,12 @@ from bilevel.tree import Tree
 
 @dataclass(frozen=True, eq=False)
 class LowerPass:
-    """Gradient of the step (None leaves: no gradient) and its micro-batches."""
+    """Gradient of the step (None leaves: no gradient), its micro-batches, and remarks."""
 
     grads: Tree
     micro_batches: list[MicroBatch]
     norm: Float[Tensor, ""] | None = None
+    remarks: tuple[str, ...] = ()  # on what has no effect
 
     @cached_property
     def grad_norm(self) -> Float[Tensor, ""]:
@@ -45,9 +46,8 @@ class LowerPass:
 
     def summary(self) -> LowerPass:
         """Return the figures alone: no gradients, no batches, no graphs; a few numbers."""
-        return LowerPass(
-            None, [micro.summary() for micro in self.micro_batches], self.grad_norm.detach()
-        )
+        micro_batches = [micro.summary() for micro in self.micro_batches]
+        return LowerPass(None, micro_batches, self.grad_norm.detach(), self.remarks)
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -102,7 +102,7 @@ def lower_pass(
         if grads is None:  # added as it came; one example in each, so all have the same share
             continue
         if len(batches) == 1 and micro.factor is None:
-            return LowerPass(grads, micro_batches)
+            return _remarked(context, LowerPass(grads, micro_batches))
         relative = micro.size / micro_batches[0].size
         factor = relative if micro.factor is None else micro.factor * relative
         total.add(factor, grads, kept=kept)
@@ -113,7 +113,34 @@ def lower_pass(
             "step, found 0"
         )
     relative = sum(micro.size for micro in micro_batches) / micro_batches[0].size
-    return LowerPass(total.mean(relative), micro_batches)
+    return _remarked(context, LowerPass(total.mean(relative), micro_batches))
+
+
+def _remarked(context: PassContext, passed: LowerPass) -> LowerPass:
+    """Return the pass with remarks on what has no effect."""
+    remarks = []
+    if tree.leaves(context.lower_params) and not tree.leaves(passed.grads):
+        remarks.append(_IGNORES_PARAMETERS)
+    weights = [micro.weights for micro in passed.micro_batches if micro.weights is not None]
+    wanted = any(leaf.requires_grad for leaf in tree.leaves(context.upper_params))
+    if (
+        weights
+        and wanted
+        and is_separable(context.problem)
+        and not any(weight.requires_grad for weight in weights)
+    ):
+        remarks.append(_CONSTANT_WEIGHTS)
+    return replace(passed, remarks=tuple(remarks)) if remarks else passed
+
+
+_IGNORES_PARAMETERS = (
+    "the lower loss does not depend on the lower parameters, which stay as they are: let it use "
+    "those that it is given, not a module's own (call the module by bilevel.functional(module))"
+)
+_CONSTANT_WEIGHTS = (
+    "the weights do not depend on the upper parameters: they were computed without a graph to "
+    "these (no_grad, detach, other tensors)"
+)
 
 
 def _backward_pass(context: PassContext, route: Route, total: GradientSum) -> BackwardPass:

@@ -23,6 +23,7 @@ from bilevel.problem import (
     Problem,
     ReweightingProblem,
     detached,
+    dropped,
     lower_value,
     weighted_mean,
 )
@@ -158,6 +159,6 @@ def weighted_batch(
     weights: Float[Tensor, " batch"],
 ) -> MicroBatch:
     """Return what is left of a micro-batch with these losses and weights."""
-    losses = losses.detach()
-    loss = weighted_mean(weights.detach(), losses)
+    losses, plain = losses.detach(), weights.detach()
+    loss = weighted_mean(plain, losses.masked_fill(dropped(plain, losses), 0.0))
     return MicroBatch(batch, random, len(losses), loss, losses, weights)

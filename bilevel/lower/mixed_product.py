@@ -10,7 +10,7 @@ from bilevel.autodiff.gradient import gradients
 from bilevel.lower.lower_pass import LowerPass
 from bilevel.lower.route import DerivativeRequest, Route
 from bilevel.lower.second_order import gradient_derivative
-from bilevel.problem import Params, Problem, is_separable
+from bilevel.problem import Params, Problem, dropped, is_separable
 from bilevel.tree import Tree
 
 
@@ -50,6 +50,8 @@ def mixed_product(
             slopes = route.loss_slopes(problem, micro, lower_params, direction)
         if slopes is not None:
             assert micro.weights is not None
+            assert micro.losses is not None
+            slopes = slopes.masked_fill(dropped(micro.weights.detach(), micro.losses), 0.0)
             weights.append(micro.weights)
             cotangents.append((slopes * share).to(micro.weights.dtype))
             continue

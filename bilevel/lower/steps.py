@@ -150,17 +150,20 @@ class LowerSteps(NamedTuple):
     Attributes:
         end: θ and the optimizer's state after the last.
         passes: The figures of each lower pass, in order (``LowerPass.summary``).
+        skipped: Numbers of the steps whose gradient was not finite, at which the point stayed.
     """
 
     end: Point
     passes: tuple[LowerPass, ...]
+    skipped: tuple[int, ...] = ()
 
 
 def take_steps(window: Window, route: Route, recorder: Recorder | None = None) -> LowerSteps:
     """Take the lower steps of a window, one for each entry of its batches.
 
     The lower passes alone move the torch generators, and what a recorder asks for does not change
-    the gradients: with or without it the steps are the same bit for bit.
+    the gradients: with or without it the steps are the same bit for bit. A step whose gradient has
+    a norm that is not finite is left out: the point stays, and the recorder is not shown it.
 
     Args:
         window: Where to start, and on which batches.
@@ -173,6 +176,7 @@ def take_steps(window: Window, route: Route, recorder: Recorder | None = None) -
     """
     plain = tree.map(Tensor.detach, window.upper_params)
     point, passes = window.start, []
+    skipped: list[int] = []
     for index, micro_batches in enumerate(window.batches):
         random = random_state.capture(point.lower_params)
         request = PassRequest() if recorder is None else recorder.before(index, point, random)
@@ -187,11 +191,15 @@ def take_steps(window: Window, route: Route, recorder: Recorder | None = None) -
         )
         following = advance(window.optimizer, point, passed.grads)
         passes.append(passed.summary())
-        if recorder is not None:
+        # After the update was launched: the wait for the norm on a device overlaps with it.
+        if not torch.isfinite(passes[-1].grad_norm):
+            following = point
+            skipped.append(index)
+        elif recorder is not None:
             recorder.after(Step(index, point, random, passed))
         point = following
         del request, passed, following  # not held while the next pass runs
-    return LowerSteps(point, tuple(passes))
+    return LowerSteps(point, tuple(passes), tuple(skipped))
 
 
 @torch.no_grad()

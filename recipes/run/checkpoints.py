@@ -45,6 +45,9 @@ from recipes.run.identity import differences, digest_file
 from recipes.run.step_log import Unlogged
 from recipes.run.trouble import Seen
 
+# A count that is not written while it is 0.
+_LOWER_SKIPPED = "lower_skipped"
+
 _STATE, _RUN = "state.safetensors", "run.json"
 
 
@@ -232,7 +235,12 @@ def _steps(path: Path) -> int:
 
 def _tensors(progress: Progress) -> dict[str, Tensor]:
     random = {"cpu": progress.random.cpu} | {str(d): s for d, s in progress.random.devices}
-    parts = {"state": tree.flatten(progress.state), "random": random}
+    state = tree.flatten(progress.state)
+    if (
+        not progress.state.lower_skipped
+    ):  # as in checkpoints of version 0.1, which has no such count
+        del state[_LOWER_SKIPPED]
+    parts = {"state": state, "random": random}
     # Tensors are cloned because the file format refuses tensors that share memory.
     return {
         f"{part}/{name}": tensor.detach().cpu().contiguous().clone()
@@ -248,6 +256,7 @@ def _levels_and_random(
     for path, tensor in tensors.items():
         part, _, name = path.partition("/")
         parts[part][name] = tensor
+    parts["state"].setdefault(_LOWER_SKIPPED, torch.zeros_like(example.lower_skipped))
     # Tensors are copied into memory that torch aligns, because sums may depend on the alignment.
     state = tree.map(
         lambda like, tensor: torch.empty_like(like).copy_(tensor),

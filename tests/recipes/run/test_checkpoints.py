@@ -294,6 +294,18 @@ def test_what_is_read_is_what_was_written(tmp_path):
     assert all(torch.equal(value, again[name]) for name, value in named.items())
 
 
+@pytest.mark.parametrize("skipped", [0, 3])
+def test_a_count_that_version_0_1_has_not_is_0(tmp_path, skipped):
+    """It is written once it is not 0, so that files without one stay as they were."""
+    checkpoints = Checkpoints(tmp_path / "checkpoints", every=1, keep=0, identity=TOY)
+    _, state = toy()
+    state = state._replace(lower_skipped=torch.full_like(state.lower_skipped, skipped))
+    path = checkpoints.save(Progress(state, capture(())))
+    assert ("state/lower_skipped" in load_file(path / "state.safetensors")) == (skipped > 0)
+    read = newest(checkpoints, toy()[1]).state.lower_skipped
+    assert (int(read), read.dtype) == (skipped, torch.int64)
+
+
 def test_oldest_are_removed_and_the_newest_counts(tmp_path):
     _, state = toy()
     for keep, expected in ((2, {"step-9", "step-10"}), (0, {"step-9", "step-10", "step-8"})):

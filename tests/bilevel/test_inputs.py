@@ -1,0 +1,187 @@
+"""What is handed over by mistake gets one sentence that says what to hand over."""
+
+from __future__ import annotations
+
+from collections import UserDict
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import pytest
+import torch
+from torch import nn
+
+from bilevel import (
+    SGD,
+    Adam,
+    BilevelProblem,
+    BilevelSolver,
+    Jvp,
+    OneStep,
+    PerExample,
+    ReweightingProblem,
+    Unrolled,
+    functional,
+)
+
+PROBLEM = BilevelProblem(
+    lambda t, p, b: ((b @ t["w"]) ** 2 * torch.exp(p["a"])).mean(),
+    lambda t, p, b: (b @ t["w"]).mean(),
+)
+SOLVER = BilevelSolver(PROBLEM, SGD(0.1), SGD(1.0))
+
+
+def start(solver=SOLVER):
+    return solver.init({"w": torch.ones(3, 1)}, {"a": torch.tensor(0.0)})
+
+
+class Pair(NamedTuple):
+    x: torch.Tensor
+    y: torch.Tensor
+
+
+@dataclass
+class Row:
+    x: torch.Tensor
+
+
+X = torch.ones(2, 3)
+
+
+@pytest.mark.parametrize(
+    ("batch", "kind"),
+    [
+        (X, "Tensor"),
+        ({"x": X}, "dict"),
+        (UserDict(x=X), "UserDict"),
+        (Pair(X, X), "Pair"),
+        (Row(X), "Row"),
+        ("text", "str"),
+    ],
+)
+def test_a_batch_where_its_list_is_meant(batch, kind):
+    sentence = (
+        rf"lower_batches: expected a list of micro-batches, found a {kind}; .*\[lower_batches\]"
+    )
+    with pytest.raises(TypeError, match=sentence):
+        SOLVER.step(start(), batch, X)
+    window = BilevelSolver(PROBLEM, SGD(0.1), SGD(1.0), Unrolled())
+    with pytest.raises(TypeError, match=sentence):
+        window.window(start(window), [batch], X)
+    with pytest.raises(TypeError, match=rf"batches: .*each a list.*found a {kind}"):
+        window.window(start(window), batch, X)
+
+
+def test_a_tuple_of_two_is_told_from_two_micro_batches_by_its_number():
+    with pytest.raises(ValueError, match=r"accumulation=1 micro-batches, found 2; if this is one"):
+        SOLVER.step(start(), (X, X), X)
+    with pytest.raises(ValueError, match=r"expected accumulation=1 micro-batches, found 0"):
+        SOLVER.step(start(), [], X)
+
+
+def test_an_iterator_is_no_list():
+    with pytest.raises(TypeError, match=r"found a generator; give list\(...\) of it"):
+        SOLVER.step(start(), (part for part in [X]), X)
+    with pytest.raises(TypeError, match="found a DataLoader"):
+        SOLVER.window(start(), torch.utils.data.DataLoader([1, 2]), X)
+
+
+@pytest.mark.parametrize(
+    ("params", "sentence"),
+    [
+        (nn.Linear(2, 2), "found the module Linear; give f.params of f = bilevel.functional"),
+        (nn.Linear(2, 2).parameters(), "found a generator; give f.params"),
+        ({"w": 1.0}, r"'w' is a float; expected a tensor, such as torch.tensor\(1.0\)"),
+        ({"w": [[1.0]]}, r"'w/0/0' is a float"),
+        ({"net": nn.Linear(2, 2)}, "'net' is a Linear; expected a tensor"),
+    ],
+)
+@pytest.mark.parametrize("level", ["lower_params", "upper_params"])
+def test_what_is_no_tree_of_tensors(level, params, sentence):
+    good = {"w": torch.ones(1)}
+    given = {"lower_params": good, "upper_params": good, level: params}
+    with pytest.raises(TypeError, match=f"{level}: .*{sentence}"):
+        SOLVER.init(**given)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        ((PROBLEM, torch.optim.SGD([torch.ones(1)], 0.1), SGD(1.0)), "lower_optimizer is torch"),
+        ((PROBLEM, SGD(1.0), torch.optim.Adam([torch.ones(1)])), r"torch\.optim\.Adam.*bilevel"),
+        ((PROBLEM, Adam, SGD(1.0)), r"the class Adam; give an optimizer, such as Adam\("),
+        ((PROBLEM, 0.1, SGD(1.0)), r"must have init and update.*found 0\.1"),
+        ((PROBLEM, SGD(0.1), SGD(1.0), Jvp()), r"is the route Jvp\(\); give OneStep\(Jvp\(\)\)"),
+        ((PROBLEM, SGD(0.1), SGD(1.0), OneStep), r"is the class OneStep; give OneStep\("),
+        ((PROBLEM, SGD(0.1), SGD(1.0), "one-step"), r"must be OneStep\(...\).*found 'one-step'"),
+        (((1, 2), SGD(0.1), SGD(1.0)), r"problem must be a BilevelProblem.*found \(1, 2\)"),
+    ],
+)
+def test_what_is_no_part_of_a_solver(arguments, sentence):
+    with pytest.raises(TypeError, match=sentence):
+        BilevelSolver(*arguments)
+
+
+def reweighting(per_example, weights=lambda p, b, f: torch.exp(p["a"]) * torch.ones(2)):
+    problem = ReweightingProblem(per_example, weights, PROBLEM.upper_loss)
+    return BilevelSolver(problem, SGD(0.1), SGD(1.0))
+
+
+@pytest.mark.parametrize("route", [OneStep(), OneStep(Jvp()), Unrolled()], ids=str)
+def test_a_forgotten_tuple(route):
+    problem = ReweightingProblem(
+        lambda t, b: (b @ t["w"]).squeeze(1), lambda p, b, f: p["a"] * torch.ones(2), None
+    )
+    solver = BilevelSolver(problem, SGD(0.1), SGD(1.0), route)
+    with pytest.raises(ValueError, match=r"found a Tensor; return \(losses, None\)"):
+        solver.step(start(solver), [X], X)
+
+
+def test_weights_that_are_no_tensor():
+    solver = reweighting(lambda t, b: ((b @ t["w"]).squeeze(1), None), lambda p, b, f: [1.0, 1.0])
+    with pytest.raises(ValueError, match=r"weights: expected one per loss.*found a list"):
+        solver.step(start(solver), [X], X)
+
+
+def test_the_state_owns_its_tensors():
+    net = nn.Linear(3, 1)
+    phi = {"a": torch.tensor(0.0)}
+    state = SOLVER.init(dict(net.named_parameters()), phi)
+    before = state.lower_params["weight"].clone()
+    net.load_state_dict({name: leaf + 1 for name, leaf in net.state_dict().items()})
+    phi["a"].add_(1.0)
+    assert torch.equal(state.lower_params["weight"], before)
+    assert float(state.upper_params["a"]) == 0.0
+
+
+@dataclass
+class Tokens:
+    ids: torch.Tensor
+
+
+@pytest.mark.parametrize("wrap", [lambda ids: UserDict(ids=ids), Tokens], ids=["mapping", "object"])
+def test_token_ids_in_a_batch_of_any_kind_have_the_examples_in_front(wrap):
+    """Two rows of a table of two, so that their number alone does not tell what they are."""
+    torch.manual_seed(0)
+    embedding = nn.Embedding(2, 3, dtype=torch.float64)
+    f = functional(embedding)
+
+    def ids(batch):
+        return batch.ids if isinstance(batch, Tokens) else batch["ids"]
+
+    def losses(t, b):
+        return f(t, ids(b)).square().sum((1, 2)), None
+
+    def solver(route):
+        problem = ReweightingProblem(
+            losses, lambda p, b, _: torch.exp(p["a"]), lambda t, p, b: losses(t, b)[0].mean()
+        )
+        return BilevelSolver(problem, SGD(0.1), SGD(1.0), OneStep(route))
+
+    batch, ends = wrap(torch.tensor([[0, 1, 1], [1, 1, 1]])), []
+    for route in (PerExample(), Jvp()):
+        state = solver(route).init(f.params, {"a": torch.zeros(2, dtype=torch.float64)})
+        state, info = solver(route).step(state, [batch], batch)
+        assert info.notes == ()
+        ends.append(state)
+    torch.testing.assert_close(ends[0].lower_params, ends[1].lower_params)
+    torch.testing.assert_close(ends[0].upper_params, ends[1].upper_params)
