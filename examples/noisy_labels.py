@@ -12,11 +12,10 @@ Run: python examples/noisy_labels.py   (scikit-learn holds the digits)
 import torch
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
-from torch.func import functional_call
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, TensorDataset
 
-from bilevel import AdamW, BilevelSolver, LazyRowAdam, ReweightingProblem
+from bilevel import AdamW, BilevelSolver, LazyRowAdam, ReweightingProblem, functional
 from weighting import InstanceTable
 
 
@@ -29,11 +28,11 @@ def main() -> dict[str, float]:
     labels = (truth[train] + wrong * torch.randint(1, 10, (1200,))) % 10
     noisy = DataLoader(TensorDataset(x[train], labels, torch.arange(1200)), 100, shuffle=True)
     trusted = [x[clean], truth[clean], torch.arange(100)]
-    model = nn.Sequential(nn.Linear(64, 200), nn.ReLU(), nn.Linear(200, 10))
+    model = functional(nn.Sequential(nn.Linear(64, 200), nn.ReLU(), nn.Linear(200, 10)))
     table = InstanceTable(1200)
 
     def losses(theta: dict[str, Tensor], batch: list[Tensor]) -> tuple[Tensor, None]:
-        logits = functional_call(model, theta, batch[0])
+        logits = model(theta, batch[0])
         return cross_entropy(logits, batch[1], reduction="none"), None  # no features for weights
 
     problem = ReweightingProblem[dict[str, Tensor], dict[str, Tensor], list[Tensor]](
@@ -45,10 +44,10 @@ def main() -> dict[str, float]:
     batches, figures = [batch for _ in range(30) for batch in noisy], {}
     runs = {"all weights 1": (batches, None), "clean rows alone": ([trusted] * 360, None)}
     for name, (lower, upper) in (runs | {"learned weights": (batches, trusted)}).items():
-        state = solver.init(dict(model.named_parameters()), table.init())
+        state = solver.init(model.params, table.init())
         for batch in lower:
             state, _ = solver.step(state, [batch], upper)
-        predicted = functional_call(model, state.lower_params, x[test]).argmax(-1)
+        predicted = model(state.lower_params, x[test]).argmax(-1)
         figures[name] = (predicted == truth[test]).float().mean()
     weights = table.all_weights(state.upper_params)
     figures |= {"weight, wrong": weights[wrong].mean(), "weight, right": weights[~wrong].mean()}
