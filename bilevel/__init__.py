@@ -19,6 +19,13 @@ Implicit      the upper loss at the lower level solved    a stationary θ, no we
 Penalty       a penalised problem                         no λ: its error falls as 1/λ
 ============  ==========================================  ==================================
 
+A constant of autograd is one for all of them: features of a ``ReweightingProblem`` (unless
+``detach_features=False``), and whatever a loss computes by ``.detach()``, ``.item()`` or under
+``torch.no_grad``. So the derivative through several steps, or at a solution, is that of the
+function in which constants stay as they were, the stop-gradient of the literature; where they
+depend on φ by way of θ, ``check_hypergradient`` says how far that is from the derivative of
+everything. ``OneStep`` has no such difference in its lower loss: θ is given.
+
 Limits: ``Unrolled`` (T = 1) is ``OneStep``; at a stationary θ, T steps of ``SGD`` (η) are
 ``Implicit`` with ``Neumann(T − 1, η)``, and T → ∞ is ``Implicit`` solved; ``CentralDifference`` is
 of second order in its step. Layers: linear, attention, RMSNorm, LayerNorm, GroupNorm, convolutions,

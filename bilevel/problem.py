@@ -60,9 +60,13 @@ class ReweightingProblem(Generic[Lower, Upper, BatchT]):
             any pytree of tensors (or None) that ``weights`` may look at.
         weights: (upper_params, batch, features) -> weights [batch].
         upper_loss: (lower_params, upper_params, batch) -> scalar or (scalar, aux).
-        detach_features: Whether weights are a function of φ alone, the features being data
-            (Meta-Weight-Net's choice). If not, θ also gets a gradient through the features, and
-            only the routes ``Jvp``, ``Reverse`` and ``CentralDifference`` apply.
+        detach_features: Whether weights are a function of φ alone, the features being data: the
+            stop-gradient of Meta-Weight-Net. Features that depend on θ (the loss itself, say) then
+            count as constants wherever the lower loss is differentiated. That is exact through one
+            step, and leaves out how they change from step to step through several and at a
+            solution. False: θ gets a gradient through the features, too, so that the lower problem
+            is another one, and its hypergradient is whole; only the routes ``Jvp``, ``Reverse`` and
+            ``CentralDifference`` apply. ``check_hypergradient`` measures what is left out.
         rows: batch -> {leading size: owner [leading size]}, for operations inside the model whose
             leading dimension is not the batch: image tiles, flattened tokens, scored positions.
             ``owner[r]`` is the index in the batch of the example that row r belongs to. Needed by

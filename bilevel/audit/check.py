@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from bilevel import tree
-from bilevel.audit.steps import AuditedSolution, AuditedSteps, slope_errors
+from bilevel.audit.steps import AuditedSolution, AuditedSteps, constants_move, slope_errors
 from bilevel.autodiff.recomputation import RecomputationError
 from bilevel.hypergradients.base import Hypergradient, spans_window
 from bilevel.hypergradients.one_step import OneStep
@@ -50,6 +50,9 @@ class HypergradientCheck:
         approximation_error: For methods that are not exact by design: how far the hypergradient is
             from the true derivative of the upper loss after the steps. None for exact ones.
         message: All this in words.
+        stop_gradient_error: How far the hypergradient is from the derivative in which the constants
+            of autograd (detached features, ``.detach()``, ``torch.no_grad``) move with φ, too. None
+            where none of them depends on φ.
     """
 
     outcome: Outcome
@@ -61,6 +64,7 @@ class HypergradientCheck:
     lower_slope_error: float
     approximation_error: float | None
     message: str
+    stop_gradient_error: float | None = None
 
     def __bool__(self) -> bool:
         return self.outcome == "agrees"
@@ -91,6 +95,12 @@ def check_hypergradient(
     ``OneStep``; for a truncated ``Unrolled`` the point before its steps is held constant), taken by
     plain autograd with the same random numbers and the clip scales of the steps held constant
     unless they are differentiated.
+
+    What autograd treats as a constant although it depends on θ counts as one here, too: features of
+    a ``ReweightingProblem`` with ``detach_features``, results of ``.detach()``, of ``.item()`` and
+    of ``torch.no_grad``. Both sides of a difference have them as they are at φ. In a window or at a
+    solution they would move with φ; how far the hypergradient is from the derivative in which they
+    do is reported as ``stop_gradient_error``.
 
     ``OneStep`` in order upper-first, or with another ``update_derivative`` than ``Exact``, stands
     for another derivative by design: f(φ) = ⟨μ, ∇_θ L_lower(θ, φ)⟩ + L_upper(·, φ) with its own μ.
@@ -154,6 +164,11 @@ def check_hypergradient(
         if stands_for_itself:
             true_errors, _ = slope_errors(truth, state.upper_params, along, steps, slopes)
         approximation = min(true_errors.values())
+    stopped = None
+    if along and constants_move(audit, state.upper_params, along[0], max(steps)):
+        whole = audit.upper_after_whole
+        whole_errors, _ = slope_errors(whole, state.upper_params, along, steps, slopes)
+        stopped = min(whole_errors.values())
     outcome: Outcome = "agrees"
     lower_errors = audit.lower_gradient_error, audit.lower_slope_error
     right_gradient = lower_errors[0] <= tolerance and lower_errors[1] <= max(tolerance, SLOPES)
@@ -178,9 +193,11 @@ def check_hypergradient(
             tolerance,
             lower_errors,
             approximation,
+            stopped,
             solver.hypergradient,
             (*result.notes, *audit.notes),
         ),
+        stop_gradient_error=stopped,
     )
 
 
@@ -246,6 +263,7 @@ def _message(
     tolerance: float,
     lower_errors: tuple[float, float],
     approximation: float | None,
+    stopped: float | None,
     method: Hypergradient,
     notes: Sequence[str],
 ) -> str:
@@ -263,6 +281,13 @@ def _message(
         lines.append(
             f"  {name} is {approximation:.1e} away from the true derivative of the upper loss "
             "after the steps, by design (OneStep in order lower-first and Unrolled are exact)"
+        )
+    if stopped is not None:
+        lines.append(
+            "  compared with constants held as autograd holds them (detached features, .detach(), "
+            f"torch.no_grad); where they move with φ, too, the derivative is {stopped:.1e} away: "
+            "ReweightingProblem(detach_features=False) makes features part of the loss, and its "
+            "hypergradient whole; leave out a .detach() that is not meant"
         )
     if outcome == "inconclusive" and _still_falling(errors):
         lines.append(

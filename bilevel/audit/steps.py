@@ -1,7 +1,9 @@
 """What is audited: functions of φ whose slope the hypergradient should be.
 
 The upper loss after the steps that it went through (``AuditedSteps``), or after the lower level is
-solved (``AuditedSolution``).
+solved (``AuditedSolution``). Each has two of them: ``upper_after`` with the constants of autograd
+(detached features, ``.detach()``, ``torch.no_grad``) held at their values at φ, which is what a
+hypergradient claims, and ``upper_after_whole``, in which they move.
 """
 
 from __future__ import annotations
@@ -17,8 +19,9 @@ from torch import Tensor
 from bilevel import tree
 from bilevel.audit.lower_gradient import gradient_error, plain_gradient, ratio, slope_error
 from bilevel.autodiff import random_state
-from bilevel.autodiff.gradient import upper_gradient
+from bilevel.autodiff.gradient import as_leaves, upper_gradient
 from bilevel.autodiff.random_state import RandomState
+from bilevel.autodiff.stop_gradients import Constant, StopGradients, equal, watched
 from bilevel.hypergradients.base import (
     Hypergradient,
     HypergradientResult,
@@ -30,7 +33,7 @@ from bilevel.hypergradients.one_step import OneStep, OneStepRecord
 from bilevel.lower.lower_pass import lower_pass
 from bilevel.lower.steps import Point, Window, advance, take_steps
 from bilevel.optimizers.base import clip_scale
-from bilevel.problem import Batch, Params, upper_value
+from bilevel.problem import Batch, Params, Problem, upper_value
 from bilevel.solver import BilevelSolver
 from bilevel.state import BilevelState
 from bilevel.tree import Tree
@@ -53,6 +56,7 @@ class AuditedSteps:
 
     Attributes:
         result: Of the hypergradient, without an average of v (``direction_decay``).
+        constants: What depends on θ and is a constant for autograd, in the order of the steps.
         exact: Whether it claims to be the slope of ``upper_after``.
         lower_gradient_error: Relative error of its last gradient against plain autograd's.
         lower_slope_error: The same against differences of the lower loss, by forward passes.
@@ -105,22 +109,37 @@ class AuditedSteps:
         self.lower_slope_error = slope_error(
             self._problem, params, state.upper_params, batches[-1], random, grads
         )
+        self.constants = self.constants_at(state.upper_params)
 
     def upper_after(self, upper_params: Params) -> Tensor:
         """Return L_upper(θ(φ), φ), θ(φ) being reached by the steps that are differentiated.
 
-        The clip scales are those of the steps that were taken, unless they are differentiated.
+        The clip scales are those of the steps that were taken, unless they are differentiated, and
+        so are the constants.
         """
+        return self._upper_after(upper_params, StopGradients(self.constants))
+
+    def upper_after_whole(self, upper_params: Params) -> Tensor:
+        """Return the same with constants that move with φ."""
+        return self._upper_after(upper_params, StopGradients())
+
+    def constants_at(self, upper_params: Params) -> list[Constant]:
+        """Return the constants at another φ."""
+        watch = StopGradients()
+        self._upper_after(upper_params, watch)
+        return watch.constants
+
+    def _upper_after(self, upper_params: Params, watch: StopGradients) -> Tensor:
         start = before = self._first
         for micro_batches, scale in zip(self._batches, self._scales, strict=True):
             before = start
-            grads, after = self._grads(start, upper_params, micro_batches)
+            grads, after = self._grads(start, upper_params, micro_batches, watch)
             optimizer: Any = self._optimizer
             if scale is not None:
                 grads = tree.scale(scale, grads)
                 optimizer = dataclasses.replace(optimizer, max_norm=None)
             start = _Start(advance(optimizer, start.point, grads), after)
-        return self._upper(_Start(start.point, before.random), upper_params)
+        return self._upper(_Start(start.point, before.random), upper_params, watch)
 
     def claimed_by_one_step(self) -> Callable[[Params], Tensor]:
         """Return φ -> ⟨μ, ∇_θ L_lower(θ, φ)⟩ + L_upper(·, φ), with μ as ``OneStep`` forms it.
@@ -143,7 +162,8 @@ class AuditedSteps:
 
         def claimed(upper_params: Params) -> Tensor:
             lower, _ = self._grads(self._last, upper_params, self._batches[-1])
-            return tree.vdot(lower, mu) + self._upper(_Start(at, self._last.random), upper_params)
+            upper = self._upper(_Start(at, self._last.random), upper_params, StopGradients())
+            return tree.vdot(lower, mu) + upper
 
         return claimed
 
@@ -155,18 +175,23 @@ class AuditedSteps:
         return clip_scale(tree.norm(grads), max_norm)
 
     def _grads(
-        self, start: _Start, upper_params: Params, batches: Sequence[Batch]
+        self,
+        start: _Start,
+        upper_params: Params,
+        batches: Sequence[Batch],
+        watch: StopGradients | None = None,
     ) -> tuple[Tree, RandomState]:
         """The lower gradient, and where it left the random numbers."""
         params = start.point.lower_params
+        problem = self._problem if watch is None else watched(self._problem, watch)
         with random_state.rewound_to(start.random, params):
-            grads = plain_gradient(self._problem, params, upper_params, batches)
+            grads = plain_gradient(problem, params, upper_params, batches)
             return grads, random_state.capture(params)
 
-    def _upper(self, start: _Start, upper_params: Params) -> Tensor:
+    def _upper(self, start: _Start, upper_params: Params, watch: StopGradients) -> Tensor:
         params = start.point.lower_params
-        with torch.no_grad(), random_state.rewound_to(start.random, params):
-            return upper_value(self._problem, params, upper_params, self._upper_batch)[0]
+        with random_state.rewound_to(start.random, params):
+            return upper_loss(self._problem, params, upper_params, self._upper_batch, watch)
 
 
 class AuditedSolution:
@@ -220,6 +245,10 @@ class AuditedSolution:
             + ("" if stationarity is None else f"; stationarity {float(stationarity):.1e}"),
         )
         self._end = steps.end
+        in_lower, in_upper = StopGradients(), StopGradients()
+        self._gradient(self._end, state.upper_params, in_lower)
+        self._upper(self._end, state.upper_params, in_upper)
+        self._constants = in_lower.constants, in_upper.constants
         params, upper = at.lower_params, state.upper_params
         grads = route_gradient(solver, params, upper, batches, self._random)
         self.lower_gradient_error = gradient_error(grads, self._gradient(at, upper))
@@ -228,19 +257,67 @@ class AuditedSolution:
         )
 
     def upper_after(self, upper_params: Params) -> Tensor:
-        """Return L_upper(θ*(φ), φ)."""
-        params = self._solved(self._end, upper_params, self._steps).lower_params
-        with torch.no_grad(), random_state.rewound_to(self._random, params):
-            return upper_value(self._problem, params, upper_params, self._upper_batch)[0]
+        """Return L_upper(θ*(φ), φ), the constants being those at the solution for the first φ."""
+        lower, upper = self._constants
+        end = self._solved(self._end, upper_params, self._steps, lower)
+        return self._upper(end, upper_params, StopGradients(upper))
 
-    def _gradient(self, point: Point, upper_params: Params) -> Tree:
+    def upper_after_whole(self, upper_params: Params) -> Tensor:
+        """Return the same with constants that move with θ and φ."""
+        end = self._solved(self._end, upper_params, self._steps)
+        return self._upper(end, upper_params, StopGradients())
+
+    @property
+    def constants(self) -> list[Constant]:
+        """What depends on θ and is a constant for autograd, at the solution for the first φ."""
+        return [*self._constants[0], *self._constants[1]]
+
+    def constants_at(self, upper_params: Params) -> list[Constant]:
+        """Return the constants at the solution for another φ, after a tenth of the steps."""
+        end = self._solved(self._end, upper_params, self._steps // 10 + 1)
+        watch = StopGradients()
+        self._gradient(end, upper_params, watch)
+        self._upper(end, upper_params, watch)
+        return watch.constants
+
+    def _gradient(
+        self, point: Point, upper_params: Params, watch: StopGradients | None = None
+    ) -> Tree:
+        problem = self._problem if watch is None else watched(self._problem, watch)
         with random_state.rewound_to(self._random, point.lower_params):
-            return plain_gradient(self._problem, point.lower_params, upper_params, self._batches)
+            return plain_gradient(problem, point.lower_params, upper_params, self._batches)
 
-    def _solved(self, point: Point, upper_params: Params, steps: int) -> Point:
+    def _upper(self, point: Point, upper_params: Params, watch: StopGradients) -> Tensor:
+        params = point.lower_params
+        with random_state.rewound_to(self._random, params):
+            return upper_loss(self._problem, params, upper_params, self._upper_batch, watch)
+
+    def _solved(
+        self,
+        point: Point,
+        upper_params: Params,
+        steps: int,
+        held: Sequence[Constant] | None = None,
+    ) -> Point:
         for _ in range(steps):
-            point = advance(self._optimizer, point, self._gradient(point, upper_params))
+            watch = StopGradients(held) if held else None
+            grads = self._gradient(point, upper_params, watch)
+            point = advance(self._optimizer, point, grads)
         return point
+
+
+def upper_loss(
+    problem: Problem,
+    lower_params: Params,
+    upper_params: Params,
+    batch: Batch,
+    watch: StopGradients,
+) -> Tensor:
+    """Return the upper loss, without a graph, and show ``watch`` what depends on θ in it."""
+    with torch.enable_grad():
+        leaves = as_leaves(lower_params)
+        loss, _ = upper_value(watched(problem, watch), leaves, upper_params, batch)
+    return loss.detach()
 
 
 def route_gradient(
@@ -265,8 +342,7 @@ def slope_errors(
     slopes: Sequence[float],
 ) -> tuple[dict[float, float], dict[float, float]]:
     """Return step -> relative error over all directions, and what rounding alone may make of it."""
-    entries = sum(leaf.numel() for leaf in tree.leaves(upper_params))
-    size = float(tree.norm(upper_params)) / math.sqrt(max(entries, 1)) or 1.0
+    size = _entry_size(upper_params)
     errors, floors = {}, {}
     for step in steps:
         measured, values = [], []
@@ -282,3 +358,19 @@ def slope_errors(
         errors[step] = ratio(math.hypot(*gaps), length)
         floors[step] = ratio(math.hypot(*values), length)
     return errors, floors
+
+
+def constants_move(
+    audit: AuditedSteps | AuditedSolution, upper_params: Params, direction: Tree, step: float
+) -> bool:
+    """Return whether constants of autograd are others after a relative step in φ."""
+    if not audit.constants:
+        return False
+    shifted = tree.axpy(step * _entry_size(upper_params), direction, upper_params)
+    return not equal(audit.constants, audit.constants_at(shifted))
+
+
+def _entry_size(params: Params) -> float:
+    """Return the root mean square of all entries, 1 if that is 0."""
+    entries = sum(leaf.numel() for leaf in tree.leaves(params))
+    return float(tree.norm(params)) / math.sqrt(max(entries, 1)) or 1.0

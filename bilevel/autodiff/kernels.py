@@ -16,6 +16,7 @@ from torch.overrides import TorchFunctionMode
 from bilevel.autodiff import equivalents
 from bilevel.autodiff.attention import attention
 from bilevel.autodiff.stop_gradients import call_without_tangents
+from bilevel.autodiff.torch_private import WEIGHT_NORM
 
 # Parts of torch's error messages about missing derivatives.
 UNSUPPORTED = (
@@ -119,6 +120,10 @@ class _Equals(TorchFunctionMode):
             return args[0].copy_(equivalents.masked_scatter(*args, **kwargs))
         if func is functional.scaled_dot_product_attention:
             return attention(*args, **kwargs)
+        if func is WEIGHT_NORM:
+            return equivalents.weight_norm(*args, **kwargs)
+        if func is functional.embedding and kwargs.get("scale_grad_by_freq"):
+            return equivalents.embedding(*args, **kwargs)
         return self._call(func, args, kwargs)
 
     def _call(
@@ -127,16 +132,22 @@ class _Equals(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
+_IN_FORWARD_MODE: dict[Callable[..., Any], Callable[..., Tensor]] = {
+    functional.mse_loss: equivalents.mse_loss,
+    functional.huber_loss: equivalents.huber_loss,
+    functional.soft_margin_loss: equivalents.soft_margin_loss,
+    functional.dropout: equivalents.dropout,
+    torch.dropout: equivalents.dropout,
+    functional.alpha_dropout: equivalents.alpha_dropout,
+    torch.alpha_dropout: equivalents.alpha_dropout,
+    functional.embedding: equivalents.embedding,
+}
+
+
 class _ForwardEquals(_Equals):
-    """The same, with the constants that autograd sees, and losses that forward mode knows."""
+    """The same, with the constants that autograd sees, and what forward mode has wrong."""
 
     def _call(
         self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
     ) -> Any:
-        if func is functional.mse_loss:
-            func = equivalents.mse_loss
-        elif func is functional.huber_loss:
-            func = equivalents.huber_loss
-        elif func is functional.soft_margin_loss:
-            func = equivalents.soft_margin_loss
-        return call_without_tangents(func, args, kwargs)
+        return call_without_tangents(_IN_FORWARD_MODE.get(func, func), args, kwargs)

@@ -15,9 +15,11 @@ from typing import Any, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
 from bilevel import tree
+from bilevel.autodiff import equivalents
 from bilevel.autodiff.torch_private import (
     SET_GRAD_MODE,
     forward_gradients_are_on,
@@ -56,6 +58,8 @@ def call_without_tangents(
     if func is SET_GRAD_MODE:
         set_forward_gradients(*args, **kwargs)
         return func(*args, **kwargs)
+    if func is Tensor.register_hook:
+        raise NotImplementedError("forward-mode derivatives do not see Tensor.register_hook")
     if func == _DATA:  # In forward over reverse ``.data`` loses one of the two derivatives.
         return args[0].detach()
     if func in _DETACHING:  # Likewise; zeros have no tangent, nor what is put.
@@ -115,6 +119,12 @@ class StopGradients(TorchFunctionMode):
         if transform_is_active():
             self.opaque |= off or func in _STOPS
             inside = True
+        if func is Tensor.register_hook:
+            self.opaque = True
+        written_out = None if inside else _written_out(func, kwargs)
+        if written_out is not None:
+            with self:  # within torch's own function no mode would see what is held
+                return written_out(*args, **kwargs)
         versions = []
         if not inside and (off or func in _WRITING):
             versions = [(one, one._version) for one in _tensors((args, kwargs)) if _has_graph(one)]
@@ -218,6 +228,20 @@ def _same(left: Constant, right: Constant) -> bool:
     if isinstance(left, Tensor) and isinstance(right, Tensor):
         return left.shape == right.shape and torch.equal(left, right)
     return type(left) is type(right) and left == right
+
+
+def _written_out(
+    func: Callable[..., Any], kwargs: Mapping[str, Any]
+) -> Callable[..., Tensor] | None:
+    """Return what stands for a function of torch that stops gradients within itself."""
+    if func is functional.gumbel_softmax and kwargs.get("hard"):
+        return equivalents.gumbel_softmax
+    if func is not functional.embedding:
+        return None
+    if kwargs.get("max_norm") is not None:
+        raise RuntimeError(_IN_PLACE)
+    special = kwargs.get("padding_idx") is not None or kwargs.get("scale_grad_by_freq")
+    return equivalents.embedding if special else None
 
 
 def _has_graph(one: Tensor) -> bool:

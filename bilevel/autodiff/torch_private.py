@@ -24,12 +24,16 @@ NAMES = (
     "torch._C._set_grad_enabled",
     "torch._C._set_fwd_grad_enabled",
     "torch._C._is_fwd_grad_enabled",
+    "torch._weight_norm",
     "torch.autograd.graph._engine_run_backward",
     "torch._C.DisableTorchFunction",
 )
 
 # What ``torch.no_grad`` and its like call, as a ``TorchFunctionMode`` sees it.
 SET_GRAD_MODE = torch._C._set_grad_enabled
+
+# What modules with weight normalisation call, as a ``TorchFunctionMode`` sees it.
+WEIGHT_NORM = torch._weight_norm
 
 
 def softmax_tangent(

@@ -72,6 +72,12 @@ class Implicit:
     system. Where the solver finds nothing better than q = 0, as at an indefinite H, there is no
     hypergradient: it is NaN, and no upper step is taken.
 
+    H is that of autograd: features of a ``ReweightingProblem`` with ``detach_features``, and what
+    the loss computes by ``.detach()`` or under ``torch.no_grad``, are constants in it. It is then
+    symmetric, but where these depend on θ, the solution moves with φ as if they did not: 150 % from
+    its derivative was seen on a Meta-Weight-Net fed with the loss. ``detach_features=False``
+    attaches the features; ``check_hypergradient(..., solve_steps=N)`` measures the distance.
+
     ``StepInfo.figures`` has, beside it, ``residual``, ``iterations`` and ``products`` of the solver
     and ``upper_change = −⟨q, g⟩``, what solving the lower level to the end would add to the upper
     loss, to first order (a dual-weighted residual).

@@ -52,7 +52,9 @@ class OneStep:
             gradient's size). "upper-first": v = ∇_θ L_upper(θ, φ), known before the lower pass;
             μ is what the update's derivative is expected to be (``predicted_grads_vjp``): exact for
             SGD without an active clip, for Adam with the second moment as it stands. v then is one
-            step old, an error of the order of the learning rate.
+            step old, an error of the order of the learning rate; and the second moment of a young
+            Adam moves a lot in a step: 31 % from the exact hypergradient was seen at step 4 of
+            AdamW, 5 % at step 20, 1 % at step 100. Set ``upper_start`` accordingly.
         direction_decay: ρ of v̄ ← ρ v̄ + (1 − ρ) v, whose bias-corrected value takes the place of
             v: less noise from small upper batches, and v from slightly older θ. 0: off.
         update_derivative: What μ is made of: ``Exact``, or a convention of the literature.

@@ -54,6 +54,13 @@ class Unrolled:
     scale a constant, unless the optimizer says ``differentiate_clip``), micro-batches, and random
     numbers, which are rewound. With ``steps=1`` it is ``OneStep`` in order lower-first.
 
+    ∂²L_k/∂θ² is that of autograd, as in TorchOpt and higher: features of a ``ReweightingProblem``
+    with ``detach_features``, and what a loss computes by ``.detach()`` or under ``torch.no_grad``,
+    are the constants that they were at step k, although θ_k depends on φ. With features that depend
+    on θ this was 1 to 7 % from the derivative in which they move, on a Meta-Weight-Net fed with
+    the loss over 2 and 4 steps, and 14 % with a ``.detach()``. ``detach_features=False`` attaches
+    them; ``check_hypergradient`` measures the distance.
+
     Args:
         steps: T, how many of the window's last lower steps; the point before them counts as a
             constant. None: all. Fewer leave out (1 − lr·curvature)^T of the answer where the lower

@@ -8,7 +8,11 @@ from torch.nn import functional
 
 from bilevel import SGD, BilevelProblem, BilevelSolver, Implicit, Jvp, OneStep, Reverse, Unrolled
 from bilevel.autodiff import equivalents
-from bilevel.autodiff.kernels import forward_mode_loss, kernels_for_transforms
+from bilevel.autodiff.kernels import (
+    differentiable_kernels,
+    forward_mode_loss,
+    kernels_for_transforms,
+)
 from tests.bilevel.comparing import relative
 
 F64 = torch.float64
@@ -118,3 +122,120 @@ def test_a_learned_initial_point_under_squared_errors(method):
     reached = least + contraction @ (start - least)
     expected = contraction @ (hessian @ (reached - least))
     assert relative(start - new.upper_params["start"], expected) <= 1e-12
+
+
+LAYOUTS = {
+    "contiguous": lambda x: x,
+    "transposed": lambda x: x.transpose(0, 1),
+    "permuted": lambda x: x.permute(2, 0, 1),
+    "strided": lambda x: x[:, ::2],
+    "expanded": lambda x: x[:, :1].expand(3, 4, 2),
+}
+
+
+@pytest.mark.parametrize("name", ["dropout", "alpha_dropout"])
+@pytest.mark.parametrize("inplace", [False, True])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_dropout_drops_the_same_within_transforms(name, inplace, layout):
+    """torch's own, as of 2.13, drops others from a transposed tensor: see the third case."""
+
+    def dropped(x):
+        torch.manual_seed(0)
+        rows = LAYOUTS[layout](x)
+        rows = rows.clone(memory_format=torch.preserve_format) if inplace else rows
+        return getattr(functional, name)(rows, 0.4, training=True, inplace=inplace)
+
+    def within(x):
+        with forward_mode_loss():
+            return dropped(x)
+
+    x = torch.rand(3, 4, 2, dtype=F64)
+    with torch.no_grad(), kernels_for_transforms():
+        found, tangent = torch.func.jvp(within, (x,), (torch.ones_like(x),))
+    expected = dropped(x)
+    torch.testing.assert_close(found, expected, rtol=1e-14, atol=1e-15)
+    ahead, behind = dropped(x + 0.5), dropped(x - 0.5)
+    torch.testing.assert_close(tangent, ahead - behind, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("p", [0.0, 1.0])
+def test_dropout_at_its_ends_is_torch_s(p):
+    x = torch.rand(3, 4, dtype=F64)
+    for name in ("dropout", "alpha_dropout"):
+        for training in (False, True):
+            found = getattr(equivalents, name)(x, p, training)
+            assert torch.equal(found, getattr(functional, name)(x, p, training))
+
+
+def test_the_padding_row_of_an_embedding_has_no_derivative():
+    """Tied weights move it all the same; autograd holds it."""
+    tokens = torch.tensor([[0, 2, 1], [3, 2, 2]])
+    for padding in (2, -2):
+        table, along = torch.randn(2, 4, 3, dtype=F64)
+
+        def loss(table, padding=padding):
+            rows = functional.embedding(tokens, table, padding)
+            return ((rows @ table.T) ** 3).sum()
+
+        def within(table):
+            with forward_mode_loss():
+                return loss(table)
+
+        leaf = table.clone().requires_grad_()
+        (slope,) = torch.autograd.grad(loss(leaf), leaf, create_graph=True)
+        (expected,) = torch.autograd.grad(slope, leaf, along)
+        with torch.no_grad(), kernels_for_transforms():
+            tangent = torch.func.jvp(within, (table,), (along,))[1]
+            found = torch.func.jvp(torch.func.grad(within), (table,), (along,))[1]
+        torch.testing.assert_close(tangent, (slope * along).sum())
+        torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("dim", [0, 1, 2, -1, -2])
+def test_weight_norm_has_all_of_its_second_derivative(dim):
+    """By its definition; the double backward of torch's own leaves out that ‖v‖ depends on v."""
+    v, along, slope = torch.randn(3, 4, 3, 2, dtype=F64)
+    others = [one for one in range(3) if dim == -1 or one != dim % 3]
+    g = torch.rand([1 if one in others else size for one, size in enumerate(v.shape)], dtype=F64)
+    g = g.sum() if dim == -1 else g
+
+    def by_definition(v):
+        return (torch.sin(g * v / v.square().sum(others, keepdim=dim != -1).sqrt()) * slope).sum()
+
+    def by_torch(v):
+        return (torch.sin(torch._weight_norm(v, g, dim)) * slope).sum()
+
+    def within(v):
+        with forward_mode_loss():
+            return by_torch(v)
+
+    torch.testing.assert_close(by_torch(v), by_definition(v))
+    expected = torch.autograd.functional.hvp(by_definition, v, along)[1]
+    with torch.no_grad(), kernels_for_transforms():
+        found = torch.func.jvp(torch.func.grad(within), (v,), (along,))[1]
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+    with differentiable_kernels():
+        found = torch.autograd.functional.hvp(by_torch, v, along)[1]
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+
+
+def test_hooks_and_scaled_gradients_are_named_instead_of_ignored():
+    x, tokens = torch.randn(3, 2, dtype=F64), torch.tensor([0, 0, 1])
+
+    def reversed_gradient(x):
+        y = x * 2
+        y.register_hook(lambda grad: -grad)
+        return y.sum()
+
+    def scaled(x):
+        return functional.embedding(tokens, x, scale_grad_by_freq=True).sum()
+
+    for loss, message in ((reversed_gradient, "register_hook"), (scaled, "leave the option out")):
+
+        def within(x, loss=loss):
+            with forward_mode_loss():
+                return loss(x)
+
+        with pytest.raises((RuntimeError, NotImplementedError), match=message):  # noqa: SIM117
+            with torch.no_grad(), kernels_for_transforms():
+                torch.func.jvp(within, (x,), (x,))
