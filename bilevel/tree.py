@@ -46,11 +46,15 @@ def map(fn: Callable[..., Any], tree: T, *rest: Tree) -> T:
         ValueError: The structures differ (optree's message names both).
     """
 
-    def apply(*tensors: Tensor | None) -> Any:
-        return None if any(tensor is None for tensor in tensors) else fn(*tensors)
-
-    mapped: T = optree.tree_map(apply, tree, *rest, none_is_leaf=True)
-    return mapped
+    leaves, structure = optree.tree_flatten(tree, none_is_leaf=True)
+    columns = [structure.flatten_up_to(other) for other in rest]
+    if not columns:
+        mapped = [None if leaf is None else fn(leaf) for leaf in leaves]
+    else:
+        rows = zip(leaves, *columns, strict=True)
+        mapped = [None if any(leaf is None for leaf in row) else fn(*row) for row in rows]
+    result: T = structure.unflatten(mapped)
+    return result
 
 
 def zeros_like(tree: T, *, dtype: torch.dtype | None = None) -> T:

@@ -29,6 +29,7 @@ def watched_backward(
     cotangents: Sequence[Tensor] | None = None,
     *,
     create_graph: bool = False,
+    keep_graph: bool = False,
     accumulate: bool = False,
 ) -> Sequence[Tensor | None]:
     """Return the gradients; refuse those of a pass that used other parameters than the forward one.
@@ -45,7 +46,12 @@ def watched_backward(
     try:
         with _Watch() as watch:
             gradients = run_backward(
-                outputs, inputs, cotangents, create_graph=create_graph, accumulate=accumulate
+                outputs,
+                inputs,
+                cotangents,
+                create_graph=create_graph,
+                keep_graph=keep_graph,
+                accumulate=accumulate,
             )
     except CheckpointError as error:
         found = f"other tensors than in the forward pass ({str(error).splitlines()[0]})"

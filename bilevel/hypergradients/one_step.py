@@ -15,11 +15,12 @@ from bilevel.autodiff.gradient import UpperGradient, as_leaves, upper_gradient
 from bilevel.autodiff.random_state import RandomState
 from bilevel.hypergradients.base import HypergradientResult
 from bilevel.hypergradients.update_derivative import Exact, Sama, UpdateDerivative
+from bilevel.lower.kept_graph import is_small
 from bilevel.lower.lower_pass import LowerPass
 from bilevel.lower.mixed_product import mixed_product
 from bilevel.lower.steps import PassRequest, Point, Step, Window
 from bilevel.optimizers.base import DifferentiableOptimizer, Hyperparameters, OptimizerState
-from bilevel.problem import Batch, Params, Problem, ReweightingProblem
+from bilevel.problem import Batch, Params, Problem, ReweightingProblem, is_separable
 from bilevel.routes import Auto, Route
 from bilevel.tree import Tree
 
@@ -199,7 +200,12 @@ class OneStepRecord:
         if self._method.order == "upper-first":
             self._direction = self._pulled_back(point, random, point.lower_params, None)
             self.upper = self.upper._replace(lower=None)
-        return PassRequest(self._leaves, differentiate=True, direction=self._direction)
+        # The rules per example need no other pass, and so no graph.
+        keeps = not is_separable(self._window.problem) and self._method.route == Auto()
+        keeps = keeps and is_small(point.lower_params, self._window.batches[-1:])
+        return PassRequest(
+            self._leaves, differentiate=True, direction=self._direction, keep_graph=keeps
+        )
 
     def after(self, step: Step) -> None:
         """Keep the last step."""

@@ -23,6 +23,7 @@ from bilevel.hypergradients.replay_memory import (
     keep,
     way_points,
 )
+from bilevel.lower.kept_graph import is_small
 from bilevel.lower.lower_pass import LowerPass, lower_pass
 from bilevel.lower.mixed_product import mixed_product
 from bilevel.lower.second_order import second_derivatives
@@ -183,6 +184,12 @@ class UnrolledRecord:
         self._unrolled = method.exact_steps(len(window.batches))
         self._constant = len(window.batches) - self._unrolled
         self._segment = method.segment(self._unrolled)
+        lean = method.replay is not None or method.store == "host"
+        self._keeps_graphs = (
+            method.product == Auto()
+            and not lean
+            and is_small(window.start.lower_params, window.batches[self._constant :])
+        )
 
     def before(self, number: int, point: Point, random: RandomState) -> PassRequest:
         """Keep the point before a step, if the sweep will start from it."""
@@ -195,9 +202,11 @@ class UnrolledRecord:
                 del earlier[1:]
             self.points.append([])
             self.grads.clear()
-        if offset in way_points(point, min(self._segment, self._unrolled - index + offset)):
+        steps = min(self._segment, self._unrolled - index + offset)
+        # Beside graphs that are kept points are small, and replaying them is not.
+        if self._keeps_graphs or offset in way_points(point, steps):
             self.points[-1].append((offset, keep(point, self._method.store)))
-        return PassRequest(self.leaves)
+        return PassRequest(self.leaves, keep_graph=self._keeps_graphs)
 
     def after(self, step: Step) -> None:
         """Keep the gradient, and the micro-batches with the graphs to their weights."""

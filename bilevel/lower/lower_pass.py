@@ -71,6 +71,7 @@ def lower_pass(
     *,
     differentiate: bool = False,
     direction: Tree | None = None,
+    keep_graph: bool = False,
 ) -> LowerPass:
     """Run all micro-batches.
 
@@ -82,13 +83,14 @@ def lower_pass(
         batches: The micro-batches.
         differentiate: Whether a mixed product will be asked for.
         direction: μ, if it is known already.
+        keep_graph: Whether a plain backward pass keeps its graph; see ``PassRequest``.
 
     Raises:
         Refusal: The route is ``Ghost`` or ``PerExample``, and a parameter is used in a way that has
             no per-example rule.
         ValueError: The route is ``Dot`` and a micro-batch has several examples.
     """
-    context = PassContext(problem, lower_params, upper_params, differentiate, direction)
+    context = PassContext(problem, lower_params, upper_params, differentiate, direction, keep_graph)
     total = GradientSum(lower_params, widen=len(batches) > 1)
     backward = _backward_pass(context, route, total)
     micro_batches: list[MicroBatch] = []

@@ -50,6 +50,14 @@ class Fallback:
         return f"Auto() took {self.taken}: {'; '.join(self.reasons.values())}"
 
 
+class LossGraph(NamedTuple):
+    """A weighted loss with its graph, and the leaves of θ and φ that this ends in."""
+
+    loss: Float[Tensor, ""]
+    lower_params: Params
+    upper_params: Params
+
+
 @dataclass(frozen=True, eq=False)
 class MicroBatch:
     """What a micro-batch left behind.
@@ -65,6 +73,8 @@ class MicroBatch:
         aux: What the lower loss returned beside its value, detached.
         factor: What the gradient is still to be multiplied by; None: by nothing.
         fallback: What ``Auto`` took in place of what; products add to it.
+        graph: Its loss, if a product may go through the graph that the pass has made; see
+            ``PassRequest``.
     """
 
     batch: Batch
@@ -77,6 +87,7 @@ class MicroBatch:
     aux: Any = None
     factor: Float[Tensor, ""] | None = None
     fallback: Fallback = field(default_factory=Fallback)
+    graph: LossGraph | None = None
 
     @property
     def note(self) -> str | None:
@@ -86,7 +97,7 @@ class MicroBatch:
     def summary(self) -> MicroBatch:
         """Return the figures alone, for the record of a step: no batch, no graph, no closure."""
         weights = None if self.weights is None else self.weights.detach()
-        return replace(self, batch=None, weights=weights, dots=None)
+        return replace(self, batch=None, weights=weights, dots=None, graph=None)
 
 
 @dataclass(frozen=True, eq=False)
@@ -98,6 +109,7 @@ class PassContext:
     upper_params: Params
     differentiate: bool
     direction: Tree | None
+    keep_graph: bool = False
 
     @property
     def reweighting(self) -> ReweightingProblem[Any, Any, Any]:
@@ -122,25 +134,23 @@ class Backward(NamedTuple):
 
 def scalar_backward(context: PassContext, batch: Batch, random: RandomState) -> Backward:
     """Differentiate the scalar loss of a ``BilevelProblem``."""
-    params = as_leaves(context.lower_params)
-    upper_params = tree.map(Tensor.detach, context.upper_params)
+    params, upper_params = as_leaves(context.lower_params), _upper_leaves(context)
     loss, aux = lower_value(context.problem, params, upper_params, batch)
     batch_size = getattr(context.problem, "batch_size", None)
     size = 1 if batch_size is None else batch_size(batch)
     micro = MicroBatch(batch, random, size, loss.detach(), aux=detached(aux))
-    return Backward(gradients([loss], params), micro)
+    return _differentiated(context, micro, LossGraph(loss, params, upper_params))
 
 
 def attached_backward(context: PassContext, batch: Batch, random: RandomState) -> Backward:
     """Differentiate a loss whose weights depend on θ through the features."""
     problem, params = context.reweighting, as_leaves(context.lower_params)
     losses, features = problem.losses(params, batch)
-    upper_params = tree.map(Tensor.detach, context.upper_params)
+    upper_params = _upper_leaves(context)
     weights = problem.weights_of(upper_params, batch, features, losses)
     loss = weighted_mean(weights, losses)
-    grads = gradients([loss], params)
     micro = MicroBatch(batch, random, len(losses), loss.detach(), losses.detach(), weights.detach())
-    return Backward(grads, micro)
+    return _differentiated(context, micro, LossGraph(loss, params, upper_params))
 
 
 def detached_backward(context: PassContext, batch: Batch, random: RandomState) -> Backward:
@@ -148,8 +158,24 @@ def detached_backward(context: PassContext, batch: Batch, random: RandomState) -
     problem, params = context.reweighting, as_leaves(context.lower_params)
     losses, features = problem.losses(params, batch)
     weights = problem.weights_of(context.upper_params, batch, features, losses)
-    loss = weighted_mean(weights.detach(), losses)
-    return Backward(gradients([loss], params), weighted_batch(batch, random, losses, weights))
+    micro = weighted_batch(batch, random, losses, weights)
+    if not context.keep_graph:
+        weights = weights.detach()
+    loss = weighted_mean(weights, losses)
+    return _differentiated(context, micro, LossGraph(loss, params, context.upper_params))
+
+
+def _upper_leaves(context: PassContext) -> Params:
+    """Return φ as the loss of a pass gets it, with a graph only if that is kept."""
+    if context.keep_graph:
+        return as_leaves(context.upper_params)
+    return tree.map(Tensor.detach, context.upper_params)
+
+
+def _differentiated(context: PassContext, micro: MicroBatch, graph: LossGraph) -> Backward:
+    """Return the gradient of a loss, and the micro-batch with the graph if that is kept."""
+    grads = gradients([graph.loss], graph.lower_params, keep_graph=context.keep_graph)
+    return Backward(grads, replace(micro, graph=graph) if context.keep_graph else micro)
 
 
 def weighted_batch(

@@ -46,7 +46,7 @@ def mixed_product(
         slopes = None
         if micro.dots is not None:
             slopes = micro.dots(direction)
-        elif is_separable(problem):
+        elif is_separable(problem) and micro.graph is None:
             slopes = route.loss_slopes(problem, micro, lower_params, direction)
         if slopes is not None:
             assert micro.weights is not None

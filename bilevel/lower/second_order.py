@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from bilevel import tree
-from bilevel.autodiff.gradient import dense
+from bilevel.autodiff.gradient import dense, gradients
 from bilevel.lower.lower_pass import LowerPass
+from bilevel.lower.micro_batch import LossGraph
 from bilevel.lower.route import DerivativeRequest, Route
 from bilevel.problem import Params, Problem
 from bilevel.tree import T, Tree
@@ -42,6 +43,11 @@ def gradient_derivative(route: Route, request: DerivativeRequest) -> SecondDeriv
             tree.map(lambda _: None, request.direction),
             tree.map(lambda _: None, request.upper_params),
         )
+    if (graph := request.micro.graph) is not None:
+        try:
+            return SecondDerivatives(*put(wanted, derivative_through(graph, request)))
+        except RuntimeError:  # an operation, of fused attention say, has no second derivative
+            pass
     return SecondDerivatives(*put(wanted, route.gradient_derivative(request)))
 
 
@@ -81,6 +87,49 @@ def second_derivatives(
 
 def _in_precision_of(product: Tensor, leaf: Tensor) -> Tensor:
     return product.to(leaf.dtype)
+
+
+def derivative_through(graph: LossGraph, at: DerivativeRequest) -> Sequence[Tensor | None]:
+    """Return ⟨∇_θ L, d⟩ differentiated with respect to what is wanted: double backward.
+
+    Uses the graph up.
+
+    Raises:
+        RuntimeError: An operation of the loss cannot be differentiated twice.
+    """
+    first = gradients([graph.loss], chosen(graph.lower_params, at.direction), create_graph=True)
+    check_twice_differentiable(first)
+    pairs = [
+        (grad, d.to(grad.dtype))
+        for grad, d in zip(first, tree.leaves(at.direction), strict=True)
+        if grad is not None
+    ]
+    wanted = [
+        *chosen(graph.lower_params, at.lower_wanted),
+        *chosen(graph.upper_params, at.upper_wanted),
+    ]
+    return gradients([grad for grad, _ in pairs], wanted, [d for _, d in pairs])
+
+
+def check_twice_differentiable(grads: Sequence[Tensor | None]) -> None:
+    """Raise RuntimeError if an operation's backward pass has cut the graph of the gradient.
+
+    What ``once_differentiable`` leaves in its place fails only if it is reached, and with the graph
+    cut it never is: the derivative would silently be zero.
+    """
+    pending = [grad.grad_fn for grad in grads if grad is not None]
+    seen = set()
+    while pending:
+        node = pending.pop()
+        if node is None or node in seen:
+            continue
+        if type(node).__name__ == "Error":
+            raise RuntimeError(
+                "the backward of a custom autograd.Function is marked once_differentiable, so the "
+                "gradient of the lower loss has no derivative: choose CentralDifference()"
+            )
+        seen.add(node)
+        pending.extend(following for following, _ in node.next_functions)
 
 
 def chosen(params: Params, like: Tree) -> list[Tensor]:

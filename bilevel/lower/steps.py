@@ -108,11 +108,15 @@ class PassRequest(NamedTuple):
         upper_params: φ as autograd leaves, for weights with a graph to them; None: φ without one.
         differentiate: Whether a mixed product will be asked for.
         direction: μ of that product, if it is known before the pass.
+        keep_graph: Whether a plain backward pass keeps its graph for a product, in place of
+            another pass: half of the time where starting operations costs more than their
+            arithmetic, for the memory of the activations until then (``is_small``).
     """
 
     upper_params: Params | None = None
     differentiate: bool = False
     direction: Tree | None = None
+    keep_graph: bool = False
 
 
 class Step(NamedTuple):
@@ -188,6 +192,7 @@ def take_steps(window: Window, route: Route, recorder: Recorder | None = None) -
             micro_batches,
             differentiate=request.differentiate,
             direction=request.direction,
+            keep_graph=request.keep_graph,
         )
         following = advance(window.optimizer, point, passed.grads)
         passes.append(passed.summary())

@@ -13,9 +13,15 @@ from bilevel import tree
 from bilevel.autodiff import random_state
 from bilevel.autodiff.gradient import as_leaves, gradients
 from bilevel.autodiff.kernels import differentiable_kernels
-from bilevel.lower.micro_batch import MicroBatch
+from bilevel.lower.micro_batch import LossGraph, MicroBatch
 from bilevel.lower.route import DerivativeRequest, Product
-from bilevel.lower.second_order import chosen, put, zeros_for_none
+from bilevel.lower.second_order import (
+    check_twice_differentiable,
+    chosen,
+    derivative_through,
+    put,
+    zeros_for_none,
+)
 from bilevel.problem import Params, Problem, ReweightingProblem, lower_value
 from bilevel.routes.base import PlainBackward
 from bilevel.tree import Tree
@@ -58,17 +64,7 @@ def double_backward(at: DerivativeRequest) -> Sequence[Tensor | None]:
     ):
         params, upper = as_leaves(at.lower_params), as_leaves(at.upper_params)
         loss, _ = lower_value(at.problem, params, upper, at.micro.batch)
-        first = gradients([loss], chosen(params, at.direction), create_graph=True)
-        _check_twice_differentiable(first)
-        pairs = [
-            (grad, d.to(grad.dtype))
-            for grad, d in zip(first, tree.leaves(at.direction), strict=True)
-            if grad is not None
-        ]
-        wanted = [*chosen(params, at.lower_wanted), *chosen(upper, at.upper_wanted)]
-        derivative: Sequence[Tensor | None]
-        derivative = gradients([grad for grad, _ in pairs], wanted, [d for _, d in pairs])
-    return derivative
+        return derivative_through(LossGraph(loss, params, upper), at)
 
 
 def _kept_graph(
@@ -83,7 +79,7 @@ def _kept_graph(
                 params = as_leaves(lower_params)
                 loss, _ = lower_value(problem, params, upper_params, micro.batch)
                 grads = gradients([loss], params, create_graph=True)
-                _check_twice_differentiable(tree.leaves(grads))
+                check_twice_differentiable(tree.leaves(grads))
                 kept.append((params, grads))
         return kept[0]
 
@@ -105,24 +101,3 @@ def _kept_graph(
         return put(vector, zeros_for_none(products, wanted))
 
     return product
-
-
-def _check_twice_differentiable(grads: Sequence[Tensor | None]) -> None:
-    """Raise RuntimeError if an operation's backward pass has cut the graph of the gradient.
-
-    What ``once_differentiable`` leaves in its place fails only if it is reached, and with the graph
-    cut it never is: the derivative would silently be zero.
-    """
-    pending = [grad.grad_fn for grad in grads if grad is not None]
-    seen = set()
-    while pending:
-        node = pending.pop()
-        if node is None or node in seen:
-            continue
-        if type(node).__name__ == "Error":
-            raise RuntimeError(
-                "the backward of a custom autograd.Function is marked once_differentiable, so the "
-                "gradient of the lower loss has no derivative: choose CentralDifference()"
-            )
-        seen.add(node)
-        pending.extend(following for following, _ in node.next_functions)

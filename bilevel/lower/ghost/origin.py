@@ -43,7 +43,7 @@ class Origins:
     """
 
     def __init__(self, batch: Any) -> None:
-        self._given = list(_tensors(batch))
+        self._given = list(tensors_in(batch))
         self._run = object()  # Marks of an earlier run, on a tensor that a module keeps, are void.
         self._known = dict.fromkeys(map(id, self._given), Origin.EXAMPLES)
         self._default = Origin.CONSTANT if self._given else Origin.EXAMPLES
@@ -144,7 +144,7 @@ class Origins:
         return max(of_rows, default=Origin.CONSTANT) is Origin.EXAMPLES
 
 
-def _tensors(value: Any, seen: set[int] | None = None) -> Iterator[Tensor]:
+def tensors_in(value: Any, seen: set[int] | None = None) -> Iterator[Tensor]:
     """Yield the tensors in nested containers, mappings of any kind, dataclasses and objects."""
     if isinstance(value, Tensor):
         yield value
@@ -159,7 +159,7 @@ def _tensors(value: Any, seen: set[int] | None = None) -> Iterator[Tensor]:
     elif isinstance(value, list | tuple | set | frozenset):
         items = value
     for item in items:
-        yield from _tensors(item, seen)
+        yield from tensors_in(item, seen)
 
 
 def functions(*names: str) -> list[Any]:
