@@ -45,7 +45,6 @@ def map(fn: Callable[..., Any], tree: T, *rest: Tree) -> T:
     Raises:
         ValueError: The structures differ (optree's message names both).
     """
-
     leaves, structure = optree.tree_flatten(tree, none_is_leaf=True)
     columns = [structure.flatten_up_to(other) for other in rest]
     if not columns:
