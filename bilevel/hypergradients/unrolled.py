@@ -81,7 +81,9 @@ class Unrolled:
         product: ``Jvp``, ``Reverse`` or ``CentralDifference``: how second derivatives are computed.
             ``Auto``: ``Jvp`` at the first step, whose derivative is in φ alone, and ``Reverse`` at
             the others, where both take as long and ``Jvp`` (forward over reverse) takes more
-            memory; where one of them fails, the other.
+            memory; where one of them fails, the other. For small problems ``Reverse`` at all of
+            them, through graphs that the lower passes keep unless ``replay`` or ``store`` ask for
+            less memory (``bilevel.lower.kept_graph``).
 
     Cost: 3F for each lower step and 3F for the upper gradient, as in every method, then about
     9F for each of T − 1 steps and 3F for the first (9F without detached features). F is a
@@ -184,12 +186,13 @@ class UnrolledRecord:
         self._unrolled = method.exact_steps(len(window.batches))
         self._constant = len(window.batches) - self._unrolled
         self._segment = method.segment(self._unrolled)
-        lean = method.replay is not None or method.store == "host"
-        self._keeps_graphs = (
-            method.product == Auto()
-            and not lean
-            and is_small(window.start.lower_params, window.batches[self._constant :])
-        )
+        self._product: Route = method.product
+        self._keeps_graphs = False
+        if method.product == Auto() and is_small(
+            window.start.lower_params, window.batches[self._constant :]
+        ):
+            self._product = Reverse()  # with or without a graph that is kept: the same bits
+            self._keeps_graphs = method.replay is None and method.store == "device"
 
     def before(self, number: int, point: Point, random: RandomState) -> PassRequest:
         """Keep the point before a step, if the sweep will start from it."""
@@ -250,10 +253,10 @@ class UnrolledRecord:
                 del g, state
                 if ends:
                     del lower_bar, state_bar
-                    product = mixed_product(problem, method.product, passed, params, leaves, along)
+                    product = mixed_product(problem, self._product, passed, params, leaves, along)
                 else:
                     curved, product = second_derivatives(
-                        problem, method.product, passed, params, leaves, along
+                        problem, self._product, passed, params, leaves, along
                     )
                     with torch.no_grad():
                         lower_bar = tree.add(lower_bar, curved)

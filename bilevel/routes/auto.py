@@ -38,7 +38,8 @@ class Auto(PlainBackward):
     every other problem, ``Jvp`` or, if a torch operation has no forward-mode derivative,
     ``Reverse``; ``StepInfo.notes`` says which and why. ``Reverse`` at once where derivatives of the
     gradient in θ and in φ are wanted together: both take as long there, and ``Jvp`` (forward over
-    reverse) takes more memory.
+    reverse) takes more memory, and on small problems, whose lower pass keeps its graph for it
+    (``bilevel.lower.kept_graph``).
     """
 
     def backward_pass(self, context: PassContext, total: GradientSum) -> BackwardPass:

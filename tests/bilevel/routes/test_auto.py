@@ -140,6 +140,7 @@ def scalar(losses):
     )
 
 
+@pytest.mark.usefixtures("large")
 @pytest.mark.parametrize("steps", [1, 3])
 @pytest.mark.parametrize("kind", [reweighting, scalar], ids=["per example", "scalar"])
 @pytest.mark.parametrize("name", LACKING)
@@ -159,6 +160,21 @@ def test_the_default_is_exact_where_forward_mode_fails(name, kind, steps):
         assert part in note
     else:  # The rules per example need no second derivative of the operation.
         assert (kind, steps) == (reweighting, 1)
+
+
+@pytest.mark.parametrize("steps", [1, 3])
+@pytest.mark.parametrize("name", LACKING)
+def test_a_small_problem_is_exact_there_at_once(name, steps):
+    """Its products go through the graph of the lower pass, so that no route is tried in vain."""
+    losses, params, _ = LACKING[name]
+    problem, method = scalar(losses), OneStep() if steps == 1 else Unrolled()
+    torch.manual_seed(1)
+    lower, derivative = step_by_hand(problem.lower_loss, params, UPPER, BATCHES, steps)
+    torch.manual_seed(1)
+    found = step_of_solver(problem, method, params, UPPER, [BATCHES], 0, steps)
+    assert relative(found[0], lower) <= 1e-12
+    assert relative(found[1], derivative) <= 1e-10
+    assert not found[2]
 
 
 @pytest.mark.parametrize("kind", [reweighting, scalar], ids=["per example", "scalar"])
