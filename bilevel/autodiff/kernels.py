@@ -114,21 +114,55 @@ class _Equals(TorchFunctionMode):
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
-        if func in (torch.masked_scatter, Tensor.masked_scatter):
-            return equivalents.masked_scatter(*args, **kwargs)
-        if func is Tensor.masked_scatter_:
-            return args[0].copy_(equivalents.masked_scatter(*args, **kwargs))
-        if func is functional.scaled_dot_product_attention:
-            return attention(*args, **kwargs)
-        if func is WEIGHT_NORM:
-            return equivalents.weight_norm(*args, **kwargs)
-        if func is functional.embedding and kwargs.get("scale_grad_by_freq"):
-            return equivalents.embedding(*args, **kwargs)
-        return self._call(func, args, kwargs)
+        equal = _equivalent(func, kwargs)
+        return self._call(func, args, kwargs) if equal is None else equal(*args, **kwargs)
 
     def _call(
         self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
     ) -> Any:
+        return func(*args, **kwargs)
+
+
+_EQUIVALENTS: dict[Callable[..., Any], Callable[..., Tensor]] = {
+    torch.masked_scatter: equivalents.masked_scatter,
+    Tensor.masked_scatter: equivalents.masked_scatter,
+    Tensor.masked_scatter_: lambda input, *rest, **named: input.copy_(
+        equivalents.masked_scatter(input, *rest, **named)
+    ),
+    functional.scaled_dot_product_attention: attention,
+    WEIGHT_NORM: equivalents.weight_norm,
+}
+
+
+def _equivalent(
+    func: Callable[..., Any], kwargs: Mapping[str, Any]
+) -> Callable[..., Tensor] | None:
+    """Return what stands for an operation whose second derivative is wrong or missing."""
+    if func is functional.embedding and kwargs.get("scale_grad_by_freq"):
+        return equivalents.embedding
+    return _EQUIVALENTS.get(func)
+
+
+class SecondDerivativeWatch(TorchFunctionMode):
+    """Notes whether a loss that is run as it is has an operation that ``_Equals`` replaces.
+
+    Attributes:
+        found: Whether it has. Double backward through its graph is then wrong, or fails.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found = False
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        kwargs = kwargs or {}
+        self.found |= _equivalent(func, kwargs) is not None
         return func(*args, **kwargs)
 
 

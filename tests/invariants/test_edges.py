@@ -154,14 +154,17 @@ def test_micro_batches_of_16_bits_are_summed_in_float32():
     assert grads["w"].tolist() == [1.0]
 
 
-def test_an_empty_micro_batch_is_named():
+def test_an_empty_micro_batch_contributes_nothing_and_a_step_without_examples_is_named():
     problem = BilevelProblem(
         lambda lower, upper, batch: lower["w"].sum(),
         lambda lower, upper, batch: lower["w"].sum(),
         batch_size=len,
     )
-    with pytest.raises(ValueError, match="at least 1 example per micro-batch, found 0"):
-        lower_pass(problem, Jvp(), {"w": torch.zeros(2)}, {}, [[], [1]])
+    params = {"w": torch.zeros(2)}
+    passed = lower_pass(problem, Jvp(), params, {}, [[], [1], []])
+    assert passed.grads["w"].tolist() == [1.0, 1.0]
+    with pytest.raises(ValueError, match="at least 1 example in the 2 micro-batches"):
+        lower_pass(problem, Jvp(), params, {}, [[], []])
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)

@@ -61,6 +61,7 @@ def test_an_image_that_goes_bad_in_the_run_is_named(task, tmp_path, monkeypatch,
             bad.unlink()
         else:
             bad.write_bytes(bad.read_bytes()[:-200])
+        return given[0]
 
     monkeypatch.setattr("recipes.train.cold_start.require", spoil)
     options = task.cold_start(

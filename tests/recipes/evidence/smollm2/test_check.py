@@ -12,7 +12,7 @@ from recipes.evaluation.candidates import read_scored_candidates
 from recipes.evidence.smollm2 import __main__ as check
 from recipes.evidence.smollm2 import weights
 from recipes.evidence.smollm2.game24 import Sizes
-from recipes.options.base import PrmOptions
+from recipes.options.base import LoaderOptions
 from recipes.options.rules import check_together
 from tests.recipes.evidence.smollm2.puzzles import write_source
 
@@ -43,7 +43,7 @@ def test_figures_by_hand(tmp_path):
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     said = [(0.9, 0.9), (0.8, 0.1), (0.1, 0.1), (0.9, 0.95), (0.2, 0.3), (0.2, 0.3)]
     scores = [torch.tensor(row, dtype=torch.float64) for row in said]
-    found = check.figures(read_scored_candidates(PrmOptions(), str(path)), {"judge": scores})
+    found = check.figures(read_scored_candidates(LoaderOptions(), str(path)), {"judge": scores})
     by_name = {row["name"]: row for row in found}
     assert list(by_name) == [
         *("pass@1 (random candidate)", "majority vote", "judge", "pass@3 (oracle)")
