@@ -45,6 +45,8 @@ def evaluate(contender: Contender) -> Evaluated:
             one.peak, one.flops = figures["peak"], figures["flops"]
             one.hypergradient = torch.tensor(figures["hypergradient"])
             return one
+        if contender.steps == 1:
+            contender.run()  # The first step measures whether the rules per example apply.
         (result, one.flops), one.peak = with_peak(lambda: with_flops(contender.run))
     except REFUSALS as error:
         one.notes.append(f"refused: {str(error).splitlines()[0]}")
