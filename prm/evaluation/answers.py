@@ -79,6 +79,7 @@ _ASSIGNMENT = re.compile(
     rf"({_NAME})(?:\([^()=]*\))?\s*(?:=|∈\s*(?=[(\[{{]))\s*([^=<>≤≥≠∈]+)"
     rf"|(\(\s*{_NAME}(?:\s*,\s*{_NAME})+\s*\))\s*=\s*(\([^=<>≤≥≠∈]+\))"
 )
+_DAYTIME = re.compile(r"(?<=\d)\s*([ap])\.\s?m\b\.?", re.IGNORECASE)
 _OPERATORS = re.compile(r"\s*([-+*/^=<>(),|:;≤≥≠∈∪∩±!'{}\[\]])\s*")
 _TOKEN = re.compile(r"\d+(?:\.\d+)?|[Ͱ-Ͽ]|[^\W\d_Ͱ-Ͽ]+|\S")
 _SEPARATORS = r",\s*(?:and|or)\b|,|;|\band\b|\bor\b"
@@ -154,8 +155,9 @@ def answer_parts(text: str | None) -> tuple[str | None, str | None]:
     text = unwrapped(text)
     if not text:
         return None, None
-    plain = plain_text(text)
-    return _parse_plain(re.sub(r"(?<=[^\W_])\.$", "", plain) or plain)
+    plain = re.sub(r"^-\s*-(?=\d)", "", plain_text(text))
+    plain = _DAYTIME.sub(lambda m: f"{m[1]}m", plain)
+    return _parse_plain(re.sub(r"(?<=[^\W_])\s*\.$", "", plain) or plain)
 
 
 def _unify(text: str) -> str:
@@ -178,7 +180,7 @@ def unwrapped(text: str) -> str:
             if text.startswith(left) and text.endswith(right) and inner and left not in inner:
                 text = inner.strip()
         text = without_remarks(text).strip()
-        text = re.sub(r"(?<=\S)(?<![.;,])[.;,]+$|(?<=[^\W\d_]{3})!$", "", text).strip().strip('"')
+        text = re.sub(r"(?<=\S)(?<![.;,\\])[.;,]+$|(?<=[^\W\d_]{3})!$", "", text).strip().strip('"')
         text = _LEAD.sub("", text, count=1).strip() or text
         text = re.sub(r"^=\s*(?=\S)", "", text)
         text = _INLINE.sub(lambda m: m[1] or m[2] or m[3] or "", text)
@@ -191,7 +193,7 @@ def _parse_plain(text: str, depth: int = 0) -> tuple[str, str | None]:
         return letters, None
     if depth < _DEEPEST_LIST and (several := _assignments(text, depth + 1)) is not None:
         return several, None
-    if assigned := _ASSIGNMENT.fullmatch(text):
+    if (assigned := _ASSIGNMENT.fullmatch(text)) and _in_order(assigned[3]):
         text = (assigned[2] or assigned[4]).strip()
         if not depth and (letters := choice(text)) is not None:
             return letters, None
@@ -201,6 +203,15 @@ def _parse_plain(text: str, depth: int = 0) -> tuple[str, str | None]:
     if re.fullmatch(r"(?:the )?(?:empty|null) set", text, re.IGNORECASE):
         return "∅", None
     return (_list(text, depth + 1) if depth < _DEEPEST_LIST else None) or _words(text), None
+
+
+def _in_order(names: str | None) -> bool:
+    """Return whether names in brackets have the order in which they may be left out.
+
+    It is that of the alphabet, and (ρ, θ, φ): (y,x) = (2,3) is not (2, 3).
+    """
+    given = re.findall(_NAME, names or "")
+    return given == sorted(given, key=lambda name: (name != "ρ", name))
 
 
 def _quantity(text: str) -> tuple[str, str | None] | None:
@@ -325,7 +336,8 @@ def _words(text: str) -> str:
             pieces.append(" ")
         pieces.append(match[0])
         last, end = match[0], match.end()
-    text = _PRODUCT.sub("", "".join(pieces).casefold())
+    text = re.sub("[^Ͱ-Ͽ]+", lambda m: m[0].casefold(), "".join(pieces))  # Γ is not γ.
+    text = _PRODUCT.sub("", text)
     if re.search("[>≥]", text) and not re.search(r"[<≤,;]|\bor\b|\band\b", text):
         text = re.sub("[>≥]", lambda m: "<" if m[0] == ">" else "≤", "".join(_reversed(text)))
     return text

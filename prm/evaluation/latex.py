@@ -8,6 +8,8 @@ from __future__ import annotations
 import re
 from fractions import Fraction
 
+from prm.evaluation.brackets import spans, split_outside
+
 _FONTS = (
     "text|textbf|textit|textrm|textsf|texttt|textnormal|textup|mathrm|mathbf|mathit|mathsf|mathbb|"
     "mathcal|mbox|hbox|operatorname|boldsymbol|bm|emph|underline"
@@ -28,6 +30,12 @@ _SYMBOLS = {
     **{"infty": "∞", "lbrace": "{", "rbrace": "}", "lbrack": "[", "rbrack": "]"},
     **{"langle": "⟨", "rangle": "⟩"},
     **{"prime": "'", "colon": ":", "angle": "∠", "approx": "≈", "setminus": "∖"},
+    **{"triangle": "△", "perp": "⊥", "parallel": "∥", "sim": "∼", "cong": "≅", "equiv": "≡"},
+    **{"lfloor": "⌊", "rfloor": "⌋", "lceil": "⌈", "rceil": "⌉", "partial": "∂", "nabla": "∇"},
+    **{"notin": "∉", "subset": "⊂", "subseteq": "⊆", "supset": "⊃", "supseteq": "⊇"},
+    **{"forall": "∀", "exists": "∃", "neg": "¬", "lnot": "¬"},
+    **dict.fromkeys(("land", "wedge"), "∧"),
+    **dict.fromkeys(("lor", "vee"), "∨"),
     **dict(
         zip(
             (
@@ -55,6 +63,9 @@ FUNCTIONS = frozenset(
 """Names that are functions and no words."""
 _FUNCTION = "|".join(sorted(FUNCTIONS - {"sqrt", "root"}, key=len, reverse=True))
 _GROUP = r"\{([^{}]*)\}"
+_SWITCH = r"\\(?:rm|bf|it|sf|tt|displaystyle|textstyle)"
+_NO_ARGUMENT = r"(?<![\\\w}\]^_])"
+"""No command, exponent or index stands in front, of which a group would be an argument."""
 _BOX = re.compile(r"\\(?:boxed|fbox)(?![A-Za-z])\s*+(?:\{|([^\s$\\{]+))")
 _MATRIX = re.compile(
     r"(?P<open>(?:\\left\s*)?[(\[]\s*)?"
@@ -114,6 +125,7 @@ def plain_text(text: str) -> str:
         text = text.replace(typed, symbol)
     text = _MATRIX.sub(_matrix, text)
     text = re.sub(r"\\(?:left|right)\s*\.", " ", text)
+    text = _ungrouped(text)
     text = re.sub(rf"\\(?:(?:{_SIZES}|{_SPACES})(?![A-Za-z])|[,;: ])|~", " ", text)
     text = re.sub(r"\\([%$#&_{}])", r"\1", text)
     degree = r"\\(?:circ|degree)(?![A-Za-z])"
@@ -140,21 +152,47 @@ def plain_text(text: str) -> str:
         text = re.sub(
             rf"\\sqrt\s*(?:{_GROUP}|(\w))", lambda m: f"sqrt({(m[1] or m[2] or '').strip()})", text
         )
-        text = re.sub(rf"\^\s*{_GROUP}", lambda m: f"^{_factor(m[1])}", text)
-        text = re.sub(rf"_\s*{_GROUP}", lambda m: f"_{_factor(m[1])}", text)
         text = re.sub(
-            rf"(\^\s*|\d\s*|[^\W\d]\s*|\)\s*)?\\[dtc]?frac\s*(?:{_GROUP}|(\w))\s*(?:{_GROUP}|(\w))",
+            rf"([\^_])\s*{_GROUP}(?=(\d?))",
+            lambda m: f"{m[1]}{_factor(m[2])}{m[3] and ' '}",  # 2^{3}4 is not 2^34.
+            text,
+        )
+        text = re.sub(
+            rf"\\[dt]?binom\s*(?:{_GROUP}|(\w))\s*(?:{_GROUP}|(\w))",
+            lambda m: f" binom({m[1] or m[2] or ''},{m[3] or m[4] or ''})",
+            text,
+        )
+        text = re.sub(
+            rf"(\^\s*|\d\s*|[^\W\d]\s*|\)\s*)?\\[dtc]?frac\s*(?:{_GROUP}|(\w))\s*(?:{_GROUP}|(\w))"
+            r"(?=(\d?))",
             _fraction,
             text,
         )
         text = re.sub(
-            rf"\\(?!(?:{_FONTS}|[dtc]?frac|sqrt)(?![A-Za-z]))([A-Za-z]+)((?:_\w|_\([^()]*\))?)\s*"
+            rf"\\(?!(?:{_FONTS}|[dtc]?frac|[dt]?binom|sqrt)(?![A-Za-z]))([A-Za-z]+)((?:_\w|_\([^()]*\))?)\s*"
             rf"((?:{_GROUP}\s*)+)",
-            lambda m: f" {m[1]}{m[2]}({','.join(re.findall(_GROUP, m[3]))})",
+            lambda m: f" {m[1]}{m[2]}{_bracketed(','.join(re.findall(_GROUP, m[3])))}",
             text,
         )
     text = re.sub(r"\\([A-Za-z]+)", r" \1 ", text)
     return _functions(text).strip()
+
+
+def _ungrouped(text: str) -> str:
+    r"""Remove braces of a font, a colon, or the whole: ``{\rm cm}``, ``\bf{5}``, ``2{:}30``."""
+    text = re.sub(rf"{_NO_ARGUMENT}\{{\s*{_SWITCH}(?![A-Za-z])([^{{}}]*)\}}", r" \1 ", text)
+    text = re.sub(rf"{_SWITCH}\s*{_GROUP}", r" \1 ", text)
+    text = re.sub(r"(?<=\d)\{:\}(?=\d)", ":", text).strip()
+    while text.startswith("{") and "\\" in text and _closing(text).get(0) == len(text) - 1:
+        if len(split_outside(text[1:-1], ",")) > 1:
+            break  # A set whose braces were not escaped.
+        text = text[1:-1].strip()
+    return text
+
+
+def _bracketed(text: str) -> str:
+    """Put ``text`` into round brackets unless it is."""
+    return text if text[:1] == "(" and spans(text) else f"({text})"
 
 
 def _matrix(match: re.Match[str]) -> str:
@@ -193,7 +231,7 @@ def _fraction(match: re.Match[str]) -> str:
     if not before and re.fullmatch(r"-[\d.]+|\(-[^()+-]*\)", below) and above[:1] != "(":
         above = above[1:] if above[:1] == "-" else f"-{above}"
         below = _factor(below.strip("()")[1:])
-    quotient = f"{above}/{below}"
+    quotient = f"{above}/{below}{match[6] and '*'}"  # What follows 1/2 is not of its divisor.
     if before == "^":
         return f"^({quotient})"
     if before.isdigit() and above.isdigit() and below.isdigit():
@@ -211,9 +249,13 @@ def _factor(text: str) -> str:
 def _functions(text: str) -> str:
     """Set the brackets of a function of one number or letter: "sin x" is sin(x)."""
     base = r"(?:_\d+|_[^\W\d_]|_\([^()]*\))?"
-    text = re.sub(rf"(?<![A-Za-z])({_FUNCTION})\s*({base})\s*\{{([^{{}}]*)\}}", r"\1\2(\3)", text)
+    text = re.sub(
+        rf"(?<![A-Za-z])({_FUNCTION})\s*({base})\s*\{{([^{{}}]*)\}}",
+        lambda m: f"{m[1]}{m[2]}{_bracketed(m[3])}",
+        text,
+    )
     return re.sub(
-        rf"(?<![A-Za-z])({_FUNCTION})\s*({base})\s+(\d+°?|[^\W\d_])(?![\w(^.*/°])",
+        rf"(?<![A-Za-z])({_FUNCTION})\s*({base})(?:\s+|(?<=\d)(?=[^\W\d_]))(\d+°?|[^\W\d_])(?![\w(^.*/°])",
         r"\1\2(\3)",
         text,
     )

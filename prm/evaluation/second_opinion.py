@@ -36,8 +36,12 @@ _CONSTANTS = frozenset({"π", "e", "i"})
 _SIGNS = "=<≤≠∈±∓!%°'∪∩|…→"
 """Signs of which both answers must have as many."""
 _COSTLY = re.compile(r"\^\(?-?\d{4,}|\^[^+*/=,]*\^|\d{40,}")
-_NO_FORMULA = re.compile(r"[^\W\d_]{2,}|\d+(?:-\d+)+|.*[_:].*")
-_TWO_READINGS = re.compile(r"/\s*(?:\d+|[A-Za-z])\s*[A-Za-z(\\]")
+_NO_FORMULA = re.compile(
+    r"[^\W\d_]{2,}|\d+(?:-\d+)+|.*[_:].*|[<>≤≥=].*|.*[<>≤≥=]"
+    r"|.*(?:\d \d|\d\.\d+\.|[A-Za-z]\d|\([A-Za-z]\)\d).*"
+)
+"""Words, dates, ratios, half a relation, numbers side by side, versions ("v1.0"), "(a) 3 (b) 4"."""
+_TWO_READINGS = re.compile(r"/\s*(?:\d+|[A-Za-z])\s*[A-Za-z(\\]|frac\s*(?:\d\s*){3}")
 _DECIMAL = re.compile(r"(?<![\d,])(\d*)\.(\d+)(?![\d.])")
 _DIGITS = 60
 _NEAR = 1e-40

@@ -57,10 +57,38 @@ _NAMES = {
     "mol": "mole",
     "unit": "",
 }
-_ABBREVIATED = {"mph": "mi/h", "kph": "km/h", "kmh": "km/h", "kmph": "km/h"}
-UNIT_SYMBOLS = {symbol: symbol for symbol in _NAMES} | {
-    name: symbol for symbol, names in _NAMES.items() for name in names.split()
+_PREFIXES = {
+    **{"T": "tera", "G": "giga", "M": "mega", "k": "kilo", "h": "hecto", "d": "deci", "c": "centi"},
+    **{"m": "milli", "µ": "micro", "n": "nano", "p": "pico"},
 }
+_PREFIXED = {
+    **{"m": "metre meter", "g": "gram", "s": "second", "l": "litre liter", "A": "ampere amp"},
+    **{"K": "kelvin", "mol": "mole", "Hz": "hertz", "N": "newton", "Pa": "pascal", "J": "joule"},
+    **{"W": "watt", "V": "volt", "Ω": "ohm", "F": "farad", "H": "henry", "C": "coulomb"},
+    **{"T": "tesla", "eV": "electronvolt", "cal": "calorie", "bar": "", "B": "byte", "b": "bit"},
+}
+"""Units that take a prefix, whose case has a meaning: MW and mW."""
+_NO_UNITS = {"pm", "pH"}
+_ABBREVIATED = {"mph": "mi/h", "kph": "km/h", "kmh": "km/h", "kmph": "km/h"}
+
+
+def _with_prefixes() -> dict[str, str]:
+    symbols: dict[str, str] = {}
+    for short, prefix in _PREFIXES.items():
+        for unit, names in _PREFIXED.items():
+            spellings = [short + unit, *(prefix + name for name in names.split())]
+            spellings += [short + "L"] if unit == "l" else []
+            spellings += ["K" + unit] if short == "k" else []
+            spellings += ["μ" + unit, "u" + unit] if short == "µ" else []
+            symbols |= dict.fromkeys(spellings, short + unit)
+    return {name: symbol for name, symbol in symbols.items() if name not in _NO_UNITS}
+
+
+UNIT_SYMBOLS = (
+    _with_prefixes()
+    | {symbol: symbol for symbol in _NAMES}
+    | {name: symbol for symbol, names in _NAMES.items() for name in names.split()}
+)
 """The symbol for each symbol or name as written. Names are also known in capitals and plural."""
 _POWERS = {"square": "^2", "sq": "^2", "squared": "^2", "cubic": "^3", "cubed": "^3"}
 _DEGREES = ("°c", "°celsius", "°f", "°fahrenheit")
@@ -79,6 +107,7 @@ def unit_of(text: str) -> str | None:
     words = re.sub(r"\bdegrees?\s+(c|celsius|f|fahrenheit)\b", r"°\1", words, flags=re.IGNORECASE)
     words = re.sub(r"(?<=[A-Za-z])\.(?=\s|$)", "", words)  # "sq. ft."
     words = re.sub(r"\s*([/*·^])\s*", r"\1", words)
+    words = re.sub(r"(?<![A-Za-z])([µμ]|[kM](?=\s*Ω))\s+(?=[A-Za-zΩ])", r"\1", words)
     parts: list[str] = []
     prefix = ""
     for word in words.split():

@@ -145,6 +145,18 @@ EQUAL = [
     (r"1 \text{ or } 2", "1 or 2"), (r"1\text{ and }2", "1 and 2"), (r"\text{A and C}", "A, C"),
     ("A,C", "C and A"), ("14 {, }916", "14916"), ("$12 $ and $13 $", "12 and 13"),
     ("28 percentage", "28%"),
+    (r"\log_{2}3", r"\log_2 3"), (r"\log_{10}x", r"\log_{10} x"), (r"\bf{5}", "5"),
+    (r"{\rm 5}", "5"), (r"5\rm{cm}", "5 cm"), (r"5\,{\rm cm}", "5 cm"), ("2{:}30", "2:30"),
+    (r"{\frac{3}{4}}", r"\frac34"), (r"\dbinom{5}{2}", r"\binom52"),
+    (r"\tbinom nk", r"\binom{n}{k}"),
+    ("10:30 a.m.", "10:30 AM"), ("8 p.m.", "8 PM"), (r"42\text{.}", "42"), (r"42\,", "42"),
+    (r"-\frac{-3}{4}", r"\frac34"), (r"\sin{(2x)}", r"\sin(2x)"), (r"\ln{(2x)}", r"\ln(2x)"),
+    (r"3\,\mu\text{m}", "3 µm"), (r"5\text{ k}\Omega", "5 kΩ"), ("5 megahertz", "5 MHz"),
+    ("10 KV", "10 kV"), ("3 mL", "3 millilitres"), (r"\triangle ABC", "△ABC"),
+    (r"x \notin A", "x∉A"),
+    (r"\lceil x \rceil", "⌈x⌉"), (r"p \land q", "p ∧ q"), (r"A \subseteq B", "A ⊆ B"),
+    (r"AB \perp CD", "AB ⊥ CD"), (r"(\rho,\theta,\phi)=(1,2,3)", "(1,2,3)"),
+    (r"(r,\theta)=(2,\pi)", r"(2,\pi)"), ("(y,x)=(2,3)", "(y, x) = (2, 3)"),
 ]  # fmt: skip
 
 UNEQUAL = [
@@ -238,6 +250,13 @@ UNEQUAL = [
     (r"1\frac{2}{3}", r"\frac{12}{3}"), ("1 2/3", "12/3"), (r"0.\overline{3}", "0.3"),
     (r"0.\overline{12}", r"0.1\overline{2}"), ("3.14", "3.1416"), ("A", "E"), ("I", "II"),
     ("I", "l"), ("the A", "B"), ("A and", "A"), ("$3 and $5", "3 and 5"), ("$3, $5", "3, 5"),
+    ("5 MW", "5 mW"), ("5 MPa", "5 mPa"), ("5 MHz", "5 mHz"), ("5 Mg", "5 mg"), ("5 MΩ", "5 mΩ"),
+    ("5 Gb", "5 GB"), ("5 ML", "5 mL"), ("5 kB", "5 kb"), ("5 Tm", "5 tm"), ("1.000.000", "1.0"),
+    ("v1.0", "v1"), ("192.168.0.1", "192.168"), ("(x,y)=(2,3)", "(y,x)=(2,3)"), ("> 5", "< 5"),
+    ("a_{1}2", "a_{12}"), ("x^{2}3", "x^{23}"), (r"\frac{1}{2}3", r"\frac{1}{23}"),
+    (r"\frac123", r"\frac{1}{23}"), ("2^{3}4", "2^{34}"), ("10^{2}5", "10^{25}"),
+    (r"\frac{1}{2}345", r"\frac{1}{2345}"), (r"\log_{2}3", r"\log_{23}"), (r"3\text{ }4", "34"),
+    ("(a) 3 (b) 4", "(a) 4 (b) 3"), (r"\gamma", r"\Gamma"), ("Δ", "δ"), (r"\theta+1", r"\Theta+1"),
 ]  # fmt: skip
 
 EQUAL_BY_ALGEBRA = [

@@ -44,6 +44,21 @@ STATED = {
     "Answer: C. A pretty girl": "C",
     "Answer: 5. So we are done": "5",
     "Answer: 1.5 m. The rest is air": "1.5 m",
+    "The answer would be 5.": "5",
+    "The answer should be $17$.": "$17$",
+    "We get the final answer of 12.": "12",
+    "Answer = 5": "5",
+    "We add.\nAns. 5": "5",
+    "因此，答案为B。": "B",
+    "정답: 3": "3",
+    "Answer:\n- B": "B",
+    "Answer: B\nExplanation: the answer is not A.": "B",
+    "Option A is wrong. Therefore, option B is correct.": "B",
+    "(B) is the correct answer.": "B",
+    # Tags
+    "<answer>B</answer>": "B",
+    "<think>Answer: 3</think>\n<answer> \\boxed{4} </answer>": "4",
+    "<answer>The answer is 12 cm.</answer>": "12 cm",
     # Boxes
     "2+3 is 5.\n\nSo \\boxed{5}": "5",
     r"We get $\boxed{\frac{1}{\sqrt{2}}}$. Hence it is done.": r"\frac{1}{\sqrt{2}}",
@@ -65,6 +80,8 @@ STATED = {
 NOT_STATED = [
     "no statement at all", "Answer:", "", r"cut off \boxed{5", r"\boxed{}", "#### Step 1: begin",
     "#### Introduction\ntext and more", "A: 12\nB: 13", "A: 12\nand on it goes",
+    "It is not so that option B is correct", "Neither A nor option B is correct.",
+    "The answer should be checked.", "So the answer is not A.", "<answer> </answer>",
     "The answer is not known.", "So the answer is correct.", "He answered: 5",
 ]  # fmt: skip
 
