@@ -23,11 +23,15 @@ def bad_rows_of(options: Any, path: Path) -> BadRows:
 def report_bad_rows(several: Iterable[BadRows], output: Path, tell: Callable[[str], None]) -> None:
     """Tell what was left out of several files, and list it in the file ``output``, if anything was.
 
+    If nothing was, an older list is removed, which would be taken for that of the new output.
+
     Raises:
         OSError: The list cannot be written.
     """
     lost = [bad for bad in several if bad.left_out]
-    if lost:
+    if not lost:
+        output.unlink(missing_ok=True)
+    else:
         write_bad_rows(output, lost)
         for bad in lost:
             tell(f"{bad}, listed in {output}")

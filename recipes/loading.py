@@ -231,13 +231,13 @@ def _located(error: DataError, file: Path, line: int) -> DataError:
 
 
 def list_beside(options: LoaderOptions, output: Path | None) -> Path | None:
-    """Return the path of the list of rows that are left out, None if bad rows are refused.
+    """Return the path of the list of rows that are left out, None without an output file.
 
     Raises:
         OptionError: Rows are left out, and there is no output file beside which to list them.
     """
-    if options.on_bad_row == "refuse":
-        return None
     if output is None:
+        if options.on_bad_row == "refuse":
+            return None
         raise OptionError("--on-bad-row skip: needs --output, beside which the list is written")
     return skipped_path(output)

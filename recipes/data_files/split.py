@@ -51,8 +51,9 @@ def split(options: SplitOptions) -> Division:
     """
     sizes = parse_parts(options.parts)
     out = Path(options.out)
-    if out.exists():
-        raise OptionError(f"--out {options.out}: exists; remove it or give another name")
+    for there in (out, skipped_path(out)):
+        if there.exists():
+            raise OptionError(f"--out {there}: exists; remove it or give another name")
     check_writable("--out", out)
     existing_file(options.file)
     check_together(options)

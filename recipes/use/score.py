@@ -157,7 +157,7 @@ def _begin(
 ) -> int:
     """Prepare the output for more lines, and return how many solutions it holds."""
     if overwrite or not output.exists():
-        for there in (settings_path(output), digest_path(output)):
+        for there in (settings_path(output), digest_path(output), skipped_path(output)):
             if there.exists() and not overwrite:
                 raise OptionError(
                     f"--output {output}: {there.name} exists already, without scores; nothing was "

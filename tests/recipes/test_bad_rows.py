@@ -204,3 +204,29 @@ def test_a_pipe_is_named_and_so_is_a_folder(tmp_path, capsys):
         )
     assert main(["data", "validate", str(tmp_path)]) == 2
     assert "is a folder; name the file of rows in it" in capsys.readouterr().err
+
+
+def test_the_list_of_an_earlier_output_is_neither_replaced_nor_taken_for_that_of_a_new_one(
+    task, files, tmp_path, capsys
+):
+    out = tmp_path / "out"
+    old = Path(f"{out}.skipped.jsonl")
+    commands = [
+        ("data", "convert", files["train"], "--out", out),
+        ("data", "split", files["train"], "--out", out, "--parts", "a=1", "b=rest"),
+        ("score", "--file", files["test"], "--output", out),
+        ("weigh", "--by", "random", "--file", files["train"], "--output", out),
+    ]
+    for words in commands:
+        old.write_text("old")
+        model = ["--model", str(task.model)] if words[0] == "score" else []
+        given = [str(word) for word in (*words, *model, "--allow-outside-images")]
+        assert main([*given, "--on-bad-row", "skip"]) == 2
+        assert old.name in capsys.readouterr().err
+        assert (old.read_text(), out.exists()) == ("old", False)
+    old.unlink()
+    given = ["data", "convert", "--out", str(out), "--allow-outside-images"]
+    assert main([*given, str(files["train"]), "--on-bad-row", "skip"]) == 0
+    assert listed(old) == THIRD
+    assert main([*given, str(files["train mended"]), "--overwrite"]) == 0
+    assert not old.exists()

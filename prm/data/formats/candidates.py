@@ -107,21 +107,22 @@ def read_rlhflow(record: Mapping[str, Any], location: Location) -> tuple[StepExa
     domain = location.name(record, domain_key(record))
     examples = []
     for number, (text, truth) in enumerate(zip(texts, right, strict=True)):
-        field = f"answers[{number}]"
-        if truth not in (0, 1):
-            location.refuse(f"{values}[{number}]", "1 or 0", truth)
-        marked = marked_steps(location.text(text, field), field, location)
-        steps = _split(text, field, location) if marked is None else tuple(map(Step, marked))
-        examples.append(
-            _example(
-                location.default_id(raw, (question, text), number),
-                (question, (), group, domain),
-                steps,
-                final_answer(steps[-1].text if marked else text) or "",
-                bool(truth),
-                extra,
+        with location.one_of_several():
+            field = f"answers[{number}]"
+            if truth not in (0, 1):
+                location.refuse(f"{values}[{number}]", "1 or 0", truth)
+            marked = marked_steps(location.text(text, field), field, location)
+            steps = _split(text, field, location) if marked is None else tuple(map(Step, marked))
+            examples.append(
+                _example(
+                    location.default_id(raw, (question, text), number),
+                    (question, (), group, domain),
+                    steps,
+                    final_answer(steps[-1].text if marked else text) or "",
+                    bool(truth),
+                    extra,
+                )
             )
-        )
     return tuple(examples)
 
 

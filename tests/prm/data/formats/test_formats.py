@@ -954,3 +954,28 @@ def test_a_label_of_hundreds_of_digits_is_refused(tmp_path):
     steps = [{"text": "s", "label": 10**400}]
     error = first_error(tmp_path, {**GOOD["prm-jsonl"], "steps": steps})
     assert (error.field, error.expected[:3]) == ("steps[0].label", '"+"')
+
+
+def test_one_bad_answer_of_best_of_n_does_not_take_the_others(tmp_path):
+    row = GOOD["rlhflow-candidates"] | {"answers": ["So 5.", "", "So 6."], "label": [1, 0, 2]}
+    blank, value, good = iter_rows(write(tmp_path, row))
+    assert (blank.field, value.field) == ("answers[1]", "label[2]")
+    assert [example.steps[0].text for example in good.examples] == ["So 5."]
+
+
+def test_a_file_of_mr_ben_is_an_object_of_lists_of_rows(tmp_path):
+    blank = GOOD["mr-ben"] | {"Model_Solution_Steps": ["Step 1: a", ""]}
+    path = tmp_path / "data.json"
+    held = {"u-1": [GOOD["mr-ben"], blank], "u-2": [GOOD["mr-ben"]]}
+    path.write_text(json.dumps(held, indent=2), encoding="utf-8")
+    first, second, third = iter_rows(path)
+    assert [row.line for row in (first, second, third)] == [1, 2, 3]
+    assert second.field == "Model_Solution_Steps[1]"
+    assert first.record == third.record == GOOD["mr-ben"]
+
+
+@pytest.mark.parametrize("name", FORMAT_NAMES[1:])
+def test_an_object_of_empty_lists_is_an_error_in_every_format(tmp_path, name):
+    for record in ({"conversations": []}, {"u-1": [], "u-2": []}, {}):
+        (error,) = iter_rows(write(tmp_path, record), format=name)
+        assert isinstance(error, DataError)
