@@ -1,8 +1,9 @@
 """What the same question is: the same words, and pictures of the same content.
 
-Case, white space, the Unicode form and invisible characters of the words do not count, nor do the
-paths of the pictures. Every check for a question on two sides asks this module: a division of a
-file, a comparison of files, and the refusal of a test set that something was tuned on.
+Case, white space, the Unicode form, full and half width, and invisible characters of the words do
+not count, nor do the paths of the pictures. Every check for a question on two sides asks this
+module: a division of a file, a comparison of files, and the refusal of a test set that something
+was tuned on.
 """
 
 from __future__ import annotations
@@ -10,11 +11,14 @@ from __future__ import annotations
 import hashlib
 import unicodedata
 from collections.abc import Iterable, Sequence
+from functools import lru_cache
 from pathlib import Path
 
 from prm.data_urls import opened
 from prm.schema import StepExample
 
+_SAME_CHARACTER = ("<wide>", "<narrow>", "<compat>")
+"""Kinds of Unicode's equivalents that are one character to a reader, unlike 2² and 22."""
 # Soft hyphen, zero-width space and joiners, directional marks, word joiner, byte order mark.
 _INVISIBLE = dict.fromkeys(
     map(ord, "\u00ad\u200b\u200c\u200d\u200e\u200f\u2060\ufeff"),
@@ -25,8 +29,15 @@ def words_of(text: str) -> list[str]:
     """Return the words of a text by which a repeated one is recognised."""
     if text.isascii():
         return text.lower().split()
-    folded = unicodedata.normalize("NFD", text).casefold()
+    folded = "".join(map(_usual, unicodedata.normalize("NFD", text))).casefold()
     return unicodedata.normalize("NFC", folded).translate(_INVISIBLE).split()
+
+
+@lru_cache(maxsize=4096)
+def _usual(character: str) -> str:
+    if unicodedata.decomposition(character).startswith(_SAME_CHARACTER):
+        return unicodedata.normalize("NFKC", character)
+    return character
 
 
 def digest(texts: Iterable[str]) -> int:

@@ -139,7 +139,8 @@ def read_mm_prm(record: Mapping[str, Any], location: Location) -> tuple[StepExam
     asked, process = _ASKED.match(text), _PROCESS.search(text)
     if asked is None or process is None or process.start() < asked.end():
         location.refuse(field, '"Question: ...", and "Process: ..." on a line of its own', text)
-    question = location.text(text[asked.end() : process.start()].strip(), field)
+    question = drop_placeholders(text[asked.end() : process.start()].strip(), len(images))
+    question = location.text(question, field)
     texts = _steps(_pieces(text[process.end() :]), field, location)
     steps = _labelled(texts, turns["gpt"][1], turns["gpt"][0], location)
     return (_example(record, location, question, steps, ("conversations",)),)

@@ -31,6 +31,14 @@ def test_what_may_mean_something_else_is_not_the_same(first, second):
     assert words_of(first) != words_of(second)
 
 
+SAME = [("１＋１＝？", "1+1=?"), ("ﬁnd x", "find x"), ("ｱ", "ア"), ("Which\u3000one", "which one")]
+
+
+@pytest.mark.parametrize(("first", "second"), SAME)
+def test_full_and_half_width_and_ligatures_are_the_same(first, second):
+    assert words_of(first) == words_of(second)
+
+
 def test_pictures_count_by_content_and_order(tmp_path):
     for name, content in (("a", b"1"), ("b", b"2")):
         (tmp_path / name).write_bytes(content)

@@ -979,3 +979,11 @@ def test_an_object_of_empty_lists_is_an_error_in_every_format(tmp_path, name):
     for record in ({"conversations": []}, {"u-1": [], "u-2": []}, {}):
         (error,) = iter_rows(write(tmp_path, record), format=name)
         assert isinstance(error, DataError)
+
+
+def test_the_mark_of_a_picture_behind_question_is_no_part_of_it(tmp_path):
+    """MM-PRM's rows have it in front of "Question:" or behind it."""
+    row = GOOD["mm-prm"]
+    turns = [human("Question: <image>\nHow many?\nProcess: a<prm>\nb<prm>"), gpt([1.0, 0.0])]
+    (example,) = read(tmp_path, row | {"conversations": turns})
+    assert example.question == "How many?"
