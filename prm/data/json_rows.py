@@ -149,6 +149,10 @@ def _decode_line(raw: bytes) -> Any:
     try:
         value = _DECODER.decode(text)
     except json.JSONDecodeError as error:
+        if text[: error.pos].endswith("\r"):
+            found = "several rows, with a carriage return alone at their ends"
+            remedy = "save the file with line feeds as line ends"
+            raise _Refused("one JSON object per line", found, remedy) from error
         raise _Refused("JSON", f"{error.msg} at column {error.colno}", remedy) from error
     except RecursionError as error:
         raise _Refused("JSON", " ".join(str(error).split()), remedy) from error

@@ -9,6 +9,7 @@ import difflib
 import hashlib
 import os
 import re
+import unicodedata
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -93,10 +94,10 @@ class Location:
     def text(
         self, value: object, field: str, *, blank: bool = False, remedy: str | None = None
     ) -> str:
-        """Return a string that UTF-8 can hold; it may be white space alone only if ``blank``."""
+        """Return a string that UTF-8 can hold; it may show nothing at all only if ``blank``."""
         if not isinstance(value, str):
             self.refuse(field, "a string", value)
-        if not blank and not value.strip():
+        if not blank and not any(map(_is_seen, value)):
             self.refuse(field, "a string that is not blank", value, remedy)
         try:
             value.encode()
@@ -307,3 +308,8 @@ def describe(value: object) -> str:
         return f"{kind} of {len(value)}" if value else f"an empty {kind.split()[-1]}"
     shown = repr(value)
     return f"{kind} {shown if len(shown) <= 60 else shown[:57] + '...'}"
+
+
+def _is_seen(character: str) -> bool:
+    """Return whether a character is neither white space nor invisible, as a zero-width space."""
+    return not character.isspace() and unicodedata.category(character) not in ("Cc", "Cf")

@@ -177,3 +177,12 @@ def test_invalid_utf8_in_an_array_is_named(tmp_path):
     ((_, error),) = json_rows(path)
     assert error.expected == "UTF-8"
     assert "byte 8" in error.found
+
+
+def test_rows_that_end_in_carriage_returns_alone_are_named(tmp_path):
+    path = tmp_path / "data.jsonl"
+    path.write_bytes(b'{"a": 1}\r{"a": 2}\r')
+    ((line, error),) = json_rows(path)
+    assert (line, error.expected) == (1, "one JSON object per line")
+    assert "carriage return" in error.found
+    assert "line feeds" in error.remedy

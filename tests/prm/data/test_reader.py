@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import unicodedata
 from pathlib import Path
 
 import pytest
@@ -60,6 +61,7 @@ BAD_LINES = {
     "empty steps": (line(steps=[]), "steps", "at least one step", "an empty list", "remove"),
     "step a string": (line(steps=["two"]), "steps[0]", "an object", "'two'", None),
     "no text": (line(steps=[{"label": "+"}]), "steps[0].text", "'text'", "nothing", None),
+    "invisible text": (line(steps=[{"text": "\u200b"}]), "steps[0].text", "not blank", "", None),
     "empty text": (line(steps=[{"text": ""}]), "steps[0].text", "not blank", "''", None),
     "unknown label": (
         line(steps=[{"text": "s"}, {"text": "s", "label": "good"}]),
@@ -196,9 +198,13 @@ def test_line_separators_inside_strings_do_not_split_lines(tmp_path):
     assert read_jsonl(path)[0].question == "a\u2028b\x85c"
 
 
+def _is_seen(text: str) -> bool:
+    return any(not c.isspace() and unicodedata.category(c) not in ("Cc", "Cf") for c in text)
+
+
 _TEXT = st.text(
     st.characters(exclude_categories=("Cs",), exclude_characters="\x00"), min_size=1
-).filter(str.strip)
+).filter(_is_seen)
 _EXAMPLES = st.builds(
     StepExample,
     id=_TEXT,
