@@ -66,7 +66,7 @@ _GROUP = r"\{([^{}]*)\}"
 _SWITCH = r"\\(?:rm|bf|it|sf|tt|displaystyle|textstyle)"
 _NO_ARGUMENT = r"(?<![\\\w}\]^_])"
 """No command, exponent or index stands in front, of which a group would be an argument."""
-_BOX = re.compile(r"\\(?:boxed|fbox)(?![A-Za-z])\s*+(?:\{|([^\s$\\{]+))")
+_BOX = re.compile(r"\\(?:boxed|f(?:rame)?box)(?![A-Za-z])\s*+(?:\{|([^\s$\\{]+))")
 _MATRIX = re.compile(
     r"(?P<open>(?:\\left\s*)?[(\[]\s*)?"
     r"\\begin\{(?P<kind>[pbBvV]?matrix|smallmatrix|array)\}\s*(?:\{[^{}]*\})?"
@@ -242,7 +242,7 @@ def _fraction(match: re.Match[str]) -> str:
 def _factor(text: str) -> str:
     """Put ``text`` into round brackets unless it is one number, one letter or one function."""
     text = text.strip()
-    alone = rf"[-+]?(?:\d+(?:\.\d*)?|\.\d+)|[^\W\d_]|(?:{'|'.join(FUNCTIONS)})\([^()]*\)|\(\w\)"
+    alone = rf"[-+]?(?:\d+(?:\.\d*)?|\.\d+)|[^\W\d_]|∞|(?:{'|'.join(FUNCTIONS)})\([^()]*\)|\(\w\)"
     return text if not text or re.fullmatch(alone, text) else f"({text})"
 
 

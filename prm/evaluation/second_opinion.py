@@ -45,6 +45,8 @@ _TWO_READINGS = re.compile(r"/\s*(?:\d+|[A-Za-z])\s*[A-Za-z(\\]|frac\s*(?:\d\s*)
 _DECIMAL = re.compile(r"(?<![\d,])(\d*)\.(\d+)(?![\d.])")
 _DIGITS = 60
 _NEAR = 1e-40
+_FONT = re.compile(r"\\(?:math(?:bf|rm|it|sf)|boldsymbol|bm)\s*\{([^{}]*)\}")
+_UNKNOWN_SIGN = re.compile(r"[^\x00-\x7fͰ-Ͽ√∞≤≥≠±∓∅∪∩∈°…→]")
 
 
 def load_math_verify() -> SameAnswer:
@@ -80,6 +82,7 @@ def load_math_verify() -> SameAnswer:
             math_verify.verify([*left], [*right], timeout_seconds=2, float_rounding=_DIGITS)
             and math_verify.verify([*right], [*left], timeout_seconds=2, float_rounding=_DIGITS)
             and _near(left[0], right[0])
+            and all(map(_is_whole, (first, second), (left[0], right[0])))
         )
 
     return same
@@ -104,7 +107,9 @@ def comparable(first: str, second: str) -> bool:
 
 def _is_no_formula(value: str) -> bool:
     """Return whether a canonical value is a choice, words, a bare list, or too costly to read."""
-    if choice(value) or _NO_FORMULA.fullmatch(value) or _COSTLY.search(value):
+    if choice(value) or _NO_FORMULA.fullmatch(value):
+        return True
+    if _COSTLY.search(value) or _UNKNOWN_SIGN.search(value):
         return True
     if not _MATRIX.match(value) and len(split_outside(value, ",")) > 1:
         return True
@@ -139,11 +144,17 @@ def _shape(value: str) -> tuple[Any, ...]:
 
 def _for_parser(answer: str) -> str:
     """Return an answer as LaTeX, its decimals as fractions, which sympy takes exactly."""
-    text = unwrapped(answer)
+    text = _FONT.sub(r"{\1}", unwrapped(answer))
     text = re.sub(r"√\s*(\d+|[A-Za-z])", r"\\sqrt{\1}", text)
     text = re.sub(r"(?:√|(?<!\\)sqrt\s*)\(([^()]*)\)", r"\\sqrt{\1}", text)
     text = re.sub(r"(?<![A-Za-z\\])pi(?![A-Za-z])|π", r"\\pi ", text)
     return _DECIMAL.sub(lambda m: rf"\frac{{{int(m[1] + m[2])}}}{{{10 ** len(m[2])}}}", text)
+
+
+def _is_whole(answer: str, parsed: Any) -> bool:
+    """Return False where the parser stopped in front of the names of an answer, as at a font."""
+    value, _ = answer_parts(answer)
+    return not getattr(parsed, "is_number", False) or not _outline(value or "")[2]
 
 
 def _near(first: Any, second: Any) -> bool:
