@@ -180,7 +180,11 @@ def unwrapped(text: str) -> str:
             if text.startswith(left) and text.endswith(right) and inner and left not in inner:
                 text = inner.strip()
         text = without_remarks(text).strip()
-        text = re.sub(r"(?<=\S)(?<![.;,\\])[.;,]+$|(?<=[^\W\d_]{3})!$", "", text).strip().strip('"')
+        text = (
+            re.sub(r"(?<=\S)(?<![.;,\\])[.;,。．]+$|(?<=[^\W\d_]{3})!$", "", text)
+            .strip()
+            .strip('"')
+        )
         text = _LEAD.sub("", text, count=1).strip() or text
         text = re.sub(r"^=\s*(?=\S)", "", text)
         text = _INLINE.sub(lambda m: m[1] or m[2] or m[3] or "", text)

@@ -116,4 +116,6 @@ def _bare(answer: str) -> str:
     answer = answer.strip()
     if answer.startswith("*") or answer.endswith(("*", "*.")):
         answer = answer.strip("*").removesuffix(".").strip("*").strip()
-    return answer.removesuffix(".").removesuffix("。").strip()
+    if not answer.strip(". …"):
+        return ""
+    return re.sub(r"(?<!\.)\.$|[。．]$", "", answer).strip()

@@ -31,7 +31,7 @@ _NAMES = {
     "year": "yr yrs",
     "ml": "mL millilitre milliliter",
     "l": "L litre liter",
-    "°": "degree deg degs",
+    "°": "degree deg degs 度",
     "°C": "℃ celsius",
     "°F": "℉ fahrenheit",
     "rad": "radian",

@@ -50,6 +50,8 @@ STATED = {
     "Answer = 5": "5",
     "We add.\nAns. 5": "5",
     "因此，答案为B。": "B",
+    "故答案为：8．": "8",
+    "The answer is: 70度。": "70度",
     "정답: 3": "3",
     "Answer:\n- B": "B",
     "Answer: B\nExplanation: the answer is not A.": "B",
@@ -81,6 +83,7 @@ NOT_STATED = [
     "no statement at all", "Answer:", "", r"cut off \boxed{5", r"\boxed{}", "#### Step 1: begin",
     "#### Introduction\ntext and more", "A: 12\nB: 13", "A: 12\nand on it goes",
     "It is not so that option B is correct", "Neither A nor option B is correct.",
+    "I cannot see it. The answer is: ...",
     "The answer should be checked.", "So the answer is not A.", "<answer> </answer>",
     "The answer is not known.", "So the answer is correct.", "He answered: 5",
 ]  # fmt: skip
