@@ -58,6 +58,7 @@ _REMARK = re.compile(
     r"[.;!?](?:\*{1,2}|\$)?\s+(?=(?:I hope|Note|This|That is|These|Therefore|So|Thus|Hence|Because|"
     r"Since|The|We|It|However|In|For|If|Let|Here|Please|Also|Explanation|Reason)\b)"
     r"|(?<=[\d$})%°\]*])[.;!]\s+(?=[A-Z][a-z]*\b)|(?<=^[A-Z])[.!]\s+(?=[A-Z][a-z]*\b(?!\.))"
+    r"|(?<=[^\s,]),?\s++(?:because|since)\b"
 )
 
 
@@ -97,7 +98,7 @@ def final_answer(text: str) -> str | None:
 
 
 def without_remarks(answer: str) -> str:
-    """Remove the sentences behind an answer: "B. Note that A is too small." is B."""
+    """Remove reasons behind an answer: "B. Note that A is too small.", "B, since A is small."."""
     match = _REMARK.search(answer)
     return answer[: match.start()] if match else answer
 

@@ -44,6 +44,8 @@ STATED = {
     "Answer: C. A pretty girl": "C",
     "Answer: 5. So we are done": "5",
     "Answer: 1.5 m. The rest is air": "1.5 m",
+    "The answer is 12, because 3 * 4 = 12.": "12",
+    "The answer is B since A is wrong.": "B",
     "The answer would be 5.": "5",
     "The answer should be $17$.": "$17$",
     "We get the final answer of 12.": "12",
