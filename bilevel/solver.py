@@ -288,7 +288,7 @@ class BilevelSolver(Generic[Lower, Upper, BatchT]):
             ValueError: Another number of micro-batches, or losses or weights of a wrong shape.
             bilevel.Refusal: ``Ghost`` or ``PerExample`` has no rule for something the model does.
         """
-        window = self._window(state, batches)
+        window = self.window_at(state, batches)
         random = random_state.capture(state.lower_params)
         taken, upper = take_window(window, self.hypergradient, upper_batch, state.memory)
         new = state
@@ -301,6 +301,34 @@ class BilevelSolver(Generic[Lower, Upper, BatchT]):
         elif upper_batch is not None:
             new, notes = _without_upper_step(state)
         return _moved(new, taken, len(batches)), self._infos(taken, upper, notes)
+
+    def window_at(
+        self, state: BilevelState[Lower, Upper], batches: Sequence[Sequence[BatchT]]
+    ) -> Window:
+        """Return the lower steps that ``advance`` would take from this state, before they are.
+
+        Args:
+            state: From ``init`` or the last call.
+            batches: Per lower step its micro-batches, ``accumulation`` of them.
+
+        Raises:
+            RuntimeError: There are several processes.
+            TypeError: No list of lists of micro-batches.
+            ValueError: Another number of micro-batches.
+        """
+        refuse_processes()
+        check_steps(batches)
+        for lower_batches in batches:
+            check_micro_batches("lower_batches", lower_batches, self.accumulation)
+        return Window(
+            self.problem,
+            self.lower_optimizer,
+            Point(state.lower_params, state.lower_optimizer),
+            state.upper_params,
+            batches,
+            self.initial if self._place_in_window(state) == 0 else None,
+            self.hyperparameters,
+        ).at(state.upper_params)
 
     def meta_batch(
         self,
@@ -333,7 +361,7 @@ class BilevelSolver(Generic[Lower, Upper, BatchT]):
         new, found = state, []
         for batches, upper_batch in tasks:
             self._check_whole(batches)
-            window = self._window(state, batches)
+            window = self.window_at(state, batches)
             taken, upper = take_window(window, self.hypergradient, upper_batch, state.memory)
             new = _moved(new, taken, len(batches))
             found.append((taken, upper))
@@ -351,30 +379,6 @@ class BilevelSolver(Generic[Lower, Upper, BatchT]):
                 )
             new, notes = self._upper_step(new, mean)
         return new, tuple(self._infos(taken, upper, notes) for taken, upper in found)
-
-    def _window(
-        self, state: BilevelState[Lower, Upper], batches: Sequence[Sequence[BatchT]]
-    ) -> Window:
-        """Return the window that starts from this state.
-
-        Raises:
-            RuntimeError: There are several processes.
-            TypeError: No list of lists of micro-batches.
-            ValueError: Another number of micro-batches.
-        """
-        refuse_processes()
-        check_steps(batches)
-        for lower_batches in batches:
-            check_micro_batches("lower_batches", lower_batches, self.accumulation)
-        return Window(
-            self.problem,
-            self.lower_optimizer,
-            Point(state.lower_params, state.lower_optimizer),
-            state.upper_params,
-            batches,
-            self.initial if self._place_in_window(state) == 0 else None,
-            self.hyperparameters,
-        ).at(state.upper_params)
 
     def _check_whole(self, batches: Sequence[Sequence[BatchT]]) -> None:
         check_steps(batches)

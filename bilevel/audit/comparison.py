@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, TypeAlias
 
 import optree
@@ -16,7 +16,6 @@ from bilevel.audit.steps import NOT_FINITE
 from bilevel.audit.table import text_table
 from bilevel.autodiff import random_state
 from bilevel.hypergradients.base import Hypergradient, take_window
-from bilevel.lower.steps import Point, Window
 from bilevel.problem import BatchT, Lower, Params, Upper
 from bilevel.solver import BilevelSolver
 from bilevel.state import BilevelState
@@ -122,10 +121,9 @@ def compare_hypergradients(
     notes: dict[str, dict[str, None]] = {name: {} for name in methods}
     for state, batches, upper_batch in windows:
         vectors: dict[str, Tensor] = {}
-        start = Point(state.lower_params, state.lower_optimizer)
-        window = Window(solver.problem, solver.lower_optimizer, start, state.upper_params, batches)
+        window = solver.window_at(state, batches)
         for name, method in methods.items():
-            method.check(solver.problem, solver.lower_optimizer, len(batches))
+            replace(solver, hypergradient=method, unroll_steps=len(batches))  # refuses what fails
             if name not in kept:
                 kept[name] = method.init(
                     solver.lower_optimizer, state.lower_params, state.upper_params

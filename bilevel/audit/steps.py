@@ -31,7 +31,7 @@ from bilevel.hypergradients.base import (
 )
 from bilevel.hypergradients.one_step import OneStep, OneStepRecord
 from bilevel.lower.lower_pass import lower_pass
-from bilevel.lower.steps import Point, Window, advance, take_steps
+from bilevel.lower.steps import Point, advance, take_steps
 from bilevel.optimizers.base import clip_scale
 from bilevel.problem import Batch, Params, Problem, upper_value
 from bilevel.solver import BilevelSolver
@@ -72,15 +72,15 @@ class AuditedSteps:
         batches: Sequence[Sequence[Batch]],
         upper_batch: Batch,
     ) -> None:
-        self._problem, self._optimizer = solver.problem, solver.lower_optimizer
+        self._problem = solver.problem
         self._upper_params, self._upper_batch = state.upper_params, upper_batch
         self._hypergradient: Hypergradient = solver.hypergradient
         memory = state.memory
         if isinstance(self._hypergradient, OneStep):
             self._hypergradient = dataclasses.replace(self._hypergradient, direction_decay=0.0)
             memory = None
-        start = Point(state.lower_params, state.lower_optimizer)
-        window = Window(solver.problem, solver.lower_optimizer, start, state.upper_params, batches)
+        self._window = window = solver.window_at(state, batches)
+        self._optimizer, start = window.optimizer, window.start
         random = random_state.capture(state.lower_params)
         with random_state.rewound_to(random, state.lower_params):
             record = self._hypergradient.record(window, upper_batch, memory)
@@ -115,7 +115,8 @@ class AuditedSteps:
         """Return L_upper(θ(φ), φ), θ(φ) being reached by the steps that are differentiated.
 
         The clip scales are those of the steps that were taken, unless they are differentiated, and
-        so are the constants.
+        so are the constants. Where φ sets the optimizer's numbers or the first θ, it does so here;
+        NaN where such a number is out of its range.
         """
         return self._upper_after(upper_params, StopGradients(self.constants))
 
@@ -130,11 +131,18 @@ class AuditedSteps:
         return watch.constants
 
     def _upper_after(self, upper_params: Params, watch: StopGradients) -> Tensor:
-        start = before = self._first
+        try:
+            window = self._window.at(upper_params)
+        except ValueError:  # numbers out of their range, at a φ that is only tried
+            return torch.tensor(math.nan, dtype=torch.float64)
+        start = self._first
+        if window.initial is not None:  # then all of the steps are differentiated
+            start = _Start(window.start, start.random)
+        before = start
         for micro_batches, scale in zip(self._batches, self._scales, strict=True):
             before = start
             grads, after = self._grads(start, upper_params, micro_batches, watch)
-            optimizer: Any = self._optimizer
+            optimizer: Any = window.optimizer
             if scale is not None:
                 grads = tree.scale(scale, grads)
                 optimizer = dataclasses.replace(optimizer, max_norm=None)
@@ -218,21 +226,21 @@ class AuditedSolution:
         upper_batch: Batch,
         solve_steps: int,
     ) -> None:
-        self._problem, self._optimizer = solver.problem, solver.lower_optimizer
+        self._problem = solver.problem
+        self._window = window = solver.window_at(state, [batches])
         self._batches, self._upper_batch = batches, upper_batch
         self._steps = solve_steps
         self._random = random_state.capture(state.lower_params)
-        start = Point(state.lower_params, state.lower_optimizer)
-        middle = self._solved(start, state.upper_params, solve_steps // 2)
+        middle = self._solved(window.start, state.upper_params, solve_steps // 2)
         at = self._solved(middle, state.upper_params, solve_steps - solve_steps // 2)
         moved = float(tree.norm(tree.axpy(-1.0, middle.lower_params, at.lower_params)))
         with random_state.rewound_to(self._random, at.lower_params):
             steps, result = take_window(
-                Window(solver.problem, solver.lower_optimizer, at, state.upper_params, [batches]),
+                dataclasses.replace(window, start=at, initial=None),
                 solver.hypergradient,
                 upper_batch,
                 solver.hypergradient.init(
-                    solver.lower_optimizer, at.lower_params, state.upper_params
+                    window.optimizer, at.lower_params, state.upper_params
                 ),
             )
         if result is None:
@@ -299,10 +307,11 @@ class AuditedSolution:
         steps: int,
         held: Sequence[Constant] | None = None,
     ) -> Point:
+        optimizer = self._window.at(upper_params).optimizer
         for _ in range(steps):
             watch = StopGradients(held) if held else None
             grads = self._gradient(point, upper_params, watch)
-            point = advance(self._optimizer, point, grads)
+            point = advance(optimizer, point, grads)
         return point
 
 
