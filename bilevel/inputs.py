@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import is_dataclass
+from itertools import islice
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 
 from bilevel import tree
 from bilevel.checks import refuse_data_parallel
@@ -97,6 +99,39 @@ def check_method(hypergradient: object) -> None:
         )
 
 
+def drawn_steps(batches: Any, steps: int, accumulation: int) -> Any:
+    """Return the micro-batches of steps, drawn where an iterator stands for them.
+
+    Args:
+        batches: For each step its micro-batches, or an iterator over these; or an iterator over
+            the micro-batches of all steps, ``iter(loader)`` say. Anything else as it is.
+        steps: How many are drawn of the latter.
+        accumulation: How many micro-batches a step has.
+
+    Raises:
+        TypeError: A batch itself, or a loader without its iterator.
+        ValueError: The iterator ends before the last micro-batch.
+    """
+    if isinstance(batches, Iterator):
+        found = _drawn("batches", batches, steps * accumulation)
+        return [found[at : at + accumulation] for at in range(0, len(found), accumulation)]
+    check_steps(batches)
+    return [
+        _drawn("lower_batches", one, accumulation) if isinstance(one, Iterator) else one
+        for one in batches
+    ]
+
+
+def _drawn(name: str, batches: Iterator[Any], count: int) -> list[Any]:
+    found = list(islice(batches, count))
+    if len(found) < count:
+        raise ValueError(
+            f"{name}: expected an iterator with {count} more micro-batches, found {len(found)}; "
+            "start a new one where it ends, as iter(loader) does"
+        )
+    return found
+
+
 def check_micro_batches(name: str, batches: Any, accumulation: int) -> None:
     """Refuse anything but the list of the micro-batches of a step.
 
@@ -106,7 +141,7 @@ def check_micro_batches(name: str, batches: Any, accumulation: int) -> None:
         accumulation: How many micro-batches a step has.
 
     Raises:
-        TypeError: A batch itself, or an iterator.
+        TypeError: A batch itself.
         ValueError: Another number of micro-batches.
     """
     _check_list(name, batches, "micro-batches")
@@ -124,15 +159,18 @@ def check_steps(batches: Any) -> None:
     """Refuse anything but a list with, for each lower step, the list of its micro-batches.
 
     Raises:
-        TypeError: A batch itself, or an iterator.
+        TypeError: A batch itself, or a loader.
     """
     _check_list("batches", batches, "lower steps, each a list of micro-batches")
 
 
 def _check_list(name: str, value: Any, of: str) -> None:
     kind = type(value).__name__
-    if isinstance(value, Iterator) or not (hasattr(value, "__len__") or _is_batch(value)):
-        raise TypeError(f"{name}: expected a list of {of}, found a {kind}; give list(...) of it")
+    if isinstance(value, DataLoader):
+        raise TypeError(
+            f"{name}: expected a list of {of}, found a {kind}, which would start anew with each "
+            "call; give iter(loader), made once"
+        )
     if _is_batch(value):
         raise TypeError(
             f"{name}: expected a list of {of}, found a {kind}; if it is one batch, give [{name}]"

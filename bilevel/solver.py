@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Generic, NamedTuple, cast
+from typing import Generic, NamedTuple, TypeAlias, cast
 
 import torch
 from jaxtyping import Float
@@ -26,7 +26,7 @@ from bilevel.inputs import (
     check_micro_batches,
     check_optimizer,
     check_params,
-    check_steps,
+    drawn_steps,
 )
 from bilevel.lower.lower_pass import LowerPass
 from bilevel.lower.steps import LowerSteps, Point, Window
@@ -38,6 +38,9 @@ from bilevel.optimizers.base import (
 )
 from bilevel.problem import BatchT, BilevelProblem, Lower, ReweightingProblem, Upper
 from bilevel.state import BilevelState, StepInfo
+
+# For each lower step its micro-batches; or an iterator over the micro-batches of all steps.
+LowerBatches: TypeAlias = Sequence[Sequence[BatchT] | Iterator[BatchT]] | Iterator[BatchT]
 
 
 class NextSteps(NamedTuple):
@@ -210,14 +213,15 @@ class BilevelSolver(Generic[Lower, Upper, BatchT]):
     def step(
         self,
         state: BilevelState[Lower, Upper],
-        lower_batches: Sequence[BatchT],
+        lower_batches: Sequence[BatchT] | Iterator[BatchT],
         upper_batch: BatchT | None = None,
     ) -> tuple[BilevelState[Lower, Upper], StepInfo]:
         """Take a lower step and, if it is due and there is a batch for it, an upper step.
 
         Args:
             state: From ``init`` or the previous step; not changed.
-            lower_batches: The micro-batches, ``accumulation`` of them.
+            lower_batches: The micro-batches, ``accumulation`` of them; or an iterator over
+                micro-batches, from which these are drawn.
             upper_batch: None: no upper step. Not looked at unless ``wants_upper``.
 
         Raises:
@@ -238,7 +242,7 @@ class BilevelSolver(Generic[Lower, Upper, BatchT]):
     def window(
         self,
         state: BilevelState[Lower, Upper],
-        batches: Sequence[Sequence[BatchT]],
+        batches: LowerBatches[BatchT],
         upper_batch: BatchT | None = None,
     ) -> tuple[BilevelState[Lower, Upper], tuple[StepInfo, ...]]:
         """Take the lower steps of a window and, given a batch for it, an upper step.
@@ -246,7 +250,9 @@ class BilevelSolver(Generic[Lower, Upper, BatchT]):
         Args:
             state: From ``init``, ``step`` or the previous window; not changed.
             batches: Per lower step its micro-batches, ``accumulation`` of them. ``unroll_steps``
-                steps if there is an upper batch, else any number.
+                steps if there is an upper batch, else any number. Or an iterator over
+                micro-batches, ``iter(loader)`` say, from which those of ``unroll_steps`` steps are
+                drawn.
             upper_batch: None: no upper step. Not looked at before ``upper_start`` lower steps.
 
         Returns:
@@ -258,17 +264,17 @@ class BilevelSolver(Generic[Lower, Upper, BatchT]):
                 shape.
             bilevel.Refusal: ``Ghost`` or ``PerExample`` has no rule for something the model does.
         """
-        check_steps(batches)
+        drawn = drawn_steps(batches, self.unroll_steps, self.accumulation)
         if self._place_in_window(state) is None:
             upper_batch = None
-        if upper_batch is not None or not batches:
-            self._check_whole(batches)
-        return self.advance(state, batches, upper_batch)
+        if upper_batch is not None or not drawn:
+            self._check_whole(drawn)
+        return self.advance(state, drawn, upper_batch)
 
     def advance(
         self,
         state: BilevelState[Lower, Upper],
-        batches: Sequence[Sequence[BatchT]],
+        batches: LowerBatches[BatchT],
         upper_batch: BatchT | None = None,
     ) -> tuple[BilevelState[Lower, Upper], tuple[StepInfo, ...]]:
         """Take these lower steps and, given a batch for it, an upper step, due or not.
@@ -300,11 +306,9 @@ class BilevelSolver(Generic[Lower, Upper, BatchT]):
                 taken, _ = take_window(window.at(new.upper_params), self.hypergradient)
         elif upper_batch is not None:
             new, notes = _without_upper_step(state)
-        return _moved(new, taken, len(batches)), self._infos(taken, upper, notes)
+        return _moved(new, taken, len(window.batches)), self._infos(taken, upper, notes)
 
-    def window_at(
-        self, state: BilevelState[Lower, Upper], batches: Sequence[Sequence[BatchT]]
-    ) -> Window:
+    def window_at(self, state: BilevelState[Lower, Upper], batches: LowerBatches[BatchT]) -> Window:
         """Return the lower steps that ``advance`` would take from this state, before they are.
 
         Args:
@@ -317,15 +321,15 @@ class BilevelSolver(Generic[Lower, Upper, BatchT]):
             ValueError: Another number of micro-batches.
         """
         refuse_processes()
-        check_steps(batches)
-        for lower_batches in batches:
+        drawn = drawn_steps(batches, self.unroll_steps, self.accumulation)
+        for lower_batches in drawn:
             check_micro_batches("lower_batches", lower_batches, self.accumulation)
         return Window(
             self.problem,
             self.lower_optimizer,
             Point(state.lower_params, state.lower_optimizer),
             state.upper_params,
-            batches,
+            drawn,
             self.initial if self._place_in_window(state) == 0 else None,
             self.hyperparameters,
         ).at(state.upper_params)
@@ -333,7 +337,7 @@ class BilevelSolver(Generic[Lower, Upper, BatchT]):
     def meta_batch(
         self,
         state: BilevelState[Lower, Upper],
-        tasks: Sequence[tuple[Sequence[Sequence[BatchT]], BatchT]],
+        tasks: Sequence[tuple[LowerBatches[BatchT], BatchT]],
     ) -> tuple[BilevelState[Lower, Upper], tuple[tuple[StepInfo, ...], ...]]:
         """Take a window on each of several tasks, and an upper step on the mean hypergradient.
 
@@ -359,7 +363,8 @@ class BilevelSolver(Generic[Lower, Upper, BatchT]):
                 f"initial={self.initial}, rollback={self.rollback} and {len(tasks)} tasks"
             )
         new, found = state, []
-        for batches, upper_batch in tasks:
+        for given, upper_batch in tasks:
+            batches = drawn_steps(given, self.unroll_steps, self.accumulation)
             self._check_whole(batches)
             window = self.window_at(state, batches)
             taken, upper = take_window(window, self.hypergradient, upper_batch, state.memory)
@@ -381,7 +386,6 @@ class BilevelSolver(Generic[Lower, Upper, BatchT]):
         return new, tuple(self._infos(taken, upper, notes) for taken, upper in found)
 
     def _check_whole(self, batches: Sequence[Sequence[BatchT]]) -> None:
-        check_steps(batches)
         if len(batches) != self.unroll_steps:
             raise ValueError(
                 f"batches: expected the micro-batches of unroll_steps={self.unroll_steps} lower "

@@ -123,7 +123,9 @@ def compare_hypergradients(
         vectors: dict[str, Tensor] = {}
         window = solver.window_at(state, batches)
         for name, method in methods.items():
-            replace(solver, hypergradient=method, unroll_steps=len(batches))  # refuses what fails
+            replace(
+                solver, hypergradient=method, unroll_steps=len(window.batches)
+            )  # refuses what fails
             if name not in kept:
                 kept[name] = method.init(
                     solver.lower_optimizer, state.lower_params, state.upper_params

@@ -80,6 +80,7 @@ class AuditedSteps:
             self._hypergradient = dataclasses.replace(self._hypergradient, direction_decay=0.0)
             memory = None
         self._window = window = solver.window_at(state, batches)
+        batches = window.batches
         self._optimizer, start = window.optimizer, window.start
         random = random_state.capture(state.lower_params)
         with random_state.rewound_to(random, state.lower_params):
@@ -228,6 +229,7 @@ class AuditedSolution:
     ) -> None:
         self._problem = solver.problem
         self._window = window = solver.window_at(state, [batches])
+        batches = window.batches[0]
         self._batches, self._upper_batch = batches, upper_batch
         self._steps = solve_steps
         self._random = random_state.capture(state.lower_params)
@@ -239,9 +241,7 @@ class AuditedSolution:
                 dataclasses.replace(window, start=at, initial=None),
                 solver.hypergradient,
                 upper_batch,
-                solver.hypergradient.init(
-                    window.optimizer, at.lower_params, state.upper_params
-                ),
+                solver.hypergradient.init(window.optimizer, at.lower_params, state.upper_params),
             )
         if result is None:
             raise ValueError(NOT_FINITE)

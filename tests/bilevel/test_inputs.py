@@ -9,6 +9,7 @@ from typing import NamedTuple
 import pytest
 import torch
 from torch import nn
+from torch.utils.data import DataLoader
 
 from bilevel import (
     SGD,
@@ -20,6 +21,7 @@ from bilevel import (
     PerExample,
     ReweightingProblem,
     Unrolled,
+    check_hypergradient,
     functional,
 )
 
@@ -78,11 +80,50 @@ def test_a_tuple_of_two_is_told_from_two_micro_batches_by_its_number():
         SOLVER.step(start(), [], X)
 
 
-def test_an_iterator_is_no_list():
-    with pytest.raises(TypeError, match=r"found a generator; give list\(...\) of it"):
-        SOLVER.step(start(), (part for part in [X]), X)
-    with pytest.raises(TypeError, match="found a DataLoader"):
-        SOLVER.window(start(), torch.utils.data.DataLoader([1, 2]), X)
+def test_what_is_due_is_drawn_from_an_iterator():
+    rows = torch.arange(30.0).view(10, 3) / 30.0
+    loader = DataLoader(rows, batch_size=2)
+    lists = [[batch] for batch in loader]
+    for method in (OneStep(), Unrolled()):
+        solver = BilevelSolver(PROBLEM, SGD(0.1), SGD(1.0), method, unroll_steps=2)
+        batches = iter(loader)
+        state, _ = solver.window(start(solver), batches, X)
+        state, _ = solver.window(state, batches, X)
+        state, _ = solver.step(state, batches)
+        expected, _ = solver.window(start(solver), lists[:2], X)
+        expected, _ = solver.window(expected, lists[2:4], X)
+        expected, _ = solver.step(expected, lists[4])
+        assert int(state.lower_steps) == 5
+        assert torch.equal(state.lower_params["w"], expected.lower_params["w"])
+        assert torch.equal(state.upper_params["a"], expected.upper_params["a"])
+
+
+def test_micro_batches_of_a_step_are_drawn_in_their_number():
+    parts = [torch.full((2, 3), float(number)) for number in range(4)]
+    solver = BilevelSolver(PROBLEM, SGD(0.1), SGD(1.0), Unrolled(), unroll_steps=2, accumulation=2)
+    expected, _ = solver.window(start(solver), [parts[:2], parts[2:]], X)
+    for batches in (iter(parts), [iter(parts[:2]), iter(parts[2:])]):
+        state, _ = solver.window(start(solver), batches, X)
+        assert torch.equal(state.upper_params["a"], expected.upper_params["a"])
+    check = check_hypergradient(solver, start(solver), iter(parts), X, directions=1)
+    assert (
+        check.outcome
+        == check_hypergradient(
+            solver, start(solver), [parts[:2], parts[2:]], X, directions=1
+        ).outcome
+    )
+
+
+def test_an_iterator_that_ends_and_a_loader_without_one():
+    with pytest.raises(ValueError, match=r"iterator with 1 more micro-batches, found 0; start a"):
+        SOLVER.step(start(), iter([]), X)
+    solver = BilevelSolver(PROBLEM, SGD(0.1), SGD(1.0), Unrolled(), unroll_steps=3)
+    with pytest.raises(ValueError, match=r"batches: .* 3 more micro-batches, found 2; start a new"):
+        solver.window(start(solver), (part for part in [X, X]), X)
+    loader = DataLoader([1, 2])
+    for call in (SOLVER.window, SOLVER.step):
+        with pytest.raises(TypeError, match=r"found a DataLoader.*give iter\(loader\)"):
+            call(start(), loader, X)
 
 
 @pytest.mark.parametrize(
