@@ -39,17 +39,11 @@ from __future__ import annotations
 from bilevel.audit.check import HypergradientCheck, check_hypergradient
 from bilevel.audit.comparison import Agreement, HypergradientComparison, compare_hypergradients
 from bilevel.audit.diagnostics import Movement, Stationarity, movement, stationarity
-from bilevel.fit import (
-    Callback,
-    FitStep,
-    checkpoint,
-    early_stop,
-    fit,
-    load_checkpoint,
-    log,
-    losses,
-    progress,
-)
+from bilevel.fit import Callback, FitStep, early_stop, fit, load_checkpoint
+from bilevel.fit import checkpoint as checkpoint
+from bilevel.fit import log as log
+from bilevel.fit import losses as losses
+from bilevel.fit import progress as progress
 from bilevel.functional import Functional, functional
 from bilevel.hypergradients.base import (
     Hypergradient,
@@ -85,6 +79,8 @@ from bilevel.routes import Auto, CentralDifference, Dot, Ghost, Jvp, PerExample,
 from bilevel.solver import BilevelSolver, NextSteps
 from bilevel.state import BilevelState, StepInfo
 
+# Without checkpoint, log, losses and progress: names that others have, too (torch.utils.checkpoint,
+# math), and that ``from bilevel import *`` must not replace.
 __all__ = [
     "SGD",
     "AdaDelta",
@@ -157,16 +153,12 @@ __all__ = [
     "WarmupCosine",
     "Window",
     "check_hypergradient",
-    "checkpoint",
     "compare_hypergradients",
     "early_stop",
     "fit",
     "functional",
     "load_checkpoint",
-    "log",
-    "losses",
     "movement",
-    "progress",
     "stationarity",
     "take_window",
 ]

@@ -16,6 +16,20 @@ def test_every_public_name_resolves():
         assert getattr(bilevel, name) is not None
 
 
+def test_a_star_import_leaves_the_names_of_others():
+    code = (
+        "from math import log\n"
+        "from torch.utils.checkpoint import checkpoint\n"
+        "found = log, checkpoint\n"
+        "from bilevel import *\n"
+        "print(found == (log, checkpoint), fit.__name__)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "True fit"
+    for name in ("checkpoint", "log", "losses", "progress"):
+        assert callable(getattr(bilevel, name))
+
+
 def test_importing_needs_no_transformers():
     code = "import sys, bilevel; print('transformers' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
