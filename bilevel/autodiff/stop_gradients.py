@@ -56,7 +56,8 @@ def call_without_tangents(
     again when they are back on, so what such operations return is detached.
     """
     if func is SET_GRAD_MODE:
-        set_forward_gradients(*args, **kwargs)
+        if _switches(*args):
+            set_forward_gradients(*args)
         return func(*args, **kwargs)
     if func is Tensor.register_hook:
         raise NotImplementedError("forward-mode derivatives do not see Tensor.register_hook")
@@ -114,7 +115,7 @@ class StopGradients(TorchFunctionMode):
         dark = off and not forward_gradients_are_on() and not torch.is_inference_mode_enabled()
         inside = dark and self._on
         self.opaque |= inside
-        if func is SET_GRAD_MODE and not inside:
+        if func is SET_GRAD_MODE and not inside and _switches(*args):
             (self._on,) = args
         if transform_is_active():
             self.opaque |= off or func in _STOPS
@@ -242,6 +243,16 @@ def _written_out(
         raise RuntimeError(_IN_PLACE)
     special = kwargs.get("padding_idx") is not None or kwargs.get("scale_grad_by_freq")
     return equivalents.embedding if special else None
+
+
+def _switches(on: bool) -> bool:
+    """Return whether a call that sets grad mode changes it.
+
+    torch itself has it off while a tensor is packed for the backward pass, and a hook that packs
+    (nested checkpointing) may set it off again, and to off when it is done; torch then switches it
+    on where no mode sees it.
+    """
+    return on != torch.is_grad_enabled()
 
 
 def _has_graph(one: Tensor) -> bool:

@@ -122,6 +122,37 @@ def test_checkpointing_changes_no_number_of_a_run(method):
     assert all(float(leaf.abs().max()) > 0 for leaf in ends.values())
 
 
+@pytest.mark.parametrize(
+    "method",
+    [OneStep(), OneStep(Jvp()), OneStep(Reverse()), Unrolled(), Unrolled(product=Reverse())],
+    ids=str,
+)
+def test_a_checkpoint_within_a_checkpoint_changes_no_number(method):
+    class Nested(Net):
+        def forward(self, x):
+            part = super().forward
+            return checkpoint(part, x, use_reentrant=False) if self.checkpointed else part(x)
+
+    torch.manual_seed(0)
+    nets = Nested(False), Nested(True)
+    nets[1].load_state_dict(nets[0].state_dict())
+    x, found = torch.randn(4, 3, dtype=DOUBLE), []
+    for net in nets:
+        f = functional(net)
+        problem = ReweightingProblem(
+            lambda t, b, f=f: (f(t, b) ** 2, None),
+            lambda p, b, _: torch.exp(p["r"]),
+            lambda t, p, b, f=f: (f(t, b) - 1).square().mean(),
+        )
+        steps = 2 if isinstance(method, Unrolled) else 1
+        solver = BilevelSolver(problem, SGD(0.5), SGD(1.0), method, unroll_steps=steps)
+        state = solver.init(f.params, {"r": torch.zeros(4, dtype=DOUBLE)})
+        found.append(solver.window(state, [[x]] * steps, x)[0])
+    assert float(found[0].upper_params["r"].norm()) > 1e-4
+    assert_equal(found[1].upper_params, found[0].upper_params)
+    assert_equal(found[1].lower_params, found[0].lower_params)
+
+
 @pytest.mark.parametrize("name", ["llama", "bert", "gpt2"])
 def test_transformers_checkpoint_with_the_parameters_of_the_call(name):
     transformers = pytest.importorskip("transformers")
