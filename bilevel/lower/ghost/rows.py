@@ -93,7 +93,7 @@ def row_dots(
 ) -> Float[Tensor, " rows"]:
     """Return Σ b · along over all dimensions but the rows, [rows], in at least float32."""
     wide = tree.wide_dtype(b.dtype)
-    return (b * along).flatten(1).sum(1, dtype=wide)
+    return (b * along)[..., None].flatten(1).sum(1, dtype=wide)  # rows of numbers, too
 
 
 def scale_rows(

@@ -71,6 +71,11 @@ CONSTANTS = {
     "frozen weight in the precision of the batch": lambda p, b: energy(
         functional.linear(b["x"], FROZEN.type_as(b["x"]) + p["w"].to(b["x"]))
     ),
+    "a number for each example": lambda p, b: energy(b["x"]) * p["w"][:, 0],
+    "a number for each example, from a table": lambda p, b: (
+        energy(b["x"]) * p["w"][:, 0][b["index"]]
+    ),
+    "a shift for each example": lambda p, b: (energy(b["x"]) - p["w"][:, 0]) ** 2,
 }
 
 
