@@ -76,6 +76,8 @@ def call_without_tangents(
 class StopGradients(TorchFunctionMode):
     """Watches a loss, and collects the constants that depend on the parameters.
 
+    Masks, indices and classes (``z > 0``, ``z.argmax()``) are among them.
+
     The loss must be run with autograd on, at parameters that require grad: a constant is then a
     result that does not require grad, of an operation on something that does. What follows from
     constants alone is not looked at. Where the loss is run again elsewhere, constants of the first
@@ -153,7 +155,7 @@ class StopGradients(TorchFunctionMode):
         self, one: Tensor, moving: Sequence[Tensor], given: Sequence[Tensor]
     ) -> Tensor:
         """Return a tensor as it is, or, if it is a constant, the one held in its place."""
-        if _has_graph(one) or not (one.is_floating_point() or one.is_complex()):
+        if _has_graph(one):
             return one
         own = one.detach().clone()
         written = any(one is other for other in given)

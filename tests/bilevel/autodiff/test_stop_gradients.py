@@ -273,6 +273,25 @@ def test_constants_cost_passes_only_where_they_depend_on_the_parameters():
     assert difference(lambda w: ((w**2).detach() * w).sum(), w) == 5
 
 
+def hardest(w):
+    return torch.where(w >= w.detach().topk(2).values[-1], w**2, 0 * w).sum()
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [
+        hardest,
+        lambda w: (w.exp() * (w > w.detach() - 1e-9) * (w >= w.detach())).sum(),
+        lambda w: w.exp()[w.argmax()],
+        lambda w: (functional.one_hot(w.argmin(), 4) * w.exp()).sum(),
+        lambda w: w.exp()[(w >= w.detach()).nonzero()[:, 0]].sum(),
+    ],
+)
+def test_masks_and_indices_of_the_parameters_are_constants_at_a_tie(loss):
+    w = torch.tensor([0.5, 1.0, 0.5, 1.0], dtype=F64)
+    assert difference(loss, w) == 5
+
+
 def test_what_is_watched_follows_from_the_parameters_at_once():
     """A frozen teacher is not looked at, and of a chain of constants only the first is."""
     w, frozen = torch.randn(4, dtype=F64, requires_grad=True), torch.randn(4, dtype=F64)
