@@ -19,6 +19,8 @@ def require(
 ) -> None:
     """Raise ValueError unless ``value`` lies between ``low`` and ``high`` (NaN never does).
 
+    TypeError if it is no number.
+
     Args:
         owner: The object whose field it is; its class name opens the message.
         field: Name of the field, as the user wrote it.
@@ -28,6 +30,11 @@ def require(
         low_open: Whether ``low`` itself is refused.
         high_open: Whether ``high`` itself is refused.
     """
+    if not hasattr(value, "__float__"):
+        raise TypeError(
+            f"{type(owner).__name__}: {field} must be a number, got {value!r} "
+            f"({type(value).__name__})"
+        )
     above = value > low if low_open else value >= low
     below = value < high if high_open else value <= high
     if not (above and below):

@@ -20,6 +20,7 @@ from typing import Any, Generic, TextIO, TypeAlias
 import torch
 
 from bilevel import tree
+from bilevel.inputs import check_source
 from bilevel.problem import BatchT, Lower, Upper
 from bilevel.solver import BilevelSolver
 from bilevel.state import BilevelState, StepInfo
@@ -76,6 +77,8 @@ def fit(
         ValueError: There are no batches, or an iterator ended before the last step.
     """
     _require_count("fit", "steps", steps)
+    check_source("lower_batches", lower_batches)
+    check_source("upper_batches", upper_batches)
     lower, upper = (
         _endless(batches, name)
         for name, batches in (("lower_batches", lower_batches), ("upper_batches", upper_batches))

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 
 from bilevel import tree
 from bilevel.checks import refuse_data_parallel
@@ -130,6 +130,26 @@ def _drawn(name: str, batches: Iterator[Any], count: int) -> list[Any]:
             "start a new one where it ends, as iter(loader) does"
         )
     return found
+
+
+def check_source(name: str, batches: object) -> None:
+    """Refuse what is no source of batches for a loop, above all a batch itself.
+
+    Args:
+        name: What it was given as.
+        batches: What was given.
+
+    Raises:
+        TypeError: A tensor, whose rows would be taken for batches, a mapping, or the like.
+    """
+    one = isinstance(batches, Tensor | Mapping | str | bytes) or hasattr(batches, "_fields")
+    if one or hasattr(batches, "__array__") or not hasattr(batches, "__iter__"):
+        if isinstance(batches, Dataset):
+            return  # an iterable of rows, which the loss may take as they are
+        raise TypeError(
+            f"fit: {name}: expected a DataLoader, a list of batches or an iterator over batches, "
+            f"found a {type(batches).__name__}; if it is one batch, give [{name}]"
+        )
 
 
 def check_micro_batches(name: str, batches: Any, accumulation: int) -> None:

@@ -112,8 +112,8 @@ class ReweightingProblem(Generic[Lower, Upper, BatchT]):
                 f"{type(found).__name__}; return (losses, None) where there are no features"
             )
         losses, features = found
-        if not isinstance(losses, Tensor) or losses.dim() != 1:
-            kind = tuple(losses.shape) if isinstance(losses, Tensor) else type(losses).__name__
+        if not _is_real(losses) or losses.dim() != 1:
+            kind = _described(losses)
             raise ValueError(
                 f"per_example_loss: expected (losses [batch], features), found losses {kind}; "
                 "reduce over everything but the examples"
@@ -131,11 +131,11 @@ class ReweightingProblem(Generic[Lower, Upper, BatchT]):
             ValueError: Not a tensor, or the shapes differ.
         """
         weights: object = self.weights(upper_params, batch, features)
-        if not isinstance(weights, Tensor) or weights.shape != losses.shape:
-            found = tuple(weights.shape) if isinstance(weights, Tensor) else type(weights).__name__
+        if not _is_real(weights) or weights.shape != losses.shape:
+            found = _described(weights)
             raise ValueError(
                 f"weights: expected one per loss, shape {tuple(losses.shape)}, found "
-                f"{found if isinstance(found, tuple) else 'a ' + found}"
+                f"{found if isinstance(weights, Tensor) else 'a ' + found}"
             )
         return weights
 
@@ -203,12 +203,23 @@ def detached(aux: T) -> T:
 
 def _value_and_aux(value: object, name: str) -> tuple[Float[Tensor, ""], Any]:
     loss, aux = value if isinstance(value, tuple) and len(value) == 2 else (value, None)
-    if not isinstance(loss, Tensor) or loss.dim() != 0:
-        shape = tuple(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
+    if not _is_real(loss) or loss.dim() != 0:
         raise ValueError(
-            f"{name}: expected a scalar tensor, found {shape}; return the mean, or (mean, aux)"
+            f"{name}: expected a scalar tensor, found {_described(loss)}; return the mean, or "
+            "(mean, aux)"
         )
     return loss, aux
+
+
+def _is_real(value: object) -> TypeGuard[Tensor]:
+    return isinstance(value, Tensor) and value.is_floating_point()
+
+
+def _described(value: object) -> str:
+    """Return the shape of a tensor, and its dtype if that is not a floating one; else its type."""
+    if not isinstance(value, Tensor):
+        return type(value).__name__
+    return f"{tuple(value.shape)}" + ("" if value.is_floating_point() else f" of {value.dtype}")
 
 
 def _detach(feature: Any) -> Any:

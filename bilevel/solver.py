@@ -37,7 +37,7 @@ from bilevel.optimizers.base import (
     clip_scale,
 )
 from bilevel.problem import BatchT, BilevelProblem, Lower, ReweightingProblem, Upper
-from bilevel.state import BilevelState, StepInfo
+from bilevel.state import BilevelState, StepInfo, check_state
 
 # For each lower step its micro-batches; or an iterator over the micro-batches of all steps.
 LowerBatches: TypeAlias = Sequence[Sequence[BatchT] | Iterator[BatchT]] | Iterator[BatchT]
@@ -207,6 +207,7 @@ class BilevelSolver(Generic[Lower, Upper, BatchT]):
 
     def _place_in_window(self, state: BilevelState[Lower, Upper]) -> int | None:
         """Return the steps since the window began; None before ``upper_start``."""
+        check_state(state)
         since = int(state.lower_steps) - self.upper_start
         return since % self.unroll_steps if since >= 0 else None
 
@@ -321,6 +322,7 @@ class BilevelSolver(Generic[Lower, Upper, BatchT]):
             ValueError: Another number of micro-batches.
         """
         refuse_processes()
+        check_state(state)
         drawn = drawn_steps(batches, self.unroll_steps, self.accumulation)
         for lower_batches in drawn:
             check_micro_batches("lower_batches", lower_batches, self.accumulation)

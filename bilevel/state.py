@@ -76,3 +76,16 @@ class StepInfo(NamedTuple):
     lower_aux: tuple[Any, ...] = ()
     upper_aux: Any = None
     figures: Mapping[str, Float[Tensor, ""]] = {}  # never written to
+
+
+def check_state(state: object) -> None:
+    """Refuse anything but a state.
+
+    Raises:
+        TypeError: Parameters, a batch or the like.
+    """
+    if not isinstance(state, BilevelState):
+        raise TypeError(
+            "state: expected what solver.init(lower_params, upper_params) or the last step "
+            f"returned, found a {type(state).__name__}"
+        )

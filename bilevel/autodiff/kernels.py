@@ -23,9 +23,11 @@ UNSUPPORTED = (
     "forward AD",
     "forward-mode",
     "functorch",
+    "torch.func",
     "jvp",
     "ZeroTensors",
     "data pointer of Tensor",
+    "storage of Tensor",
     "double backward",
     "derivative for",
 )

@@ -111,7 +111,12 @@ class Implicit:
     at_solution: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        if not getattr(self.product, "second_order", False):
+        if isinstance(self.solver, type) or not hasattr(self.solver, "solve"):
+            raise TypeError(
+                "Implicit: solver must be ConjugateGradient(), Neumann(...), Nystrom(...), Dense() "
+                f"or an object with solve, got {self.solver!r}"
+            )
+        if isinstance(self.product, type) or not getattr(self.product, "second_order", False):
             raise ValueError(
                 "Implicit: product must be Auto(), Jvp(), Reverse() or CentralDifference(), got "
                 f"{self.product!r}"

@@ -78,6 +78,11 @@ class OneStep:
     last_step_only: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
+        if isinstance(self.route, type) or not hasattr(self.route, "backward_pass"):
+            raise TypeError(
+                "OneStep: route must be Auto(), Jvp(), Reverse(), PerExample(), Ghost(), Dot() or "
+                f"CentralDifference(), got {self.route!r}"
+            )
         if not 0.0 <= self.direction_decay < 1.0:
             raise ValueError(
                 f"OneStep: direction_decay must lie in [0, 1), got {self.direction_decay!r}"

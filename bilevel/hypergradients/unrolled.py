@@ -122,7 +122,7 @@ class Unrolled:
             )
         if self.store not in ("device", "host"):
             raise ValueError(f"Unrolled: store must be 'device' or 'host', got {self.store!r}")
-        if not getattr(self.product, "second_order", False):
+        if isinstance(self.product, type) or not getattr(self.product, "second_order", False):
             raise ValueError(
                 "Unrolled: product must be Auto(), Jvp(), Reverse() or CentralDifference(), got "
                 f"{self.product!r}"

@@ -84,6 +84,9 @@ class Window:
         Args:
             start_bar: Cotangent of θ before the first step, None leaves being zero.
             numbers_bar: Cotangents of ``numbers``, or {}.
+
+        Raises:
+            ValueError: What ``initial`` or ``hyperparameters`` returns has no graph to φ.
         """
         upper_params = as_leaves(self.upper_params)
         outputs: list[Tensor] = []
@@ -93,11 +96,21 @@ class Window:
             outputs.append(value)
             cotangents.append(bar.to(value))
 
+        def check(field: str, values: Tree) -> None:
+            if not any(leaf.requires_grad for leaf in tree.leaves(values)):
+                raise ValueError(
+                    f"{field}: nothing that it returns depends on φ by a graph (no_grad, detach, "
+                    "other tensors?); leave it out, or compute it from the φ that it is given"
+                )
+
         with torch.enable_grad():
             if self.initial is not None:
-                tree.map(add, self.initial(upper_params), start_bar)
+                tree.map(add, start := self.initial(upper_params), start_bar)
+                check("initial", start)
             if self.hyperparameters is not None and numbers_bar:
-                tree.map(add, dict(self.hyperparameters(upper_params)), dict(numbers_bar))
+                numbers = dict(self.hyperparameters(upper_params))
+                check("hyperparameters", numbers)
+                tree.map(add, numbers, dict(numbers_bar))
             return gradients(outputs, upper_params, cotangents)
 
 

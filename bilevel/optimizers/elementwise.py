@@ -265,6 +265,11 @@ class ElementwiseOptimizer:
         return keys
 
     def _point(self, grads: Tree, state: OptimizerState, params: Tree) -> UpdatePoint:
+        if [kept is not None for kept in state[1:]] != [*self._moments()]:
+            raise ValueError(
+                f"{type(self).__name__}: the state is that of another optimizer, or of other "
+                "hyperparameters: it has other moments; start from init"
+            )
         at = update_point(grads, state, params)
         keys = self._keys(params, at.params, at.grads)
         groups = [key.group for key in keys if key is not None]

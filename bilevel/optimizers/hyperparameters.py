@@ -38,9 +38,15 @@ class LearnableOptimizer(ElementwiseOptimizer):
                 class adds: ``momentum`` of SGD, ``betas`` of Adam and AdamW, ``beta`` of RMSProp.
 
         Raises:
-            ValueError: A name that the class has no derivative for, a schedule in the place of a
-                learned rate, or a number out of its range.
+            TypeError: No mapping of names.
+            ValueError: No scalar tensors, a name that the class has no derivative for, a schedule
+                in the place of a learned rate, or a number out of its range.
         """
+        if not isinstance(values, Mapping):
+            raise TypeError(
+                f"{type(self).__name__}: expected hyperparameters by name, such as {{'lr': "
+                f"phi['log_lr'].exp()}}, found a {type(values).__name__}"
+            )
         known = ("lr", "weight_decay", *self._learnable)
         for name in values:
             if name not in known:
@@ -54,6 +60,15 @@ class LearnableOptimizer(ElementwiseOptimizer):
                 f"{type(self).__name__}: lr is a schedule, in whose place a learned lr would be "
                 "constant; give a number as lr"
             )
+        for name, value in values.items():
+            for leaf in tree.leaves(value):
+                if not isinstance(leaf, Tensor) or (leaf.dim() and name != "betas"):
+                    found = tuple(leaf.shape) if isinstance(leaf, Tensor) else type(leaf).__name__
+                    raise ValueError(
+                        f"{type(self).__name__}: expected a scalar tensor as the hyperparameter "
+                        f"{name!r}, or one for each group by its name, found {found}; a number "
+                        "that does not depend on φ belongs into the optimizer itself"
+                    )
         numbers: dict[str, Any] = {name: tree.map(_numbers, v) for name, v in values.items()}
         return replace(self, **numbers)
 

@@ -20,6 +20,7 @@ from bilevel.checks import check_eps, require
 from bilevel.optimizers import rules
 from bilevel.optimizers.base import OptimizerState
 from bilevel.optimizers.elementwise import ElementwiseOptimizer
+from bilevel.optimizers.groups import GroupValues
 from bilevel.optimizers.hyperparameters import LearnableOptimizer
 from bilevel.optimizers.rules import Adaptive, RuleStep, adaptive_betas_vjp
 from bilevel.tree import Tree
@@ -206,7 +207,7 @@ class AdamW(Adam):
         ValueError: ``Adam`` raises it for the same values.
     """
 
-    weight_decay: float = field(default=0.01, kw_only=True)
+    weight_decay: GroupValues = field(default=0.01, kw_only=True)
 
     _decoupled: ClassVar[bool] = True
 

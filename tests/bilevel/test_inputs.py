@@ -16,12 +16,15 @@ from bilevel import (
     Adam,
     BilevelProblem,
     BilevelSolver,
+    ConjugateGradient,
+    Implicit,
     Jvp,
     OneStep,
     PerExample,
     ReweightingProblem,
     Unrolled,
     check_hypergradient,
+    fit,
     functional,
 )
 
@@ -226,3 +229,98 @@ def test_token_ids_in_a_batch_of_any_kind_have_the_examples_in_front(wrap):
         ends.append(state)
     torch.testing.assert_close(ends[0].lower_params, ends[1].lower_params)
     torch.testing.assert_close(ends[0].upper_params, ends[1].upper_params)
+
+
+LOSSES = lambda t, b: ((b @ t["w"]).squeeze(1), None)  # noqa: E731
+
+
+@pytest.mark.parametrize(
+    ("make", "sentence"),
+    [
+        (lambda: OneStep(Unrolled()), r"OneStep: route must be Auto\(\).*got Unrolled"),
+        (lambda: OneStep("jvp"), r"OneStep: route must be .*got 'jvp'"),
+        (lambda: OneStep(Jvp), r"OneStep: route must be .*got <class"),
+        (lambda: Implicit("cg"), r"Implicit: solver must be .*got 'cg'"),
+        (lambda: Implicit(ConjugateGradient), r"Implicit: solver must be .*got <class"),
+        (lambda: Unrolled(product=Jvp), r"Unrolled: product must be .*got <class"),
+        (lambda: Implicit(product=Jvp), r"Implicit: product must be .*got <class"),
+        (lambda: SGD("0.1"), r"SGD: lr must be a number, got '0.1' \(str\)"),
+        (lambda: Adam(None), r"Adam: lr must be a number, got None"),
+    ],
+)
+def test_what_is_no_part_of_a_method_or_an_optimizer(make, sentence):
+    with pytest.raises((TypeError, ValueError), match=sentence):
+        make()
+
+
+@pytest.mark.parametrize(
+    ("problem", "sentence"),
+    [
+        (
+            BilevelProblem(lambda t, p, b: PROBLEM.lower_loss(t, p, b).cfloat(), None),
+            r"lower_loss: expected a scalar tensor, found \(\) of torch.complex64",
+        ),
+        (
+            BilevelProblem(lambda t, p, b: PROBLEM.lower_loss(t, p, b).long(), None),
+            r"lower_loss: .* of torch.int64",
+        ),
+        (
+            BilevelProblem(PROBLEM.lower_loss, lambda t, p, b: b.argmax()),
+            r"upper_loss: .*found \(\) of torch.int64",
+        ),
+        (
+            ReweightingProblem(lambda t, b: (b.argmax(1), None), None, None),
+            r"per_example_loss: .*found losses \(2,\) of torch.int64",
+        ),
+        (
+            ReweightingProblem(LOSSES, lambda p, b, f: torch.ones(2, dtype=torch.long), None),
+            r"weights: .*found \(2,\) of torch.int64",
+        ),
+    ],
+)
+@pytest.mark.parametrize("method", [OneStep(), OneStep(Jvp()), Unrolled()], ids=str)
+def test_losses_and_weights_that_are_no_real_numbers(problem, sentence, method):
+    solver = BilevelSolver(problem, SGD(0.1), SGD(1.0), method)
+    with pytest.raises(ValueError, match=sentence):
+        solver.step(start(solver), [X], X)
+
+
+def test_what_is_no_state():
+    for state in ({"w": X}, (1, 2), [X]):
+        for call in (SOLVER.step, SOLVER.window, SOLVER.advance):
+            with pytest.raises(TypeError, match=r"state: expected what solver.init\(.*found a "):
+                call(state, [[X]] if call != SOLVER.step else [X], X)
+    other = BilevelSolver(PROBLEM, Adam(0.1), SGD(1.0))
+    with pytest.raises(ValueError, match="Adam: the state is that of another optimizer"):
+        other.step(start(), [X], X)
+
+
+@pytest.mark.parametrize("source", [X, {"x": X}, None, X.numpy(), "text", Pair(X, X)])
+def test_what_is_no_source_of_batches(source):
+    with pytest.raises(TypeError, match=r"fit: lower_batches: .*if it is one batch, give \["):
+        fit(SOLVER, start(), source, [X], steps=2)
+    with pytest.raises(TypeError, match=r"fit: upper_batches: expected a DataLoader"):
+        fit(SOLVER, start(), [X], source, steps=2)
+
+
+@pytest.mark.parametrize(
+    ("function", "sentence"),
+    [
+        (lambda p: p["a"].exp(), "expected hyperparameters by name, such as"),
+        (lambda p: {"lr": 0.1}, "scalar tensor as the hyperparameter 'lr'.*found float"),
+        (lambda p: {"lr": p["a"].exp() * torch.ones(3)}, r"hyperparameter 'lr'.*found \(3,\)"),
+        (lambda p: {"lr": p["a"].exp().detach()}, "hyperparameters: nothing that it returns dep"),
+    ],
+)
+@pytest.mark.parametrize("method", [OneStep(), Unrolled()], ids=str)
+def test_hyperparameters_that_are_none(function, sentence, method):
+    solver = BilevelSolver(PROBLEM, SGD(0.1), SGD(1.0), method, hyperparameters=function)
+    with pytest.raises((TypeError, ValueError), match=sentence):
+        solver.step(start(solver), [X], X)
+
+
+def test_a_start_that_does_not_depend_on_the_upper_parameters():
+    fixed = {"w": torch.ones(3, 1)}
+    solver = BilevelSolver(PROBLEM, SGD(0.1), SGD(1.0), Unrolled(), initial=lambda p: fixed)
+    with pytest.raises(ValueError, match="initial: nothing that it returns depends on φ"):
+        solver.step(start(solver), [X], X)

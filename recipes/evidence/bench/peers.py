@@ -11,7 +11,7 @@ from __future__ import annotations
 import importlib
 import logging
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import optree
 import torch
@@ -187,7 +187,7 @@ def torch_floor(case: Case) -> Callable[[], None]:
         lr=LR,
         betas=rule.betas,
         eps=rule.eps,
-        weight_decay=rule.weight_decay,
+        weight_decay=cast("float", rule.weight_decay),
     )
     _put_state(case, module, adamw)
 
