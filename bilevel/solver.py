@@ -461,7 +461,7 @@ class BilevelSolver(Generic[Lower, Upper, BatchT]):
             upper_loss=result.upper_loss,
             hypergradient_norm=norm,
             upper_clipped=_clipped(self.upper_optimizer, norm),
-            notes=(*info.notes, *result.notes, *notes),
+            notes=tuple(dict.fromkeys((*info.notes, *result.notes, *notes))),
             upper_aux=result.upper_aux,
             figures=result.figures,
         )

@@ -151,6 +151,7 @@ class PenaltyRecord:
         self._upper_batch, self._memory = upper_batch, memory
         self._upper_params = tree.map(Tensor.detach, window.upper_params)
         self._steps: list[_Step] = []
+        self._notes: tuple[str, ...] = ()  # of the upper loss
 
     def before(self, number: int, point: Point, random: RandomState) -> PassRequest:
         """Ask for nothing: the steps are plain."""
@@ -177,6 +178,7 @@ class PenaltyRecord:
             start, passed = recorded[index % len(recorded)]
             with random_state.rewound_to(start, params):
                 upper = upper_gradient(problem, params, self._upper_params, self._upper_batch)
+            self._notes = upper.notes
             total = tree.scale(1.0 / (1.0 + strength), upper.lower)
             for micro, share in zip(passed.micro_batches, passed.shares, strict=True):
                 grads = _lower_gradient(problem, micro, params, self._upper_params)
@@ -209,9 +211,10 @@ class PenaltyRecord:
         with torch.no_grad():
             hypergradient = tree.axpy(strength, difference, direct)
             distance = tree.norm(tree.axpy(-1.0, params, memory.params))
-        notes: tuple[str, ...] = ()
+        notes = self._notes
         if gap < 0.0:
             notes = (
+                *notes,
                 "Penalty: the lower loss of θ exceeds that of its copy, so θ is not at its minimum "
                 f"and λ = {strength:g} multiplies the error; take more lower steps per window, or "
                 "a smaller λ",

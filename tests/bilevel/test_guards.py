@@ -187,15 +187,18 @@ def test_weights_without_a_graph_are_noted(method, direct):
     assert same_bits(after.upper_params, before.upper_params) != direct
 
 
-@pytest.mark.parametrize("method", [*ALL, Implicit(stationarity_tolerance=None)], ids=str)
+@pytest.mark.parametrize(
+    "method", [*ALL, Implicit(stationarity_tolerance=None), Penalty(1.0)], ids=str
+)
 @pytest.mark.parametrize("direct", [False, True])
 def test_an_upper_loss_that_ignores_the_lower_parameters_is_noted(method, direct):
     def upper(t, p, b):
         return p["r"].square().sum() if direct else torch.ones((), dtype=DOUBLE)
 
     notes, _, _ = notes_of(regression(upper=upper), method)
-    assert "the upper loss does not depend on the lower parameters" in notes
-    assert ("exactly 0" in notes or "no influence" in notes) != direct
+    assert notes.count("the upper loss does not depend on the lower parameters") == 1
+    if not isinstance(method, Penalty):  # whose copy takes steps of its own
+        assert ("exactly 0" in notes or "no influence" in notes) != direct
 
 
 @pytest.mark.parametrize("method", ALL, ids=str)
