@@ -153,6 +153,17 @@ def test_a_checkpoint_within_a_checkpoint_changes_no_number(method):
     assert_equal(found[1].lower_params, found[0].lower_params)
 
 
+def test_forward_over_reverse_of_a_checkpoint_names_the_routes_that_have_it():
+    f = functional(Net(True))
+    problem = BilevelProblem(
+        lambda t, p, b: (f(t, b).square() * p["r"].exp()).mean(), lambda t, p, b: f(t, b).mean()
+    )
+    x, phi = torch.randn(4, 3, dtype=DOUBLE), {"r": torch.zeros(4, dtype=DOUBLE)}
+    solver = BilevelSolver(problem, SGD(0.5), SGD(1.0), OneStep(Jvp()))
+    with pytest.raises(RuntimeError, match=r"or choose the route Reverse\(\) or Central"):
+        solver.step(solver.init(f.params, phi), [x], x)
+
+
 @pytest.mark.parametrize("name", ["llama", "bert", "gpt2"])
 def test_transformers_checkpoint_with_the_parameters_of_the_call(name):
     transformers = pytest.importorskip("transformers")
