@@ -12,11 +12,12 @@ from typing import Any, Literal, TypeVar, get_args, get_origin
 
 import yaml
 
-from recipes.options.flat import flat_options, flatten, nest, required
+from recipes.options.flat import FlatOption, flat_options, flatten, nest, required
 from recipes.options.rules import refuse_unread
 from recipes.options.train import ColdStartOptions, TrainOptions
 from recipes.options.values import (
     OptionError,
+    check_limits,
     convert,
     did_you_mean,
     element,
@@ -34,7 +35,8 @@ def train_options(**values: Any) -> TrainOptions:
 
     Raises:
         TypeError: There is no such option, or a required one is missing.
-        OptionError: An option would have no effect with the others.
+        OptionError: A number is beyond its limits, or an option would have no effect with the
+            others.
     """
     return _build(TrainOptions, values)
 
@@ -49,7 +51,8 @@ def changed(options: Options, **values: Any) -> Options:
 
     Raises:
         TypeError: There is no such option.
-        OptionError: An option would have no effect with the others.
+        OptionError: A number is beyond its limits, or an option would have no effect with the
+            others.
     """
     return _build(type(options), {**flatten(options), **values})
 
@@ -60,9 +63,16 @@ def _build(kind: type[Options], values: Mapping[str, Any]) -> Options:
         raise TypeError(f"{kind.__name__} has no option {', '.join(unknown)}")
     if missing := _missing(kind, values):
         raise TypeError(f"{kind.__name__} needs {', '.join(missing)}")
+    _check_limits(entries, values)
     filled = {name: values.get(name, entry.default) for name, entry in entries.items()}
     refuse_unread(kind, filled)
     return nest(kind, filled)
+
+
+def _check_limits(entries: Mapping[str, FlatOption], values: Mapping[str, Any]) -> None:
+    for name, value in values.items():
+        for part in value if isinstance(value, tuple) else (value,):
+            check_limits(part, entries[name].least, entries[name].most, entries[name].flag)
 
 
 def _missing(kind: type[Any], values: Mapping[str, Any]) -> list[str]:
@@ -101,7 +111,7 @@ def resolve(options: type[Options], given: Mapping[str, Any]) -> Options:
 
     Raises:
         OptionError: A preset or key is unknown (the message gives the nearest name), a value has
-            the wrong type, is not among the choices or is too small, a required option is missing,
+            the wrong type, is not among the choices or beyond its limits, a required option is missing,
             or an option would have no effect with the others.
     """
     given = dict(given)
@@ -118,13 +128,10 @@ def resolve(options: type[Options], given: Mapping[str, Any]) -> Options:
         values["output_dir"] = str(resume_point(given["resume"])[0])
     values.update(_convert_all(options, given, "command line"))
     entries = flat_options(options)
+    _check_limits(entries, values)
     if missing := _missing(options, values):
         flags = ", ".join(entries[name].flag for name in missing)
         raise OptionError(f"missing {flags}; give it on the command line or in the preset")
-    for name, value in values.items():
-        least = entries[name].least
-        if least is not None and not value >= least:
-            raise OptionError(f"{entries[name].flag}: expected {least} or more, found {value}")
     return _build(options, values)
 
 

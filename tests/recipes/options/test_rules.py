@@ -257,40 +257,6 @@ def test_a_refused_run_leaves_no_directory(task, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-def test_the_minima_are_those_of_the_options():
-    """Every number that has one, and what is said of a value below it."""
-    least = {name: entry.least for name, entry in ENTRIES.items() if entry.least is not None}
-    assert least == {
-        "max_patches": 1,
-        "max_bad_rows": 0,
-        "threads": 0,
-        "seed": 0,
-        "workers": 0,
-        "eval_batch_size": 1,
-        "steps": 0,
-        "batch_size": 1,
-        "accumulation": 1,
-        "lower_weight_decay": 0,
-        "lower_step_size": 1,
-        "log_every": 1,
-        "save_every": 0,
-        "keep_checkpoints": 0,
-        "upper_weight_decay": 0,
-        "upper_step_size": 1,
-        "meta_batch_size": 1,
-        "unroll_steps": 1,
-        "upper_start": 0,
-        "solver_iterations": 1,
-    }
-    required = {"train_file": "t", "output_dir": "o"}
-    for name, smallest in least.items():
-        with pytest.raises(OptionError) as error:
-            resolve(TrainOptions, {**required, name: smallest - 1})
-        found = convert(smallest - 1, ENTRIES[name].hint, "")
-        flag = name.replace("_", "-")
-        assert str(error.value) == f"--{flag}: expected {smallest} or more, found {found}"
-
-
 def test_what_a_resumed_run_may_change():
     """Everything else is compared with the checkpoint."""
     kinds = {}
