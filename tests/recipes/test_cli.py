@@ -169,13 +169,9 @@ def test_required_options_are_named(said):
         ("--normalise table", "--normalise table --weighting net: a net has no table"),
         ("--upper-optimizer lazy-adam", "use adam, or --weighting table"),
         ("--upper-lr fast", "--upper-lr: expected auto or a number, found 'fast'"),
-        (
-            "--upper-lr -1",
-            "--upper-lr, --upper-warmup, --upper-gamma: WarmupCosine: peak must lie in [0, inf), "
-            "got -1.0",
-        ),
+        ("--upper-lr -1", "--upper-lr: expected 0 or more, found -1"),
         ("--lower-lr nan", "lower_lr: expected float, found 'nan'"),
-        ("--lower-betas 0.9 1.5", "betas[1] must lie in [0, 1), got 1.5"),
+        ("--lower-betas 0.9 1", "betas[1] must lie in [0, 1), got 1.0"),
         ("--direction-decay 1", "direction_decay must lie in [0, 1), got 1.0"),
         ("--route dot", "--route dot --batch-size 4: dot takes one example per"),
         ("--route ghost --order lower-first", "use --order upper-first, or --route per-example"),
@@ -316,23 +312,14 @@ def test_other_files_are_not_overwritten_either(train, said, tmp_path):
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["precious.txt"]
 
 
-@pytest.mark.parametrize(
-    ("weighting", "found", "logged"),
-    [
-        # The first step is infinite for the hypergradient through it already.
-        ("net", "step 0: hypergradient is inf", 0),
-        ("table", "step 0: hypergradient is inf", 0),
-        ("none", "step 1: lower_loss is nan", 1),
-    ],
-)
-def test_divergence_is_named(train, said, tmp_path, weighting, found, logged):
-    words = ["--weighting", weighting, "--lower-lr", "1e30", "--lower-warmup", "0"]
+@pytest.mark.parametrize("weighting", ["net", "table", "none"])
+def test_divergence_is_named(train, said, tmp_path, weighting):
+    words = ["--weighting", weighting, "--lower-lr", "1e6", "--lower-warmup", "0"]
     assert train(*words) == 1
     line = said()
-    assert f"{found}. Lower the learning rate" in line
+    assert "step 1: lower_loss is nan. Lower the learning rate" in line
     assert line.endswith(f"go on with: bilevel-prm train --resume {tmp_path / 'run'}")
-    log = tmp_path / "run" / "log.jsonl"
-    assert len(read_lines(log) if log.exists() else []) == logged
+    assert len(read_lines(tmp_path / "run" / "log.jsonl")) == 1
     assert not (tmp_path / "run" / "results.json").exists()
 
 
