@@ -72,6 +72,7 @@ LAYERS = {
         ("train",),
         ("embedded", "use"),
         ("commands",),
+        ("command_line",),
         ("__main__",),
         ("evidence",),
     ),

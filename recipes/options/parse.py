@@ -6,7 +6,7 @@ A value of the command line overrides that of the preset, which overrides the de
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args, get_origin
 
@@ -97,7 +97,9 @@ def build_parser(
         if kind is bool:
             parser.add_argument(*flags, action=argparse.BooleanOptionalAction, **common)
         elif get_origin(kind) is Literal:
-            parser.add_argument(*flags, choices=get_args(kind), **common)
+            # Choices are compared by ``resolve``, whose error is one line with the nearest.
+            choices = "{" + ",".join(map(str, get_args(kind))) + "}"
+            parser.add_argument(*flags, metavar=choices, **common)
         else:
             parser.add_argument(
                 *flags, nargs="*" if many else None, metavar=name.upper().split("_")[-1], **common
@@ -111,8 +113,9 @@ def resolve(options: type[Options], given: Mapping[str, Any]) -> Options:
 
     Raises:
         OptionError: A preset or key is unknown (the message gives the nearest name), a value has
-            the wrong type, is not among the choices or beyond its limits, a required option is missing,
-            or an option would have no effect with the others.
+            the wrong type, is not among the choices or beyond its limits, a required option is
+            missing, or an option would have no effect with the others. The run to resume is one
+            of the other command.
     """
     given = dict(given)
     preset = given.pop("config", None)
@@ -123,6 +126,11 @@ def resolve(options: type[Options], given: Mapping[str, Any]) -> Options:
     if resumed or preset is not None:
         path = _args_path(given["resume"]) if resumed else _preset_path(str(preset))
         preset_values = {key.replace("-", "_"): value for key, value in read_yaml(path).items()}
+        if resumed and (command := command_of(preset_values)) != command_of(flat_options(options)):
+            raise OptionError(
+                f"--resume {given['resume']}: is a run of {command}; go on with: "
+                f"bilevel-prm {command} --resume {given['resume']}"
+            )
         values = _convert_all(options, preset_values, str(path))
     if resumed:
         values["output_dir"] = str(resume_point(given["resume"])[0])
@@ -133,6 +141,11 @@ def resolve(options: type[Options], given: Mapping[str, Any]) -> Options:
         flags = ", ".join(entries[name].flag for name in missing)
         raise OptionError(f"missing {flags}; give it on the command line or in the preset")
     return _build(options, values)
+
+
+def command_of(args: Collection[str]) -> str:
+    """Return the command whose options have the names ``args``: ``cold-start`` or ``train``."""
+    return "cold-start" if "draw" in args else "train"
 
 
 def to_yaml(options: Any) -> str:

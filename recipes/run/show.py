@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from recipes.options.base import option
+from recipes.options.parse import command_of
 from recipes.options.values import OptionError
 from recipes.options.yaml_file import read_yaml
 from recipes.run.lock import at_work
@@ -79,7 +80,7 @@ def run_state(directory: Path) -> RunState:
     # The lock is read first: a run that ends after that has written its results by then.
     working = at_work(directory)
     args = read_yaml(directory / "args.yaml")
-    kind = "cold-start" if "draw" in args else "train"
+    kind = command_of(args)
     results = _json_object(directory / "results.json")
     line = _last_line(directory / "log.jsonl")
     logged = (line or {}).get("step", 0)

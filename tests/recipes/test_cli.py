@@ -11,6 +11,7 @@ from importlib import metadata
 import pytest
 import torch
 
+import recipes.run.provenance
 import recipes.train.loop
 import recipes.train.training
 from recipes.__main__ import main
@@ -98,9 +99,53 @@ def test_help_says_default_and_choices(capsys):
     assert "JSONL with step labels (required)" in text
 
 
-def test_unknown_command_and_option(capsys):
-    assert "invalid choice: 'trian'" in usage_error(["trian"], capsys)
-    assert "invalid choice: 'nett'" in usage_error(["train", "--weighting", "nett"], capsys)
+@pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        (
+            "trian",
+            "bilevel-prm: unknown command 'trian'; did you mean 'train'?; expected cold-start, "
+            "train, score, select, evaluate, weigh, convert-model, compare, env, data, runs",
+        ),
+        (
+            "data valdate x",
+            "bilevel-prm: unknown command 'valdate'; did you mean 'validate'?; expected embedded, "
+            "pretrain-base, validate, convert, inspect, split",
+        ),
+        (
+            "runs shw",
+            "bilevel-prm: unknown command 'shw'; did you mean 'show'?; expected show, list",
+        ),
+        (
+            "train --weighting tabel",
+            "bilevel-prm train: command line: weighting: expected one of net, table, domain, none; "
+            "found 'tabel'; did you mean 'table'?",
+        ),
+        (
+            "data convert x --to stepwize --out y",
+            "bilevel-prm data convert: command line: to: expected one of prm-jsonl, stepwise; "
+            "found 'stepwize'; did you mean 'stepwise'?",
+        ),
+    ],
+)
+def test_unknown_commands_and_choices_are_named_with_the_nearest(words, line, capsys):
+    assert main(words.split()) == 2
+    assert capsys.readouterr().err == line + "\n"
+
+
+@pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        ([], "bilevel-prm: the following arguments are required: command; see bilevel-prm --help"),
+        (
+            ["train", "--steps"],
+            "bilevel-prm train: argument --steps: expected one argument; "
+            "see bilevel-prm train --help",
+        ),
+    ],
+)
+def test_arguments_that_cannot_be_parsed_end_in_one_line(words, line, capsys):
+    assert usage_error(words, capsys) == line + "\n"
 
 
 @pytest.mark.parametrize(
@@ -344,8 +389,36 @@ def test_interruption_keeps_what_was_logged(train, capsys, monkeypatch, tmp_path
 
     monkeypatch.setattr(recipes.train.loop, "append_line", second_line_interrupts)
     assert train() == 130
-    assert "interrupted; what was logged and saved so far is kept" in capsys.readouterr().err
+    assert capsys.readouterr().err.endswith(
+        "\nbilevel-prm train: interrupted; what was logged and saved so far is kept\n"
+    )
     assert [entry["step"] for entry in read_lines(tmp_path / "run" / "log.jsonl")] == [1]
+
+
+def test_a_command_that_saves_nothing_does_not_say_that_it_does(capsys, monkeypatch):
+    def interrupted():
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(recipes.run.provenance, "environment_text", interrupted)
+    assert main(["env"]) == 130
+    assert capsys.readouterr().err == "\nbilevel-prm env: interrupted\n"
+
+
+def test_a_run_of_the_other_command_is_resumed_by_its_own(train, said, tmp_path):
+    assert train("--weighting", "none") == 0
+    run = str(tmp_path / "run")
+    assert main(["cold-start", "--resume", run]) == 2
+    assert said() == (
+        f"bilevel-prm cold-start: --resume {run}: is a run of train; "
+        f"go on with: bilevel-prm train --resume {run}"
+    )
+    args = tmp_path / "run" / "args.yaml"
+    args.write_text("train_file: t\noutput_dir: o\ndraw: 3\n")
+    assert main(["train", "--resume", run]) == 2
+    assert said() == (
+        f"bilevel-prm train: --resume {run}: is a run of cold-start; "
+        f"go on with: bilevel-prm cold-start --resume {run}"
+    )
 
 
 def test_mistakes_of_ours_keep_their_traceback(train, monkeypatch):

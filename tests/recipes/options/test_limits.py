@@ -7,7 +7,8 @@ from typing import get_args
 
 import pytest
 
-from recipes.__main__ import _COMMANDS, _DATA_COMMANDS, _FILE_COMMANDS, main
+from recipes.__main__ import main
+from recipes.command_line import _COMMANDS, _DATA_COMMANDS, _FILE_COMMANDS
 from recipes.options.flat import flat_options
 from recipes.options.parse import train_options
 from recipes.options.values import OptionError, element
