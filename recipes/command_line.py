@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from typing import NoReturn
 
@@ -60,7 +60,10 @@ _RUN_COMMANDS = {
     "show": (RunsShowOptions, "where a run stands, and how to go on"),
     "list": (RunsListOptions, "all runs below a folder (default: runs)"),
 }
-_KINDS = {"data": _DATA_COMMANDS | _FILE_COMMANDS, "runs": _RUN_COMMANDS}
+_KINDS: Mapping[str, Mapping[str, tuple[type, str]]] = {
+    "data": _DATA_COMMANDS | _FILE_COMMANDS,
+    "runs": _RUN_COMMANDS,
+}
 
 
 class _Parser(argparse.ArgumentParser):

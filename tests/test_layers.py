@@ -73,8 +73,7 @@ LAYERS = {
         ("embedded", "use"),
         ("commands",),
         ("command_line",),
-        ("__main__",),
-        ("evidence",),
+        ("__main__", "evidence"),
     ),
 }
 """Modules and folders of a package, lowest first: each imports only what stands above its line."""

@@ -12,7 +12,7 @@ from recipes.options.flat import flat_options, flatten
 from recipes.options.parse import PRESETS, cold_start_options, resolve, train_options
 from recipes.options.rules import check_together, unread
 from recipes.options.train import ColdStartOptions, TrainOptions
-from recipes.options.values import OptionError, convert, element
+from recipes.options.values import OptionError, element
 from recipes.train.training import run_training
 from tests.recipes.options.recorded import not_read, read_only_what_is_used, recorded
 

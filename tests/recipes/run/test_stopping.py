@@ -244,12 +244,19 @@ def test_a_signal_while_modules_are_imported_ends_quietly(tmp_path, module, numb
 @pytest.mark.parametrize("number", HANDLED)
 def test_work_is_interrupted_by_the_first_signal_alone(number):
     before = handlers()
-    with pytest.raises(KeyboardInterrupt) as stop, ending_at_once():
-        outer = handlers()
-        with interrupting():
-            try:
-                signal.raise_signal(number)
-            finally:
-                assert handlers() == outer  # the second ends the process
+    inside = []
+
+    def work():
+        with ending_at_once():
+            outer = handlers()
+            with interrupting():
+                try:
+                    signal.raise_signal(number)
+                finally:
+                    inside.append(handlers() == outer)  # so that the second ends the process
+
+    with pytest.raises(KeyboardInterrupt) as stop:
+        work()
     assert stop.value.number == number
+    assert inside == [True]
     assert handlers() == before
