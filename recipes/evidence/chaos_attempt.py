@@ -23,6 +23,7 @@ from transformers import (  # noqa: F401 - transformers imports them when they a
 )
 
 import recipes.train.training  # noqa: F401
+from recipes import command_line
 
 _CHANGES = {"os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.truncate", "os.link"}
 _WRITES = os.O_WRONLY | os.O_RDWR

@@ -183,6 +183,7 @@ class ReadOptions:
         0.1,
         "largest share of a file's rows that is left out; of more, the file is refused",
         least=0,
+        most=1,
         only_with=SKIPS,
         on_resume="free",
     )
