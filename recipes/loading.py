@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar, cast
@@ -50,6 +50,11 @@ class Examples:
     def examples(self) -> list[StepExample]:
         """The examples themselves."""
         return [row.example for row in self.encoded]
+
+    @property
+    def pictures(self) -> Iterator[Path]:
+        """The pictures of all examples in their order."""
+        return (image for row in self.encoded for image in row.example.images)
 
     def only(self, rows: Sequence[int]) -> Examples:
         """Return the given rows alone."""

@@ -68,6 +68,7 @@ def option(
     most: float | None = None,
     only_with: Condition | Sequence[Condition] = (),
     on_resume: OnResume = "same",
+    path: bool = False,
 ) -> Any:
     """Return a dataclass field that is an option.
 
@@ -81,6 +82,7 @@ def option(
         on_resume: What a resumed run may change: nothing ("same"); the value, which has no effect
             on the steps ("free"); the path, but not the content ("file"); or the path, whose
             content is compared in another way ("path").
+        path: Whether the value names a file or folder that the run reads.
     """
     conditions = (only_with,) if isinstance(only_with, Condition) else tuple(only_with)
     shown = [condition.shown for condition in conditions if condition.shown]
@@ -91,6 +93,7 @@ def option(
         "most": most,
         "only_with": conditions,
         "on_resume": on_resume,
+        "path": path or on_resume in ("file", "path"),
     }
     return field(metadata=metadata) if default is ... else field(default=default, metadata=metadata)
 

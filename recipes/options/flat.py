@@ -27,6 +27,7 @@ class FlatOption:
         most: The largest value that is allowed, or None.
         conditions: The conditions under which a command reads it, in the order of reports.
         on_resume: What a resumed run may change; see ``recipes.options.base.option``.
+        path: Whether the value names a file or folder that the run reads.
     """
 
     name: str
@@ -37,6 +38,7 @@ class FlatOption:
     most: float | None
     conditions: tuple[Condition, ...]
     on_resume: OnResume
+    path: bool
 
     @property
     def flag(self) -> str:
@@ -106,6 +108,7 @@ def _walk(
             most=about["most"],
             conditions=tuple(sorted((*conditions, *own), key=lambda condition: condition.rank)),
             on_resume=about["on_resume"],
+            path=about["path"],
         )
         for variant in about["listed"] if chosen else ():
             yield from _walk(chosen[variant], conditions, more)

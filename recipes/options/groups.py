@@ -125,10 +125,10 @@ class TrustedData:
         on_resume="file",
     )
     dev_file: str | None = option(
-        None, "candidates that may be looked at while tuning", on_resume="free"
+        None, "candidates that may be looked at while tuning", on_resume="free", path=True
     )
     test_file: str | None = option(
-        None, "candidates that are scored once, at the end", on_resume="free"
+        None, "candidates that are scored once, at the end", on_resume="free", path=True
     )
     sanity_check: bool = option(
         False,

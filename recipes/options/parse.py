@@ -6,6 +6,7 @@ A value of the command line overrides that of the preset, which overrides the de
 from __future__ import annotations
 
 import argparse
+import json
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args, get_origin
@@ -125,7 +126,8 @@ def resolve(options: type[Options], given: Mapping[str, Any]) -> Options:
         raise OptionError("--resume takes the options from the run's args.yaml; leave out --config")
     if resumed or preset is not None:
         path = _args_path(given["resume"]) if resumed else _preset_path(str(preset))
-        preset_values = {key.replace("-", "_"): value for key, value in read_yaml(path).items()}
+        content = saved_options(path.parent) if resumed else read_yaml(path)
+        preset_values = {key.replace("-", "_"): value for key, value in content.items()}
         if resumed and (command := command_of(preset_values)) != command_of(flat_options(options)):
             raise OptionError(
                 f"--resume {given['resume']}: is a run of {command}; go on with: "
@@ -137,10 +139,52 @@ def resolve(options: type[Options], given: Mapping[str, Any]) -> Options:
     values.update(_convert_all(options, given, "command line"))
     entries = flat_options(options)
     _check_limits(entries, values)
+    if resumed:
+        _check_files(entries, values, path)
     if missing := _missing(options, values):
         flags = ", ".join(entries[name].flag for name in missing)
         raise OptionError(f"missing {flags}; give it on the command line or in the preset")
     return _build(options, values)
+
+
+def saved_options(run: Path) -> dict[str, Any]:
+    """Return the options in the ``args.yaml`` of a run, its paths as they are seen from here.
+
+    A relative path is relative to the folder in which the run began, which ``env.json`` names, or
+    else, and if nothing is there, to the current one.
+
+    Raises:
+        OptionError: The args.yaml cannot be read.
+    """
+    values = read_yaml(run / "args.yaml")
+    folder = first_folder(run)
+    if folder is None or folder == Path.cwd():
+        return values
+    for name, entry in flat_options(TrainOptions).items():
+        value = values.get(name)
+        if entry.path and isinstance(value, str) and value != "embedded":
+            seen = folder / value
+            values[name] = str(seen) if seen.exists() else value
+    return values
+
+
+def first_folder(run: Path) -> Path | None:
+    """Return the working directory in which a run began, None if that is not known."""
+    try:
+        folder = json.loads((run / "env.json").read_text(encoding="utf-8"))["folder"]
+        return Path(folder)
+    except (OSError, ValueError, LookupError, TypeError, RecursionError):
+        return None
+
+
+def _check_files(entries: Mapping[str, FlatOption], values: Mapping[str, Any], args: Path) -> None:
+    """Refuse a resumed run whose files are not where its ``args.yaml`` says."""
+    for name, value in values.items():
+        if name.endswith("_file") and value is not None and not Path(value).exists():
+            raise OptionError(
+                f"{entries[name].flag} {value}: no such file. Relative paths in {args} are "
+                "relative to the folder in which the run began: go on there, or give the option"
+            )
 
 
 def command_of(args: Collection[str]) -> str:

@@ -341,7 +341,7 @@ def test_a_run_is_never_overwritten(train, said, tmp_path):
     assert train() == 0
     before = files()
     assert train("--seed", "5") == 2
-    assert "already holds a run; nothing was overwritten. Choose another" in said()
+    assert "already holds a run, which is complete; nothing was overwritten. Choose" in said()
     assert train("--seed", "5", "--on-existing", "number") == 0
     assert train("--seed", "5", "--on-existing", "number") == 0
     assert files() == before
@@ -353,7 +353,7 @@ def test_other_files_are_not_overwritten_either(train, said, tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "precious.txt").write_text("mine")
     assert train() == 2
-    assert "is not empty; nothing was overwritten" in said()
+    assert "is not empty and holds no run; nothing was overwritten" in said()
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["precious.txt"]
 
 

@@ -181,11 +181,11 @@ original = loop.append_line
 def append_line(path, line):
     original(path, line)
     if '"step": 3' in line:
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGHUP})
         print("ready", flush=True)
-        try:
-            sys.stdin.read()  # until the terminal is gone
-        except OSError:
-            pass
+        signal.sigwait({signal.SIGHUP})  # the terminal is gone
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGHUP})
+        signal.raise_signal(signal.SIGHUP)
 loop.append_line = append_line
 sys.exit(main(sys.argv[1:]))
 """
