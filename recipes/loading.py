@@ -210,12 +210,13 @@ def tokenised(prm: PRM, options: LoaderOptions, data: Examples | Solutions) -> E
     """
     collator = _collator(prm, options)
     encoded, at = [], []
-    for example, line in zip(data.examples, data.lines, strict=True):
-        try:
-            encoded.append(collator.encode(example))
+    results = collator.encode_many(data.examples)
+    for example, line, result in zip(data.examples, data.lines, results, strict=True):
+        if isinstance(result, DataError):
+            data.bad.add(_located(result, data.path, line), example.id)
+        else:
+            encoded.append(result)
             at.append(line)
-        except DataError as error:
-            data.bad.add(_located(error, data.path, line), example.id)
     data.bad.check()
     return Examples(data.path, encoded, collator, at, data.bad)
 
