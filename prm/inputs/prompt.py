@@ -154,6 +154,7 @@ class PromptEncoder:
             images: The text of the tokens of each image, for every example.
         """
         texts: list[tuple[list[str], list[str]] | DataError] = []
+        rendered = iter(self._rendered(examples))
         for example, expanded in zip(examples, images, strict=True):
             if len(expanded) != len(example.images):
                 raise ValueError(
@@ -161,7 +162,7 @@ class PromptEncoder:
                     f"{example.id!r}, found {len(expanded)}"
                 )
             try:
-                pieces = self._pieces(example)
+                pieces = self._pieces(example, next(rendered))
                 if expanded:  # All images are in the first turn.
                     pieces[0] = self._expand(pieces[0], expanded)
                 texts.append((pieces, [self._slot(step.label) for step in example.steps]))
@@ -304,8 +305,16 @@ class PromptEncoder:
             text = (self.image_tokens.context + self.image_tokens.separator) * images + text
         return {"role": role, "content": text}
 
-    def _pieces(self, example: StepExample) -> list[str]:
-        """Return the rendered text between each assistant slot and the previous one."""
+    def _rendered(self, examples: Sequence[StepExample]) -> Sequence[str | None]:
+        """Return the texts of all examples with open slots, or None for each if one has none."""
+        try:
+            turns = [self._turns(example, [_SLOT] * len(example.steps)) for example in examples]
+            return self._render_all(turns)
+        except (DataError, TemplateError):
+            return [None] * len(examples)
+
+    def _pieces(self, example: StepExample, rendered: str | None = None) -> list[str]:
+        """Return the text between each assistant slot and the previous one, as ``rendered``."""
         for field, text in _texts(example):
             for token in self._structure:
                 if token in text:
@@ -317,7 +326,9 @@ class PromptEncoder:
                         remedy="remove it or write it differently",
                     )
         try:
-            pieces = self._render(self._turns(example, [_SLOT] * len(example.steps))).split(_SLOT)
+            if rendered is None:
+                rendered = self._render(self._turns(example, [_SLOT] * len(example.steps)))
+            pieces = rendered.split(_SLOT)
         except TemplateError as error:
             raise DataError(
                 expected="turns that the chat template renders",
@@ -347,9 +358,15 @@ class PromptEncoder:
         return self.labels.plus_id if slot == "+" else self.labels.minus_id
 
     def _render(self, turns: list[dict[str, Any]], *, generate: bool = False) -> str:
+        (rendered,) = self._render_all([turns], generate=generate)
+        return rendered
+
+    def _render_all(
+        self, conversations: list[list[dict[str, Any]]], *, generate: bool = False
+    ) -> list[str]:
         try:
-            rendered: str = self.tokenizer.apply_chat_template(
-                turns,
+            rendered: list[str] = self.tokenizer.apply_chat_template(
+                conversations,
                 chat_template=self.chat_template,
                 tokenize=False,
                 add_generation_prompt=generate,
