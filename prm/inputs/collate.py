@@ -21,7 +21,7 @@ Batch = dict[str, Tensor]
 _AT_ONCE = 256
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, slots=True)
 class EncodedExample:
     """A tokenised example with the paths, not the pixels, of its images.
 
