@@ -310,7 +310,7 @@ def test_truncated_image_is_found_before_training(task, train, said, tmp_path):
 
 @pytest.mark.parametrize(
     ("words", "field"),
-    [("--meta-file {train}", "correct"), ("--test-file {train}", "answer")],
+    [("--meta-file {train}", "correct"), ("--test-file {train}", "correct")],
 )
 def test_files_in_the_wrong_place_are_named(task, train, said, words, field):
     file = task.data / "train.jsonl"
@@ -393,6 +393,11 @@ def test_interruption_keeps_what_was_logged(train, capsys, monkeypatch, tmp_path
         "\nbilevel-prm train: interrupted; what was logged and saved so far is kept\n"
     )
     assert [entry["step"] for entry in read_lines(tmp_path / "run" / "log.jsonl")] == [1]
+
+
+def test_training_shows_no_bar_without_a_terminal(train, capsys):
+    assert train("--progress", "--weighting", "none") == 0
+    assert capsys.readouterr().err == ""
 
 
 def test_a_command_that_saves_nothing_does_not_say_that_it_does(capsys, monkeypatch):
