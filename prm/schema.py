@@ -10,7 +10,7 @@ from typing import Any
 from prm.data_urls import shown
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Step:
     """One step of a solution.
 
@@ -24,7 +24,7 @@ class Step:
     label: float | None = None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class StepExample:
     """One solution of one question.
 

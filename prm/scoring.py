@@ -88,6 +88,7 @@ def score_examples(
     *,
     full_vocab: bool = False,
     workers: int = 0,
+    scored: Callable[[int], object] = lambda examples: None,
 ) -> list[Float[Tensor, " _steps"]]:
     """Return the step scores p("+") of every example, one [steps] tensor each on the CPU, in order.
 
@@ -106,6 +107,8 @@ def score_examples(
         full_vocab: Whether probabilities are over the whole vocabulary, as in DreamPRM-1.5, instead
             of over the two labels. The score is then softmax(z)₊, and "+" and "-" do not sum to 1.
         workers: The number of processes that prepare batches ahead; see ``prm.inputs.workers``.
+        scored: A function that is called with the number of examples of every batch, for a
+            progress bar.
 
     Raises:
         DataError: An image cannot be decoded.
@@ -132,4 +135,5 @@ def score_examples(
         padded = step_scores(logits, full_vocab=full_vocab).cpu()
         for row, values in zip(part, padded, strict=True):
             scores[row] = values[: len(encoded[row].label_positions)].clone()
+        scored(len(part))
     return [scores[row] for row in range(len(encoded))]

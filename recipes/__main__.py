@@ -1,159 +1,25 @@
-"""The command line: ``bilevel-prm`` and ``python -m recipes``.
-
-Arguments are parsed before torch is imported, so that ``--help`` responds at once.
-"""
+"""The entry of ``bilevel-prm`` and ``python -m recipes``; it imports nothing that takes time."""
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Sequence
-from contextlib import suppress
 
-from recipes.data_files.options import (
-    ConvertOptions,
-    InspectOptions,
-    SplitOptions,
-    ValidateOptions,
-    build_data_parser,
-)
-from recipes.options.embedded import CompareOptions, DataOptions, PretrainOptions
-from recipes.options.flat import flat_options
-from recipes.options.parse import build_parser, resolve
-from recipes.options.train import ColdStartOptions, TrainOptions
-from recipes.options.use import (
-    ConvertModelOptions,
-    EnvOptions,
-    EvaluateOptions,
-    ScoreOptions,
-    SelectOptions,
-    WeighOptions,
-)
-from recipes.options.values import OptionError, did_you_mean, shortened
-from recipes.run.provenance import PACKAGE, version_of
-from recipes.run.show import RunsListOptions, RunsShowOptions
-from recipes.terminal import say, standard_streams
-
-_DESCRIPTION = "Train process reward models with instance weights learned by bilevel optimization."
-_COMMANDS = {
-    "cold-start": (ColdStartOptions, "short supervised pass over the noisy training data"),
-    "train": (TrainOptions, "bilevel training with instance weights, then evaluation"),
-    "score": (ScoreOptions, "step scores of every candidate of a file, resumable"),
-    "select": (SelectOptions, "the best candidate of every question, from scores"),
-    "evaluate": (EvaluateOptions, "how good selections and step scores are, with intervals"),
-    "weigh": (WeighOptions, "weights of a trained weighting, or of a rule, for a file's examples"),
-    "convert-model": (ConvertModelOptions, "rewrite an InternVL checkpoint that needs own code"),
-    "compare": (CompareOptions, "every method and control over several seeds, one table"),
-}
-_DATA_COMMANDS = {
-    "embedded": (DataOptions, "write the embedded data set"),
-    "pretrain-base": (PretrainOptions, "pretrain the tiny base model that ships with the package"),
-}
-_FILE_COMMANDS = {
-    "validate": (ValidateOptions, "check data files: one page of findings"),
-    "convert": (ConvertOptions, "rewrite a data file of any known format"),
-    "inspect": (InspectOptions, "show one example as the model gets it"),
-    "split": (SplitOptions, "divide a data file into parts that share no question"),
-}
-_RUN_COMMANDS = {
-    "show": (RunsShowOptions, "where a run stands, and how to go on"),
-    "list": (RunsListOptions, "all runs below a folder (default: runs)"),
-}
-
-
-class _Version(argparse.Action):
-    """Look up the version only if it is requested."""
-
-    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
-        print(f"{PACKAGE} {version_of(PACKAGE)}")
-        parser.exit()
-
-
-def make_parser() -> argparse.ArgumentParser:
-    """Return the parser of the whole command."""
-    parser = argparse.ArgumentParser(prog="bilevel-prm", description=_DESCRIPTION)
-    parser.add_argument(
-        "--version",
-        action=_Version,
-        nargs=0,
-        dest=argparse.SUPPRESS,
-        default=argparse.SUPPRESS,
-        help="print the version and end",
-    )
-    commands = parser.add_subparsers(dest="command", required=True, metavar="command")
-    for name, (options, text) in _COMMANDS.items():
-        command = commands.add_parser(name, help=text, description=text)
-        build_parser(command, options)
-        command.set_defaults(options=options)
-    about = "versions, devices and commit, for a bug report"
-    commands.add_parser("env", help=about, description=about).set_defaults(options=EnvOptions)
-    about = "make, check, convert and divide data"
-    data = commands.add_parser("data", help=about, description=about)
-    kinds = data.add_subparsers(dest="kind", required=True, metavar="kind")
-    for name, (options, text) in _DATA_COMMANDS.items():
-        command = kinds.add_parser(name, help=text, description=text)
-        build_parser(command, options, preset=False)
-        command.set_defaults(options=options)
-    for name, (options, text) in _FILE_COMMANDS.items():
-        command = kinds.add_parser(name, help=text, description=text)
-        build_data_parser(command, options)
-        command.set_defaults(options=options)
-    about = "what runs were and where they stand"
-    kinds = commands.add_parser("runs", help=about, description=about).add_subparsers(
-        dest="kind", required=True, metavar="kind"
-    )
-    for name, (options, text) in _RUN_COMMANDS.items():
-        command = kinds.add_parser(name, help=text, description=text)
-        (flag,) = options.__bases__
-        required = None if name == "show" else "?"
-        command.add_argument("directory", metavar="DIR", nargs=required, default=argparse.SUPPRESS)
-        build_parser(command, flag, preset=False)
-        command.set_defaults(options=options)
-    return parser
+from recipes.run.stopping import ending_at_once
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command and return its exit status.
 
-    The status is 0 for success, 1 for an error of the data or the run, 2 for wrong usage, and 130
-    or 143 after SIGINT or SIGTERM, for which training saves its state. It does not depend on
-    whether anybody reads what is printed.
+    The status is 0 for success, 1 for an error of the data or the run, 2 for wrong usage, and 130,
+    143 or 129 after SIGINT, SIGTERM or SIGHUP, for which training saves its state. It does not
+    depend on whether anybody reads what is printed. While modules are imported, a signal ends the
+    process at once and without a word.
     """
-    status = 0
-    try:
-        with standard_streams():
-            status = _run(arguments)
-    except OSError as error:  # a preset, or standard output, which is flushed at the end
-        with suppress(OSError):
-            say(f"bilevel-prm: {error.filename}: {error.strerror}", error=True)
-        return status or 1
-    return status
+    with ending_at_once():
+        from recipes.command_line import run
 
-
-def _run(arguments: Sequence[str] | None) -> int:
-    known, unknown = make_parser().parse_known_args(arguments)
-    given = vars(known)
-    name = " ".join(filter(None, (given.pop("command"), given.pop("kind", None))))
-    kind = given.pop("options")
-    try:
-        if unknown:
-            raise OptionError(f"{_unknown(unknown[0], kind)}; see --help")
-        options = resolve(kind, given)
-    except OptionError as error:
-        say(f"bilevel-prm {name}: {error}", error=True)
-        return 2
-    from recipes import commands
-
-    return commands.run(name, options)
-
-
-def _unknown(argument: str, options: type) -> str:
-    """Return the error text for an unknown argument, with the nearest option."""
-    if not argument.startswith("-"):
-        return f"unexpected argument {shortened(argument)!r}"
-    flags = ["--config", *(entry.flag for entry in flat_options(options).values())]
-    word = argument.split("=")[0]
-    return f"unknown option {shortened(word)}{did_you_mean(word.replace('_', '-'), flags)}"
+        return run(arguments)
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -26,9 +27,11 @@ from recipes.options.values import OptionError
 from recipes.run.errors import RunError, Stopped
 from recipes.run.files import new_directory
 from recipes.run.show import RunsListOptions, RunsShowOptions, list_runs, show_run
+from recipes.run.stopping import Interrupted, interrupting
 from recipes.terminal import say
 
-_INTERRUPTED = 130
+_SAVING = ("cold-start", "train", "score", "compare")
+"""Commands that save while they work, and go on from there."""
 
 
 def run(name: str, options: Any) -> int:
@@ -36,10 +39,11 @@ def run(name: str, options: Any) -> int:
 
     Errors of the user (options, data) and of the machine (files that cannot be read or written)
     end in one line that says what to change, without a traceback. Errors of the program keep their
-    traceback.
+    traceback. A signal interrupts the work, or ends the process while a module is imported.
     """
     try:
-        return _COMMANDS[name](options) or 0
+        with interrupting():
+            return _COMMANDS[name](options) or 0
     except Stopped as error:
         return _ended(name, error, error.status)
     except OptionError as error:
@@ -52,12 +56,11 @@ def run(name: str, options: Any) -> int:
         if "bilevel-prm[" not in str(error):
             raise
         return _ended(name, error, 1)
-    except KeyboardInterrupt:
-        print(
-            f"\nbilevel-prm {name}: interrupted; what was logged and saved so far is kept",
-            file=sys.stderr,
-        )
-        return _INTERRUPTED
+    except KeyboardInterrupt as error:
+        print(file=sys.stderr)  # ends the line of the terminal's ^C, or of a progress bar
+        kept = "; what was logged and saved so far is kept" if name in _SAVING else ""
+        number = error.number if isinstance(error, Interrupted) else signal.SIGINT
+        return _ended(name, f"interrupted{kept}", 128 + number)
 
 
 def _ended(name: str, why: object, status: int) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar, cast
@@ -50,6 +50,11 @@ class Examples:
     def examples(self) -> list[StepExample]:
         """The examples themselves."""
         return [row.example for row in self.encoded]
+
+    @property
+    def pictures(self) -> Iterator[Path]:
+        """The pictures of all examples in their order."""
+        return (image for row in self.encoded for image in row.example.images)
 
     def only(self, rows: Sequence[int]) -> Examples:
         """Return the given rows alone."""
@@ -205,12 +210,13 @@ def tokenised(prm: PRM, options: LoaderOptions, data: Examples | Solutions) -> E
     """
     collator = _collator(prm, options)
     encoded, at = [], []
-    for example, line in zip(data.examples, data.lines, strict=True):
-        try:
-            encoded.append(collator.encode(example))
+    results = collator.encode_many(data.examples)
+    for example, line, result in zip(data.examples, data.lines, results, strict=True):
+        if isinstance(result, DataError):
+            data.bad.add(_located(result, data.path, line), example.id)
+        else:
+            encoded.append(result)
             at.append(line)
-        except DataError as error:
-            data.bad.add(_located(error, data.path, line), example.id)
     data.bad.check()
     return Examples(data.path, encoded, collator, at, data.bad)
 

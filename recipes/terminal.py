@@ -13,7 +13,10 @@ import re
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
-from typing import Any, TextIO, cast
+from typing import TYPE_CHECKING, Any, NoReturn, TextIO, cast
+
+if TYPE_CHECKING:
+    from tqdm import tqdm
 
 _PLAIN = "\n\t\x7f"
 """Characters of a page of text; and one that JSON does not escape and terminals ignore."""
@@ -50,6 +53,21 @@ def say(text: str, error: bool = False) -> None:
         error: Whether it goes to standard error.
     """
     print(printable(text), file=sys.stderr if error else sys.stdout)
+
+
+def progress_bar(title: str, total: int, done: int = 0, *, shown: bool = True) -> tqdm[NoReturn]:
+    """Return a progress bar on standard error, which is shown on a terminal only.
+
+    Args:
+        title: What is in progress.
+        total: The number of steps.
+        done: How many of them are done already.
+        shown: Whether it is shown at all.
+    """
+    from tqdm import tqdm  # imported here: --help need not
+
+    disable = None if shown else True  # None: unless the stream is a terminal
+    return tqdm(desc=title, total=total, initial=done, disable=disable, dynamic_ncols=True)
 
 
 def write_bytes(content: bytes) -> None:

@@ -72,8 +72,8 @@ LAYERS = {
         ("train",),
         ("embedded", "use"),
         ("commands",),
-        ("__main__",),
-        ("evidence",),
+        ("command_line",),
+        ("__main__", "evidence"),
     ),
 }
 """Modules and folders of a package, lowest first: each imports only what stands above its line."""

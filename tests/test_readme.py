@@ -12,7 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from recipes.__main__ import main, make_parser
+from recipes.__main__ import main
+from recipes.command_line import make_parser
 from recipes.evidence.smollm2.__main__ import table as check_table
 from tests.tiny_task import task
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -17,9 +18,10 @@ from prm.inputs.tiles import ImageInputs
 from prm.schema import DataError, StepExample
 
 Batch = dict[str, Tensor]
+_AT_ONCE = 256
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, slots=True)
 class EncodedExample:
     """A tokenised example with the paths, not the pixels, of its images.
 
@@ -121,14 +123,47 @@ class Collator:
         Raises:
             DataError: An image file is missing or not an image, or the text cannot be laid out.
         """
+        (result,) = self.encode_many([example])
+        if isinstance(result, DataError):
+            raise result
+        return result
+
+    def encode_many(self, examples: Iterable[StepExample]) -> Iterator[EncodedExample | DataError]:
+        """Yield what ``encode`` returns of every example, or the ``DataError`` that it raises.
+
+        The examples are tokenised together, which takes less time.
+        """
+        coming = iter(examples)
+        while chunk := list(islice(coming, _AT_ONCE)):
+            images = list(map(self._expanded, chunk))
+            readable = [
+                (example, found[1])
+                for example, found in zip(chunk, images, strict=True)
+                if not isinstance(found, DataError)
+            ]
+            encoded = iter(
+                self.prompt.encode_many([row[0] for row in readable], [row[1] for row in readable])
+            )
+            for example, found in zip(chunk, images, strict=True):
+                if isinstance(found, DataError):
+                    yield found
+                elif isinstance(result := next(encoded), DataError):
+                    yield result
+                else:
+                    yield EncodedExample(example, *result, found[0])
+
+    def _expanded(self, example: StepExample) -> tuple[tuple[int, ...], Sequence[str]] | DataError:
+        """Return the number of tiles and the text of the tokens of each image."""
         tokens = self.prompt.image_tokens
-        if self.images is None or tokens is None:
-            if example.images:
-                self.prompt.messages(example)  # Raises: the model takes no images.
-            return EncodedExample(example, *self.prompt.encode(example), ())
-        counts = tuple(map(self.images.count, example.images))
-        expanded = [self.images.expanded(path, tokens) for path in example.images]
-        return EncodedExample(example, *self.prompt.encode(example, expanded), counts)
+        try:
+            if self.images is None or tokens is None:
+                if example.images:
+                    self.prompt.messages(example)  # Raises: the model takes no images.
+                return (), ()
+            counts = tuple(map(self.images.count, example.images))
+            return counts, [self.images.expanded(path, tokens) for path in example.images]
+        except DataError as error:
+            return error
 
     def __call__(self, rows: Sequence[EncodedExample | StepExample]) -> Batch:
         """Pad ``rows`` into a batch; examples that are not encoded yet are encoded first.

@@ -13,7 +13,9 @@ the sequence stops there for the last step: nothing after it can change a score.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import takewhile
 from typing import Any
 
 import torch
@@ -36,6 +38,21 @@ SYSTEM_PROMPT = (
 """System instruction used when no other is given."""
 
 _SLOT = "\ue000"  # private-use character that marks an assistant slot in the rendered template
+
+
+@dataclass(frozen=True)
+class _Start:
+    """The text that every example begins with.
+
+    Attributes:
+        text: The text.
+        token: The token, as text, that follows it.
+        ids: Its tokens.
+    """
+
+    text: str
+    token: str
+    ids: list[int]
 
 
 class PromptEncoder:
@@ -89,7 +106,9 @@ class PromptEncoder:
         self.max_length = max_length
         self.chat_template = chat_template
         self._typed = chat_template is not None and self._takes_parts()
+        self._start: _Start | None = None
         self._structure = self._check_template()
+        self._start = self._common_start()
 
     def messages(self, example: StepExample) -> list[dict[str, Any]]:
         """Return the conversation of an example, with its assistant slots filled by ``context``."""
@@ -118,29 +137,102 @@ class PromptEncoder:
             DataError: The text imitates the template, the example has images and the model takes
                 none, or the sequence is too long.
         """
-        if len(images) != len(example.images):
-            raise ValueError(
-                f"expected each of the {len(example.images)} images of example {example.id!r}, "
-                f"found {len(images)}"
-            )
-        pieces = self._pieces(example)
-        if images:  # All images are in the first turn.
-            pieces[0] = self._expand(pieces[0], images)
-        slots = [self._slot(step.label) for step in example.steps]
-        encoding = self.tokenizer(
-            "".join(piece + slot for piece, slot in zip(pieces, slots, strict=True)),
-            add_special_tokens=False,
+        (result,) = self.encode_many([example], [images])
+        if isinstance(result, DataError):
+            raise result
+        return result
+
+    def encode_many(
+        self, examples: Sequence[StepExample], images: Sequence[Sequence[str]]
+    ) -> list[tuple[Int32[Tensor, " seq"], Int64[Tensor, " steps"]] | DataError]:
+        """Return what ``encode`` does of every example, or the ``DataError`` that it raises.
+
+        The tokenizer gets all examples at once, and the text that all begin with only once.
+
+        Args:
+            examples: The examples.
+            images: The text of the tokens of each image, for every example.
+        """
+        texts: list[tuple[list[str], list[str]] | DataError] = []
+        rendered = iter(self._rendered(examples))
+        for example, expanded in zip(examples, images, strict=True):
+            if len(expanded) != len(example.images):
+                raise ValueError(
+                    f"expected each of the {len(example.images)} images of example "
+                    f"{example.id!r}, found {len(expanded)}"
+                )
+            try:
+                pieces = self._pieces(example, next(rendered))
+                if expanded:  # All images are in the first turn.
+                    pieces[0] = self._expand(pieces[0], expanded)
+                texts.append((pieces, [self._slot(step.label) for step in example.steps]))
+            except DataError as error:
+                texts.append(error)
+        tokenised = self._tokenised(
+            [
+                "".join(piece + slot for piece, slot in zip(*text, strict=True))
+                for text in texts
+                if not isinstance(text, DataError)
+            ]
         )
-        ids = encoding["input_ids"]
+        results: list[tuple[Tensor, Tensor] | DataError] = []
+        for example, expanded, text in zip(examples, images, texts, strict=True):
+            if isinstance(text, DataError):
+                results.append(text)
+                continue
+            try:
+                results.append(self._located(example, expanded, *text, *next(tokenised)))
+            except DataError as error:
+                results.append(error)
+        return results
+
+    def _tokenised(self, texts: list[str]) -> Iterator[tuple[list[int], Callable[[int], int]]]:
+        """Yield the token ids of each text, and the function from a character to its token."""
+        if not texts:
+            return
+        start = self._start
+        shared = [start is not None and text.startswith(start.text + start.token) for text in texts]
+        encoding = self.tokenizer(
+            [
+                text[len(start.text) :] if start is not None and cut else text
+                for text, cut in zip(texts, shared, strict=True)
+            ],
+            add_special_tokens=False,
+            return_attention_mask=False,
+        )
+        for number, cut in enumerate(shared):
+            ids = encoding["input_ids"][number]
+            characters = tokens = 0
+            if start is not None and cut:
+                characters, tokens = len(start.text), len(start.ids)
+                ids = [*start.ids, *ids]
+
+            def token_at(
+                character: int, number: int = number, before: int = characters, skip: int = tokens
+            ) -> int:
+                token = encoding.char_to_token(number, character - before)
+                return 0 if token is None else token + skip
+
+            yield ids, token_at
+
+    def _located(
+        self,
+        example: StepExample,
+        images: Sequence[str],
+        pieces: Sequence[str],
+        slots: Sequence[str],
+        ids: list[int],
+        token_at: Callable[[int], int],
+    ) -> tuple[Int32[Tensor, " seq"], Int64[Tensor, " steps"]]:
         positions = []
         start = 0
         for number, (piece, slot) in enumerate(zip(pieces, slots, strict=True)):
             start += len(piece)
-            token = encoding.char_to_token(start)
+            token = token_at(start)
             if not token or ids[token] != self._slot_id(slot):
                 raise DataError(
                     expected=f"the label {slot!r} to be a token of its own, after another token",
-                    found=f"{self.tokenizer.convert_ids_to_tokens(ids[token or 0])!r}",
+                    found=f"{self.tokenizer.convert_ids_to_tokens(ids[token])!r}",
                     example=example.id,
                     field=f"steps[{number}]",
                     remedy="use a tokenizer and chat template that keep label and turn apart",
@@ -213,8 +305,16 @@ class PromptEncoder:
             text = (self.image_tokens.context + self.image_tokens.separator) * images + text
         return {"role": role, "content": text}
 
-    def _pieces(self, example: StepExample) -> list[str]:
-        """Return the rendered text between each assistant slot and the previous one."""
+    def _rendered(self, examples: Sequence[StepExample]) -> Sequence[str | None]:
+        """Return the texts of all examples with open slots, or None for each if one has none."""
+        try:
+            turns = [self._turns(example, [_SLOT] * len(example.steps)) for example in examples]
+            return self._render_all(turns)
+        except (DataError, TemplateError):
+            return [None] * len(examples)
+
+    def _pieces(self, example: StepExample, rendered: str | None = None) -> list[str]:
+        """Return the text between each assistant slot and the previous one, as ``rendered``."""
         for field, text in _texts(example):
             for token in self._structure:
                 if token in text:
@@ -226,7 +326,9 @@ class PromptEncoder:
                         remedy="remove it or write it differently",
                     )
         try:
-            pieces = self._render(self._turns(example, [_SLOT] * len(example.steps))).split(_SLOT)
+            if rendered is None:
+                rendered = self._render(self._turns(example, [_SLOT] * len(example.steps)))
+            pieces = rendered.split(_SLOT)
         except TemplateError as error:
             raise DataError(
                 expected="turns that the chat template renders",
@@ -256,9 +358,15 @@ class PromptEncoder:
         return self.labels.plus_id if slot == "+" else self.labels.minus_id
 
     def _render(self, turns: list[dict[str, Any]], *, generate: bool = False) -> str:
+        (rendered,) = self._render_all([turns], generate=generate)
+        return rendered
+
+    def _render_all(
+        self, conversations: list[list[dict[str, Any]]], *, generate: bool = False
+    ) -> list[str]:
         try:
-            rendered: str = self.tokenizer.apply_chat_template(
-                turns,
+            rendered: list[str] = self.tokenizer.apply_chat_template(
+                conversations,
                 chat_template=self.chat_template,
                 tokenize=False,
                 add_generation_prompt=generate,
@@ -277,6 +385,34 @@ class PromptEncoder:
         except TemplateError:
             return False
         return "probe" in rendered and "'text'" not in rendered
+
+    def _common_start(self) -> _Start | None:
+        """Return what the text of every example begins with, with its tokens.
+
+        It ends before a token that the tokenizer finds in a text before it does anything else, so
+        that the texts on both sides of it are tokenised apart from each other.
+        """
+        steps = (Step("first"), Step("second"))
+        probes = [StepExample("probe", question, (), steps) for question in ("q", "Which?")]
+        texts = [self.text(probe) for probe in probes]
+        same = takewhile(lambda pair: pair[0] == pair[1], zip(*texts, strict=False))
+        common = "".join(character for character, _ in same)
+        cuts = [
+            (common.rfind(token.content), token.content)
+            for token in self.tokenizer.added_tokens_decoder.values()
+            if token.special and not (token.normalized or token.lstrip)
+        ]
+        cut, token = max(cuts, default=(0, ""))
+        if cut <= 0:
+            return None
+        ids = self._ids(common[:cut])
+        if any(self._ids(text) != ids + self._ids(text[cut:]) for text in texts):
+            return None
+        return _Start(common[:cut], token, ids)
+
+    def _ids(self, text: str) -> list[int]:
+        ids: list[int] = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        return ids
 
     def _check_template(self) -> tuple[str, ...]:
         """Check that later turns do not change earlier ones; return the template's own tokens.

@@ -7,7 +7,14 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from prm.names import FormatChoice
-from recipes.options.base import Condition, PrmOptions, ReadOptions, option
+from recipes.options.base import (
+    MOST_ROWS,
+    MOST_SEED,
+    Condition,
+    PrmOptions,
+    ReadOptions,
+    option,
+)
 from recipes.options.parse import build_parser
 
 
@@ -46,7 +53,9 @@ class ValidateFlags(FileOptions):
     model: str | None = option(
         None, "count tokens and tiles for this model ('embedded', a directory or hub name)"
     )
-    max_patches: int = option(6, "at most this many tiles per image, when counting them", least=1)
+    max_patches: int = option(
+        6, "at most this many tiles per image, when counting them", least=1, most=256
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,8 +88,12 @@ class ConvertOptions(ConvertFlags):
 class InspectFlags(PrmOptions):
     """Show one example as the model gets it."""
 
-    row: int = option(1, "line of a JSONL file, row of a JSON array, counted from 1")
-    candidate: int = option(0, "which candidate of the row, counted from 0")
+    row: int = option(
+        1, "line of a JSONL file, row of a JSON array, counted from 1", least=1, most=MOST_ROWS
+    )
+    candidate: int = option(
+        0, "which candidate of the row, counted from 0", least=0, most=MOST_ROWS
+    )
     format: FormatChoice = option("auto", "format of the file; auto: what the first record is")
     weights: str | None = option(None, "weights.jsonl of a run on this file")
     tokens: bool = option(False, "list every token, too")
@@ -102,7 +115,7 @@ class SplitFlags(FileOptions):
         ..., "name=size of each part, one size may be 'rest', for example train=rest dev=100"
     )
     unit: Literal["groups", "rows"] = option("groups", "what the sizes count")
-    seed: int = option(0, "fixes which group goes where", least=0)
+    seed: int = option(0, "fixes which group goes where", least=0, most=MOST_SEED)
 
 
 @dataclass(frozen=True, kw_only=True)

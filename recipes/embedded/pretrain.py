@@ -129,7 +129,7 @@ def _fit(
         lambda step: min((step + 1) / warmup, 0.5 * (1 + math.cos(math.pi * step / steps))),
     )
     smooth = 0.0
-    with tqdm(range(steps), desc=stage) as bar:
+    with tqdm(range(steps), desc=stage, disable=None) as bar:
         for step in bar:
             loss, accuracy = loss_of(next_batch())
             optimizer.zero_grad()

@@ -30,6 +30,7 @@ from recipes.loading import (
 from recipes.options.base import LoaderOptions, ScoringOptions
 from recipes.options.train import TrainOptions
 from recipes.options.use import WeighOptions
+from recipes.terminal import progress_bar
 
 
 @dataclass(frozen=True)
@@ -236,15 +237,18 @@ def step_scores_of(
     full_vocab: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Return step scores (0 without a step) and the mask of steps, [examples, steps] each."""
-    scored = score_examples(
-        prm,
-        params,
-        data.encoded,
-        data.collator,
-        options.eval_batch_size,
-        full_vocab=full_vocab,
-        workers=options.workers,
-    )
+    shown = not isinstance(options, TrainOptions) or options.run.progress
+    with progress_bar("scoring", len(data), shown=shown) as bar:
+        scored = score_examples(
+            prm,
+            params,
+            data.encoded,
+            data.collator,
+            options.eval_batch_size,
+            full_vocab=full_vocab,
+            workers=options.workers,
+            scored=bar.update,
+        )
     steps = max(len(row) for row in scored)
     scores = torch.zeros(len(scored), steps)
     mask = torch.zeros(len(scored), steps, dtype=torch.bool)

@@ -23,7 +23,7 @@ from transformers import (  # noqa: F401 - transformers imports them when they a
 )
 
 import recipes.train.training  # noqa: F401
-from recipes.__main__ import main
+from recipes import command_line
 
 _CHANGES = {"os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.truncate", "os.link"}
 _WRITES = os.O_WRONLY | os.O_RDWR
@@ -56,7 +56,7 @@ def attempt(words: list[str], run: str, event: int | None, output: str) -> None:
     sys.stdout = open(1, "w", buffering=1, encoding="utf-8", closefd=False)  # noqa: SIM115
     sys.stderr = open(2, "w", buffering=1, encoding="utf-8", closefd=False)  # noqa: SIM115
     sys.addaudithook(count)
-    status = main(words)
+    status = command_line.run(words)
     print(f"processor seconds: {time.process_time()}")
     print(f"changes: {changes}")
     sys.exit(status)

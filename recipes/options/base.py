@@ -1,4 +1,4 @@
-"""Options: dataclass fields with a help text, a minimum and conditions.
+"""Options: dataclass fields with a help text, limits and conditions.
 
 A field is an option, a key of a preset and a line in ``args.yaml``, all under one flat name. Fields
 of a group (``group``) and of the chosen variant (``variants``) are options like all others: the
@@ -16,6 +16,19 @@ from typing import Any, ClassVar, Literal
 from prm.names import AggregationName, Context, OnBadRow
 
 OnResume = Literal["same", "free", "file", "path"]
+
+# Largest values of options, far beyond what is of use and within what can be computed.
+MOST_STEPS = 10**7
+MOST_EXAMPLES = 2**16
+"""In a batch."""
+MOST_ROWS = 10**9
+"""In a file."""
+MOST_SEED = 10**11
+"""The seeds that are derived from it then have less than 63 bits."""
+MOST_THREADS = 1024
+MOST_NUMBER = 10**6
+"""Of learning rates, weights and other numbers that float32 holds with their squares."""
+
 _ranks = count()
 
 
@@ -52,8 +65,10 @@ def option(
     *,
     name: str | None = None,
     least: float | None = None,
+    most: float | None = None,
     only_with: Condition | Sequence[Condition] = (),
     on_resume: OnResume = "same",
+    path: bool = False,
 ) -> Any:
     """Return a dataclass field that is an option.
 
@@ -61,11 +76,13 @@ def option(
         default: The default value. With ``...`` the option is required.
         help: The text for ``--help``.
         name: The flat name, if it is not the name of the field.
-        least: The smallest value that is allowed.
+        least: The smallest value that is allowed. Every number has one, and a largest.
+        most: The largest value that is allowed.
         only_with: The conditions under which a command reads the option. All of them must hold.
         on_resume: What a resumed run may change: nothing ("same"); the value, which has no effect
             on the steps ("free"); the path, but not the content ("file"); or the path, whose
             content is compared in another way ("path").
+        path: Whether the value names a file or folder that the run reads.
     """
     conditions = (only_with,) if isinstance(only_with, Condition) else tuple(only_with)
     shown = [condition.shown for condition in conditions if condition.shown]
@@ -73,8 +90,10 @@ def option(
         "help": help + (f" ({shown[-1]})" if shown else ""),
         "name": name,
         "least": least,
+        "most": most,
         "only_with": conditions,
         "on_resume": on_resume,
+        "path": path or on_resume in ("file", "path"),
     }
     return field(metadata=metadata) if default is ... else field(default=default, metadata=metadata)
 
@@ -133,10 +152,15 @@ class PrmOptions:
     context: Context = option(
         "plus", "what stands in the label slots of earlier steps, in training and in scoring"
     )
-    max_patches: int = option(6, "at most this many tiles per image", least=1)
-    threads: int = option(0, "CPU threads of torch (0: all cores)", least=0, on_resume="free")
+    max_patches: int = option(6, "at most this many tiles per image", least=1, most=256)
+    threads: int = option(
+        0, "CPU threads of torch (0: all cores)", least=0, most=MOST_THREADS, on_resume="free"
+    )
     seed: int = option(
-        0, "fixes initial weights, order of data and everything else random", least=0
+        0,
+        "fixes initial weights, order of data and everything else random",
+        least=0,
+        most=MOST_SEED,
     )
 
 
@@ -162,6 +186,7 @@ class ReadOptions:
         0.1,
         "largest share of a file's rows that is left out; of more, the file is refused",
         least=0,
+        most=1,
         only_with=SKIPS,
         on_resume="free",
     )
@@ -176,6 +201,7 @@ class LoaderOptions(ReadOptions, PrmOptions):
         "processes that make batches ahead of time, images decoded (training: so many for each "
         "level); 0: none. The batches are the same",
         least=0,
+        most=256,
         on_resume="free",
     )
 
@@ -187,4 +213,6 @@ class ScoringOptions(LoaderOptions):
     aggregation: AggregationName = option(
         "mean", "how the step scores of a solution become its score"
     )
-    eval_batch_size: int = option(64, "solutions per forward pass when scoring", least=1)
+    eval_batch_size: int = option(
+        64, "solutions per forward pass when scoring", least=1, most=MOST_EXAMPLES
+    )

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar, Literal, TypeAlias
 
-from recipes.options.base import option
+from recipes.options.base import MOST_NUMBER, option
 from recipes.options.conditions import (
     BOUND_HIGH,
     BOUND_LOW,
@@ -60,8 +60,20 @@ class _Bounded:
         "clamp (DreamPRM-1.5) does not",
         only_with=WEIGHTED,
     )
-    bound_low: float = option(0.0, "lower end of the range", only_with=(WEIGHTED, BOUND_LOW))
-    bound_high: float = option(2.0, "upper end of the range", only_with=(WEIGHTED, BOUND_HIGH))
+    bound_low: float = option(
+        0.0,
+        "lower end of the range",
+        least=-MOST_NUMBER,
+        most=MOST_NUMBER,
+        only_with=(WEIGHTED, BOUND_LOW),
+    )
+    bound_high: float = option(
+        2.0,
+        "upper end of the range",
+        least=-MOST_NUMBER,
+        most=MOST_NUMBER,
+        only_with=(WEIGHTED, BOUND_HIGH),
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,6 +94,8 @@ class _Prior:
     prior: float = option(
         1.0,
         "weight of every instance at the start, and where decay pulls",
+        least=-MOST_NUMBER,
+        most=MOST_NUMBER,
         only_with=(WEIGHTED, PRIOR),
     )
 
@@ -116,8 +130,12 @@ class NetOptions(_Prior, _Normalised, _Bounded):
         "model said of a label before it could memorise it",
         only_with=(WEIGHTED, NET, MODEL_FEATURE),
     )
-    hidden: int = option(10, "units per hidden layer of Instance Net", only_with=(WEIGHTED, NET))
-    layers: int = option(1, "hidden layers of Instance Net", only_with=(WEIGHTED, NET))
+    hidden: int = option(
+        10, "units per hidden layer of Instance Net", least=1, most=4096, only_with=(WEIGHTED, NET)
+    )
+    layers: int = option(
+        1, "hidden layers of Instance Net", least=1, most=32, only_with=(WEIGHTED, NET)
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -160,6 +178,8 @@ class OneStepOptions:
         None,
         "length of the shift of the parameters (central-difference); null: from their size and "
         "precision; Betty's, and so DreamPRM-1.5's, is 0.01",
+        least=0,
+        most=MOST_NUMBER,
         only_with=CENTRAL_DIFFERENCE,
     )
     order: Literal["upper-first", "lower-first"] = option(
@@ -168,7 +188,11 @@ class OneStepOptions:
         only_with=ONE_STEP,
     )
     direction_decay: float = option(
-        0.9, "exponential average of the meta gradient; 0: none", only_with=ONE_STEP
+        0.9,
+        "exponential average of the meta gradient; 0: none",
+        least=0,
+        most=1,
+        only_with=ONE_STEP,
     )
 
 
@@ -192,9 +216,12 @@ class ImplicitOptions:
         10,
         "its iterations; nystrom: directions, which are kept in memory",
         least=1,
+        most=10_000,
         only_with=IMPLICIT,
     )
-    damping: float = option(0.1, "added to the Hessian's diagonal", only_with=IMPLICIT)
+    damping: float = option(
+        0.1, "added to the Hessian's diagonal", least=0, most=MOST_NUMBER, only_with=IMPLICIT
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -206,6 +233,8 @@ class PenaltyOptions:
     penalty_strength: float = option(
         10.0,
         "how strongly the copy is held to the training loss; its error falls with 1 / this",
+        least=0,
+        most=MOST_NUMBER,
         only_with=PENALTY,
     )
 

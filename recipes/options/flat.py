@@ -24,8 +24,10 @@ class FlatOption:
         default: The default value, ``MISSING`` if the option is required.
         help: The text for ``--help``.
         least: The smallest value that is allowed, or None.
+        most: The largest value that is allowed, or None.
         conditions: The conditions under which a command reads it, in the order of reports.
         on_resume: What a resumed run may change; see ``recipes.options.base.option``.
+        path: Whether the value names a file or folder that the run reads.
     """
 
     name: str
@@ -33,8 +35,10 @@ class FlatOption:
     default: Any
     help: str
     least: float | None
+    most: float | None
     conditions: tuple[Condition, ...]
     on_resume: OnResume
+    path: bool
 
     @property
     def flag(self) -> str:
@@ -101,8 +105,10 @@ def _walk(
             default=about["default"] if chosen else field.default,
             help=about["help"],
             least=about["least"],
+            most=about["most"],
             conditions=tuple(sorted((*conditions, *own), key=lambda condition: condition.rank)),
             on_resume=about["on_resume"],
+            path=about["path"],
         )
         for variant in about["listed"] if chosen else ():
             yield from _walk(chosen[variant], conditions, more)

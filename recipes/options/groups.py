@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from recipes.options.base import option
+from recipes.options.base import MOST_EXAMPLES, MOST_NUMBER, MOST_STEPS, option
 from recipes.options.conditions import (
     LOWER_COSINE,
     LOWER_STEP,
@@ -25,18 +25,24 @@ class LowerLevel:
     freeze: tuple[str, ...] = option(
         (), "name prefixes of modules that are not trained, for example vision_tower"
     )
-    steps: int = option(300, "lower-level optimizer steps", least=0)
-    batch_size: int = option(32, "examples per micro-batch", least=1)
-    accumulation: int = option(1, "micro-batches per lower step", least=1)
-    lr: float = option(5e-4, "peak learning rate of AdamW", name="lower_lr")
-    betas: tuple[float, float] = option(
-        (0.9, 0.98), "decay rates of Adam's moments", name="lower_betas"
+    steps: int = option(300, "lower-level optimizer steps", least=0, most=MOST_STEPS)
+    batch_size: int = option(32, "examples per micro-batch", least=1, most=MOST_EXAMPLES)
+    accumulation: int = option(1, "micro-batches per lower step", least=1, most=MOST_EXAMPLES)
+    lr: float = option(
+        5e-4, "peak learning rate of AdamW", name="lower_lr", least=0, most=MOST_NUMBER
     )
-    weight_decay: float = option(0.01, "decoupled weight decay", name="lower_weight_decay", least=0)
+    betas: tuple[float, float] = option(
+        (0.9, 0.98), "decay rates of Adam's moments", name="lower_betas", least=0, most=1
+    )
+    weight_decay: float = option(
+        0.01, "decoupled weight decay", name="lower_weight_decay", least=0, most=MOST_NUMBER
+    )
     warmup: float = option(
         0.05,
         "share of the steps with linear warm-up",
         name="lower_warmup",
+        least=0,
+        most=1,
         only_with=LOWER_COSINE,
     )
     schedule: Literal["cosine", "step", "constant"] = option(
@@ -50,11 +56,18 @@ class LowerLevel:
         "steps between drops of the learning rate",
         name="lower_step_size",
         least=1,
+        most=MOST_STEPS,
         only_with=LOWER_STEP,
     )
-    gamma: float = option(0.95, "factor of each drop", name="lower_gamma", only_with=LOWER_STEP)
+    gamma: float = option(
+        0.95, "factor of each drop", name="lower_gamma", least=0, most=1, only_with=LOWER_STEP
+    )
     max_norm: float | None = option(
-        1.0, "global-norm clip of the gradient; null: none", name="lower_max_norm"
+        1.0,
+        "global-norm clip of the gradient; null: none",
+        name="lower_max_norm",
+        least=0,
+        most=MOST_NUMBER,
     )
     loss: Literal["cross-entropy", "squared"] = option(
         "cross-entropy",
@@ -67,14 +80,21 @@ class LowerLevel:
 class RunSettings:
     """Options of the run itself: what it logs and saves, and how it resumes."""
 
-    log_every: int = option(10, "steps between lines of log.jsonl", least=1, on_resume="free")
+    log_every: int = option(
+        10, "steps between lines of log.jsonl", least=1, most=MOST_STEPS, on_resume="free"
+    )
     save_every: int = option(
-        0, "lower steps between checkpoints; 0: none", least=0, on_resume="free"
+        0,
+        "lower steps between checkpoints; 0: none",
+        least=0,
+        most=MOST_STEPS,
+        on_resume="free",
     )
     keep_checkpoints: int = option(
         2,
         "how many of the newest checkpoints to keep; 0: all",
         least=0,
+        most=MOST_STEPS,
         only_with=SAVED,
         on_resume="free",
     )
@@ -105,10 +125,10 @@ class TrustedData:
         on_resume="file",
     )
     dev_file: str | None = option(
-        None, "candidates that may be looked at while tuning", on_resume="free"
+        None, "candidates that may be looked at while tuning", on_resume="free", path=True
     )
     test_file: str | None = option(
-        None, "candidates that are scored once, at the end", on_resume="free"
+        None, "candidates that are scored once, at the end", on_resume="free", path=True
     )
     sanity_check: bool = option(
         False,
@@ -128,6 +148,8 @@ class UpperLevel:
         "learning rate of the upper level; auto: solve for the one that lets a consistently bad "
         "example reach the lower bound within the run",
         name="upper_lr",
+        least=0,
+        most=MOST_NUMBER,
     )
     optimizer: Literal["adam", "lazy-adam", "sgd"] = option(
         "adam",
@@ -135,13 +157,19 @@ class UpperLevel:
         name="upper_optimizer",
     )
     betas: tuple[float, float] = option(
-        (0.9, 0.999), "decay rates of Adam's moments", name="upper_betas", only_with=UPPER_ADAM
+        (0.9, 0.999),
+        "decay rates of Adam's moments",
+        name="upper_betas",
+        least=0,
+        most=1,
+        only_with=UPPER_ADAM,
     )
     weight_decay: float = option(
         0.0,
         "decoupled decay towards the prior (Adam)",
         name="upper_weight_decay",
         least=0,
+        most=MOST_NUMBER,
         only_with=UPPER_ADAM,
     )
     schedule: Literal["cosine", "step", "constant"] = option(
@@ -151,6 +179,8 @@ class UpperLevel:
         0.0,
         "share of the upper steps with linear warm-up",
         name="upper_warmup",
+        least=0,
+        most=1,
         only_with=UPPER_COSINE,
     )
     step_size: int = option(
@@ -158,12 +188,25 @@ class UpperLevel:
         "upper steps between drops of the learning rate",
         name="upper_step_size",
         least=1,
+        most=MOST_STEPS,
         only_with=UPPER_STEP,
     )
-    gamma: float = option(0.95, "factor of each drop", name="upper_gamma", only_with=UPPER_STEP)
-    max_norm: float | None = option(
-        None, "global-norm clip of the hypergradient; null: none", name="upper_max_norm"
+    gamma: float = option(
+        0.95, "factor of each drop", name="upper_gamma", least=0, most=1, only_with=UPPER_STEP
     )
-    meta_batch_size: int = option(64, "solutions per upper step", least=1)
-    unroll_steps: int = option(1, "lower steps between upper steps", least=1)
-    start: int = option(20, "lower steps before the first upper step", name="upper_start", least=0)
+    max_norm: float | None = option(
+        None,
+        "global-norm clip of the hypergradient; null: none",
+        name="upper_max_norm",
+        least=0,
+        most=MOST_NUMBER,
+    )
+    meta_batch_size: int = option(64, "solutions per upper step", least=1, most=MOST_EXAMPLES)
+    unroll_steps: int = option(1, "lower steps between upper steps", least=1, most=MOST_STEPS)
+    start: int = option(
+        20,
+        "lower steps before the first upper step",
+        name="upper_start",
+        least=0,
+        most=MOST_STEPS,
+    )

@@ -6,17 +6,19 @@ A value of the command line overrides that of the preset, which overrides the de
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping
+import json
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args, get_origin
 
 import yaml
 
-from recipes.options.flat import flat_options, flatten, nest, required
+from recipes.options.flat import FlatOption, flat_options, flatten, nest, required
 from recipes.options.rules import refuse_unread
 from recipes.options.train import ColdStartOptions, TrainOptions
 from recipes.options.values import (
     OptionError,
+    check_limits,
     convert,
     did_you_mean,
     element,
@@ -34,7 +36,8 @@ def train_options(**values: Any) -> TrainOptions:
 
     Raises:
         TypeError: There is no such option, or a required one is missing.
-        OptionError: An option would have no effect with the others.
+        OptionError: A number is beyond its limits, or an option would have no effect with the
+            others.
     """
     return _build(TrainOptions, values)
 
@@ -49,7 +52,8 @@ def changed(options: Options, **values: Any) -> Options:
 
     Raises:
         TypeError: There is no such option.
-        OptionError: An option would have no effect with the others.
+        OptionError: A number is beyond its limits, or an option would have no effect with the
+            others.
     """
     return _build(type(options), {**flatten(options), **values})
 
@@ -60,9 +64,16 @@ def _build(kind: type[Options], values: Mapping[str, Any]) -> Options:
         raise TypeError(f"{kind.__name__} has no option {', '.join(unknown)}")
     if missing := _missing(kind, values):
         raise TypeError(f"{kind.__name__} needs {', '.join(missing)}")
+    _check_limits(entries, values)
     filled = {name: values.get(name, entry.default) for name, entry in entries.items()}
     refuse_unread(kind, filled)
     return nest(kind, filled)
+
+
+def _check_limits(entries: Mapping[str, FlatOption], values: Mapping[str, Any]) -> None:
+    for name, value in values.items():
+        for part in value if isinstance(value, tuple) else (value,):
+            check_limits(part, entries[name].least, entries[name].most, entries[name].flag)
 
 
 def _missing(kind: type[Any], values: Mapping[str, Any]) -> list[str]:
@@ -87,7 +98,9 @@ def build_parser(
         if kind is bool:
             parser.add_argument(*flags, action=argparse.BooleanOptionalAction, **common)
         elif get_origin(kind) is Literal:
-            parser.add_argument(*flags, choices=get_args(kind), **common)
+            # Choices are compared by ``resolve``, whose error is one line with the nearest.
+            choices = "{" + ",".join(map(str, get_args(kind))) + "}"
+            parser.add_argument(*flags, metavar=choices, **common)
         else:
             parser.add_argument(
                 *flags, nargs="*" if many else None, metavar=name.upper().split("_")[-1], **common
@@ -101,8 +114,9 @@ def resolve(options: type[Options], given: Mapping[str, Any]) -> Options:
 
     Raises:
         OptionError: A preset or key is unknown (the message gives the nearest name), a value has
-            the wrong type, is not among the choices or is too small, a required option is missing,
-            or an option would have no effect with the others.
+            the wrong type, is not among the choices or beyond its limits, a required option is
+            missing, or an option would have no effect with the others. The run to resume is one
+            of the other command.
     """
     given = dict(given)
     preset = given.pop("config", None)
@@ -112,20 +126,70 @@ def resolve(options: type[Options], given: Mapping[str, Any]) -> Options:
         raise OptionError("--resume takes the options from the run's args.yaml; leave out --config")
     if resumed or preset is not None:
         path = _args_path(given["resume"]) if resumed else _preset_path(str(preset))
-        preset_values = {key.replace("-", "_"): value for key, value in read_yaml(path).items()}
+        content = saved_options(path.parent) if resumed else read_yaml(path)
+        preset_values = {key.replace("-", "_"): value for key, value in content.items()}
+        if resumed and (command := command_of(preset_values)) != command_of(flat_options(options)):
+            raise OptionError(
+                f"--resume {given['resume']}: is a run of {command}; go on with: "
+                f"bilevel-prm {command} --resume {given['resume']}"
+            )
         values = _convert_all(options, preset_values, str(path))
     if resumed:
         values["output_dir"] = str(resume_point(given["resume"])[0])
     values.update(_convert_all(options, given, "command line"))
     entries = flat_options(options)
+    _check_limits(entries, values)
+    if resumed:
+        _check_files(entries, values, path)
     if missing := _missing(options, values):
         flags = ", ".join(entries[name].flag for name in missing)
         raise OptionError(f"missing {flags}; give it on the command line or in the preset")
-    for name, value in values.items():
-        least = entries[name].least
-        if least is not None and not value >= least:
-            raise OptionError(f"{entries[name].flag}: expected {least} or more, found {value}")
     return _build(options, values)
+
+
+def saved_options(run: Path) -> dict[str, Any]:
+    """Return the options in the ``args.yaml`` of a run, its paths as they are seen from here.
+
+    A relative path is relative to the folder in which the run began, which ``env.json`` names, or
+    else, and if nothing is there, to the current one.
+
+    Raises:
+        OptionError: The args.yaml cannot be read.
+    """
+    values = read_yaml(run / "args.yaml")
+    folder = first_folder(run)
+    if folder is None or folder == Path.cwd():
+        return values
+    for name, entry in flat_options(TrainOptions).items():
+        value = values.get(name)
+        if entry.path and isinstance(value, str) and value != "embedded":
+            seen = folder / value
+            values[name] = str(seen) if seen.exists() else value
+    return values
+
+
+def first_folder(run: Path) -> Path | None:
+    """Return the working directory in which a run began, None if that is not known."""
+    try:
+        folder = json.loads((run / "env.json").read_text(encoding="utf-8"))["folder"]
+        return Path(folder)
+    except (OSError, ValueError, LookupError, TypeError, RecursionError):
+        return None
+
+
+def _check_files(entries: Mapping[str, FlatOption], values: Mapping[str, Any], args: Path) -> None:
+    """Refuse a resumed run whose files are not where its ``args.yaml`` says."""
+    for name, value in values.items():
+        if name.endswith("_file") and value is not None and not Path(value).exists():
+            raise OptionError(
+                f"{entries[name].flag} {value}: no such file. Relative paths in {args} are "
+                "relative to the folder in which the run began: go on there, or give the option"
+            )
+
+
+def command_of(args: Collection[str]) -> str:
+    """Return the command whose options have the names ``args``: ``cold-start`` or ``train``."""
+    return "cold-start" if "draw" in args else "train"
 
 
 def to_yaml(options: Any) -> str:

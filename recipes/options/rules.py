@@ -190,14 +190,14 @@ def check_together(options: Any) -> None:
 
 
 def _spelled(values: Mapping[str, Any], names: Sequence[str], between: str) -> str:
-    return between.join(_option(name, values[name]) for name in names)
+    return between.join(" ".join(words_of(name, values[name])) for name in names)
 
 
-def _option(name: str, value: Any) -> str:
-    """Return an option with its value, as on the command line."""
+def words_of(name: str, value: Any) -> list[str]:
+    """Return an option with its value as the words of the command line."""
     flag = flag_of(name)
     if isinstance(value, bool):
-        return flag if value else flag.replace("--", "--no-", 1)
+        return [flag if value else flag.replace("--", "--no-", 1)]
     if isinstance(value, tuple):
-        return " ".join([flag, *map(str, value)])
-    return f"{flag} {'none' if value is None else value}"
+        return [flag, *map(str, value)]
+    return [flag, "none" if value is None else str(value)]

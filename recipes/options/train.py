@@ -8,7 +8,15 @@ from typing import ClassVar, Literal
 
 from prm.names import LossTarget
 from recipes.options import conditions
-from recipes.options.base import Condition, LoaderOptions, ScoringOptions, group, option, variants
+from recipes.options.base import (
+    MOST_ROWS,
+    Condition,
+    LoaderOptions,
+    ScoringOptions,
+    group,
+    option,
+    variants,
+)
 from recipes.options.choices import (
     DomainOptions,
     HypergradientOptions,
@@ -48,7 +56,9 @@ class LowerOptions(LoaderOptions):
 class ColdStartOptions(LowerOptions):
     """A short supervised pass over a random draw of the training file, with all weights 1."""
 
-    draw: int = option(300, "examples drawn from the training file; 0: all", least=0)
+    draw: int = option(
+        300, "examples drawn from the training file; 0: all", least=0, most=MOST_ROWS
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

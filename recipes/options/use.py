@@ -7,7 +7,15 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 from prm.names import DrawRule, TieRule
-from recipes.options.base import Condition, LoaderOptions, ScoringOptions, option
+from recipes.options.base import (
+    MOST_EXAMPLES,
+    MOST_NUMBER,
+    MOST_SEED,
+    Condition,
+    LoaderOptions,
+    ScoringOptions,
+    option,
+)
 
 _PROBABILITY = (
     "softmax that a step's score is read from, over the two labels or, as in DreamPRM-1.5, over "
@@ -68,7 +76,7 @@ class ScoreOptions(LoaderOptions):
     )
     overwrite: bool = option(False, "begin an existing --output anew")
     probability: Literal["labels", "vocabulary"] = option("labels", _PROBABILITY)
-    eval_batch_size: int = option(64, "solutions per forward pass", least=1)
+    eval_batch_size: int = option(64, "solutions per forward pass", least=1, most=MOST_EXAMPLES)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,7 +88,7 @@ class SelectOptions:
     overwrite: bool = option(False, "replace an existing --output")
     aggregation: str = option("mean", "which of the scores of a line decides")
     tie: DrawRule = option("random", "which of several best candidates is taken")
-    seed: int = option(0, "fixes the draw among tied candidates", least=0)
+    seed: int = option(0, "fixes the draw among tied candidates", least=0, most=MOST_SEED)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,7 +121,11 @@ class EvaluateOptions(ScoringOptions):
         None, "scores.jsonl of another model for --file, to compare with"
     )
     threshold: float = option(
-        0.5, "a step whose score exceeds it is judged right", only_with=CHOSEN_BY_HAND
+        0.5,
+        "a step whose score exceeds it is judged right",
+        least=0,
+        most=1,
+        only_with=CHOSEN_BY_HAND,
     )
     tie: TieRule = option(
         "expected", "value of tied candidates: on average over a fair draw, the first's, the last's"
@@ -156,12 +168,18 @@ class WeighOptions(LoaderOptions):
         "or drawn at random",
     )
     weighting: str | None = option(None, "weighting directory of a run", only_with=BY_WEIGHTING)
-    keep: float = option(0.25, "share of the examples that a rule keeps", only_with=BY_A_RULE)
+    keep: float = option(
+        0.25, "share of the examples that a rule keeps", least=0, most=1, only_with=BY_A_RULE
+    )
     within: Literal["file", "domain"] = option(
         "file", "what the share is of; bis was published with domain", only_with=BY_A_RULE
     )
     alpha: float = option(
-        0.05, "what examples whose labels are all alike still count", only_with=BY_BIS
+        0.05,
+        "what examples whose labels are all alike still count",
+        least=0,
+        most=MOST_NUMBER,
+        only_with=BY_BIS,
     )
     file: str = option(..., "JSONL; with step labels for an Instance Net and for rules")
     output: str = option(..., "weights.jsonl to write; -: to standard output")
@@ -172,7 +190,9 @@ class WeighOptions(LoaderOptions):
         "that of the run's args.yaml)",
         only_with=BY_REFERENCE,
     )
-    eval_batch_size: int = option(64, "solutions per forward pass", least=1, only_with=BY_MODEL)
+    eval_batch_size: int = option(
+        64, "solutions per forward pass", least=1, most=MOST_EXAMPLES, only_with=BY_MODEL
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

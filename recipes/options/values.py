@@ -110,6 +110,24 @@ def convert(value: Any, hint: Any, where: str) -> Any:
     return tuple(_convert_one(part, kind, where) for part in value)
 
 
+def check_limits(value: Any, least: float | None, most: float | None, flag: str) -> None:
+    """Refuse a number beyond the limits of an option; None and words in its place have none.
+
+    Raises:
+        OptionError: The number is smaller than ``least`` or larger than ``most``, or no number.
+    """
+    if value is None or (least is None and most is None):
+        return
+    try:
+        number = float(value) if isinstance(value, str) else value
+    except ValueError:  # a word that the option allows, or that its reader refuses
+        return
+    if least is not None and not number >= least:
+        raise OptionError(f"{flag}: expected {least:,} or more, found {shortened(str(value))}")
+    if most is not None and not number <= most:
+        raise OptionError(f"{flag}: expected at most {most:,}, found {shortened(str(value))}")
+
+
 def _convert_one(value: Any, kind: Any, where: str) -> Any:
     if get_origin(kind) is Literal:
         # YAML reads a bare `none` as text but `no` as False, so the text is compared.

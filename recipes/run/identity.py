@@ -3,23 +3,39 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+import os
+from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
 
+from prm.data_urls import is_embedded
 from recipes.options.base import flag_of
 from recipes.options.flat import flat_options, flatten
 from recipes.options.train import LowerOptions
 
+_PART = 2**14
+_AT_ONCE = 16
 
-def identity(options: LowerOptions, model: torch.nn.Module) -> dict[str, Any]:
+
+def identity(
+    options: LowerOptions,
+    model: torch.nn.Module,
+    pictures: Mapping[str, Iterable[Path]] = MappingProxyType({}),
+) -> dict[str, Any]:
     """Return a run's options, and digests of its initial model and of the files it trains on.
 
     The options define what a resumed run may change (``on_resume``). Files are compared by their
-    content and the model by its parameters, so both may move. Every parameter and every file is
-    read once.
+    content, pictures by ``digest_pictures`` and the model by its parameters, so all may move. Every
+    parameter and every file is read once, and of every picture a part.
+
+    Args:
+        options: The options of the run.
+        model: The model before the first step.
+        pictures: The pictures of the files, by the flat name of the option.
     """
     entries, values = flat_options(type(options)), flatten(options)
     same = {name: value for name, value in values.items() if entries[name].on_resume == "same"}
@@ -27,6 +43,7 @@ def identity(options: LowerOptions, model: torch.nn.Module) -> dict[str, Any]:
     return {
         "options": {k: list(v) if isinstance(v, tuple) else v for k, v in same.items()},
         "files": {name: digest_file(path) for name, path in files.items() if path is not None},
+        "pictures": {name: digest_pictures(paths) for name, paths in pictures.items()},
         "model": digest_model(model),
     }
 
@@ -41,9 +58,41 @@ def differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     for name in dict.fromkeys([*then["files"], *now["files"]]):
         if then["files"].get(name) != now["files"].get(name):
             lines.append(f"{flag_of(name)} (checkpoint: a file of other content)")
+    seen, found = then.get("pictures", {}), now.get("pictures", {})  # older runs have none
+    lines += [
+        f"{flag_of(name)} (checkpoint: pictures of other content)"
+        for name in seen
+        if name in found and seen[name] != found[name]
+    ]
     if then["model"] != now["model"]:
         lines.append("--model, --init-from (checkpoint: other initial parameters)")
     return lines
+
+
+def digest_pictures(paths: Iterable[Path]) -> str:
+    """Return a SHA-256 of pictures in their order, each at its first place, in hexadecimal.
+
+    Of every file its size enters, and its first, middle and last 16 KiB: all of a small one. A PNG
+    ends with a sum over its pixels, and nearly every change of a JPEG changes its size, but a
+    change in the midst of a large uncompressed picture can remain unnoticed. Pictures in the
+    record itself are part of its file and are left out.
+    """
+    files = [path for path in dict.fromkeys(paths) if not is_embedded(path)]
+    digest = hashlib.sha256()
+    with ThreadPoolExecutor(_AT_ONCE) as pool:
+        for part in pool.map(_parts, files):
+            digest.update(part)
+    return digest.hexdigest()
+
+
+def _parts(path: Path) -> bytes:
+    with path.open("rb", buffering=0) as file:
+        size = os.fstat(file.fileno()).st_size
+        digest = hashlib.sha256(str(size).encode())
+        for start in (0, (size - _PART) // 2, size - _PART) if size > 3 * _PART else (0,):
+            file.seek(start)
+            digest.update(file.read(_PART if size > 3 * _PART else size))
+    return digest.digest()
 
 
 def digest_file(path: str | Path) -> str:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -15,11 +17,17 @@ from safetensors import SafetensorError
 
 from bilevel import BilevelState
 from bilevel.autodiff.random_state import capture
-from recipes.options.parse import changed, to_yaml
-from recipes.options.train import LowerOptions, TrainOptions
+from recipes.options.flat import flat_options, flatten
+from recipes.options.parse import changed, first_folder, to_yaml
+from recipes.options.train import LowerOptions
 from recipes.options.values import OptionError, resume_point
 from recipes.run.checkpoints import Checkpoints, Progress
-from recipes.run.directory import describe_run, free_directory, make_directory
+from recipes.run.directory import (
+    describe_run,
+    free_directory,
+    make_directory,
+    resume_command,
+)
 from recipes.run.errors import RunError, WriteError
 from recipes.run.files import remove_unfinished, write_json, write_text
 from recipes.run.identity import identity
@@ -105,7 +113,10 @@ class Run:
 
 @contextmanager
 def open_run(
-    options: LowerOptions, model: torch.nn.Module, state: BilevelState[Any, Any]
+    options: LowerOptions,
+    model: torch.nn.Module,
+    state: BilevelState[Any, Any],
+    pictures: Mapping[str, Iterable[Path]] = MappingProxyType({}),
 ) -> Iterator[Run]:
     """Open a run, and lock its directory while the body runs.
 
@@ -118,6 +129,7 @@ def open_run(
         options: The options of the run.
         model: The model before the first step.
         state: The state before the first step.
+        pictures: The pictures of the files that it trains on, by the flat name of the option.
 
     Raises:
         OptionError: The directory of a new run is not empty, another process works in it, the run
@@ -142,12 +154,18 @@ def open_run(
                 directory / "checkpoints",
                 every=options.run.save_every,
                 keep=options.run.keep_checkpoints,
-                identity=identity(options, model),
+                identity=identity(options, model, pictures),
             )
             start = beginning
             if options.run.resume is not None:
                 start = _resumed(options, directory, checkpoints, steps, beginning)
-            yield Run(_command(options, directory), directory, checkpoints, beginning, start)
+            yield Run(
+                resume_command(flat_options(type(options)), directory),
+                directory,
+                checkpoints,
+                beginning,
+                start,
+            )
     except (OSError, SafetensorError) as error:
         raise WriteError(f"{directory}: {error}") from error
 
@@ -171,19 +189,24 @@ def _resumed(
     remove_unfinished(directory, "*")
     if not (directory / "env.json").exists():
         write_json(directory / "env.json", environment())
-    own = changed(options, resume=None, output_dir=str(directory))
+    own = changed(options, resume=None, output_dir=str(directory), **_paths(options, directory))
     write_text(directory / "args.yaml", to_yaml(own))
     say(f"{directory}: {where}")
     return start
 
 
+def _paths(options: LowerOptions, directory: Path) -> dict[str, str]:
+    """Return the paths of a run that goes on in another folder than it began in, absolute."""
+    if first_folder(directory) in (None, Path.cwd()):
+        return {}
+    values = flatten(options)
+    named = {n: values[n] for n, entry in flat_options(type(options)).items() if entry.path}
+    there = {n: path for n, path in named.items() if path is not None and Path(path).exists()}
+    return {name: os.path.abspath(path) for name, path in there.items() if path != "embedded"}
+
+
 def _steps(progress: Progress) -> str:
     return f"{int(progress.state.lower_steps)}"
-
-
-def _command(options: LowerOptions, directory: Path) -> str:
-    name = "train" if isinstance(options, TrainOptions) else "cold-start"
-    return f"bilevel-prm {name} --resume {directory}"
 
 
 def cut_log(path: Path, steps: int) -> None:

@@ -9,8 +9,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 from recipes.options.base import option
+from recipes.options.parse import command_of
 from recipes.options.values import OptionError
 from recipes.options.yaml_file import read_yaml
+from recipes.run.directory import resume_command
 from recipes.run.lock import at_work
 from recipes.terminal import printable, say
 
@@ -79,7 +81,7 @@ def run_state(directory: Path) -> RunState:
     # The lock is read first: a run that ends after that has written its results by then.
     working = at_work(directory)
     args = read_yaml(directory / "args.yaml")
-    kind = "cold-start" if "draw" in args else "train"
+    kind = command_of(args)
     results = _json_object(directory / "results.json")
     line = _last_line(directory / "log.jsonl")
     logged = (line or {}).get("step", 0)
@@ -96,7 +98,7 @@ def run_state(directory: Path) -> RunState:
         logged=logged if isinstance(logged, int) else 0,
         last_line=line,
         checkpoint=_newest_checkpoint(directory / "checkpoints"),
-        resume=None if state == "complete" else f"bilevel-prm {kind} --resume {directory}",
+        resume=None if state == "complete" else resume_command(args, directory),
         results=None if results is None else results.get("rows", {}),
         environment=_json_object(directory / "env.json") or {},
     )

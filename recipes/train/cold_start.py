@@ -66,7 +66,8 @@ def run_cold_start(options: ColdStartOptions) -> Path:
     )
     solver = make_plain_solver(options, objective.problem())
     batch = train_batch(lower_draw(options, drawn), data)
-    with open_run(options, prm.model, solver.init(lower, {})) as run:
+    start, pictures = solver.init(lower, {}), {"train_file": data.pictures}
+    with open_run(options, prm.model, start, pictures) as run:
         keep_bad_rows(run.directory, {"train": data.bad})
         training = Training(
             solver,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -48,6 +48,12 @@ class TrainData:
     evaluations: Mapping[str, Candidates]
     domains: Mapping[str, int]
     fixed_weights: Tensor | None
+
+    @property
+    def pictures(self) -> dict[str, Iterator[Path]]:
+        """The pictures of the files that are trained on, by the name of the option."""
+        meta = {} if self.meta is None else {"meta_file": self.meta.pictures}
+        return {"train_file": self.train.pictures, **meta}
 
     @property
     def bad(self) -> dict[str, BadRows]:

@@ -21,6 +21,7 @@ from recipes.run.resume import Run
 from recipes.run.step_log import Unlogged, append_line
 from recipes.run.stopping import stop_requests
 from recipes.run.trouble import GIVE_UP, Trouble, find_troubles
+from recipes.terminal import progress_bar
 from weighting import Weighting
 
 OnTrouble: TypeAlias = Literal["raise", "skip", "rollback"]
@@ -91,12 +92,11 @@ def train(run: Run, training: Training, logging: StepLogging) -> Progress:
     restore(progress.random)
     with (
         stop_requests() as requested,
-        tqdm(
-            desc=training.title,
-            initial=int(progress.state.lower_steps),
-            total=training.steps,
-            disable=not logging.progress_bar,
-            dynamic_ncols=True,
+        progress_bar(
+            training.title,
+            training.steps,
+            int(progress.state.lower_steps),
+            shown=logging.progress_bar,
         ) as bar,
     ):
         while (first := int(progress.state.lower_steps)) < training.steps:

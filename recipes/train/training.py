@@ -105,7 +105,8 @@ def run_training(options: TrainOptions, logged: Callable[[int], None] | None = N
     objective = _objective(options, prm, data)
     task = _Task(options, data, objective)
     solver, upper, rates = _method(task)
-    with open_run(options, prm.model, solver.init(lower, upper)) as run:
+    start = solver.init(lower, upper)
+    with open_run(options, prm.model, start, data.pictures) as run:
         keep_bad_rows(run.directory, data.bad)
         initial = None
         if objective.weighting is not None:

@@ -38,7 +38,7 @@ from recipes.options.rules import check_together
 from recipes.options.use import EvaluateOptions
 from recipes.options.values import OptionError
 from recipes.run.files import json_text, output_file
-from recipes.terminal import say
+from recipes.terminal import progress_bar, say
 from recipes.use.model_run import note_differences, run_of
 from recipes.use.scores_file import read_settings, scores_for
 
@@ -68,14 +68,16 @@ class _Judge:
             return _read_rows(Path(scores), candidates)
         assert isinstance(data, Examples)
         options = self.options
-        return score_examples(
-            *self.loaded,
-            data.encoded,
-            data.collator,
-            options.eval_batch_size,
-            full_vocab=options.probability == "vocabulary",
-            workers=options.workers,
-        )
+        with progress_bar("scoring", len(data)) as bar:
+            return score_examples(
+                *self.loaded,
+                data.encoded,
+                data.collator,
+                options.eval_batch_size,
+                full_vocab=options.probability == "vocabulary",
+                workers=options.workers,
+                scored=bar.update,
+            )
 
 
 def run_evaluate(options: EvaluateOptions) -> dict[str, Any]:

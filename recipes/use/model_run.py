@@ -7,21 +7,19 @@ from pathlib import Path
 from typing import Any
 
 from recipes.options.base import PrmOptions, flag_of
-from recipes.options.yaml_file import read_yaml
+from recipes.options.parse import saved_options
 
 _PROMPT = ("system_prompt", "context", "max_patches")
 
 
 def run_of(directory: str) -> dict[str, Any]:
-    """Return the options of the run that holds ``directory``, empty without an args.yaml.
+    """Return the options of the run that holds ``directory``; none without an args.yaml.
 
     Raises:
         OptionError: The args.yaml cannot be read.
     """
-    path = Path(directory).parent / "args.yaml"
-    if not path.is_file():
-        return {}
-    return read_yaml(path)
+    run = Path(directory).parent
+    return saved_options(run) if (run / "args.yaml").is_file() else {}
 
 
 def prompt_differences(options: PrmOptions, directory: str) -> list[str]:

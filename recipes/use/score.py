@@ -26,7 +26,7 @@ from recipes.options.values import OptionError
 from recipes.run.files import named, output_file, write_json, write_text
 from recipes.run.identity import digest_file, digest_model
 from recipes.run.lock import locked
-from recipes.terminal import say
+from recipes.terminal import progress_bar, say
 from recipes.use.model_run import note_differences
 from recipes.use.scores_file import (
     ScoredSolution,
@@ -72,7 +72,11 @@ def _score(options: ScoreOptions, output: Path) -> None:
     window = _WINDOW * options.eval_batch_size
     # An incomplete window is scored again as a whole, so that its batches are the same.
     first = done // window * window if done < len(ids) else len(ids)
-    with named(output), output.open("a", encoding="utf-8", newline="\n") as file:
+    with (
+        named(output),
+        output.open("a", encoding="utf-8", newline="\n") as file,
+        progress_bar("scoring", len(ids), first) as bar,
+    ):
         for start in range(first, len(ids), window):
             encoded = data.encoded[start : start + window]
             scores = score_examples(
@@ -83,6 +87,7 @@ def _score(options: ScoreOptions, output: Path) -> None:
                 options.eval_batch_size,
                 full_vocab=options.probability == "vocabulary",
                 workers=options.workers,
+                scored=bar.update,
             )
             for number, (row, steps) in enumerate(zip(encoded, scores, strict=True), start=start):
                 if not steps.isfinite().all():

@@ -1,10 +1,12 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
+from prm.inputs.collate import Collator
 from prm.inputs.prompt import SYSTEM_PROMPT, PromptEncoder
 from prm.inputs.tokens import label_tokens, tile_tokens
 from prm.schema import DataError, Step
@@ -14,6 +16,7 @@ from tests.prm.tiny import (
     byte_tokenizer,
     example,
     internvl,
+    qwen2_tokenizer,
     word_tokenizer,
 )
 
@@ -224,3 +227,49 @@ def test_a_text_that_the_template_refuses_is_an_error_of_its_example():
     with pytest.raises(DataError, match="its refusal: ZeroDivisionError") as caught:
         prompt.text(bad)
     assert caught.value.example == "b"
+
+
+@pytest.mark.parametrize("make", [*TOKENIZERS.values(), qwen2_tokenizer])
+@pytest.mark.parametrize("context", ["plus", "gold", "masked"])
+def test_many_examples_have_the_tokens_of_their_whole_texts(make, context):
+    tokenizer = make()
+    prompt = PromptEncoder(tokenizer, context=context, system_prompt=f"{SYSTEM} ")
+    items = [example("a", steps=3), example("b", steps=1), example("c", steps=5)]
+    for item, (ids, positions) in zip(items, prompt.encode_many(items, [()] * 3), strict=True):
+        whole = tokenizer(prompt.text(item), add_special_tokens=False)["input_ids"]
+        assert ids.tolist() == whole[: len(ids)]
+        assert ids.tolist() == prompt.encode(item)[0].tolist()
+        found = headers(tokenizer, whole)
+        assert positions.tolist() == found == prompt.encode(item)[1].tolist()
+        assert len(ids) == found[-1] + 1
+
+
+def test_of_many_examples_each_has_its_own_error():
+    prompt = PromptEncoder(word_tokenizer(), system_prompt=SYSTEM)
+    bad = replace(example("b"), question="<|im_end|>")
+    good, refused, last = prompt.encode_many([example("a"), bad, example("c", steps=2)], [()] * 3)
+    assert isinstance(refused, DataError)
+    with pytest.raises(DataError) as alone:
+        prompt.encode(bad)
+    assert str(refused) == str(alone.value)
+    assert good[0].tolist() == prompt.encode(example("a"))[0].tolist()
+    assert last[1].tolist() == prompt.encode(example("c", steps=2))[1].tolist()
+
+
+def test_the_text_that_all_begin_with_is_tokenised_once(monkeypatch):
+    """A system prompt of any length costs nothing per example."""
+    tokenizer = byte_tokenizer()
+    prompt = PromptEncoder(tokenizer, system_prompt="judge " * 1000)
+    items = [example(str(number)) for number in range(600)]
+    characters = []
+    original = type(tokenizer).__call__
+
+    def counted(self, text, **more):
+        characters.append(sum(map(len, text)))
+        return original(self, text, **more)
+
+    monkeypatch.setattr(type(tokenizer), "__call__", counted)
+    encoded = list(Collator(prompt).encode_many(items))
+    assert len(characters) == 3  # of 256 examples each
+    assert sum(characters) < 600 * 400
+    assert all(len(row.input_ids) > 6000 for row in encoded)

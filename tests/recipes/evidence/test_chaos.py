@@ -8,7 +8,7 @@ import os
 from pathlib import Path
 from types import SimpleNamespace
 
-from recipes.__main__ import make_parser
+from recipes.command_line import make_parser
 from recipes.evidence.chaos import CASES, KILLS, SAVE_EVERY, SEED, Counts, Harness, chaos
 from recipes.evidence.chaos_attempt import _is_change
 from recipes.options.parse import resolve

@@ -46,7 +46,7 @@ def read_only_what_is_used(monkeypatch) -> None:
     """
     monkeypatch.setattr(recipes.run.directory, "to_yaml", lambda options: "")
     monkeypatch.setattr(recipes.run.directory, "flatten", lambda options: {})
-    monkeypatch.setattr(recipes.run.resume, "identity", lambda options, model: {})
+    monkeypatch.setattr(recipes.run.resume, "identity", lambda *_: {})
     for module in (recipes.train.training, recipes.train.cold_start):
         monkeypatch.setattr(module, "check_together", lambda options: None)
 

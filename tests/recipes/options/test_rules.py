@@ -12,7 +12,7 @@ from recipes.options.flat import flat_options, flatten
 from recipes.options.parse import PRESETS, cold_start_options, resolve, train_options
 from recipes.options.rules import check_together, unread
 from recipes.options.train import ColdStartOptions, TrainOptions
-from recipes.options.values import OptionError, convert, element
+from recipes.options.values import OptionError, element
 from recipes.train.training import run_training
 from tests.recipes.options.recorded import not_read, read_only_what_is_used, recorded
 
@@ -255,40 +255,6 @@ def test_a_refused_run_leaves_no_directory(task, tmp_path):
     with pytest.raises(OptionError, match="--bound-low"):
         run_training(options)
     assert not (tmp_path / "run").exists()
-
-
-def test_the_minima_are_those_of_the_options():
-    """Every number that has one, and what is said of a value below it."""
-    least = {name: entry.least for name, entry in ENTRIES.items() if entry.least is not None}
-    assert least == {
-        "max_patches": 1,
-        "max_bad_rows": 0,
-        "threads": 0,
-        "seed": 0,
-        "workers": 0,
-        "eval_batch_size": 1,
-        "steps": 0,
-        "batch_size": 1,
-        "accumulation": 1,
-        "lower_weight_decay": 0,
-        "lower_step_size": 1,
-        "log_every": 1,
-        "save_every": 0,
-        "keep_checkpoints": 0,
-        "upper_weight_decay": 0,
-        "upper_step_size": 1,
-        "meta_batch_size": 1,
-        "unroll_steps": 1,
-        "upper_start": 0,
-        "solver_iterations": 1,
-    }
-    required = {"train_file": "t", "output_dir": "o"}
-    for name, smallest in least.items():
-        with pytest.raises(OptionError) as error:
-            resolve(TrainOptions, {**required, name: smallest - 1})
-        found = convert(smallest - 1, ENTRIES[name].hint, "")
-        flag = name.replace("_", "-")
-        assert str(error.value) == f"--{flag}: expected {smallest} or more, found {found}"
 
 
 def test_what_a_resumed_run_may_change():

@@ -211,7 +211,7 @@ def test_a_checkpoint_is_tensors_and_json(stopped):
     assert {file.name for file in path.iterdir()} == {"state.safetensors", "run.json"}
     run = json.loads((path / "run.json").read_text())
     assert run["step"] == 2
-    assert set(run["identity"]) == {"options", "files", "model"}
+    assert set(run["identity"]) == {"options", "files", "pictures", "model"}
     assert (run["due"], run["seen"]["counts"]) == (True, {})
     tensors = load_file(path / "state.safetensors")
     assert {name.partition("/")[0] for name in tensors} == {"state", "random"}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import pty
 import signal
 import subprocess
 import sys
@@ -12,11 +14,11 @@ import pytest
 from bilevel import BilevelSolver
 from recipes.__main__ import main
 from recipes.run.errors import Stopped
-from recipes.run.stopping import stop_requests
+from recipes.run.stopping import ending_at_once, interrupting, stop_requests
 from recipes.train.training import run_training
 from tests.tiny_task import model_bits
 
-HANDLED = (signal.SIGINT, signal.SIGTERM)
+HANDLED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 def handlers():
@@ -43,7 +45,12 @@ def send(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("number", "name", "status"), [(signal.SIGINT, "SIGINT", 130), (signal.SIGTERM, "SIGTERM", 143)]
+    ("number", "name", "status"),
+    [
+        (signal.SIGINT, "SIGINT", 130),
+        (signal.SIGTERM, "SIGTERM", 143),
+        (signal.SIGHUP, "SIGHUP", 129),
+    ],
 )
 @pytest.mark.parametrize("save_every", [0, 2])
 def test_the_step_is_finished_the_state_saved_and_the_way_on_said(
@@ -118,15 +125,17 @@ def test_one_that_nobody_looked_at_is_not_lost(capfd):
         signal.raise_signal(signal.SIGINT)
 
 
-def test_what_is_ignored_stays_ignored():
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+@pytest.mark.parametrize("number", HANDLED)
+def test_what_is_ignored_stays_ignored(number):
+    """As ``nohup`` ignores SIGHUP."""
+    before = signal.signal(number, signal.SIG_IGN)
     try:
-        with stop_requests() as asked:
-            signal.raise_signal(signal.SIGINT)
+        with ending_at_once(), interrupting(), stop_requests() as asked:
+            signal.raise_signal(number)
             assert asked() is None
-            assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+            assert signal.getsignal(number) is signal.SIG_IGN
     finally:
-        signal.signal(signal.SIGINT, before)
+        signal.signal(number, before)
 
 
 def test_another_thread_listens_to_nothing():
@@ -162,3 +171,92 @@ def test_the_second_ends_the_process_at_once(number):
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == -number
     assert done.stdout == "first survived\n"
+
+
+_LONG = """
+import signal, sys
+from recipes.__main__ import main
+import recipes.train.loop as loop
+original = loop.append_line
+def append_line(path, line):
+    original(path, line)
+    if '"step": 3' in line:
+        print("ready", flush=True)
+        sys.stdin.read()  # until the terminal is gone
+        signal.raise_signal(signal.SIGHUP)
+loop.append_line = append_line
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def test_a_closed_terminal_stops_a_run_with_its_state_saved(task, tmp_path):
+    """SIGHUP arrives, and what is printed goes nowhere: each write is an error."""
+    whole = run_training(task.train(tmp_path / "whole", steps=5, log_every=1))
+    run = tmp_path / "run"
+    words = ["train", "--config", str(whole / "args.yaml"), "--output-dir", str(run)]
+    ours, theirs = pty.openpty()
+    child = subprocess.Popen(
+        [sys.executable, "-c", _LONG, *words], stdin=subprocess.PIPE, stdout=theirs, stderr=theirs
+    )
+    os.close(theirs)
+    said = b""
+    while b"ready" not in said:
+        said += os.read(ours, 1000)
+    os.close(ours)
+    child.communicate()
+    assert child.returncode == 129, said.decode()
+    assert [path.name for path in (run / "checkpoints").iterdir()] == ["step-3"]
+    assert main(["train", "--resume", str(run)]) == 0
+    assert model_bits(run) == model_bits(whole)
+
+
+_HOOK = """
+import os, sys
+class Hook:
+    def find_spec(self, name, path=None, target=None):
+        if name == os.environ["AT"]:
+            os.kill(os.getpid(), int(os.environ["NUMBER"]))
+sys.meta_path.insert(0, Hook())
+"""
+
+
+@pytest.mark.parametrize("number", HANDLED)
+@pytest.mark.parametrize(
+    "module",
+    [
+        *("recipes.command_line", "yaml", "recipes.options.train", "recipes.commands", "numpy"),
+        *("torch", "torch._C", "torch.optim", "transformers", "prm.models.model", "safetensors"),
+        *("recipes.train.training",),
+    ],
+)
+def test_a_signal_while_modules_are_imported_ends_quietly(tmp_path, module, number):
+    (tmp_path / "sitecustomize.py").write_text(_HOOK)
+    path = os.pathsep.join([str(tmp_path), *sys.path])
+    done = subprocess.run(
+        [sys.executable, "-m", "recipes", "train", "--train-file", "none", "--output-dir", "none"],
+        env={**os.environ, "PYTHONPATH": path, "AT": module, "NUMBER": str(int(number))},
+        capture_output=True,
+        text=True,
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (128 + number, "", "")
+
+
+@pytest.mark.parametrize("number", HANDLED)
+def test_work_is_interrupted_by_the_first_signal_alone(number):
+    before = handlers()
+    inside = []
+
+    def work():
+        with ending_at_once():
+            outer = handlers()
+            with interrupting():
+                try:
+                    signal.raise_signal(number)
+                finally:
+                    inside.append(handlers() == outer)  # so that the second ends the process
+
+    with pytest.raises(KeyboardInterrupt) as stop:
+        work()
+    assert stop.value.number == number
+    assert inside == [True]
+    assert handlers() == before

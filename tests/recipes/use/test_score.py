@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import errno
+import io
 import json
 import os
+import sys
 from pathlib import Path
 
 import pytest
@@ -289,17 +291,13 @@ def test_a_draw_depends_on_seed_and_question_only(scores):
         ("--aggregation men", 2, "line 1 of {scores} has mean, orm; did you mean 'mean'?"),
         ("--output {scores}", 2, "is a file that is read; name another"),
         ("--scores ./none.jsonl", 2, "none.jsonl: no such file"),
-        ("--tie expected", None, "invalid choice: 'expected'"),
+        ("--tie expected", 2, "tie: expected one of random, first, last; found 'expected'"),
     ],
 )
 def test_select_refuses(scores, capsys, words, status, message):
     command = ["select", "--scores", str(scores), "--output", str(scores.with_name("o.jsonl"))]
     command += words.format(scores=scores).split()
-    if status is None:
-        with pytest.raises(SystemExit):
-            main(command)
-    else:
-        assert main(command) == status
+    assert main(command) == status
     assert message.format(scores=scores) in capsys.readouterr().err
 
 
@@ -308,3 +306,31 @@ def test_select_needs_questions(scores, capsys):
     command = ["select", "--scores", str(scores), "--output", str(scores.with_name("o.jsonl"))]
     assert main(command) == 1
     assert "scores.jsonl:1: field group: expected the name of the" in capsys.readouterr().err
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["score", "--output", "{out}", "--file", "{test}"],
+        ["evaluate", "--output", "{out}", "--file", "{test}"],
+        ["weigh", "--output", "{out}", "--file", "{train}", "--by", "small-loss"],
+    ],
+    ids=lambda words: words[0],
+)
+def test_scoring_shows_a_bar_on_a_terminal_alone(task, tmp_path, monkeypatch, capsys, words):
+    files = {name: task.data / f"{name}.jsonl" for name in ("test", "train")}
+    words = [word.format(**files, out=tmp_path / "out") for word in words]
+    words += ["--model", str(task.model), "--system-prompt", SYSTEM_PROMPT]
+    rows = len(read_lines(files["train" if words[0] == "weigh" else "test"]))
+    assert main(words) == 0
+    assert capsys.readouterr().err == ""
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal)
+    assert main([*words, "--overwrite"]) == 0
+    assert "scoring: 100%" in terminal.getvalue()
+    assert f"{rows}/{rows} [" in terminal.getvalue()
