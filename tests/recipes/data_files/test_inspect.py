@@ -86,7 +86,7 @@ def test_soft_and_missing_labels_and_candidates(task, show, tmp_path):
     ("words", "status", "message"),
     [
         ("--row 99", 2, "--row 99: {file} has 18 rows, counted from 1"),
-        ("--row 0", 2, "--row 0: {file} has 18 rows"),
+        ("--row 0", 2, "--row: expected 1 or more, found 0"),
         ("--candidate 1", 2, "--candidate 1: row 1 has 1, counted from 0"),
         ("--format stepwise", 1, "{file}:1: field prompt"),
         ("--weights {file}", 1, "field weight: expected"),

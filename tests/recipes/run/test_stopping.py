@@ -21,6 +21,14 @@ from tests.tiny_task import model_bits
 HANDLED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
+@pytest.fixture(autouse=True)
+def not_under_nohup():
+    """SIGHUP is not ignored: processes that a test starts inherit that it is."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
+
+
 def handlers():
     return [signal.getsignal(number) for number in HANDLED]
 
