@@ -45,6 +45,13 @@ def require(
         )
 
 
+def check_betas(owner: object, betas: tuple[float, float], eps: float) -> None:
+    """Raise ValueError unless both betas of a rule of Adam's kind lie in [0, 1), and eps > 0."""
+    for index, beta in enumerate(betas):
+        require(owner, f"betas[{index}]", beta, high=1.0)
+    require(owner, "eps", eps, low_open=True)
+
+
 def check_eps(owner: object, eps: float, least: float, dtype: torch.dtype, remedy: str) -> None:
     """Refuse an ``eps`` that is lost in the precision of the moments.
 

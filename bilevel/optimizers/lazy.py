@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from bilevel import tree
-from bilevel.checks import check_eps, require
+from bilevel.checks import check_betas, check_eps, require
 from bilevel.optimizers.base import clip_scale
 from bilevel.optimizers.point import check_shapes
 from bilevel.optimizers.rules import adam_direction, add_decay, descend
@@ -62,9 +62,7 @@ class LazyRowAdam:
     def __post_init__(self) -> None:
         if not callable(self.lr):
             require(self, "lr", self.lr)
-        for index, beta in enumerate(self.betas):
-            require(self, f"betas[{index}]", beta, high=1.0)
-        require(self, "eps", self.eps, low_open=True)
+        check_betas(self, self.betas, self.eps)
         require(self, "weight_decay", self.weight_decay)
         if self.max_norm is not None:
             require(self, "max_norm", self.max_norm, low_open=True)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from bilevel import tree
-from bilevel.checks import check_eps, require
+from bilevel.checks import check_betas, check_eps, require
 from bilevel.optimizers import rules
 from bilevel.optimizers.base import OptimizerState
 from bilevel.optimizers.elementwise import ElementwiseOptimizer
@@ -167,9 +167,7 @@ class Adam(AdaptiveOptimizer):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for index, beta in enumerate(self.betas):
-            require(self, f"betas[{index}]", beta, high=1.0)
-        require(self, "eps", self.eps, low_open=True)
+        check_betas(self, self.betas, self.eps)
 
     def _moments(self) -> tuple[bool, bool]:
         return True, True

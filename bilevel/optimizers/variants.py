@@ -9,7 +9,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from bilevel.checks import require
+from bilevel.checks import check_betas, require
 from bilevel.optimizers.base import OptimizerState
 from bilevel.optimizers.elementwise import ElementwiseOptimizer
 from bilevel.optimizers.hyperparameters import LearnableOptimizer
@@ -176,9 +176,7 @@ class Adamax(LearnableOptimizer):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for index, beta in enumerate(self.betas):
-            require(self, f"betas[{index}]", beta, high=1.0)
-        require(self, "eps", self.eps, low_open=True)
+        check_betas(self, self.betas, self.eps)
 
     def init(self, params: Tree) -> OptimizerState:
         """Return the state before the first step.
