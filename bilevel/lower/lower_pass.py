@@ -9,7 +9,6 @@ that are all exactly 1 it does so by autograd's own kernels, which is plain trai
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 
@@ -19,7 +18,6 @@ from torch import Tensor
 
 from bilevel import tree
 from bilevel.autodiff import random_state
-from bilevel.autodiff.kernels import SecondDerivativeWatch
 from bilevel.lower.gradient_sum import GradientSum
 from bilevel.lower.micro_batch import (
     MicroBatch,
@@ -98,11 +96,8 @@ def lower_pass(
     micro_batches: list[MicroBatch] = []
     for batch in batches:
         random = random_state.capture(lower_params)
-        watch = SecondDerivativeWatch() if keep_graph else None
-        with torch.enable_grad(), watch or nullcontext():
+        with torch.enable_grad():
             grads, micro, kept = backward(batch, random)
-        if watch is not None and watch.found:  # only another pass can replace an operation
-            micro = replace(micro, graph=None)
         if not micro.size:  # contributes nothing
             continue
         micro_batches.append(micro)
