@@ -400,8 +400,10 @@ class BilevelSolver(Generic[Lower, Upper, BatchT]):
         """Return the state with the upper step taken, or skipped if it is not finite, and notes."""
         found = result.hypergradient
         norm = tree.norm(found)
-        facts = tree.allfinite(found), tree.allfinite(result.upper_loss), norm == 0.0
+        facts = torch.isfinite(norm), torch.isfinite(result.upper_loss), norm == 0.0
         finite, finite_loss, zero = torch.stack([fact.to(norm.device) for fact in facts]).tolist()
+        if not finite:  # or the squares of finite entries have no finite sum
+            finite = bool(tree.allfinite(found))
         if not (finite and finite_loss):
             skipped = state._replace(upper_skipped=state.upper_skipped + 1)
             return skipped, (_LOSS_NOT_FINITE if finite else _NOT_FINITE,)

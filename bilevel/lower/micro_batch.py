@@ -111,6 +111,7 @@ class PassContext:
     differentiate: bool
     direction: Tree | None
     keep_graph: bool = False
+    connect: bool = False
 
     @property
     def reweighting(self) -> ReweightingProblem[Any, Any, Any]:
@@ -135,7 +136,7 @@ class Backward(NamedTuple):
 
 def scalar_backward(context: PassContext, batch: Batch, random: RandomState) -> Backward:
     """Differentiate the scalar loss of a ``BilevelProblem``."""
-    params, upper_params = as_leaves(context.lower_params), _upper_leaves(context)
+    params, upper_params = _lower_leaves(context), _upper_leaves(context)
     loss, aux = lower_value(context.problem, params, upper_params, batch)
     batch_size = getattr(context.problem, "batch_size", None)
     size = 1 if batch_size is None else batch_size(batch)
@@ -146,7 +147,7 @@ def scalar_backward(context: PassContext, batch: Batch, random: RandomState) -> 
 
 def attached_backward(context: PassContext, batch: Batch, random: RandomState) -> Backward:
     """Differentiate a loss whose weights depend on θ through the features."""
-    problem, params = context.reweighting, as_leaves(context.lower_params)
+    problem, params = context.reweighting, _lower_leaves(context)
     losses, features = problem.losses(params, batch)
     upper_params = _upper_leaves(context)
     weights = problem.weights_of(upper_params, batch, features, losses)
@@ -158,7 +159,7 @@ def attached_backward(context: PassContext, batch: Batch, random: RandomState) -
 
 def detached_backward(context: PassContext, batch: Batch, random: RandomState) -> Backward:
     """Differentiate the weighted loss as autograd has it; products are left to another pass."""
-    problem, params = context.reweighting, as_leaves(context.lower_params)
+    problem, params = context.reweighting, _lower_leaves(context)
     losses, features = problem.losses(params, batch)
     weights = problem.weights_of(context.upper_params, batch, features, losses)
     micro = weighted_batch(batch, random, losses, weights)
@@ -169,8 +170,15 @@ def detached_backward(context: PassContext, batch: Batch, random: RandomState) -
     return Backward(grads, micro if graph is None else replace(micro, graph=graph))
 
 
+def _lower_leaves(context: PassContext) -> Params:
+    """Return θ as the loss of a pass gets it: new leaves, unless it is connected."""
+    return context.lower_params if context.connect else as_leaves(context.lower_params)
+
+
 def _upper_leaves(context: PassContext) -> Params:
     """Return φ as the loss of a pass gets it, with a graph only if that is kept."""
+    if context.connect:
+        return context.upper_params
     if context.keep_graph:
         return as_leaves(context.upper_params)
     return tree.map(Tensor.detach, context.upper_params)
@@ -183,7 +191,8 @@ def _differentiated(
     upper_params: Params,
 ) -> tuple[Tree, GradientGraph | None]:
     """Return the gradient of a loss, and its graph if that is kept."""
-    if not context.keep_graph or not has_second_derivative(loss):
+    kept = context.keep_graph and has_second_derivative(loss, tree.leaves(lower_params))
+    if not kept:
         return gradients([loss], lower_params), None
     grads = gradients([loss], lower_params, create_graph=True)
     graph = GradientGraph(grads, lower_params, upper_params)
