@@ -400,8 +400,10 @@ class BilevelSolver(Generic[Lower, Upper, BatchT]):
         """Return the state with the upper step taken, or skipped if it is not finite, and notes."""
         found = result.hypergradient
         norm = tree.norm(found)
-        facts = tree.allfinite(found), tree.allfinite(result.upper_loss), norm == 0.0
+        facts = torch.isfinite(norm), torch.isfinite(result.upper_loss), norm == 0.0
         finite, finite_loss, zero = torch.stack([fact.to(norm.device) for fact in facts]).tolist()
+        if not finite:  # or the squares of finite entries have no finite sum
+            finite = bool(tree.allfinite(found))
         if not (finite and finite_loss):
             skipped = state._replace(upper_skipped=state.upper_skipped + 1)
             return skipped, (_LOSS_NOT_FINITE if finite else _NOT_FINITE,)
@@ -437,10 +439,13 @@ class BilevelSolver(Generic[Lower, Upper, BatchT]):
     @torch.no_grad()
     def _lower_info(self, passed: LowerPass, skipped: bool) -> StepInfo:
         micro_batches, shares = passed.micro_batches, passed.shares
-        terms = [micro.loss * share for micro, share in zip(micro_batches, shares, strict=True)]
+        loss = micro_batches[0].loss
+        if len(micro_batches) > 1:
+            pairs = zip(micro_batches, shares, strict=True)
+            loss = torch.stack([micro.loss * share for micro, share in pairs]).sum()
         grad_norm = passed.grad_norm
         return StepInfo(
-            lower_loss=torch.stack(terms).sum(),
+            lower_loss=loss,
             lower_grad_norm=grad_norm,
             lower_clipped=_clipped(self.lower_optimizer, grad_norm),
             losses=_joined([micro.losses for micro in micro_batches]),
@@ -515,4 +520,6 @@ def _clipped(optimizer: Optimizer, norm: Tensor) -> Tensor:
 
 def _joined(pieces: Sequence[Float[Tensor, " _"] | None]) -> Float[Tensor, " batch"] | None:
     present = [piece.detach() for piece in pieces if piece is not None]
+    if len(present) == 1:
+        return present[0]
     return torch.cat(present) if present else None

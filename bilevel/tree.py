@@ -49,6 +49,9 @@ def map(fn: Callable[..., Any], tree: T, *rest: Tree) -> T:
     columns = [structure.flatten_up_to(other) for other in rest]
     if not columns:
         mapped = [None if leaf is None else fn(leaf) for leaf in leaves]
+    elif len(columns) == 1:  # the most frequent case, at half the time
+        pairs = zip(leaves, columns[0], strict=True)
+        mapped = [None if one is None or other is None else fn(one, other) for one, other in pairs]
     else:
         rows = zip(leaves, *columns, strict=True)
         mapped = [None if any(leaf is None for leaf in row) else fn(*row) for row in rows]

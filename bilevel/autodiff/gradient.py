@@ -89,8 +89,12 @@ def upper_gradient(
         lower, upper = as_leaves(lower_params), as_leaves(upper_params)
         loss, aux = upper_value(problem, lower, upper, batch)
         v, direct = gradients([loss], (lower, upper))
-    notes = () if tree.leaves(v) or not tree.leaves(lower) else (_IGNORES_LOWER,)
-    return UpperGradient(loss.detach(), v, direct, detached(aux), notes)
+    return UpperGradient(loss.detach(), v, direct, detached(aux), ignored_lower(lower, v))
+
+
+def ignored_lower(lower_params: Params, v: Tree) -> tuple[str, ...]:
+    """Return a note if the upper loss, with gradient v, does not depend on θ."""
+    return () if tree.leaves(v) or not tree.leaves(lower_params) else (_IGNORES_LOWER,)
 
 
 _IGNORES_LOWER = (

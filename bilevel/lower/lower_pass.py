@@ -9,7 +9,6 @@ that are all exactly 1 it does so by autograd's own kernels, which is plain trai
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 
@@ -19,9 +18,9 @@ from torch import Tensor
 
 from bilevel import tree
 from bilevel.autodiff import random_state
-from bilevel.autodiff.kernels import SecondDerivativeWatch
 from bilevel.lower.gradient_sum import GradientSum
 from bilevel.lower.micro_batch import (
+    GradientGraph,
     MicroBatch,
     PassContext,
     attached_backward,
@@ -51,6 +50,16 @@ class LowerPass:
         micro_batches = [micro.summary() for micro in self.micro_batches]
         return LowerPass(None, micro_batches, self.grad_norm.detach(), self.remarks)
 
+    def without_graphs(self) -> LowerPass:
+        """Return the pass without the graph of its gradient."""
+        micro_batches = [replace(micro, graph=None) for micro in self.micro_batches]
+        return replace(self, micro_batches=micro_batches)
+
+    @property
+    def graph(self) -> GradientGraph | None:
+        """The gradient with its graph, if that was kept and there is one micro-batch."""
+        return self.micro_batches[0].graph if len(self.micro_batches) == 1 else None
+
     @property
     def notes(self) -> tuple[str, ...]:
         """What a user should know about the routes in use, each note once."""
@@ -74,6 +83,7 @@ def lower_pass(
     differentiate: bool = False,
     direction: Tree | None = None,
     keep_graph: bool = False,
+    connect: bool = False,
 ) -> LowerPass:
     """Run all micro-batches.
 
@@ -86,23 +96,23 @@ def lower_pass(
         differentiate: Whether a mixed product will be asked for.
         direction: μ, if it is known already.
         keep_graph: Whether a plain backward pass keeps its graph; see ``PassRequest``.
+        connect: Whether θ, which requires grad, keeps the graph that it has.
 
     Raises:
         Refusal: The route is ``Ghost`` or ``PerExample``, and a parameter is used in a way that has
             no per-example rule.
         ValueError: The route is ``Dot`` and a micro-batch has several examples.
     """
-    context = PassContext(problem, lower_params, upper_params, differentiate, direction, keep_graph)
+    context = PassContext(
+        problem, lower_params, upper_params, differentiate, direction, keep_graph, connect
+    )
     total = GradientSum(lower_params, widen=len(batches) > 1)
     backward = _backward_pass(context, route, total)
     micro_batches: list[MicroBatch] = []
     for batch in batches:
         random = random_state.capture(lower_params)
-        watch = SecondDerivativeWatch() if keep_graph else None
-        with torch.enable_grad(), watch or nullcontext():
+        with torch.enable_grad():
             grads, micro, kept = backward(batch, random)
-        if watch is not None and watch.found:  # only another pass can replace an operation
-            micro = replace(micro, graph=None)
         if not micro.size:  # contributes nothing
             continue
         micro_batches.append(micro)
@@ -128,15 +138,11 @@ def _remarked(context: PassContext, passed: LowerPass) -> LowerPass:
     remarks = []
     if tree.leaves(context.lower_params) and not tree.leaves(passed.grads):
         remarks.append(_IGNORES_PARAMETERS)
-    weights = [micro.weights for micro in passed.micro_batches if micro.weights is not None]
-    wanted = any(leaf.requires_grad for leaf in tree.leaves(context.upper_params))
-    if (
-        weights
-        and wanted
-        and is_separable(context.problem)
-        and not any(weight.requires_grad for weight in weights)
-    ):
-        remarks.append(_CONSTANT_WEIGHTS)
+    if is_separable(context.problem):
+        weights = [micro.weights for micro in passed.micro_batches if micro.weights is not None]
+        constant = weights and not any(weight.requires_grad for weight in weights)
+        if constant and any(leaf.requires_grad for leaf in tree.leaves(context.upper_params)):
+            remarks.append(_CONSTANT_WEIGHTS)
     return replace(passed, remarks=tuple(remarks)) if remarks else passed
 
 
