@@ -7,9 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from prm.data.bad_rows import BadRows, write_bad_rows
+from prm.files import write_lines
 
 SKIPPED = ".skipped.jsonl"
 """What the name of a list of rows that were left out ends with."""
+TRUNCATED = ".truncated.jsonl"
+"""What the name of a list of solutions ends with of which only the first steps are kept."""
 _HINT = "mend it, or leave such rows out with --on-bad-row skip"
 
 
@@ -23,11 +26,14 @@ def bad_rows_of(options: Any, path: Path) -> BadRows:
 def report_bad_rows(several: Iterable[BadRows], output: Path, tell: Callable[[str], None]) -> None:
     """Tell what was left out of several files, and list it in the file ``output``, if anything was.
 
-    If nothing was, an older list is removed, which would be taken for that of the new output.
+    Solutions of which only the first steps are kept are told and listed likewise, in a file of
+    their own beside it. If there is nothing to list, an older list is removed, which would be taken
+    for that of the new output.
 
     Raises:
-        OSError: The list cannot be written.
+        OSError: A list cannot be written.
     """
+    several = list(several)
     lost = [bad for bad in several if bad.left_out]
     if not lost:
         output.unlink(missing_ok=True)
@@ -35,6 +41,22 @@ def report_bad_rows(several: Iterable[BadRows], output: Path, tell: Callable[[st
         write_bad_rows(output, lost)
         for bad in lost:
             tell(f"{bad}, listed in {output}")
+    short = output.with_name(output.name.removesuffix(SKIPPED) + TRUNCATED)
+    truncated = [bad for bad in several if bad.truncated]
+    if not truncated:
+        short.unlink(missing_ok=True)
+        return
+    write_lines(short, (row.line_of_json() for bad in truncated for row in bad.truncated))
+    for bad in truncated:
+        tell(
+            f"{bad.path}: of {len(bad.truncated):,} solutions longer than the model's context the "
+            f"first steps alone are used, listed in {short}"
+        )
+
+
+def truncated_path(output: Path) -> Path:
+    """Return the path of the list of what was cut, beside an output."""
+    return output.with_name(output.name + TRUNCATED)
 
 
 def skipped_path(output: Path) -> Path:

@@ -82,7 +82,8 @@ def read_train_data(prm: PRM, options: TrainOptions) -> TrainData:
     domains = {} if None in names else {str(n): i for i, n in enumerate(dict.fromkeys(names))}
     meta = None
     if options.data.meta_file is not None:
-        meta = read_examples(prm, options, options.data.meta_file)
+        # A wrong solution may owe its outcome to a step that would be cut off.
+        meta = read_examples(prm, options, options.data.meta_file, too_long="refuse")
         meta = require(meta, "correct")
         if options.loss_target == "pairs":
             meta = require(meta, "group")

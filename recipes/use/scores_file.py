@@ -2,7 +2,9 @@
 
     {"id": ..., "group": ..., "answer": ..., "correct": ..., "step_scores": [...], "scores": {...}}
 
-``scores`` holds the solution's score by every aggregation. The file ``<name>.settings.json`` beside
+``scores`` holds the solution's score by every aggregation. A solution that was longer than the
+model's context has ``steps`` too, the number of its steps, of which the first alone have scores.
+The file ``<name>.settings.json`` beside
 it records the model, data and settings of the scores and the number of solutions, and a complete
 file has its digest beside it (``prm.digests``). Lines are in the order of the data, and a line is
 complete once it ends with a line break, so an interrupted file can be continued.
@@ -37,6 +39,7 @@ class ScoredSolution:
         group: The question of the solution, None if the data do not name it.
         answer: The final answer, None if the data do not name it.
         correct: Whether the answer is right, None if the data do not tell.
+        steps: The number of steps of a solution of which only the first have scores, else None.
     """
 
     id: str
@@ -45,6 +48,12 @@ class ScoredSolution:
     group: str | None = None
     answer: str | None = None
     correct: bool | None = None
+    steps: int | None = None
+
+    @property
+    def all_steps(self) -> int:
+        """The number of steps of the solution, with and without scores."""
+        return len(self.step_scores) if self.steps is None else self.steps
 
     def line(self) -> str:
         """Return the text of the line, whose floats are read back exactly."""
@@ -52,6 +61,7 @@ class ScoredSolution:
         record = {
             "id": self.id,
             **{name: value for name, value in optional.items() if value is not None},
+            **({} if self.steps is None else {"steps": self.steps}),
             "step_scores": list(self.step_scores),
             "scores": dict(self.scores),
         }
@@ -198,6 +208,9 @@ def _parse(record: Any, path: Path, line: int) -> ScoredSolution:
     for number, value in enumerate(steps):
         if not _is_number(value) or not 0 <= value <= 1:
             fail(f"step_scores[{number}]", "a number in [0, 1]", value)
+    total = record.get("steps")
+    if total is not None and (type(total) is not int or total <= len(steps)):
+        fail("steps", f"a number above that of the step scores, {len(steps)}, or no field", total)
     scores = record.get("scores")
     if not isinstance(scores, dict) or not scores:
         fail("scores", "an object with a number per aggregation", scores)
@@ -211,6 +224,7 @@ def _parse(record: Any, path: Path, line: int) -> ScoredSolution:
         group=record.get("group"),
         answer=record.get("answer"),
         correct=record.get("correct"),
+        steps=total,
     )
 
 

@@ -17,7 +17,8 @@ def run_select(options: SelectOptions) -> None:
     """Write a line for every question, in the order in which they begin in the scores file.
 
     A line holds ``group`` and ``id`` of the selected candidate, its ``score``, its ``answer`` and
-    ``correct`` if known, and ``tied``: the ids of all candidates with that score. A draw among them
+    ``correct`` if known, and ``tied``: the ids of all candidates with that score. Of a candidate
+    that was judged by its first steps alone it also holds ``scored_steps`` and ``steps``. A draw
     depends on the seed and on the name of the question only.
 
     Raises:
@@ -60,11 +61,18 @@ def run_select(options: SelectOptions) -> None:
             "id": best.id,
             "score": values[winner],
             **{name: value for name, value in known.items() if value is not None},
+            **(
+                {}
+                if best.steps is None
+                else {"scored_steps": len(best.step_scores), "steps": best.steps}
+            ),
             "tied": [rows[other].id for other in tied],
         }
         lines.append(json.dumps(record, ensure_ascii=False))
     output.write_text("\n".join(lines) + "\n")
+    cut = sum(row.steps is not None for rows in questions.values() for row in rows)
     output.say(
         f"{len(lines)} questions, best {options.aggregation} of "
         f"{sum(map(len, questions.values()))} candidates; {several} ties settled by {options.tie!r}"
+        + (f"; {cut} candidates are judged by their first steps alone" if cut else "")
     )

@@ -201,7 +201,7 @@ def _reference_scores(options: WeighOptions, directory: str, data: Examples) -> 
         prm, params = load_model(replace(options, model=name))
     except OptionError as error:
         raise OptionError(f"--reference-model {name}: {error}") from error
-    tokens = tokenised(prm, options, data)
+    tokens = tokenised(prm, options, data, too_long="refuse")
     if len(tokens) < len(data):
         raise OptionError(
             f"--reference-model {name}: cannot judge {len(data) - len(tokens)} solutions that "

@@ -206,6 +206,7 @@ def test_every_choice_is_tested_below():
         "order",
         "probability",
         "route",
+        "too_long",
         "upper_optimizer",
         "upper_schedule",
         "weighting",
