@@ -26,14 +26,11 @@ def bad_rows_of(options: Any, path: Path) -> BadRows:
 def report_bad_rows(several: Iterable[BadRows], output: Path, tell: Callable[[str], None]) -> None:
     """Tell what was left out of several files, and list it in the file ``output``, if anything was.
 
-    Solutions of which only the first steps are kept are told and listed likewise, in a file of
-    their own beside it. If there is nothing to list, an older list is removed, which would be taken
-    for that of the new output.
+    If nothing was, an older list is removed, which would be taken for that of the new output.
 
     Raises:
-        OSError: A list cannot be written.
+        OSError: The list cannot be written.
     """
-    several = list(several)
     lost = [bad for bad in several if bad.left_out]
     if not lost:
         output.unlink(missing_ok=True)
@@ -41,16 +38,23 @@ def report_bad_rows(several: Iterable[BadRows], output: Path, tell: Callable[[st
         write_bad_rows(output, lost)
         for bad in lost:
             tell(f"{bad}, listed in {output}")
-    short = output.with_name(output.name.removesuffix(SKIPPED) + TRUNCATED)
-    truncated = [bad for bad in several if bad.truncated]
-    if not truncated:
-        short.unlink(missing_ok=True)
+
+
+def report_truncated(several: Iterable[BadRows], output: Path, tell: Callable[[str], None]) -> None:
+    """Tell and list, as ``report_bad_rows`` does, the solutions of which the first steps are kept.
+
+    Raises:
+        OSError: The list cannot be written.
+    """
+    cut = [bad for bad in several if bad.truncated]
+    if not cut:
+        output.unlink(missing_ok=True)
         return
-    write_lines(short, (row.line_of_json() for bad in truncated for row in bad.truncated))
-    for bad in truncated:
+    write_lines(output, (row.line_of_json() for bad in cut for row in bad.truncated))
+    for bad in cut:
         tell(
-            f"{bad.path}: of {len(bad.truncated):,} solutions longer than the model's context the "
-            f"first steps alone are used, listed in {short}"
+            f"{bad.path}: {len(bad.truncated):,} solutions are longer than the model's context; "
+            f"their first steps alone are used, listed in {output}"
         )
 
 

@@ -19,7 +19,7 @@ from typing import Any
 
 from prm.digests import digest_path, write_digest
 from prm.files import UNFINISHED, atomic_write, real_target
-from recipes.bad_rows import skipped_path
+from recipes.bad_rows import skipped_path, truncated_path
 from recipes.options.values import OptionError
 from recipes.run.errors import WriteError
 from recipes.terminal import say, write_bytes
@@ -182,7 +182,8 @@ def output_file(
     for other in inputs:
         if other is not None and path.exists() and Path(other).exists() and path.samefile(other):
             raise OptionError(f"{flag} {name}: is a file that is read; name another")
-    for there in (path, *((digest_path(path),) if sealed else ()), skipped_path(path)):
+    lists = (skipped_path(path), truncated_path(path))
+    for there in (path, *((digest_path(path),) if sealed else ()), *lists):
         if there.exists() and not overwrite:
             raise OptionError(
                 f"{flag} {name}: {'' if there is path else f'{there.name} '}exists; remove it, "

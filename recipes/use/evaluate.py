@@ -17,7 +17,7 @@ from prm.evaluation.second_opinion import load_math_verify
 from prm.models.model import PRM
 from prm.schema import DataError
 from prm.scoring import score_examples
-from recipes.bad_rows import report_bad_rows, skipped_path
+from recipes.bad_rows import report_bad_rows, report_truncated, skipped_path, truncated_path
 from recipes.evaluation.candidates import Candidates, candidates_or_steps
 from recipes.evaluation.dev_choice import Choice, choose_on_dev
 from recipes.evaluation.figures import all_figures
@@ -130,9 +130,10 @@ def run_evaluate(options: EvaluateOptions) -> dict[str, Any]:
     rows = judge.rows(candidates, options.scores)
     results = all_figures(candidates, rows, choice, options.tie, row, baseline)
     results |= {"sanity_check": options.sanity_check, "tuned_on_these_questions": tuned_on}
-    if listed is not None:
-        read = [candidates] if dev is None else [candidates, dev]
-        report_bad_rows([one.data.bad for one in read], listed, say)
+    if listed is not None and output is not None and output.path is not None:
+        read = [one.data.bad for one in (candidates, dev) if one is not None]
+        report_bad_rows(read, listed, say)
+        report_truncated(read, truncated_path(output.path), say)
     table = f"{results_table(results)}\n" if results["n_mixed_questions"] else ""
     page = table + _summary(results)
     if output is None:

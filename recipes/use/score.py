@@ -19,7 +19,7 @@ from prm.inputs.prompt import SYSTEM_PROMPT
 from prm.models.model import PRM
 from prm.schema import DataError, StepExample
 from prm.scoring import aggregate, score_examples
-from recipes.bad_rows import report_bad_rows, skipped_path, truncated_path
+from recipes.bad_rows import report_bad_rows, report_truncated, skipped_path, truncated_path
 from recipes.loading import load_model, read_examples, set_up
 from recipes.options.use import ScoreOptions
 from recipes.options.values import OptionError
@@ -69,6 +69,7 @@ def _score(options: ScoreOptions, output: Path) -> None:
     total = {(row.line, row.id): row.steps for row in data.bad.truncated}
     done = _begin(output, settings, ids, Path(options.file), overwrite=options.overwrite)
     report_bad_rows([data.bad], skipped_path(output), say)
+    report_truncated([data.bad], truncated_path(output), say)
     started = time.perf_counter()
     window = _WINDOW * options.eval_batch_size
     # An incomplete window is scored again as a whole, so that its batches are the same.

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 from prm.aggregations import AGGREGATIONS
 from prm.schema import DataError
-from recipes.bad_rows import report_bad_rows
+from recipes.bad_rows import report_bad_rows, report_truncated, truncated_path
 from recipes.evaluation.candidates import step_scores_of
 from recipes.loading import (
     Data,
@@ -32,6 +33,7 @@ from recipes.train.bounded_weights import WEIGHTINGS
 from recipes.train.data import require
 from recipes.train.objective import Objective
 from recipes.train.weight_report import (
+    check_weighting,
     example_batch,
     model_batches,
     reads_examples_alone,
@@ -73,8 +75,9 @@ def run_weigh(options: WeighOptions) -> None:
     else:
         data, weights, raw = rule_weights(options)
     output.write_text(weight_lines(data, {"weight": weights, "raw_weight": raw}))
-    if listed is not None:
+    if listed is not None and output.path is not None:
         report_bad_rows([data.bad], listed, say)
+        report_truncated([data.bad], truncated_path(output.path), say)
     low, high = float(weights.min()), float(weights.max())
     output.say(f"weights of {len(data)} examples, {low:.3f} to {high:.3f}")
 
@@ -118,6 +121,7 @@ def _by_weighting(options: WeighOptions) -> tuple[Examples | Solutions, Tensor, 
         raise OptionError("--by weighting needs --weighting, the weighting directory of a run")
     kinds = [registration.kind for registration in WEIGHTINGS.values()]
     try:
+        check_weighting(Path(options.weighting))
         saved = _Saved(options.weighting, *load_weighting(options.weighting, kinds))
     except (FileNotFoundError, ValueError) as error:
         raise OptionError(f"--weighting {options.weighting}: {error}") from error

@@ -78,7 +78,10 @@ def test_a_cut_solution_has_the_scores_of_its_first_steps(task, files, tmp_path,
     assert command(task, *given) == 1
     assert "keep its first steps (--too-long truncate" in capsys.readouterr().err
     assert command(task, *given, *TRUNCATE) == 0
-    assert "of 1 solutions longer than the model's context the first" in capsys.readouterr().out
+    assert (
+        "1 solutions are longer than the model's context; their first steps"
+        in capsys.readouterr().out
+    )
     assert listed(tmp_path / "scores.jsonl.truncated.jsonl") == expected(files, "test")
     assert command(task, "score", "--file", files["test cut"], "--output", by_hand) == 0
     rows, same = read_lines(scores), read_lines(by_hand)
