@@ -19,7 +19,7 @@ from prm.inputs.prompt import SYSTEM_PROMPT
 from prm.models.model import PRM, is_hub_name, load_prm, split_parameters
 from prm.names import TooLong
 from prm.schema import DataError, StepExample
-from recipes.bad_rows import bad_rows_of, skipped_path
+from recipes.bad_rows import bad_rows_of
 from recipes.options.base import LoaderOptions, PrmOptions
 from recipes.options.values import OptionError, existing_file
 
@@ -246,18 +246,3 @@ def _located(error: DataError, file: Path, line: int) -> DataError:
     if error.file is not None:
         return error
     return error.copy(file=file, line=line)
-
-
-def list_beside(options: LoaderOptions, output: Path | None) -> Path | None:
-    """Return the path of the list of rows that are left out, None without an output file.
-
-    Raises:
-        OptionError: Rows are left out, and there is no output file beside which to list them.
-    """
-    if output is None:
-        given = {"--on-bad-row": options.on_bad_row, "--too-long": options.too_long}
-        flags = ", ".join(f"{flag} {value}" for flag, value in given.items() if value != "refuse")
-        if not flags:
-            return None
-        raise OptionError(f"{flags}: needs --output, beside which the list is written")
-    return skipped_path(output)

@@ -13,6 +13,7 @@ from recipes.options.base import (
     MOST_SEED,
     Condition,
     LoaderOptions,
+    ReadOptions,
     ScoringOptions,
     option,
 )
@@ -81,7 +82,7 @@ class ScoreOptions(LoaderOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
-class SelectOptions:
+class SelectOptions(ReadOptions):
     """Select the best candidate of every question."""
 
     scores: str = option(..., "scores.jsonl of `score`")

@@ -27,7 +27,6 @@ from recipes.loading import (
     Examples,
     Fault,
     Solutions,
-    list_beside,
     load_model,
     read_examples,
     read_solutions,
@@ -37,7 +36,7 @@ from recipes.loading import (
 from recipes.options.rules import check_together
 from recipes.options.use import EvaluateOptions
 from recipes.options.values import OptionError
-from recipes.run.files import json_text, output_file
+from recipes.run.files import json_text, list_beside, output_file
 from recipes.terminal import progress_bar, say
 from recipes.use.model_run import note_differences, run_of
 from recipes.use.scores_file import read_scores, read_settings, scores_for

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
+from prm.data.bad_rows import BadRows
 from prm.data.json_rows import json_line
 from prm.digests import check_digest, digest_path
 from prm.schema import DataError
@@ -104,25 +105,47 @@ def read_scores(path: Path) -> list[ScoredSolution]:
         DataError: A line is malformed (the error names file, line and field), an id occurs twice,
             solutions are missing, or the file is not as it was written.
     """
+    return [row for _, row in numbered_scores(path, BadRows(path))]
+
+
+def numbered_scores(path: Path, bad: BadRows) -> list[tuple[int, ScoredSolution]]:
+    """Read a complete scores file, each solution with its line.
+
+    Args:
+        path: The file.
+        bad: What refuses malformed lines, and ids that occur before, or leaves them out.
+
+    Raises:
+        OptionError: There is no such file.
+        DataError: A line is refused, solutions are missing, or the file is not as it was written.
+    """
     if not path.is_file():
         raise OptionError(f"{path}: no such file; {_REMEDY}")
     checked = check_digest(path)
     expected = read_settings(path).get("solutions")
-    rows: list[ScoredSolution] = []
+    rows: list[tuple[int, ScoredSolution]] = []
     first: dict[str, int] = {}
     for line, row in _rows(path):
-        if row.id in first:
-            _fail(path, line, "id", f"an id of its own, not that of line {first[row.id]}", row.id)
+        bad.rows += 1
+        try:
+            if isinstance(row, DataError):
+                raise row
+            if row.id in first:
+                known = f"an id of its own, not that of line {first[row.id]}"
+                _fail(path, line, "id", known, row.id)
+        except DataError as error:
+            bad.add(error)
+            continue
         first[row.id] = line
-        rows.append(row)
-    if isinstance(expected, int) and (len(rows) != expected or not checked):
+        rows.append((line, row))
+    if isinstance(expected, int) and (bad.rows != expected or not checked):
         raise DataError(
             expected=f"the scores of {expected} solutions, and the digest of the complete file",
-            found=f"{len(rows)}{'' if checked else f', without {digest_path(path).name}'}",
+            found=f"{bad.rows}{'' if checked else f', without {digest_path(path).name}'}",
             file=path,
             remedy="call `bilevel-prm score` again as before: it goes on where it stopped",
         )
-    if not rows:
+    if not bad.rows:
         raise DataError(expected="a line per solution", found="an empty file", file=path)
     note_unchecked(path)
     return rows
@@ -165,6 +188,8 @@ def complete_lines(path: Path, ids: Sequence[str], data: Path) -> int:
         file.truncate(content.rfind(b"\n") + 1)
     done = 0
     for line, row in _rows(path):
+        if isinstance(row, DataError):
+            raise row
         if done == len(ids) or row.id != ids[done]:
             expected = f"the scores of {ids[done]!r}" if done < len(ids) else "no further line"
             _fail(path, line, "id", f"{expected}, by the order of {data}", row.id)
@@ -172,21 +197,13 @@ def complete_lines(path: Path, ids: Sequence[str], data: Path) -> int:
     return done
 
 
-def _rows(path: Path) -> Iterator[tuple[int, ScoredSolution]]:
+def _rows(path: Path) -> Iterator[tuple[int, ScoredSolution | DataError]]:
     with path.open("rb") as file:
         for line, raw in enumerate(file, start=1):
             try:
-                record = json_line(raw, path, line)
+                yield line, _parse(json_line(raw, path, line), path, line)
             except DataError as error:
-                raise DataError(
-                    expected=error.expected,
-                    found=error.found,
-                    file=path,
-                    line=line,
-                    field=error.field,
-                    remedy=_REMEDY,
-                ) from error
-            yield line, _parse(record, path, line)
+                yield line, error.copy(file=path, line=line, remedy=_REMEDY)
 
 
 def _parse(record: Any, path: Path, line: int) -> ScoredSolution:

@@ -17,7 +17,6 @@ from recipes.loading import (
     Data,
     Examples,
     Solutions,
-    list_beside,
     load_model,
     read_examples,
     read_solutions,
@@ -27,7 +26,7 @@ from recipes.loading import (
 from recipes.options.rules import check_together, refuse_given
 from recipes.options.use import WeighOptions
 from recipes.options.values import OptionError
-from recipes.run.files import output_file
+from recipes.run.files import list_beside, output_file
 from recipes.terminal import say
 from recipes.train.bounded_weights import WEIGHTINGS
 from recipes.train.data import require
