@@ -136,7 +136,7 @@ def plain_text(text: str) -> str:
     text = re.sub(rf"\^\s*\{{\s*{degree}\s*\}}|\^?\s*{degree}", "°", text)
     text = re.sub(r"\\([A-Za-z]+)", lambda m: _SYMBOLS.get(m[1], m[0]), text)
     text = re.sub(r"\^\s*(?:'|\{\s*'\s*\})", "'", text)
-    text = re.sub(r"(?<![A-Za-z\\])pi(?![A-Za-z])", "π", text)
+    text = re.sub(r"(?<![A-Za-z\\])[Pp]i(?![A-Za-z])", "π", text)
     text = re.sub(r"(?<![A-Za-z\\])inf(?:inity)?(?![A-Za-z])", "∞", text, flags=re.IGNORECASE)
     text = re.sub(r"(?:√\s*|(?<![A-Za-z\\])sqrt\s*)(\d+|[^\W\d_](?![^\W\d_]))", r"sqrt(\1)", text)
     text = re.sub(r"√\s*(?=\()", "sqrt", text)

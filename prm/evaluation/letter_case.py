@@ -7,8 +7,8 @@ import re
 from prm.evaluation.latex import FUNCTIONS
 
 _SHORT_WORD = re.compile(
-    "ad|ah|ai|am|an|as|at|be|by|ca|do|dr|eg|eh|go|ha|he|hi|hr|id|if|in|is|it|la|lo|ma|me|mr|"
-    "ms|my|nd|no|of|oh|ok|on|or|ox|pa|ph|pm|rd|so|st|th|to|tv|uk|up|us|vs|we|ya|ye"
+    "ai|am|an|as|at|be|by|do|dr|eg|go|he|hi|if|in|is|it|me|mr|ms|my|nd|no|of|oh|ok|on|or|ox|"
+    "ph|pm|rd|so|st|th|to|tv|uk|up|us|vs|we"
 )
 """A word of two letters. An answer "NO" is rather "no" than nitric oxide."""
 _ELEMENT = re.compile(

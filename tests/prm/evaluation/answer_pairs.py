@@ -186,6 +186,7 @@ EQUAL = [
     ("X-axis", "x-axis"), ("A triangle", "a triangle"), ("1ST", "1st"), ("0xFF", "0xff"),
     ("HCl", "HCL"), ("McDonald", "Mcdonald"), ("5 kWh", "5 KWH"), ("5 Mbps", "5 mbps"),
     (r"\text{a}\text{b c}", r"\text{ab c}"), (r"\log_23", r"\log_2 3"), ("x×2", "x*2"),
+    ("Pi", r"\pi"), ("10⁶", "1000000"), ("3×10⁸", "3e8"), ("3 × 10⁻⁴", "0.0003"), ("aⁿ", "a^n"),
 ]  # fmt: skip
 
 UNEQUAL = [
@@ -327,6 +328,13 @@ UNEQUAL = [
     ("5 mWh", "5 MWh"), ("5 mSv", "5 MSv"), ("5 MBps", "5 Mbps"), ("CoCl2", "COCl2"),
     ("AABB", "aabb"), ("COS", "CoS"), ("Z_2×Z_4", "Z_2Z_4"), ("x^23", "3x^2"), ("xⁿ", "xn"),
     (r"\text{to}\text{day}", "to day"), ("vitamin A b", "vitamin a B"),
+    ("x×y", "xy"), ("p·q", "p×q"), ("x⁻¹", "x-1"), ("Ca", "CA"), ("Hg", "HG"), ("mm", "MM"),
+    ("Fe", "fE"), ("PO4", "Po4"), ("2v", "2V"), ("f(X)", "f(x)"), ("P(a)", "P(A)"), ("t_1", "T_1"),
+    ("Δt", "ΔT"), ("mV", "MV"), ("CoO", "COO"), ("Tt", "tt"), ("XX", "Xx"), ("Aa", "AA"),
+    ("BbCc", "BBcc"), ("5 mBq", "5 MBq"), ("5 mGy", "5 MGy"), ("5 mAh", "5 MAh"),
+    ("10 Gbps", "10 GBps"), ("10 kbps", "10 kBps"), ("i×j", "ij"), (r"\text{a b}", "a·b"),
+    (r"\text{i s}", "is"), (r"\text{x y}", "xy"), (r"\text{f}\text{g h}", "fgh"),
+    (r"10^2\!5", "10^{25}"),
 ]  # fmt: skip
 
 EQUAL_BY_ALGEBRA = [
