@@ -40,6 +40,10 @@ are decoded, and of the others the header is read (about 0.1 ms each, whereas de
 OnBadRow = Literal["refuse", "skip"]
 """What a row that cannot be used leads to: an error, or that it is left out, counted and listed."""
 
+TooLong = Literal["refuse", "truncate"]
+"""What a solution that is longer than the model's context leads to: an error, or that as many whole
+steps as fit are kept from its start."""
+
 FormatName = Literal[
     "prm-jsonl",
     "visualprm",

@@ -3,16 +3,10 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
-import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-
-from prm.schema import DataError
 from recipes.data_files import commands as data_commands
 from recipes.options.embedded import DataOptions, PretrainOptions
 from recipes.options.use import (
@@ -23,11 +17,9 @@ from recipes.options.use import (
     SelectOptions,
     WeighOptions,
 )
-from recipes.options.values import OptionError
-from recipes.run.errors import RunError, Stopped
+from recipes.run.errors import reported
 from recipes.run.files import new_directory
 from recipes.run.show import RunsListOptions, RunsShowOptions, list_runs, show_run
-from recipes.run.stopping import Interrupted, interrupting
 from recipes.terminal import say
 
 _SAVING = ("cold-start", "train", "score", "compare")
@@ -35,46 +27,8 @@ _SAVING = ("cold-start", "train", "score", "compare")
 
 
 def run(name: str, options: Any) -> int:
-    """Run a command and return its exit status.
-
-    Errors of the user (options, data) and of the machine (files that cannot be read or written)
-    end in one line that says what to change, without a traceback. Errors of the program keep their
-    traceback. A signal interrupts the work, or ends the process while a module is imported.
-    """
-    try:
-        with interrupting():
-            return _COMMANDS[name](options) or 0
-    except Stopped as error:
-        return _ended(name, error, error.status)
-    except OptionError as error:
-        return _ended(name, error, 2)
-    except (DataError, RunError, SafetensorError) as error:  # the last: of a full disk, for one
-        return _ended(name, error, 1)
-    except OSError as error:
-        return _ended(name, reason(error), 1)
-    except ModuleNotFoundError as error:
-        if "bilevel-prm[" not in str(error):
-            raise
-        return _ended(name, error, 1)
-    except KeyboardInterrupt as error:
-        print(file=sys.stderr)  # ends the line of the terminal's ^C, or of a progress bar
-        kept = "; what was logged and saved so far is kept" if name in _SAVING else ""
-        number = error.number if isinstance(error, Interrupted) else signal.SIGINT
-        return _ended(name, f"interrupted{kept}", 128 + number)
-
-
-def _ended(name: str, why: object, status: int) -> int:
-    say(f"bilevel-prm {name}: {why}", error=True)
-    return status
-
-
-def reason(error: OSError) -> str:
-    """Return path and reason of an error of the operating system, as one phrase."""
-    if error.strerror is None:
-        return str(error)
-    path = error.filename if error.filename2 is None else error.filename2
-    name = os.fsdecode(path) if isinstance(path, str | bytes | os.PathLike) else path
-    return error.strerror if name is None else f"{name}: {error.strerror}"
+    """Run a command and return its exit status; ``recipes.run.errors`` says what errors end in."""
+    return reported(f"bilevel-prm {name}", lambda: _COMMANDS[name](options), saves=name in _SAVING)
 
 
 def _quiet() -> None:

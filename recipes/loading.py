@@ -17,8 +17,9 @@ from prm.data.bad_rows import BadRows
 from prm.inputs.collate import Batch, Collator, EncodedExample
 from prm.inputs.prompt import SYSTEM_PROMPT
 from prm.models.model import PRM, is_hub_name, load_prm, split_parameters
+from prm.names import TooLong
 from prm.schema import DataError, StepExample
-from recipes.bad_rows import bad_rows_of, skipped_path
+from recipes.bad_rows import bad_rows_of
 from recipes.options.base import LoaderOptions, PrmOptions
 from recipes.options.values import OptionError, existing_file
 
@@ -180,8 +181,12 @@ def read_solutions(options: LoaderOptions, path: str) -> Solutions:
     return Solutions(file, examples, lines, bad)
 
 
-def read_examples(prm: PRM, options: LoaderOptions, path: str) -> Examples:
+def read_examples(
+    prm: PRM, options: LoaderOptions, path: str, *, too_long: TooLong | None = None
+) -> Examples:
     """Read a file of any known format and tokenise it for ``prm``.
+
+    ``too_long`` takes the place of the option.
 
     Images are checked but not kept, because a batch decodes its own: the first thousand are
     decoded, and of the others the headers are read.
@@ -199,16 +204,19 @@ def read_examples(prm: PRM, options: LoaderOptions, path: str) -> Examples:
         allow_outside_images=options.allow_outside_images,
         bad_rows=bad,
     )
-    return tokenised(prm, options, Solutions(file, examples, lines, bad))
+    data = Solutions(file, examples, lines, bad)
+    return tokenised(prm, options, data, too_long=too_long or options.too_long)
 
 
-def tokenised(prm: PRM, options: LoaderOptions, data: Examples | Solutions) -> Examples:
-    """Return the examples tokenised for ``prm``.
+def tokenised(
+    prm: PRM, options: LoaderOptions, data: Examples | Solutions, *, too_long: TooLong
+) -> Examples:
+    """Return the examples tokenised for ``prm``, too long ones refused or cut after whole steps.
 
     Raises:
         DataError: An example cannot be laid out for the model.
     """
-    collator = _collator(prm, options)
+    collator = _collator(prm, options, too_long)
     encoded, at = [], []
     results = collator.encode_many(data.examples)
     for example, line, result in zip(data.examples, data.lines, results, strict=True):
@@ -217,12 +225,16 @@ def tokenised(prm: PRM, options: LoaderOptions, data: Examples | Solutions) -> E
         else:
             encoded.append(result)
             at.append(line)
+            kept = len(result.example.steps)
+            if kept < len(example.steps):
+                data.bad.truncate(line, example.id, len(example.steps), kept)
     data.bad.check()
     return Examples(data.path, encoded, collator, at, data.bad)
 
 
-def _collator(prm: PRM, options: PrmOptions) -> Collator:
+def _collator(prm: PRM, options: PrmOptions, too_long: TooLong = "refuse") -> Collator:
     return prm.collator(
+        too_long=too_long,
         context=options.context,
         system_prompt=SYSTEM_PROMPT if options.system_prompt is None else options.system_prompt,
         max_patches=options.max_patches,
@@ -234,16 +246,3 @@ def _located(error: DataError, file: Path, line: int) -> DataError:
     if error.file is not None:
         return error
     return error.copy(file=file, line=line)
-
-
-def list_beside(options: LoaderOptions, output: Path | None) -> Path | None:
-    """Return the path of the list of rows that are left out, None without an output file.
-
-    Raises:
-        OptionError: Rows are left out, and there is no output file beside which to list them.
-    """
-    if output is None:
-        if options.on_bad_row == "refuse":
-            return None
-        raise OptionError("--on-bad-row skip: needs --output, beside which the list is written")
-    return skipped_path(output)

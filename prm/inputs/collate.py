@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 
@@ -26,7 +26,7 @@ class EncodedExample:
     """A tokenised example with the paths, not the pixels, of its images.
 
     Attributes:
-        example: The example.
+        example: The example, with the steps alone that are encoded.
         input_ids: The token ids [seq] up to the last label position, image tokens included.
         label_positions: The positions [steps] whose logits predict the labels.
         tile_counts: The number of tiles of each image.
@@ -150,6 +150,9 @@ class Collator:
                 elif isinstance(result := next(encoded), DataError):
                     yield result
                 else:
+                    kept = len(result[1])
+                    if kept < len(example.steps):
+                        example = replace(example, steps=example.steps[:kept])
                     yield EncodedExample(example, *result, found[0])
 
     def _expanded(self, example: StepExample) -> tuple[tuple[int, ...], Sequence[str]] | DataError:

@@ -27,7 +27,7 @@ from prm.models.chat_templates import check_terminates
 from prm.models.native import load_config, load_image_processor, load_model, load_tokenizer
 from prm.models.untrusted import ModelError, reading
 from prm.models.weight_files import write_digests
-from prm.names import Context
+from prm.names import Context, TooLong
 
 Params = dict[str, Tensor]
 
@@ -74,6 +74,7 @@ class PRM:
         system_prompt: str | None = SYSTEM_PROMPT,
         max_patches: int | None = None,
         max_length: int | Literal["model"] | None = "model",
+        too_long: TooLong = "refuse",
         index: Mapping[str, int] | None = None,
         domains: Mapping[str, int] | None = None,
         cache_bytes: int = CACHE_BYTES,
@@ -88,6 +89,8 @@ class PRM:
                 256 tokens. None means the image processor's number.
             max_length: The longest accepted sequence in tokens. None means any length, and "model"
                 the number of positions of the model.
+            too_long: What a longer one leads to: an error, or that as many whole steps as fit are
+                kept from its start. An encoded example then has these steps alone.
             index: The numbers of the examples, as in ``Collator``.
             domains: The numbers of the domains, as in ``Collator``.
             cache_bytes: The limit of the cache of image inputs in bytes.
@@ -104,6 +107,7 @@ class PRM:
             context=context,
             system_prompt=system_prompt,
             max_length=max_length,
+            too_long=too_long,
             chat_template=getattr(self.image_processor, "chat_template", None),
         )
         images = None

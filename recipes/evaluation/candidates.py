@@ -60,6 +60,25 @@ class Candidates:
         ]
 
     @property
+    def is_truncated(self) -> list[bool]:
+        """Whether each row has the first steps alone of its solution."""
+        return [steps > len(row.steps) for steps, row in self._steps]
+
+    @property
+    def all_steps(self) -> list[int]:
+        """The number of steps of the solution of each row, also of those that were cut off."""
+        return [steps for steps, _ in self._steps]
+
+    @property
+    def _steps(self) -> list[tuple[int, StepExample]]:
+        data = self.data
+        truncated = {(row.line, row.id): row.steps for row in data.bad.truncated}
+        return [
+            (truncated.get((line, row.id), len(row.steps)), row)
+            for line, row in zip(data.lines, data.examples, strict=True)
+        ]
+
+    @property
     def mixed(self) -> int:
         """The number of questions with right and with wrong candidates."""
         return int(sum(0 < share < 1 for share in self.pass_at_one))
@@ -292,9 +311,11 @@ def report_of(
     candidates: Candidates, evaluation: Evaluation, values: Mapping[str, np.ndarray]
 ) -> dict[str, Any]:
     """Return the entries of ``results.json`` on a file of candidates."""
+    truncated = sum(candidates.is_truncated)
     return {
         **summary(values),
         "n_questions": len(candidates.groups),
+        **({"n_truncated": truncated} if truncated else {}),
         "step_auc": evaluation.step_auc,
         "step_macro_f1": evaluation.step_macro_f1,
     }

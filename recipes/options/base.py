@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from itertools import count
 from typing import Any, ClassVar, Literal
 
-from prm.names import AggregationName, Context, OnBadRow
+from prm.names import AggregationName, Context, OnBadRow, TooLong
 
 OnResume = Literal["same", "free", "file", "path"]
 
@@ -196,6 +196,12 @@ class ReadOptions:
 class LoaderOptions(ReadOptions, PrmOptions):
     """Options of every command that runs the model over a whole file."""
 
+    too_long: TooLong = option(
+        "refuse",
+        "what a solution longer than the model's context leads to: it is a row that cannot be used "
+        "(--on-bad-row); or its first steps, as many as fit, are kept, which is counted and listed "
+        "in a file beside the output (.truncated.jsonl). A meta set is never cut",
+    )
     workers: int = option(
         0,
         "processes that make batches ahead of time, images decoded (training: so many for each "

@@ -13,6 +13,7 @@ from recipes.options.base import (
     MOST_SEED,
     Condition,
     LoaderOptions,
+    ReadOptions,
     ScoringOptions,
     option,
 )
@@ -24,6 +25,7 @@ _PROBABILITY = (
 
 
 _PROMPT = ("system_prompt", "context", "max_patches")
+_LENGTH = ("too_long",)
 
 
 def _scores_itself(given: Any) -> bool:
@@ -80,7 +82,7 @@ class ScoreOptions(LoaderOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
-class SelectOptions:
+class SelectOptions(ReadOptions):
     """Select the best candidate of every question."""
 
     scores: str = option(..., "scores.jsonl of `score`")
@@ -153,11 +155,11 @@ class WeighOptions(LoaderOptions):
     """Weigh the examples of a file by a saved weighting or by a rule."""
 
     ONLY_WITH: ClassVar[Mapping[Condition, tuple[str, ...]]] = {
-        BY_MODEL: ("model", *_PROMPT, "workers"),
+        BY_MODEL: ("model", *_PROMPT, *_LENGTH, "workers"),
         BY_SEED: ("seed",),
     }
     ASKS_MODEL: ClassVar[tuple[str, ...]] = (
-        *("model", "reference_model", *_PROMPT, "eval_batch_size", "workers"),
+        *("model", "reference_model", *_PROMPT, *_LENGTH, "eval_batch_size", "workers"),
     )
     """Options that only a weighting that needs the model reads."""
 

@@ -11,18 +11,20 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from prm.digests import write_digest
+from prm.digests import check_digest, write_digest
 from prm.evaluation.metrics import roc_auc
 from prm.losses import step_cross_entropy
 from prm.schema import StepExample
 from recipes.evaluation.candidates import step_scores_of
 from recipes.loading import Examples, Solutions
 from recipes.options.train import TrainOptions
-from recipes.run.files import write_text
+from recipes.run.files import note_unchecked, write_text
 from recipes.train.data import TrainData, lower_examples
 from recipes.train.objective import Objective, State
 from weighting import EXAMPLE_KEYS, Weighting, reads_model, save_weighting
 
+_SAVED = ("config.json", "ids.json", "params.safetensors")
+"""What ``save_weighting`` writes."""
 _SMALLEST_DISTANCE = 2.0**-25
 
 
@@ -173,6 +175,8 @@ def write_weighting(
 ) -> None:
     """Write ``weighting/``: the weighting with the names of its rows, to weigh other files.
 
+    The digest of each file is beside it (``prm.digests``).
+
     Args:
         directory: The directory to write; see ``save_weighting``.
         objective: The weighting and the names of its features.
@@ -193,6 +197,20 @@ def write_weighting(
     elif objective.reads_domain and weighting.row_key != "domain":
         extra = {"domains": list(data.domains)}
     save_weighting(directory, weighting, params, names, extra)
+    for name in _SAVED:
+        write_digest(directory / name)
+
+
+def check_weighting(directory: Path) -> None:
+    """Compare the files of a saved weighting with their digests; a note says if there are none.
+
+    Raises:
+        DataError: A file is not as ``write_weighting`` wrote it; the error names it.
+    """
+    for name in _SAVED:
+        check_digest(directory / name)
+    if all((directory / name).is_file() for name in _SAVED):
+        note_unchecked(directory / _SAVED[-1])
 
 
 def weight_report(data: Examples, weights: Tensor) -> dict[str, Any]:

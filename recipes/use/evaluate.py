@@ -17,7 +17,7 @@ from prm.evaluation.second_opinion import load_math_verify
 from prm.models.model import PRM
 from prm.schema import DataError
 from prm.scoring import score_examples
-from recipes.bad_rows import report_bad_rows, skipped_path
+from recipes.bad_rows import report_bad_rows, report_truncated, skipped_path, truncated_path
 from recipes.evaluation.candidates import Candidates, candidates_or_steps
 from recipes.evaluation.dev_choice import Choice, choose_on_dev
 from recipes.evaluation.figures import all_figures
@@ -27,7 +27,6 @@ from recipes.loading import (
     Examples,
     Fault,
     Solutions,
-    list_beside,
     load_model,
     read_examples,
     read_solutions,
@@ -37,10 +36,10 @@ from recipes.loading import (
 from recipes.options.rules import check_together
 from recipes.options.use import EvaluateOptions
 from recipes.options.values import OptionError
-from recipes.run.files import json_text, output_file
+from recipes.run.files import json_text, list_beside, output_file
 from recipes.terminal import progress_bar, say
 from recipes.use.model_run import note_differences, run_of
-from recipes.use.scores_file import read_settings, scores_for
+from recipes.use.scores_file import read_scores, read_settings, scores_for
 
 
 class _Judge:
@@ -58,14 +57,14 @@ class _Judge:
         """Return candidates, tokenised only if they have to be scored."""
         if scores is not None:
             data = read_solutions(self.options, path)
-            return candidates_or_steps(without_skipped(data, Path(scores)))
+            return candidates_or_steps(as_scored(without_skipped(data, Path(scores)), Path(scores)))
         return candidates_or_steps(read_examples(self.loaded[0], self.options, path))
 
     def rows(self, candidates: Candidates, scores: str | None) -> list[Tensor]:
         """Return the step scores of every candidate, read or computed."""
         data = candidates.data
         if scores is not None:
-            return _read_rows(Path(scores), candidates)
+            return _read_rows(self.options, Path(scores), candidates)
         assert isinstance(data, Examples)
         options = self.options
         with progress_bar("scoring", len(data)) as bar:
@@ -125,14 +124,15 @@ def run_evaluate(options: EvaluateOptions) -> dict[str, Any]:
             )
     baseline = None
     if options.baseline_scores is not None:
-        baseline = _read_rows(Path(options.baseline_scores), candidates)
+        baseline = _read_rows(options, Path(options.baseline_scores), candidates)
     row = f"prm{SANITY_CHECK}" if options.sanity_check else "prm"
     rows = judge.rows(candidates, options.scores)
     results = all_figures(candidates, rows, choice, options.tie, row, baseline)
     results |= {"sanity_check": options.sanity_check, "tuned_on_these_questions": tuned_on}
-    if listed is not None:
-        read = [candidates] if dev is None else [candidates, dev]
-        report_bad_rows([one.data.bad for one in read], listed, say)
+    if listed is not None and output is not None and output.path is not None:
+        read = [one.data.bad for one in (candidates, dev) if one is not None]
+        report_bad_rows(read, listed, say)
+        report_truncated(read, truncated_path(output.path), say)
     table = f"{results_table(results)}\n" if results["n_mixed_questions"] else ""
     page = table + _summary(results)
     if output is None:
@@ -210,18 +210,49 @@ def without_skipped(data: Solutions, scores: Path) -> Solutions:
     return usable(data, lambda example: fault if example.id in skipped else None)
 
 
-def _read_rows(path: Path, candidates: Candidates) -> list[Tensor]:
-    """Return the step scores of every candidate from a scores file, in float32."""
+def as_scored(data: Solutions, scores: Path) -> Solutions:
+    """Return the solutions with those steps alone that ``score`` kept when it wrote ``scores``."""
+    if read_settings(scores).get("too_long") != "truncate":
+        return data
+    kept = {row.id: row for row in read_scores(scores) if row.steps is not None}
+    examples = []
+    for example, line in zip(data.examples, data.lines, strict=True):
+        row = kept.get(example.id)
+        if row is not None and row.steps == len(example.steps):
+            data.bad.truncate(line, example.id, row.steps, len(row.step_scores))
+            example = replace(example, steps=example.steps[: len(row.step_scores)])
+        examples.append(example)
+    return replace(data, examples=examples)
+
+
+def _read_rows(options: EvaluateOptions, path: Path, candidates: Candidates) -> list[Tensor]:
+    """Return the step scores of every candidate from a scores file, in float32.
+
+    Raises:
+        DataError: Steps have no scores, because the solutions have changed, or because they are
+            longer than the context of the model that scored them and this is refused.
+    """
     examples = candidates.data.examples
     rows = scores_for(path, [example.id for example in examples], candidates.data.path)
-    for row, example in zip(rows, examples, strict=True):
-        if len(row.step_scores) != len(example.steps):
+    cut = 0
+    for row, steps in zip(rows, candidates.all_steps, strict=True):
+        if row.all_steps != steps:
             raise DataError(
-                expected=f"{len(example.steps)} step scores for {row.id!r}, one per step",
-                found=f"{len(row.step_scores)}",
+                expected=f"{steps} step scores for {row.id!r}, one per step",
+                found=f"{row.all_steps}",
                 file=path,
                 remedy="score this file again; its solutions have changed",
             )
+        cut += row.steps is not None
+        if cut and options.too_long == "refuse":
+            raise DataError(
+                expected=f"a score for each of the {steps} steps of {row.id!r}",
+                found=f"{len(row.step_scores)}: it is longer than the model's context",
+                file=path,
+                remedy="judge such solutions by their first steps alone with --too-long truncate",
+            )
+    if cut:
+        say(f"{path}: {cut} of {len(rows)} solutions have scores of their first steps alone")
     return [torch.tensor(row.step_scores, dtype=torch.float32) for row in rows]
 
 
@@ -259,13 +290,18 @@ def _summary(results: dict[str, Any]) -> str:
 def _selection_notes(results: dict[str, Any]) -> list[str]:
     """Return what is to be said on the candidates, before they are compared."""
     mixed, questions = results["n_mixed_questions"], results["n_questions"]
-    if mixed is None:
-        return ["no row has both group and correct: figures of steps, no selection"]
     notes = []
-    if not mixed:
+    if mixed is None:
+        notes.append("no row has both group and correct: figures of steps, no selection")
+    elif not mixed:
         notes.append(
             "no question is mixed: the candidates of each are all right or all wrong, and whatever "
             f"is selected the accuracy is {results['rows']['pass@1']:.3f}"
+        )
+    if cut := results["n_truncated"]:
+        notes.append(
+            f"{cut} of {results['n_solutions']} solutions are longer than the model's context, and "
+            "judged by their first steps alone"
         )
     if without := results["n_without_answer"]:
         empty = results["n_questions_without_vote"]

@@ -19,7 +19,7 @@ from prm.inputs.prompt import SYSTEM_PROMPT
 from prm.models.model import PRM
 from prm.schema import DataError, StepExample
 from prm.scoring import aggregate, score_examples
-from recipes.bad_rows import report_bad_rows, skipped_path
+from recipes.bad_rows import report_bad_rows, report_truncated, skipped_path, truncated_path
 from recipes.loading import load_model, read_examples, set_up
 from recipes.options.use import ScoreOptions
 from recipes.options.values import OptionError
@@ -66,8 +66,10 @@ def _score(options: ScoreOptions, output: Path) -> None:
     data = read_examples(prm, options, options.file)
     ids = [example.id for example in data.examples]
     settings = settings_of(prm, options) | {_SOLUTIONS: len(ids)}
+    total = {(row.line, row.id): row.steps for row in data.bad.truncated}
     done = _begin(output, settings, ids, Path(options.file), overwrite=options.overwrite)
     report_bad_rows([data.bad], skipped_path(output), say)
+    report_truncated([data.bad], truncated_path(output), say)
     started = time.perf_counter()
     window = _WINDOW * options.eval_batch_size
     # An incomplete window is scored again as a whole, so that its batches are the same.
@@ -89,7 +91,10 @@ def _score(options: ScoreOptions, output: Path) -> None:
                 workers=options.workers,
                 scored=bar.update,
             )
-            for number, (row, steps) in enumerate(zip(encoded, scores, strict=True), start=start):
+            lines = data.lines[start : start + window]
+            for number, (row, line, steps) in enumerate(
+                zip(encoded, lines, scores, strict=True), start=start
+            ):
                 if not steps.isfinite().all():
                     raise DataError(
                         expected="numbers as step scores",
@@ -99,7 +104,8 @@ def _score(options: ScoreOptions, output: Path) -> None:
                         remedy="the model's parameters are not finite, or overflow in use",
                     )
                 if number >= done:
-                    file.write(scored_solution(row.example, steps).line())
+                    known = total.get((line, row.example.id))
+                    file.write(scored_solution(row.example, steps, known).line())
             file.flush()
             os.fsync(file.fileno())
     write_digest(output)
@@ -110,8 +116,10 @@ def _score(options: ScoreOptions, output: Path) -> None:
     )
 
 
-def scored_solution(example: StepExample, step_scores: Tensor) -> ScoredSolution:
-    """Return the line of an example with step scores [steps]."""
+def scored_solution(
+    example: StepExample, step_scores: Tensor, steps: int | None = None
+) -> ScoredSolution:
+    """Return the line of an example with step scores [steps], of ``steps`` if it was cut."""
     return ScoredSolution(
         id=example.id,
         step_scores=tuple(step_scores.tolist()),
@@ -119,6 +127,7 @@ def scored_solution(example: StepExample, step_scores: Tensor) -> ScoredSolution
         group=example.group,
         answer=example.answer,
         correct=example.correct,
+        steps=steps,
     )
 
 
@@ -142,6 +151,7 @@ def settings_of(prm: PRM, options: ScoreOptions) -> dict[str, Any]:
         "context": options.context,
         "max_patches": options.max_patches,
         "probability": options.probability,
+        **({} if options.too_long == "refuse" else {"too_long": options.too_long}),
     }
 
 
@@ -162,7 +172,8 @@ def _begin(
 ) -> int:
     """Prepare the output for more lines, and return how many solutions it holds."""
     if overwrite or not output.exists():
-        for there in (settings_path(output), digest_path(output), skipped_path(output)):
+        lists = (skipped_path(output), truncated_path(output))
+        for there in (settings_path(output), digest_path(output), *lists):
             if there.exists() and not overwrite:
                 raise OptionError(
                     f"--output {output}: {there.name} exists already, without scores; nothing was "
@@ -180,7 +191,7 @@ def _begin(
         )
     differ = [
         name
-        for name in settings
+        for name in dict.fromkeys((*settings, "too_long"))
         if name != _SOLUTIONS and _decisive(settings, name) != _decisive(earlier, name)
     ]
     if differ:

@@ -2,7 +2,9 @@
 
     {"id": ..., "group": ..., "answer": ..., "correct": ..., "step_scores": [...], "scores": {...}}
 
-``scores`` holds the solution's score by every aggregation. The file ``<name>.settings.json`` beside
+``scores`` holds the solution's score by every aggregation. A solution that was longer than the
+model's context has ``steps`` too, the number of its steps, of which the first alone have scores.
+The file ``<name>.settings.json`` beside
 it records the model, data and settings of the scores and the number of solutions, and a complete
 file has its digest beside it (``prm.digests``). Lines are in the order of the data, and a line is
 complete once it ends with a line break, so an interrupted file can be continued.
@@ -17,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
+from prm.data.bad_rows import BadRows
 from prm.data.json_rows import json_line
 from prm.digests import check_digest, digest_path
 from prm.schema import DataError
@@ -37,6 +40,7 @@ class ScoredSolution:
         group: The question of the solution, None if the data do not name it.
         answer: The final answer, None if the data do not name it.
         correct: Whether the answer is right, None if the data do not tell.
+        steps: The number of steps of a solution of which only the first have scores, else None.
     """
 
     id: str
@@ -45,6 +49,12 @@ class ScoredSolution:
     group: str | None = None
     answer: str | None = None
     correct: bool | None = None
+    steps: int | None = None
+
+    @property
+    def all_steps(self) -> int:
+        """The number of steps of the solution, with and without scores."""
+        return len(self.step_scores) if self.steps is None else self.steps
 
     def line(self) -> str:
         """Return the text of the line, whose floats are read back exactly."""
@@ -52,6 +62,7 @@ class ScoredSolution:
         record = {
             "id": self.id,
             **{name: value for name, value in optional.items() if value is not None},
+            **({} if self.steps is None else {"steps": self.steps}),
             "step_scores": list(self.step_scores),
             "scores": dict(self.scores),
         }
@@ -94,25 +105,47 @@ def read_scores(path: Path) -> list[ScoredSolution]:
         DataError: A line is malformed (the error names file, line and field), an id occurs twice,
             solutions are missing, or the file is not as it was written.
     """
+    return [row for _, row in numbered_scores(path, BadRows(path))]
+
+
+def numbered_scores(path: Path, bad: BadRows) -> list[tuple[int, ScoredSolution]]:
+    """Read a complete scores file, each solution with its line.
+
+    Args:
+        path: The file.
+        bad: What refuses malformed lines, and ids that occur before, or leaves them out.
+
+    Raises:
+        OptionError: There is no such file.
+        DataError: A line is refused, solutions are missing, or the file is not as it was written.
+    """
     if not path.is_file():
         raise OptionError(f"{path}: no such file; {_REMEDY}")
     checked = check_digest(path)
     expected = read_settings(path).get("solutions")
-    rows: list[ScoredSolution] = []
+    rows: list[tuple[int, ScoredSolution]] = []
     first: dict[str, int] = {}
     for line, row in _rows(path):
-        if row.id in first:
-            _fail(path, line, "id", f"an id of its own, not that of line {first[row.id]}", row.id)
+        bad.rows += 1
+        try:
+            if isinstance(row, DataError):
+                raise row
+            if row.id in first:
+                known = f"an id of its own, not that of line {first[row.id]}"
+                _fail(path, line, "id", known, row.id)
+        except DataError as error:
+            bad.add(error)
+            continue
         first[row.id] = line
-        rows.append(row)
-    if isinstance(expected, int) and (len(rows) != expected or not checked):
+        rows.append((line, row))
+    if isinstance(expected, int) and (bad.rows != expected or not checked):
         raise DataError(
             expected=f"the scores of {expected} solutions, and the digest of the complete file",
-            found=f"{len(rows)}{'' if checked else f', without {digest_path(path).name}'}",
+            found=f"{bad.rows}{'' if checked else f', without {digest_path(path).name}'}",
             file=path,
             remedy="call `bilevel-prm score` again as before: it goes on where it stopped",
         )
-    if not rows:
+    if not bad.rows:
         raise DataError(expected="a line per solution", found="an empty file", file=path)
     note_unchecked(path)
     return rows
@@ -155,6 +188,8 @@ def complete_lines(path: Path, ids: Sequence[str], data: Path) -> int:
         file.truncate(content.rfind(b"\n") + 1)
     done = 0
     for line, row in _rows(path):
+        if isinstance(row, DataError):
+            raise row
         if done == len(ids) or row.id != ids[done]:
             expected = f"the scores of {ids[done]!r}" if done < len(ids) else "no further line"
             _fail(path, line, "id", f"{expected}, by the order of {data}", row.id)
@@ -162,21 +197,13 @@ def complete_lines(path: Path, ids: Sequence[str], data: Path) -> int:
     return done
 
 
-def _rows(path: Path) -> Iterator[tuple[int, ScoredSolution]]:
+def _rows(path: Path) -> Iterator[tuple[int, ScoredSolution | DataError]]:
     with path.open("rb") as file:
         for line, raw in enumerate(file, start=1):
             try:
-                record = json_line(raw, path, line)
+                yield line, _parse(json_line(raw, path, line), path, line)
             except DataError as error:
-                raise DataError(
-                    expected=error.expected,
-                    found=error.found,
-                    file=path,
-                    line=line,
-                    field=error.field,
-                    remedy=_REMEDY,
-                ) from error
-            yield line, _parse(record, path, line)
+                yield line, error.copy(file=path, line=line, remedy=_REMEDY)
 
 
 def _parse(record: Any, path: Path, line: int) -> ScoredSolution:
@@ -198,6 +225,9 @@ def _parse(record: Any, path: Path, line: int) -> ScoredSolution:
     for number, value in enumerate(steps):
         if not _is_number(value) or not 0 <= value <= 1:
             fail(f"step_scores[{number}]", "a number in [0, 1]", value)
+    total = record.get("steps")
+    if total is not None and (type(total) is not int or total <= len(steps)):
+        fail("steps", f"a number above that of the step scores, {len(steps)}, or no field", total)
     scores = record.get("scores")
     if not isinstance(scores, dict) or not scores:
         fail("scores", "an object with a number per aggregation", scores)
@@ -211,6 +241,7 @@ def _parse(record: Any, path: Path, line: int) -> ScoredSolution:
         group=record.get("group"),
         answer=record.get("answer"),
         correct=record.get("correct"),
+        steps=total,
     )
 
 

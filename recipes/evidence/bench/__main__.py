@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import sys
 
+from recipes.run.errors import reported
+
 
 def main() -> None:
     """Run the benchmark that the command line names."""
@@ -22,4 +24,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(reported("recipes.evidence.bench", main))

@@ -308,6 +308,46 @@ def test_select_needs_questions(scores, capsys):
     assert "scores.jsonl:1: field group: expected the name of the" in capsys.readouterr().err
 
 
+def test_select_leaves_out_bad_rows_if_asked(scores, tmp_path, capsys):
+    """A line cut off, an id that was there before, no question, no such score."""
+    whole = selected(scores, tie="first")
+    good = scores.read_text().splitlines()
+    bad = {
+        2: '{"id": "cut", "step_sc',
+        4: good[0],
+        5: '{"id": "alone", "step_scores": [1], "scores": {"mean": 1}}',
+        7: '{"id": "other", "group": "q1", "step_scores": [1], "scores": {"min": 1}}',
+    }
+    rest = iter(good)
+    places = range(1, len(good) + len(bad) + 1)
+    lines = [bad[at] if at in bad else next(rest) for at in places]
+    scores.write_text("\n".join(lines) + "\n")
+    out = tmp_path / "out.jsonl"
+    command = ["select", "--scores", str(scores), "--output", str(out), "--tie", "first"]
+    assert main(command) == 1
+    assert f"{scores}:2" in capsys.readouterr().err
+    assert not out.exists()
+    skip = [*command, "--on-bad-row", "skip"]
+    assert main(skip) == 1
+    said = capsys.readouterr().err
+    assert f"expected at most 0.1 of the rows to be left out, found 4 of {len(lines)} rows" in said
+    assert main([*skip, "--max-bad-rows", "0.5"]) == 0
+    assert f"4 of {len(lines)} rows" in capsys.readouterr().out
+    assert read_lines(out) == whole
+    listed = read_lines(tmp_path / "out.jsonl.skipped.jsonl")
+    assert [(row["line"], row["field"], row["id"]) for row in listed] == [
+        (2, None, None),
+        (4, "id", None),
+        (5, "group", "alone"),
+        (7, "scores.mean", "other"),
+    ]
+    scores.write_text(bad[5] + "\n")
+    assert main([*skip, "--max-bad-rows", "1", "--overwrite"]) == 1
+    assert "expected a candidate, found none in 1 rows" in capsys.readouterr().err
+    assert main(["select", "--scores", str(scores), "--output", "-", "--on-bad-row", "skip"]) == 2
+    assert "--on-bad-row skip: needs --output" in capsys.readouterr().err
+
+
 class Terminal(io.StringIO):
     def isatty(self):
         return True
