@@ -84,7 +84,8 @@ def refuse_processes() -> None:
         if size > 1:
             raise RuntimeError(
                 f"bilevel: torch.distributed runs {size} processes, whose gradients are not "
-                "averaged here, so that their parameters would drift apart; run one process"
+                "averaged here, so that their parameters would drift apart; give "
+                "BilevelSolver(collective=Replicas()), or run one process"
             )
 
 

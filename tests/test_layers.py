@@ -44,8 +44,8 @@ ALLOWED = {
 LAYERS = {
     "bilevel": (
         ("tree", "checks", "module_copy"),
-        ("problem", "optimizers", "functional", "inputs"),
-        ("autodiff", "state"),
+        ("problem", "optimizers", "functional", "inputs", "collective"),
+        ("autodiff", "state", "replicas"),
         ("lower",),
         ("routes",),
         ("hypergradients",),
