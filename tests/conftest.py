@@ -26,7 +26,7 @@ torch.set_num_threads(1)
 SLOW = (
     *("tests/bilevel/audit/test_check.py", "tests/bilevel/test_internvl.py"),
     *("tests/bilevel/test_package.py", "tests/bilevel/test_precision.py"),
-    *("tests/bilevel/test_typing.py",),
+    *("tests/bilevel/test_replicas.py", "tests/bilevel/test_typing.py"),
     *("tests/bilevel/hypergradients/test_replay_memory.py",),
     *("tests/bilevel/hypergradients/test_unrolled.py",),
     *("tests/examples", "tests/fuzz", "tests/invariants"),
