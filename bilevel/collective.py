@@ -26,7 +26,13 @@ T = TypeVar("T")
 
 
 class RankError(RuntimeError):
-    """Another rank has failed, has gone, or stands at another place than this one."""
+    """Another rank has failed, has gone, or stands at another place than this one.
+
+    Attributes:
+        gone: Whether it has gone, so that there are no more exchanges.
+    """
+
+    gone = False
 
 
 class Mean(NamedTuple):
@@ -76,6 +82,9 @@ class Collective(Protocol):
     def first(self, values: TreeT) -> TreeT:
         """Return the tensors of rank 0."""
 
+    def numbers(self, value: int) -> list[int]:
+        """Return the integers of all ranks, in the order of the ranks: the cheapest exchange."""
+
     def objects(self, value: T) -> list[T]:
         """Return the objects of all ranks, which must be picklable, in the order of the ranks."""
 
@@ -108,6 +117,10 @@ class Alone:
     def first(self, values: TreeT) -> TreeT:
         """Return the values."""
         return values
+
+    def numbers(self, value: int) -> list[int]:
+        """Return the integer, alone."""
+        return [value]
 
     def objects(self, value: T) -> list[T]:
         """Return the object, alone."""

@@ -127,6 +127,10 @@ class Replicas:
 
         return tree.map(sent, values)
 
+    def numbers(self, value: int) -> list[int]:
+        """Return the integers of all ranks in their order."""
+        return [header.size for header in self._meet("agreement", value, 0)]
+
     def objects(self, value: T) -> list[T]:
         """Return the objects of all ranks in their order; pickled, so of no stranger."""
         self._meet("agreement", 0, 0)
@@ -209,10 +213,9 @@ class Replicas:
             exchange()
         except RuntimeError as error:
             first = str(error).partition("\n")[0]
-            raise RankError(
-                f"rank {self.rank} of {self.ranks}: another rank is gone or does not answer "
-                f"({first})"
-            ) from error
+            ended = RankError(f"another rank is gone or does not answer ({first})")
+            ended.gone = True
+            raise ended from error
 
     def _present(self, leaves: Sequence[Tensor | None], headers: Sequence[_Header]) -> list[bool]:
         """Return which leaves any rank has."""

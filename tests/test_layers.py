@@ -67,6 +67,7 @@ LAYERS = {
     ),
     "recipes": (
         ("bad_rows", "options", "terminal"),
+        ("ranks",),
         ("run", "loading"),
         ("data_files", "evaluation", "problems"),
         ("train",),

@@ -197,7 +197,8 @@ def _over_ranks(
             f"lower_batches: expected at least 1 example in the {count} micro-batches of a step, "
             "found 0"
         )
-    passed = LowerPass(grads, micro_batches, collective=collective, examples=examples)
+    of_ranks = examples if collective.ranks > 1 else None
+    passed = LowerPass(grads, micro_batches, collective=collective, examples=of_ranks)
     return _remarked(context, passed)
 
 
