@@ -31,10 +31,11 @@ _SAVING = ("cold-start", "train", "score", "compare")
 
 def run(name: str, options: Any) -> int:
     """Run a command and return its exit status; ``recipes.run.errors`` says what errors end in."""
-    title, saves = f"bilevel-prm {name}", name in _SAVING
-    if not several_ranks():
-        return reported(title, lambda: _COMMANDS[name](options), saves=saves)
-    return reported(title, lambda: _over_ranks(name, options), saves=saves)
+
+    def command() -> int | None:
+        return _over_ranks(name, options) if several_ranks() else _COMMANDS[name](options)
+
+    return reported(f"bilevel-prm {name}", command, saves=name in _SAVING)
 
 
 def _over_ranks(name: str, options: Any) -> int:

@@ -53,7 +53,8 @@ def several_ranks() -> bool:
 
 def is_first() -> bool:
     """Return whether this process is rank 0, which speaks for all."""
-    return not several_ranks() or _number("RANK", 0) == 0
+    named = os.environ.get
+    return named("WORLD_SIZE", "1") == "1" or named("RANK", "0") == "0"
 
 
 @contextmanager
@@ -96,11 +97,12 @@ def over_ranks(command: str) -> Iterator[Path | None]:
 
 
 @contextmanager
-def own_random_numbers(ranks: Collective, params: Tree) -> Iterator[None]:
-    """Let the body draw random numbers of this rank's own (dropout), from one seed of all ranks.
+def own_random_numbers(ranks: Collective, params: Tree, step: int) -> Iterator[None]:
+    """Let the body draw random numbers of this rank's own (dropout); alone, those of the process.
 
-    The ranks' generators are in the same state before and after the body, so that a checkpoint has
-    one random state for any number of ranks. Alone nothing is drawn for it.
+    They are a function of the generators' state, the step and the rank. The generators themselves
+    stay as they are, the same on all ranks, so that a checkpoint has one random state whatever the
+    number of ranks.
     """
     if ranks.ranks == 1:
         yield
@@ -109,9 +111,11 @@ def own_random_numbers(ranks: Collective, params: Tree) -> Iterator[None]:
 
     from bilevel.autodiff.random_state import capture, restore
 
-    seed = int(torch.randint(2**48, ()))
     shared = capture(params)
-    torch.manual_seed(seed + ranks.rank)
+    generator = torch.Generator()
+    generator.set_state(shared.cpu)
+    drawn = torch.randint(2**40, (), generator=generator)
+    torch.manual_seed((int(drawn) << 20) + step * ranks.ranks + ranks.rank)
     try:
         yield
     finally:

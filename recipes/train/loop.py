@@ -150,7 +150,7 @@ def next_steps(
     due = training.solver.next_steps(state, training.steps - first)
     lower, upper = _make_batches(training, range(first, first + due.lower), due.upper)
     try:
-        with warnings.catch_warnings(), own_random_numbers(ranks, state.lower_params):
+        with warnings.catch_warnings(), own_random_numbers(ranks, state.lower_params, first):
             # The warning is also among the notes of every step that it concerns, which are logged.
             warnings.simplefilter("ignore", StationarityWarning)
             return training.solver.advance(state, lower, upper)

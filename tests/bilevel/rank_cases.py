@@ -1,6 +1,6 @@
 """Runs that are taken by one process, or by several ranks that share its micro-batches.
 
-``python -m tests.bilevel.rank_cases STORE RANK RANKS FOLDER`` takes those of one rank, and leaves
+``python -m tests.bilevel.rank_cases FOLDER STORE RANK RANKS`` takes those of one rank, and leaves
 what it found in ``FOLDER``.
 """
 
@@ -308,4 +308,4 @@ def main(store: str, rank: int, ranks: int, folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), Path(sys.argv[4]))
+    main(sys.argv[2], int(sys.argv[3]), int(sys.argv[4]), Path(sys.argv[1]))

@@ -101,4 +101,4 @@ def _write(folder: Path, rank: int, met: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], int(sys.argv[2]), Path(sys.argv[4]))
+    main(sys.argv[2], int(sys.argv[3]), Path(sys.argv[1]))
