@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from bilevel import BilevelSolver, OneStep, Penalty, Replicas
+from bilevel import BilevelSolver, OneStep, Penalty, Replicas, check_hypergradient
 from tests.bilevel import rank_cases
 from tests.rank_processes import run_ranks
 
@@ -104,6 +104,15 @@ def test_what_is_not_proven_over_ranks_is_refused_by_name():
     solver = BilevelSolver(problem, rank_cases.PLAIN, rank_cases.PLAIN, OneStep(), collective=two)
     with pytest.raises(ValueError, match="meta_batch: expected one process, found 2 ranks"):
         solver.meta_batch(None, [])
+
+
+def test_an_audit_over_ranks_is_refused():
+    problem, theta, phi = rank_cases.problem_of(CASES["jvp, table"])
+    two = SimpleNamespace(ranks=2)
+    solver = BilevelSolver(problem, rank_cases.PLAIN, rank_cases.PLAIN, OneStep(), collective=two)
+    state = BilevelSolver(problem, rank_cases.PLAIN, rank_cases.PLAIN).init(theta, phi)
+    with pytest.raises(ValueError, match="check_hypergradient: expected one process, found 2"):
+        check_hypergradient(solver, state, [], None)
 
 
 def test_replicas_without_processes_say_how_to_get_them():
