@@ -140,8 +140,33 @@ def _join(ranks: int) -> None:
             f"WORLD_SIZE={ranks}, without {', '.join(missing)}: start the ranks by torchrun "
             f"--nproc-per-node {ranks} -m recipes ..., or unset WORLD_SIZE"
         )
-    both = cuda.is_available() and distributed.is_nccl_available()
-    distributed.init_process_group("cpu:gloo,cuda:nccl" if both else "gloo")
+    gpus = distributed.is_nccl_available() and one_gpu_each(cuda.device_count())
+    distributed.init_process_group("cpu:gloo,cuda:nccl" if gpus else "gloo")
+
+
+def one_gpu_each(count: int) -> bool:
+    """Leave each process of this machine a GPU of its own to see, or none where there are too few.
+
+    CUDA reads ``CUDA_VISIBLE_DEVICES`` when it is first used, which must come after this. The GPU
+    of a rank is then ``cuda``, the only one that it has.
+
+    Args:
+        count: The number of GPUs that are visible so far.
+
+    Returns:
+        Whether there is one for each.
+    """
+    if not count:
+        return False
+    here = _number("LOCAL_WORLD_SIZE", _number("WORLD_SIZE", 1))
+    names = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(count)))
+    enough = count >= here
+    own = names.split(",")[_number("LOCAL_RANK", _number("RANK", 0))] if enough else ""
+    os.environ["CUDA_VISIBLE_DEVICES"] = own
+    if not enough and is_first():
+        text = f"note: {here} processes on this machine and {count} GPU: computing on the CPU"
+        print(text, file=sys.stderr)
+    return enough
 
 
 def _number(name: str, default: int) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import signal
 import time
@@ -13,11 +14,11 @@ from safetensors.torch import load_file
 
 from bilevel import Alone
 from recipes.__main__ import main
-from recipes.ranks import over_ranks, ranks_here, share
+from recipes.ranks import one_gpu_each, over_ranks, ranks_here, share
 from recipes.train.batches import meta_batch, per_step
 from tests.rank_processes import run_ranks, torchrun
 from tests.recipes.rank_commands import free_port
-from tests.tiny_task import SYSTEM_PROMPT, read_lines
+from tests.tiny_task import FORWARD_MODE, SYSTEM_PROMPT, read_lines
 
 RANKS = "tests.recipes.rank_commands"
 STEPS = 6
@@ -65,6 +66,28 @@ def use(task, folder: Path, run: Path) -> list[list[str]]:
         ["evaluate", *flags(**common, file=test, output=folder / "evaluation.json")],
         ["weigh", *flags(**common, **weigh, output=folder / "weights.jsonl")],
     ]
+
+
+VARIANTS: dict[str, dict] = {
+    "table": {"weighting": "table", "normalise": "table", "upper_optimizer": "lazy-adam"},
+    "domain": {"weighting": "domain"},
+    "pairs": {"loss_target": "pairs", "meta_batch_size": 8},
+    "window": {"hypergradient": "unrolled", "unroll_steps": 2},
+    "implicit": {"hypergradient": "implicit", "lower_weight_decay": 0},
+    "rollback": {"rollback": True},
+}
+"""Further runs, of the same length."""
+
+
+def variant(task, folder: Path, name: str) -> list[str]:
+    more = {"save_every": STEPS, **VARIANTS[name]}
+    return training(task, folder / name, **more)
+
+
+def cold(task) -> dict:
+    common = {"model": task.model, "system_prompt": SYSTEM_PROMPT, "freeze": "vision_tower"}
+    sizes = {"steps": 3, "batch_size": 2, "accumulation": 3, "draw": 10, "save_every": 3}
+    return common | sizes | {"train_file": task.data / "train.jsonl", "log_every": 1}
 
 
 USED = ("scores.jsonl", "scores.jsonl.sha256", "evaluation.json", "weights.jsonl")
@@ -118,6 +141,8 @@ def ran(task, tmp_path_factory) -> Path:
         ["train", "--resume", folder / "1 to 2"],
         ["train", "--resume", folder / "3 to 2"],
         ["train", "--resume", folder / "killed"],
+        *(variant(task, folder, name) for name in VARIANTS),
+        ["cold-start", *flags(**cold(task), output_dir=folder / "cold")],
         training(task, folder / "few", accumulation=1),
         ["env"],
         training(task, folder / "stopped"),
@@ -140,9 +165,9 @@ def state_of(run: Path, steps: int = STEPS) -> dict:
     return load_file(run / "checkpoints" / f"step-{steps}" / "state.safetensors")
 
 
-def assert_close(run: Path, other: Path, tolerance: float) -> None:
+def assert_close(run: Path, other: Path, tolerance: float, steps: int = STEPS) -> None:
     """Both levels of two runs, and their logs: float32, whose sums have another order."""
-    one, two = state_of(run), state_of(other)
+    one, two = state_of(run, steps), state_of(other, steps)
     assert one.keys() == two.keys()
     for name, expected in one.items():
         if "_params/" in name:
@@ -173,6 +198,20 @@ def test_a_run_is_the_same_on_any_number_of_ranks(ran, outputs, name):
         json.loads((ran / name / "results.json").read_text())["rows"]
         == (json.loads((ran / "one" / "results.json").read_text())["rows"])
     )
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+@FORWARD_MODE
+@pytest.mark.filterwarnings("ignore::bilevel.StationarityWarning")
+def test_other_runs_are_the_same_on_two_ranks(ran, outputs, task, tmp_path, name):
+    assert main(list(map(str, variant(task, tmp_path, name)))) == 0
+    assert_close(tmp_path / name, ran / name, 1e-4)
+
+
+def test_a_cold_start_is_the_same_on_two_ranks(ran, outputs, task, tmp_path):
+    options = flags(**cold(task), output_dir=tmp_path / "cold")
+    assert main(["cold-start", *map(str, options)]) == 0
+    assert_close(tmp_path / "cold", ran / "cold", 1e-5, 3)
 
 
 def test_checkpoints_of_two_ranks_go_on_in_one_process(ran, outputs, tmp_path):
@@ -231,7 +270,7 @@ def test_rank_0_alone_prints(ran, outputs):
 
 
 def test_too_few_micro_batches_and_commands_of_one_process_are_refused(ran, outputs):
-    assert statuses(ran / "of two", 0) == [0, 0, 0, 0, 0, 0, 0, 2, 2, 143]
+    assert statuses(ran / "of two", 0) == [0] * 14 + [2, 2, 143]
     assert "--accumulation 1: 2 processes need a micro-batch each per lower step" in outputs[0]
     assert "bilevel-prm env: WORLD_SIZE=2: this command runs in one process" in outputs[0]
     assert not (ran / "few" / "args.yaml").exists()
@@ -256,6 +295,28 @@ def test_the_parts_of_a_step_and_of_a_meta_batch_are_those_of_one_process(task):
     assert [n for rank in range(3) for n in per_step(lambda number: number, 5, rank, 3)(7)] == whole
     parts = [meta_batch(lambda _: questions, Rows(), rank, 5)(0) for rank in range(5)]
     assert [part.get("rows") for part in parts] == [None, [3], None, [1, 2], [0]]
+
+
+@pytest.mark.parametrize(
+    ("count", "visible", "local", "left", "enough"),
+    [
+        (0, None, "1", None, False),
+        (2, None, "1", "1", True),
+        (2, "4,7", "1", "7", True),
+        (1, None, "1", "", False),
+    ],
+)
+def test_each_rank_sees_its_own_gpu(monkeypatch, capsys, count, visible, local, left, enough):
+    names = {"LOCAL_RANK": local, "LOCAL_WORLD_SIZE": "2", "WORLD_SIZE": "2", "RANK": "0"}
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    for name, value in names.items():
+        monkeypatch.setenv(name, value)
+    assert one_gpu_each(count) == enough
+    assert os.environ.get("CUDA_VISIBLE_DEVICES") == left
+    too_few = "2 processes on this machine and 1 GPU: computing on the CPU"
+    assert (too_few in capsys.readouterr().err) == (left == "")
 
 
 def test_without_ranks_a_process_is_alone(monkeypatch):
