@@ -17,7 +17,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple, Protocol, TypeVar
 
-from jaxtyping import Num
+from jaxtyping import Float
 from torch import Tensor
 
 from bilevel.tree import Tree, TreeT
@@ -73,7 +73,7 @@ class Collective(Protocol):
                 are sent: the rows of a table that the batches of the step hold.
         """
 
-    def gathered(self, values: Num[Tensor, " _"]) -> list[Tensor]:
+    def gathered(self, values: Float[Tensor, " _"]) -> list[Tensor]:
         """Return the vectors of all ranks, which may differ in length, in the order of the ranks.
 
         All on the device of this rank's, in the widest of their dtypes.
@@ -110,7 +110,7 @@ class Alone:
         """Return the values."""
         return values
 
-    def gathered(self, values: Num[Tensor, " _"]) -> list[Tensor]:
+    def gathered(self, values: Float[Tensor, " _"]) -> list[Tensor]:
         """Return the vector, alone."""
         return [values]
 

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import optree
 import torch
-from jaxtyping import Num
+from jaxtyping import Float
 from torch import Tensor
 from torch import distributed as dist
 
@@ -100,7 +100,7 @@ class Replicas:
         return result
 
     @torch.no_grad()
-    def gathered(self, values: Num[Tensor, " _"]) -> list[Tensor]:
+    def gathered(self, values: Float[Tensor, " _"]) -> list[Tensor]:
         """Return the vectors of all ranks in their order, padded for the exchange."""
         headers = self._meet("figures", len(values), _DTYPES.index(values.dtype))
         dtype = _DTYPES[min(header.detail for header in headers)]

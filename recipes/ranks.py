@@ -59,7 +59,7 @@ def is_first() -> bool:
 
 @contextmanager
 def over_ranks(command: str) -> Iterator[Path | None]:
-    """Join the ranks that run a command, and silence all but the first while the body runs.
+    """Join the ranks that run a command while the body runs.
 
     At its end all wait for each other, unless the body is interrupted or a process is gone.
 
@@ -88,7 +88,7 @@ def over_ranks(command: str) -> Iterator[Path | None]:
         if distributed.get_rank() == 0:
             yield None
         else:
-            with tempfile.TemporaryDirectory() as folder, _silent():
+            with tempfile.TemporaryDirectory() as folder:
                 yield Path(folder)
         with suppress(RankError):
             ranks_here().numbers(0)  # until rank 0 has saved: whoever ends first ends the others
@@ -182,7 +182,11 @@ def _number(name: str, default: int) -> int:
 
 
 @contextmanager
-def _silent() -> Iterator[None]:
+def silent_unless_first() -> Iterator[None]:
+    """Let nothing that the body prints be seen, except on rank 0."""
+    if is_first():
+        yield
+        return
     with ExitStack() as stack:
         nowhere = stack.enter_context(open(os.devnull, "w", encoding="utf-8"))
         stack.enter_context(redirect_stdout(nowhere))
@@ -191,6 +195,6 @@ def _silent() -> Iterator[None]:
 
 
 def say_aloud(text: Any) -> None:
-    """Print a line on the standard error of this process, silenced or not."""
+    """Print a line on the standard error of this rank, which says so, silenced or not."""
     with suppress(OSError, AttributeError):
         print(f"rank {os.environ.get('RANK', 0)}: {text}", file=sys.__stderr__, flush=True)

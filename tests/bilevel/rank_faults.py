@@ -41,7 +41,8 @@ def main(store: str, rank: int, folder: Path) -> None:
         return f"step {int(state.lower_steps)}"
 
     met["refusal"] = _met(lambda: step(1 + rank))
-    met["after"] = _met(lambda: step(1))
+    met["after"], met["entries"] = _sent(lambda: _met(lambda: step(1)))
+    met["parameters"] = sum(leaf.numel() for leaf in theta.values())
     met["places"] = _met(lambda: step(1, upper=rank == 0))
     met["names"] = _met(lambda: collective.first({f"weight {rank}": torch.ones(())}))
     _sums(collective, rank, met)
@@ -72,6 +73,11 @@ def _sums(collective: Replicas, rank: int, met: dict[str, Any]) -> None:
 
 def _counted(collective: Replicas, leaf: Tensor, sparse: bool) -> tuple[Tensor, int]:
     """Return the sum, and how many entries this rank gave away for it."""
+    return _sent(lambda: collective.sum({"raw": leaf}, {"raw": leaf}, sparse=sparse)["raw"])
+
+
+def _sent(act: Callable[[], Any]) -> tuple[Any, int]:
+    """Return what a function returns, and how many entries this rank gave away in it."""
     sent, reduce, gather = [0], distributed.all_reduce, distributed.all_gather
 
     def all_reduce(tensor: Tensor, **settings: Any) -> Any:
@@ -84,7 +90,7 @@ def _counted(collective: Replicas, leaf: Tensor, sparse: bool) -> tuple[Tensor, 
 
     distributed.all_reduce, distributed.all_gather = all_reduce, all_gather  # type: ignore
     try:
-        return collective.sum({"raw": leaf}, {"raw": leaf}, sparse=sparse)["raw"], sent[0]
+        return act(), sent[0]
     finally:
         distributed.all_reduce, distributed.all_gather = reduce, gather
 

@@ -92,6 +92,17 @@ def test_a_sparse_sum_is_the_dense_one_in_fewer_bytes(faults):
         assert rank["nan"] == [0.0, "nan"]
 
 
+def test_a_bilevel_step_sends_the_gradient_of_theta_twice(faults):
+    """Lower and upper gradient, padded, and headers and figures.
+
+    The upper loss of the tests depends on every entry of the table directly, which is sent, too;
+    its gradient through the weights would be as many entries more.
+    """
+    for rank in faults:
+        rest = rank["entries"] - rank_cases.ROWS
+        assert 2 * rank["parameters"] <= rest <= 2 * (rank["parameters"] + 64 * 7) + 160
+
+
 def test_parameters_of_other_names_are_refused(faults):
     assert all("different structure or names" in rank["names"] for rank in faults)
 
