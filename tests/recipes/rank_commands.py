@@ -11,6 +11,7 @@ import os
 import signal
 import socket
 import sys
+import time
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,12 +26,13 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def fault_at(step: int, rank: int, number: int) -> None:
-    """Send a signal to one rank once a step of a training run is logged."""
+def fault_at(folder: Path, step: int, rank: int, number: int) -> None:
+    """Send a signal to one rank once a step of a training run is logged, and note the time."""
     from recipes.train import training
 
     def logged(taken: int) -> None:
         if taken == step and int(os.environ["RANK"]) == rank:
+            (folder / "fault").write_text(str(time.time()))
             os.kill(os.getpid(), number)
 
     run = training.run_training
@@ -44,7 +46,7 @@ def main(folder: Path, rank: int) -> None:
     for command in commands:
         if command["port"] is not None:
             os.environ["MASTER_PORT"] = str(command["port"])
-        fault_at(*command.get("fault", (-1, -1, signal.SIGTERM)))
+        fault_at(folder, *command.get("fault", (-1, -1, signal.SIGTERM)))
         print(f"## {rank} {' '.join(command['arguments'])}", flush=True)
         statuses.append(run_command(command["arguments"]))
         (folder / f"statuses-{rank}.json").write_text(json.dumps(statuses))
