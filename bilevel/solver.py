@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from typing import Generic, NamedTuple, TypeAlias, cast
 
 import torch
-from jaxtyping import Float
 from torch import Tensor
 
 from bilevel import tree
 from bilevel.autodiff import random_state
 from bilevel.checks import refuse_processes
+from bilevel.collective import Alone, Collective
 from bilevel.hypergradients.base import (
     Hypergradient,
     HypergradientResult,
@@ -77,6 +77,9 @@ class BilevelSolver(Generic[Lower, Upper, BatchT]):
             ``SGD`` has lr, weight_decay and momentum, ``Adam`` and ``AdamW`` lr, weight_decay and
             betas, ``RMSProp`` lr, weight_decay and beta, the others lr and weight_decay. The
             hypergradient goes through them.
+        collective: The ranks that take a step together, each on its part of the micro-batches
+            (``accumulation`` is that of one rank) and of the upper batch: ``Replicas(...)``. With
+            it ``StepInfo`` has the figures of all ranks, but aux and notes of this one.
 
     With no upper batches, or with the upper learning rate 0, the lower trajectory is bit for bit
     the same; with weights 1 it is that of plain training. A hypergradient with an entry that is
@@ -100,6 +103,7 @@ class BilevelSolver(Generic[Lower, Upper, BatchT]):
     upper_start: int = 0
     initial: Callable[[Upper], Lower] | None = None
     hyperparameters: Callable[[Upper], Hyperparameters] | None = None
+    collective: Collective = Alone()
 
     def __post_init__(self) -> None:
         if not isinstance(self.problem, BilevelProblem | ReweightingProblem):
@@ -117,6 +121,11 @@ class BilevelSolver(Generic[Lower, Upper, BatchT]):
                 )
         self.hypergradient.check(self.problem, self.lower_optimizer, self.unroll_steps)
         name = type(self.hypergradient).__name__
+        if self.collective.ranks > 1 and not getattr(self.hypergradient, "over_ranks", False):
+            raise ValueError(
+                f"BilevelSolver: {name} does not sum over ranks what it computes of its batches; "
+                "choose OneStep(), Unrolled() or Implicit(), or run one process"
+            )
         if self.hyperparameters is not None:
             if not hasattr(self.lower_optimizer, "hyperparameters_vjp"):
                 raise ValueError(
@@ -145,6 +154,8 @@ class BilevelSolver(Generic[Lower, Upper, BatchT]):
     def init(self, lower_params: Lower | None, upper_params: Upper) -> BilevelState[Lower, Upper]:
         """Return the state before the first step; it holds clones of the tensors given.
 
+        With several ranks these are the tensors of rank 0.
+
         Args:
             lower_params: θ; None: ``initial`` has it.
             upper_params: φ.
@@ -152,9 +163,9 @@ class BilevelSolver(Generic[Lower, Upper, BatchT]):
         Raises:
             TypeError: A leaf is no tensor, or a module was given.
             ValueError: A parameter is not floating point, or there is no θ.
-            RuntimeError: There are several processes.
+            RuntimeError: There are several processes, and no ``collective`` for them.
         """
-        refuse_processes()
+        self._check_processes()
         check_params("upper_params", upper_params)
         if lower_params is None:
             if self.initial is None:
@@ -163,6 +174,9 @@ class BilevelSolver(Generic[Lower, Upper, BatchT]):
         check_params("lower_params", lower_params)
         lower_params = tree.map(_owned, lower_params)
         upper_params = tree.map(_owned, upper_params)
+        with self.collective.together():
+            lower_params = self.collective.first(lower_params)
+            upper_params = self.collective.first(upper_params)
         return BilevelState(
             lower_params=lower_params,
             upper_params=upper_params,
@@ -295,6 +309,15 @@ class BilevelSolver(Generic[Lower, Upper, BatchT]):
             ValueError: Another number of micro-batches, or losses or weights of a wrong shape.
             bilevel.Refusal: ``Ghost`` or ``PerExample`` has no rule for something the model does.
         """
+        with self.collective.together():
+            return self._advance(state, batches, upper_batch)
+
+    def _advance(
+        self,
+        state: BilevelState[Lower, Upper],
+        batches: LowerBatches[BatchT],
+        upper_batch: BatchT | None,
+    ) -> tuple[BilevelState[Lower, Upper], tuple[StepInfo, ...]]:
         window = self.window_at(state, batches)
         random = random_state.capture(state.lower_params)
         taken, upper = take_window(window, self.hypergradient, upper_batch, state.memory)
@@ -317,11 +340,11 @@ class BilevelSolver(Generic[Lower, Upper, BatchT]):
             batches: Per lower step its micro-batches, ``accumulation`` of them.
 
         Raises:
-            RuntimeError: There are several processes.
+            RuntimeError: There are several processes, and no ``collective`` for them.
             TypeError: No list of lists of micro-batches.
             ValueError: Another number of micro-batches.
         """
-        refuse_processes()
+        self._check_processes()
         check_state(state)
         drawn = drawn_steps(batches, self.unroll_steps, self.accumulation)
         for lower_batches in drawn:
@@ -334,6 +357,7 @@ class BilevelSolver(Generic[Lower, Upper, BatchT]):
             drawn,
             self.initial if self._place_in_window(state) == 0 else None,
             self.hyperparameters,
+            self.collective,
         ).at(state.upper_params)
 
     def meta_batch(
@@ -356,8 +380,13 @@ class BilevelSolver(Generic[Lower, Upper, BatchT]):
 
         Raises:
             ValueError: There is no ``initial``, ``rollback`` is on, there are no tasks, or one has
-                another number of steps or micro-batches.
+                another number of steps or micro-batches; or there are several ranks.
         """
+        if self.collective.ranks > 1:
+            raise ValueError(
+                f"meta_batch: expected one process, found {self.collective.ranks} ranks; call "
+                "window for each task"
+            )
         if self.initial is None or self.rollback or not tasks:
             raise ValueError(
                 "meta_batch: expected a solver with initial (φ -> θ, from which every task starts) "
@@ -386,6 +415,10 @@ class BilevelSolver(Generic[Lower, Upper, BatchT]):
                 )
             new, notes = self._upper_step(new, mean)
         return new, tuple(self._infos(taken, upper, notes) for taken, upper in found)
+
+    def _check_processes(self) -> None:
+        if isinstance(self.collective, Alone):
+            refuse_processes()
 
     def _check_whole(self, batches: Sequence[Sequence[BatchT]]) -> None:
         if len(batches) != self.unroll_steps:
@@ -438,23 +471,18 @@ class BilevelSolver(Generic[Lower, Upper, BatchT]):
 
     @torch.no_grad()
     def _lower_info(self, passed: LowerPass, skipped: bool) -> StepInfo:
-        micro_batches, shares = passed.micro_batches, passed.shares
-        loss = micro_batches[0].loss
-        if len(micro_batches) > 1:
-            pairs = zip(micro_batches, shares, strict=True)
-            loss = torch.stack([micro.loss * share for micro, share in pairs]).sum()
-        grad_norm = passed.grad_norm
+        figures, grad_norm = passed.figures(), passed.grad_norm
         return StepInfo(
-            lower_loss=loss,
+            lower_loss=figures.loss,
             lower_grad_norm=grad_norm,
             lower_clipped=_clipped(self.lower_optimizer, grad_norm),
-            losses=_joined([micro.losses for micro in micro_batches]),
-            weights=_joined([micro.weights for micro in micro_batches]),
+            losses=figures.losses,
+            weights=figures.weights,
             upper_loss=None,
             hypergradient_norm=None,
             upper_clipped=None,
             notes=(*passed.remarks, _STEP_SKIPPED) if skipped else passed.remarks,
-            lower_aux=tuple(micro.aux for micro in micro_batches),
+            lower_aux=tuple(micro.aux for micro in passed.micro_batches),
         )
 
     @torch.no_grad()
@@ -516,10 +544,3 @@ def _clipped(optimizer: Optimizer, norm: Tensor) -> Tensor:
     if max_norm is None:
         return torch.zeros((), dtype=torch.bool, device=norm.device)
     return clip_scale(norm, max_norm) < 1.0
-
-
-def _joined(pieces: Sequence[Float[Tensor, " _"] | None]) -> Float[Tensor, " batch"] | None:
-    present = [piece.detach() for piece in pieces if piece is not None]
-    if len(present) == 1:
-        return present[0]
-    return torch.cat(present) if present else None

@@ -78,7 +78,6 @@ def solution_scores(
     return torch.stack([aggregate(probs[..., label], mask, how) for label in (0, 1)], dim=-1)
 
 
-@torch.no_grad()
 def score_examples(
     prm: PRM,
     params: Mapping[str, Tensor],
@@ -92,6 +91,37 @@ def score_examples(
 ) -> list[Float[Tensor, " _steps"]]:
     """Return the step scores p("+") of every example, one [steps] tensor each on the CPU, in order.
 
+    See ``score_part``, of which this is the whole.
+    """
+    found = score_part(
+        prm,
+        params,
+        encoded,
+        collator,
+        batch_size,
+        full_vocab=full_vocab,
+        workers=workers,
+        scored=scored,
+    )
+    return [found[row] for row in range(len(encoded))]
+
+
+@torch.no_grad()
+def score_part(
+    prm: PRM,
+    params: Mapping[str, Tensor],
+    encoded: Sequence[EncodedExample],
+    collator: Callable[[Sequence[EncodedExample]], Batch],
+    batch_size: int,
+    *,
+    part: int = 0,
+    parts: int = 1,
+    full_vocab: bool = False,
+    workers: int = 0,
+    scored: Callable[[int], object] = lambda examples: None,
+) -> dict[int, Float[Tensor, " _steps"]]:
+    """Return the step scores p("+") of a part of the examples, [steps] on the CPU, by row.
+
     Examples of similar length share a batch, which keeps padding short. The head is applied at the
     label positions only, and without ``full_vocab`` only its rows of "+" and "-".
 
@@ -104,6 +134,9 @@ def score_examples(
         encoded: The examples, from ``Collator.encode``.
         collator: A ``Collator``, which pads examples into a batch.
         batch_size: The number of examples per forward pass.
+        part: Which of the parts.
+        parts: Into how many parts the batches are dealt, one after the other. A batch is the same
+            whatever their number, and so are the bits of the scores.
         full_vocab: Whether probabilities are over the whole vocabulary, as in DreamPRM-1.5, instead
             of over the two labels. The score is then softmax(z)₊, and "+" and "-" do not sum to 1.
         workers: The number of processes that prepare batches ahead; see ``prm.inputs.workers``.
@@ -118,13 +151,14 @@ def score_examples(
     device = next(iter(params.values()), next(prm.model.parameters())).device
     order = sorted(range(len(encoded)), key=lambda row: -len(encoded[row].input_ids))
     scores: dict[int, Tensor] = {}
-    parts = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+    cut = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+    dealt = cut[part::parts]
     batches = ordered_map(
-        lambda number: collator([encoded[row] for row in parts[number]]),
-        range(len(parts)),
+        lambda number: collator([encoded[row] for row in dealt[number]]),
+        range(len(dealt)),
         workers,
     )
-    for part, batch in zip(parts, batches, strict=True):
+    for rows, batch in zip(dealt, batches, strict=True):
         logits = step_logits(
             prm,
             params,
@@ -133,7 +167,7 @@ def score_examples(
             label_rows=not full_vocab,
         )
         padded = step_scores(logits, full_vocab=full_vocab).cpu()
-        for row, values in zip(part, padded, strict=True):
+        for row, values in zip(rows, padded, strict=True):
             scores[row] = values[: len(encoded[row].label_positions)].clone()
-        scored(len(part))
-    return [scores[row] for row in range(len(encoded))]
+        scored(len(rows))
+    return scores

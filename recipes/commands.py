@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,8 @@ from recipes.options.use import (
     SelectOptions,
     WeighOptions,
 )
-from recipes.run.errors import reported
+from recipes.ranks import is_first, lost, over_ranks, ranks_here, say_aloud, several_ranks
+from recipes.run.errors import RunError, reported
 from recipes.run.files import new_directory
 from recipes.run.show import RunsListOptions, RunsShowOptions, list_runs, show_run
 from recipes.terminal import say
@@ -28,7 +31,54 @@ _SAVING = ("cold-start", "train", "score", "compare")
 
 def run(name: str, options: Any) -> int:
     """Run a command and return its exit status; ``recipes.run.errors`` says what errors end in."""
-    return reported(f"bilevel-prm {name}", lambda: _COMMANDS[name](options), saves=name in _SAVING)
+
+    def command() -> int | None:
+        return _over_ranks(name, options) if several_ranks() else _COMMANDS[name](options)
+
+    return reported(f"bilevel-prm {name}", command, saves=name in _SAVING)
+
+
+def _over_ranks(name: str, options: Any) -> int:
+    """Run a command as one of several ranks, and wait for the others unless it is interrupted."""
+    interrupted: list[KeyboardInterrupt] = []
+    title = f"bilevel-prm {name}"
+    with over_ranks(name) as folder:
+        own = options
+        if folder is not None and getattr(options, "output", None) not in (None, "-"):
+            own = replace(options, output=str(folder / Path(options.output).name))
+
+        def command() -> int | None:
+            try:
+                with _telling_others():
+                    return _COMMANDS[name](own)
+            except KeyboardInterrupt as error:
+                interrupted.append(error)
+                return None
+            except Exception as error:
+                if lost(error) and not is_first():
+                    say_aloud(f"{title}: {error}")
+                raise
+
+        status = reported(title, command)
+        if interrupted:
+            raise interrupted[0]
+    return status
+
+
+@contextmanager
+def _telling_others() -> Iterator[None]:
+    """Tell the other ranks of an error of the body, and be told of theirs.
+
+    Raises:
+        RunError: Another rank has failed or has gone.
+    """
+    from bilevel import RankError
+
+    try:
+        with ranks_here().together():
+            yield
+    except RankError as error:
+        raise RunError(str(error)) from error
 
 
 def _quiet() -> None:

@@ -26,7 +26,7 @@ torch.set_num_threads(1)
 SLOW = (
     *("tests/bilevel/audit/test_check.py", "tests/bilevel/test_internvl.py"),
     *("tests/bilevel/test_package.py", "tests/bilevel/test_precision.py"),
-    *("tests/bilevel/test_typing.py",),
+    *("tests/bilevel/test_replicas.py", "tests/bilevel/test_typing.py"),
     *("tests/bilevel/hypergradients/test_replay_memory.py",),
     *("tests/bilevel/hypergradients/test_unrolled.py",),
     *("tests/examples", "tests/fuzz", "tests/invariants"),
@@ -36,7 +36,8 @@ SLOW = (
     *("tests/recipes/embedded/test_pretrain.py", "tests/recipes/evidence"),
     *("tests/recipes/problems", "tests/recipes/run/test_checkpoints.py"),
     *("tests/recipes/run/test_faults.py", "tests/recipes/run/test_stopping.py"),
-    *("tests/recipes/test_cli.py", "tests/recipes/train/test_hypergradients.py"),
+    *("tests/recipes/test_cli.py", "tests/recipes/test_ranks.py"),
+    *("tests/recipes/train/test_hypergradients.py",),
     *("tests/recipes/train/test_threads.py", "tests/recipes/train/test_training.py"),
     *("tests/recipes/train/test_workers.py",),
     *("tests/recipes/use", "tests/test_readme.py"),

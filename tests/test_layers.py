@@ -44,8 +44,8 @@ ALLOWED = {
 LAYERS = {
     "bilevel": (
         ("tree", "checks", "module_copy"),
-        ("problem", "optimizers", "functional", "inputs"),
-        ("autodiff", "state"),
+        ("problem", "optimizers", "functional", "inputs", "collective"),
+        ("autodiff", "state", "replicas"),
         ("lower",),
         ("routes",),
         ("hypergradients",),
@@ -67,6 +67,7 @@ LAYERS = {
     ),
     "recipes": (
         ("bad_rows", "options", "terminal"),
+        ("ranks",),
         ("run", "loading"),
         ("data_files", "evaluation", "problems"),
         ("train",),

@@ -76,6 +76,7 @@ class OneStep:
     update_derivative: UpdateDerivative = Exact()
 
     last_step_only: ClassVar[bool] = True
+    over_ranks: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if isinstance(self.route, type) or not hasattr(self.route, "backward_pass"):
@@ -250,7 +251,9 @@ class OneStepRecord:
         """Return μ: v at the parameters ``at``, averaged, pulled back through the update."""
         window = self._window
         with random_state.rewound_to(random, before.lower_params):
-            self.upper = upper_gradient(window.problem, at, window.upper_params, self._upper_batch)
+            self.upper = upper_gradient(
+                window.problem, at, window.upper_params, self._upper_batch, window.collective
+            )
         v, self._average = self._method.averaged(self.upper.lower, self._average)
         self._v = v if window.hyperparameters is not None else None
         return self._method.update_derivative.pull_back(

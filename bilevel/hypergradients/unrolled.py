@@ -114,6 +114,7 @@ class Unrolled:
     lower_route: ClassVar[Route] = Jvp()
     through_hyperparameters: ClassVar[bool] = True
     through_initial: ClassVar[bool] = True
+    over_ranks: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if self.steps is not None:
@@ -202,8 +203,13 @@ class UnrolledRecord:
             self._keeps_graphs = method.replay is None and method.store == "device"
             one_each = all(len(micro_batches) == 1 for micro_batches in window.batches)
             learns = window.hyperparameters is not None
+            alone = window.collective.ranks == 1  # a graph does not go through a sum over ranks
             self._connects = (
-                self._keeps_graphs and one_each and not learns and connects(window.optimizer)
+                self._keeps_graphs
+                and one_each
+                and not learns
+                and alone
+                and connects(window.optimizer)
             )
 
     def before(self, number: int, point: Point, random: RandomState) -> PassRequest:
@@ -264,7 +270,13 @@ class UnrolledRecord:
         for index in range(self._connected):  # whose graphs go on into the steps before
             steps[index] = steps[index]._replace(passed=steps[index].passed.without_graphs())
         with random_state.rewound_to(steps[-1].random, end.lower_params):
-            upper = upper_gradient(problem, end.lower_params, self._upper_params, self._upper_batch)
+            upper = upper_gradient(
+                problem,
+                end.lower_params,
+                self._upper_params,
+                self._upper_batch,
+                self._window.collective,
+            )
         upper_loss, upper_aux = upper.loss, upper.aux
         notes = [*upper.notes]
         lower_bar, state_bar, total = upper.lower, None, upper.direct
@@ -328,6 +340,7 @@ class UnrolledRecord:
                     point.lower_params,
                     self._upper_params,
                     [micro.batch for micro in step.passed.micro_batches],
+                    collective=self._window.collective,
                 )
             grads.append(keep(passed.grads, store))
             if index + 1 < len(steps):

@@ -59,7 +59,7 @@ def second_derivatives(
     upper_params: Params,
     direction: Tree,
 ) -> SecondDerivatives:
-    """Return the derivative along d, a direction in θ, of (∇_θ L, ∇_φ L) over the micro-batches.
+    """Return the derivative along d, a direction in θ, of (∇_θ L, ∇_φ L) over all micro-batches.
 
     Args:
         problem: The losses.
@@ -83,8 +83,12 @@ def second_derivatives(
             if share != 1.0:
                 both = tree.scale(share, both)
             total = both if total is None else tree.add(both, total)
-    assert total is not None
-    return total
+    lower = tree.map(lambda leaf, _: leaf, lower_params, direction)
+    own = (None, None) if total is None else total
+    return SecondDerivatives(
+        passed.collective.sum(own[0], lower),
+        passed.collective.sum(own[1], upper_params, sparse=True),
+    )
 
 
 def _in_precision_of(product: Tensor, leaf: Tensor) -> Tensor:

@@ -18,6 +18,7 @@ from bilevel import tree
 from bilevel.autodiff import random_state
 from bilevel.autodiff.gradient import as_leaves, gradients
 from bilevel.autodiff.random_state import RandomState
+from bilevel.collective import Alone, Collective
 from bilevel.lower.connected_step import connected_update, connects, with_graph
 from bilevel.lower.lower_pass import LowerPass, lower_pass
 from bilevel.lower.route import Route
@@ -45,6 +46,7 @@ class Window:
         batches: Per lower step its micro-batches.
         initial: φ -> θ, if that is what ``start`` comes from; None: θ does not depend on φ.
         hyperparameters: φ -> numbers of the optimizer that come from φ; None: none do.
+        collective: The ranks that the batches are spread over.
     """
 
     problem: Problem
@@ -54,6 +56,7 @@ class Window:
     batches: Sequence[Sequence[Batch]]
     initial: Callable[[Any], Params] | None = None
     hyperparameters: Callable[[Any], Hyperparameters] | None = None
+    collective: Collective = Alone()
 
     def at(self, upper_params: Params) -> Window:
         """Return the same window at a φ, from which the start and the numbers may come.
@@ -216,6 +219,7 @@ def take_steps(window: Window, route: Route, recorder: Recorder | None = None) -
             direction=request.direction,
             keep_graph=request.keep_graph,
             connect=request.connect,
+            collective=window.collective,
         )
         if request.connect and passed.graph is not None and connects(window.optimizer):
             found = connected_update(window.optimizer, passed.graph.grads, *point[::-1])

@@ -18,7 +18,8 @@ from prm.evaluation.select import best_of_n, self_consistency, weighted_vote
 from prm.models.model import PRM
 from prm.names import TieRule
 from prm.schema import StepExample
-from prm.scoring import aggregate, score_examples
+from prm.scoring import aggregate
+from recipes.evaluation.scoring import score_rows
 from recipes.loading import (
     Examples,
     Fault,
@@ -258,15 +259,15 @@ def step_scores_of(
     """Return step scores (0 without a step) and the mask of steps, [examples, steps] each."""
     shown = not isinstance(options, TrainOptions) or options.run.progress
     with progress_bar("scoring", len(data), shown=shown) as bar:
-        scored = score_examples(
+        scored = score_rows(
             prm,
             params,
             data.encoded,
             data.collator,
             options.eval_batch_size,
+            bar,
             full_vocab=full_vocab,
             workers=options.workers,
-            scored=bar.update,
         )
     steps = max(len(row) for row in scored)
     scores = torch.zeros(len(scored), steps)

@@ -21,6 +21,7 @@ from prm.models.model import save_prm
 from recipes.loading import load_model, read_examples, set_up
 from recipes.options.rules import check_together
 from recipes.options.train import ColdStartOptions
+from recipes.ranks import ranks_here
 from recipes.run.directory import check_directory
 from recipes.run.files import write_json
 from recipes.run.resume import open_run
@@ -35,7 +36,7 @@ from recipes.train.batches import (
 )
 from recipes.train.data import keep_bad_rows, refuse_other_bad_rows, require
 from recipes.train.loop import StepLogging, Training, train
-from recipes.train.make_solver import lower_schedule, make_plain_solver
+from recipes.train.make_solver import lower_schedule, make_plain_solver, over_ranks
 from recipes.train.objective import Objective
 from recipes.train.results import print_troubles
 
@@ -50,7 +51,9 @@ def run_cold_start(options: ColdStartOptions) -> Path:
     """
     started = time.perf_counter()
     check_together(options)
-    check_directory(options)
+    ranks = ranks_here()
+    if ranks.rank == 0:
+        check_directory(options)
     set_up(options)
     prm, lower = load_model(options, options.lower.freeze)
     data = require(read_examples(prm, options, options.train_file), "labels")
@@ -64,7 +67,8 @@ def run_cold_start(options: ColdStartOptions) -> Path:
         full_vocab=options.probability == "vocabulary",
         lower_loss=options.lower.loss,
     )
-    solver = make_plain_solver(options, objective.problem())
+    plain = make_plain_solver(options, objective.problem())
+    solver = over_ranks(plain, ranks, objective.upper_size)
     batch = train_batch(lower_draw(options, drawn), data)
     start, pictures = solver.init(lower, {}), {"train_file": data.pictures}
     with open_run(options, prm.model, start, pictures) as run:
@@ -73,7 +77,9 @@ def run_cold_start(options: ColdStartOptions) -> Path:
             solver,
             steps=options.lower.steps,
             lower_batches=ahead(
-                per_step(batch, options.lower.accumulation), options.lower.steps, options.workers
+                per_step(batch, options.lower.accumulation, ranks.rank, ranks.ranks),
+                options.lower.steps,
+                options.workers,
             ),
             title="cold start",
             on_trouble=options.run.on_trouble,
@@ -83,7 +89,8 @@ def run_cold_start(options: ColdStartOptions) -> Path:
         end = train(run, training, logging)
         directory = run.directory
         with run.keeping(end):
-            save_prm(prm, end.state.lower_params, directory / "model")
+            if run.writes:
+                save_prm(prm, end.state.lower_params, directory / "model")
             seconds = round(time.perf_counter() - started, 2)
             rows = len(drawn)
             results = {"rows": {}, "examples": rows, "seed": options.seed}

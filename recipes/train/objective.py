@@ -131,6 +131,16 @@ class Objective:
             return pair_loss(scores[..., 0], batch["correct"], batch["group"])
         return outcome_loss(scores, batch["correct"], self.loss_target).mean()
 
+    def upper_size(self, batch: Batch) -> int:
+        """Return over how many terms the meta loss of a batch is a mean: solutions, or pairs."""
+        if not batch:
+            return 0
+        if self.loss_target != "pairs":
+            return len(batch["correct"])
+        right = batch["correct"] == 1
+        same = batch["group"][:, None] == batch["group"][None, :]
+        return int((same & right[:, None] & ~right[None, :]).sum())
+
     def problem(self) -> ReweightingProblem[Params, Params, Batch]:
         """Return the bilevel problem over dicts of parameters."""
         return ReweightingProblem(

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from bilevel import BilevelProblem
+from bilevel import BilevelProblem, Collective
 from prm.aggregations import AGGREGATIONS
 from prm.inputs.collate import Batch
 from prm.models.model import PRM, save_prm
@@ -19,6 +19,7 @@ from recipes.evaluation.candidates import step_scores_of
 from recipes.loading import load_model, set_up
 from recipes.options.rules import check_together
 from recipes.options.train import TrainOptions
+from recipes.ranks import ranks_here
 from recipes.run.directory import check_directory
 from recipes.run.files import write_json
 from recipes.run.resume import open_run
@@ -47,6 +48,7 @@ from recipes.train.make_solver import (
     lower_schedule,
     make_plain_solver,
     make_solver,
+    over_ranks,
 )
 from recipes.train.objective import Objective, Solver, State
 from recipes.train.results import evaluate_all, print_summary, row_name
@@ -63,11 +65,12 @@ from weighting import mean_one_over
 
 @dataclass(frozen=True)
 class _Task:
-    """The task of a run: its options, the data, and the losses of both levels."""
+    """The task of a run: its options, the data, the losses of both levels, who takes its steps."""
 
     options: TrainOptions
     data: TrainData
     objective: Objective
+    ranks: Collective
 
 
 class _Method(NamedTuple):
@@ -95,15 +98,16 @@ def run_training(options: TrainOptions, logged: Callable[[int], None] | None = N
     Returns:
         The run directory.
     """
-    clock = _Clock()
+    clock, ranks = _Clock(), ranks_here()
     check_together(options)
-    check_directory(options)
+    if ranks.rank == 0:
+        check_directory(options)
     set_up(options)
     prm, lower = load_model(options, options.lower.freeze, options.init_from)
     data = read_train_data(prm, options)
     refuse_other_bad_rows(options, data.bad)
     objective = _objective(options, prm, data)
-    task = _Task(options, data, objective)
+    task = _Task(options, data, objective, ranks)
     solver, upper, rates = _method(task)
     start = solver.init(lower, upper)
     with open_run(options, prm.model, start, data.pictures) as run:
@@ -117,7 +121,7 @@ def run_training(options: TrainOptions, logged: Callable[[int], None] | None = N
             solver,
             steps=options.lower.steps,
             lower_batches=ahead(
-                per_step(lower_batch, options.lower.accumulation),
+                per_step(lower_batch, options.lower.accumulation, ranks.rank, ranks.ranks),
                 options.lower.steps,
                 options.workers,
             ),
@@ -130,7 +134,8 @@ def run_training(options: TrainOptions, logged: Callable[[int], None] | None = N
         end = train(run, training, logging)
         clock.lap("train")
         with run.keeping(end):
-            save_prm(prm, end.state.lower_params, run.directory / "model")
+            if run.writes:
+                save_prm(prm, end.state.lower_params, run.directory / "model")
             results: dict[str, Any] = {"rows": {}, "seed": options.seed}
             results["troubles"] = dict(end.seen.counts)
             micro_batches = options.lower.steps * options.lower.accumulation
@@ -226,7 +231,7 @@ def _upper_level(task: _Task) -> Callable[[int], Batch] | None:
     if task.objective.weighting is None or meta is None:
         return None
     return ahead(
-        meta_batch(upper_draw(options, meta), meta),
+        meta_batch(upper_draw(options, meta), meta, task.ranks.rank, task.ranks.ranks),
         options.lower.steps,
         options.workers,
         every=options.upper.unroll_steps,
@@ -234,6 +239,12 @@ def _upper_level(task: _Task) -> Callable[[int], Batch] | None:
 
 
 def _method(task: _Task) -> _Method:
+    """Return the method, its solver being that of this rank."""
+    made = _method_of_all(task)
+    return made._replace(solver=over_ranks(made.solver, task.ranks, task.objective.upper_size))
+
+
+def _method_of_all(task: _Task) -> _Method:
     options, objective = task.options, task.objective
     rates: dict[str, Callable[[int], float]] = {"lower_lr": lower_schedule(options)}
     if options.weighting.lower_data == "meta":

@@ -16,12 +16,12 @@ from prm.data.json_rows import json_rows
 from prm.evaluation.second_opinion import load_math_verify
 from prm.models.model import PRM
 from prm.schema import DataError
-from prm.scoring import score_examples
 from recipes.bad_rows import report_bad_rows, report_truncated, skipped_path, truncated_path
 from recipes.evaluation.candidates import Candidates, candidates_or_steps
 from recipes.evaluation.dev_choice import Choice, choose_on_dev
 from recipes.evaluation.figures import all_figures
 from recipes.evaluation.leaks import find_leak, refuse_leak
+from recipes.evaluation.scoring import score_rows
 from recipes.evaluation.table import SANITY_CHECK, results_table
 from recipes.loading import (
     Examples,
@@ -68,14 +68,14 @@ class _Judge:
         assert isinstance(data, Examples)
         options = self.options
         with progress_bar("scoring", len(data)) as bar:
-            return score_examples(
+            return score_rows(
                 *self.loaded,
                 data.encoded,
                 data.collator,
                 options.eval_batch_size,
+                bar,
                 full_vocab=options.probability == "vocabulary",
                 workers=options.workers,
-                scored=bar.update,
             )
 
 

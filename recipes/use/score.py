@@ -18,11 +18,13 @@ from prm.digests import check_digest, digest_path, write_digest
 from prm.inputs.prompt import SYSTEM_PROMPT
 from prm.models.model import PRM
 from prm.schema import DataError, StepExample
-from prm.scoring import aggregate, score_examples
+from prm.scoring import aggregate
 from recipes.bad_rows import report_bad_rows, report_truncated, skipped_path, truncated_path
+from recipes.evaluation.scoring import score_rows
 from recipes.loading import load_model, read_examples, set_up
 from recipes.options.use import ScoreOptions
 from recipes.options.values import OptionError
+from recipes.ranks import ranks_here
 from recipes.run.files import named, output_file, write_json, write_text
 from recipes.run.identity import digest_file, digest_model
 from recipes.run.lock import locked
@@ -72,6 +74,7 @@ def _score(options: ScoreOptions, output: Path) -> None:
     report_truncated([data.bad], truncated_path(output), say)
     started = time.perf_counter()
     window = _WINDOW * options.eval_batch_size
+    done = ranks_here().numbers(done)[0]  # the others write a copy that nobody reads
     # An incomplete window is scored again as a whole, so that its batches are the same.
     first = done // window * window if done < len(ids) else len(ids)
     with (
@@ -81,15 +84,15 @@ def _score(options: ScoreOptions, output: Path) -> None:
     ):
         for start in range(first, len(ids), window):
             encoded = data.encoded[start : start + window]
-            scores = score_examples(
+            scores = score_rows(
                 prm,
                 params,
                 encoded,
                 data.collator,
                 options.eval_batch_size,
+                bar,
                 full_vocab=options.probability == "vocabulary",
                 workers=options.workers,
-                scored=bar.update,
             )
             lines = data.lines[start : start + window]
             for number, (row, line, steps) in enumerate(
