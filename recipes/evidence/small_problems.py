@@ -10,6 +10,7 @@ same hypergradient, which is checked first. Written to ``results/small_problems.
 from __future__ import annotations
 
 import argparse
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
@@ -23,7 +24,8 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from bilevel import SGD, BilevelProblem, BilevelSolver, OneStep, Unrolled
-from recipes.run.files import write_json
+from recipes.run.errors import reported
+from recipes.run.files import check_writable, write_json
 
 Params = dict[str, Tensor]
 Window = Callable[[], Tensor]
@@ -144,6 +146,7 @@ def main(words: Sequence[str] | None = None) -> None:
     parser.add_argument("--rounds", type=int, default=60)
     parser.add_argument("--output", type=Path, default=Path("results/small_problems.json"))
     given = parser.parse_args(words)
+    check_writable("--output", given.output)
     torch.set_num_threads(1)
     found: dict[str, Any] = {}
     for steps in (1, 8):
@@ -157,4 +160,4 @@ def main(words: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(reported("recipes.evidence.small_problems", main))

@@ -19,6 +19,7 @@ from prm.scoring import score_examples
 from recipes import commands
 from recipes.__main__ import main
 from recipes.embedded.vocabulary import SYSTEM_PROMPT
+from recipes.evaluation.scoring import score_rows
 from recipes.loading import load_model, read_examples
 from recipes.options.use import ScoreOptions, SelectOptions
 from recipes.run.lock import locked
@@ -86,10 +87,10 @@ def test_an_interrupted_file_is_continued_to_the_same_bytes(options, monkeypatch
         calls.append(args)
         if len(calls) == 3:
             raise KeyboardInterrupt
-        return score_examples(*args, **more)
+        return score_rows(*args, **more)
 
     with monkeypatch.context() as patch:
-        patch.setattr(recipes.use.score, "score_examples", interrupted)
+        patch.setattr(recipes.use.score, "score_rows", interrupted)
         with pytest.raises(KeyboardInterrupt):
             run_score(options())
     output = Path(options().output)
@@ -101,7 +102,7 @@ def test_an_interrupted_file_is_continued_to_the_same_bytes(options, monkeypatch
     assert run_score(options()).read_bytes() == whole
     there = 12 if cut >= 0 else 11
     assert f"{20 - there} solutions scored in " in capsys.readouterr().out
-    monkeypatch.setattr(recipes.use.score, "score_examples", None)  # nothing is left to do
+    monkeypatch.setattr(recipes.use.score, "score_rows", None)  # nothing is left to do
     assert run_score(options()).read_bytes() == whole
     said = capsys.readouterr().out
     assert re.search(r": 0 solutions scored in \d+\.\d s, 20 were there\n", said)
@@ -140,9 +141,9 @@ def test_a_file_of_unknown_origin_is_refused(options, tmp_path, capsys):
 
 def test_scores_that_are_no_numbers_are_named(options, monkeypatch, capsys):
     def diverged(*args, **more):
-        return [row * float("nan") for row in score_examples(*args, **more)]
+        return [row * float("nan") for row in score_rows(*args, **more)]
 
-    monkeypatch.setattr(recipes.use.score, "score_examples", diverged)
+    monkeypatch.setattr(recipes.use.score, "score_rows", diverged)
     assert commands.run("score", options()) == 1
     line = capsys.readouterr().err.splitlines()[-1]
     assert "test.jsonl: example 'test-0000-0': expected numbers as step scores, found [nan" in line
@@ -157,10 +158,10 @@ def test_an_interrupted_file_is_not_selected_from(options, monkeypatch, capsys, 
         calls.append(args)
         if len(calls) == 2:
             raise KeyboardInterrupt
-        return score_examples(*args, **more)
+        return score_rows(*args, **more)
 
     with monkeypatch.context() as patch:
-        patch.setattr(recipes.use.score, "score_examples", interrupted)
+        patch.setattr(recipes.use.score, "score_rows", interrupted)
         assert commands.run("score", options()) == 130
     select = SelectOptions(scores=options().output, output=str(tmp_path / "best.jsonl"))
     capsys.readouterr()
