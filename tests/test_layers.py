@@ -57,7 +57,7 @@ LAYERS = {
         ("schema", "names", "files"),
         ("losses", "aggregations", "evaluation", "inputs", "digests"),
         ("data", "models"),
-        ("scoring",),
+        ("placement", "scoring"),
     ),
     "weighting": (
         ("bounds", "files", "heuristics", "normalise"),

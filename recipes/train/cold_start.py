@@ -18,7 +18,7 @@ from pathlib import Path
 
 from prm.aggregations import AGGREGATIONS
 from prm.models.model import save_prm
-from recipes.loading import load_model, read_examples, set_up
+from recipes.loading import load_model, placement_of, read_examples, set_up
 from recipes.options.rules import check_together
 from recipes.options.train import ColdStartOptions
 from recipes.run.directory import check_directory
@@ -52,7 +52,8 @@ def run_cold_start(options: ColdStartOptions) -> Path:
     check_together(options)
     check_directory(options)
     set_up(options)
-    prm, lower = load_model(options, options.lower.freeze)
+    placement = placement_of(options.placement, options.activation_checkpointing)
+    prm, lower = load_model(options, options.lower.freeze, placement=placement)
     data = require(read_examples(prm, options, options.train_file), "labels")
     refuse_other_bad_rows(options, {"train": data.bad})
     drawn = cold_start_rows(options, len(data))
@@ -72,8 +73,13 @@ def run_cold_start(options: ColdStartOptions) -> Path:
         training = Training(
             solver,
             steps=options.lower.steps,
-            lower_batches=ahead(
-                per_step(batch, options.lower.accumulation), options.lower.steps, options.workers
+            lower_batches=placement.batches(
+                ahead(
+                    per_step(batch, options.lower.accumulation),
+                    options.lower.steps,
+                    options.workers,
+                ),
+                options.lower.steps,
             ),
             title="cold start",
             on_trouble=options.run.on_trouble,

@@ -80,7 +80,7 @@ class Objective:
         if "weights" in batch:
             given = batch["weights"]
             return batch_mean_one(given) if self.normalise_given else given
-        return torch.ones(len(batch["labels"]))
+        return torch.ones(len(batch["labels"]), device=batch["labels"].device)
 
     @property
     def reads_features(self) -> bool:
@@ -111,8 +111,10 @@ class Objective:
             outputs: The ``step_probs`` of the current model, [batch, steps].
         """
         read = {**batch, **outputs}
+        if "attention_mask" not in batch and "input_ids" in batch:  # nothing is padded
+            read["attention_mask"] = torch.ones_like(batch["input_ids"])
         if self.reads_features:
-            read["features"], read["feature_mask"] = self.net_inputs(batch, outputs)
+            read["features"], read["feature_mask"] = self.net_inputs(read, outputs)
         return read
 
     def net_inputs(self, batch: Batch, outputs: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:

@@ -15,8 +15,9 @@ from bilevel import BilevelProblem
 from prm.aggregations import AGGREGATIONS
 from prm.inputs.collate import Batch
 from prm.models.model import PRM, save_prm
+from prm.placement import Placement
 from recipes.evaluation.candidates import step_scores_of
-from recipes.loading import load_model, set_up
+from recipes.loading import load_model, placement_of, set_up
 from recipes.options.rules import check_together
 from recipes.options.train import TrainOptions
 from recipes.run.directory import check_directory
@@ -63,9 +64,10 @@ from weighting import mean_one_over
 
 @dataclass(frozen=True)
 class _Task:
-    """The task of a run: its options, the data, and the losses of both levels."""
+    """The task of a run: its options, where it computes, the data, the losses of both levels."""
 
     options: TrainOptions
+    placement: Placement
     data: TrainData
     objective: Objective
 
@@ -99,11 +101,12 @@ def run_training(options: TrainOptions, logged: Callable[[int], None] | None = N
     check_together(options)
     check_directory(options)
     set_up(options)
-    prm, lower = load_model(options, options.lower.freeze, options.init_from)
+    placement = placement_of(options.placement, options.activation_checkpointing)
+    prm, lower = load_model(options, options.lower.freeze, options.init_from, placement)
     data = read_train_data(prm, options)
     refuse_other_bad_rows(options, data.bad)
     objective = _objective(options, prm, data)
-    task = _Task(options, data, objective)
+    task = _Task(options, placement, data, objective)
     solver, upper, rates = _method(task)
     start = solver.init(lower, upper)
     with open_run(options, prm.model, start, data.pictures) as run:
@@ -116,10 +119,13 @@ def run_training(options: TrainOptions, logged: Callable[[int], None] | None = N
         training = Training(
             solver,
             steps=options.lower.steps,
-            lower_batches=ahead(
-                per_step(lower_batch, options.lower.accumulation),
+            lower_batches=placement.batches(
+                ahead(
+                    per_step(lower_batch, options.lower.accumulation),
+                    options.lower.steps,
+                    options.workers,
+                ),
                 options.lower.steps,
-                options.workers,
             ),
             title=row_name(options),
             on_trouble=options.run.on_trouble,
@@ -225,12 +231,9 @@ def _upper_level(task: _Task) -> Callable[[int], Batch] | None:
     options, meta = task.options, task.data.meta
     if task.objective.weighting is None or meta is None:
         return None
-    return ahead(
-        meta_batch(upper_draw(options, meta), meta),
-        options.lower.steps,
-        options.workers,
-        every=options.upper.unroll_steps,
-    )
+    steps, every = options.lower.steps, options.upper.unroll_steps
+    batches = ahead(meta_batch(upper_draw(options, meta), meta), steps, options.workers, every)
+    return task.placement.batches(batches, steps, every)
 
 
 def _method(task: _Task) -> _Method:
@@ -246,4 +249,5 @@ def _method(task: _Task) -> _Method:
     print_time_scale(scale)
     rates["upper_lr"] = logged_upper_rate(options, scale.upper_lr)
     upper = weighting.init(torch.Generator().manual_seed(options.seed))
+    upper = task.placement.params(upper)
     return _Method(make_solver(options, objective, scale.upper_lr), upper, rates)

@@ -19,10 +19,11 @@ from bilevel.optimizers.schedule import Constant, StepDecay
 from bilevel.routes import CentralDifference, Route
 from prm.aggregations import AGGREGATIONS
 from prm.models.model import load_prm
+from prm.placement import Placement
 from recipes import commands
 from recipes.embedded.vocabulary import SYSTEM_PROMPT
 from recipes.evaluation.table import NAMES
-from recipes.loading import read_examples
+from recipes.loading import placement_of, read_examples
 from recipes.options.embedded import CompareOptions, DataOptions, PretrainOptions
 from recipes.options.flat import flat_options, flatten
 from recipes.options.parse import changed, train_options
@@ -190,7 +191,9 @@ def test_every_choice_is_tested_below():
     entries = flat_options(TrainOptions).values()
     found = {entry.name for entry in entries if get_origin(entry.hint) is Literal}
     assert found == {
+        "activation_checkpointing",
         "aggregation",
+        "attention",
         "bound",
         "context",
         "hypergradient",
@@ -204,6 +207,7 @@ def test_every_choice_is_tested_below():
         "on_existing",
         "on_trouble",
         "order",
+        "precision",
         "probability",
         "route",
         "too_long",
@@ -475,6 +479,22 @@ def test_on_existing(tmp_path, name):
     expected = {"refuse": full, "number": tmp_path / "run-3"}
     assert free_directory(full, name) == expected[name]
     assert free_directory(tmp_path / "new", name) == tmp_path / "new"
+
+
+@pytest.mark.parametrize("name", choices("precision"))
+@pytest.mark.parametrize("attention", choices("attention"))
+@pytest.mark.parametrize("layers", choices("activation_checkpointing"))
+def test_placements(name, attention, layers):
+    options = changed(
+        BASE, device="cpu", precision=name, attention=attention, activation_checkpointing=layers
+    )
+    if attention == "flash":
+        with pytest.raises(OptionError, match=r"--attention flash: .* found cpu; use sdpa"):
+            placement_of(options.placement, options.activation_checkpointing)
+        return
+    assert placement_of(options.placement, options.activation_checkpointing) == Placement(
+        torch.device("cpu"), "float32" if name == "auto" else name, attention, layers
+    )
 
 
 def test_every_kind_of_run_has_a_row_of_its_own_name():
