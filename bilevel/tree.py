@@ -145,6 +145,22 @@ def allfinite(tree: Tree) -> Bool[Tensor, ""]:
     return torch.stack([check.to(checks[0].device) for check in checks]).all()
 
 
+def on_host(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return tensors by name, detached and in the memory of the host; their values do not change.
+
+    Those of a device are copied together, so that the host waits for it once. Tensors of the CPU
+    are not copied.
+    """
+    found = {name: tensor.detach() for name, tensor in tensors.items()}
+    for device in {tensor.device for tensor in found.values() if not tensor.is_cpu}:
+        there = {name: tensor for name, tensor in found.items() if tensor.device == device}
+        pieces = [tensor.reshape(-1).view(torch.uint8) for tensor in there.values()]
+        copied = torch.cat(pieces).cpu().split([len(piece) for piece in pieces])
+        for (name, tensor), piece in zip(there.items(), copied, strict=True):
+            found[name] = piece.clone().view(tensor.dtype).reshape(tensor.shape)
+    return found
+
+
 def names(tree: Tree, *, none_is_leaf: bool = False) -> list[str]:
     """Return one '/'-joined path per leaf, in leaf order.
 

@@ -162,7 +162,7 @@ def _device(name: str) -> torch.device:
     if number >= cuda:
         known = f"{cuda}, numbered from 0" if cuda else "none"
         raise ValueError(
-            f"device {name}: expected a CUDA device that torch {torch.__version__} can use, found "
+            f"device {name}: expected a CUDA device that this build of torch can use, found "
             f"{known}; use {'cuda:0' if cuda else 'cpu'}"
         )
     return torch.device("cuda", number)

@@ -16,10 +16,6 @@ def moved(batches: Batches, device: torch.device) -> Batches:
 
     To a CUDA device they are copied from pinned memory, and the host does not wait. On the CPU the
     batch is returned as it is.
-
-    On any other device a batch in which nothing is padded has no ``attention_mask``. A model takes
-    a missing mask for one of ones, which gives the same bits, but looks at the values of a mask,
-    for which the host would have to wait.
     """
     if device.type == "cpu":
         return batches
@@ -31,13 +27,9 @@ def moved(batches: Batches, device: torch.device) -> Batches:
 
 
 def _moved(batch: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:
-    kept = dict(batch)
-    mask = kept.get("attention_mask")
-    if mask is not None and mask.is_cpu and bool(mask.all()):
-        del kept["attention_mask"]
     if device.type == "cuda":
         return {
             name: value.pin_memory().to(device, non_blocking=True) if value.is_cpu else value
-            for name, value in kept.items()
+            for name, value in batch.items()
         }
-    return {name: value.to(device) for name, value in kept.items()}
+    return {name: value.to(device) for name, value in batch.items()}

@@ -20,7 +20,7 @@ from recipes.run.errors import NonFiniteError, StepError, Stopped
 from recipes.run.resume import Run
 from recipes.run.step_log import Unlogged, append_line
 from recipes.run.stopping import stop_requests
-from recipes.run.trouble import GIVE_UP, Trouble, find_troubles
+from recipes.run.trouble import GIVE_UP, Trouble, find_troubles, read_steps
 from recipes.terminal import progress_bar
 from weighting import Weighting
 
@@ -165,7 +165,7 @@ class Judged:
 
     Attributes:
         progress: The state of the run.
-        infos: The information of each lower step.
+        infos: The information of each lower step, read by the host.
         rejected: Whether the steps were rejected.
     """
 
@@ -187,10 +187,11 @@ def judge(
         NonFiniteError: They are rejected with ``on_trouble`` "raise", or too many in a row were.
     """
     first, after = int(progress.state.lower_steps), int(state.lower_steps)
+    reading = read_steps(state, infos)
     troubles = find_troubles(
-        training.solver, training.weighting, progress.state, state, infos, progress.seen
+        training.solver, training.weighting, progress.state, state, reading, progress.seen
     )
-    seen = progress.seen.after(troubles, infos)
+    seen = progress.seen.after(troubles, reading.infos)
     fatal = next((trouble for trouble in troubles if trouble.rejects), None)
     lost = () if fatal is None else range(first + 1, after + 1)
     unlogged = progress.unlogged.with_troubles(troubles, lost)
@@ -199,7 +200,8 @@ def judge(
     else:
         _report(fatal, training, first, seen.in_a_row)
         progress = _without_steps(run, progress, after, training.on_trouble)
-    return Judged(replace(progress, unlogged=unlogged, seen=seen), infos, fatal is not None)
+    progress = replace(progress, unlogged=unlogged, seen=seen)
+    return Judged(progress, reading.infos, fatal is not None)
 
 
 def log_steps(
