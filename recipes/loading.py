@@ -16,12 +16,14 @@ from prm.data import reader
 from prm.data.bad_rows import BadRows
 from prm.inputs.collate import Batch, Collator, EncodedExample
 from prm.inputs.prompt import SYSTEM_PROMPT
+from prm.models.adapters import add_lora
 from prm.models.model import PRM, is_hub_name, split_parameters
 from prm.names import Recomputed, TooLong
 from prm.placement import Placement, resolve
 from prm.schema import DataError, StepExample
 from recipes.bad_rows import bad_rows_of
 from recipes.options.base import LoaderOptions, PlacementOptions, PrmOptions
+from recipes.options.groups import LoraSettings
 from recipes.options.values import OptionError, existing_file
 
 EMBEDDED_BASE = Path(__file__).parent / "assets" / "base"
@@ -195,6 +197,29 @@ def load_model(
     except ValueError as error:
         raise OptionError(f"--{error}") from error
     return prm, {name: tensor.clone() for name, tensor in trainable.items()}
+
+
+def adapted(
+    prm: PRM, lora: LoraSettings, freeze: Sequence[str], placement: Placement
+) -> dict[str, Tensor]:
+    """Add adapters to a model, and return their parameters by name: those that are trained.
+
+    Raises:
+        OptionError: A target names no linear layer that is not frozen, or nothing is trained of
+            what is to be recomputed.
+        ModuleNotFoundError: The library peft is not installed.
+    """
+    try:
+        params = add_lora(
+            prm.model, rank=lora.rank, alpha=lora.alpha, targets=lora.targets, freeze=freeze
+        )
+    except ValueError as error:
+        raise OptionError(f"--lora-targets: {error}") from error
+    try:
+        placement.check_trained(params, prm)
+    except ValueError as error:
+        raise OptionError(f"--{error}") from error
+    return {name: tensor.clone() for name, tensor in params.items()}
 
 
 def read_solutions(options: LoaderOptions, path: str) -> Solutions:

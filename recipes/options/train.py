@@ -29,7 +29,7 @@ from recipes.options.choices import (
     UnrolledOptions,
     WeightingOptions,
 )
-from recipes.options.groups import LowerLevel, RunSettings, TrustedData, UpperLevel
+from recipes.options.groups import LoraSettings, LowerLevel, RunSettings, TrustedData, UpperLevel
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,6 +44,7 @@ class LowerOptions(LoaderOptions):
         on_resume="free",
     )
     lower: LowerLevel = group(LowerLevel)
+    lora: LoraSettings = group(LoraSettings)
     activation_checkpointing: Recomputed = option(
         "none",
         "layers that are computed again in the backward pass instead of being stored: those of the "

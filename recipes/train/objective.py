@@ -111,10 +111,8 @@ class Objective:
             outputs: The ``step_probs`` of the current model, [batch, steps].
         """
         read = {**batch, **outputs}
-        if "attention_mask" not in batch and "input_ids" in batch:  # nothing is padded
-            read["attention_mask"] = torch.ones_like(batch["input_ids"])
         if self.reads_features:
-            read["features"], read["feature_mask"] = self.net_inputs(read, outputs)
+            read["features"], read["feature_mask"] = self.net_inputs(batch, outputs)
         return read
 
     def net_inputs(self, batch: Batch, outputs: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:

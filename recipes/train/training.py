@@ -14,10 +14,10 @@ from torch import Tensor
 from bilevel import BilevelProblem
 from prm.aggregations import AGGREGATIONS
 from prm.inputs.collate import Batch
-from prm.models.model import PRM, save_prm
+from prm.models.model import PRM
 from prm.placement import Placement
 from recipes.evaluation.candidates import step_scores_of
-from recipes.loading import load_model, placement_of, set_up
+from recipes.loading import adapted, load_model, placement_of, set_up
 from recipes.options.rules import check_together
 from recipes.options.train import TrainOptions
 from recipes.run.directory import check_directory
@@ -50,7 +50,7 @@ from recipes.train.make_solver import (
     make_solver,
 )
 from recipes.train.objective import Objective, Solver, State
-from recipes.train.results import evaluate_all, print_summary, row_name
+from recipes.train.results import evaluate_all, print_summary, row_name, save_trained
 from recipes.train.time_scale import print_time_scale, time_scale
 from recipes.train.weight_report import (
     final_weights,
@@ -103,6 +103,8 @@ def run_training(options: TrainOptions, logged: Callable[[int], None] | None = N
     set_up(options)
     placement = placement_of(options.placement, options.activation_checkpointing)
     prm, lower = load_model(options, options.lower.freeze, options.init_from, placement)
+    if options.lora.rank:
+        lower = adapted(prm, options.lora, options.lower.freeze, placement)
     data = read_train_data(prm, options)
     refuse_other_bad_rows(options, data.bad)
     objective = _objective(options, prm, data)
@@ -136,7 +138,7 @@ def run_training(options: TrainOptions, logged: Callable[[int], None] | None = N
         end = train(run, training, logging)
         clock.lap("train")
         with run.keeping(end):
-            save_prm(prm, end.state.lower_params, run.directory / "model")
+            save_trained(prm, end.state.lower_params, options, run.directory)
             results: dict[str, Any] = {"rows": {}, "seed": options.seed}
             results["troubles"] = dict(end.seen.counts)
             micro_batches = options.lower.steps * options.lower.accumulation

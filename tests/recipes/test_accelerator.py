@@ -21,6 +21,9 @@ SCENARIOS = (*TRAININGS, *USES)
 PASSES = "prm/models/model.py:forward <- import_utils.torch_compilable_check"
 """InternVL compares the number of image tokens with that of tiles: once in every forward pass."""
 
+SAYS = "prm/models/model.py:forward <- modeling_internvl.get_placeholder_mask"
+"""It also writes that number into a message that it would show: once in every forward pass."""
+
 MASKS = "prm/models/model.py:forward <- masking_utils._ignore_causal_mask_sdpa"
 """transformers asks whether anything is padded: at most twice in every forward pass."""
 
@@ -75,6 +78,7 @@ def test_nothing_is_mixed_up(noted, name):
 def test_the_host_waits_in_a_step_for_what_is_listed_alone(noted, name):
     waits = dict(noted[name]["waits"])
     passes = waits.pop(PASSES)
+    assert waits.pop(SAYS) == passes
     assert waits.pop(MASKS) <= 2 * passes
     if name == "central-difference":
         assert all(waits.pop(place) <= 6 for place in DIFFERENCES)
@@ -85,7 +89,7 @@ def test_the_host_waits_in_a_step_for_what_is_listed_alone(noted, name):
 
 def test_nothing_is_listed_that_no_scenario_waits_for(noted):
     seen = set().union(*(found["waits"] for found in noted.values()))
-    assert seen == {PASSES, MASKS, *LISTED, *DIFFERENCES}
+    assert seen == {PASSES, SAYS, MASKS, *LISTED, *DIFFERENCES}
 
 
 def test_the_run_is_that_of_the_cpu(noted):

@@ -113,7 +113,7 @@ def recording(monkeypatch):
 
 
 def test_cold_start_reads_each_of_its_options(task, tmp_path, recording):
-    options, seen = recording(task.cold_start(tmp_path / "run"))
+    options, seen = recording(task.cold_start(tmp_path / "run", lora_rank=2))
     run_cold_start(options)
     assert not_read(ColdStartOptions, seen) == {"max_bad_rows"}
 
@@ -128,6 +128,7 @@ def test_training_reads_each_of_its_options(task, tmp_path, recording):
         ("none", {"weighting": "none"}),
         ("implicit", implicit),
         ("penalty", {"hypergradient": "penalty"}),
+        ("lora", {"lora_rank": 2, "weighting": "none", "steps": 1}),
     ):
         given = task.train(tmp_path / name, **more)
         options, seen = recording(given)
@@ -202,6 +203,7 @@ def test_every_choice_is_tested_below():
         "lower_data",
         "lower_loss",
         "on_bad_row",
+        "lora_save",
         "lower_schedule",
         "normalise",
         "on_existing",

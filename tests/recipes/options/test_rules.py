@@ -268,5 +268,11 @@ def test_what_a_resumed_run_may_change():
         *("resume", "output_dir", "on_existing", "progress", "threads", "workers"),
         *("log_every", "save_every", "keep_checkpoints", "on_trouble"),
         *("dev_file", "test_file", "sanity_check", "on_bad_row", "max_bad_rows"),
-        *("device", "precision", "attention", "activation_checkpointing"),  # but see identity
+        *(
+            "device",
+            "precision",
+            "attention",
+            "activation_checkpointing",
+            "lora_save",
+        ),  # but see identity
     }
