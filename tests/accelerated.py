@@ -8,6 +8,7 @@ are those of one step that is not logged, by place. ``losses`` are those that a 
 from __future__ import annotations
 
 import json
+import math
 import sys
 import traceback
 from collections.abc import Callable
@@ -16,6 +17,7 @@ from typing import Any
 
 import torch
 
+from bilevel import tree
 from tests import accelerator
 from tests.tiny_task import Task, make_task
 
@@ -151,7 +153,10 @@ def _faults() -> list[float]:
     mixed = there + torch.ones(3)  # a mix-up
     chosen = there[there > 0]  # a wait for the number of results
     mixed = mixed + torch.tensor(1.0)  # a number is none
-    return [float(mixed.sum()), *chosen.tolist()]  # two waits
+    bad = torch.tensor([math.nan, math.inf, -math.inf, 3e38]).to(accelerator.device())
+    finite = [tree.allfinite({"a": there, "b": value}) for value in bad.split(1)]
+    found = tree.on_host({"finite": torch.stack(finite), "sum": mixed.sum()})  # a wait
+    return [float(found["sum"]), *chosen.tolist(), *map(float, found["finite"])]  # a wait
 
 
 if __name__ == "__main__":
