@@ -43,7 +43,7 @@ ALLOWED = {
 
 LAYERS = {
     "bilevel": (
-        ("tree", "checks", "module_copy"),
+        ("tree", "checks", "module_copy", "profiling"),
         ("problem", "optimizers", "functional", "inputs"),
         ("autodiff", "state"),
         ("lower",),
@@ -67,7 +67,7 @@ LAYERS = {
     ),
     "recipes": (
         ("bad_rows", "options", "terminal"),
-        ("run", "loading"),
+        ("run", "loading", "profiling"),
         ("data_files", "evaluation", "problems"),
         ("train",),
         ("embedded", "use"),

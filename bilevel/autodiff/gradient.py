@@ -12,6 +12,7 @@ from torch import Tensor
 from bilevel import tree
 from bilevel.autodiff.recomputation import watched_backward
 from bilevel.problem import Batch, Params, Problem, detached, upper_value
+from bilevel.profiling import part
 from bilevel.tree import T, Tree, TreeT
 
 
@@ -77,6 +78,7 @@ class UpperGradient(NamedTuple):
     notes: tuple[str, ...] = ()
 
 
+@part("upper gradient")
 def upper_gradient(
     problem: Problem, lower_params: Params, upper_params: Params, batch: Batch
 ) -> UpperGradient:

@@ -28,6 +28,7 @@ from bilevel.lower.micro_batch import (
 )
 from bilevel.lower.route import BackwardPass, Route
 from bilevel.problem import Batch, Params, Problem, ReweightingProblem, is_separable
+from bilevel.profiling import part
 from bilevel.tree import Tree
 
 
@@ -73,6 +74,7 @@ class LowerPass:
         return [micro.size / total for micro in self.micro_batches]
 
 
+@part("lower pass")
 def lower_pass(
     problem: Problem,
     route: Route,

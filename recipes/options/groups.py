@@ -150,6 +150,14 @@ class RunSettings:
         on_resume="free",
     )
     progress: bool = option(True, "show a progress bar", on_resume="free")
+    profile: int = option(
+        0,
+        "steps, behind the first, whose seconds and bytes are written to profile/, part by part "
+        "and as a trace for Chrome; 0: none",
+        least=0,
+        most=1000,
+        on_resume="free",
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

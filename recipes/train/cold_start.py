@@ -86,7 +86,9 @@ def run_cold_start(options: ColdStartOptions) -> Path:
             on_trouble=options.run.on_trouble,
         )
         rates = {"lower_lr": lower_schedule(options)}
-        logging = StepLogging(options.run.log_every, rates, options.run.progress)
+        logging = StepLogging(
+            options.run.log_every, rates, options.run.progress, profile=options.run.profile
+        )
         end = train(run, training, logging)
         directory = run.directory
         with run.keeping(end):

@@ -15,6 +15,8 @@ from tqdm import tqdm
 
 from bilevel import BilevelSolver, BilevelState, StationarityWarning, StepInfo
 from bilevel.autodiff.random_state import capture, restore
+from bilevel.profiling import part
+from recipes.profiling import profiled
 from recipes.run.checkpoints import Progress
 from recipes.run.errors import NonFiniteError, StepError, Stopped
 from recipes.run.resume import Run
@@ -61,12 +63,15 @@ class StepLogging:
         learning_rates: The schedules to log, by name.
         progress_bar: Whether the progress bar is shown.
         on_line: A function that is called with the step after each line is in the log.
+        profile: The number of steps that are profiled, after the first; see
+            ``recipes.profiling``.
     """
 
     every: int
     learning_rates: Mapping[str, Callable[[int], float]] = field(default_factory=dict)
     progress_bar: bool = False
     on_line: Callable[[int], None] | None = None
+    profile: int = 0
 
 
 def train(run: Run, training: Training, logging: StepLogging) -> Progress:
@@ -98,6 +103,7 @@ def train(run: Run, training: Training, logging: StepLogging) -> Progress:
             int(progress.state.lower_steps),
             shown=logging.progress_bar,
         ) as bar,
+        profiled(logging.profile, run.directory / "profile") as stepped,
     ):
         while (first := int(progress.state.lower_steps)) < training.steps:
             try:
@@ -106,6 +112,7 @@ def train(run: Run, training: Training, logging: StepLogging) -> Progress:
                 progress = log_steps(run, training, logging, judged, bar)
                 if run.checkpoints.due(first, int(progress.state.lower_steps)):
                     run.checkpoints.save(progress)
+                stepped()
             except Exception as error:
                 if (signal := requested()) and _may_come_from_signal(error):
                     raise _stopped(run, training, progress, signal) from error
@@ -139,6 +146,7 @@ def next_steps(
         raise StepError(f"{training.title}, step {first}: {error}") from error
 
 
+@part("data")
 def _make_batches(
     training: Training, steps: range, upper_due: bool
 ) -> tuple[list[Sequence[Batch]], Batch | None]:
@@ -174,6 +182,7 @@ class Judged:
     rejected: bool
 
 
+@part("judge")
 def judge(
     run: Run,
     training: Training,

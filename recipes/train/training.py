@@ -134,7 +134,9 @@ def run_training(options: TrainOptions, logged: Callable[[int], None] | None = N
             upper_batch=_upper_level(task),
             weighting=objective.weighting,
         )
-        logging = StepLogging(options.run.log_every, rates, options.run.progress, logged)
+        logging = StepLogging(
+            options.run.log_every, rates, options.run.progress, logged, options.run.profile
+        )
         end = train(run, training, logging)
         clock.lap("train")
         with run.keeping(end):
