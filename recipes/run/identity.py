@@ -18,7 +18,12 @@ from recipes.options.base import flag_of
 from recipes.options.flat import flat_options, flatten
 from recipes.options.train import LowerOptions
 
-_ADDED: Mapping[str, Any] = {"precision": "float32", "lora_rank": 0, "lora_targets": []}
+_ADDED: Mapping[str, Any] = {
+    "lora_rank": 0,
+    "lora_targets": [],
+    "precision": "float32",
+    "too_long": "refuse",
+}
 """Options that checkpoints of version 0.1 lack, with what their runs did."""
 
 _PART = 2**14

@@ -13,7 +13,7 @@ from recipes.embedded.vocabulary import SYSTEM_PROMPT
 from recipes.options.parse import changed
 from recipes.options.use import ScoreOptions
 from recipes.options.values import OptionError
-from recipes.run.identity import differences
+from recipes.run.identity import differences, identity
 from recipes.train.training import run_training
 
 
@@ -63,9 +63,13 @@ def test_a_run_goes_on_in_the_precision_in_which_it_began(task, tmp_path):
     run_training(changed(again, precision="float32", device="cpu"))  # what auto stands for
 
 
-def test_checkpoints_from_before_there_were_precisions_are_of_float32():
-    then = {"options": {"seed": 0}, "files": {}, "model": "m"}
-    now = {"seed": 0, "lora_rank": 0, "lora_alpha": None, "lora_targets": []}
+def test_checkpoints_without_the_newer_options_are_of_runs_that_had_none(task, tmp_path):
+    options = task.train(tmp_path)
+    names = ("precision", "lora_rank", "lora_alpha", "lora_targets", "too_long")
+    now = identity(options, torch.nn.Linear(1, 1))["options"]
+    then = {name: value for name, value in now.items() if name not in names}
+    assert len(then) == len(now) - len(names)
+    then = {"options": then, "files": {}, "model": "m"}
     for precision, found in (
         ("float32", []),
         ("bf16", ["--precision bf16 (checkpoint: float32)"]),
