@@ -37,6 +37,7 @@ from bilevel.optimizers.base import (
     clip_scale,
 )
 from bilevel.problem import BatchT, BilevelProblem, Lower, ReweightingProblem, Upper
+from bilevel.profiling import part
 from bilevel.state import BilevelState, StepInfo, check_state
 
 # For each lower step its micro-batches; or an iterator over the micro-batches of all steps.
@@ -427,6 +428,7 @@ class BilevelSolver(Generic[Lower, Upper, BatchT]):
                 f"steps, found {len(batches)}"
             )
 
+    @part("upper step")
     def _upper_step(
         self, state: BilevelState[Lower, Upper], result: HypergradientResult
     ) -> tuple[BilevelState[Lower, Upper], tuple[str, ...]]:

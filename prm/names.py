@@ -78,3 +78,12 @@ FormatChoice = Literal["auto", FormatName]
 """A data format, or "auto": the format that the first record of a file looks like."""
 
 FORMAT_NAMES: tuple[FormatName, ...] = get_args(FormatName)
+
+Precision = Literal["float32", "bf16", "bf16-pure"]
+"""Of the parameters and of the body of a model (``prm.placement.Placement``)."""
+
+Attention = Literal["auto", "eager", "sdpa", "flash"]
+"""Kernel of the attention."""
+
+Recomputed = Literal["none", "vision", "all"]
+"""Layers that are recomputed in the backward pass instead of being stored."""

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from prm.aggregations import Aggregation
 from prm.inputs.collate import Batch, EncodedExample
+from prm.inputs.transfer import moved
 from prm.inputs.workers import ordered_map
 from prm.models.model import PRM, step_logits
 
@@ -162,7 +163,7 @@ def score_part(
         logits = step_logits(
             prm,
             params,
-            {name: value.to(device) for name, value in batch.items()},
+            moved(batch, device),
             full_vocab=full_vocab,
             label_rows=not full_vocab,
         )

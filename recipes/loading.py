@@ -16,11 +16,14 @@ from prm.data import reader
 from prm.data.bad_rows import BadRows
 from prm.inputs.collate import Batch, Collator, EncodedExample
 from prm.inputs.prompt import SYSTEM_PROMPT
-from prm.models.model import PRM, is_hub_name, load_prm, split_parameters
-from prm.names import TooLong
+from prm.models.adapters import add_lora
+from prm.models.model import PRM, is_hub_name, split_parameters
+from prm.names import Recomputed, TooLong
+from prm.placement import Placement, resolve
 from prm.schema import DataError, StepExample
 from recipes.bad_rows import bad_rows_of
-from recipes.options.base import LoaderOptions, PrmOptions
+from recipes.options.base import LoaderOptions, PlacementOptions, PrmOptions
+from recipes.options.groups import LoraSettings
 from recipes.options.values import OptionError, existing_file
 
 EMBEDDED_BASE = Path(__file__).parent / "assets" / "base"
@@ -134,15 +137,44 @@ def set_up(options: Any) -> None:
     random.seed(options.seed)
 
 
+def placement_of(
+    options: PlacementOptions, activation_checkpointing: Recomputed = "none"
+) -> Placement:
+    """Return where and how the model of a command computes.
+
+    Args:
+        options: The options of the placement.
+        activation_checkpointing: That of a command that trains.
+
+    Raises:
+        OptionError: The device is not there, or cannot compute in this precision or attention.
+    """
+    settings = (options.device, options.precision, options.attention)
+    try:
+        return resolve(*settings, activation_checkpointing)
+    except ValueError as error:
+        raise OptionError(f"--{error}") from error
+
+
 def load_model(
-    options: PrmOptions, freeze: Sequence[str] = (), path: str | None = None
+    options: PrmOptions,
+    freeze: Sequence[str] = (),
+    path: str | None = None,
+    placement: Placement | None = None,
 ) -> tuple[PRM, dict[str, Tensor]]:
     """Load a model, and return it with its trainable parameters by name.
+
+    Args:
+        options: The options of the command.
+        freeze: The parts that are not trained.
+        path: The value of ``--init-from``, None for ``--model``.
+        placement: Where it computes. None means the CPU in float32.
 
     Raises:
         OptionError: There is no such model, it is damaged, it or its chat template cannot judge
             steps, or ``freeze`` names no part of it.
     """
+    placement = placement or Placement()
     name = path if path is not None else options.model
     if path not in (None, "embedded") and not Path(name).is_dir():  # a hub name goes to --model
         raise OptionError(
@@ -150,7 +182,7 @@ def load_model(
             "run a cold start first, or correct the path"
         )
     try:
-        prm = load_prm(EMBEDDED_BASE if name == "embedded" else name)
+        prm = placement.load(EMBEDDED_BASE if name == "embedded" else name)
         _collator(prm, options)  # refuses chat templates before data are read
     except (OSError, ValueError) as error:
         flag = "--model" if path is None else "--init-from"
@@ -160,7 +192,34 @@ def load_model(
         trainable, _ = split_parameters(prm.model, freeze)
     except ValueError as error:
         raise OptionError(f"--freeze: {error}") from error
+    try:
+        placement.check_trained(trainable, prm)
+    except ValueError as error:
+        raise OptionError(f"--{error}") from error
     return prm, {name: tensor.clone() for name, tensor in trainable.items()}
+
+
+def adapted(
+    prm: PRM, lora: LoraSettings, freeze: Sequence[str], placement: Placement
+) -> dict[str, Tensor]:
+    """Add adapters to a model, and return their parameters by name: those that are trained.
+
+    Raises:
+        OptionError: A target names no linear layer that is not frozen, or nothing is trained of
+            what is to be recomputed.
+        ModuleNotFoundError: The library peft is not installed.
+    """
+    try:
+        params = add_lora(
+            prm.model, rank=lora.rank, alpha=lora.alpha, targets=lora.targets, freeze=freeze
+        )
+    except ValueError as error:
+        raise OptionError(f"--lora-targets: {error}") from error
+    try:
+        placement.check_trained(params, prm)
+    except ValueError as error:
+        raise OptionError(f"--{error}") from error
+    return {name: tensor.clone() for name, tensor in params.items()}
 
 
 def read_solutions(options: LoaderOptions, path: str) -> Solutions:

@@ -43,7 +43,7 @@ ALLOWED = {
 
 LAYERS = {
     "bilevel": (
-        ("tree", "checks", "module_copy"),
+        ("tree", "checks", "module_copy", "profiling"),
         ("problem", "optimizers", "functional", "inputs", "collective"),
         ("autodiff", "state", "replicas"),
         ("lower",),
@@ -57,7 +57,7 @@ LAYERS = {
         ("schema", "names", "files"),
         ("losses", "aggregations", "evaluation", "inputs", "digests"),
         ("data", "models"),
-        ("scoring",),
+        ("placement", "scoring"),
     ),
     "weighting": (
         ("bounds", "files", "heuristics", "normalise"),
@@ -68,7 +68,7 @@ LAYERS = {
     "recipes": (
         ("bad_rows", "options", "terminal"),
         ("ranks",),
-        ("run", "loading"),
+        ("run", "loading", "profiling"),
         ("data_files", "evaluation", "problems"),
         ("train",),
         ("embedded", "use"),

@@ -13,6 +13,7 @@ from bilevel import tree
 from bilevel.autodiff.recomputation import watched_backward
 from bilevel.collective import ALONE, Collective
 from bilevel.problem import Batch, Params, Problem, detached, upper_value
+from bilevel.profiling import part
 from bilevel.tree import T, Tree, TreeT
 
 
@@ -78,6 +79,7 @@ class UpperGradient(NamedTuple):
     notes: tuple[str, ...] = ()
 
 
+@part("upper gradient")
 def upper_gradient(
     problem: Problem,
     lower_params: Params,

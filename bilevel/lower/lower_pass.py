@@ -30,6 +30,7 @@ from bilevel.lower.micro_batch import (
 )
 from bilevel.lower.route import BackwardPass, Route
 from bilevel.problem import Batch, Params, Problem, ReweightingProblem, is_separable
+from bilevel.profiling import part
 from bilevel.tree import Tree
 
 
@@ -119,6 +120,7 @@ def _joined(pieces: Sequence[Float[Tensor, " _"] | None]) -> Float[Tensor, " bat
     return torch.cat(present) if present else None
 
 
+@part("lower pass")
 def lower_pass(
     problem: Problem,
     route: Route,

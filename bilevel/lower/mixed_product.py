@@ -11,9 +11,11 @@ from bilevel.lower.lower_pass import LowerPass
 from bilevel.lower.route import DerivativeRequest, Route
 from bilevel.lower.second_order import gradient_derivative
 from bilevel.problem import Params, Problem, dropped, is_separable
+from bilevel.profiling import part
 from bilevel.tree import Tree
 
 
+@part("mixed product")
 def mixed_product(
     problem: Problem,
     route: Route,

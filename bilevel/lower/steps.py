@@ -24,6 +24,7 @@ from bilevel.lower.lower_pass import LowerPass, lower_pass
 from bilevel.lower.route import Route
 from bilevel.optimizers.base import DifferentiableOptimizer, Hyperparameters, Optimizer
 from bilevel.problem import Batch, Params, Problem
+from bilevel.profiling import part
 from bilevel.tree import Tree
 
 
@@ -238,6 +239,7 @@ def take_steps(window: Window, route: Route, recorder: Recorder | None = None) -
     return LowerSteps(tree.map(Tensor.detach, point), tuple(passes), tuple(skipped))
 
 
+@part("lower update")
 @torch.no_grad()
 def advance(optimizer: Optimizer, point: Point, grads: Tree) -> Point:
     """Return the point after the step with these gradients."""

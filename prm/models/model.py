@@ -40,8 +40,7 @@ _TARGETS = frozenset({"labels"})  # Some base models would take these entries of
 class PRM:
     """A process reward model, whose parameters are passed separately, as a dict by name.
 
-    ``autocast`` and ``activation_checkpointing`` are set in Python (``dataclasses.replace``); no
-    command of ``bilevel-prm`` sets them yet.
+    ``autocast`` and ``activation_checkpointing`` are set by ``dataclasses.replace``.
 
     Attributes:
         model: An ``AutoModelForImageTextToText`` or ``AutoModelForCausalLM``. Its own parameters do
@@ -55,7 +54,8 @@ class PRM:
         autocast: The dtype in which the body of the model computes. The head computes in the dtype
             of the parameters, and with None the body does, too.
         activation_checkpointing: Whether layers are recomputed in the backward pass instead of
-            storing their activations (``prm.models.activation_checkpointing``).
+            storing their activations (``prm.models.activation_checkpointing``). With "vision",
+            those in front of the language model are.
     """
 
     model: Any
@@ -65,7 +65,13 @@ class PRM:
     plus_id: int
     minus_id: int
     autocast: torch.dtype | None = None
-    activation_checkpointing: bool = False
+    activation_checkpointing: bool | Literal["vision"] = False
+
+    @property
+    def device(self) -> torch.device:
+        """The device of the model's parameters."""
+        device: torch.device = self.model.device
+        return device
 
     def collator(
         self,
@@ -126,6 +132,7 @@ def load_prm(
     *,
     dtype: torch.dtype = torch.float32,
     attn_implementation: str | None = None,
+    device: torch.device | str = "cpu",
 ) -> PRM:
     """Load a checkpoint folder or a hub name; remote code is never run, and pickles never read.
 
@@ -136,6 +143,7 @@ def load_prm(
             away.
         attn_implementation: The attention, such as "eager" or "sdpa". None means transformers'
             choice.
+        device: The device to which the parameters are moved.
 
     A name is looked up on the hub only if it is written ``organisation/model`` and there is no
     local folder ``organisation``: a mistyped path must not reach the network.
@@ -180,7 +188,7 @@ def load_prm(
         attn_implementation=attn_implementation,
     )
     with reading(f"the model in {name}"):
-        return make_prm(model, tokenizer, image_processor)
+        return make_prm(model.to(device), tokenizer, image_processor)
 
 
 def is_hub_name(name: str) -> bool:
@@ -238,10 +246,10 @@ def save_prm(prm: PRM, params: Mapping[str, Tensor], directory: str | Path) -> N
     directory = Path(directory)
     if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
         raise FileExistsError(f"{directory} exists and is not empty; remove it or choose another")
-    state = prm.model.state_dict()
+    state = {name: value.cpu() for name, value in prm.model.state_dict().items()}
     for name, aliases in _named_tensors(prm.model, params).items():
         for alias in aliases:
-            state[alias] = params[name].detach().to(state[alias].dtype)
+            state[alias] = params[name].detach().to(state[alias])
     with atomic_write(directory) as unfinished:
         prm.model.save_pretrained(unfinished, state_dict=merged(prm.model, state))
         prm.tokenizer.save_pretrained(unfinished)
@@ -315,7 +323,8 @@ def step_logits(
         raise ValueError("label_rows leaves out the vocabulary that full_vocab is over; give one")
     labels = [prm.plus_id, prm.minus_id]
     keep_all = not (prm.activation_checkpointing and torch.is_grad_enabled())
-    with nullcontext() if keep_all else checkpointed(prm.model):
+    vision_only = prm.activation_checkpointing == "vision"
+    with nullcontext() if keep_all else checkpointed(prm.model, vision_only=vision_only):
         logits: Tensor = functional_call(
             _StepHead(prm.model, labels if label_rows else None, prm.autocast),
             {f"model.{name}": value for name, value in params.items()},

@@ -26,6 +26,7 @@ _PROBABILITY = (
 
 _PROMPT = ("system_prompt", "context", "max_patches")
 _LENGTH = ("too_long",)
+_PLACEMENT = ("device", "precision", "attention")
 
 
 def _scores_itself(given: Any) -> bool:
@@ -99,7 +100,7 @@ class EvaluateOptions(ScoringOptions):
 
     ONLY_WITH: ClassVar[Mapping[Condition, tuple[str, ...]]] = {
         CHOSEN_BY_HAND: ("aggregation",),
-        MODEL_ASKED: ("model", *_PROMPT, "eval_batch_size", "workers"),
+        MODEL_ASKED: ("model", *_PROMPT, *_PLACEMENT, "eval_batch_size", "workers"),
     }
 
     file: str = option(
@@ -155,11 +156,12 @@ class WeighOptions(LoaderOptions):
     """Weigh the examples of a file by a saved weighting or by a rule."""
 
     ONLY_WITH: ClassVar[Mapping[Condition, tuple[str, ...]]] = {
-        BY_MODEL: ("model", *_PROMPT, *_LENGTH, "workers"),
+        BY_MODEL: ("model", *_PROMPT, *_LENGTH, *_PLACEMENT, "workers"),
         BY_SEED: ("seed",),
     }
     ASKS_MODEL: ClassVar[tuple[str, ...]] = (
-        *("model", "reference_model", *_PROMPT, *_LENGTH, "eval_batch_size", "workers"),
+        *("model", "reference_model", *_PROMPT, *_LENGTH, *_PLACEMENT),
+        *("eval_batch_size", "workers"),
     )
     """Options that only a weighting that needs the model reads."""
 

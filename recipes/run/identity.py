@@ -13,9 +13,18 @@ from typing import Any
 import torch
 
 from prm.data_urls import is_embedded
+from prm.placement import resolve
 from recipes.options.base import flag_of
 from recipes.options.flat import flat_options, flatten
 from recipes.options.train import LowerOptions
+
+_ADDED: Mapping[str, Any] = {
+    "lora_rank": 0,
+    "lora_targets": [],
+    "precision": "float32",
+    "too_long": "refuse",
+}
+"""Options that checkpoints of version 0.1 lack, with what their runs did."""
 
 _PART = 2**14
 _AT_ONCE = 16
@@ -28,7 +37,8 @@ def identity(
 ) -> dict[str, Any]:
     """Return a run's options, and digests of its initial model and of the files it trains on.
 
-    The options define what a resumed run may change (``on_resume``). Files are compared by their
+    The options define what a resumed run may change (``on_resume``); of the precision it is what
+    "auto" stands for on this device. Files are compared by their
     content, pictures by ``digest_pictures`` and the model by its parameters, so all may move. Every
     parameter and every file is read once, and of every picture a part.
 
@@ -39,6 +49,7 @@ def identity(
     """
     entries, values = flat_options(type(options)), flatten(options)
     same = {name: value for name, value in values.items() if entries[name].on_resume == "same"}
+    same["precision"] = resolve(options.placement.device, options.placement.precision).precision
     files = {name: path for name, path in values.items() if entries[name].on_resume == "file"}
     return {
         "options": {k: list(v) if isinstance(v, tuple) else v for k, v in same.items()},
@@ -53,8 +64,9 @@ def differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     lines = []
     old, new = then["options"], now["options"]
     for name in dict.fromkeys([*old, *new]):
-        if old.get(name) != new.get(name):
-            lines.append(f"{flag_of(name)} {new.get(name)} (checkpoint: {old.get(name)})")
+        earlier = old.get(name, _ADDED.get(name))
+        if earlier != new.get(name):
+            lines.append(f"{flag_of(name)} {new.get(name)} (checkpoint: {earlier})")
     for name in dict.fromkeys([*then["files"], *now["files"]]):
         if then["files"].get(name) != now["files"].get(name):
             lines.append(f"{flag_of(name)} (checkpoint: a file of other content)")

@@ -235,7 +235,8 @@ def _resumed(
     if later := checkpoints.remove_after(int(start.state.lower_steps)):
         where += f"; removed {', '.join(later)}, which come again"
     cut_log(directory / "log.jsonl", int(start.state.lower_steps))
-    shutil.rmtree(directory / "model", ignore_errors=True)
+    for written in ("model", "adapter"):
+        shutil.rmtree(directory / written, ignore_errors=True)
     remove_unfinished(directory, "*")
     if not (directory / "env.json").exists():
         write_json(directory / "env.json", environment())

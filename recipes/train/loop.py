@@ -23,13 +23,15 @@ from bilevel import (
 )
 from bilevel.autodiff.random_state import capture, restore
 from bilevel.collective import ALONE
+from bilevel.profiling import part
+from recipes.profiling import profiled
 from recipes.ranks import lost, own_random_numbers
 from recipes.run.checkpoints import Progress
 from recipes.run.errors import NonFiniteError, StepError, Stopped
 from recipes.run.resume import Run
 from recipes.run.step_log import Unlogged, append_line
 from recipes.run.stopping import stop_requests
-from recipes.run.trouble import GIVE_UP, Trouble, find_troubles
+from recipes.run.trouble import GIVE_UP, Trouble, find_troubles, read_steps
 from recipes.terminal import progress_bar
 from weighting import Weighting
 
@@ -70,12 +72,15 @@ class StepLogging:
         learning_rates: The schedules to log, by name.
         progress_bar: Whether the progress bar is shown.
         on_line: A function that is called with the step after each line is in the log.
+        profile: The number of steps that are profiled, after the first; see
+            ``recipes.profiling``.
     """
 
     every: int
     learning_rates: Mapping[str, Callable[[int], float]] = field(default_factory=dict)
     progress_bar: bool = False
     on_line: Callable[[int], None] | None = None
+    profile: int = 0
 
 
 def train(run: Run, training: Training, logging: StepLogging) -> Progress:
@@ -107,6 +112,7 @@ def train(run: Run, training: Training, logging: StepLogging) -> Progress:
             int(progress.state.lower_steps),
             shown=logging.progress_bar,
         ) as bar,
+        profiled(logging.profile, run.directory / "profile") as stepped,
     ):
         while (first := int(progress.state.lower_steps)) < training.steps:
             try:
@@ -115,6 +121,7 @@ def train(run: Run, training: Training, logging: StepLogging) -> Progress:
                 progress = log_steps(run, training, logging, judged, bar)
                 if run.writes and run.checkpoints.due(first, int(progress.state.lower_steps)):
                     run.checkpoints.save(progress)
+                stepped()
                 signal = _signal_of_any(run.ranks, requested())
             except Exception as error:
                 if (signal := requested()) and _may_come_from_signal(error):
@@ -158,6 +165,7 @@ def next_steps(
         raise StepError(f"{training.title}, step {first}: {error}") from error
 
 
+@part("data")
 def _make_batches(
     training: Training, steps: range, upper_due: bool
 ) -> tuple[list[Sequence[Batch]], Batch | None]:
@@ -184,7 +192,7 @@ class Judged:
 
     Attributes:
         progress: The state of the run.
-        infos: The information of each lower step.
+        infos: The information of each lower step, read by the host.
         rejected: Whether the steps were rejected.
     """
 
@@ -193,6 +201,7 @@ class Judged:
     rejected: bool
 
 
+@part("judge")
 def judge(
     run: Run,
     training: Training,
@@ -206,10 +215,11 @@ def judge(
         NonFiniteError: They are rejected with ``on_trouble`` "raise", or too many in a row were.
     """
     first, after = int(progress.state.lower_steps), int(state.lower_steps)
+    reading = read_steps(state, infos)
     troubles = find_troubles(
-        training.solver, training.weighting, progress.state, state, infos, progress.seen
+        training.solver, training.weighting, progress.state, state, reading, progress.seen
     )
-    seen = progress.seen.after(troubles, infos)
+    seen = progress.seen.after(troubles, reading.infos)
     fatal = next((trouble for trouble in troubles if trouble.rejects), None)
     lost = () if fatal is None else range(first + 1, after + 1)
     unlogged = progress.unlogged.with_troubles(troubles, lost)
@@ -218,7 +228,8 @@ def judge(
     else:
         _report(fatal, training, first, seen.in_a_row)
         progress = _without_steps(run, progress, after, training.on_trouble)
-    return Judged(replace(progress, unlogged=unlogged, seen=seen), infos, fatal is not None)
+    progress = replace(progress, unlogged=unlogged, seen=seen)
+    return Judged(progress, reading.infos, fatal is not None)
 
 
 def log_steps(

@@ -80,7 +80,7 @@ class Objective:
         if "weights" in batch:
             given = batch["weights"]
             return batch_mean_one(given) if self.normalise_given else given
-        return torch.ones(len(batch["labels"]))
+        return torch.ones(len(batch["labels"]), device=batch["labels"].device)
 
     @property
     def reads_features(self) -> bool:

@@ -14,9 +14,10 @@ from torch import Tensor
 from bilevel import BilevelProblem, Collective
 from prm.aggregations import AGGREGATIONS
 from prm.inputs.collate import Batch
-from prm.models.model import PRM, save_prm
+from prm.models.model import PRM
+from prm.placement import Placement
 from recipes.evaluation.candidates import step_scores_of
-from recipes.loading import load_model, set_up
+from recipes.loading import adapted, load_model, placement_of, set_up
 from recipes.options.rules import check_together
 from recipes.options.train import TrainOptions
 from recipes.ranks import ranks_here
@@ -51,7 +52,7 @@ from recipes.train.make_solver import (
     over_ranks,
 )
 from recipes.train.objective import Objective, Solver, State
-from recipes.train.results import evaluate_all, print_summary, row_name
+from recipes.train.results import evaluate_all, print_summary, row_name, save_trained
 from recipes.train.time_scale import print_time_scale, time_scale
 from recipes.train.weight_report import (
     final_weights,
@@ -65,9 +66,10 @@ from weighting import mean_one_over
 
 @dataclass(frozen=True)
 class _Task:
-    """The task of a run: its options, the data, the losses of both levels, who takes its steps."""
+    """The task of a run: options, where it computes, data, both losses, and who takes its steps."""
 
     options: TrainOptions
+    placement: Placement
     data: TrainData
     objective: Objective
     ranks: Collective
@@ -103,11 +105,14 @@ def run_training(options: TrainOptions, logged: Callable[[int], None] | None = N
     if ranks.rank == 0:
         check_directory(options)
     set_up(options)
-    prm, lower = load_model(options, options.lower.freeze, options.init_from)
+    placement = placement_of(options.placement, options.activation_checkpointing)
+    prm, lower = load_model(options, options.lower.freeze, options.init_from, placement)
+    if options.lora.rank:
+        lower = adapted(prm, options.lora, options.lower.freeze, placement)
     data = read_train_data(prm, options)
     refuse_other_bad_rows(options, data.bad)
     objective = _objective(options, prm, data)
-    task = _Task(options, data, objective, ranks)
+    task = _Task(options, placement, data, objective, ranks)
     solver, upper, rates = _method(task)
     start = solver.init(lower, upper)
     with open_run(options, prm.model, start, data.pictures) as run:
@@ -120,22 +125,26 @@ def run_training(options: TrainOptions, logged: Callable[[int], None] | None = N
         training = Training(
             solver,
             steps=options.lower.steps,
-            lower_batches=ahead(
-                per_step(lower_batch, options.lower.accumulation, ranks.rank, ranks.ranks),
+            lower_batches=placement.batches(
+                ahead(
+                    per_step(lower_batch, options.lower.accumulation, ranks.rank, ranks.ranks),
+                    options.lower.steps,
+                    options.workers,
+                ),
                 options.lower.steps,
-                options.workers,
             ),
             title=row_name(options),
             on_trouble=options.run.on_trouble,
             upper_batch=_upper_level(task),
             weighting=objective.weighting,
         )
-        logging = StepLogging(options.run.log_every, rates, options.run.progress, logged)
+        logging = StepLogging(
+            options.run.log_every, rates, options.run.progress, logged, options.run.profile
+        )
         end = train(run, training, logging)
         clock.lap("train")
         with run.keeping(end):
-            if run.writes:
-                save_prm(prm, end.state.lower_params, run.directory / "model")
+            save_trained(prm, end.state.lower_params, options, run.directory, writes=run.writes)
             results: dict[str, Any] = {"rows": {}, "seed": options.seed}
             results["troubles"] = dict(end.seen.counts)
             micro_batches = options.lower.steps * options.lower.accumulation
@@ -230,12 +239,10 @@ def _upper_level(task: _Task) -> Callable[[int], Batch] | None:
     options, meta = task.options, task.data.meta
     if task.objective.weighting is None or meta is None:
         return None
-    return ahead(
-        meta_batch(upper_draw(options, meta), meta, task.ranks.rank, task.ranks.ranks),
-        options.lower.steps,
-        options.workers,
-        every=options.upper.unroll_steps,
-    )
+    steps, every = options.lower.steps, options.upper.unroll_steps
+    batch = meta_batch(upper_draw(options, meta), meta, task.ranks.rank, task.ranks.ranks)
+    batches = ahead(batch, steps, options.workers, every)
+    return task.placement.batches(batches, steps, every)
 
 
 def _method(task: _Task) -> _Method:
@@ -257,4 +264,5 @@ def _method_of_all(task: _Task) -> _Method:
     print_time_scale(scale)
     rates["upper_lr"] = logged_upper_rate(options, scale.upper_lr)
     upper = weighting.init(torch.Generator().manual_seed(options.seed))
+    upper = task.placement.params(upper)
     return _Method(make_solver(options, objective, scale.upper_lr), upper, rates)

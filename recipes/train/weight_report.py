@@ -134,7 +134,8 @@ def final_weights(
     if weighting is None:
         ones = torch.ones(len(lower_examples(options, data)))
         return (ones if data.fixed_weights is None else data.fixed_weights), None
-    params = {name: tensor.detach() for name, tensor in state.upper_params.items()}
+    # The scores and the examples of a whole file are in the memory of the host.
+    params = {name: tensor.detach().cpu() for name, tensor in state.upper_params.items()}
     if reads_examples_alone(weighting):
         index = {example.id: row for row, example in enumerate(train.examples)}
         batch = example_batch(weighting, train.examples, index, data.domains)
@@ -196,7 +197,7 @@ def write_weighting(
         extra["domains"] = list(data.domains) if objective.reads_domain else []
     elif objective.reads_domain and weighting.row_key != "domain":
         extra = {"domains": list(data.domains)}
-    save_weighting(directory, weighting, params, names, extra)
+    save_weighting(directory, weighting, {n: p.cpu() for n, p in params.items()}, names, extra)
     for name in _SAVED:
         write_digest(directory / name)
 

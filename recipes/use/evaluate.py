@@ -28,6 +28,7 @@ from recipes.loading import (
     Fault,
     Solutions,
     load_model,
+    placement_of,
     read_examples,
     read_solutions,
     set_up,
@@ -51,7 +52,7 @@ class _Judge:
     @cached_property
     def loaded(self) -> tuple[PRM, dict[str, Tensor]]:
         note_differences(self.options, self.options.model)
-        return load_model(self.options)
+        return load_model(self.options, placement=placement_of(self.options.placement))
 
     def read(self, path: str, scores: str | None) -> Candidates:
         """Return candidates, tokenised only if they have to be scored."""

@@ -21,7 +21,7 @@ from prm.schema import DataError, StepExample
 from prm.scoring import aggregate
 from recipes.bad_rows import report_bad_rows, report_truncated, skipped_path, truncated_path
 from recipes.evaluation.scoring import score_rows
-from recipes.loading import load_model, read_examples, set_up
+from recipes.loading import load_model, placement_of, read_examples, set_up
 from recipes.options.use import ScoreOptions
 from recipes.options.values import OptionError
 from recipes.ranks import ranks_here
@@ -64,7 +64,7 @@ def run_score(options: ScoreOptions) -> Path:
 def _score(options: ScoreOptions, output: Path) -> None:
     set_up(options)
     note_differences(options, options.model)
-    prm, params = load_model(options)
+    prm, params = load_model(options, placement=placement_of(options.placement))
     data = read_examples(prm, options, options.file)
     ids = [example.id for example in data.examples]
     settings = settings_of(prm, options) | {_SOLUTIONS: len(ids)}
@@ -141,7 +141,7 @@ def all_aggregates(step_scores: Tensor) -> dict[str, float]:
 
 
 def settings_of(prm: PRM, options: ScoreOptions) -> dict[str, Any]:
-    """Return what determines the scores: model, preprocessing, data, prompt, probability.
+    """Return what determines the scores: model, preprocessing, data, prompt, and the arithmetic.
 
     Batch size and threads change the last bits only and are left out. The content of the images is
     not read; the data name them by path.
@@ -155,6 +155,7 @@ def settings_of(prm: PRM, options: ScoreOptions) -> dict[str, Any]:
         "max_patches": options.max_patches,
         "probability": options.probability,
         **({} if options.too_long == "refuse" else {"too_long": options.too_long}),
+        "precision": placement_of(options.placement).precision,
     }
 
 
@@ -192,6 +193,7 @@ def _begin(
             f"--output {output}: exists, without {settings_path(output).name} beside it that says "
             "what it is; choose another file, or give --overwrite"
         )
+    earlier = {"precision": "float32", **earlier}  # scores of version 0.1 do not say it
     differ = [
         name
         for name in dict.fromkeys((*settings, "too_long"))

@@ -18,6 +18,7 @@ from recipes.loading import (
     Examples,
     Solutions,
     load_model,
+    placement_of,
     read_examples,
     read_solutions,
     set_up,
@@ -155,7 +156,7 @@ def _by_model(options: WeighOptions, saved: _Saved) -> tuple[Examples, Tensor, T
             "prompt; give the same"
         )
     features, uses_reference = _features(saved)
-    prm, model_params = load_model(options)
+    prm, model_params = load_model(options, placement=placement_of(options.placement))
     data = read_examples(prm, options, options.file)
     data = require(data, "labels")
     data = _check_rows(options, saved, data)
@@ -201,7 +202,9 @@ def _reference_scores(options: WeighOptions, directory: str, data: Examples) -> 
             "there is no args.yaml of a run that names it; give --reference-model"
         )
     try:
-        prm, params = load_model(replace(options, model=name))
+        prm, params = load_model(
+            replace(options, model=name), placement=placement_of(options.placement)
+        )
     except OptionError as error:
         raise OptionError(f"--reference-model {name}: {error}") from error
     tokens = tokenised(prm, options, data, too_long="refuse")
