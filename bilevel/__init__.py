@@ -75,6 +75,7 @@ from bilevel.optimizers.projected import Projected
 from bilevel.optimizers.schedule import Constant, Schedule, StepDecay, WarmupCosine
 from bilevel.optimizers.variants import AdaDelta, Adamax, NAdam, RAdam
 from bilevel.problem import BilevelProblem, ReweightingProblem
+from bilevel.resident.solver import ResidentSolver
 from bilevel.routes import Auto, CentralDifference, Dot, Ghost, Jvp, PerExample, Reverse, Route
 from bilevel.solver import BilevelSolver, NextSteps
 from bilevel.state import BilevelState, StepInfo
@@ -137,6 +138,7 @@ __all__ = [
     "RMSProp",
     "Record",
     "Refusal",
+    "ResidentSolver",
     "Reverse",
     "ReweightingProblem",
     "Route",

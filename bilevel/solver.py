@@ -161,7 +161,7 @@ class BilevelSolver(Generic[Lower, Upper, BatchT]):
                 raise ValueError("lower_params: expected θ, found None; only initial may stand in")
             lower_params = self.initial(upper_params)
         check_params("lower_params", lower_params)
-        lower_params = tree.map(_owned, lower_params)
+        lower_params = self._adopted(lower_params)
         upper_params = tree.map(_owned, upper_params)
         return BilevelState(
             lower_params=lower_params,
@@ -174,6 +174,16 @@ class BilevelSolver(Generic[Lower, Upper, BatchT]):
             upper_skipped=torch.zeros((), dtype=torch.int64),
             lower_skipped=torch.zeros((), dtype=torch.int64),
         )
+
+    def _adopted(self, lower_params: Lower) -> Lower:
+        """Return θ as the state holds it, apart from the tensors given."""
+        return tree.map(_owned, lower_params)
+
+    def _taken(
+        self, window: Window, upper_batch: BatchT | None, memory: Any
+    ) -> tuple[LowerSteps, HypergradientResult | None]:
+        """Take the lower steps of a window, and differentiate them if there is an upper batch."""
+        return take_window(window, self.hypergradient, upper_batch, memory)
 
     def next_steps(
         self, state: BilevelState[Lower, Upper], remaining: int | None = None
@@ -297,7 +307,7 @@ class BilevelSolver(Generic[Lower, Upper, BatchT]):
         """
         window = self.window_at(state, batches)
         random = random_state.capture(state.lower_params)
-        taken, upper = take_window(window, self.hypergradient, upper_batch, state.memory)
+        taken, upper = self._taken(window, upper_batch, state.memory)
         new = state
         notes: tuple[str, ...] = ()
         if upper is not None:

@@ -119,7 +119,7 @@ def lower_pass(
         if grads is None:  # added as it came; one example in each, so all have the same share
             continue
         if len(batches) == 1 and micro.factor is None:
-            return _remarked(context, LowerPass(grads, micro_batches))
+            return remarked(context, LowerPass(grads, micro_batches))
         relative = micro.size / micro_batches[0].size
         factor = relative if micro.factor is None else micro.factor * relative
         total.add(factor, grads, kept=kept)
@@ -130,10 +130,10 @@ def lower_pass(
             "step, found 0"
         )
     relative = sum(micro.size for micro in micro_batches) / micro_batches[0].size
-    return _remarked(context, LowerPass(total.mean(relative), micro_batches))
+    return remarked(context, LowerPass(total.mean(relative), micro_batches))
 
 
-def _remarked(context: PassContext, passed: LowerPass) -> LowerPass:
+def remarked(context: PassContext, passed: LowerPass) -> LowerPass:
     """Return the pass with remarks on what has no effect."""
     remarks = []
     if tree.leaves(context.lower_params) and not tree.leaves(passed.grads):
