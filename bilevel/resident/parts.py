@@ -39,8 +39,8 @@ class Cut(NamedTuple):
 def parts(columns: Sequence[Leaves], entries: int | None = None) -> Iterator[list[Cut]]:
     """Yield the leaves that every column has, in parts of at most so many entries.
 
-    A larger leaf is cut, and smaller ones are put together. All leaves of a part are on one device.
-    A leaf that is not contiguous in one of the columns is a part of its own.
+    A larger leaf is cut, or, if it is not contiguous in one of the columns, a part of its own;
+    smaller ones are put together. All leaves of a part are on one device.
 
     Args:
         columns: Leaves of the same shapes. A leaf that is None in one of them is left out.
@@ -53,11 +53,12 @@ def parts(columns: Sequence[Leaves], entries: int | None = None) -> Iterator[lis
             continue
         device, size = present[0].device, present[0].numel()
         most = entries or (CPU_ENTRIES if device.type == "cpu" else DEVICE_ENTRIES)
-        if not all(leaf.is_contiguous() for leaf in present):
-            yield [Cut(index)]
-        elif size > most:
-            for start in range(0, size, most):
-                yield [Cut(index, start, min(start + most, size))]
+        if size > most:
+            if all(leaf.is_contiguous() for leaf in present):
+                for start in range(0, size, most):
+                    yield [Cut(index, start, min(start + most, size))]
+            else:
+                yield [Cut(index)]
         else:
             cuts, taken = gathered.get(device, ([], 0))
             if taken + size > most:

@@ -23,6 +23,7 @@ from bilevel.optimizers.elementwise import ElementwiseOptimizer
 from bilevel.optimizers.groups import ONLY, of_group
 from bilevel.optimizers.point import Leaves, column
 from bilevel.resident.adam import FusedAdam
+from bilevel.resident.memory import is_dense
 from bilevel.resident.parts import Cut, parts
 from bilevel.tree import Tree
 
@@ -68,8 +69,8 @@ def step_(
     plain = replace(optimizer, max_norm=None)
     moments = [moment for moment, kept in zip(columns[2:], state[1:], strict=True) if kept]
     for part in parts([columns.params, raw, *moments]):
-        seen = {cut: _scaled(cut.of(raw), weight, clip) for cut in part}
-        if kernel is not None and _one_dtype(part, columns, raw):
+        seen = {cut: _scaled(cut.of(raw), weight, optimizer.state_dtype, clip) for cut in part}
+        if kernel is not None and _alike(part, columns, raw):
             _fused(kernel, optimizer, int(state.steps), part, columns, raw, seen, clip, slopes)
         else:
             _by_rule(plain, state.steps, part, columns, raw, seen, clip, slopes)
@@ -96,11 +97,14 @@ def _columns(point: Point) -> tuple[_Columns, Any]:
     return _Columns(names, leaves, *moments), structure
 
 
-def _scaled(grad: Tensor | None, weight: float | None, clip: Tensor | None) -> Tensor:
+def _scaled(
+    grad: Tensor | None, weight: float | None, dtype: torch.dtype | None, clip: Tensor | None
+) -> Tensor:
     """Return the gradient as the rule sees it, with the roundings of the functional step."""
     assert grad is not None
     if weight is not None:
         grad = torch.zeros_like(grad) if weight == 0.0 else grad * weight
+    grad = grad.to(dtype or grad.dtype)
     return grad if clip is None else grad * _number(clip, grad)
 
 
@@ -152,14 +156,22 @@ def _by_rule(
         _copy(part, leaves, new, names)
 
 
-def _one_dtype(part: Sequence[Cut], columns: _Columns, raw: Leaves) -> bool:
-    found = {
-        leaf.dtype
-        for cut in part
-        for leaves in (*columns[1:], raw)
-        if (leaf := leaves[cut.leaf]) is not None
-    }
-    return len(found) == 1
+def _alike(part: Sequence[Cut], columns: _Columns, raw: Leaves) -> bool:
+    """Return whether the fused kernel, which looks at neither dtypes nor strides, may be used."""
+    dtypes = set()
+    for cut in part:
+        param, first, second, grad = (c[cut.leaf] for c in (*columns[1:], raw))
+        assert param is not None
+        assert grad is not None
+        for moment in (first, second):
+            assert moment is not None
+            if moment.stride() != param.stride():
+                return False
+            dtypes.add(moment.dtype)
+        if not is_dense(param):
+            return False
+        dtypes |= {param.dtype, grad.dtype}
+    return len(dtypes) == 1
 
 
 def _fused(
@@ -180,7 +192,11 @@ def _fused(
             [leaf for cut in cuts if (leaf := cut.of(leaves)) is not None]
             for leaves in (columns.params, columns.first, columns.second, raw)
         )
-        used = kernel.step_(params, [seen[cut] for cut in cuts], first, second, lr, decay)
+        laid_out = [
+            one if one.stride() == param.stride() else torch.empty_like(param).copy_(one)
+            for one, param in zip((seen[cut] for cut in cuts), params, strict=True)
+        ]
+        used = kernel.step_(params, laid_out, first, second, lr, decay)
         if slopes:
             scale = 1.0 if clip is None else float(clip)
             kernel.slope_(grads, used, first, second, -lr * scale)
