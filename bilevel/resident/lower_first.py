@@ -2,8 +2,8 @@
 
 The lower backward pass leaves g = ∇ℓ, which becomes h = (∂θ'/∂g) g in the same memory while the
 step is taken. The upper backward pass at θ' then hands over v = ∇L_upper leaf by leaf, of which
-only ``⟨μ, g⟩ = ⟨v, h⟩`` is wanted, since ∂θ'/∂g is diagonal. Each leaf of v is freed at once, and so
-θ, g and the two moments are all that is as large as θ.
+only ``⟨μ, g⟩ = ⟨v, h⟩`` is wanted, since ∂θ'/∂g is diagonal. Each leaf of v is freed at once, so
+that θ, g and the two moments are all that is as large as θ.
 """
 
 from __future__ import annotations
