@@ -102,7 +102,7 @@ class Race:
         shape, draw = self.shape, torch.Generator().manual_seed(seed)
         dtype = next(iter(self.params.values())).dtype
         ids = torch.randint(
-            100, min(shape.vocabulary, 150_000), (size, shape.tokens), generator=draw
+            100, min(shape.vocabulary - 1, 150_000), (size, shape.tokens), generator=draw
         )
         ids[:, 20 : 20 + shape.image_tokens] = image_token_id(shape)
         positions = torch.linspace(shape.tokens - shape.text // 2, shape.tokens - 1, shape.steps)
