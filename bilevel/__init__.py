@@ -77,6 +77,7 @@ from bilevel.optimizers.schedule import Constant, Schedule, StepDecay, WarmupCos
 from bilevel.optimizers.variants import AdaDelta, Adamax, NAdam, RAdam
 from bilevel.problem import BilevelProblem, ReweightingProblem
 from bilevel.replicas import Replicas
+from bilevel.resident.solver import ResidentSolver
 from bilevel.routes import Auto, CentralDifference, Dot, Ghost, Jvp, PerExample, Reverse, Route
 from bilevel.solver import BilevelSolver, NextSteps
 from bilevel.state import BilevelState, StepInfo
@@ -143,6 +144,7 @@ __all__ = [
     "Record",
     "Refusal",
     "Replicas",
+    "ResidentSolver",
     "Reverse",
     "ReweightingProblem",
     "Route",

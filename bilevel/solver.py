@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Generic, NamedTuple, TypeAlias, cast
+from typing import Any, Generic, NamedTuple, TypeAlias, cast
 
 import torch
 from torch import Tensor
@@ -173,7 +173,7 @@ class BilevelSolver(Generic[Lower, Upper, BatchT]):
                 raise ValueError("lower_params: expected θ, found None; only initial may stand in")
             lower_params = self.initial(upper_params)
         check_params("lower_params", lower_params)
-        lower_params = tree.map(_owned, lower_params)
+        lower_params = self._adopted(lower_params)
         upper_params = tree.map(_owned, upper_params)
         with self.collective.together():
             lower_params = self.collective.first(lower_params)
@@ -189,6 +189,16 @@ class BilevelSolver(Generic[Lower, Upper, BatchT]):
             upper_skipped=torch.zeros((), dtype=torch.int64),
             lower_skipped=torch.zeros((), dtype=torch.int64),
         )
+
+    def _adopted(self, lower_params: Lower) -> Lower:
+        """Return θ as the state holds it, apart from the tensors given."""
+        return tree.map(_owned, lower_params)
+
+    def _taken(
+        self, window: Window, upper_batch: BatchT | None, memory: Any
+    ) -> tuple[LowerSteps, HypergradientResult | None]:
+        """Take the lower steps of a window, and differentiate them if there is an upper batch."""
+        return take_window(window, self.hypergradient, upper_batch, memory)
 
     def next_steps(
         self, state: BilevelState[Lower, Upper], remaining: int | None = None
@@ -321,7 +331,7 @@ class BilevelSolver(Generic[Lower, Upper, BatchT]):
     ) -> tuple[BilevelState[Lower, Upper], tuple[StepInfo, ...]]:
         window = self.window_at(state, batches)
         random = random_state.capture(state.lower_params)
-        taken, upper = take_window(window, self.hypergradient, upper_batch, state.memory)
+        taken, upper = self._taken(window, upper_batch, state.memory)
         new = state
         notes: tuple[str, ...] = ()
         if upper is not None:

@@ -50,7 +50,7 @@ LAYERS = {
         ("routes",),
         ("hypergradients",),
         ("solver",),
-        ("audit", "fit"),
+        ("audit", "fit", "resident"),
     ),
     "prm": (
         ("data_urls",),

@@ -115,11 +115,11 @@ def upper_gradient(
 
 
 def ignored_lower(lower_params: Params, v: Tree) -> tuple[str, ...]:
-    """Return a note if the upper loss, with gradient v, does not depend on θ."""
-    return () if tree.leaves(v) or not tree.leaves(lower_params) else (_IGNORES_LOWER,)
+    """Return a note if the upper loss, with gradient v (no leaves: none), ignores θ."""
+    return () if tree.leaves(v) or not tree.leaves(lower_params) else (IGNORES_LOWER,)
 
 
-_IGNORES_LOWER = (
+IGNORES_LOWER = (
     "the upper loss does not depend on the lower parameters, so the lower level has no part in the "
     "hypergradient: let it use those that it is given (bilevel.functional calls a module with them)"
 )

@@ -201,10 +201,10 @@ def _over_ranks(
         )
     of_ranks = examples if collective.ranks > 1 else None
     passed = LowerPass(grads, micro_batches, collective=collective, examples=of_ranks)
-    return _remarked(context, passed)
+    return remarked(context, passed)
 
 
-def _remarked(context: PassContext, passed: LowerPass) -> LowerPass:
+def remarked(context: PassContext, passed: LowerPass) -> LowerPass:
     """Return the pass with remarks on what has no effect."""
     remarks = []
     if tree.leaves(context.lower_params) and not tree.leaves(passed.grads):
