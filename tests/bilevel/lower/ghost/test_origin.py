@@ -129,7 +129,9 @@ class Plain:
         self.x, self.self = x, self
 
 
-@pytest.mark.parametrize("wrap", [UserDict, Fields, Plain, lambda x: [({"x": x},)]], ids=str)
+@pytest.mark.parametrize(
+    "wrap", [UserDict, Fields, Plain, lambda x: [({"x": x},)]], ids=lambda wrap: wrap.__name__
+)
 def test_tensors_are_found_in_batches_of_any_kind(wrap):
     x = X.clone()
     origins = Origins(wrap({"x": x} if wrap is UserDict else x))
