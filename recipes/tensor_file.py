@@ -76,5 +76,5 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> str:
         write(header)
         for name in names:
             flat = tensors[name].detach().cpu().contiguous().reshape(-1)
-            write(memoryview(flat.view(torch.uint8).numpy()))
+            write(flat.view(torch.uint8).numpy().data)
     return digest.hexdigest()

@@ -17,6 +17,7 @@ from safetensors import SafetensorError
 
 from bilevel import BilevelState
 from bilevel.autodiff.random_state import capture
+from bilevel.resident.solver import is_consumed
 from recipes.options.flat import flat_options, flatten
 from recipes.options.parse import changed, first_folder, to_yaml
 from recipes.options.train import LowerOptions
@@ -46,6 +47,8 @@ class Run:
         checkpoints: The checkpoints of the run.
         beginning: The state before the first step.
         start: The state that training starts from.
+
+    With a resident solver both are the one state that there is, whose tensors move with it.
     """
 
     command: str
@@ -64,18 +67,23 @@ class Run:
 
         It is the state of the newest checkpoint that was due, or else the beginning of the run.
         """
-        path = self.checkpoints.newest_due()
-        return self.beginning if path is None else self.checkpoints.load(path, self.start.state)
+        path, moved = self.checkpoints.newest_due(), is_consumed(self.start.state)
+        if path is None and moved:
+            path = self.checkpoints.newest()
+        if path is None:
+            return self.beginning
+        return self.checkpoints.load(path, self.start.state, in_place=moved)
 
     def keep(self, progress: Progress) -> str:
         """Save the state, whether or not a checkpoint is due.
 
         Returns:
             A sentence on where the state is and how to resume. If the state cannot be written, the
-            sentence says so, and no error is raised.
+            sentence says so, and no error is raised. A state that a failed step has moved on from
+            is not written.
         """
         steps, failed = int(progress.state.lower_steps), ""
-        if steps:
+        if steps > 0:
             try:
                 self.checkpoints.save(progress, due=False)
             except WriteError as error:
@@ -117,6 +125,8 @@ def open_run(
     model: torch.nn.Module,
     state: BilevelState[Any, Any],
     pictures: Mapping[str, Iterable[Path]] = MappingProxyType({}),
+    *,
+    in_place: bool = False,
 ) -> Iterator[Run]:
     """Open a run, and lock its directory while the body runs.
 
@@ -130,6 +140,7 @@ def open_run(
         model: The model before the first step.
         state: The state before the first step.
         pictures: The pictures of the files that it trains on, by the flat name of the option.
+        in_place: Whether a checkpoint is read into the tensors of ``state``.
 
     Raises:
         OptionError: The directory of a new run is not empty, another process works in it, the run
@@ -158,7 +169,7 @@ def open_run(
             )
             start = beginning
             if options.run.resume is not None:
-                start = _resumed(options, directory, checkpoints, steps, beginning)
+                start = _resumed(options, directory, checkpoints, steps, beginning, in_place)
             yield Run(
                 resume_command(flat_options(type(options)), directory),
                 directory,
@@ -176,9 +187,12 @@ def _resumed(
     checkpoints: Checkpoints,
     steps: int | None,
     beginning: Progress,
+    in_place: bool,
 ) -> Progress:
     path = checkpoints.newest() if steps is None else checkpoints.named(steps)
-    start = beginning if path is None else checkpoints.load(path, beginning.state)
+    start = beginning
+    if path is not None:
+        start = checkpoints.load(path, beginning.state, in_place=in_place)
     where = "no complete checkpoint: from the beginning"
     if path is not None:
         where = f"resumed after {_steps(start)} of {options.lower.steps} lower steps"
@@ -206,6 +220,8 @@ def _paths(options: LowerOptions, directory: Path) -> dict[str, str]:
 
 
 def _steps(progress: Progress) -> str:
+    if is_consumed(progress.state):
+        return "a step that was not completed"
     return f"{int(progress.state.lower_steps)}"
 
 

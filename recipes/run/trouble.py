@@ -25,7 +25,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bilevel import BilevelSolver, BilevelState, OneStep, StepInfo, Unrolled, tree
+from bilevel import (
+    BilevelSolver,
+    BilevelState,
+    OneStep,
+    ResidentSolver,
+    StepInfo,
+    Unrolled,
+    tree,
+)
 from weighting import Weighting, effective_sample_size
 
 _HISTORY, _ENOUGH = 20, 10  # the most and the fewest hypergradient norms in the median
@@ -106,7 +114,10 @@ def find_troubles(
         seen: The troubles and hypergradient norms before these steps.
     """
     troubles = [trouble for info in infos for trouble in _not_finite(info)]
-    for level, params in (("lower", after.lower_params), ("upper", after.upper_params)):
+    levels = {"lower": after.lower_params, "upper": after.upper_params}
+    if isinstance(solver, ResidentSolver):  # which looks at loss and gradient before θ moves
+        del levels["lower"]
+    for level, params in levels.items():
         if not troubles and not tree.allfinite(params):
             troubles.append(Trouble("parameters_not_finite", f"a {level} parameter is not finite"))
     if after.upper_skipped > before.upper_skipped:  # the solver left the upper level unchanged
@@ -116,7 +127,7 @@ def find_troubles(
     if troubles or norm is None:
         return troubles[:1]  # the other non-finite figures follow from the first
     troubles = _of_size(float(norm), seen.norms)
-    if _is_cold(solver, int(before.lower_steps), len(infos)):
+    if _is_cold(solver, int(after.lower_steps) - len(infos), len(infos)):
         text = "the first step of Adam hardly depends on the weights; set --upper-start"
         troubles.append(Trouble("cold_optimizer", text, rejects=False))
     weights = infos[-1].weights

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from bilevel import BilevelSolver, BilevelState, StationarityWarning, StepInfo
+from bilevel import BilevelSolver, BilevelState, ResidentSolver, StationarityWarning, StepInfo, tree
 from bilevel.autodiff.random_state import capture, restore
+from bilevel.resident.solver import is_consumed
 from recipes.run.checkpoints import Progress
 from recipes.run.errors import NonFiniteError, StepError, Stopped
 from recipes.run.resume import Run
@@ -90,6 +91,9 @@ def train(run: Run, training: Training, logging: StepLogging) -> Progress:
     """
     progress = run.start
     restore(progress.random)
+    in_place = isinstance(training.solver, ResidentSolver)
+    if in_place and training.on_trouble == "rollback" and run.checkpoints.newest() is None:
+        run.checkpoints.save(progress)  # The state before the first step is not kept in memory.
     with (
         stop_requests() as requested,
         progress_bar(
@@ -186,7 +190,8 @@ def judge(
     Raises:
         NonFiniteError: They are rejected with ``on_trouble`` "raise", or too many in a row were.
     """
-    first, after = int(progress.state.lower_steps), int(state.lower_steps)
+    after = int(state.lower_steps)
+    first = after - len(infos)  # The state before may have been consumed.
     troubles = find_troubles(
         training.solver, training.weighting, progress.state, state, infos, progress.seen
     )
@@ -198,7 +203,7 @@ def judge(
         progress = replace(progress, state=state, random=capture(state.lower_params))
     else:
         _report(fatal, training, first, seen.in_a_row)
-        progress = _without_steps(run, progress, after, training.on_trouble)
+        progress = _without_steps(run, training, progress, state)
     return Judged(replace(progress, unlogged=unlogged, seen=seen), infos, fatal is not None)
 
 
@@ -263,12 +268,43 @@ def _report(trouble: Trouble, training: Training, step: int, in_a_row: int) -> N
 _CONSEQUENCES = {"skip": "The step is not taken", "rollback": "Back to the last checkpoint"}
 
 
-def _without_steps(run: Run, progress: Progress, after: int, on_trouble: OnTrouble) -> Progress:
-    """Return both levels without the last steps; the data continue after these."""
-    back = run.before_trouble() if on_trouble == "rollback" else progress
+def _without_steps(
+    run: Run, training: Training, progress: Progress, after: BilevelState[Any, Any]
+) -> Progress:
+    """Return both levels without the last steps; the data continue after these.
+
+    With ``skip``, lower steps that were taken in place stay taken, and the upper step alone is left
+    out.
+
+    Raises:
+        NonFiniteError: They stay taken, and a parameter is not finite.
+    """
+    steps = int(after.lower_steps)
+    if training.on_trouble == "rollback":
+        back = run.before_trouble()
+    elif is_consumed(progress.state):
+        if not tree.allfinite(after.lower_params):
+            raise NonFiniteError(
+                f"{training.title}, step {steps - 1}: a lower parameter is not finite, and a step "
+                "in place cannot be left out afterwards: use --on-trouble rollback"
+            )
+        state = _without_upper_step(progress.state, after)
+        return replace(progress, state=state, random=capture(state.lower_params))
+    else:
+        back = progress
     restore(back.random)
-    state = back.state._replace(lower_steps=torch.full_like(progress.state.lower_steps, after))
+    state = back.state._replace(lower_steps=torch.full_like(after.lower_steps, steps))
     return replace(progress, state=state, random=back.random)
+
+
+def _without_upper_step(
+    before: BilevelState[Any, Any], after: BilevelState[Any, Any]
+) -> BilevelState[Any, Any]:
+    return after._replace(
+        upper_params=before.upper_params,
+        upper_optimizer=before.upper_optimizer,
+        upper_steps=before.upper_steps,
+    )
 
 
 def _postfix(means: Mapping[str, float]) -> dict[str, Any]:

@@ -21,7 +21,7 @@ DTYPES = [
 def draw():
     named = {}
     for index, dtype in enumerate(DTYPES):
-        named[f"state/{13 - index}/θ \"{dtype}\""] = (100 * torch.rand(3, 4)).to(dtype)
+        named[f'state/{13 - index}/θ "{dtype}"'] = (100 * torch.rand(3, 4)).to(dtype)
         named[f"b/{index}"] = (100 * torch.rand(2)).to(dtype)
     return named | {"scalar": torch.tensor(3), "none": torch.zeros(0, 4), "x": torch.zeros(1, 1)}
 
@@ -48,5 +48,5 @@ def test_no_copy_is_made(tmp_path):
 
 
 def test_a_dtype_without_a_name_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="'a' is of torch.complex64"):
+    with pytest.raises(ValueError, match=r"'a' is of torch\.complex64"):
         write_tensors(tmp_path / "file", {"a": torch.zeros(2, dtype=torch.complex64)})

@@ -57,7 +57,7 @@ class Resident:
     def __init__(self, race: Race, method: OneStep, lower: Batch, upper: Batch) -> None:
         self._lower, self._upper, self._race = lower, upper, race
         one = Adamw()
-        self._solver: ResidentSolver[Any, Any, Batch] = ResidentSolver(
+        self._solver = ResidentSolver(
             race.objective.problem(),
             AdamW(one.lr, weight_decay=one.decay, max_norm=MAX_NORM),
             SGD(1.0),
@@ -79,7 +79,8 @@ class Resident:
         state: State = State(race.params, race.weights, race.state, **self._fields, **counts)
         after, _ = self._solver.advance(state, [[self._lower]], self._upper)
         race.state.steps.copy_(after.lower_optimizer.steps)
-        return race.weights["deviation"] - after.upper_params["deviation"]
+        moved: Tensor = race.weights["deviation"] - after.upper_params["deviation"]
+        return moved
 
 
 def floor(race: Race, lower: Batch, upper: Batch) -> Callable[[], None]:

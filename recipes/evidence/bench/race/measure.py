@@ -13,7 +13,7 @@ import gc
 import json
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,7 @@ from recipes.evidence.bench.race.contenders import (
     FLOOR,
     GHOST,
     ORIGINAL,
+    Contender,
     contenders,
     forward,
     with_graph,
@@ -59,40 +60,39 @@ def measure(race: Race, rounds: int, batch_size: int) -> list[dict[str, Any]]:
     activations = {size: with_peak(with_graph(race, size))[1] for size in (1, batch_size)}
     timed = {one.route: Timed(one.run) for one in found} | {_FORWARD: Timed(forward(race))}
     seconds = in_rounds(timed, rounds, lambda line: print(line, file=sys.stderr), time.process_time)
-    rows = []
-    for one in found:
-        route, size = one.route, one.examples
-        peak = race.held_bytes + peaks[route]
-        original_peak = race.held_bytes + peaks[ORIGINAL]
-        times = {
-            "forwards": lambda at, route=route: at[route] / at[_FORWARD],
-            "overhead_vs_floor": lambda at, route=route, size=size: at[route] / size / at[FLOOR],
-            "times_faster_than_original": lambda at, route=route, size=size: (
-                at[ORIGINAL] / (at[route] / size)
-            ),
-            "cpu_seconds": lambda at, route=route: at[route],
-        }
-        figures = {name: float(f"{median_of(seconds, of):.4g}") for name, of in times.items()}
-        rows.append(
-            {
-                "route": route,
-                "model": f"InternVL, {race.shape.name}, "
-                f"{sum(leaf.numel() for leaf in race.params.values()) / 1e6:.0f} M parameters, "
-                f"batch {size} x {race.shape.tokens} tokens",
-                "dtype": str(next(iter(race.params.values())).dtype).removeprefix("torch."),
-                "forwards": figures["forwards"],
-                "overhead_vs_floor": figures["overhead_vs_floor"],
-                "peak_saved_bytes": peaks[route],
-                "rel_error": None,
-                "unroll_steps": 1,
-                "times_faster_than_original": figures["times_faster_than_original"],
-                "cpu_seconds": figures["cpu_seconds"],
-                "peak_bytes": peak,
-                "peak_over_original": float(f"{peak / original_peak:.3g}"),
-                "copies": float(f"{(peak - activations[size]) / race.parameter_bytes:.3g}"),
-            }
-        )
-    return rows
+    return [_row(race, one, peaks, activations[one.examples], seconds) for one in found]
+
+
+def _row(
+    race: Race,
+    one: Contender,
+    peaks: Mapping[str, int],
+    activations: int,
+    seconds: Sequence[Mapping[str, float]],
+) -> dict[str, Any]:
+    route, size = one.route, one.examples
+    peak = race.held_bytes + peaks[route]
+    params = race.params.values()
+
+    def median(value: Callable[[Mapping[str, float]], float]) -> float:
+        return float(f"{median_of(seconds, value):.4g}")
+
+    return {
+        "route": route,
+        "model": f"InternVL, {race.shape.name}, {sum(leaf.numel() for leaf in params) / 1e6:.0f} M "
+        f"parameters, batch {size} x {race.shape.tokens} tokens",
+        "dtype": str(next(iter(params)).dtype).removeprefix("torch."),
+        "forwards": median(lambda at: at[route] / at[_FORWARD]),
+        "overhead_vs_floor": median(lambda at: at[route] / size / at[FLOOR]),
+        "peak_saved_bytes": peaks[route],
+        "rel_error": None,
+        "unroll_steps": 1,
+        "times_faster_than_original": median(lambda at: at[ORIGINAL] * size / at[route]),
+        "cpu_seconds": median(lambda at: at[route]),
+        "peak_bytes": peak,
+        "peak_over_original": float(f"{peak / (race.held_bytes + peaks[ORIGINAL]):.3g}"),
+        "copies": float(f"{(peak - activations) / race.parameter_bytes:.3g}"),
+    }
 
 
 def full_iteration() -> dict[str, Any]:
