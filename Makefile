@@ -74,6 +74,7 @@ chaos: $(VENV)/installed ## kill training runs at random moments, resume them, c
 
 bench: $(VENV)/installed-dev ## cost of every hypergradient route, side by side
 	$(VENV)/bin/python -m recipes.evidence.bench --output results/bench.json
+	$(VENV)/bin/python -m recipes.evidence.bench race --output results/bench.json
 
 bench-scoring: $(VENV)/installed ## scoring beside the original's loop: speed and memory
 	$(VENV)/bin/python -m recipes.evidence.bench_scoring

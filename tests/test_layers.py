@@ -66,7 +66,7 @@ LAYERS = {
         ("store",),
     ),
     "recipes": (
-        ("bad_rows", "options", "terminal"),
+        ("bad_rows", "options", "tensor_file", "terminal"),
         ("ranks",),
         ("run", "loading", "profiling"),
         ("data_files", "evaluation", "problems"),

@@ -215,7 +215,8 @@ def test_costs_are_those_that_were_written():
     """Every row of the table of hypergradients, from the two files of `make bench`."""
     found: dict[tuple[str, int, str, str], dict] = {}
     details = results("bench_details.json")["details"]
-    for row, detail in zip(results("bench.json"), details, strict=True):
+    rows = [row for row in results("bench.json") if row["model"].startswith("decoder")]
+    for row, detail in zip(rows, details, strict=True):
         assert row["route"].removesuffix(" (out of memory)") == detail["route"]
         found[row["route"], row["unroll_steps"], row["dtype"], detail["batch"]] = row
     names = {
@@ -239,6 +240,35 @@ def test_costs_are_those_that_were_written():
             digits(half.get("rel_error"), ".0e"),
             digits(long.get("overhead_vs_floor"), ".2f"),
         ], name
+
+
+def test_the_race_is_the_one_that_was_run():
+    """The table of steps in place beside the original's, from the rows of the same file."""
+    found = [row for row in results("bench.json") if row["model"].startswith("InternVL")]
+    written = rows_of("docs/cost.md", "| route | model |")
+    assert len(written) == len(found)
+    for row, (route, model, *cells) in zip(found, written, strict=True):
+        _, parameters, batch = row["model"].removeprefix("InternVL, ").rsplit(", ", 2)
+        shape, examples = row["model"].split(", ")[1], batch.split()[1]
+        assert (route, model) == (
+            row["route"],
+            f"{shape}, {parameters.removesuffix(' parameters')}",
+        )
+        assert cells == [
+            examples,
+            digits(row["cpu_seconds"], ".1f"),
+            digits(row["overhead_vs_floor"], ".2f"),
+            digits(row["times_faster_than_original"], ".2f"),
+            digits(row["peak_bytes"] / 1e9, ".2f"),
+            digits(row["copies"], ".1f"),
+        ]
+
+
+def test_copies_are_those_that_were_counted():
+    found = results("bench_copies.json")["rows"]
+    assert rows_of("docs/cost.md", "| route | functional |") == [
+        [row["route"], digits(row["functional"], ""), digits(row["resident"], "")] for row in found
+    ]
 
 
 def test_costs_on_the_embedded_model_are_those_that_were_written():

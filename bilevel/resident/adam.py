@@ -77,6 +77,8 @@ class FusedAdam:
             amsgrad=False,
             maximize=False,
         )
+        # The kernel does not count as a change of them for autograd; others do.
+        torch.autograd.graph.increment_version([*params, *first, *second])
         return seen
 
     def slope_(

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from bilevel import tree
 from bilevel.autodiff import random_state
-from bilevel.autodiff.gradient import IGNORES_LOWER, UpperGradient, as_leaves, dense
+from bilevel.autodiff.gradient import UpperGradient, as_leaves, dense, ignored_lower
 from bilevel.autodiff.recomputation import watched_backward
 from bilevel.hypergradients.base import HypergradientResult
 from bilevel.hypergradients.one_step import OneStep, step_notes
@@ -103,7 +103,7 @@ def dotted_upper_gradient(
         if wanted and loss.requires_grad:
             watched_backward([loss], wanted, accumulate=True)
     direct: Tree = optree.tree_map(lambda leaf: dense(leaf.grad), upper)
-    notes = () if reached or not tree.leaves(lower) else (IGNORES_LOWER,)
+    notes = ignored_lower(lower, loss if reached else None)
     dot = tree.total([term for found in terms for term in found], like=point.lower_params)
     return UpperGradient(loss.detach(), None, direct, detached(aux), notes), dot
 

@@ -18,14 +18,14 @@ def check_scope(solver: BilevelSolver[Any, Any, Any]) -> None:
     Raises:
         ValueError: What it is and what to choose instead, in one sentence.
     """
-    for found, instead in _outside(solver):
+    for found, instead in outside(solver):
         raise ValueError(f"ResidentSolver: {found} cannot be done in place; {instead}")
 
 
 _ELSE = "choose BilevelSolver"
 
 
-def _outside(solver: BilevelSolver[Any, Any, Any]) -> Iterator[tuple[str, str]]:
+def outside(solver: BilevelSolver[Any, Any, Any]) -> Iterator[tuple[str, str]]:
     """Yield each thing that a solver asks for and a step in place does not do, with advice."""
     optimizer: Any = solver.lower_optimizer
     if not isinstance(optimizer, ElementwiseOptimizer):

@@ -82,7 +82,7 @@ class ResidentSolver(BilevelSolver[Lower, Upper, BatchT]):
 
     def _place_in_window(self, state: BilevelState[Lower, Upper]) -> int | None:
         check_state(state)
-        if int(state.lower_steps) == CONSUMED:
+        if is_consumed(state):
             raise ValueError(
                 "ResidentSolver: this state was consumed by an earlier call, which has changed its "
                 "tensors in place; go on from the state that the call returned, or, if it failed, "
@@ -126,6 +126,11 @@ class ResidentSolver(BilevelSolver[Lower, Upper, BatchT]):
         if method.order == "lower-first":
             return lower_first.take_window(window, method, upper_batch)
         return upper_first.take_window(window, method, upper_batch, memory)
+
+
+def is_consumed(state: BilevelState[Any, Any]) -> bool:
+    """Return whether the tensors of a state have moved on to a later one."""
+    return int(state.lower_steps) == CONSUMED
 
 
 def _versions(state: object) -> list[int]:

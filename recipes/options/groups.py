@@ -70,6 +70,13 @@ class LowerLevel:
         least=0,
         most=MOST_NUMBER,
     )
+    execution: Literal["auto", "functional", "resident"] = option(
+        "auto",
+        "functional: a step makes new parameters beside the old; resident: parameters and moments "
+        "change in place, in about a third of the memory and otherwise rounded; auto: resident "
+        "from 100 million trained parameters on, where the other options allow it",
+        on_resume="free",
+    )
     loss: Literal["cross-entropy", "squared"] = option(
         "cross-entropy",
         "loss of a step: squared is the distance from soft labels of DreamPRM 1.0",

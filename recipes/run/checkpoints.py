@@ -28,7 +28,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from bilevel import BilevelState, tree
@@ -44,6 +44,7 @@ from recipes.run.files import (
 from recipes.run.identity import differences, digest_file
 from recipes.run.step_log import Unlogged
 from recipes.run.trouble import Seen
+from recipes.tensor_file import write_tensors
 
 # A count that is not written while it is 0.
 _LOWER_SKIPPED = "lower_skipped"
@@ -93,7 +94,7 @@ class Checkpoints:
         """Write a checkpoint, then remove the oldest beyond ``keep``.
 
         A run has one state at a step, so an existing checkpoint of that step is kept. Writing
-        takes one copy of the state in memory.
+        takes no copy of the state in memory.
 
         Args:
             progress: The state to save.
@@ -123,7 +124,7 @@ class Checkpoints:
     def _write(self, path: Path, progress: Progress, due: bool) -> None:
         remove_unfinished(self.directory, "step-*")
         with complete_directory(path) as unfinished:
-            save_file(_tensors(progress), unfinished / _STATE)
+            digest = write_tensors(unfinished / _STATE, _tensors(progress))
             content = {
                 "step": int(progress.state.lower_steps),
                 "due": due,
@@ -131,7 +132,7 @@ class Checkpoints:
                 "unlogged": asdict(progress.unlogged),
                 "seen": asdict(progress.seen),
             }
-            content["sha256"] = _seal(unfinished / _STATE, content)
+            content["sha256"] = _seal(digest, content)
             write_text(unfinished / _RUN, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
 
     def newest(self) -> Path | None:
@@ -161,12 +162,15 @@ class Checkpoints:
             remove_directory(path)
         return [path.name for path in later]
 
-    def load(self, path: Path, example: BilevelState[Any, Any]) -> Progress:
+    def load(
+        self, path: Path, example: BilevelState[Any, Any], *, in_place: bool = False
+    ) -> Progress:
         """Read a checkpoint onto the devices of ``example``.
 
         Args:
             path: The checkpoint's directory.
             example: A state of this run, for its structure, for example ``solver.init(...)``.
+            in_place: Whether the state is read into the tensors of ``example``.
 
         Raises:
             OptionError: The checkpoint cannot be read, it has changed since it was written, or it
@@ -174,7 +178,7 @@ class Checkpoints:
         """
         with _readable(path):
             run = json.loads((path / _RUN).read_text(encoding="utf-8"))
-            if run.pop("sha256") != _seal(path / _STATE, run):
+            if run.pop("sha256") != _seal(digest_file(path / _STATE), run):
                 raise ValueError("something in it is not as it was written")
             different = differences(run["identity"], self.identity)
         if different:
@@ -185,7 +189,7 @@ class Checkpoints:
         with _readable(path):
             tensors = load_file(path / _STATE)
             try:
-                state, random = _levels_and_random(tensors, example)
+                state, random = _levels_and_random(tensors, example, in_place)
             except ValueError as error:
                 raise OptionError(f"--resume: {path}: {error}") from error
             return Progress(state, random, Unlogged(**run["unlogged"]), Seen(**run["seen"]))
@@ -203,12 +207,12 @@ class Checkpoints:
         return sorted(paths, key=_steps)
 
 
-def _seal(state: Path, content: Mapping[str, Any]) -> str:
-    """Return the SHA-256 of the state's bytes and of everything else in ``run.json``.
+def _seal(digest: str, content: Mapping[str, Any]) -> str:
+    """Return the SHA-256 of the digest of the state's file and of all else in ``run.json``.
 
     A bit that a disk or a copy has changed is then an error and does not change the run silently.
     """
-    text = digest_file(state) + json.dumps(content, sort_keys=True)
+    text = digest + json.dumps(content, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
 
 
@@ -241,16 +245,15 @@ def _tensors(progress: Progress) -> dict[str, Tensor]:
     ):  # as in checkpoints of version 0.1, which has no such count
         del state[_LOWER_SKIPPED]
     parts = {"state": state, "random": random}
-    # Tensors are cloned because the file format refuses tensors that share memory.
     return {
-        f"{part}/{name}": tensor.detach().cpu().contiguous().clone()
+        f"{part}/{name}": tensor
         for part, tensors in parts.items()
         for name, tensor in tensors.items()
     }
 
 
 def _levels_and_random(
-    tensors: Mapping[str, Tensor], example: BilevelState[Any, Any]
+    tensors: Mapping[str, Tensor], example: BilevelState[Any, Any], in_place: bool
 ) -> tuple[BilevelState[Any, Any], RandomState]:
     parts: dict[str, dict[str, Tensor]] = {"state": {}, "random": {}}
     for path, tensor in tensors.items():
@@ -259,7 +262,7 @@ def _levels_and_random(
     parts["state"].setdefault(_LOWER_SKIPPED, torch.zeros_like(example.lower_skipped))
     # Tensors are copied into memory that torch aligns, because sums may depend on the alignment.
     state = tree.map(
-        lambda like, tensor: torch.empty_like(like).copy_(tensor),
+        lambda like, tensor: (like if in_place else torch.empty_like(like)).copy_(tensor),
         example,
         tree.unflatten(parts["state"], example),
     )

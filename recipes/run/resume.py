@@ -18,6 +18,7 @@ from safetensors import SafetensorError
 
 from bilevel import Alone, BilevelState, Collective, RankError
 from bilevel.autodiff.random_state import RandomState, capture
+from bilevel.resident.solver import is_consumed
 from recipes.options.flat import flat_options, flatten
 from recipes.options.parse import changed, first_folder, to_yaml
 from recipes.options.train import LowerOptions
@@ -50,6 +51,8 @@ class Run:
         start: The state that training starts from.
         ranks: The ranks that take its steps. Rank 0 alone writes the log and the checkpoints; the
             directory of the others is one of their own, which is removed.
+
+    With a resident solver both states are the one that there is, whose tensors move with it.
     """
 
     command: str
@@ -74,9 +77,14 @@ class Run:
 
         It is the state of the newest checkpoint that was due, or else the beginning of the run.
         """
+        path, moved = None, is_consumed(self.start.state)
+        if self.writes:
+            path = self.checkpoints.newest_due()
+            if path is None and moved:
+                path = self.checkpoints.newest()
         back = self.beginning
-        if self.writes and (path := self.checkpoints.newest_due()) is not None:
-            back = self.checkpoints.load(path, self.start.state)
+        if path is not None:
+            back = self.checkpoints.load(path, self.start.state, in_place=moved)
         return of_first(back, self.ranks)
 
     def keep(self, progress: Progress) -> str:
@@ -84,10 +92,11 @@ class Run:
 
         Returns:
             A sentence on where the state is and how to resume. If the state cannot be written, the
-            sentence says so, and no error is raised.
+            sentence says so, and no error is raised. A state that a failed step has moved on from
+            is not written.
         """
         steps, failed = int(progress.state.lower_steps), ""
-        if steps and self.writes:
+        if steps > 0 and self.writes:
             try:
                 self.checkpoints.save(progress, due=False)
             except WriteError as error:
@@ -141,6 +150,8 @@ def open_run(
     model: torch.nn.Module,
     state: BilevelState[Any, Any],
     pictures: Mapping[str, Iterable[Path]] = MappingProxyType({}),
+    *,
+    in_place: bool = False,
 ) -> Iterator[Run]:
     """Open a run on all ranks of the command: see ``_opened``, which rank 0 goes through.
 
@@ -149,7 +160,7 @@ def open_run(
     ranks = ranks_here()
     with ExitStack() as stack:
         if ranks.rank == 0:
-            run = stack.enter_context(_opened(options, model, state, pictures))
+            run = stack.enter_context(_opened(options, model, state, pictures, in_place))
         else:
             directory = Path(stack.enter_context(TemporaryDirectory()))
             checkpoints = Checkpoints(directory, every=options.run.save_every, keep=0, identity={})
@@ -166,7 +177,8 @@ def _opened(
     options: LowerOptions,
     model: torch.nn.Module,
     state: BilevelState[Any, Any],
-    pictures: Mapping[str, Iterable[Path]] = MappingProxyType({}),
+    pictures: Mapping[str, Iterable[Path]],
+    in_place: bool,
 ) -> Iterator[Run]:
     """Open a run, and lock its directory while the body runs.
 
@@ -180,6 +192,7 @@ def _opened(
         model: The model before the first step.
         state: The state before the first step.
         pictures: The pictures of the files that it trains on, by the flat name of the option.
+        in_place: Whether a checkpoint is read into the tensors of ``state``.
 
     Raises:
         OptionError: The directory of a new run is not empty, another process works in it, the run
@@ -208,7 +221,7 @@ def _opened(
             )
             start = beginning
             if options.run.resume is not None:
-                start = _resumed(options, directory, checkpoints, steps, beginning)
+                start = _resumed(options, directory, checkpoints, steps, beginning, in_place)
             yield Run(
                 resume_command(flat_options(type(options)), directory),
                 directory,
@@ -226,9 +239,12 @@ def _resumed(
     checkpoints: Checkpoints,
     steps: int | None,
     beginning: Progress,
+    in_place: bool,
 ) -> Progress:
     path = checkpoints.newest() if steps is None else checkpoints.named(steps)
-    start = beginning if path is None else checkpoints.load(path, beginning.state)
+    start = beginning
+    if path is not None:
+        start = checkpoints.load(path, beginning.state, in_place=in_place)
     where = "no complete checkpoint: from the beginning"
     if path is not None:
         where = f"resumed after {_steps(start)} of {options.lower.steps} lower steps"
@@ -257,6 +273,8 @@ def _paths(options: LowerOptions, directory: Path) -> dict[str, str]:
 
 
 def _steps(progress: Progress) -> str:
+    if is_consumed(progress.state):
+        return "a step that was not completed"
     return f"{int(progress.state.lower_steps)}"
 
 

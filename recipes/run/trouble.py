@@ -25,7 +25,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from bilevel import BilevelSolver, BilevelState, OneStep, StepInfo, Unrolled, tree
+from bilevel import (
+    BilevelSolver,
+    BilevelState,
+    OneStep,
+    StepInfo,
+    Unrolled,
+    tree,
+)
 from weighting import Weighting, effective_sample_size
 
 _HISTORY, _ENOUGH = 20, 10  # the most and the fewest hypergradient norms in the median
@@ -98,7 +105,9 @@ class Reading(NamedTuple):
     finite: Mapping[str, bool]
 
 
-def read_steps(after: BilevelState[Any, Any], infos: Sequence[StepInfo]) -> Reading:
+def read_steps(
+    after: BilevelState[Any, Any], infos: Sequence[StepInfo], *, lower: bool = True
+) -> Reading:
     """Read what the host has to know of steps, for which it waits for the device once.
 
     Every parameter of both levels is looked at once, on its device.
@@ -106,8 +115,11 @@ def read_steps(after: BilevelState[Any, Any], infos: Sequence[StepInfo]) -> Read
     Args:
         after: The state after the steps.
         infos: The information of each.
+        lower: Whether to look at the lower parameters.
     """
-    levels = {"lower": after.lower_params, "upper": after.upper_params}
+    levels = {"upper": after.upper_params}
+    if lower:
+        levels = {"lower": after.lower_params} | levels
     read = {name: tree.allfinite(params) for name, params in levels.items()}
     for number, info in enumerate(infos):
         values = {name: getattr(info, name) for name in _READ}
@@ -158,7 +170,7 @@ def find_troubles(
     if troubles or norm is None:
         return troubles[:1]  # the other non-finite figures follow from the first
     troubles = _of_size(float(norm), seen.norms)
-    if _is_cold(solver, int(before.lower_steps), len(infos)):
+    if _is_cold(solver, int(after.lower_steps) - len(infos), len(infos)):
         text = "the first step of Adam hardly depends on the weights; set --upper-start"
         troubles.append(Trouble("cold_optimizer", text, rejects=False))
     weights = infos[-1].weights

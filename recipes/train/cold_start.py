@@ -16,6 +16,7 @@ from __future__ import annotations
 import time
 from pathlib import Path
 
+from bilevel import ResidentSolver
 from prm.aggregations import AGGREGATIONS
 from recipes.loading import adapted, load_model, placement_of, read_examples, set_up
 from recipes.options.rules import check_together
@@ -35,7 +36,7 @@ from recipes.train.batches import (
 )
 from recipes.train.data import keep_bad_rows, refuse_other_bad_rows, require
 from recipes.train.loop import StepLogging, Training, train
-from recipes.train.make_solver import lower_schedule, make_plain_solver, over_ranks
+from recipes.train.make_solver import begin, lower_schedule, make_plain_solver, over_ranks
 from recipes.train.objective import Objective
 from recipes.train.results import print_troubles, save_trained
 
@@ -69,11 +70,13 @@ def run_cold_start(options: ColdStartOptions) -> Path:
         full_vocab=options.probability == "vocabulary",
         lower_loss=options.lower.loss,
     )
-    plain = make_plain_solver(options, objective.problem())
+    trained = sum(leaf.numel() for leaf in lower.values())
+    plain = make_plain_solver(options, objective.problem(), trained)
     solver = over_ranks(plain, ranks, objective.upper_size)
     batch = train_batch(lower_draw(options, drawn), data)
-    start, pictures = solver.init(lower, {}), {"train_file": data.pictures}
-    with open_run(options, prm.model, start, pictures) as run:
+    start, pictures = begin(solver, prm, lower, {}), {"train_file": data.pictures}
+    in_place = isinstance(solver, ResidentSolver)
+    with open_run(options, prm.model, start, pictures, in_place=in_place) as run:
         keep_bad_rows(run.directory, {"train": data.bad})
         training = Training(
             solver,

@@ -18,12 +18,15 @@ from bilevel import (
     BilevelState,
     Collective,
     RankError,
+    ResidentSolver,
     StationarityWarning,
     StepInfo,
+    tree,
 )
 from bilevel.autodiff.random_state import capture, restore
 from bilevel.collective import ALONE
 from bilevel.profiling import part
+from bilevel.resident.solver import is_consumed
 from recipes.profiling import profiled
 from recipes.ranks import lost, own_random_numbers
 from recipes.run.checkpoints import Progress
@@ -104,6 +107,9 @@ def train(run: Run, training: Training, logging: StepLogging) -> Progress:
     """
     progress = run.start
     restore(progress.random)
+    in_place = isinstance(training.solver, ResidentSolver)
+    if in_place and training.on_trouble == "rollback" and run.checkpoints.newest() is None:
+        run.checkpoints.save(progress)  # The state before the first step is not kept in memory.
     with (
         stop_requests() as requested,
         progress_bar(
@@ -214,8 +220,10 @@ def judge(
     Raises:
         NonFiniteError: They are rejected with ``on_trouble`` "raise", or too many in a row were.
     """
-    first, after = int(progress.state.lower_steps), int(state.lower_steps)
-    reading = read_steps(state, infos)
+    after = int(state.lower_steps)
+    first = after - len(infos)  # The state before may have been consumed.
+    # A resident solver has looked at loss and gradient before θ moved.
+    reading = read_steps(state, infos, lower=not isinstance(training.solver, ResidentSolver))
     troubles = find_troubles(
         training.solver, training.weighting, progress.state, state, reading, progress.seen
     )
@@ -227,7 +235,7 @@ def judge(
         progress = replace(progress, state=state, random=capture(state.lower_params))
     else:
         _report(fatal, training, first, seen.in_a_row)
-        progress = _without_steps(run, progress, after, training.on_trouble)
+        progress = _without_steps(run, training, progress, state)
     progress = replace(progress, unlogged=unlogged, seen=seen)
     return Judged(progress, reading.infos, fatal is not None)
 
@@ -297,12 +305,43 @@ def _report(trouble: Trouble, training: Training, step: int, in_a_row: int) -> N
 _CONSEQUENCES = {"skip": "The step is not taken", "rollback": "Back to the last checkpoint"}
 
 
-def _without_steps(run: Run, progress: Progress, after: int, on_trouble: OnTrouble) -> Progress:
-    """Return both levels without the last steps; the data continue after these."""
-    back = run.before_trouble() if on_trouble == "rollback" else progress
+def _without_steps(
+    run: Run, training: Training, progress: Progress, after: BilevelState[Any, Any]
+) -> Progress:
+    """Return both levels without the last steps; the data continue after these.
+
+    With ``skip``, lower steps that were taken in place stay taken, and the upper step alone is left
+    out.
+
+    Raises:
+        NonFiniteError: They stay taken, and a parameter is not finite.
+    """
+    steps = int(after.lower_steps)
+    if training.on_trouble == "rollback":
+        back = run.before_trouble()
+    elif is_consumed(progress.state):
+        if not tree.allfinite(after.lower_params):
+            raise NonFiniteError(
+                f"{training.title}, step {steps - 1}: a lower parameter is not finite, and a step "
+                "in place cannot be left out afterwards: use --on-trouble rollback"
+            )
+        state = _without_upper_step(progress.state, after)
+        return replace(progress, state=state, random=capture(state.lower_params))
+    else:
+        back = progress
     restore(back.random)
-    state = back.state._replace(lower_steps=torch.full_like(progress.state.lower_steps, after))
+    state = back.state._replace(lower_steps=torch.full_like(after.lower_steps, steps))
     return replace(progress, state=state, random=back.random)
+
+
+def _without_upper_step(
+    before: BilevelState[Any, Any], after: BilevelState[Any, Any]
+) -> BilevelState[Any, Any]:
+    return after._replace(
+        upper_params=before.upper_params,
+        upper_optimizer=before.upper_optimizer,
+        upper_steps=before.upper_steps,
+    )
 
 
 def _postfix(means: Mapping[str, float]) -> dict[str, Any]:

@@ -3,27 +3,41 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import Any
+
+from torch import Tensor
 
 from bilevel import (
     SGD,
     AdamW,
+    Auto,
     BilevelSolver,
     Collective,
+    Dot,
     LazyRowAdam,
+    OneStep,
     Projected,
     Replicas,
+    ResidentSolver,
     WarmupCosine,
 )
 from bilevel.optimizers.schedule import Constant, StepDecay
 from bilevel.problem import Problem
+from bilevel.resident.scope import outside
+from prm.models.model import PRM
 from recipes.options.choices import ImplicitOptions, OneStepOptions, PenaltyOptions, UnrolledOptions
 from recipes.options.train import LowerOptions, TrainOptions
 from recipes.options.values import OptionError, blaming
-from recipes.ranks import share
+from recipes.ranks import several_ranks, share
 from recipes.train.hypergradients import make_hypergradient
-from recipes.train.objective import Objective, Solver
+from recipes.train.objective import Objective, Solver, State
+
+RESIDENT_FROM = 100_000_000
+"""Trained parameters from which on ``--execution auto`` takes steps in place.
+
+Smaller models have the memory, and their runs keep the bits of the functional step.
+"""
 
 
 def _schedule(
@@ -97,29 +111,39 @@ def upper_optimizer(options: TrainOptions, peak: float) -> Any:
         )
 
 
-def make_plain_solver(options: LowerOptions, problem: Problem) -> Solver:
-    """Return a solver that takes lower steps only."""
-    return BilevelSolver(
-        problem, lower_optimizer(options), SGD(0.0), accumulation=options.lower.accumulation
+def make_plain_solver(options: LowerOptions, problem: Problem, trained: int = 0) -> Solver:
+    """Return a solver that takes lower steps only, of a model with so many trained parameters."""
+    # The order is that of a step in place; without upper steps it has no other effect.
+    solver = BilevelSolver(
+        problem,
+        lower_optimizer(options),
+        SGD(0.0),
+        OneStep(order="upper-first"),
+        accumulation=options.lower.accumulation,
     )
+    return _executed(options, solver, trained)
 
 
-def make_solver(options: TrainOptions, objective: Objective, upper_peak: float) -> Solver:
+def make_solver(
+    options: TrainOptions, objective: Objective, upper_peak: float, trained: int = 0
+) -> Solver:
     """Return the bilevel solver of a run.
 
     Args:
         options: The options of the run.
         objective: The losses of both levels, with a weighting.
         upper_peak: The peak learning rate of the upper level.
+        trained: The number of trained parameters of the model.
 
     Raises:
-        OptionError: The route contradicts the order or the weighting.
+        OptionError: The route contradicts the order or the weighting, or a step in place is wanted
+            and something else that it does not do.
     """
     assert objective.weighting is not None
     # A row beyond a bound would first have to travel back before its weight moves.
     upper = Projected(upper_optimizer(options, upper_peak), objective.weighting.project)
     with blaming(_flags(options)):
-        return BilevelSolver(
+        solver = BilevelSolver(
             objective.problem(),
             lower_optimizer(options),
             upper,
@@ -129,6 +153,46 @@ def make_solver(options: TrainOptions, objective: Objective, upper_peak: float) 
             rollback=options.rollback,
             upper_start=options.upper.start,
         )
+    return _executed(options, solver, trained)
+
+
+def _executed(options: LowerOptions, solver: Solver, trained: int) -> Solver:
+    """Return the solver in the execution that is chosen.
+
+    Raises:
+        OptionError: It asks for something that a step in place does not do.
+    """
+    chosen, method = options.lower.execution, solver.hypergradient
+    small = trained < RESIDENT_FROM or several_ranks()
+    if chosen == "functional" or (chosen == "auto" and small):
+        return solver
+    if several_ranks():
+        raise OptionError(
+            "--execution resident: a step of several ranks cannot be done in place; use "
+            "--execution functional"
+        )
+    wanted = {field.name: getattr(solver, field.name) for field in fields(solver)}
+    # Auto comes to the same for single examples.
+    if options.lower.batch_size == 1 and method == OneStep(Auto()):
+        wanted["hypergradient"] = OneStep(Dot())
+    for found, _ in outside(replace(solver, **wanted)):
+        if chosen == "auto":
+            return solver
+        raise OptionError(
+            f"--execution resident: {found} cannot be done in place; use --execution functional"
+        )
+    return ResidentSolver(**wanted)
+
+
+def begin(solver: Solver, prm: PRM, lower: dict[str, Tensor], upper: dict[str, Tensor]) -> State:
+    """Return the state before the first step.
+
+    Of a resident solver θ is the model's own memory from now on, and there is no other copy of it.
+    """
+    if isinstance(solver, ResidentSolver):
+        for name, leaf in lower.items():
+            prm.model.get_parameter(name).data = leaf
+    return solver.init(lower, upper)
 
 
 def over_ranks(solver: Solver, ranks: Collective, upper_size: Callable[[Any], int]) -> Solver:

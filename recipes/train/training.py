@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from bilevel import BilevelProblem, Collective
+from bilevel import BilevelProblem, Collective, ResidentSolver
 from prm.aggregations import AGGREGATIONS
 from prm.inputs.collate import Batch
 from prm.models.model import PRM
@@ -45,6 +45,7 @@ from recipes.train.data import (
 )
 from recipes.train.loop import StepLogging, Training, train
 from recipes.train.make_solver import (
+    begin,
     logged_upper_rate,
     lower_schedule,
     make_plain_solver,
@@ -113,9 +114,10 @@ def run_training(options: TrainOptions, logged: Callable[[int], None] | None = N
     refuse_other_bad_rows(options, data.bad)
     objective = _objective(options, prm, data)
     task = _Task(options, placement, data, objective, ranks)
-    solver, upper, rates = _method(task)
-    start = solver.init(lower, upper)
-    with open_run(options, prm.model, start, data.pictures) as run:
+    solver, upper, rates = _method(task, sum(leaf.numel() for leaf in lower.values()))
+    start = begin(solver, prm, lower, upper)
+    in_place = isinstance(solver, ResidentSolver)
+    with open_run(options, prm.model, start, data.pictures, in_place=in_place) as run:
         keep_bad_rows(run.directory, data.bad)
         initial = None
         if objective.weighting is not None:
@@ -245,24 +247,24 @@ def _upper_level(task: _Task) -> Callable[[int], Batch] | None:
     return task.placement.batches(batches, steps, every)
 
 
-def _method(task: _Task) -> _Method:
+def _method(task: _Task, trained: int) -> _Method:
     """Return the method, its solver being that of this rank."""
-    made = _method_of_all(task)
+    made = _method_of_all(task, trained)
     return made._replace(solver=over_ranks(made.solver, task.ranks, task.objective.upper_size))
 
 
-def _method_of_all(task: _Task) -> _Method:
+def _method_of_all(task: _Task, trained: int) -> _Method:
     options, objective = task.options, task.objective
     rates: dict[str, Callable[[int], float]] = {"lower_lr": lower_schedule(options)}
     if options.weighting.lower_data == "meta":
         problem = BilevelProblem(lower_loss=objective.upper_loss, upper_loss=objective.upper_loss)
-        return _Method(make_plain_solver(options, problem), {}, rates)
+        return _Method(make_plain_solver(options, problem, trained), {}, rates)
     weighting = objective.weighting
     if weighting is None:
-        return _Method(make_plain_solver(options, objective.problem()), {}, rates)
+        return _Method(make_plain_solver(options, objective.problem(), trained), {}, rates)
     scale = time_scale(options, weighting)
     print_time_scale(scale)
     rates["upper_lr"] = logged_upper_rate(options, scale.upper_lr)
     upper = weighting.init(torch.Generator().manual_seed(options.seed))
     upper = task.placement.params(upper)
-    return _Method(make_solver(options, objective, scale.upper_lr), upper, rates)
+    return _Method(make_solver(options, objective, scale.upper_lr, trained), upper, rates)

@@ -1,4 +1,4 @@
-"""``python -m recipes.evidence.bench [core|embedded|race] ...``; core is the default."""
+"""``python -m recipes.evidence.bench [core|embedded|race|copies] ...``; core is the default."""
 
 from __future__ import annotations
 
@@ -19,13 +19,18 @@ def main() -> None:
         from recipes.evidence.bench.race import measure
 
         measure.main(arguments)
+    elif name == "copies":
+        from recipes.evidence.bench import copies
+
+        copies.main(arguments)
     elif name == "core":
         from recipes.evidence.bench import core
 
         core.main(arguments)
     else:
         sys.exit(
-            f"python -m recipes.evidence.bench: expected core, embedded or race, found {name!r}"
+            "python -m recipes.evidence.bench: expected core, embedded, race or copies, "
+            f"found {name!r}"
         )
 
 

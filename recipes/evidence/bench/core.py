@@ -242,7 +242,7 @@ def main(arguments: Sequence[str]) -> None:
     if given.output:
         path = Path(given.output)
         rows = measured.pop("rows")
-        write_json(path, [row | {"machine": machine_facts} for row in rows])
+        write_json(path, report.merged(path, [row | {"machine": machine_facts} for row in rows]))
         about = {
             "command": " ".join(["python -m recipes.evidence.bench", *arguments]),
             "environment": environment(),

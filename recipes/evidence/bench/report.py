@@ -1,8 +1,10 @@
-"""The table of ``core``, the meaning of its columns, and the targets."""
+"""The table of ``core``, the meaning of its columns, the targets, and the file of all rows."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from recipes.evidence.bench.contenders import FLOOR, TORCHOPT
@@ -32,6 +34,19 @@ DEFINITIONS = {
     "operations",
 }
 EXACT = ("dot", "ghost", "per-example", "jvp", "reverse")
+
+
+def merged(path: Path, rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """Return these rows, and those of other models that are in a file of results already."""
+    kept = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
+    models = {_model(row) for row in rows}
+    return [*(row for row in kept if _model(row) not in models), *rows]
+
+
+def _model(row: Mapping[str, Any]) -> str:
+    """Return the model of a row, without the batch."""
+    model: str = row["model"]
+    return model.rpartition(", batch")[0]
 
 
 def table(measured: Mapping[str, Any]) -> str:

@@ -62,8 +62,9 @@ def test_closed_form_of_a_step(order):
     assert float(weight) == 0.8
 
 
-def test_a_consumed_state_is_refused():
-    solver = ResidentSolver(scalar_problem(), SGD(0.1), SGD(1.0), OneStep(Dot()))
+@pytest.mark.parametrize("optimizer", [SGD(0.1), AdamW(0.1)], ids=["own rule", "fused kernel"])
+def test_a_consumed_state_is_refused(optimizer):
+    solver = ResidentSolver(scalar_problem(), optimizer, SGD(1.0), OneStep(Dot()))
     start = solver.init({"w": torch.zeros(1).double()}, torch.ones(1).double())
     state, _ = solver.advance(start, [[scalar_batch()]], {})
     for use in (

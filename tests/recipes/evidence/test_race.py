@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from bilevel import SGD, AdamW, BilevelSolver, Dot, OneStep, tree
+from recipes.evidence.bench import report
 from recipes.evidence.bench.race import contenders, measure
 from recipes.evidence.bench.race.model import SHAPES, Shape, internvl_config, make_race
 from recipes.evidence.bench.race.original import MAX_NORM, Adamw, Original
@@ -110,10 +111,10 @@ def test_rows_hold_together(tmp_path):
     table = measure.table(rows)
     assert all(route in table for route in measure.ROUTES)
     path = tmp_path / "bench.json"
-    path.write_text(json.dumps([{"route": "jvp", "model": "decoder", "dtype": "float32"}]))
-    measure.write_rows(path, rows)
-    measure.write_rows(path, [rows[0] | {"cpu_seconds": 1.0}])
-    written = json.loads(path.read_text())
-    assert [row["route"] for row in written].count("floor") == 1
-    assert written[0]["route"] == "jvp"
-    assert next(row for row in written if row["route"] == "floor")["cpu_seconds"] == 1.0
+    path.write_text(json.dumps([{"route": "jvp", "model": "decoder, 5 M, batch 1"}]))
+    both = report.merged(path, rows)
+    assert [row["route"] for row in both] == ["jvp", *measure.ROUTES]
+    path.write_text(json.dumps(both))
+    again = report.merged(path, [rows[0] | {"cpu_seconds": 1.0}])
+    assert [row["route"] for row in again] == ["jvp", "floor"]
+    assert again[1]["cpu_seconds"] == 1.0

@@ -37,6 +37,7 @@ from recipes.evidence.bench.race.contenders import (
     with_graph,
 )
 from recipes.evidence.bench.race.model import SHAPES, Race, make_race
+from recipes.evidence.bench.report import merged
 from recipes.run.files import write_json
 from recipes.run.provenance import environment, machine
 
@@ -91,7 +92,9 @@ def _row(
         "cpu_seconds": median(lambda at: at[route]),
         "peak_bytes": peak,
         "peak_over_original": float(f"{peak / (race.held_bytes + peaks[ORIGINAL]):.3g}"),
-        "copies": float(f"{(peak - activations) / race.parameter_bytes:.3g}"),
+        "copies": None  # Its activations are those of another forward pass.
+        if route == ORIGINAL
+        else float(f"{(peak - activations) / race.parameter_bytes:.3g}"),
     }
 
 
@@ -139,20 +142,9 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
             f"{row['route']:<18}{size:>9}{row['cpu_seconds']:>8.2f}"
             f"{row['overhead_vs_floor']:>9.3f}{row['times_faster_than_original']:>10.2f}"
             f"{row['peak_bytes'] / 1e9:>9.2f}{row['peak_over_original']:>12.2f}"
-            f"{row['copies']:>8.2f}"
+            f"{'' if row['copies'] is None else format(row['copies'], '.2f'):>8}"
         )
     return "\n".join(lines)
-
-
-def write_rows(path: Path, rows: Sequence[dict[str, Any]]) -> None:
-    """Put the rows into the results of ``core``, in the place of earlier ones of this race.
-
-    A race on another model keeps its rows.
-    """
-    kept = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
-    ours = {(row["route"], row["model"], row["dtype"]) for row in rows}
-    kept = [row for row in kept if (row["route"], row["model"], row["dtype"]) not in ours]
-    write_json(path, [*kept, *rows])
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -183,4 +175,5 @@ def main(arguments: Sequence[str]) -> None:
     rows = measure(make_race(SHAPES[given.size], torch.float32), given.rounds, given.batch_size)
     print(table(rows))
     if given.output:
-        write_rows(Path(given.output), [row | about for row in rows])
+        path = Path(given.output)
+        write_json(path, merged(path, [row | about for row in rows]))
