@@ -27,7 +27,26 @@ NAMES = (
     "torch._weight_norm",
     "torch.autograd.graph._engine_run_backward",
     "torch._C.DisableTorchFunction",
+    "torch._fused_adamw_",
+    "torch._foreach_add",
+    "torch._foreach_add_",
+    "torch._foreach_clamp_min",
+    "torch._foreach_div",
+    "torch._foreach_mul_",
+    "torch._foreach_reciprocal_",
+    "torch._foreach_sqrt",
+    "torch._debug_has_internal_overlap",
 )
+
+# What ``torch.optim`` itself calls: one kernel, or one call, for a list of tensors.
+fused_adamw_ = torch._fused_adamw_
+foreach_add = torch._foreach_add
+foreach_add_ = torch._foreach_add_
+foreach_clamp_min = torch._foreach_clamp_min
+foreach_div = torch._foreach_div
+foreach_mul_ = torch._foreach_mul_
+foreach_reciprocal_ = torch._foreach_reciprocal_
+foreach_sqrt = torch._foreach_sqrt
 
 # What ``torch.no_grad`` and its like call, as a ``TorchFunctionMode`` sees it.
 SET_GRAD_MODE = torch._C._set_grad_enabled
@@ -112,3 +131,8 @@ def function_modes_off() -> AbstractContextManager[None]:
     """Return a context in which torch functions are called past all torch function modes."""
     off: AbstractContextManager[None] = torch._C.DisableTorchFunction()
     return off
+
+
+def overlaps_itself(tensor: Tensor) -> bool:
+    """Return whether two entries of a tensor certainly share memory, as those of an expanded one."""
+    return bool(torch._debug_has_internal_overlap(tensor) == 1)

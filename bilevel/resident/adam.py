@@ -10,6 +10,16 @@ import torch
 from torch import Tensor
 
 from bilevel import tree
+from bilevel.autodiff.torch_private import (
+    foreach_add,
+    foreach_add_,
+    foreach_clamp_min,
+    foreach_div,
+    foreach_mul_,
+    foreach_reciprocal_,
+    foreach_sqrt,
+    fused_adamw_,
+)
 from bilevel.optimizers.elementwise import ElementwiseOptimizer
 from bilevel.optimizers.optimizers import Adam, AdamW
 
@@ -59,10 +69,10 @@ class FusedAdam:
         """
         seen = list(grads)
         if decay and not self.decoupled:
-            seen = list(torch._foreach_add(seen, list(params), alpha=decay))
+            seen = list(foreach_add(seen, list(params), alpha=decay))
         device = params[0].device
         count = torch.tensor(float(self.steps), device=device if device.type != "cpu" else "cpu")
-        torch._fused_adamw_(
+        fused_adamw_(
             list(params),
             seen,
             list(first),
@@ -111,13 +121,13 @@ class FusedAdam:
         wide = tree.wide_dtype(raw[0].dtype)
         ghat, m, s = ([leaf.to(wide) for leaf in column] for column in (seen, first, second))
         least = math.sqrt(torch.finfo(wide).tiny * torch.finfo(wide).eps)
-        root = torch._foreach_sqrt(s)
-        bend = torch._foreach_div(ghat, torch._foreach_clamp_min(root, least))
-        torch._foreach_mul_(bend, m)
-        torch._foreach_add_(root, self.eps * math.sqrt(correction2))
-        torch._foreach_reciprocal_(root)
-        torch._foreach_mul_(bend, root)
-        torch._foreach_mul_(bend, -(1.0 - beta2) * gain * factor)
-        torch._foreach_add_(bend, (1.0 - beta1) * gain * factor)
-        torch._foreach_mul_(root, bend)
-        torch._foreach_mul_(list(raw), [one.to(raw[0].dtype) for one in root])
+        root = foreach_sqrt(s)
+        bend = foreach_div(ghat, foreach_clamp_min(root, least))
+        foreach_mul_(bend, m)
+        foreach_add_(root, self.eps * math.sqrt(correction2))
+        foreach_reciprocal_(root)
+        foreach_mul_(bend, root)
+        foreach_mul_(bend, -(1.0 - beta2) * gain * factor)
+        foreach_add_(bend, (1.0 - beta1) * gain * factor)
+        foreach_mul_(root, bend)
+        foreach_mul_(list(raw), [one.to(raw[0].dtype) for one in root])

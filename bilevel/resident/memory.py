@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from bilevel import tree
+from bilevel.autodiff.torch_private import overlaps_itself
 from bilevel.tree import TreeT
 
 
@@ -44,6 +45,6 @@ def shared_leaves(params: TreeT) -> tuple[str, str] | None:
         if not leaf.numel() or leaf.is_meta:
             continue
         earlier = seen.setdefault((leaf.device, leaf.data_ptr()), name)
-        if earlier != name or torch._debug_has_internal_overlap(leaf) == 1:
+        if earlier != name or overlaps_itself(leaf):
             return earlier, name
     return None

@@ -25,14 +25,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from bilevel import (
-    BilevelSolver,
-    BilevelState,
-    OneStep,
-    StepInfo,
-    Unrolled,
-    tree,
-)
+from bilevel import BilevelSolver, BilevelState, OneStep, StepInfo, Unrolled, tree
 from weighting import Weighting, effective_sample_size
 
 _HISTORY, _ENOUGH = 20, 10  # the most and the fewest hypergradient norms in the median

@@ -14,7 +14,16 @@ from bilevel.autodiff import torch_private
 from bilevel.autodiff.torch_private import (
     NAMES,
     TRIED,
+    foreach_add,
+    foreach_add_,
+    foreach_clamp_min,
+    foreach_div,
+    foreach_mul_,
+    foreach_reciprocal_,
+    foreach_sqrt,
     function_modes_off,
+    fused_adamw_,
+    overlaps_itself,
     run_backward,
     softmax_tangent,
     transform_is_active,
@@ -125,3 +134,59 @@ def test_no_other_module_names_a_private_function():
         if private.search(path.read_text(encoding="utf-8"))
     }
     assert users == {"autodiff/torch_private.py"}
+
+
+def test_lists_of_tensors_have_the_values_of_each():
+    def draw():
+        generator = torch.Generator().manual_seed(0)
+        return [torch.rand(size, generator=generator, dtype=torch.float64) for size in (3, 2)]
+
+    one, other = draw(), [leaf + 1.0 for leaf in draw()]
+    for found, expected in (
+        (
+            foreach_add(one, other, alpha=0.5),
+            [a + 0.5 * b for a, b in zip(one, other, strict=True)],
+        ),
+        (foreach_clamp_min(one, 0.5), [leaf.clamp(min=0.5) for leaf in one]),
+        (foreach_div(one, other), [a / b for a, b in zip(one, other, strict=True)]),
+        (foreach_sqrt(one), [leaf.sqrt() for leaf in one]),
+    ):
+        assert all(map(torch.equal, found, expected))
+    changed = draw()
+    foreach_add_(changed, 2.0)
+    foreach_mul_(changed, 3.0)
+    foreach_mul_(changed, other)
+    foreach_reciprocal_(changed)
+    expected = [1.0 / ((a + 2.0) * 3.0 * b) for a, b in zip(one, other, strict=True)]
+    for found, value in zip(changed, expected, strict=True):
+        torch.testing.assert_close(found, value, rtol=1e-15, atol=0.0)
+
+
+def test_the_fused_kernel_takes_the_step_of_adamw():
+    theta, grad = torch.linspace(-1, 1, 5).double(), torch.linspace(1, 2, 5).double()
+    leaf = theta.clone().requires_grad_()
+    leaf.grad = grad.clone()
+    torch.optim.AdamW([leaf], lr=0.1, weight_decay=0.2, foreach=False).step()
+    first, second, count = torch.zeros_like(theta), torch.zeros_like(theta), torch.tensor(1.0)
+    fused_adamw_(
+        [theta],
+        [grad],
+        [first],
+        [second],
+        [],
+        [count],
+        lr=0.1,
+        beta1=0.9,
+        beta2=0.999,
+        weight_decay=0.2,
+        eps=1e-8,
+        amsgrad=False,
+        maximize=False,
+    )
+    torch.testing.assert_close(theta, leaf.detach(), rtol=1e-14, atol=0.0)
+    torch.testing.assert_close(first, 0.1 * grad, rtol=1e-14, atol=0.0)
+
+
+def test_expanded_tensors_overlap_themselves():
+    assert overlaps_itself(torch.ones(1).expand(3))
+    assert not overlaps_itself(torch.ones(3, 2).T)

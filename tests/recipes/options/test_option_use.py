@@ -197,6 +197,7 @@ def test_every_choice_is_tested_below():
         "attention",
         "bound",
         "context",
+        "execution",
         "hypergradient",
         "linear_solver",
         "loss_target",

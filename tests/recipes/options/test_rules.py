@@ -282,6 +282,6 @@ def test_what_a_resumed_run_may_change():
             "precision",
             "attention",
             "activation_checkpointing",
-            *("lora_save", "profile"),
+            *("execution", "lora_save", "profile"),
         ),  # but see identity
     }

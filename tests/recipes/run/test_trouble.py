@@ -123,8 +123,9 @@ def test_size_is_that_against_the_median_of_the_last(norm, expected):
 def test_the_first_step_of_adam(method, taken, cold):
     infos = [info(hypergradient_norm=1.0)] * taken
     expected = [("cold_optimizer", False)] if cold else []
-    assert kinds(infos, before=Found(steps=0), method=method) == expected
-    assert kinds(infos, before=Found(steps=1), method=method) == []
+    first, second = Found(steps=taken), Found(steps=taken + 1)
+    assert kinds(infos, before=Found(steps=0), after=first, method=method) == expected
+    assert kinds(infos, before=Found(steps=1), after=second, method=method) == []
 
 
 def test_effective_sample_size():
