@@ -134,5 +134,5 @@ def function_modes_off() -> AbstractContextManager[None]:
 
 
 def overlaps_itself(tensor: Tensor) -> bool:
-    """Return whether two entries of a tensor certainly share memory, as those of an expanded one."""
+    """Return whether entries of a tensor are known to share memory, as in an expanded one."""
     return bool(torch._debug_has_internal_overlap(tensor) == 1)
