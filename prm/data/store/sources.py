@@ -1,0 +1,106 @@
+"""Where the records of a file are read from again: its own lines, or a temporary copy."""
+
+from __future__ import annotations
+
+import marshal
+import os
+import tempfile
+import zlib
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any, NamedTuple, Protocol
+
+from prm.data.json_rows import Span, json_line
+from prm.schema import DataError
+
+
+class Place(NamedTuple):
+    """Where a record lies in its source, and the line that messages name."""
+
+    line: int
+    span: Span
+
+
+class Source(Protocol):
+    """The records of a file, read again by their places. It can be pickled, and lives in forks."""
+
+    def records(self, places: Iterable[Place]) -> Iterator[Any]:
+        """Yield the decoded record of every place.
+
+        Raises:
+            DataError: The file has changed, or is gone.
+        """
+
+
+@dataclass(frozen=True)
+class JsonlFile:
+    """An uncompressed JSONL file, opened for every request: a few rows, a batch."""
+
+    path: Path
+
+    def records(self, places: Iterable[Place]) -> Iterator[Any]:
+        """Yield the decoded record of every place; see ``Source``."""
+        try:
+            with self.path.open("rb") as file:
+                for line, span in places:
+                    file.seek(span.start)
+                    raw = file.read(span.size)
+                    if zlib.crc32(raw) != span.checksum:
+                        raise self._changed("another one", line)
+                    yield json_line(raw, self.path, line)
+        except OSError as error:
+            raise self._changed(f"{error.strerror}") from error
+
+    def _changed(self, found: str, line: int | None = None) -> DataError:
+        return DataError(
+            expected="the row that was there when the file was checked",
+            found=found,
+            file=self.path,
+            line=line,
+            remedy="do not change a data file while a command uses it; put it back, or start again",
+        )
+
+
+class Spool:
+    """A temporary copy of the records of a file that cannot be read from its middle.
+
+    It has no name, so nothing remains of it when the process ends, however that is. The folder is
+    the system's for temporary files (``TMPDIR``). Pickling copies the content.
+    """
+
+    def __init__(self, content: bytes = b"") -> None:
+        self._file: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115
+        self._file.write(content)
+        self._file.flush()
+        self._size = len(content)
+
+    def append(self, record: Any) -> Span:
+        """Keep a record: values of JSON, and bytes. Return its span."""
+        # marshal gives these back exactly; it is unfit for files of others, which this is not.
+        raw = marshal.dumps(record)
+        self._file.write(raw)
+        span = Span(self._size, len(raw), 0)
+        self._size += len(raw)
+        return span
+
+    def records(self, places: Iterable[Place]) -> Iterator[Any]:
+        """Yield the decoded record of every place; see ``Source``."""
+        self._file.flush()
+        for place in places:
+            yield marshal.loads(self._read(place.span.start, place.span.size))
+
+    def _read(self, start: int, size: int) -> bytes:
+        if hasattr(os, "pread"):  # forked processes share the position in the file
+            return os.pread(self._file.fileno(), size, start)
+        self._file.seek(start)
+        raw = self._file.read(size)
+        self._file.seek(0, os.SEEK_END)
+        return raw
+
+    def __del__(self) -> None:
+        self._file.close()
+
+    def __reduce__(self) -> tuple[type[Spool], tuple[bytes]]:
+        self._file.flush()
+        return Spool, (self._read(0, self._size),)
