@@ -13,9 +13,10 @@ from torch import Tensor
 from prm.data.bad_rows import BadRows
 from prm.data.json_rows import json_rows
 from prm.data.record_fields import Location
+from prm.data.store.outline import Facts
 from prm.digests import check_digest
 from prm.models.model import PRM
-from prm.schema import DataError, StepExample
+from prm.schema import DataError
 from recipes.bad_rows import SKIPPED, report_bad_rows
 from recipes.evaluation.candidates import Candidates, read_candidates
 from recipes.evaluation.leaks import find_leak, refuse_leak
@@ -26,7 +27,6 @@ from recipes.run.files import note_unchecked
 from recipes.terminal import say
 from recipes.train.batches import mixed_questions
 from recipes.train.bounded_weights import WEIGHTINGS
-from weighting import row_index
 
 _MOST = float(torch.finfo(torch.float32).max)
 
@@ -77,9 +77,9 @@ def read_train_data(prm: PRM, options: TrainOptions) -> TrainData:
     plain = require(plain, "labels")
     if _weighs_by_domain(options):
         plain = require(plain, "domain")
-    ids = row_index([example.id for example in plain.examples])
-    names = [example.domain for example in plain.examples]
-    domains = {} if None in names else {str(n): i for i, n in enumerate(dict.fromkeys(names))}
+    ids = plain.index()
+    names = dict.fromkeys(example.domain for example in plain.facts)
+    domains = {} if None in names else {str(name): row for row, name in enumerate(names)}
     meta = None
     if options.data.meta_file is not None:
         meta = read_examples(prm, options, options.data.meta_file)
@@ -116,7 +116,7 @@ def _require_pairs(meta: Examples) -> None:
     Raises:
         DataError: None has.
     """
-    mixed, questions = mixed_questions(meta.examples)
+    mixed, questions = mixed_questions(meta.facts)
     if not mixed:
         raise DataError(
             expected="questions with both a right and a wrong solution, which --loss-target pairs "
@@ -186,13 +186,13 @@ def lower_examples(options: TrainOptions, data: TrainData) -> Examples:
 class _Need(NamedTuple):
     """A field that the data need for some purpose, and the fault of an example without it."""
 
-    has: Callable[[StepExample], bool]
+    has: Callable[[Facts], bool]
     fault: Fault
 
 
 _NEEDS: Mapping[str, _Need] = {
     "labels": _Need(
-        lambda example: any(step.label is not None for step in example.steps),
+        lambda example: example.labelled,
         Fault(
             field="steps[].label",
             expected="at least one labelled step",

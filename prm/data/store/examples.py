@@ -12,7 +12,7 @@ from prm.data.formats.table import format_named
 from prm.data.interned import Interned
 from prm.data.reader import checked_rows
 from prm.data.record_fields import Location
-from prm.data.store.outline import Facts, Outline
+from prm.data.store.outline import Facts, Outline, facts_of
 from prm.data.store.sources import JsonlFile, Place, Source, Spool
 from prm.names import ImageCheck
 from prm.schema import DataError, StepExample
@@ -78,9 +78,7 @@ class StoredExamples(Sequence[StepExample]):
     def only(self, rows: Sequence[int]) -> StoredExamples:
         """Return the given examples alone."""
         kept = array("q", (self.rows[row] for row in rows))
-        return StoredExamples(
-            self.path, self._root, self._format, self._source, self.outline, kept
-        )
+        return StoredExamples(self.path, self._root, self._format, self._source, self.outline, kept)
 
     @property
     def lines(self) -> Sequence[int]:
@@ -128,6 +126,11 @@ class StoredExamples(Sequence[StepExample]):
                 location = Location(self._root, self.path, place.line, [])
                 examples = read(next(records), location)
             yield examples[candidate]
+
+
+def facts(examples: Iterable[StepExample]) -> Iterator[Facts]:
+    """Yield the facts of all examples, for which stored ones are not read again."""
+    return examples.facts if isinstance(examples, StoredExamples) else map(facts_of, examples)
 
 
 class _Index(Mapping[str, int]):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from array import array
-from collections.abc import Iterable, Iterator, MutableSequence, Sequence
+from collections.abc import Iterator, MutableSequence, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -155,8 +155,3 @@ class Outline:
     def _text(self, name: str, row: int) -> str | None:
         number = self._numbers[name][row]
         return None if number == _NONE else self._texts[name].text(number)
-
-
-def all_facts(examples: Iterable[StepExample]) -> Iterator[Facts]:
-    """Yield the facts of examples that are in memory."""
-    return map(facts_of, examples)
