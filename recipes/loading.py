@@ -73,9 +73,7 @@ class Examples:
         Raises:
             ValueError: Two examples have one id.
         """
-        if isinstance(self.examples, StoredExamples):
-            return self.examples.index()
-        return row_index([example.id for example in self.examples])
+        return _index(self.examples)
 
     def only(self, rows: Sequence[int]) -> Examples:
         """Return the given rows alone."""
@@ -117,9 +115,23 @@ class Solutions:
         """What is known of each example without reading it again."""
         return facts(self.examples)
 
+    def index(self) -> Mapping[str, int]:
+        """Return the row of every id.
+
+        Raises:
+            ValueError: Two examples have one id.
+        """
+        return _index(self.examples)
+
     def only(self, rows: Sequence[int]) -> Solutions:
         """Return the given rows alone."""
         return replace(self, **_only(self, rows))
+
+
+def _index(examples: Sequence[StepExample]) -> Mapping[str, int]:
+    if isinstance(examples, StoredExamples):
+        return examples.index()
+    return row_index([example.id for example in examples])
 
 
 def _only(data: Examples | Solutions, rows: Sequence[int]) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from prm.evaluation.metrics import bootstrap_interval, macro_f1, roc_auc
 from prm.evaluation.select import best_of_n, self_consistency, weighted_vote
 from prm.models.model import PRM
 from prm.names import TieRule
-from prm.scoring import aggregate, score_examples
+from prm.scoring import StepScores, aggregate, score_all
 from recipes.loading import (
     Examples,
     Fault,
@@ -249,8 +249,28 @@ def step_scores_of(
 ) -> tuple[Tensor, Tensor]:
     """Return step scores (0 without a step) and the mask of steps, [examples, steps] each."""
     shown = not isinstance(options, TrainOptions) or options.run.progress
+    scored = scores_of(prm, params, data, options, full_vocab=full_vocab, shown=shown)
+    steps = max(len(row) for row in scored)
+    scores = torch.zeros(len(scored), steps)
+    mask = torch.zeros(len(scored), steps, dtype=torch.bool)
+    for row, values in enumerate(scored):
+        scores[row, : len(values)] = values
+        mask[row, : len(values)] = True
+    return scores, mask
+
+
+def scores_of(
+    prm: PRM,
+    params: Mapping[str, Tensor],
+    data: Examples,
+    options: ScoringOptions | WeighOptions,
+    *,
+    full_vocab: bool = False,
+    shown: bool = True,
+) -> StepScores:
+    """Return the step scores of every example, [steps] each, with a progress bar if ``shown``."""
     with progress_bar("scoring", len(data), shown=shown) as bar:
-        scored = score_examples(
+        return score_all(
             prm,
             params,
             data.encoded,
@@ -259,14 +279,8 @@ def step_scores_of(
             full_vocab=full_vocab,
             workers=options.workers,
             scored=bar.update,
+            tokens_per_batch=options.tokens_per_batch,
         )
-    steps = max(len(row) for row in scored)
-    scores = torch.zeros(len(scored), steps)
-    mask = torch.zeros(len(scored), steps, dtype=torch.bool)
-    for row, values in enumerate(scored):
-        scores[row, : len(values)] = torch.as_tensor(values)
-        mask[row, : len(values)] = True
-    return scores, mask
 
 
 def interval(values: np.ndarray, seed: int = 0) -> tuple[float, float]:

@@ -15,6 +15,7 @@ from recipes.options.base import (
     LoaderOptions,
     ScoringOptions,
     option,
+    tokens_per_batch,
 )
 
 _PROBABILITY = (
@@ -76,7 +77,10 @@ class ScoreOptions(LoaderOptions):
     )
     overwrite: bool = option(False, "begin an existing --output anew")
     probability: Literal["labels", "vocabulary"] = option("labels", _PROBABILITY)
-    eval_batch_size: int = option(64, "solutions per forward pass", least=1, most=MOST_EXAMPLES)
+    eval_batch_size: int = option(
+        64, "most solutions per forward pass", least=1, most=MOST_EXAMPLES
+    )
+    tokens_per_batch: int = tokens_per_batch()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,7 +101,7 @@ class EvaluateOptions(ScoringOptions):
 
     ONLY_WITH: ClassVar[Mapping[Condition, tuple[str, ...]]] = {
         CHOSEN_BY_HAND: ("aggregation",),
-        MODEL_ASKED: ("model", *_PROMPT, "eval_batch_size", "workers"),
+        MODEL_ASKED: ("model", *_PROMPT, "eval_batch_size", "tokens_per_batch", "workers"),
     }
 
     file: str = option(
@@ -157,7 +161,8 @@ class WeighOptions(LoaderOptions):
         BY_SEED: ("seed",),
     }
     ASKS_MODEL: ClassVar[tuple[str, ...]] = (
-        *("model", "reference_model", *_PROMPT, "eval_batch_size", "workers"),
+        *("model", "reference_model", *_PROMPT),
+        *("eval_batch_size", "tokens_per_batch", "workers"),
     )
     """Options that only a weighting that needs the model reads."""
 
@@ -191,8 +196,9 @@ class WeighOptions(LoaderOptions):
         only_with=BY_REFERENCE,
     )
     eval_batch_size: int = option(
-        64, "solutions per forward pass", least=1, most=MOST_EXAMPLES, only_with=BY_MODEL
+        64, "most solutions per forward pass", least=1, most=MOST_EXAMPLES, only_with=BY_MODEL
     )
+    tokens_per_batch: int = tokens_per_batch(only_with=BY_MODEL)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -16,9 +17,9 @@ from prm.data.json_rows import json_rows
 from prm.evaluation.second_opinion import load_math_verify
 from prm.models.model import PRM
 from prm.schema import DataError
-from prm.scoring import score_examples
+from prm.scoring import StepScores
 from recipes.bad_rows import report_bad_rows, skipped_path
-from recipes.evaluation.candidates import Candidates, candidates_or_steps
+from recipes.evaluation.candidates import Candidates, candidates_or_steps, scores_of
 from recipes.evaluation.dev_choice import Choice, choose_on_dev
 from recipes.evaluation.figures import all_figures
 from recipes.evaluation.leaks import find_leak, refuse_leak
@@ -38,7 +39,7 @@ from recipes.options.rules import check_together
 from recipes.options.use import EvaluateOptions
 from recipes.options.values import OptionError
 from recipes.run.files import json_text, output_file
-from recipes.terminal import progress_bar, say
+from recipes.terminal import say
 from recipes.use.model_run import note_differences, run_of
 from recipes.use.scores_file import read_settings, scores_for
 
@@ -61,23 +62,14 @@ class _Judge:
             return candidates_or_steps(without_skipped(data, Path(scores)))
         return candidates_or_steps(read_examples(self.loaded[0], self.options, path))
 
-    def rows(self, candidates: Candidates, scores: str | None) -> list[Tensor]:
+    def rows(self, candidates: Candidates, scores: str | None) -> Sequence[Tensor]:
         """Return the step scores of every candidate, read or computed."""
         data = candidates.data
         if scores is not None:
             return _read_rows(Path(scores), candidates)
         assert isinstance(data, Examples)
-        options = self.options
-        with progress_bar("scoring", len(data)) as bar:
-            return score_examples(
-                *self.loaded,
-                data.encoded,
-                data.collator,
-                options.eval_batch_size,
-                full_vocab=options.probability == "vocabulary",
-                workers=options.workers,
-                scored=bar.update,
-            )
+        full_vocab = self.options.probability == "vocabulary"
+        return scores_of(*self.loaded, data, self.options, full_vocab=full_vocab)
 
 
 def run_evaluate(options: EvaluateOptions) -> dict[str, Any]:
@@ -210,19 +202,24 @@ def without_skipped(data: Solutions, scores: Path) -> Solutions:
     return usable(data, lambda example: fault if example.id in skipped else None)
 
 
-def _read_rows(path: Path, candidates: Candidates) -> list[Tensor]:
+def _read_rows(path: Path, candidates: Candidates) -> Sequence[Tensor]:
     """Return the step scores of every candidate from a scores file, in float32."""
-    examples = candidates.data.examples
-    rows = scores_for(path, [example.id for example in examples], candidates.data.path)
-    for row, example in zip(rows, examples, strict=True):
-        if len(row.step_scores) != len(example.steps):
-            raise DataError(
-                expected=f"{len(example.steps)} step scores for {row.id!r}, one per step",
-                found=f"{len(row.step_scores)}",
+    counts = [len(row.labels) for row in candidates.data.facts]
+    scores = StepScores(counts)
+    other: DataError | None = None
+    for row, solution in scores_for(path, candidates.data.index(), candidates.data.path):
+        if len(solution.step_scores) == counts[row]:
+            scores.put(row, torch.tensor(solution.step_scores, dtype=torch.float32))
+        elif other is None:
+            other = DataError(
+                expected=f"{counts[row]} step scores for {solution.id!r}, one per step",
+                found=f"{len(solution.step_scores)}",
                 file=path,
                 remedy="score this file again; its solutions have changed",
             )
-    return [torch.tensor(row.step_scores, dtype=torch.float32) for row in rows]
+    if other is not None:
+        raise other
+    return scores
 
 
 def _summary(results: dict[str, Any]) -> str:

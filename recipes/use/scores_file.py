@@ -12,17 +12,20 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+import os
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import IO, Any, NoReturn
 
+from prm.data.interned import Interned
 from prm.data.json_rows import json_line
 from prm.digests import check_digest, digest_path
 from prm.schema import DataError
 from recipes.options.values import OptionError
 from recipes.run.files import note_unchecked
 
+_BLOCK = 2**20
 _REMEDY = "write the file with `bilevel-prm score`"
 
 
@@ -94,52 +97,70 @@ def read_scores(path: Path) -> list[ScoredSolution]:
         DataError: A line is malformed (the error names file, line and field), an id occurs twice,
             solutions are missing, or the file is not as it was written.
     """
+    return list(_complete(path))
+
+
+def _complete(path: Path) -> Iterator[ScoredSolution]:
+    """Yield all lines of a complete scores file; see ``read_scores``."""
     if not path.is_file():
         raise OptionError(f"{path}: no such file; {_REMEDY}")
     checked = check_digest(path)
     expected = read_settings(path).get("solutions")
-    rows: list[ScoredSolution] = []
-    first: dict[str, int] = {}
+    ids = Interned()
     for line, row in _rows(path):
-        if row.id in first:
-            _fail(path, line, "id", f"an id of its own, not that of line {first[row.id]}", row.id)
-        first[row.id] = line
-        rows.append(row)
-    if isinstance(expected, int) and (len(rows) != expected or not checked):
+        # Lines are rows, so the number of an id is that of its line.
+        if (number := ids.add(row.id)) != line - 1:
+            _fail(path, line, "id", f"an id of its own, not that of line {number + 1}", row.id)
+        yield row
+    if isinstance(expected, int) and (len(ids) != expected or not checked):
         raise DataError(
             expected=f"the scores of {expected} solutions, and the digest of the complete file",
-            found=f"{len(rows)}{'' if checked else f', without {digest_path(path).name}'}",
+            found=f"{len(ids)}{'' if checked else f', without {digest_path(path).name}'}",
             file=path,
             remedy="call `bilevel-prm score` again as before: it goes on where it stopped",
         )
-    if not rows:
+    if not ids:
         raise DataError(expected="a line per solution", found="an empty file", file=path)
     note_unchecked(path)
-    return rows
 
 
-def scores_for(path: Path, ids: Sequence[str], data: Path) -> list[ScoredSolution]:
-    """Read the lines of a scores file for the solutions ``ids`` of ``data``, in their order.
+def scores_for(
+    path: Path, index: Mapping[str, int], data: Path
+) -> Iterator[tuple[int, ScoredSolution]]:
+    """Yield the lines of a scores file for the solutions of ``data``, each with its row there.
+
+    Args:
+        path: The scores file.
+        index: The row of every id of the data.
+        data: The path of the data, for messages.
 
     Raises:
-        DataError: A solution has no scores, or the file holds scores of other solutions.
+        DataError: At the end: a solution has no scores, or the file holds scores of other
+            solutions. Before it: see ``read_scores``.
     """
-    by_id = {row.id: row for row in read_scores(path)}
-    missing = [name for name in ids if name not in by_id]
-    more = len(by_id) - (len(ids) - len(missing))
-    if missing or more:
+    found = bytearray(len(index))
+    more = 0
+    for solution in _complete(path):
+        row = index.get(solution.id)
+        if row is None:
+            more += 1
+        else:
+            found[row] = True
+            yield row, solution
+    if (missing := found.count(0)) or more:
+        first = found.find(0)
+        name = next((name for name, row in index.items() if row == first), None)
         raise DataError(
-            expected=f"scores of the {len(ids)} solutions of {data}",
-            found=f"none for {len(missing)} of them"
-            + (f" (for example {missing[0]!r})" if missing else "")
+            expected=f"scores of the {len(index)} solutions of {data}",
+            found=f"none for {missing} of them"
+            + (f" (for example {name!r})" if missing else "")
             + f", and {more} of other solutions",
             file=path,
             remedy="score this file, to the end",
         )
-    return [by_id[name] for name in ids]
 
 
-def complete_lines(path: Path, ids: Sequence[str], data: Path) -> int:
+def complete_lines(path: Path, ids: Iterable[str], data: Path) -> int:
     """Remove an incomplete last line, and count the solutions of an interrupted file.
 
     Args:
@@ -151,15 +172,28 @@ def complete_lines(path: Path, ids: Sequence[str], data: Path) -> int:
         DataError: A complete line is malformed, or belongs to another solution than expected.
     """
     with path.open("rb+") as file:
-        content = file.read()
-        file.truncate(content.rfind(b"\n") + 1)
+        file.truncate(_end_of_lines(file))
     done = 0
+    coming = iter(ids)
     for line, row in _rows(path):
-        if done == len(ids) or row.id != ids[done]:
-            expected = f"the scores of {ids[done]!r}" if done < len(ids) else "no further line"
+        name = next(coming, None)
+        if row.id != name:
+            expected = "no further line" if name is None else f"the scores of {name!r}"
             _fail(path, line, "id", f"{expected}, by the order of {data}", row.id)
         done += 1
     return done
+
+
+def _end_of_lines(file: IO[bytes]) -> int:
+    """Return the offset behind the last line break of a file, which is not held whole."""
+    end = file.seek(0, os.SEEK_END)
+    while end:
+        start = max(0, end - _BLOCK)
+        file.seek(start)
+        if (found := file.read(end - start).rfind(b"\n")) >= 0:
+            return start + found + 1
+        end = start
+    return 0
 
 
 def _rows(path: Path) -> Iterator[tuple[int, ScoredSolution]]:
