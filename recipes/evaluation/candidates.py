@@ -224,8 +224,10 @@ def solution_scores_of(rows: Sequence[Tensor], how: Aggregation) -> Tensor:
     Solutions are aggregated one by one, so that the last bits, and so ties, do not depend on the
     other solutions.
     """
-    there = [torch.ones_like(row, dtype=torch.bool) for row in rows]
-    return torch.stack([aggregate(row, mask, how) for row, mask in zip(rows, there, strict=True)])
+    scores = torch.empty(len(rows), dtype=rows[0].dtype)
+    for number, row in enumerate(rows):
+        scores[number] = aggregate(row, torch.ones_like(row, dtype=torch.bool), how)
+    return scores
 
 
 def judged_steps(candidates: Candidates, rows: Sequence[Tensor]) -> tuple[np.ndarray, np.ndarray]:

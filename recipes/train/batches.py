@@ -11,7 +11,9 @@ from functools import lru_cache
 from types import MappingProxyType
 from typing import TypeAlias, TypeVar
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from prm.data.store.outline import Facts
@@ -56,12 +58,12 @@ def epoch_order(rows: int, seed: int) -> Callable[[int, int], list[int]]:
         raise ValueError(f"cannot order {rows} rows; expected at least 1")
 
     @lru_cache(maxsize=2)
-    def permutation(epoch: int) -> list[int]:
+    def permutation(epoch: int) -> NDArray[np.int64]:
         generator = torch.Generator().manual_seed(seed * _EPOCH_STRIDE + epoch)
-        return torch.randperm(rows, generator=generator).tolist()
+        return torch.randperm(rows, generator=generator).numpy()
 
     def stretch(start: int, count: int) -> list[int]:
-        return [permutation(at // rows)[at % rows] for at in range(start, start + count)]
+        return [int(permutation(at // rows)[at % rows]) for at in range(start, start + count)]
 
     return stretch
 
@@ -154,8 +156,10 @@ def ahead(
 
 def count_visits(draw: Draw, micro_batches: int, examples: int) -> Tensor:
     """Count how often the first ``micro_batches`` hold each example, [examples] int64."""
-    drawn = [row for number in range(micro_batches) for row in _rows(draw(number))]
-    return torch.bincount(torch.tensor(drawn, dtype=torch.int64), minlength=examples)
+    drawn = np.fromiter(
+        (row for number in range(micro_batches) for row in _rows(draw(number))), dtype=np.int64
+    )
+    return torch.bincount(torch.from_numpy(drawn), minlength=examples)
 
 
 def _draw_examples(rows: Sequence[int], size: int, seed: int) -> Draw:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -246,7 +247,7 @@ def _read_weights(path: str, ids: Mapping[str, int]) -> Tensor:
     if not file.is_file():
         raise OptionError(f"--weights-file {path}: no such file")
     check_digest(file)
-    weights: dict[int, float] = {}
+    weights = torch.full((len(ids),), math.nan, dtype=torch.float64)
     for line, entry in json_rows(file):
         if isinstance(entry, DataError):
             raise entry
@@ -255,18 +256,20 @@ def _read_weights(path: str, ids: Mapping[str, int]) -> Tensor:
         if not isinstance(entry, dict):
             location.refuse(None, '{"id": ..., "weight": a number}', entry, remedy)
         name, weight = entry.get("id"), entry.get("weight")
-        if not isinstance(name, str) or name not in ids:
+        row = ids.get(name) if isinstance(name, str) else None
+        if row is None:
             location.refuse("id", "an id of the training file", name, remedy)
         if isinstance(weight, bool) or not isinstance(weight, int | float) or abs(weight) > _MOST:
             location.refuse("weight", "a number", weight, remedy)
-        if ids[name] in weights:
+        if not weights[row].isnan():
             location.refuse("id", "an id that no other line has", name, remedy)
-        weights[ids[name]] = float(weight)
-    missing = [name for name, row in ids.items() if row not in weights]
-    if missing:
+        weights[row] = float(weight)
+    if count := int(weights.isnan().sum()):
+        first = int(weights.isnan().nonzero()[0])
+        missing = next(name for name, row in ids.items() if row == first)
         raise OptionError(
-            f"--weights-file {path}: no weight for {len(missing)} of {len(ids)} training "
-            f"examples, for example {missing[0]!r}"
+            f"--weights-file {path}: no weight for {count} of {len(ids)} training "
+            f"examples, for example {missing!r}"
         )
     note_unchecked(file)
-    return torch.tensor([weights[row] for row in range(len(ids))])
+    return weights.float()
