@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import bz2
 import gzip
 import io
 import json
-import lzma
 import tarfile
 import zipfile
-from pathlib import Path
 
 import pyarrow
 import pytest
-import zstandard
-from pyarrow import ipc, parquet
+from pyarrow import parquet
 
 from prm.data import containers
 from prm.data.json_rows import json_rows
@@ -22,6 +18,7 @@ from prm.data.reader import iter_rows, read_examples
 from prm.schema import DataError
 from recipes.__main__ import main
 from tests.prm.data.packings import LINES, NUMBERED, PACKED, ROWS, TEXTS, table_file
+
 
 @pytest.mark.parametrize("text", TEXTS.values(), ids=TEXTS)
 @pytest.mark.parametrize("pack", [bytes, *PACKED.values()], ids=["plain", *PACKED])
