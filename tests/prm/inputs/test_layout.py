@@ -222,8 +222,11 @@ def test_images_count_with_their_tokens(tmp_path, size):
     assert error is not None
     assert error.found == str(length)
     images = [collator.images.expanded(path, prompt.image_tokens)] * 2
-    limits = [limit for limit in range(length - 5, length + 60)
-              if setattr(prompt, "max_length", limit) or Layout(prompt).fits(item, images)]  # fmt: skip
+    limits = []
+    for limit in range(length - 5, length + 60):
+        prompt.max_length = limit
+        if Layout(prompt).fits(item, images):
+            limits.append(limit)
     assert length <= min(limits) < length + 30
     assert collator.check([replace(item, images=(tmp_path / "none.png",))])[0] is not None
 
@@ -257,7 +260,7 @@ def test_batches_of_tokens():
         return [batch.tolist() for batch in token_batches(lengths, *limits)]
 
     assert batches(3) == batches(3, 90) == [[1, 3, 2], [0, 4, 5], [6]]
-    assert batches(100, 60) == [[1, 3], [2, 0], [4, 5, 6]] or batches(100, 60)[0] == [1, 3]
+    assert batches(100, 60) == [[1, 3], [2, 0, 4], [5, 6]]
     assert batches(100, 59) == [[1], [3], [2, 0], [4, 5, 6]]
     assert batches(100, 1) == [[row] for row in (1, 3, 2, 0, 4, 5, 6)]
     assert batches(2, 10**9) == [[1, 3], [2, 0], [4, 5], [6]]
