@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from prm.data.record_fields import is_below
 from prm.data.interned import Interned
+from prm.data.record_fields import is_below
 from prm.data_urls import is_embedded, opened, picture_key, shown
 from prm.names import ImageCheck
 from prm.schema import DataError

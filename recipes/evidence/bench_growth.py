@@ -33,14 +33,15 @@ from recipes.use.score import run_score
 _WORDS = (
     "red blue circle square count row column left right number sum two three four five add we see "
     "so the answer is there are"
-).split()
+)
 _META_ROWS = 400
 
 
 def text_rows(rows: int, seed: int = 0) -> Iterator[dict[str, Any]]:
     """Yield rows with labels, domain, group and answer, some 430 bytes of JSON each."""
     rng = random.Random(seed)
-    sentences = [" ".join(rng.choices(_WORDS, k=rng.randint(6, 14))) for _ in range(2000)]
+    words = _WORDS.split()
+    sentences = [" ".join(rng.choices(words, k=rng.randint(6, 14))) for _ in range(2000)]
     for row in range(rows):
         steps = [
             {"text": rng.choice(sentences), "label": "+" if rng.random() < 0.8 else "-"}
