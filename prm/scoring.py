@@ -20,14 +20,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from prm.aggregations import Aggregation
-from prm.data.store.encoded import EncodedExamples
+from prm.data.store.encoded import MOST_HELD, EncodedExamples
 from prm.inputs.collate import Batch, EncodedExample
 from prm.inputs.token_batches import token_batches, vision_tokens_per_tile
 from prm.inputs.workers import ordered_map
 from prm.models.model import PRM, step_logits
-
-_HELD = 4096
-"""How many examples are held tokenised."""
 
 
 def step_scores(
@@ -193,7 +190,7 @@ def score_all(
         if least is not None and least < 1:
             raise ValueError(f"expected {name} >= 1, found {least}")
     device = next(iter(params.values()), next(prm.model.parameters())).device
-    held = list(encoded) if len(encoded) <= _HELD else encoded
+    held = list(encoded) if len(encoded) <= MOST_HELD else encoded
     shapes = _shapes(held, workers)
     scores = StepScores(())
     parts = token_batches(
@@ -228,10 +225,10 @@ def _shapes(encoded: Sequence[EncodedExample], workers: int) -> NDArray[np.int64
     def shapes(start: int) -> list[tuple[int, int, int]]:
         return [
             (len(row.input_ids), len(row.label_positions), sum(row.tile_counts))
-            for row in encoded[start : start + _HELD]
+            for row in encoded[start : start + MOST_HELD]
         ]
 
-    starts = range(0, len(encoded), _HELD)
+    starts = range(0, len(encoded), MOST_HELD)
     parts = ordered_map(shapes, starts, workers if len(starts) > 1 else 0)
     found = np.fromiter(chain.from_iterable(parts), dtype=(np.int64, 3), count=len(encoded))
     return found.reshape(len(encoded), 3)

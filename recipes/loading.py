@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -50,7 +51,7 @@ class Examples:
     def __len__(self) -> int:
         return len(self.examples)
 
-    @property
+    @cached_property
     def encoded(self) -> EncodedExamples:
         """The examples tokenised, each when it is asked for."""
         return EncodedExamples(self.examples, self.collator, self.path, self.lines)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from pathlib import Path
 from typing import overload
 
@@ -10,11 +10,17 @@ from prm.data.store.examples import StoredExamples
 from prm.inputs.collate import Collator, EncodedExample
 from prm.schema import DataError, StepExample
 
+MOST_HELD = 4096
+"""How many examples are kept tokenised, some 8 kB each."""
+
 _AT_ONCE = 256
 
 
 class EncodedExamples(Sequence[EncodedExample]):
     """The examples of a file, tokenised on demand: by the process that makes the batch.
+
+    Of those that batches ask for, the first few thousand are kept, so that a small file is
+    tokenised once; they are read again if the file may have changed.
 
     Args:
         examples: The examples.
@@ -32,6 +38,8 @@ class EncodedExamples(Sequence[EncodedExample]):
     ) -> None:
         self._examples, self._collator = examples, collator
         self._path, self._lines = path, lines
+        self._held: dict[int, EncodedExample] = {}
+        self._version = self._now
 
     def __len__(self) -> int:
         return len(self._examples)
@@ -56,10 +64,23 @@ class EncodedExamples(Sequence[EncodedExample]):
         Raises:
             DataError: The file has changed, or an example cannot be laid out.
         """
-        examples = self._examples
+        if self._version != (version := self._now):
+            self._held.clear()
+            self._version = version
+        held, examples = self._held, self._examples
+        wanted = [row for row in dict.fromkeys(rows) if row not in held]
         if isinstance(examples, StoredExamples):
-            return self._encoded(rows, examples.at(rows))
-        return self._encoded(rows, [examples[row] for row in rows])
+            made = self._encoded(wanted, examples.at(wanted))
+        else:
+            made = self._encoded(wanted, [examples[row] for row in wanted])
+        new = dict(zip(wanted, made, strict=True))
+        batch = [held[row] if row in held else new[row] for row in rows]
+        held.update(list(new.items())[: MOST_HELD - len(held)])
+        return batch
+
+    @property
+    def _now(self) -> Hashable:
+        return self._examples.version if isinstance(self._examples, StoredExamples) else None
 
     def _encoded(
         self, rows: Sequence[int], examples: Sequence[StepExample]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from array import array
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import overload
 
@@ -79,6 +79,11 @@ class StoredExamples(Sequence[StepExample]):
         """Return the given examples alone."""
         kept = array("q", (self.rows[row] for row in rows))
         return StoredExamples(self.path, self._root, self._format, self._source, self.outline, kept)
+
+    @property
+    def version(self) -> Hashable:
+        """What is another value once the file may have changed."""
+        return self._source.version
 
     @property
     def lines(self) -> Sequence[int]:

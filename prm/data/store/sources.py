@@ -6,7 +6,7 @@ import marshal
 import os
 import tempfile
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Hashable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, NamedTuple, Protocol
@@ -32,6 +32,10 @@ class Source(Protocol):
             DataError: The file has changed, or is gone.
         """
 
+    @property
+    def version(self) -> Hashable:
+        """What is another value once the records may have changed."""
+
 
 @dataclass(frozen=True)
 class JsonlFile:
@@ -51,6 +55,15 @@ class JsonlFile:
                     yield json_line(raw, self.path, line)
         except OSError as error:
             raise self._changed(f"{error.strerror}") from error
+
+    @property
+    def version(self) -> Hashable:
+        """Size, time and number of the file, None without one; see ``Source``."""
+        try:
+            status = self.path.stat()
+        except OSError:
+            return None
+        return status.st_size, status.st_mtime_ns, status.st_ino
 
     def _changed(self, found: str, line: int | None = None) -> DataError:
         return DataError(
@@ -89,6 +102,11 @@ class Spool:
         self._file.flush()
         for place in places:
             yield marshal.loads(self._read(place.span.start, place.span.size))
+
+    @property
+    def version(self) -> Hashable:
+        """Always the same; see ``Source``."""
+        return ()
 
     def _read(self, start: int, size: int) -> bytes:
         if hasattr(os, "pread"):  # forked processes share the position in the file
