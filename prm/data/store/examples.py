@@ -188,6 +188,7 @@ def store_examples(
     Raises:
         DataError: A record cannot be used, or too many.
         FileNotFoundError: ``path`` does not exist.
+        OSError: The temporary file cannot be written.
         ValueError: There is no format of that name.
     """
     ids = Interned()
@@ -224,5 +225,7 @@ def store_examples(
         if len(waiting) >= _AT_ONCE:
             check_waiting()
     check_waiting()
+    if spool is not None:
+        spool.complete()
     source = JsonlFile(path) if spool is None else spool
     return StoredExamples(path, root, name, source, outline), faults

@@ -7,6 +7,7 @@ import os
 import tempfile
 import zlib
 from collections.abc import Hashable, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, NamedTuple, Protocol
@@ -80,26 +81,29 @@ class Spool:
 
     It has no name, so nothing remains of it when the process ends, however that is. The folder is
     the system's for temporary files (``TMPDIR``). Pickling copies the content.
+
+    Raises:
+        OSError: It cannot be written, here or by a method.
     """
 
     def __init__(self, content: bytes = b"") -> None:
         self._file: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115
-        self._file.write(content)
-        self._file.flush()
-        self._size = len(content)
+        self._size = 0
+        self._write(content)
+        self.complete()
 
     def append(self, record: Any) -> Span:
         """Keep a record: values of JSON, and bytes. Return its span."""
         # marshal gives these back exactly; it is unfit for files of others, which this is not.
-        raw = marshal.dumps(record)
-        self._file.write(raw)
-        span = Span(self._size, len(raw), 0)
-        self._size += len(raw)
-        return span
+        return self._write(marshal.dumps(record))
+
+    def complete(self) -> None:
+        """Write what is still in the buffer, which forked processes would write again."""
+        with _named():
+            self._file.flush()
 
     def records(self, places: Iterable[Place]) -> Iterator[Any]:
-        """Yield the decoded record of every place; see ``Source``."""
-        self._file.flush()
+        """Yield the decoded record of every place, once ``complete``; see ``Source``."""
         for place in places:
             yield marshal.loads(self._read(place.span.start, place.span.size))
 
@@ -116,9 +120,27 @@ class Spool:
         self._file.seek(0, os.SEEK_END)
         return raw
 
+    def _write(self, raw: bytes) -> Span:
+        with _named():
+            self._file.write(raw)
+        span = Span(self._size, len(raw), 0)
+        self._size += len(raw)
+        return span
+
     def __del__(self) -> None:
-        self._file.close()
+        if hasattr(self, "_file"):
+            with suppress(OSError):  # what could not be written before
+                self._file.close()
 
     def __reduce__(self) -> tuple[type[Spool], tuple[bytes]]:
-        self._file.flush()
         return Spool, (self._read(0, self._size),)
+
+
+@contextmanager
+def _named() -> Iterator[None]:
+    """Name the folder in the error of a temporary file, which has no name."""
+    try:
+        yield
+    except OSError as error:
+        reason = f"{error.strerror} (a copy of the rows; TMPDIR names another folder)"
+        raise OSError(error.errno, reason, tempfile.gettempdir()) from error

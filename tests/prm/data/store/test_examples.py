@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import gzip
+import io
 import json
+import os
 import pickle
+import tempfile
 import tracemalloc
 from dataclasses import replace
 from pathlib import Path
@@ -221,6 +225,21 @@ def test_a_copy_of_a_packed_file_needs_it_no_more(tmp_path):
     found, expected = stored(path), read_examples(path)
     path.unlink()
     assert list(found) == expected
+
+
+def test_a_full_disk_for_the_copy_is_named(tmp_path, monkeypatch):
+    class Full(io.BytesIO):
+        def write(self, raw):
+            if raw:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            return 0
+
+    path = tmp_path / "rows.gz"
+    path.write_bytes(gzip.compress(TEXTS["JSONL"]))
+    monkeypatch.setattr("prm.data.store.sources.tempfile.TemporaryFile", Full)
+    with pytest.raises(OSError, match=r"No space left .*TMPDIR names another folder") as e:
+        store_examples(path)
+    assert e.value.filename == tempfile.gettempdir()
 
 
 def long_rows(path: Path, rows: int) -> Path:
