@@ -201,7 +201,6 @@ def tokens_per_batch(*, only_with: Condition | Sequence[Condition] = ()) -> Any:
         least=1,
         most=MOST_ROWS,
         only_with=only_with,
-        on_resume="free",
     )
 
 

@@ -6,6 +6,7 @@ import hashlib
 import os
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -14,8 +15,8 @@ import torch
 
 from prm.data_urls import is_embedded
 from recipes.options.base import flag_of
-from recipes.options.flat import flat_options, flatten
-from recipes.options.train import LowerOptions
+from recipes.options.flat import flat_options, flatten, required
+from recipes.options.train import ColdStartOptions, LowerOptions, TrainOptions
 
 _PART = 2**14
 _AT_ONCE = 16
@@ -51,7 +52,9 @@ def identity(
 def differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """Return the differences of two identities in words, with the earlier value in brackets."""
     lines = []
-    old, new = then["options"], now["options"]
+    # Options that are newer than the run had their defaults in it.
+    new = now["options"]
+    old = {name: _defaults()[name] for name in new if name in _defaults()} | then["options"]
     for name in dict.fromkeys([*old, *new]):
         if old.get(name) != new.get(name):
             lines.append(f"{flag_of(name)} {new.get(name)} (checkpoint: {old.get(name)})")
@@ -67,6 +70,14 @@ def differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     if then["model"] != now["model"]:
         lines.append("--model, --init-from (checkpoint: other initial parameters)")
     return lines
+
+
+@cache
+def _defaults() -> dict[str, Any]:
+    """Return the default of every option of a run that has one, by flat name."""
+    entries = {**flat_options(ColdStartOptions), **flat_options(TrainOptions)}
+    given = {name: entry.default for name, entry in entries.items() if not required(entry)}
+    return {name: list(v) if isinstance(v, tuple) else v for name, v in given.items()}
 
 
 def digest_pictures(paths: Iterable[Path]) -> str:
