@@ -39,6 +39,7 @@ from __future__ import annotations
 from bilevel.audit.check import HypergradientCheck, check_hypergradient
 from bilevel.audit.comparison import Agreement, HypergradientComparison, compare_hypergradients
 from bilevel.audit.diagnostics import Movement, Stationarity, movement, stationarity
+from bilevel.collective import Alone, Collective, RankError
 from bilevel.fit import Callback, FitStep, early_stop, fit, load_checkpoint
 from bilevel.fit import checkpoint as checkpoint
 from bilevel.fit import log as log
@@ -75,6 +76,8 @@ from bilevel.optimizers.projected import Projected
 from bilevel.optimizers.schedule import Constant, Schedule, StepDecay, WarmupCosine
 from bilevel.optimizers.variants import AdaDelta, Adamax, NAdam, RAdam
 from bilevel.problem import BilevelProblem, ReweightingProblem
+from bilevel.replicas import Replicas
+from bilevel.resident.solver import ResidentSolver
 from bilevel.routes import Auto, CentralDifference, Dot, Ghost, Jvp, PerExample, Reverse, Route
 from bilevel.solver import BilevelSolver, NextSteps
 from bilevel.state import BilevelState, StepInfo
@@ -89,12 +92,14 @@ __all__ = [
     "AdamW",
     "Adamax",
     "Agreement",
+    "Alone",
     "Auto",
     "BilevelProblem",
     "BilevelSolver",
     "BilevelState",
     "Callback",
     "CentralDifference",
+    "Collective",
     "ConjugateGradient",
     "Constant",
     "Dense",
@@ -135,8 +140,11 @@ __all__ = [
     "Projected",
     "RAdam",
     "RMSProp",
+    "RankError",
     "Record",
     "Refusal",
+    "Replicas",
+    "ResidentSolver",
     "Reverse",
     "ReweightingProblem",
     "Route",

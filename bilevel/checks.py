@@ -84,7 +84,8 @@ def refuse_processes() -> None:
         if size > 1:
             raise RuntimeError(
                 f"bilevel: torch.distributed runs {size} processes, whose gradients are not "
-                "averaged here, so that their parameters would drift apart; run one process"
+                "averaged here, so that their parameters would drift apart; give "
+                "BilevelSolver(collective=Replicas()), or run one process"
             )
 
 
@@ -96,7 +97,7 @@ def refuse_data_parallel(value: object) -> None:
 
     Raises:
         ValueError: It is wrapped by ``DistributedDataParallel``, ``FullyShardedDataParallel`` or
-            ``DataParallel``, or a parameter is a ``DTensor``.
+            ``DataParallel``, or sharded by ``fully_shard``, or a parameter is a ``DTensor``.
     """
     if isinstance(value, torch.nn.Module):
         for name, module in value.named_modules():
@@ -105,7 +106,14 @@ def refuse_data_parallel(value: object) -> None:
                 raise ValueError(
                     f"bilevel: {name or 'the module'} is wrapped by {kind}, whose averaging of "
                     "gradients does not happen here; give the module inside (.module), and run one "
-                    "process"
+                    "process, or several with BilevelSolver(collective=Replicas())"
+                )
+            if any(base.__name__ == "FSDPModule" for base in type(module).__mro__):
+                raise ValueError(
+                    f"bilevel: {name or 'the module'} is sharded by fully_shard, which computes "
+                    "with parameters of its own and ignores those that it is given; leave "
+                    "fully_shard out, and run one process, or several that hold all parameters "
+                    "each: BilevelSolver(collective=Replicas())"
                 )
         for parameter in value.parameters():
             refuse_data_parallel(parameter)
@@ -113,7 +121,8 @@ def refuse_data_parallel(value: object) -> None:
         raise ValueError(
             "bilevel: a parameter is a DTensor, spread over processes (fully_shard or tensor "
             "parallelism), which is not supported yet; give whole tensors "
-            "(parameter.full_tensor()) and run one process"
+            "(parameter.full_tensor()), and run one process, or several with "
+            "BilevelSolver(collective=Replicas())"
         )
 
 

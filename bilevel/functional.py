@@ -68,6 +68,14 @@ class Functional:
         return {name: leaf.detach().clone() for name, leaf in self._trainable.items()}
 
     @property
+    def module_params(self) -> dict[str, Tensor]:
+        """The trainable parameters by name, in the module's own memory, without a graph.
+
+        For ``ResidentSolver``, whose steps then train the module itself.
+        """
+        return {name: leaf.detach() for name, leaf in self._trainable.items()}
+
+    @property
     def buffers(self) -> dict[str, Tensor]:
         """The buffers by name, new clones of the module's."""
         return {name: leaf.detach().clone() for name, leaf in self.module.named_buffers()}

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Generic, NamedTuple, TypeAlias, cast
+from typing import Any, Generic, NamedTuple, TypeAlias, cast
 
 import torch
-from jaxtyping import Float
 from torch import Tensor
 
 from bilevel import tree
 from bilevel.autodiff import random_state
 from bilevel.checks import refuse_processes
+from bilevel.collective import Alone, Collective
 from bilevel.hypergradients.base import (
     Hypergradient,
     HypergradientResult,
@@ -37,6 +37,7 @@ from bilevel.optimizers.base import (
     clip_scale,
 )
 from bilevel.problem import BatchT, BilevelProblem, Lower, ReweightingProblem, Upper
+from bilevel.profiling import part
 from bilevel.state import BilevelState, StepInfo, check_state
 
 # For each lower step its micro-batches; or an iterator over the micro-batches of all steps.
@@ -77,6 +78,9 @@ class BilevelSolver(Generic[Lower, Upper, BatchT]):
             ``SGD`` has lr, weight_decay and momentum, ``Adam`` and ``AdamW`` lr, weight_decay and
             betas, ``RMSProp`` lr, weight_decay and beta, the others lr and weight_decay. The
             hypergradient goes through them.
+        collective: The ranks that take a step together, each on its part of the micro-batches
+            (``accumulation`` is that of one rank) and of the upper batch: ``Replicas(...)``. With
+            it ``StepInfo`` has the figures of all ranks, but aux and notes of this one.
 
     With no upper batches, or with the upper learning rate 0, the lower trajectory is bit for bit
     the same; with weights 1 it is that of plain training. A hypergradient with an entry that is
@@ -100,6 +104,7 @@ class BilevelSolver(Generic[Lower, Upper, BatchT]):
     upper_start: int = 0
     initial: Callable[[Upper], Lower] | None = None
     hyperparameters: Callable[[Upper], Hyperparameters] | None = None
+    collective: Collective = Alone()
 
     def __post_init__(self) -> None:
         if not isinstance(self.problem, BilevelProblem | ReweightingProblem):
@@ -117,6 +122,11 @@ class BilevelSolver(Generic[Lower, Upper, BatchT]):
                 )
         self.hypergradient.check(self.problem, self.lower_optimizer, self.unroll_steps)
         name = type(self.hypergradient).__name__
+        if self.collective.ranks > 1 and not getattr(self.hypergradient, "over_ranks", False):
+            raise ValueError(
+                f"BilevelSolver: {name} does not sum over ranks what it computes of its batches; "
+                "choose OneStep(), Unrolled() or Implicit(), or run one process"
+            )
         if self.hyperparameters is not None:
             if not hasattr(self.lower_optimizer, "hyperparameters_vjp"):
                 raise ValueError(
@@ -145,6 +155,8 @@ class BilevelSolver(Generic[Lower, Upper, BatchT]):
     def init(self, lower_params: Lower | None, upper_params: Upper) -> BilevelState[Lower, Upper]:
         """Return the state before the first step; it holds clones of the tensors given.
 
+        With several ranks these are the tensors of rank 0.
+
         Args:
             lower_params: θ; None: ``initial`` has it.
             upper_params: φ.
@@ -152,17 +164,20 @@ class BilevelSolver(Generic[Lower, Upper, BatchT]):
         Raises:
             TypeError: A leaf is no tensor, or a module was given.
             ValueError: A parameter is not floating point, or there is no θ.
-            RuntimeError: There are several processes.
+            RuntimeError: There are several processes, and no ``collective`` for them.
         """
-        refuse_processes()
+        self._check_processes()
         check_params("upper_params", upper_params)
         if lower_params is None:
             if self.initial is None:
                 raise ValueError("lower_params: expected θ, found None; only initial may stand in")
             lower_params = self.initial(upper_params)
         check_params("lower_params", lower_params)
-        lower_params = tree.map(_owned, lower_params)
+        lower_params = self._adopted(lower_params)
         upper_params = tree.map(_owned, upper_params)
+        with self.collective.together():
+            lower_params = self.collective.first(lower_params)
+            upper_params = self.collective.first(upper_params)
         return BilevelState(
             lower_params=lower_params,
             upper_params=upper_params,
@@ -174,6 +189,16 @@ class BilevelSolver(Generic[Lower, Upper, BatchT]):
             upper_skipped=torch.zeros((), dtype=torch.int64),
             lower_skipped=torch.zeros((), dtype=torch.int64),
         )
+
+    def _adopted(self, lower_params: Lower) -> Lower:
+        """Return θ as the state holds it, apart from the tensors given."""
+        return tree.map(_owned, lower_params)
+
+    def _taken(
+        self, window: Window, upper_batch: BatchT | None, memory: Any
+    ) -> tuple[LowerSteps, HypergradientResult | None]:
+        """Take the lower steps of a window, and differentiate them if there is an upper batch."""
+        return take_window(window, self.hypergradient, upper_batch, memory)
 
     def next_steps(
         self, state: BilevelState[Lower, Upper], remaining: int | None = None
@@ -295,9 +320,18 @@ class BilevelSolver(Generic[Lower, Upper, BatchT]):
             ValueError: Another number of micro-batches, or losses or weights of a wrong shape.
             bilevel.Refusal: ``Ghost`` or ``PerExample`` has no rule for something the model does.
         """
+        with self.collective.together():
+            return self._advance(state, batches, upper_batch)
+
+    def _advance(
+        self,
+        state: BilevelState[Lower, Upper],
+        batches: LowerBatches[BatchT],
+        upper_batch: BatchT | None,
+    ) -> tuple[BilevelState[Lower, Upper], tuple[StepInfo, ...]]:
         window = self.window_at(state, batches)
         random = random_state.capture(state.lower_params)
-        taken, upper = take_window(window, self.hypergradient, upper_batch, state.memory)
+        taken, upper = self._taken(window, upper_batch, state.memory)
         new = state
         notes: tuple[str, ...] = ()
         if upper is not None:
@@ -317,11 +351,11 @@ class BilevelSolver(Generic[Lower, Upper, BatchT]):
             batches: Per lower step its micro-batches, ``accumulation`` of them.
 
         Raises:
-            RuntimeError: There are several processes.
+            RuntimeError: There are several processes, and no ``collective`` for them.
             TypeError: No list of lists of micro-batches.
             ValueError: Another number of micro-batches.
         """
-        refuse_processes()
+        self._check_processes()
         check_state(state)
         drawn = drawn_steps(batches, self.unroll_steps, self.accumulation)
         for lower_batches in drawn:
@@ -334,6 +368,7 @@ class BilevelSolver(Generic[Lower, Upper, BatchT]):
             drawn,
             self.initial if self._place_in_window(state) == 0 else None,
             self.hyperparameters,
+            self.collective,
         ).at(state.upper_params)
 
     def meta_batch(
@@ -356,8 +391,13 @@ class BilevelSolver(Generic[Lower, Upper, BatchT]):
 
         Raises:
             ValueError: There is no ``initial``, ``rollback`` is on, there are no tasks, or one has
-                another number of steps or micro-batches.
+                another number of steps or micro-batches; or there are several ranks.
         """
+        if self.collective.ranks > 1:
+            raise ValueError(
+                f"meta_batch: expected one process, found {self.collective.ranks} ranks; call "
+                "window for each task"
+            )
         if self.initial is None or self.rollback or not tasks:
             raise ValueError(
                 "meta_batch: expected a solver with initial (φ -> θ, from which every task starts) "
@@ -387,6 +427,10 @@ class BilevelSolver(Generic[Lower, Upper, BatchT]):
             new, notes = self._upper_step(new, mean)
         return new, tuple(self._infos(taken, upper, notes) for taken, upper in found)
 
+    def _check_processes(self) -> None:
+        if isinstance(self.collective, Alone):
+            refuse_processes()
+
     def _check_whole(self, batches: Sequence[Sequence[BatchT]]) -> None:
         if len(batches) != self.unroll_steps:
             raise ValueError(
@@ -394,14 +438,17 @@ class BilevelSolver(Generic[Lower, Upper, BatchT]):
                 f"steps, found {len(batches)}"
             )
 
+    @part("upper step")
     def _upper_step(
         self, state: BilevelState[Lower, Upper], result: HypergradientResult
     ) -> tuple[BilevelState[Lower, Upper], tuple[str, ...]]:
         """Return the state with the upper step taken, or skipped if it is not finite, and notes."""
         found = result.hypergradient
         norm = tree.norm(found)
-        facts = tree.allfinite(found), tree.allfinite(result.upper_loss), norm == 0.0
+        facts = torch.isfinite(norm), torch.isfinite(result.upper_loss), norm == 0.0
         finite, finite_loss, zero = torch.stack([fact.to(norm.device) for fact in facts]).tolist()
+        if not finite:  # or the squares of finite entries have no finite sum
+            finite = bool(tree.allfinite(found))
         if not (finite and finite_loss):
             skipped = state._replace(upper_skipped=state.upper_skipped + 1)
             return skipped, (_LOSS_NOT_FINITE if finite else _NOT_FINITE,)
@@ -436,20 +483,18 @@ class BilevelSolver(Generic[Lower, Upper, BatchT]):
 
     @torch.no_grad()
     def _lower_info(self, passed: LowerPass, skipped: bool) -> StepInfo:
-        micro_batches, shares = passed.micro_batches, passed.shares
-        terms = [micro.loss * share for micro, share in zip(micro_batches, shares, strict=True)]
-        grad_norm = passed.grad_norm
+        figures, grad_norm = passed.figures(), passed.grad_norm
         return StepInfo(
-            lower_loss=torch.stack(terms).sum(),
+            lower_loss=figures.loss,
             lower_grad_norm=grad_norm,
             lower_clipped=_clipped(self.lower_optimizer, grad_norm),
-            losses=_joined([micro.losses for micro in micro_batches]),
-            weights=_joined([micro.weights for micro in micro_batches]),
+            losses=figures.losses,
+            weights=figures.weights,
             upper_loss=None,
             hypergradient_norm=None,
             upper_clipped=None,
             notes=(*passed.remarks, _STEP_SKIPPED) if skipped else passed.remarks,
-            lower_aux=tuple(micro.aux for micro in micro_batches),
+            lower_aux=tuple(micro.aux for micro in passed.micro_batches),
         )
 
     @torch.no_grad()
@@ -511,8 +556,3 @@ def _clipped(optimizer: Optimizer, norm: Tensor) -> Tensor:
     if max_norm is None:
         return torch.zeros((), dtype=torch.bool, device=norm.device)
     return clip_scale(norm, max_norm) < 1.0
-
-
-def _joined(pieces: Sequence[Float[Tensor, " _"] | None]) -> Float[Tensor, " batch"] | None:
-    present = [piece.detach() for piece in pieces if piece is not None]
-    return torch.cat(present) if present else None

@@ -8,6 +8,7 @@ autograd if the tensors do.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
@@ -49,6 +50,9 @@ def map(fn: Callable[..., Any], tree: T, *rest: Tree) -> T:
     columns = [structure.flatten_up_to(other) for other in rest]
     if not columns:
         mapped = [None if leaf is None else fn(leaf) for leaf in leaves]
+    elif len(columns) == 1:  # the most frequent case, at half the time
+        pairs = zip(leaves, columns[0], strict=True)
+        mapped = [None if one is None or other is None else fn(one, other) for one, other in pairs]
     else:
         rows = zip(leaves, *columns, strict=True)
         mapped = [None if any(leaf is None for leaf in row) else fn(*row) for row in rows]
@@ -135,11 +139,33 @@ def norm(tree: Tree) -> Float[Tensor, ""]:
 
 
 def allfinite(tree: Tree) -> Bool[Tensor, ""]:
-    """Return a scalar bool tensor: no entry is infinite or NaN."""
-    checks = [torch.isfinite(leaf).all() for leaf in leaves(tree)]
+    """Return a scalar bool tensor: no entry is infinite or NaN.
+
+    On a device it is that of the largest magnitude, which takes a few kernels for all leaves.
+    """
+    tensors = leaves(tree)
+    if tensors and all(leaf.is_floating_point() and not leaf.is_cpu for leaf in tensors):
+        return torch.isfinite(torch.nn.utils.get_total_norm(tensors, math.inf))
+    checks = [torch.isfinite(leaf).all() for leaf in tensors]
     if not checks:
         return torch.ones((), dtype=torch.bool)
     return torch.stack([check.to(checks[0].device) for check in checks]).all()
+
+
+def on_host(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return tensors by name, detached and in the memory of the host; their values do not change.
+
+    Those of a device are copied together, so that the host waits for it once. Tensors of the CPU
+    are not copied.
+    """
+    found = {name: tensor.detach() for name, tensor in tensors.items()}
+    for device in {tensor.device for tensor in found.values() if not tensor.is_cpu}:
+        there = {name: tensor for name, tensor in found.items() if tensor.device == device}
+        pieces = [tensor.reshape(-1).view(torch.uint8) for tensor in there.values()]
+        copied = torch.cat(pieces).cpu().split([len(piece) for piece in pieces])
+        for (name, tensor), piece in zip(there.items(), copied, strict=True):
+            found[name] = piece.clone().view(tensor.dtype).reshape(tensor.shape)
+    return found
 
 
 def names(tree: Tree, *, none_is_leaf: bool = False) -> list[str]:

@@ -71,7 +71,6 @@ if TYPE_CHECKING:
     from prm.schema import StepExample as StepExample
     from prm.scoring import StepScores as StepScores
     from prm.scoring import aggregate as aggregate
-    from prm.scoring import score_all as score_all
     from prm.scoring import score_examples as score_examples
     from prm.scoring import solution_scores as solution_scores
     from prm.scoring import step_probs as step_probs

@@ -40,6 +40,10 @@ are decoded, and of the others the header is read (about 0.1 ms each, whereas de
 OnBadRow = Literal["refuse", "skip"]
 """What a row that cannot be used leads to: an error, or that it is left out, counted and listed."""
 
+TooLong = Literal["refuse", "truncate"]
+"""What a solution that is longer than the model's context leads to: an error, or that as many whole
+steps as fit are kept from its start."""
+
 FormatName = Literal[
     "prm-jsonl",
     "visualprm",
@@ -74,3 +78,12 @@ FormatChoice = Literal["auto", FormatName]
 """A data format, or "auto": the format that the first record of a file looks like."""
 
 FORMAT_NAMES: tuple[FormatName, ...] = get_args(FormatName)
+
+Precision = Literal["float32", "bf16", "bf16-pure"]
+"""Of the parameters and of the body of a model (``prm.placement.Placement``)."""
+
+Attention = Literal["auto", "eager", "sdpa", "flash"]
+"""Kernel of the attention."""
+
+Recomputed = Literal["none", "vision", "all"]
+"""Layers that are recomputed in the backward pass instead of being stored."""

@@ -23,6 +23,7 @@ from prm.aggregations import Aggregation
 from prm.data.store.encoded import MOST_HELD, EncodedExamples
 from prm.inputs.collate import Batch, EncodedExample
 from prm.inputs.token_batches import token_batches, vision_tokens_per_tile
+from prm.inputs.transfer import moved
 from prm.inputs.workers import ordered_map
 from prm.models.model import PRM, step_logits
 
@@ -88,6 +89,8 @@ def solution_scores(
 class StepScores(Sequence[Tensor]):
     """The step scores of many solutions, [steps] each, in one tensor: 4 bytes a step.
 
+    Those that were not stored are NaN.
+
     Args:
         counts: The number of steps of every solution.
         dtype: The type of the scores.
@@ -96,6 +99,7 @@ class StepScores(Sequence[Tensor]):
     def __init__(self, counts: Iterable[int], dtype: torch.dtype = torch.float32) -> None:
         self._ends = np.cumsum([0, *counts])
         self._values = torch.full((int(self._ends[-1]),), math.nan, dtype=dtype)
+        self._stored = np.zeros(len(self), dtype=bool)
 
     def __len__(self) -> int:
         return len(self._ends) - 1
@@ -113,6 +117,13 @@ class StepScores(Sequence[Tensor]):
     def put(self, row: int, scores: Float[Tensor, " steps"]) -> None:
         """Store the scores of a solution."""
         self[row].copy_(scores)
+        self._stored[row] = True
+
+    @property
+    def rows(self) -> list[int]:
+        """The solutions whose scores are stored."""
+        rows: list[int] = np.flatnonzero(self._stored).tolist()
+        return rows
 
 
 def score_examples(
@@ -129,10 +140,10 @@ def score_examples(
 ) -> list[Float[Tensor, " _steps"]]:
     """Return the step scores p("+") of every example, one [steps] tensor each on the CPU, in order.
 
-    See ``score_all`` for arguments and errors.
+    See ``score_part``, of which this is the whole.
     """
     return list(
-        score_all(
+        score_part(
             prm,
             params,
             encoded,
@@ -147,19 +158,21 @@ def score_examples(
 
 
 @torch.no_grad()
-def score_all(
+def score_part(
     prm: PRM,
     params: Mapping[str, Tensor],
     encoded: Sequence[EncodedExample],
     collator: Callable[[Sequence[EncodedExample]], Batch],
     batch_size: int,
     *,
+    part: int = 0,
+    parts: int = 1,
     full_vocab: bool = False,
     workers: int = 0,
     scored: Callable[[int], object] = lambda examples: None,
     tokens_per_batch: int | None = None,
 ) -> StepScores:
-    """Return the step scores p("+") of every example on the CPU, in order.
+    """Return the step scores p("+") of a part of the examples on the CPU, each at its row.
 
     Examples of similar length share a batch, which keeps padding short. The head is applied at the
     label positions only, and without ``full_vocab`` only its rows of "+" and "-".
@@ -175,6 +188,9 @@ def score_all(
         encoded: The examples, from ``Collator.encode``, or a sequence that encodes on demand.
         collator: A ``Collator``, which pads examples into a batch.
         batch_size: The largest number of examples per forward pass.
+        part: Which of the parts.
+        parts: Into how many parts the batches are dealt, one after the other. A batch is the same
+            whatever their number, and so are the bits of the scores.
         full_vocab: Whether probabilities are over the whole vocabulary, as in DreamPRM-1.5, instead
             of over the two labels. The score is then softmax(z)₊, and "+" and "-" do not sum to 1.
         workers: The number of processes that prepare batches ahead; see ``prm.inputs.workers``.
@@ -192,31 +208,30 @@ def score_all(
     device = next(iter(params.values()), next(prm.model.parameters())).device
     held = list(encoded) if len(encoded) <= MOST_HELD else encoded
     shapes = _shapes(held, workers)
-    scores = StepScores(())
-    parts = token_batches(
+    scores: StepScores | None = None
+    dealt = token_batches(
         shapes[:, 0],
         batch_size,
         tokens_per_batch,
         shapes[:, 2] * vision_tokens_per_tile(prm.model.config),
-    )
+    )[part::parts]
     batches = ordered_map(
-        lambda number: collator(_rows(held, parts[number])), range(len(parts)), workers
+        lambda number: collator(_rows(held, dealt[number])), range(len(dealt)), workers
     )
-    for part, batch in zip(parts, batches, strict=True):
+    for rows, batch in zip(dealt, batches, strict=True):
         logits = step_logits(
             prm,
             params,
-            {name: value.to(device) for name, value in batch.items()},
+            moved(batch, device),
             full_vocab=full_vocab,
             label_rows=not full_vocab,
         )
         padded = step_scores(logits, full_vocab=full_vocab).cpu()
-        if not len(scores):
-            scores = StepScores(shapes[:, 1].tolist(), padded.dtype)
-        for row, values in zip(part.tolist(), padded, strict=True):
+        scores = scores or StepScores(shapes[:, 1].tolist(), padded.dtype)
+        for row, values in zip(rows.tolist(), padded, strict=True):
             scores.put(row, values[: shapes[row, 1]])
-        scored(len(part))
-    return scores
+        scored(len(rows))
+    return StepScores(shapes[:, 1].tolist()) if scores is None else scores
 
 
 def _shapes(encoded: Sequence[EncodedExample], workers: int) -> NDArray[np.int64]:

@@ -7,9 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from prm.data.bad_rows import BadRows, write_bad_rows
+from prm.files import write_lines
 
 SKIPPED = ".skipped.jsonl"
 """What the name of a list of rows that were left out ends with."""
+TRUNCATED = ".truncated.jsonl"
+"""What the name of a list of solutions ends with of which only the first steps are kept."""
 _HINT = "mend it, or leave such rows out with --on-bad-row skip"
 
 
@@ -35,6 +38,29 @@ def report_bad_rows(several: Iterable[BadRows], output: Path, tell: Callable[[st
         write_bad_rows(output, lost)
         for bad in lost:
             tell(f"{bad}, listed in {output}")
+
+
+def report_truncated(several: Iterable[BadRows], output: Path, tell: Callable[[str], None]) -> None:
+    """Tell and list, as ``report_bad_rows`` does, the solutions of which the first steps are kept.
+
+    Raises:
+        OSError: The list cannot be written.
+    """
+    cut = [bad for bad in several if bad.truncated]
+    if not cut:
+        output.unlink(missing_ok=True)
+        return
+    write_lines(output, (row.line_of_json() for bad in cut for row in bad.truncated))
+    for bad in cut:
+        tell(
+            f"{bad.path}: {len(bad.truncated):,} solutions are longer than the model's context; "
+            f"their first steps alone are used, listed in {output}"
+        )
+
+
+def truncated_path(output: Path) -> Path:
+    """Return the path of the list of what was cut, beside an output."""
+    return output.with_name(output.name + TRUNCATED)
 
 
 def skipped_path(output: Path) -> Path:

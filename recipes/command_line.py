@@ -31,6 +31,7 @@ from recipes.options.use import (
     WeighOptions,
 )
 from recipes.options.values import OptionError, did_you_mean, shortened
+from recipes.ranks import silent_unless_first
 from recipes.run.provenance import PACKAGE, version_of
 from recipes.run.show import RunsListOptions, RunsShowOptions
 from recipes.terminal import say, standard_streams
@@ -129,7 +130,7 @@ def run(arguments: Sequence[str] | None = None) -> int:
     """Run a command and return its exit status; see ``recipes.__main__.main``."""
     status = 0
     try:
-        with standard_streams():
+        with standard_streams(), silent_unless_first():
             status = _run(sys.argv[1:] if arguments is None else arguments)
     except OSError as error:  # a preset, or standard output, which is flushed at the end
         with suppress(OSError):

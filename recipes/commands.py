@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
-import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-
-from prm.schema import DataError
 from recipes.data_files import commands as data_commands
 from recipes.options.embedded import DataOptions, PretrainOptions
 from recipes.options.use import (
@@ -23,11 +19,10 @@ from recipes.options.use import (
     SelectOptions,
     WeighOptions,
 )
-from recipes.options.values import OptionError
-from recipes.run.errors import RunError, Stopped
+from recipes.ranks import is_first, lost, over_ranks, ranks_here, say_aloud, several_ranks
+from recipes.run.errors import RunError, reported
 from recipes.run.files import new_directory
 from recipes.run.show import RunsListOptions, RunsShowOptions, list_runs, show_run
-from recipes.run.stopping import Interrupted, interrupting
 from recipes.terminal import say
 
 _SAVING = ("cold-start", "train", "score", "compare")
@@ -35,46 +30,55 @@ _SAVING = ("cold-start", "train", "score", "compare")
 
 
 def run(name: str, options: Any) -> int:
-    """Run a command and return its exit status.
+    """Run a command and return its exit status; ``recipes.run.errors`` says what errors end in."""
 
-    Errors of the user (options, data) and of the machine (files that cannot be read or written)
-    end in one line that says what to change, without a traceback. Errors of the program keep their
-    traceback. A signal interrupts the work, or ends the process while a module is imported.
-    """
-    try:
-        with interrupting():
-            return _COMMANDS[name](options) or 0
-    except Stopped as error:
-        return _ended(name, error, error.status)
-    except OptionError as error:
-        return _ended(name, error, 2)
-    except (DataError, RunError, SafetensorError) as error:  # the last: of a full disk, for one
-        return _ended(name, error, 1)
-    except OSError as error:
-        return _ended(name, reason(error), 1)
-    except ModuleNotFoundError as error:
-        if "bilevel-prm[" not in str(error):
-            raise
-        return _ended(name, error, 1)
-    except KeyboardInterrupt as error:
-        print(file=sys.stderr)  # ends the line of the terminal's ^C, or of a progress bar
-        kept = "; what was logged and saved so far is kept" if name in _SAVING else ""
-        number = error.number if isinstance(error, Interrupted) else signal.SIGINT
-        return _ended(name, f"interrupted{kept}", 128 + number)
+    def command() -> int | None:
+        return _over_ranks(name, options) if several_ranks() else _COMMANDS[name](options)
+
+    return reported(f"bilevel-prm {name}", command, saves=name in _SAVING)
 
 
-def _ended(name: str, why: object, status: int) -> int:
-    say(f"bilevel-prm {name}: {why}", error=True)
+def _over_ranks(name: str, options: Any) -> int:
+    """Run a command as one of several ranks, and wait for the others unless it is interrupted."""
+    interrupted: list[KeyboardInterrupt] = []
+    title = f"bilevel-prm {name}"
+    with over_ranks(name) as folder:
+        own = options
+        if folder is not None and getattr(options, "output", None) not in (None, "-"):
+            own = replace(options, output=str(folder / Path(options.output).name))
+
+        def command() -> int | None:
+            try:
+                with _telling_others():
+                    return _COMMANDS[name](own)
+            except KeyboardInterrupt as error:
+                interrupted.append(error)
+                return None
+            except Exception as error:
+                if lost(error) and not is_first():
+                    say_aloud(f"{title}: {error}")
+                raise
+
+        status = reported(title, command)
+        if interrupted:
+            raise interrupted[0]
     return status
 
 
-def reason(error: OSError) -> str:
-    """Return path and reason of an error of the operating system, as one phrase."""
-    if error.strerror is None:
-        return str(error)
-    path = error.filename if error.filename2 is None else error.filename2
-    name = os.fsdecode(path) if isinstance(path, str | bytes | os.PathLike) else path
-    return error.strerror if name is None else f"{name}: {error.strerror}"
+@contextmanager
+def _telling_others() -> Iterator[None]:
+    """Tell the other ranks of an error of the body, and be told of theirs.
+
+    Raises:
+        RunError: Another rank has failed or has gone.
+    """
+    from bilevel import RankError
+
+    try:
+        with ranks_here().together():
+            yield
+    except RankError as error:
+        raise RunError(str(error)) from error
 
 
 def _quiet() -> None:

@@ -19,10 +19,14 @@ from prm.data.store.examples import StoredExamples, facts, store_examples
 from prm.data.store.outline import Facts
 from prm.inputs.collate import Batch, Collator
 from prm.inputs.prompt import SYSTEM_PROMPT
-from prm.models.model import PRM, is_hub_name, load_prm, split_parameters
+from prm.models.adapters import add_lora
+from prm.models.model import PRM, is_hub_name, split_parameters
+from prm.names import Recomputed, TooLong
+from prm.placement import Placement, resolve
 from prm.schema import DataError, StepExample
-from recipes.bad_rows import bad_rows_of, skipped_path
-from recipes.options.base import LoaderOptions, PrmOptions
+from recipes.bad_rows import bad_rows_of
+from recipes.options.base import LoaderOptions, PlacementOptions, PrmOptions
+from recipes.options.groups import LoraSettings
 from recipes.options.values import OptionError, existing_file
 from weighting import row_index
 
@@ -189,15 +193,44 @@ def set_up(options: Any) -> None:
     random.seed(options.seed)
 
 
+def placement_of(
+    options: PlacementOptions, activation_checkpointing: Recomputed = "none"
+) -> Placement:
+    """Return where and how the model of a command computes.
+
+    Args:
+        options: The options of the placement.
+        activation_checkpointing: That of a command that trains.
+
+    Raises:
+        OptionError: The device is not there, or cannot compute in this precision or attention.
+    """
+    settings = (options.device, options.precision, options.attention)
+    try:
+        return resolve(*settings, activation_checkpointing)
+    except ValueError as error:
+        raise OptionError(f"--{error}") from error
+
+
 def load_model(
-    options: PrmOptions, freeze: Sequence[str] = (), path: str | None = None
+    options: PrmOptions,
+    freeze: Sequence[str] = (),
+    path: str | None = None,
+    placement: Placement | None = None,
 ) -> tuple[PRM, dict[str, Tensor]]:
     """Load a model, and return it with its trainable parameters by name.
+
+    Args:
+        options: The options of the command.
+        freeze: The parts that are not trained.
+        path: The value of ``--init-from``, None for ``--model``.
+        placement: Where it computes. None means the CPU in float32.
 
     Raises:
         OptionError: There is no such model, it is damaged, it or its chat template cannot judge
             steps, or ``freeze`` names no part of it.
     """
+    placement = placement or Placement()
     name = path if path is not None else options.model
     if path not in (None, "embedded") and not Path(name).is_dir():  # a hub name goes to --model
         raise OptionError(
@@ -205,7 +238,7 @@ def load_model(
             "run a cold start first, or correct the path"
         )
     try:
-        prm = load_prm(EMBEDDED_BASE if name == "embedded" else name)
+        prm = placement.load(EMBEDDED_BASE if name == "embedded" else name)
         _collator(prm, options)  # refuses chat templates before data are read
     except (OSError, ValueError) as error:
         flag = "--model" if path is None else "--init-from"
@@ -215,7 +248,34 @@ def load_model(
         trainable, _ = split_parameters(prm.model, freeze)
     except ValueError as error:
         raise OptionError(f"--freeze: {error}") from error
+    try:
+        placement.check_trained(trainable, prm)
+    except ValueError as error:
+        raise OptionError(f"--{error}") from error
     return prm, {name: tensor.clone() for name, tensor in trainable.items()}
+
+
+def adapted(
+    prm: PRM, lora: LoraSettings, freeze: Sequence[str], placement: Placement
+) -> dict[str, Tensor]:
+    """Add adapters to a model, and return their parameters by name: those that are trained.
+
+    Raises:
+        OptionError: A target names no linear layer that is not frozen, or nothing is trained of
+            what is to be recomputed.
+        ModuleNotFoundError: The library peft is not installed.
+    """
+    try:
+        params = add_lora(
+            prm.model, rank=lora.rank, alpha=lora.alpha, targets=lora.targets, freeze=freeze
+        )
+    except ValueError as error:
+        raise OptionError(f"--lora-targets: {error}") from error
+    try:
+        placement.check_trained(params, prm)
+    except ValueError as error:
+        raise OptionError(f"--{error}") from error
+    return {name: tensor.clone() for name, tensor in params.items()}
 
 
 def read_solutions(options: LoaderOptions, path: str) -> Solutions:
@@ -236,8 +296,12 @@ def read_solutions(options: LoaderOptions, path: str) -> Solutions:
     return Solutions(file, examples, examples.lines, bad)
 
 
-def read_examples(prm: PRM, options: LoaderOptions, path: str) -> Examples:
+def read_examples(
+    prm: PRM, options: LoaderOptions, path: str, *, too_long: TooLong | None = None
+) -> Examples:
     """Read a file of any known format, and check that ``prm`` can judge every example.
+
+    ``too_long`` takes the place of the option.
 
     An example is tokenised here only if a bound does not show that it fits the model; see
     ``Collator.check``. Images are checked but not kept, because a batch decodes its own: the first
@@ -249,7 +313,7 @@ def read_examples(prm: PRM, options: LoaderOptions, path: str) -> Examples:
     """
     file = existing_file(path)
     bad = bad_rows_of(options, file)
-    collator = _collator(prm, options)
+    collator = _collator(prm, options, too_long or options.too_long)
     examples, faults = store_examples(
         file,
         options.image_root,
@@ -261,43 +325,52 @@ def read_examples(prm: PRM, options: LoaderOptions, path: str) -> Examples:
     return _checked(Examples(file, examples, collator, examples.lines, bad), faults)
 
 
-def tokenised(prm: PRM, options: LoaderOptions, data: Examples) -> Examples:
-    """Return the examples to be tokenised for another model, ``prm``.
+def tokenised(prm: PRM, options: LoaderOptions, data: Examples, *, too_long: TooLong) -> Examples:
+    """Return the examples for another model, ``prm``, too long ones refused or cut after steps.
 
     Raises:
         DataError: An example cannot be laid out for the model.
     """
-    collator = _collator(prm, options)
-    faults: list[tuple[int, DataError]] = []
+    collator = _collator(prm, options, too_long)
+    found: list[tuple[int, DataError | int]] = []
     for start in range(0, len(data), _AT_ONCE):
-        found = collator.check(data.examples[start : start + _AT_ONCE])
-        faults += [(start + n, error) for n, error in enumerate(found) if error is not None]
-    return _checked(replace(data, collator=collator), faults)
+        part = collator.check(data.examples[start : start + _AT_ONCE])
+        found += [(start + n, what) for n, what in enumerate(part) if what is not None]
+    return _checked(replace(data, collator=collator), found)
 
 
-def _checked(data: Examples, faults: Sequence[tuple[int, DataError]]) -> Examples:
-    """Refuse the examples with faults of layout, or leave them out."""
-    for row, error in faults:
-        data.bad.add(located(error, data.path, data.lines[row]), data.examples[row].id)
-    return _without(data, {row for row, _ in faults})
+def _checked(data: Examples, found: Sequence[tuple[int, DataError | int]]) -> Examples:
+    """Refuse the examples with faults of layout, or leave them out; cut those that are too long."""
+    kept: dict[int, int] = {}
+    for row, what in found:
+        example, line = data.examples[row], data.lines[row]
+        if isinstance(what, DataError):
+            data.bad.add(located(what, data.path, line), example.id)
+        else:
+            data.bad.truncate(line, example.id, len(example.steps), what)
+            kept[row] = what
+    return _without(cut(data, kept), {row for row, what in found if isinstance(what, DataError)})
 
 
-def _collator(prm: PRM, options: PrmOptions) -> Collator:
+def cut(data: Data, steps: Mapping[int, int]) -> Data:
+    """Return the examples with the first steps alone of those that ``steps`` names by row."""
+    if not steps:
+        return data
+    examples: Sequence[StepExample]
+    if isinstance(data.examples, StoredExamples):
+        examples = data.examples.cut(steps)
+    else:
+        examples = [
+            replace(example, steps=example.steps[: steps.get(row)])
+            for row, example in enumerate(data.examples)
+        ]
+    return cast(Data, replace(data, examples=examples))
+
+
+def _collator(prm: PRM, options: PrmOptions, too_long: TooLong = "refuse") -> Collator:
     return prm.collator(
+        too_long=too_long,
         context=options.context,
         system_prompt=SYSTEM_PROMPT if options.system_prompt is None else options.system_prompt,
         max_patches=options.max_patches,
     )
-
-
-def list_beside(options: LoaderOptions, output: Path | None) -> Path | None:
-    """Return the path of the list of rows that are left out, None without an output file.
-
-    Raises:
-        OptionError: Rows are left out, and there is no output file beside which to list them.
-    """
-    if output is None:
-        if options.on_bad_row == "refuse":
-            return None
-        raise OptionError("--on-bad-row skip: needs --output, beside which the list is written")
-    return skipped_path(output)

@@ -43,21 +43,21 @@ ALLOWED = {
 
 LAYERS = {
     "bilevel": (
-        ("tree", "checks", "module_copy"),
-        ("problem", "optimizers", "functional", "inputs"),
-        ("autodiff", "state"),
+        ("tree", "checks", "module_copy", "profiling"),
+        ("problem", "optimizers", "functional", "inputs", "collective"),
+        ("autodiff", "state", "replicas"),
         ("lower",),
         ("routes",),
         ("hypergradients",),
         ("solver",),
-        ("audit", "fit"),
+        ("audit", "fit", "resident"),
     ),
     "prm": (
         ("data_urls",),
         ("schema", "names", "files"),
         ("losses", "aggregations", "evaluation", "inputs", "digests"),
         ("data", "models"),
-        ("scoring",),
+        ("placement", "scoring"),
     ),
     "weighting": (
         ("bounds", "files", "heuristics", "normalise"),
@@ -67,7 +67,8 @@ LAYERS = {
     ),
     "recipes": (
         ("bad_rows", "options", "terminal"),
-        ("run", "loading"),
+        ("ranks",),
+        ("run", "loading", "profiling"),
         ("data_files", "evaluation", "problems"),
         ("train",),
         ("embedded", "use"),

@@ -137,7 +137,7 @@ def check_hypergradient(
 
     Raises:
         ValueError: ``solve_steps`` for a method that is not the derivative of the solved lower
-            level.
+            level, or a solver of several ranks.
     """
     if tolerance is None:
         precisions = {leaf.dtype for leaf in tree.leaves((state.lower_params, state.upper_params))}
@@ -208,6 +208,11 @@ def _audited(
     upper_batch: Any,
     solve_steps: int,
 ) -> AuditedSteps | AuditedSolution:
+    if solver.collective.ranks > 1:
+        raise ValueError(
+            f"check_hypergradient: expected one process, found {solver.collective.ranks} ranks; "
+            "audit a solver without collective, on batches of a size that one process can take"
+        )
     if solve_steps:
         if not getattr(solver.hypergradient, "at_solution", False):
             raise ValueError(

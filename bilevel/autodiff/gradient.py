@@ -11,7 +11,9 @@ from torch import Tensor
 
 from bilevel import tree
 from bilevel.autodiff.recomputation import watched_backward
+from bilevel.collective import ALONE, Collective
 from bilevel.problem import Batch, Params, Problem, detached, upper_value
+from bilevel.profiling import part
 from bilevel.tree import T, Tree, TreeT
 
 
@@ -77,23 +79,47 @@ class UpperGradient(NamedTuple):
     notes: tuple[str, ...] = ()
 
 
+@part("upper gradient")
 def upper_gradient(
-    problem: Problem, lower_params: Params, upper_params: Params, batch: Batch
+    problem: Problem,
+    lower_params: Params,
+    upper_params: Params,
+    batch: Batch,
+    collective: Collective = ALONE,
 ) -> UpperGradient:
     """Return the upper loss with its gradients with respect to θ and φ.
 
+    Args:
+        problem: The losses.
+        lower_params: θ.
+        upper_params: φ.
+        batch: The upper batch, or this rank's part of it.
+        collective: The ranks whose parts make up the upper batch.
+
     Raises:
-        ValueError: The loss is not a scalar.
+        ValueError: The loss is not a scalar, or no rank has a part of the batch.
     """
-    with torch.enable_grad():
-        lower, upper = as_leaves(lower_params), as_leaves(upper_params)
-        loss, aux = upper_value(problem, lower, upper, batch)
-        v, direct = gradients([loss], (lower, upper))
-    notes = () if tree.leaves(v) or not tree.leaves(lower) else (_IGNORES_LOWER,)
-    return UpperGradient(loss.detach(), v, direct, detached(aux), notes)
+    found, aux, examples = None, None, collective.upper_examples(batch)
+    if examples:
+        with torch.enable_grad():
+            lower, upper = as_leaves(lower_params), as_leaves(upper_params)
+            loss, aux = upper_value(problem, lower, upper, batch)
+            found = loss.detach(), *gradients([loss], (lower, upper))
+            del loss
+    example = next(iter(tree.leaves(lower_params)), torch.zeros(()))
+    like = example.new_zeros((), dtype=tree.wide_dtype(example.dtype)), lower_params, upper_params
+    (loss, v, direct), total = collective.mean("upper gradient", found, examples, like)
+    if not total:
+        raise ValueError("upper_batch: expected at least 1 example on any of the ranks, found 0")
+    return UpperGradient(loss, v, direct, detached(aux), ignored_lower(lower_params, v))
 
 
-_IGNORES_LOWER = (
+def ignored_lower(lower_params: Params, v: Tree) -> tuple[str, ...]:
+    """Return a note if the upper loss, with gradient v (no leaves: none), ignores θ."""
+    return () if tree.leaves(v) or not tree.leaves(lower_params) else (IGNORES_LOWER,)
+
+
+IGNORES_LOWER = (
     "the upper loss does not depend on the lower parameters, so the lower level has no part in the "
     "hypergradient: let it use those that it is given (bilevel.functional calls a module with them)"
 )

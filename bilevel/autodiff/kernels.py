@@ -145,29 +145,6 @@ def _equivalent(
     return _EQUIVALENTS.get(func)
 
 
-class SecondDerivativeWatch(TorchFunctionMode):
-    """Notes whether a loss that is run as it is has an operation that ``_Equals`` replaces.
-
-    Attributes:
-        found: Whether it has. Double backward through its graph is then wrong, or fails.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.found = False
-
-    def __torch_function__(
-        self,
-        func: Callable[..., Any],
-        types: Sequence[type],
-        args: tuple[Any, ...] = (),
-        kwargs: Mapping[str, Any] | None = None,
-    ) -> Any:
-        kwargs = kwargs or {}
-        self.found |= _equivalent(func, kwargs) is not None
-        return func(*args, **kwargs)
-
-
 _IN_FORWARD_MODE: dict[Callable[..., Any], Callable[..., Tensor]] = {
     functional.mse_loss: equivalents.mse_loss,
     functional.huber_loss: equivalents.huber_loss,

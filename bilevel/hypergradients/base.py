@@ -66,7 +66,9 @@ class Hypergradient(Protocol):
       for ``check_hypergradient(..., solve_steps=...)`` to hold it to that;
     - attributes ``through_hyperparameters = True`` and ``through_initial = True``, if its
       derivative includes what φ does through the numbers of the lower optimizer, and through θ
-      before the window (``Window.pulled_back``). Without them a solver with such a φ refuses it.
+      before the window (``Window.pulled_back``). Without them a solver with such a φ refuses it;
+    - an attribute ``over_ranks = True``, if it sums over the ranks what it computes of batches
+      (``Window.collective``). Without it a solver with several ranks refuses it.
     """
 
     def check(

@@ -109,6 +109,7 @@ class Implicit:
     lower_route: ClassVar[Route] = Jvp()
     last_step_only: ClassVar[bool] = True
     at_solution: ClassVar[bool] = True
+    over_ranks: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if isinstance(self.solver, type) or not hasattr(self.solver, "solve"):
@@ -185,9 +186,12 @@ class ImplicitRecord:
                 leaves,
                 self._window.batches[-1],
                 differentiate=True,
+                collective=self._window.collective,
             )
         with random_state.rewound_to(self._random, params):
-            upper = upper_gradient(problem, params, upper_params, self._upper_batch)
+            upper = upper_gradient(
+                problem, params, upper_params, self._upper_batch, self._window.collective
+            )
         hessian = hessian_product(problem, method.product, passed, params, upper_params)
         rhs = _restricted(upper.lower, passed.grads)
         solved = method.solver.solve(hessian, rhs, memory.solution if method.warm_start else None)
@@ -248,7 +252,9 @@ def _stationarity(hessian: Product, passed: LowerPass, params: Params) -> float:
     length = float(tree.norm(grads))
     reach = float(tree.norm(tree.map(lambda leaf, _: leaf, params, grads)))
     pairs = zip(passed.micro_batches, passed.shares, strict=True)
-    loss = abs(sum(share * float(micro.loss) for micro, share in pairs))
+    here = sum(share * float(micro.loss) for micro, share in pairs)
+    of_ranks = passed.collective.gathered(torch.tensor([here], dtype=torch.float64))
+    loss = abs(sum(float(part) for part in of_ranks))
     eps = max((torch.finfo(leaf.dtype).eps for leaf in tree.leaves(grads)), default=0.0)
     if length == 0.0 or length * reach <= eps * loss:
         return 0.0

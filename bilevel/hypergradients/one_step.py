@@ -76,6 +76,7 @@ class OneStep:
     update_derivative: UpdateDerivative = Exact()
 
     last_step_only: ClassVar[bool] = True
+    over_ranks: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if isinstance(self.route, type) or not hasattr(self.route, "backward_pass"):
@@ -205,9 +206,7 @@ class OneStepRecord:
         if self._method.order == "upper-first":
             self._direction = self._pulled_back(point, random, point.lower_params, None)
             self.upper = self.upper._replace(lower=None)
-        # The rules per example need no other pass, and so no graph.
-        keeps = not is_separable(self._window.problem) and self._method.route == Auto()
-        keeps = keeps and is_small(point.lower_params, self._window.batches[-1:])
+        keeps = keeps_graph(self._method, self._window, point.lower_params)
         return PassRequest(
             self._leaves, differentiate=True, direction=self._direction, keep_graph=keeps
         )
@@ -240,7 +239,11 @@ class OneStepRecord:
             upper_loss=self.upper.loss,
             hypergradient=hypergradient,
             memory=self._average,
-            notes=self._notes(state),
+            notes=(
+                *self.passed.notes,
+                *step_notes(self._method.order, state),
+                *self.upper.notes,
+            ),
             upper_aux=self.upper.aux,
         )
 
@@ -250,7 +253,9 @@ class OneStepRecord:
         """Return μ: v at the parameters ``at``, averaged, pulled back through the update."""
         window = self._window
         with random_state.rewound_to(random, before.lower_params):
-            self.upper = upper_gradient(window.problem, at, window.upper_params, self._upper_batch)
+            self.upper = upper_gradient(
+                window.problem, at, window.upper_params, self._upper_batch, window.collective
+            )
         v, self._average = self._method.averaged(self.upper.lower, self._average)
         self._v = v if window.hyperparameters is not None else None
         return self._method.update_derivative.pull_back(
@@ -266,17 +271,27 @@ class OneStepRecord:
         )
         return found
 
-    def _notes(self, optimizer_state: Any) -> tuple[str, ...]:
-        """Return what a user should know about the step, taken from this optimizer state."""
-        notes = list(self.passed.notes)
-        cold = (
-            isinstance(optimizer_state, OptimizerState)
-            and optimizer_state.second_moment is not None
-            and not optimizer_state.steps
-        )
-        if cold and self._method.order == "lower-first":
-            notes.append(
-                "the adaptive lower optimizer was cold: its first step hardly depends on the "
-                "gradient's size, so the exact hypergradient is almost zero; set upper_start"
-            )
-        return (*notes, *self.upper.notes)
+
+def keeps_graph(method: OneStep, window: Window, params: Params) -> bool:
+    """Return whether the last lower pass keeps its graph for the product: see ``PassRequest``.
+
+    The rules per example need no other pass, and so no graph.
+    """
+    keeps = not is_separable(window.problem) and method.route == Auto()
+    return keeps and is_small(params, window.batches[-1:])
+
+
+def step_notes(order: Order, optimizer_state: Any) -> tuple[str, ...]:
+    """Return what a user should know about a step taken from this optimizer state."""
+    cold = (
+        isinstance(optimizer_state, OptimizerState)
+        and optimizer_state.second_moment is not None
+        and not optimizer_state.steps
+    )
+    return (_COLD,) if cold and order == "lower-first" else ()
+
+
+_COLD = (
+    "the adaptive lower optimizer was cold: its first step hardly depends on the gradient's size, "
+    "so the exact hypergradient is almost zero; set upper_start"
+)

@@ -24,42 +24,42 @@ Store = Literal["device", "host"]
 
 @dataclass(frozen=True, eq=False)
 class Kept:
-    """A tree that is kept: where it was ("device"), or in CPU memory ("host"), pinned for a GPU."""
+    """A tree that is kept: where it was ("device"), or in CPU memory ("host"), pinned for a GPU.
 
-    stored: Tree
+    Attributes:
+        stored: The tree as it is kept.
+        devices: Where its tensors were, if any of them was moved.
+    """
+
+    stored: Any
+    devices: Tree | None = None
 
     @property
     def nbytes(self) -> int:
         """Bytes of all its tensors."""
-        leaves: list[Any] = tree.leaves(self.stored)
-        return sum(leaf.tensor.nbytes for leaf in leaves)
+        return _bytes(self.stored)
 
     def fetch(self) -> Any:
         """Return the tree where it was."""
-        return tree.map(_StoredTensor.fetch, self.stored)
+        if self.devices is None:
+            return self.stored
+        back = lambda leaf, device: leaf.to(device, non_blocking=True)  # noqa: E731
+        return tree.map(back, self.stored, self.devices)
 
 
 def keep(values: Any, store: Store) -> Kept:
-    """Keep a tree. With "host" nothing of it stays on the device; on the CPU nothing is copied."""
-    return Kept(tree.map(lambda leaf: _StoredTensor.of(leaf, store), values))
+    """Keep a tree without graphs; with "host" on the CPU, where nothing is copied for it."""
+    if store == "device" or all(leaf.is_cpu for leaf in tree.leaves(values)):
+        return Kept(values)
+    return Kept(tree.map(_on_host, values), tree.map(lambda leaf: leaf.device, values))
 
 
-@dataclass(frozen=True, eq=False)
-class _StoredTensor:
-    tensor: Tensor
-    device: torch.device
-
-    @staticmethod
-    def of(leaf: Tensor, store: Store) -> _StoredTensor:
-        leaf = leaf.detach()
-        if store == "device" or leaf.device.type == "cpu":
-            return _StoredTensor(leaf, leaf.device)
-        # Both copies run on the device's stream, in order; the CPU never looks at the numbers.
-        host = torch.empty_like(leaf, device="cpu", pin_memory=leaf.is_cuda)
-        return _StoredTensor(host.copy_(leaf, non_blocking=leaf.is_cuda), leaf.device)
-
-    def fetch(self) -> Tensor:
-        return self.tensor.to(self.device, non_blocking=True)
+def _on_host(leaf: Tensor) -> Tensor:
+    if leaf.is_cpu:
+        return leaf
+    # Both copies run on the device's stream, in order; the CPU never looks at the numbers.
+    host = torch.empty_like(leaf, device="cpu", pin_memory=leaf.is_cuda)
+    return host.copy_(leaf, non_blocking=leaf.is_cuda)
 
 
 def way_points(point: Point, steps: int) -> list[int]:

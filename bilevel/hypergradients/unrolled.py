@@ -12,7 +12,7 @@ from torch import Tensor
 
 from bilevel import tree
 from bilevel.autodiff import random_state
-from bilevel.autodiff.gradient import as_leaves, upper_gradient
+from bilevel.autodiff.gradient import as_leaves, gradients, ignored_lower, upper_gradient
 from bilevel.autodiff.random_state import RandomState
 from bilevel.checks import require
 from bilevel.hypergradients.base import HypergradientResult
@@ -23,13 +23,14 @@ from bilevel.hypergradients.replay_memory import (
     keep,
     way_points,
 )
+from bilevel.lower.connected_step import connects
 from bilevel.lower.kept_graph import is_small
 from bilevel.lower.lower_pass import LowerPass, lower_pass
 from bilevel.lower.mixed_product import mixed_product
 from bilevel.lower.second_order import second_derivatives
 from bilevel.lower.steps import PassRequest, Point, Step, Window, advance
 from bilevel.optimizers.base import DifferentiableOptimizer
-from bilevel.problem import Batch, Params, Problem
+from bilevel.problem import Batch, Params, Problem, detached, upper_value
 from bilevel.routes import Auto, CentralDifference, Jvp, Reverse, Route
 
 
@@ -50,10 +51,11 @@ class Unrolled:
         (ḡ, s̄, θ̄) ← (∂U/∂(g, s, θ))ᵀ (θ̄, s̄)           optimizer.vjp, no graph
         θ̄ ← θ̄ + ∂²L_k/∂θ² ḡ,   h ← h + ∂²L_k/∂φ∂θ ḡ    one pass, see second_derivatives
 
-    At the first step only h is needed (``mixed_product``). There is never a graph across steps. It
-    holds for every optimizer of ``bilevel.optimizers``, with weight decay, schedule, clipping (the
-    scale a constant, unless the optimizer says ``differentiate_clip``), micro-batches, and random
-    numbers, which are rewound. With ``steps=1`` it is ``OneStep`` in order lower-first.
+    At the first step only h is needed (``mixed_product``). There is a graph across steps on small
+    problems only (see ``product``), where it takes less time. It holds for every optimizer of
+    ``bilevel.optimizers``, with weight decay, schedule, clipping (the scale a constant, unless the
+    optimizer says ``differentiate_clip``), micro-batches, and random numbers, which are rewound.
+    With ``steps=1`` it is ``OneStep`` in order lower-first.
 
     ∂²L_k/∂θ² is that of autograd, as in TorchOpt and higher: features of a ``ReweightingProblem``
     with ``detach_features``, and what a loss computes by ``.detach()`` or under ``torch.no_grad``,
@@ -68,7 +70,7 @@ class Unrolled:
             level has settled, and more where it has not (Shaban et al. 2019, arXiv 1810.10667).
         replay: What is remembered of the steps, P being the size of θ and S that of θ and the
             optimizer's state (3P for Adam). All choices give the same numbers bit for bit (on
-            devices whose kernels do).
+            devices whose kernels do; on small problems, where None keeps graphs, up to rounding).
 
             - None: the gradients, T·P + (1 + log₂ T)·S, or T·P + S for SGD without momentum; points
               are replayed from them by the elementwise update, about (T/2) log₂ T − T updates in
@@ -81,9 +83,11 @@ class Unrolled:
         product: ``Jvp``, ``Reverse`` or ``CentralDifference``: how second derivatives are computed.
             ``Auto``: ``Jvp`` at the first step, whose derivative is in φ alone, and ``Reverse`` at
             the others, where both take as long and ``Jvp`` (forward over reverse) takes more
-            memory; where one of them fails, the other. For small problems ``Reverse`` at all of
-            them, through graphs that the lower passes keep unless ``replay`` or ``store`` ask for
-            less memory (``bilevel.lower.kept_graph``).
+            memory; where one of them fails, the other. For small problems one backward pass
+            through the graph of all steps, as TorchOpt goes, unless ``replay`` or ``store`` ask
+            for less memory (``bilevel.lower.kept_graph``, ``bilevel.lower.connected_step``); with
+            several micro-batches or ``hyperparameters`` ``Reverse`` at all steps, through the graph
+            of each.
 
     Cost: 3F for each lower step and 3F for the upper gradient, as in every method, then about
     9F for each of T − 1 steps and 3F for the first (9F without detached features). F is a
@@ -110,6 +114,7 @@ class Unrolled:
     lower_route: ClassVar[Route] = Jvp()
     through_hyperparameters: ClassVar[bool] = True
     through_initial: ClassVar[bool] = True
+    over_ranks: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if self.steps is not None:
@@ -187,12 +192,25 @@ class UnrolledRecord:
         self._constant = len(window.batches) - self._unrolled
         self._segment = method.segment(self._unrolled)
         self._product: Route = method.product
-        self._keeps_graphs = False
+        self._keeps_graphs = self._connects = False
+        self._connected = 0
+        self._start: Params = None
+        self._end: Params = None  # with a graph through all steps, as long as they are connected
         if method.product == Auto() and is_small(
             window.start.lower_params, window.batches[self._constant :]
         ):
             self._product = Reverse()  # with or without a graph that is kept: the same bits
             self._keeps_graphs = method.replay is None and method.store == "device"
+            one_each = all(len(micro_batches) == 1 for micro_batches in window.batches)
+            learns = window.hyperparameters is not None
+            alone = window.collective.ranks == 1  # a graph does not go through a sum over ranks
+            self._connects = (
+                self._keeps_graphs
+                and one_each
+                and not learns
+                and alone
+                and connects(window.optimizer)
+            )
 
     def before(self, number: int, point: Point, random: RandomState) -> PassRequest:
         """Keep the point before a step, if the sweep will start from it."""
@@ -209,20 +227,56 @@ class UnrolledRecord:
         # Beside graphs that are kept points are small, and replaying them is not.
         if self._keeps_graphs or offset in way_points(point, steps):
             self.points[-1].append((offset, keep(point, self._method.store)))
-        return PassRequest(self.leaves, keep_graph=self._keeps_graphs)
+        return PassRequest(self.leaves, keep_graph=self._keeps_graphs, connect=self._connects)
 
     def after(self, step: Step) -> None:
         """Keep the gradient, and the micro-batches with the graphs to their weights."""
         if step.number >= self._constant:
             self.grads.append(keep(step.passed.grads, self._method.store))
             self.steps.append(_Step(step.random, replace(step.passed, grads=None)))
+            if step.number == self._constant:
+                self._start = step.before.lower_params
+            self._connects &= step.passed.graph is not None
+            self._connected += self._connects
+            self._end = step.after.lower_params if self._connects else None
 
     def hypergradient(self, end: Point) -> HypergradientResult:
+        """Go back through the steps: through their graph, if there is one, or one by one."""
+        if self._end is not None:
+            try:
+                return self._through_graph(self._end)
+            except RuntimeError:  # an operation has no second derivative
+                self._end = None
+        return self._swept(end)
+
+    def _through_graph(self, end: Params) -> HypergradientResult:
+        """Return the hypergradient by one backward pass from the upper loss to φ."""
+        problem, start = self._window.problem, self._start
+        with random_state.rewound_to(self.steps[-1].random, end), torch.enable_grad():
+            loss, aux = upper_value(problem, end, self.leaves, self._upper_batch)
+            wanted = end, self.leaves, None if self._window.initial is None else start
+            v, total, start_bar = gradients([loss], wanted)
+        notes = [note for step in self.steps for note in step.passed.notes]
+        notes += ignored_lower(end, v)
+        if self._window.initial is not None:
+            total = tree.add(total, self._window.pulled_back(start_bar, {}))
+        once = tuple(dict.fromkeys(notes))
+        return HypergradientResult(loss.detach(), total, None, notes=once, upper_aux=detached(aux))
+
+    def _swept(self, end: Point) -> HypergradientResult:
         """Go back through the steps. What is used up is freed before the next pass."""
         problem, optimizer, method = self._window.problem, self._window.optimizer, self._method
         steps, leaves = self.steps, self.leaves
+        for index in range(self._connected):  # whose graphs go on into the steps before
+            steps[index] = steps[index]._replace(passed=steps[index].passed.without_graphs())
         with random_state.rewound_to(steps[-1].random, end.lower_params):
-            upper = upper_gradient(problem, end.lower_params, self._upper_params, self._upper_batch)
+            upper = upper_gradient(
+                problem,
+                end.lower_params,
+                self._upper_params,
+                self._upper_batch,
+                self._window.collective,
+            )
         upper_loss, upper_aux = upper.loss, upper.aux
         notes = [*upper.notes]
         lower_bar, state_bar, total = upper.lower, None, upper.direct
@@ -286,6 +340,7 @@ class UnrolledRecord:
                     point.lower_params,
                     self._upper_params,
                     [micro.batch for micro in step.passed.micro_batches],
+                    collective=self._window.collective,
                 )
             grads.append(keep(passed.grads, store))
             if index + 1 < len(steps):

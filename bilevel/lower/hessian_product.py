@@ -12,7 +12,7 @@ from bilevel.tree import Tree
 def hessian_product(
     problem: Problem, route: Route, passed: LowerPass, lower_params: Params, upper_params: Params
 ) -> Product:
-    """Return v -> H v of the lower loss over the micro-batches of a step.
+    """Return v -> H v of the lower loss over the micro-batches of a step, those of all ranks.
 
     With the share n_m / N of the examples of each::
 
@@ -47,6 +47,6 @@ def hessian_product(
         total = tree.map(lambda _: None, vector)
         for share, part in zip(passed.shares, parts, strict=True):
             total = tree.axpy(share, part(vector), total)
-        return total
+        return passed.collective.sum(total, vector)
 
     return product

@@ -9,9 +9,9 @@ that are all exactly 1 it does so by autograd's own kernels, which is plain trai
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from functools import cached_property, partial
+from functools import cached_property, partial, reduce
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -19,9 +19,10 @@ from torch import Tensor
 
 from bilevel import tree
 from bilevel.autodiff import random_state
-from bilevel.autodiff.kernels import SecondDerivativeWatch
+from bilevel.collective import ALONE, Alone, Collective
 from bilevel.lower.gradient_sum import GradientSum
 from bilevel.lower.micro_batch import (
+    GradientGraph,
     MicroBatch,
     PassContext,
     attached_backward,
@@ -29,17 +30,23 @@ from bilevel.lower.micro_batch import (
 )
 from bilevel.lower.route import BackwardPass, Route
 from bilevel.problem import Batch, Params, Problem, ReweightingProblem, is_separable
+from bilevel.profiling import part
 from bilevel.tree import Tree
 
 
 @dataclass(frozen=True, eq=False)
 class LowerPass:
-    """Gradient of the step (None leaves: no gradient), its micro-batches, and remarks."""
+    """Gradient of the step (None leaves: no gradient), its micro-batches, and remarks.
+
+    The gradient is that of all ranks, the micro-batches are those of this one.
+    """
 
     grads: Tree
     micro_batches: list[MicroBatch]
     norm: Float[Tensor, ""] | None = None
     remarks: tuple[str, ...] = ()  # on what has no effect
+    collective: Collective = Alone()
+    examples: int | None = None  # of all ranks; None: those of the micro-batches
 
     @cached_property
     def grad_norm(self) -> Float[Tensor, ""]:
@@ -49,7 +56,41 @@ class LowerPass:
     def summary(self) -> LowerPass:
         """Return the figures alone: no gradients, no batches, no graphs; a few numbers."""
         micro_batches = [micro.summary() for micro in self.micro_batches]
-        return LowerPass(None, micro_batches, self.grad_norm.detach(), self.remarks)
+        return replace(self, grads=None, micro_batches=micro_batches, norm=self.grad_norm.detach())
+
+    @torch.no_grad()
+    def figures(self) -> PassFigures:
+        """Return loss, losses and weights of the micro-batches of all ranks."""
+        micro_batches = self.micro_batches
+        terms = [
+            micro.loss * share for micro, share in zip(micro_batches, self.shares, strict=True)
+        ]
+        columns = [
+            _joined([micro.losses for micro in micro_batches]),
+            _joined([micro.weights for micro in micro_batches]),
+        ]
+        if self.collective.ranks == 1:
+            return PassFigures(terms[0] if len(terms) == 1 else torch.stack(terms).sum(), *columns)
+        device = self.grad_norm.device
+        loss = torch.stack(terms).sum() if terms else torch.zeros((), device=device)
+        # One message: the loss, and behind it as many losses as weights.
+        pieces = [loss[None], *(column for column in columns if column is not None)]
+        dtype = reduce(torch.promote_types, (piece.dtype for piece in pieces))
+        parts = self.collective.gathered(torch.cat([piece.to(dtype) for piece in pieces]))
+        halves = [part[1:].reshape(2, -1) for part in parts]
+        total = torch.stack([part[0] for part in parts]).sum()
+        losses, weights = torch.cat(halves, dim=1)
+        return PassFigures(total, *((losses, weights) if len(losses) else (None, None)))
+
+    def without_graphs(self) -> LowerPass:
+        """Return the pass without the graph of its gradient."""
+        micro_batches = [replace(micro, graph=None) for micro in self.micro_batches]
+        return replace(self, micro_batches=micro_batches)
+
+    @property
+    def graph(self) -> GradientGraph | None:
+        """The gradient with its graph, if that was kept and there is one micro-batch."""
+        return self.micro_batches[0].graph if len(self.micro_batches) == 1 else None
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -59,11 +100,27 @@ class LowerPass:
 
     @property
     def shares(self) -> list[float]:
-        """Each micro-batch's share n_m / N of the examples."""
-        total = sum(micro.size for micro in self.micro_batches)
+        """Each micro-batch's share n_m / N of the examples of all ranks."""
+        total = self.examples or sum(micro.size for micro in self.micro_batches)
         return [micro.size / total for micro in self.micro_batches]
 
 
+class PassFigures(NamedTuple):
+    """Weighted mean loss of a pass; losses and weights, micro-batches put end to end, or None."""
+
+    loss: Float[Tensor, ""]
+    losses: Float[Tensor, " batch"] | None
+    weights: Float[Tensor, " batch"] | None
+
+
+def _joined(pieces: Sequence[Float[Tensor, " _"] | None]) -> Float[Tensor, " batch"] | None:
+    present = [piece.detach() for piece in pieces if piece is not None]
+    if len(present) == 1:
+        return present[0]
+    return torch.cat(present) if present else None
+
+
+@part("lower pass")
 def lower_pass(
     problem: Problem,
     route: Route,
@@ -74,8 +131,10 @@ def lower_pass(
     differentiate: bool = False,
     direction: Tree | None = None,
     keep_graph: bool = False,
+    connect: bool = False,
+    collective: Collective = ALONE,
 ) -> LowerPass:
-    """Run all micro-batches.
+    """Run all micro-batches, and sum their gradients over the ranks.
 
     Args:
         problem: The losses.
@@ -86,57 +145,75 @@ def lower_pass(
         differentiate: Whether a mixed product will be asked for.
         direction: μ, if it is known already.
         keep_graph: Whether a plain backward pass keeps its graph; see ``PassRequest``.
+        connect: Whether θ, which requires grad, keeps the graph that it has.
+        collective: The ranks that the micro-batches of the step are spread over.
 
     Raises:
         Refusal: The route is ``Ghost`` or ``PerExample``, and a parameter is used in a way that has
             no per-example rule.
         ValueError: The route is ``Dot`` and a micro-batch has several examples.
     """
-    context = PassContext(problem, lower_params, upper_params, differentiate, direction, keep_graph)
+    context = PassContext(
+        problem, lower_params, upper_params, differentiate, direction, keep_graph, connect
+    )
     total = GradientSum(lower_params, widen=len(batches) > 1)
     backward = _backward_pass(context, route, total)
     micro_batches: list[MicroBatch] = []
     for batch in batches:
         random = random_state.capture(lower_params)
-        watch = SecondDerivativeWatch() if keep_graph else None
-        with torch.enable_grad(), watch or nullcontext():
+        with torch.enable_grad():
             grads, micro, kept = backward(batch, random)
-        if watch is not None and watch.found:  # only another pass can replace an operation
-            micro = replace(micro, graph=None)
         if not micro.size:  # contributes nothing
             continue
         micro_batches.append(micro)
         if grads is None:  # added as it came; one example in each, so all have the same share
             continue
         if len(batches) == 1 and micro.factor is None:
-            return _remarked(context, LowerPass(grads, micro_batches))
+            return _over_ranks(context, collective, grads, micro_batches, 1)
         relative = micro.size / micro_batches[0].size
         factor = relative if micro.factor is None else micro.factor * relative
         total.add(factor, grads, kept=kept)
         del grads
-    if not micro_batches:
+    grads = None
+    if micro_batches:
+        grads = total.mean(sum(micro.size for micro in micro_batches) / micro_batches[0].size)
+    return _over_ranks(context, collective, grads, micro_batches, len(batches))
+
+
+def _over_ranks(
+    context: PassContext,
+    collective: Collective,
+    grads: Tree,
+    micro_batches: list[MicroBatch],
+    count: int,
+) -> LowerPass:
+    """Return the pass with the gradient of all ranks.
+
+    Raises:
+        ValueError: No rank has an example.
+    """
+    here = sum(micro.size for micro in micro_batches)
+    grads, examples = collective.mean("lower gradient", grads, here, context.lower_params)
+    if not examples:
         raise ValueError(
-            f"lower_batches: expected at least 1 example in the {len(batches)} micro-batches of a "
-            "step, found 0"
+            f"lower_batches: expected at least 1 example in the {count} micro-batches of a step, "
+            "found 0"
         )
-    relative = sum(micro.size for micro in micro_batches) / micro_batches[0].size
-    return _remarked(context, LowerPass(total.mean(relative), micro_batches))
+    of_ranks = examples if collective.ranks > 1 else None
+    passed = LowerPass(grads, micro_batches, collective=collective, examples=of_ranks)
+    return remarked(context, passed)
 
 
-def _remarked(context: PassContext, passed: LowerPass) -> LowerPass:
+def remarked(context: PassContext, passed: LowerPass) -> LowerPass:
     """Return the pass with remarks on what has no effect."""
     remarks = []
     if tree.leaves(context.lower_params) and not tree.leaves(passed.grads):
         remarks.append(_IGNORES_PARAMETERS)
-    weights = [micro.weights for micro in passed.micro_batches if micro.weights is not None]
-    wanted = any(leaf.requires_grad for leaf in tree.leaves(context.upper_params))
-    if (
-        weights
-        and wanted
-        and is_separable(context.problem)
-        and not any(weight.requires_grad for weight in weights)
-    ):
-        remarks.append(_CONSTANT_WEIGHTS)
+    if is_separable(context.problem):
+        weights = [micro.weights for micro in passed.micro_batches if micro.weights is not None]
+        constant = weights and not any(weight.requires_grad for weight in weights)
+        if constant and any(leaf.requires_grad for leaf in tree.leaves(context.upper_params)):
+            remarks.append(_CONSTANT_WEIGHTS)
     return replace(passed, remarks=tuple(remarks)) if remarks else passed
 
 

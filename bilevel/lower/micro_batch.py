@@ -17,6 +17,7 @@ from torch import Tensor
 from bilevel import tree
 from bilevel.autodiff.gradient import as_leaves, gradients
 from bilevel.autodiff.random_state import RandomState
+from bilevel.autodiff.second_derivative import has_second_derivative
 from bilevel.problem import (
     Batch,
     Params,
@@ -50,10 +51,10 @@ class Fallback:
         return f"Auto() took {self.taken}: {'; '.join(self.reasons.values())}"
 
 
-class LossGraph(NamedTuple):
-    """A weighted loss with its graph, and the leaves of θ and φ that this ends in."""
+class GradientGraph(NamedTuple):
+    """∇_θ L with its graph, and the leaves of θ and φ that this ends in."""
 
-    loss: Float[Tensor, ""]
+    grads: Tree
     lower_params: Params
     upper_params: Params
 
@@ -73,8 +74,8 @@ class MicroBatch:
         aux: What the lower loss returned beside its value, detached.
         factor: What the gradient is still to be multiplied by; None: by nothing.
         fallback: What ``Auto`` took in place of what; products add to it.
-        graph: Its loss, if a product may go through the graph that the pass has made; see
-            ``PassRequest``.
+        graph: Its gradient with a graph, if that was asked for and products may go through it;
+            see ``PassRequest``.
     """
 
     batch: Batch
@@ -87,7 +88,7 @@ class MicroBatch:
     aux: Any = None
     factor: Float[Tensor, ""] | None = None
     fallback: Fallback = field(default_factory=Fallback)
-    graph: LossGraph | None = None
+    graph: GradientGraph | None = None
 
     @property
     def note(self) -> str | None:
@@ -110,6 +111,7 @@ class PassContext:
     differentiate: bool
     direction: Tree | None
     keep_graph: bool = False
+    connect: bool = False
 
     @property
     def reweighting(self) -> ReweightingProblem[Any, Any, Any]:
@@ -134,48 +136,67 @@ class Backward(NamedTuple):
 
 def scalar_backward(context: PassContext, batch: Batch, random: RandomState) -> Backward:
     """Differentiate the scalar loss of a ``BilevelProblem``."""
-    params, upper_params = as_leaves(context.lower_params), _upper_leaves(context)
+    params, upper_params = _lower_leaves(context), _upper_leaves(context)
     loss, aux = lower_value(context.problem, params, upper_params, batch)
     batch_size = getattr(context.problem, "batch_size", None)
     size = 1 if batch_size is None else batch_size(batch)
-    micro = MicroBatch(batch, random, size, loss.detach(), aux=detached(aux))
-    return _differentiated(context, micro, LossGraph(loss, params, upper_params))
+    grads, graph = _differentiated(context, loss, params, upper_params)
+    micro = MicroBatch(batch, random, size, loss.detach(), aux=detached(aux), graph=graph)
+    return Backward(grads, micro)
 
 
 def attached_backward(context: PassContext, batch: Batch, random: RandomState) -> Backward:
     """Differentiate a loss whose weights depend on θ through the features."""
-    problem, params = context.reweighting, as_leaves(context.lower_params)
+    problem, params = context.reweighting, _lower_leaves(context)
     losses, features = problem.losses(params, batch)
     upper_params = _upper_leaves(context)
     weights = problem.weights_of(upper_params, batch, features, losses)
     loss = weighted_mean(weights, losses)
-    micro = MicroBatch(batch, random, len(losses), loss.detach(), losses.detach(), weights.detach())
-    return _differentiated(context, micro, LossGraph(loss, params, upper_params))
+    grads, graph = _differentiated(context, loss, params, upper_params)
+    size, plain = len(losses), (loss.detach(), losses.detach(), weights.detach())
+    return Backward(grads, MicroBatch(batch, random, size, *plain, graph=graph))
 
 
 def detached_backward(context: PassContext, batch: Batch, random: RandomState) -> Backward:
     """Differentiate the weighted loss as autograd has it; products are left to another pass."""
-    problem, params = context.reweighting, as_leaves(context.lower_params)
+    problem, params = context.reweighting, _lower_leaves(context)
     losses, features = problem.losses(params, batch)
     weights = problem.weights_of(context.upper_params, batch, features, losses)
     micro = weighted_batch(batch, random, losses, weights)
     if not context.keep_graph:
         weights = weights.detach()
     loss = weighted_mean(weights, losses)
-    return _differentiated(context, micro, LossGraph(loss, params, context.upper_params))
+    grads, graph = _differentiated(context, loss, params, context.upper_params)
+    return Backward(grads, micro if graph is None else replace(micro, graph=graph))
+
+
+def _lower_leaves(context: PassContext) -> Params:
+    """Return θ as the loss of a pass gets it: new leaves, unless it is connected."""
+    return context.lower_params if context.connect else as_leaves(context.lower_params)
 
 
 def _upper_leaves(context: PassContext) -> Params:
     """Return φ as the loss of a pass gets it, with a graph only if that is kept."""
+    if context.connect:
+        return context.upper_params
     if context.keep_graph:
         return as_leaves(context.upper_params)
     return tree.map(Tensor.detach, context.upper_params)
 
 
-def _differentiated(context: PassContext, micro: MicroBatch, graph: LossGraph) -> Backward:
-    """Return the gradient of a loss, and the micro-batch with the graph if that is kept."""
-    grads = gradients([graph.loss], graph.lower_params, keep_graph=context.keep_graph)
-    return Backward(grads, replace(micro, graph=graph) if context.keep_graph else micro)
+def _differentiated(
+    context: PassContext,
+    loss: Float[Tensor, ""],
+    lower_params: Params,
+    upper_params: Params,
+) -> tuple[Tree, GradientGraph | None]:
+    """Return the gradient of a loss, and its graph if that is kept."""
+    kept = context.keep_graph and has_second_derivative(loss, tree.leaves(lower_params))
+    if not kept:
+        return gradients([loss], lower_params), None
+    grads = gradients([loss], lower_params, create_graph=True)
+    graph = GradientGraph(grads, lower_params, upper_params)
+    return tree.map(Tensor.detach, grads), graph
 
 
 def weighted_batch(

@@ -11,9 +11,11 @@ from bilevel.lower.lower_pass import LowerPass
 from bilevel.lower.route import DerivativeRequest, Route
 from bilevel.lower.second_order import gradient_derivative
 from bilevel.problem import Params, Problem, dropped, is_separable
+from bilevel.profiling import part
 from bilevel.tree import Tree
 
 
+@part("mixed product")
 def mixed_product(
     problem: Problem,
     route: Route,
@@ -22,7 +24,7 @@ def mixed_product(
     upper_params: Params,
     direction: Tree,
 ) -> Tree:
-    """Return ∂/∂φ ⟨∇_θ L(θ, φ), μ⟩ of the whole step; None where φ has no influence.
+    """Return ∂/∂φ ⟨∇_θ L(θ, φ), μ⟩ of the step of all ranks; None where φ has no influence.
 
     With weights that are a function of φ alone (``is_separable``) it is
     ``Σ_i ∂w_i/∂φ ⟨μ, ∇ℓ_i⟩ / size``: one backward pass through the weights of all micro-batches,
@@ -61,4 +63,5 @@ def mixed_product(
         term = gradient_derivative(route, request).upper
         term = tree.map(lambda one, leaf: one.to(leaf.dtype), term, upper_params)
         product = tree.axpy(share, term, product)
-    return tree.add(product, gradients(weights, upper_params, cotangents))
+    product = tree.add(product, gradients(weights, upper_params, cotangents))
+    return passed.collective.sum(product, upper_params, sparse=True)

@@ -16,7 +16,7 @@ from torch import Tensor
 from bilevel import tree
 from bilevel.autodiff.gradient import dense, gradients
 from bilevel.lower.lower_pass import LowerPass
-from bilevel.lower.micro_batch import LossGraph
+from bilevel.lower.micro_batch import GradientGraph
 from bilevel.lower.route import DerivativeRequest, Route
 from bilevel.problem import Params, Problem
 from bilevel.tree import T, Tree
@@ -59,7 +59,7 @@ def second_derivatives(
     upper_params: Params,
     direction: Tree,
 ) -> SecondDerivatives:
-    """Return the derivative along d, a direction in θ, of (∇_θ L, ∇_φ L) over the micro-batches.
+    """Return the derivative along d, a direction in θ, of (∇_θ L, ∇_φ L) over all micro-batches.
 
     Args:
         problem: The losses.
@@ -73,23 +73,29 @@ def second_derivatives(
     Returns:
         Both parts, in the precision of θ and φ.
     """
-    total = SecondDerivatives(
-        tree.map(lambda _: None, direction), tree.map(lambda _: None, upper_params)
-    )
+    total: SecondDerivatives | None = None
     like = SecondDerivatives(lower_params, upper_params)
     for micro, share in zip(passed.micro_batches, passed.shares, strict=True):
         request = DerivativeRequest(problem, micro, lower_params, upper_params, direction)
         both = gradient_derivative(route, request)
         with torch.no_grad():
-            total = tree.axpy(share, tree.map(_in_precision_of, both, like), total)
-    return total
+            both = tree.map(_in_precision_of, both, like)
+            if share != 1.0:
+                both = tree.scale(share, both)
+            total = both if total is None else tree.add(both, total)
+    lower = tree.map(lambda leaf, _: leaf, lower_params, direction)
+    own = (None, None) if total is None else total
+    return SecondDerivatives(
+        passed.collective.sum(own[0], lower),
+        passed.collective.sum(own[1], upper_params, sparse=True),
+    )
 
 
 def _in_precision_of(product: Tensor, leaf: Tensor) -> Tensor:
     return product.to(leaf.dtype)
 
 
-def derivative_through(graph: LossGraph, at: DerivativeRequest) -> Sequence[Tensor | None]:
+def derivative_through(graph: GradientGraph, at: DerivativeRequest) -> Sequence[Tensor | None]:
     """Return ⟨∇_θ L, d⟩ differentiated with respect to what is wanted: double backward.
 
     Uses the graph up.
@@ -97,18 +103,19 @@ def derivative_through(graph: LossGraph, at: DerivativeRequest) -> Sequence[Tens
     Raises:
         RuntimeError: An operation of the loss cannot be differentiated twice.
     """
-    first = gradients([graph.loss], chosen(graph.lower_params, at.direction), create_graph=True)
-    check_twice_differentiable(first)
-    pairs = [
-        (grad, d.to(grad.dtype))
-        for grad, d in zip(first, tree.leaves(at.direction), strict=True)
-        if grad is not None
-    ]
+    outputs: list[Tensor] = []
+    cotangents: list[Tensor] = []
+
+    def add(grad: Tensor, d: Tensor) -> None:
+        outputs.append(grad)
+        cotangents.append(d.to(grad.dtype))
+
+    tree.map(add, graph.grads, at.direction)
     wanted = [
-        *chosen(graph.lower_params, at.lower_wanted),
-        *chosen(graph.upper_params, at.upper_wanted),
+        *(chosen(graph.lower_params, at.direction) if at.lower else ()),
+        *(tree.leaves(graph.upper_params) if at.upper else ()),
     ]
-    return gradients([grad for grad, _ in pairs], wanted, [d for _, d in pairs])
+    return gradients(outputs, wanted, cotangents)
 
 
 def check_twice_differentiable(grads: Sequence[Tensor | None]) -> None:

@@ -18,10 +18,13 @@ from bilevel import tree
 from bilevel.autodiff import random_state
 from bilevel.autodiff.gradient import as_leaves, gradients
 from bilevel.autodiff.random_state import RandomState
+from bilevel.collective import Alone, Collective
+from bilevel.lower.connected_step import connected_update, connects, with_graph
 from bilevel.lower.lower_pass import LowerPass, lower_pass
 from bilevel.lower.route import Route
 from bilevel.optimizers.base import DifferentiableOptimizer, Hyperparameters, Optimizer
 from bilevel.problem import Batch, Params, Problem
+from bilevel.profiling import part
 from bilevel.tree import Tree
 
 
@@ -44,6 +47,7 @@ class Window:
         batches: Per lower step its micro-batches.
         initial: φ -> θ, if that is what ``start`` comes from; None: θ does not depend on φ.
         hyperparameters: φ -> numbers of the optimizer that come from φ; None: none do.
+        collective: The ranks that the batches are spread over.
     """
 
     problem: Problem
@@ -53,6 +57,7 @@ class Window:
     batches: Sequence[Sequence[Batch]]
     initial: Callable[[Any], Params] | None = None
     hyperparameters: Callable[[Any], Hyperparameters] | None = None
+    collective: Collective = Alone()
 
     def at(self, upper_params: Params) -> Window:
         """Return the same window at a φ, from which the start and the numbers may come.
@@ -124,12 +129,16 @@ class PassRequest(NamedTuple):
         keep_graph: Whether a plain backward pass keeps its graph for a product, in place of
             another pass: half of the time where starting operations costs more than their
             arithmetic, for the memory of the activations until then (``is_small``).
+        connect: Whether the step gets a graph, too, so that the point after it has one to that
+            before it, if ``connected_update`` applies and no operation of the loss is against it.
+            With ``keep_graph``; the first such step makes leaves of its θ.
     """
 
     upper_params: Params | None = None
     differentiate: bool = False
     direction: Tree | None = None
     keep_graph: bool = False
+    connect: bool = False
 
 
 class Step(NamedTuple):
@@ -140,12 +149,14 @@ class Step(NamedTuple):
         before: θ and the optimizer's state before it.
         random: The random state from which its lower pass was run.
         passed: The lower pass, with its gradient.
+        after: The point after it, with a graph if it was connected.
     """
 
     number: int
     before: Point
     random: RandomState
     passed: LowerPass
+    after: Point
 
 
 class Recorder(Protocol):
@@ -197,6 +208,8 @@ def take_steps(window: Window, route: Route, recorder: Recorder | None = None) -
     for index, micro_batches in enumerate(window.batches):
         random = random_state.capture(point.lower_params)
         request = PassRequest() if recorder is None else recorder.before(index, point, random)
+        if request.connect:
+            point = point._replace(lower_params=with_graph(point.lower_params))
         passed = lower_pass(
             window.problem,
             route,
@@ -206,20 +219,27 @@ def take_steps(window: Window, route: Route, recorder: Recorder | None = None) -
             differentiate=request.differentiate,
             direction=request.direction,
             keep_graph=request.keep_graph,
+            connect=request.connect,
+            collective=window.collective,
         )
-        following = advance(window.optimizer, point, passed.grads)
+        if request.connect and passed.graph is not None and connects(window.optimizer):
+            found = connected_update(window.optimizer, passed.graph.grads, *point[::-1])
+            following = Point(*found)
+        else:
+            following = advance(window.optimizer, point, passed.grads)
         passes.append(passed.summary())
         # After the update was launched: the wait for the norm on a device overlaps with it.
         if not torch.isfinite(passes[-1].grad_norm):
             following = point
             skipped.append(index)
         elif recorder is not None:
-            recorder.after(Step(index, point, random, passed))
+            recorder.after(Step(index, point, random, passed, following))
         point = following
         del request, passed, following  # not held while the next pass runs
-    return LowerSteps(point, tuple(passes), tuple(skipped))
+    return LowerSteps(tree.map(Tensor.detach, point), tuple(passes), tuple(skipped))
 
 
+@part("lower update")
 @torch.no_grad()
 def advance(optimizer: Optimizer, point: Point, grads: Tree) -> Point:
     """Return the point after the step with these gradients."""

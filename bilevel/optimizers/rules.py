@@ -21,11 +21,9 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torchopt import apply_updates
 from torchopt.base import EmptyState
 from torchopt.transform import (
     add_decayed_weights,
-    scale,
     scale_by_adam,
     scale_by_rms,
     scale_by_rss,
@@ -75,10 +73,8 @@ def add_decay(grads: Tensor, params: Tensor, weight_decay: float | None) -> Tens
 
 
 def descend(params: Tensor, step: Tensor, lr: float | Tensor) -> Tensor:
-    """Return ``params − lr · step``."""
-    updates, _ = scale(-lr).update(step, EmptyState(), inplace=False)
-    new_params: Tensor = apply_updates(params, updates, inplace=False)
-    return new_params
+    """Return ``params − lr · step``, as TorchOpt's ``scale`` and ``apply_updates`` have it."""
+    return params + step * -lr
 
 
 def momentum_direction(grads: Tensor, first: Tensor, momentum: float, nesterov: bool) -> RuleStep:

@@ -13,7 +13,7 @@ from bilevel import tree
 from bilevel.autodiff import random_state
 from bilevel.autodiff.gradient import as_leaves, gradients
 from bilevel.autodiff.kernels import differentiable_kernels
-from bilevel.lower.micro_batch import LossGraph, MicroBatch
+from bilevel.lower.micro_batch import GradientGraph, MicroBatch
 from bilevel.lower.route import DerivativeRequest, Product
 from bilevel.lower.second_order import (
     check_twice_differentiable,
@@ -64,7 +64,10 @@ def double_backward(at: DerivativeRequest) -> Sequence[Tensor | None]:
     ):
         params, upper = as_leaves(at.lower_params), as_leaves(at.upper_params)
         loss, _ = lower_value(at.problem, params, upper, at.micro.batch)
-        return derivative_through(LossGraph(loss, params, upper), at)
+        wanted = tree.map(lambda leaf, _: leaf, params, at.direction)
+        grads = gradients([loss], wanted, create_graph=True)
+        check_twice_differentiable(tree.leaves(grads))
+        return derivative_through(GradientGraph(grads, params, upper), at)
 
 
 def _kept_graph(

@@ -39,8 +39,31 @@ class BadRow:
         return json.dumps(asdict(self), ensure_ascii=False) + "\n"
 
 
+@dataclass(frozen=True)
+class Truncated:
+    """A solution that is longer than the model's context, of which the first steps are kept.
+
+    Attributes:
+        file: The file.
+        line: Line of a JSONL file, row of another, counted from 1.
+        id: The id of the solution.
+        steps: The number of its steps.
+        kept: The number of steps that are kept.
+    """
+
+    file: str
+    line: int
+    id: str
+    steps: int
+    kept: int
+
+    def line_of_json(self) -> str:
+        """Return the solution as a line of JSON."""
+        return json.dumps(asdict(self), ensure_ascii=False) + "\n"
+
+
 class BadRows:
-    """The bad rows of one file.
+    """The bad rows of one file, and the solutions of which only the first steps are kept.
 
     A solution counts as its share of its row: one of four candidates as a quarter of a row.
 
@@ -62,6 +85,7 @@ class BadRows:
         self.path = path
         self.rows = 0
         self.left_out: list[BadRow] = []
+        self.truncated: list[Truncated] = []
         self._skip, self._most, self._hint = on_bad_row == "skip", most, hint
         self._lost: Counter[int | None] = Counter()
         self._sizes: dict[int | None, int] = {}
@@ -78,6 +102,10 @@ class BadRows:
         file = str(error.file or self.path)
         self.left_out.append(BadRow(file, error.line, error.field, id, reason))
         self._lost[error.line] += 1
+
+    def truncate(self, line: int, id: str, steps: int, kept: int) -> None:
+        """Note that of a solution of ``steps`` steps the first ``kept`` are kept."""
+        self.truncated.append(Truncated(str(self.path), line, id, steps, kept))
 
     def count(self, line: int, solutions: int) -> None:
         """Count a row of which ``solutions`` were read beside those that were left out."""

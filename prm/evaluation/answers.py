@@ -20,8 +20,10 @@ r"""Canonical forms of final answers: equal answers become equal strings, which 
    never converted.
 8. Lists in brackets, or of numbers, element by element: "(1.0,2)" is "(1, 2)"; sets {...} in
    sorted order. So are matrices, and unions of intervals.
-9. Anything else: lower case, no space where it has no meaning ("4 π" is "4π"), no sign of
-   multiplication before a letter or bracket, "x > 3" as "3<x".
+9. Anything else: lower case where case has no meaning by ``prm.evaluation.letter_case`` ("Cat" is
+   "cat", CO is not Co), no space where it has none ("4 π" is "4π"), no sign of multiplication
+   before a letter, "x > 3" as "3<x". The sign × between letters alone is kept: it may be a cross
+   product.
 
 An answer of more than 2000 characters, and any part that is nested more than 20 brackets deep, is
 compared as text, by rule 9.
@@ -41,6 +43,7 @@ from prm.evaluation.brackets import OPENING, spans, split_outside
 from prm.evaluation.choices import choice
 from prm.evaluation.final_answer import without_remarks
 from prm.evaluation.latex import FUNCTIONS, last_box, plain_text
+from prm.evaluation.letter_case import is_without_case, without_case
 from prm.evaluation.units import UNIT_SYMBOLS, unit_of
 
 SameAnswer = Callable[[str, str], bool]
@@ -63,6 +66,7 @@ _INLINE = re.compile(
     r"(?<!\\)\$(?=\S)([^$]*[^\s$\\])\$(?!\d)|(?<!\\)\$\s*(?=[-+\d])([^$A-Za-z]*\d)\s*\$(?!\d)|\\\((.*?)\\\)"
 )
 """Mathematics within a text; "$3 and $5" are amounts of money, by the spaces."""
+_SUPERSCRIPT = re.compile(r"(?<=[^\s¹²³⁰-⁹])[¹²³⁰-⁹⁺⁻ⁿⁱˣʸ]+(?![¹²³⁰-⁹⁺⁻ⁿⁱˣʸ⁄])")
 _WHOLE = r"(?:\d{1,3}(?:,\d{3})+|\d{1,3}(?: \d{3})+(?!\d| *\d*/)|\d+)"
 _PLAIN = rf"(?:{_WHOLE}(?:\.\d*)?|\.\d+)"
 _POWER = r"(?:[eE][-+]?\d+|\s*(?:\*|x|×)\s*10\^\(?[-+]?\d+\)?)"
@@ -80,9 +84,14 @@ _ASSIGNMENT = re.compile(
     rf"|(\(\s*{_NAME}(?:\s*,\s*{_NAME})+\s*\))\s*=\s*(\([^=<>≤≥≠∈]+\))"
 )
 _DAYTIME = re.compile(r"(?<=\d)\s*([ap])\.\s?m\b\.?", re.IGNORECASE)
-_OPERATORS = re.compile(r"\s*([-+*/^=<>(),|:;≤≥≠∈∪∩±!'{}\[\]])\s*")
+_OPERATORS = re.compile(r"\s*([-+*×/^=<>(),|:;≤≥≠∈∪∩±!'{}\[\]])\s*")
 _TOKEN = re.compile(r"\d+(?:\.\d+)?|[Ͱ-Ͽ]|[^\W\d_Ͱ-Ͽ]+|\S")
 _SEPARATORS = r",\s*(?:and|or)\b|,|;|\band\b|\bor\b"
+_NUMERIC = r"(?:(?<![\d.])\d[\d.]*+[°%]?|π|(?:sqrt|root)?\([-+*/.,\dπ]+\))"
+_TIMES = re.compile(
+    rf"(?:(?P<index>_?)(?P<left>{_NUMERIC}))?×(?:[^\W\d_]+×)*+(?=(?P<right>[-+]?(?:{_NUMERIC}|\.\d))?)"
+)
+"""The signs × of a product, and numbers at its ends. Without one it may be a cross product."""
 _PRODUCT = re.compile(r"(?<=[^\W_)])\*(?=[^\W\d_(])")
 
 
@@ -161,9 +170,9 @@ def answer_parts(text: str | None) -> tuple[str | None, str | None]:
 
 
 def _unify(text: str) -> str:
-    text = re.sub(r"(?<=\d)(?=[¼-¾⅐-⅞])", " ", text)  # 1½ is 1 1/2, not 11/2
-    for power, digit in (("²", "^2"), ("³", "^3")):
-        text = text.replace(power, digit)
+    text = re.sub(r"(?<=\d)(?=[¼-¾⅐-⅞]|[¹²³⁰-⁹]+⁄)", " ", text)  # 1½ is 1 1/2, not 11/2
+    text = re.sub(r"(?<=[₀-₉])(?=\d)", " ", text)
+    text = _SUPERSCRIPT.sub(lambda m: f"^{{{unicodedata.normalize('NFKC', m[0])}}}", text)
     text = unicodedata.normalize("NFKC", text).replace("\u2044", "/")
     return " ".join(re.sub("[\u2010-\u2015\u2212]", "-", text).split())
 
@@ -330,21 +339,29 @@ def _join(value: str, unit: str | None) -> str:
 
 
 def _words(text: str) -> str:
-    """Return a text without what makes no difference: spaces, case, signs of multiplication."""
+    """Return a text without spaces, case and signs of multiplication that make no difference."""
     text = _OPERATORS.sub(r"\1", " ".join(text.split()))
+    text = text.casefold() if is_without_case(text) else _TIMES.sub(_of_number, text)
     pieces = []
     end = 0
     last = ""
     for match in _TOKEN.finditer(text):
         if match.start() > end and _apart(last, match[0]):
             pieces.append(" ")
-        pieces.append(match[0])
         last, end = match[0], match.end()
-    text = re.sub("[^Ͱ-Ͽ]+", lambda m: m[0].casefold(), "".join(pieces))  # Γ is not γ.
-    text = _PRODUCT.sub("", text)
+        pieces.append(without_case(last, text[end : end + 40]) if last.isalpha() else last)
+    text = "".join(pieces)
+    product = _PRODUCT.sub("", text)
+    text = product if choice(product) is None else text  # A*B is not the choice AB.
     if re.search("[>≥]", text) and not re.search(r"[<≤,;]|\bor\b|\band\b", text):
         text = re.sub("[>≥]", lambda m: "<" if m[0] == ">" else "≤", "".join(_reversed(text)))
     return text
+
+
+def _of_number(match: re.Match[str]) -> str:
+    """Write × in a product with a number as "*"; digits of an index, as in Z_2×Z, are none."""
+    has_number = match["right"] or (match["left"] and not match["index"])
+    return match[0].replace("×", "*") if has_number else match[0]
 
 
 def _apart(left: str, right: str) -> bool:

@@ -10,15 +10,12 @@ from fractions import Fraction
 
 from prm.evaluation.brackets import spans, split_outside
 
-_FONTS = (
-    "text|textbf|textit|textrm|textsf|texttt|textnormal|textup|mathrm|mathbf|mathit|mathsf|mathbb|"
-    "mathcal|mbox|hbox|operatorname|boldsymbol|bm|emph|underline"
-)
+_TEXTS = "text|textbf|textit|textrm|textsf|texttt|textnormal|textup|mbox|hbox|emph"
+_FONTS = f"{_TEXTS}|mathrm|mathbf|mathit|mathsf|mathbb|mathcal|operatorname|boldsymbol|bm|underline"
 _SIZES = "left|right|middle|displaystyle|textstyle|limits|rm|bf|[bB]igg?[lrm]?|nobreak|strut|hline"
 _SPACES = "quad|qquad|enspace|thinspace|medspace|thickspace|negthinspace"
 _SYMBOLS = {
-    **dict.fromkeys(("times", "cdot", "ast"), "*"),
-    "div": "/",
+    **{"cdot": "*", "ast": "*", "times": "×", "div": "/"},
     **dict.fromkeys(("le", "leq", "leqslant"), "≤"),
     **dict.fromkeys(("ge", "geq", "geqslant"), "≥"),
     **dict.fromkeys(("ne", "neq"), "≠"),
@@ -51,7 +48,7 @@ _SYMBOLS = {
 }
 _TYPED = {
     **{"<=": "≤", ">=": "≥", "!=": "≠", "+/-": "±", "+-": "±", "⩽": "≤", "⩾": "≥"},
-    **{"×": "*", "·": "*", "⋅": "*", "∙": "*", "∗": "*", "÷": "/", "∣": "|", "∛": r"\sqrt[3]"},
+    **{"·": "*", "⋅": "*", "∙": "*", "∗": "*", "÷": "/", "∣": "|", "∛": r"\sqrt[3]"},
 }
 """Symbols as they are typed without LaTeX."""
 FUNCTIONS = frozenset(
@@ -63,6 +60,10 @@ FUNCTIONS = frozenset(
 """Names that are functions and no words."""
 _FUNCTION = "|".join(sorted(FUNCTIONS - {"sqrt", "root"}, key=len, reverse=True))
 _GROUP = r"\{([^{}]*)\}"
+_ADJOINING = re.compile(r"(?<=\\text\{)([^{}]*)\}\\text\{(?=[^{}]*\})")
+_LETTERS_APART = re.compile(r"(?<![^\W\d_])([^\W\d_]) (?=[^\W\d_](?![^\W\d_]))")
+_LOG = re.compile(r"(\\log_)(\d)(\d+)(?=[^\w\s({\\^.°]|\s*$)")
+"""A logarithm with no argument behind its index, of which TeX takes one digit: log_2 3."""
 _SWITCH = r"\\(?:rm|bf|it|sf|tt|displaystyle|textstyle)"
 _NO_ARGUMENT = r"(?<![\\\w}\]^_])"
 """No command, exponent or index stands in front, of which a group would be an argument."""
@@ -117,12 +118,15 @@ def plain_text(text: str) -> str:
     ``\frac{1}{2x}`` is 1/(2x), ``x^{2y}`` is x^(2y). Commands for fonts, sizes and spacing are
     removed; of any other command the name remains, without backslash.
     """
+    text = re.sub(r"(?<=[\^_]\d)(?:\\[!,]\s*)+", " ", text)  # TeX takes one digit: x^2\,345.
     text = re.sub(r"\\!\s*", "", text)  # A negative space: what stands around it belongs together.
     text = re.sub(
         r"(?<=\d)(?:\\,|\s*\{,\s*\}\s*)(?=\d{3}(?!\d))", "", text
     )  # A separator of thousands.
     for typed, symbol in _TYPED.items():
         text = text.replace(typed, symbol)
+    text = _LOG.sub(r"\1\2 \3", text)
+    text = _ADJOINING.sub(r"\1", text)  # \text{a}\text{b c} is ab c.
     text = _MATRIX.sub(_matrix, text)
     text = re.sub(r"\\(?:left|right)\s*\.", " ", text)
     text = _ungrouped(text)
@@ -132,7 +136,7 @@ def plain_text(text: str) -> str:
     text = re.sub(rf"\^\s*\{{\s*{degree}\s*\}}|\^?\s*{degree}", "°", text)
     text = re.sub(r"\\([A-Za-z]+)", lambda m: _SYMBOLS.get(m[1], m[0]), text)
     text = re.sub(r"\^\s*(?:'|\{\s*'\s*\})", "'", text)
-    text = re.sub(r"(?<![A-Za-z\\])pi(?![A-Za-z])", "π", text)
+    text = re.sub(r"(?<![A-Za-z\\])[Pp]i(?![A-Za-z])", "π", text)
     text = re.sub(r"(?<![A-Za-z\\])inf(?:inity)?(?![A-Za-z])", "∞", text, flags=re.IGNORECASE)
     text = re.sub(r"(?:√\s*|(?<![A-Za-z\\])sqrt\s*)(\d+|[^\W\d_](?![^\W\d_]))", r"sqrt(\1)", text)
     text = re.sub(r"√\s*(?=\()", "sqrt", text)
@@ -143,6 +147,7 @@ def plain_text(text: str) -> str:
     before = None
     while text != before:  # Innermost first.
         before = text
+        text = re.sub(rf"\\(?:{_TEXTS})\s*{_GROUP}", _as_text, text)
         text = re.sub(rf"\\(?:{_FONTS})\s*{_GROUP}", r" \1 ", text)
         text = re.sub(
             rf"\\sqrt\s*\[([^\[\]{{}}]*)\]\s*(?:{_GROUP}|(\w))",
@@ -188,6 +193,11 @@ def _ungrouped(text: str) -> str:
             break  # A set whose braces were not escaped.
         text = text[1:-1].strip()
     return text
+
+
+def _as_text(match: re.Match[str]) -> str:
+    """Return text with spaces around, and with ␣ between two letters, which are no product."""
+    return " " + _LETTERS_APART.sub(r"\1␣", match[1]) + " "
 
 
 def _bracketed(text: str) -> str:
@@ -255,7 +265,7 @@ def _functions(text: str) -> str:
         text,
     )
     return re.sub(
-        rf"(?<![A-Za-z])({_FUNCTION})\s*({base})(?:\s+|(?<=\d)(?=[^\W\d_]))(\d+°?|[^\W\d_])(?![\w(^.*/°])",
+        rf"(?<![A-Za-z])({_FUNCTION})\s*({base})(?:\s+|(?<=\d)(?=[^\W\d_]))(\d+°?|[^\W\d_])(?![\w(^.*×/°])",
         r"\1\2(\3)",
         text,
     )

@@ -7,7 +7,8 @@ never joined, whatever it says:
 
 - choices, and answers with words or of letters alone;
 - two numbers, whose forms are exact; a number or text with a unit, and any other;
-- answers with different names ("x" and "y", "4π cm" and "4π"), subscripts, ratios, dates;
+- answers with different names ("x" and "y", "4π cm" and "4π") or with one name in both cases (x
+  and X), subscripts, ratios, dates;
 - lists without brackets, a list and no list, lists in different brackets or of different lengths,
   and matrices of different kinds or shapes;
 - a relation and none (x > 3 and an interval), or relations of different kinds;
@@ -33,7 +34,7 @@ _NUMBER = re.compile(r"-?\d+(?:/\d+)?")
 _MATRIX = re.compile(r"(matrix|determinant|norm|array)\(")
 _NAME = re.compile(r"[^\W\d_]+")
 _CONSTANTS = frozenset({"π", "e", "i"})
-_SIGNS = "=<≤≠∈±∓!%°'∪∩|…→"
+_SIGNS = "=<≤≠∈±∓!%°'∪∩|…→×"
 """Signs of which both answers must have as many."""
 _COSTLY = re.compile(r"\^\(?-?\d{4,}|\^[^+*/=,]*\^|\d{40,}")
 _NO_FORMULA = re.compile(
@@ -102,7 +103,11 @@ def comparable(first: str, second: str) -> bool:
         return False
     if _NUMBER.fullmatch(one) and _NUMBER.fullmatch(other):
         return False
-    return _outline(one) == _outline(other)
+    outline = _outline(one)
+    names = outline[-1]
+    if len({name.casefold() for name in names}) < len(names):
+        return False  # Math-Verify takes x and X for one name.
+    return bool(outline == _outline(other))
 
 
 def _is_no_formula(value: str) -> bool:

@@ -56,6 +56,8 @@ _NAMES = {
     "kPa": "kilopascal",
     "mol": "mole",
     "unit": "",
+    "kWh": "kwh KWH Kwh",
+    **{"kbps": "Kbps", "Mbps": "mbps", "Gbps": "gbps", "kBps": "KBps", "MBps": "", "GBps": ""},
 }
 _PREFIXES = {
     **{"T": "tera", "G": "giga", "M": "mega", "k": "kilo", "h": "hecto", "d": "deci", "c": "centi"},
@@ -66,6 +68,7 @@ _PREFIXED = {
     **{"K": "kelvin", "mol": "mole", "Hz": "hertz", "N": "newton", "Pa": "pascal", "J": "joule"},
     **{"W": "watt", "V": "volt", "Ω": "ohm", "F": "farad", "H": "henry", "C": "coulomb"},
     **{"T": "tesla", "eV": "electronvolt", "cal": "calorie", "bar": "", "B": "byte", "b": "bit"},
+    **{"Wh": "", "Ah": "", "Bq": "becquerel", "Sv": "sievert", "Gy": "gray", "pc": "parsec"},
 }
 """Units that take a prefix, whose case has a meaning: MW and mW."""
 _NO_UNITS = {"pm", "pH"}
@@ -106,7 +109,7 @@ def unit_of(text: str) -> str | None:
     words = re.sub(r"\bper\b", "/", text.strip().rstrip(".")).replace("° ", "°")
     words = re.sub(r"\bdegrees?\s+(c|celsius|f|fahrenheit)\b", r"°\1", words, flags=re.IGNORECASE)
     words = re.sub(r"(?<=[A-Za-z])\.(?=\s|$)", "", words)  # "sq. ft."
-    words = re.sub(r"\s*([/*·^])\s*", r"\1", words)
+    words = re.sub(r"\s*([/*·^])\s*", r"\1", words.replace("×", "*"))
     words = re.sub(r"(?<![A-Za-z])([µμ]|[kM](?=\s*Ω))\s+(?=[A-Za-zΩ])", r"\1", words)
     parts: list[str] = []
     prefix = ""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
@@ -28,7 +28,7 @@ class EncodedExample:
     """A tokenised example with the paths, not the pixels, of its images.
 
     Attributes:
-        example: The example.
+        example: The example, with the steps alone that are encoded.
         input_ids: The token ids [seq] up to the last label position, image tokens included.
         label_positions: The positions [steps] whose logits predict the labels.
         tile_counts: The number of tiles of each image.
@@ -152,15 +152,19 @@ class Collator:
                 elif isinstance(result := next(encoded), DataError):
                     yield result
                 else:
+                    kept = len(result[1])
+                    if kept < len(example.steps):
+                        example = replace(example, steps=example.steps[:kept])
                     yield EncodedExample(example, *result, found[0])
 
-    def check(self, examples: Sequence[StepExample]) -> list[DataError | None]:
-        """Return the ``DataError`` that ``encode`` raises of every example, None if it raises none.
+    def check(self, examples: Sequence[StepExample]) -> list[DataError | int | None]:
+        """Return what ``encode`` makes of every example: None if it encodes all of it.
 
-        Images are read by their headers, as by ``encode``. Most texts are not tokenised; see
-        ``prm.inputs.layout``.
+        Otherwise it is the ``DataError`` that it raises, or with ``too_long`` "truncate" the number
+        of first steps that it encodes of one that is too long. Images are read by their headers, as
+        by ``encode``. Most texts are not tokenised; see ``prm.inputs.layout``.
         """
-        faults: list[DataError | None] = []
+        faults: list[DataError | int | None] = []
         unsure: dict[int, StepExample] = {}
         for number, example in enumerate(examples):
             images = self._expanded(example)
@@ -168,7 +172,10 @@ class Collator:
             if not (isinstance(images, DataError) or self._layout.fits(example, images[1])):
                 unsure[number] = example
         for number, result in zip(unsure, self.encode_many(unsure.values()), strict=True):
-            faults[number] = result if isinstance(result, DataError) else None
+            if isinstance(result, DataError):
+                faults[number] = result
+            elif len(result.example.steps) < len(unsure[number].steps):
+                faults[number] = len(result.example.steps)
         return faults
 
     @cached_property

@@ -24,7 +24,7 @@ from jinja2 import TemplateError
 from torch import Tensor
 
 from prm.inputs.tokens import ImageTokens, label_tokens
-from prm.names import Context
+from prm.names import Context, TooLong
 from prm.schema import DataError, Step, StepExample
 
 SYSTEM_PROMPT = (
@@ -65,6 +65,8 @@ class PromptEncoder:
         context: The content of earlier assistant slots. Use the same to train and to score.
         system_prompt: The text of the system turn. None means no system turn.
         max_length: The longest accepted sequence in tokens. None means any length.
+        too_long: What a longer one leads to: an error, or that its first steps, as many as fit, are
+            encoded. The labels of the others then have no position.
         chat_template: The template of the model's processor. None means the tokenizer's own. A
             template whose turns are lists of typed parts places the images itself.
 
@@ -80,6 +82,7 @@ class PromptEncoder:
         context: Context = "plus",
         system_prompt: str | None = SYSTEM_PROMPT,
         max_length: int | None = None,
+        too_long: TooLong = "refuse",
         chat_template: str | None = None,
     ) -> None:
         if not getattr(tokenizer, "is_fast", False):
@@ -94,6 +97,8 @@ class PromptEncoder:
             )
         if context not in ("plus", "gold", "masked"):
             raise ValueError(f"expected context 'plus', 'gold' or 'masked', found {context!r}")
+        if too_long not in ("refuse", "truncate"):
+            raise ValueError(f"expected too_long 'refuse' or 'truncate', found {too_long!r}")
         if context == "masked" and tokenizer.pad_token is None:
             raise ValueError(
                 "expected a tokenizer with a padding token for context='masked', found none; set "
@@ -105,6 +110,7 @@ class PromptEncoder:
         self.context = context
         self.system_prompt = system_prompt
         self.max_length = max_length
+        self.too_long = too_long
         self.chat_template = chat_template
         self._typed = chat_template is not None and self._takes_parts()
         self._start: _Start | None = None
@@ -172,7 +178,8 @@ class PromptEncoder:
 
         Returns:
             The tensors ``input_ids`` [seq] (int32) and ``label_positions`` [steps] (long). The
-            logits at position ``label_positions[k]`` predict the label of step k.
+            logits at position ``label_positions[k]`` predict the label of step k. With ``too_long``
+            "truncate" a sequence that is too long has positions for its first steps alone.
 
         Raises:
             DataError: The text imitates the template, the example has images and the model takes
@@ -283,13 +290,22 @@ class PromptEncoder:
         ids = ids[: positions[-1] + 1]
         self._check_images(ids, images)
         if self.max_length is not None and len(ids) > self.max_length:
-            raise DataError(
-                expected=f"at most {self.max_length} tokens",
-                found=f"{len(ids)}",
-                example=example.id,
-                remedy="lower max_patches if it has images, shorten the solution, or leave it out "
-                "(--on-bad-row skip)",
-            )
+            fitting = [position for position in positions if position < self.max_length]
+            if self.too_long == "refuse" or not fitting:
+                what = "" if self.too_long == "refuse" else " up to the end of the first step"
+                raise DataError(
+                    expected=f"at most {self.max_length} tokens{what}",
+                    found=f"{positions[0] + 1 if what else len(ids)}",
+                    example=example.id,
+                    remedy="lower max_patches if it has images, shorten the solution, "
+                    + (
+                        ""
+                        if what
+                        else "keep its first steps (--too-long truncate, but of a meta set), "
+                    )
+                    + "or leave it out (--on-bad-row skip)",
+                )
+            ids, positions = ids[: fitting[-1] + 1], fitting
         return torch.tensor(ids, dtype=torch.int32), torch.tensor(positions)
 
     def _expand(self, text: str, images: Sequence[str]) -> str:

@@ -6,13 +6,12 @@ backward pass recomputes a layer, so transformers' recomputation would silently 
 values. This module recomputes a layer with the parameters of its first pass, and under the torch
 function modes of its first pass, such as the taps of ``bilevel.lower.ghost``.
 
-It is switched on in Python by ``PRM.activation_checkpointing``; no command of ``bilevel-prm`` sets
-it yet.
+It is switched on by ``PRM.activation_checkpointing``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
@@ -26,8 +25,22 @@ from torch.utils.checkpoint import checkpoint
 from prm.models.torch_internals import function_modes, inside_transform
 
 
+def in_vision(model: Any, names: Iterable[str]) -> list[str]:
+    """Return those of some names that stand in front of the language model.
+
+    Args:
+        model: A transformers model.
+        names: Dotted names in ``model``, from ``named_modules`` or ``named_parameters``.
+    """
+    behind = (model.get_decoder(), model.get_output_embeddings())
+    paths = [path for path, module in model.named_modules() if any(module is m for m in behind)]
+    if "" in paths:
+        return []
+    return [name for name in names if not any(f"{name}.".startswith(f"{p}.") for p in paths)]
+
+
 @contextmanager
-def checkpointed(model: nn.Module) -> Iterator[None]:
+def checkpointed(model: nn.Module, *, vision_only: bool = False) -> Iterator[None]:
     """Within this context, the layers of a transformers model store only their inputs.
 
     Cost: one more forward pass of the layers in every backward pass. Memory: the inputs of all
@@ -36,18 +49,23 @@ def checkpointed(model: nn.Module) -> Iterator[None]:
 
     Args:
         model: The model. Its layers are the modules that transformers would checkpoint.
+        vision_only: Whether only layers in front of the language model do.
 
     Raises:
         ValueError: The model has no such layers.
     """
     from transformers.modeling_layers import GradientCheckpointingLayer
 
-    layers = [
-        module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)
-    ]
+    named = {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, GradientCheckpointingLayer)
+    }
+    layers = [named[name] for name in (in_vision(model, named) if vision_only else named)]
     if not layers:
+        where = " in front of its language model" if vision_only else ""
         raise ValueError(
-            f"{type(model).__name__} does not say which of its modules are layers "
+            f"{type(model).__name__} does not say which of its modules{where} are layers "
             "(GradientCheckpointingLayer): switch activation checkpointing off"
         )
     with ExitStack() as stack:

@@ -3,8 +3,6 @@
 A linear layer x ↦ W x with an adapter computes W x + (α / r) B A x, with A [r, in] and B [out, r];
 W does not change. Source: Hu et al. 2021 (arXiv 2106.09685). B starts at 0, so new adapters do not
 change what the model computes.
-
-No command of ``bilevel-prm`` adds adapters to a model yet.
 """
 
 from __future__ import annotations
@@ -140,7 +138,7 @@ def save_adapter(
     values |= {name: value.detach() for name, value in params.items() if name in values}
     # peft names parameters as below its wrapper, without the name of the adapter.
     files = {
-        f"base_model.model.{name.replace(f'.{_ADAPTER}.', '.')}": value.contiguous()
+        f"base_model.model.{name.replace(f'.{_ADAPTER}.', '.')}": value.cpu().contiguous()
         for name, value in values.items()
     }
     config = model.peft_config[_ADAPTER].to_dict()

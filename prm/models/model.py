@@ -27,7 +27,7 @@ from prm.models.chat_templates import check_terminates
 from prm.models.native import load_config, load_image_processor, load_model, load_tokenizer
 from prm.models.untrusted import ModelError, reading
 from prm.models.weight_files import write_digests
-from prm.names import Context
+from prm.names import Context, TooLong
 
 Params = dict[str, Tensor]
 
@@ -40,8 +40,7 @@ _TARGETS = frozenset({"labels"})  # Some base models would take these entries of
 class PRM:
     """A process reward model, whose parameters are passed separately, as a dict by name.
 
-    ``autocast`` and ``activation_checkpointing`` are set in Python (``dataclasses.replace``); no
-    command of ``bilevel-prm`` sets them yet.
+    ``autocast`` and ``activation_checkpointing`` are set by ``dataclasses.replace``.
 
     Attributes:
         model: An ``AutoModelForImageTextToText`` or ``AutoModelForCausalLM``. Its own parameters do
@@ -55,7 +54,8 @@ class PRM:
         autocast: The dtype in which the body of the model computes. The head computes in the dtype
             of the parameters, and with None the body does, too.
         activation_checkpointing: Whether layers are recomputed in the backward pass instead of
-            storing their activations (``prm.models.activation_checkpointing``).
+            storing their activations (``prm.models.activation_checkpointing``). With "vision",
+            those in front of the language model are.
     """
 
     model: Any
@@ -65,7 +65,13 @@ class PRM:
     plus_id: int
     minus_id: int
     autocast: torch.dtype | None = None
-    activation_checkpointing: bool = False
+    activation_checkpointing: bool | Literal["vision"] = False
+
+    @property
+    def device(self) -> torch.device:
+        """The device of the model's parameters."""
+        device: torch.device = self.model.device
+        return device
 
     def collator(
         self,
@@ -74,6 +80,7 @@ class PRM:
         system_prompt: str | None = SYSTEM_PROMPT,
         max_patches: int | None = None,
         max_length: int | Literal["model"] | None = "model",
+        too_long: TooLong = "refuse",
         index: Mapping[str, int] | None = None,
         domains: Mapping[str, int] | None = None,
         cache_bytes: int = CACHE_BYTES,
@@ -88,6 +95,8 @@ class PRM:
                 256 tokens. None means the image processor's number.
             max_length: The longest accepted sequence in tokens. None means any length, and "model"
                 the number of positions of the model.
+            too_long: What a longer one leads to: an error, or that as many whole steps as fit are
+                kept from its start. An encoded example then has these steps alone.
             index: The numbers of the examples, as in ``Collator``.
             domains: The numbers of the domains, as in ``Collator``.
             cache_bytes: The limit of the cache of image inputs in bytes.
@@ -104,6 +113,7 @@ class PRM:
             context=context,
             system_prompt=system_prompt,
             max_length=max_length,
+            too_long=too_long,
             chat_template=getattr(self.image_processor, "chat_template", None),
         )
         images = None
@@ -122,6 +132,7 @@ def load_prm(
     *,
     dtype: torch.dtype = torch.float32,
     attn_implementation: str | None = None,
+    device: torch.device | str = "cpu",
 ) -> PRM:
     """Load a checkpoint folder or a hub name; remote code is never run, and pickles never read.
 
@@ -132,6 +143,7 @@ def load_prm(
             away.
         attn_implementation: The attention, such as "eager" or "sdpa". None means transformers'
             choice.
+        device: The device to which the parameters are moved.
 
     A name is looked up on the hub only if it is written ``organisation/model`` and there is no
     local folder ``organisation``: a mistyped path must not reach the network.
@@ -176,7 +188,7 @@ def load_prm(
         attn_implementation=attn_implementation,
     )
     with reading(f"the model in {name}"):
-        return make_prm(model, tokenizer, image_processor)
+        return make_prm(model.to(device), tokenizer, image_processor)
 
 
 def is_hub_name(name: str) -> bool:
@@ -234,10 +246,10 @@ def save_prm(prm: PRM, params: Mapping[str, Tensor], directory: str | Path) -> N
     directory = Path(directory)
     if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
         raise FileExistsError(f"{directory} exists and is not empty; remove it or choose another")
-    state = prm.model.state_dict()
+    state = {name: value.cpu() for name, value in prm.model.state_dict().items()}
     for name, aliases in _named_tensors(prm.model, params).items():
         for alias in aliases:
-            state[alias] = params[name].detach().to(state[alias].dtype)
+            state[alias] = params[name].detach().to(state[alias])
     with atomic_write(directory) as unfinished:
         prm.model.save_pretrained(unfinished, state_dict=merged(prm.model, state))
         prm.tokenizer.save_pretrained(unfinished)
@@ -311,7 +323,8 @@ def step_logits(
         raise ValueError("label_rows leaves out the vocabulary that full_vocab is over; give one")
     labels = [prm.plus_id, prm.minus_id]
     keep_all = not (prm.activation_checkpointing and torch.is_grad_enabled())
-    with nullcontext() if keep_all else checkpointed(prm.model):
+    vision_only = prm.activation_checkpointing == "vision"
+    with nullcontext() if keep_all else checkpointed(prm.model, vision_only=vision_only):
         logits: Tensor = functional_call(
             _StepHead(prm.model, labels if label_rows else None, prm.autocast),
             {f"model.{name}": value for name, value in params.items()},

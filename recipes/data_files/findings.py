@@ -265,7 +265,7 @@ def mismatched(example: StepExample) -> bool:
     if not any("<image" in text for text in texts):
         return False
     plain = sum(text.count("<image>") for text in texts)
-    numbers = [int(number) for text in texts for number in _NUMBERED.findall(text)]
+    numbers = [int(number[:9]) for text in texts for number in _NUMBERED.findall(text)]
     return plain not in (0, len(example.images)) or max(numbers, default=0) > len(example.images)
 
 

@@ -14,8 +14,9 @@ from prm.schema import StepExample
 from recipes.bad_rows import bad_rows_of, report_bad_rows, skipped_path
 from recipes.data_files.convert import examples_of, root_of
 from recipes.data_files.options import SplitOptions
+from recipes.options.base import MOST_ROWS
 from recipes.options.rules import check_together
-from recipes.options.values import OptionError, existing_file
+from recipes.options.values import OptionError, existing_file, shortened
 from recipes.run.files import check_writable, complete_directory
 from recipes.terminal import say
 
@@ -162,13 +163,15 @@ def parse_parts(parts: Sequence[str]) -> dict[str, int | None]:
     for word in parts:
         name, equals, size = word.partition("=")
         plain = name.replace("-", "").replace("_", "").isalnum()
-        if not equals or not plain or not (size == REST or (size.isdecimal() and int(size) > 0)):
+        number = int(size) if size.isdecimal() and len(size) <= len(str(MOST_ROWS)) else 0
+        if not equals or not plain or not (size == REST or 0 < number <= MOST_ROWS):
             raise OptionError(
-                f"--parts {word}: expected name=N (whole groups or rows) or name=rest"
+                f"--parts {shortened(word)}: expected name=N (whole groups or rows, at most "
+                f"{MOST_ROWS:,}) or name=rest"
             )
         if name in sizes:
-            raise OptionError(f"--parts {word}: the name {name} comes twice")
-        sizes[name] = None if size == REST else int(size)
+            raise OptionError(f"--parts {shortened(word)}: the name {shortened(name)} comes twice")
+        sizes[name] = None if size == REST else number
     if list(sizes.values()).count(None) > 1:
         raise OptionError("--parts: only one part can take the rest")
     return sizes

@@ -145,6 +145,7 @@ class _Maker:
         self.common: dict[str, Any] = {
             "seed": seed,
             "threads": options.threads,
+            "device": "cpu",  # whose figures are to be the same on every machine
             "progress": options.progress,
         }
 

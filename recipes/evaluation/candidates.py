@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from array import array
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, cast
@@ -20,7 +20,8 @@ from prm.evaluation.metrics import bootstrap_interval, macro_f1, roc_auc
 from prm.evaluation.select import best_of_n, self_consistency, weighted_vote
 from prm.models.model import PRM
 from prm.names import TieRule
-from prm.scoring import StepScores, aggregate, score_all
+from prm.scoring import StepScores, aggregate
+from recipes.evaluation.scoring import score_rows
 from recipes.loading import (
     Examples,
     Fault,
@@ -60,6 +61,25 @@ class Candidates:
         return [
             answer_classes([answers[row] for row in rows], self.same_answer) for rows in self.groups
         ]
+
+    @property
+    def is_truncated(self) -> list[bool]:
+        """Whether each row has the first steps alone of its solution."""
+        return [steps > kept for steps, kept in self._steps]
+
+    @property
+    def all_steps(self) -> list[int]:
+        """The number of steps of the solution of each row, also of those that were cut off."""
+        return [steps for steps, _ in self._steps]
+
+    @property
+    def _steps(self) -> Iterator[tuple[int, int]]:
+        """The number of steps of each solution, and how many of them are kept."""
+        data = self.data
+        truncated = {(row.line, row.id): row.steps for row in data.bad.truncated}
+        for line, row in zip(data.lines, data.facts, strict=True):
+            kept = len(row.labels)
+            yield truncated.get((line, row.id), kept), kept
 
     @property
     def mixed(self) -> int:
@@ -272,15 +292,15 @@ def scores_of(
 ) -> StepScores:
     """Return the step scores of every example, [steps] each, with a progress bar if ``shown``."""
     with progress_bar("scoring", len(data), shown=shown) as bar:
-        return score_all(
+        return score_rows(
             prm,
             params,
             data.encoded,
             data.collator,
             options.eval_batch_size,
+            bar,
             full_vocab=full_vocab,
             workers=options.workers,
-            scored=bar.update,
             tokens_per_batch=options.tokens_per_batch,
         )
 
@@ -319,9 +339,11 @@ def report_of(
     candidates: Candidates, evaluation: Evaluation, values: Mapping[str, np.ndarray]
 ) -> dict[str, Any]:
     """Return the entries of ``results.json`` on a file of candidates."""
+    truncated = sum(candidates.is_truncated)
     return {
         **summary(values),
         "n_questions": len(candidates.groups),
+        **({"n_truncated": truncated} if truncated else {}),
         "step_auc": evaluation.step_auc,
         "step_macro_f1": evaluation.step_macro_f1,
     }

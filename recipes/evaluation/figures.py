@@ -83,6 +83,7 @@ def all_figures(
         "n_questions": len(candidates.groups) or len(set(candidates.questions)),
         "n_solutions": len(candidates.data),
         "n_mixed_questions": candidates.mixed if candidates.groups else None,
+        "n_truncated": sum(candidates.is_truncated),
         "n_without_answer": sum(vote is None for votes in candidates.votes for vote in votes),
         "n_questions_without_vote": sum(not any(votes) for votes in candidates.votes),
         "aggregation": choice.aggregation,
@@ -216,8 +217,12 @@ def _process_bench(
 ) -> dict[str, Any] | None:
     """Return ProcessBench per domain and its mean, None if no domain has both kinds."""
     by_domain: dict[str, tuple[list[int], list[int]]] = {}
-    for example, scores in zip(facts(candidates.data.examples), rows, strict=True):
+    for example, scores, is_truncated in zip(
+        facts(candidates.data.examples), rows, candidates.is_truncated, strict=True
+    ):
         truth = first_error(_right_steps(example))
+        if is_truncated and truth is not None and truth < 0:
+            continue  # Its first error, if any, is among the steps without scores.
         predicted = first_error([score > threshold for score in scores.tolist()])
         if truth is not None and predicted is not None:
             labels, judgements = by_domain.setdefault(example.domain or _UNNAMED, ([], []))

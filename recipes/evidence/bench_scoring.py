@@ -40,7 +40,8 @@ from recipes.embedded.vocabulary import (
     build_tokenizer,
 )
 from recipes.evidence.bench.measure import Timed, in_rounds, median_of, with_peak
-from recipes.run.files import write_json
+from recipes.run.errors import reported
+from recipes.run.files import check_writable, write_json
 from recipes.run.provenance import environment, machine
 
 VOCABULARY = 151_674
@@ -175,6 +176,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--threads", type=int, default=0, help="0: torch's choice")
     parser.add_argument("--output", default="results/bench_scoring.json", help="JSON file")
     given = parser.parse_args(arguments)
+    check_writable("--output", Path(given.output))
     if given.threads:
         torch.set_num_threads(given.threads)
     with tempfile.TemporaryDirectory() as folder:
@@ -202,4 +204,4 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(reported("recipes.evidence.bench_scoring", main))

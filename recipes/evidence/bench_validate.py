@@ -23,7 +23,8 @@ from typing import Any
 
 from PIL import Image
 
-from recipes.run.files import write_json
+from recipes.run.errors import reported
+from recipes.run.files import check_writable, write_json
 from recipes.run.provenance import environment, machine
 
 _SYSTEM = (
@@ -111,6 +112,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--array", action="store_true", help="one JSON array in place of JSONL")
     parser.add_argument("--output", default="results/bench_validate.json")
     given = parser.parse_args(arguments)
+    check_writable("--output", Path(given.output))
     with tempfile.TemporaryDirectory() as folder:
         write_images(Path(folder), given.images)
         name = "train.json" if given.array else "train.jsonl"
@@ -126,4 +128,4 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(reported("recipes.evidence.bench_validate", main))

@@ -38,7 +38,8 @@ from typing import Any
 
 from recipes.embedded.tiny import write_tiny
 from recipes.evidence.chaos_attempt import attempt
-from recipes.run.files import write_json
+from recipes.run.errors import reported
+from recipes.run.files import check_writable, write_json
 
 KILLS, SEED = 50, 0
 """The setting of ``make chaos`` and of the figures in ``results/chaos.json``."""
@@ -345,6 +346,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--seed", type=int, default=SEED, help="fixes the kinds and places of the kills"
     )
     given = parser.parse_args(arguments)
+    check_writable("--output", Path(given.output))
     with tempfile.TemporaryDirectory(prefix="chaos-") as folder:
         figures = chaos(Path(folder), given.kills, given.seed)
     figures["command"] = (
@@ -357,4 +359,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(reported("recipes.evidence.chaos", main))

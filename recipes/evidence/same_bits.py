@@ -23,6 +23,8 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from recipes.run.errors import reported
+
 _LOWER = (
     "--dev-file none --test-file none --steps 12 --batch-size 8 --log-every 1 --no-progress "
     "--threads 1"
@@ -226,4 +228,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(reported("recipes.evidence.same_bits", main))

@@ -20,7 +20,8 @@ from typing import Any
 
 import numpy as np
 
-from recipes.run.files import write_json
+from recipes.run.errors import reported
+from recipes.run.files import check_writable, write_json
 
 _BLOCKS = 20
 _T_95 = 2.101  # Student's t for 95 % and a line through 20 points.
@@ -172,6 +173,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--steps", type=int, default=20_000, help="steps of both levels")
     parser.add_argument("--output", type=Path, default=Path("results/soak.json"))
     given = parser.parse_args(arguments)
+    check_writable("--output", given.output)
     from transformers.utils import logging
 
     logging.disable_progress_bar()
@@ -191,4 +193,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(reported("recipes.evidence.soak", main))

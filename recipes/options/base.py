@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from itertools import count
 from typing import Any, ClassVar, Literal
 
-from prm.names import AggregationName, Context, OnBadRow
+from prm.names import AggregationName, Attention, Context, OnBadRow, Precision, TooLong
 
 OnResume = Literal["same", "free", "file", "path"]
 
@@ -205,9 +205,42 @@ def tokens_per_batch(*, only_with: Condition | Sequence[Condition] = ()) -> Any:
 
 
 @dataclass(frozen=True, kw_only=True)
+class PlacementOptions:
+    """Where and how the model computes (``prm.placement``)."""
+
+    device: str = option(
+        "auto",
+        "what computes: cpu, cuda (the first), cuda:N, or mps; auto: cuda if there is one, else "
+        "cpu",
+        on_resume="free",
+    )
+    # What it comes to, not what is asked for, is compared (recipes.run.identity).
+    precision: Literal["auto", Precision] = option(
+        "auto",
+        "float32; bf16: float32 parameters, and a body of the model that computes in bfloat16 "
+        "(autocast); bf16-pure: parameters in bfloat16, too, as in DreamPRM-1.5; auto: bf16 on "
+        "cuda, else float32",
+        on_resume="free",
+    )
+    attention: Attention = option(
+        "auto",
+        "kernel of the attention; flash: FlashAttention 2, on cuda in 16 bits; auto: what "
+        "transformers takes for the model",
+        on_resume="free",
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
 class LoaderOptions(ReadOptions, PrmOptions):
     """Options of every command that runs the model over a whole file."""
 
+    placement: PlacementOptions = group(PlacementOptions)
+    too_long: TooLong = option(
+        "refuse",
+        "what a solution longer than the model's context leads to: it is a row that cannot be used "
+        "(--on-bad-row); or its first steps, as many as fit, are kept, which is counted and listed "
+        "in a file beside the output (.truncated.jsonl). A meta set is never cut",
+    )
     workers: int = option(
         0,
         "processes that make batches ahead of time, images decoded (training: so many for each "

@@ -88,4 +88,5 @@ FROM_MODEL = Condition(
 )
 LOWER_COSINE = _one_of("lower_schedule", "cosine", shown="cosine")
 LOWER_STEP = _one_of("lower_schedule", "step", shown="step")
+LORA = Condition(lambda given: given.lora_rank > 0, ("lora_rank",), "use --lora-rank 1 or more")
 SAVED = Condition(lambda given: given.save_every > 0, ("save_every",), "use --save-every 1 or more")

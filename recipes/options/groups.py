@@ -7,6 +7,7 @@ from typing import Literal
 
 from recipes.options.base import MOST_EXAMPLES, MOST_NUMBER, MOST_STEPS, option
 from recipes.options.conditions import (
+    LORA,
     LOWER_COSINE,
     LOWER_STEP,
     META_AND_TEST,
@@ -77,6 +78,43 @@ class LowerLevel:
 
 
 @dataclass(frozen=True, kw_only=True)
+class LoraSettings:
+    """Options of low-rank adapters, which are then trained instead of the model's parameters."""
+
+    rank: int = option(
+        0,
+        "rank of low-rank adapters (LoRA) beside the linear layers that are not in --freeze; they "
+        "alone are trained; 0: none",
+        name="lora_rank",
+        least=0,
+        most=65_536,
+    )
+    alpha: float | None = option(
+        None,
+        "scale of the adapters, which is divided by the rank; null: twice the rank",
+        name="lora_alpha",
+        least=0,
+        most=MOST_NUMBER,
+        only_with=LORA,
+    )
+    targets: tuple[str, ...] = option(
+        (),
+        "last names of the layers that get an adapter, for example q_proj v_proj; none: every "
+        "linear layer except the head",
+        name="lora_targets",
+        only_with=LORA,
+    )
+    save: Literal["adapter", "merged", "both"] = option(
+        "both",
+        "what is written: adapter/, which peft loads beside the first model; model/, the whole "
+        "model with the adapters merged; or both",
+        name="lora_save",
+        only_with=LORA,
+        on_resume="free",
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
 class RunSettings:
     """Options of the run itself: what it logs and saves, and how it resumes."""
 
@@ -112,6 +150,14 @@ class RunSettings:
         on_resume="free",
     )
     progress: bool = option(True, "show a progress bar", on_resume="free")
+    profile: int = option(
+        0,
+        "steps, behind the first, whose seconds and bytes are written to profile/, part by part "
+        "and as a trace for Chrome; 0: none",
+        least=0,
+        most=1000,
+        on_resume="free",
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

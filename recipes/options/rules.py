@@ -50,6 +50,8 @@ _LOWER_CONTRADICTIONS = (
     ),
 )
 
+_SECOND_ORDER = ("unrolled", "implicit")
+
 _TRAIN_CONTRADICTIONS = (
     Contradiction(
         lambda given: has_meta_loss(given) and given.meta_file is None,
@@ -78,6 +80,15 @@ _TRAIN_CONTRADICTIONS = (
         ("route", "order"),
         "ghost needs the meta gradient before the lower step: use --order upper-first, or "
         "--route per-example",
+    ),
+    Contradiction(
+        lambda given: (
+            given.attention == "flash"
+            and (given.route in ("jvp", "reverse") or given.hypergradient in _SECOND_ORDER)
+        ),
+        ("attention", "hypergradient", "route"),
+        "FlashAttention can be differentiated once, and backwards: use --attention sdpa, or "
+        "--hypergradient one-step with another route",
     ),
     Contradiction(
         lambda given: given.route == "dot" and given.batch_size != 1,

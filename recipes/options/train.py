@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from prm.names import LossTarget
+from prm.names import LossTarget, Recomputed
 from recipes.options import conditions
 from recipes.options.base import (
     MOST_ROWS,
@@ -29,7 +29,7 @@ from recipes.options.choices import (
     UnrolledOptions,
     WeightingOptions,
 )
-from recipes.options.groups import LowerLevel, RunSettings, TrustedData, UpperLevel
+from recipes.options.groups import LoraSettings, LowerLevel, RunSettings, TrustedData, UpperLevel
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,6 +44,13 @@ class LowerOptions(LoaderOptions):
         on_resume="free",
     )
     lower: LowerLevel = group(LowerLevel)
+    lora: LoraSettings = group(LoraSettings)
+    activation_checkpointing: Recomputed = option(
+        "none",
+        "layers that are computed again in the backward pass instead of being stored: those of the "
+        "vision tower, or all; the same bits, less memory, more time",
+        on_resume="free",
+    )
     probability: Literal["labels", "vocabulary"] = option(
         "labels",
         "softmax of the losses of both levels and of scores, over the two labels or, as in "

@@ -13,6 +13,7 @@ from recipes.options.base import (
     MOST_SEED,
     Condition,
     LoaderOptions,
+    ReadOptions,
     ScoringOptions,
     option,
     tokens_per_batch,
@@ -25,6 +26,8 @@ _PROBABILITY = (
 
 
 _PROMPT = ("system_prompt", "context", "max_patches")
+_LENGTH = ("too_long",)
+_PLACEMENT = ("device", "precision", "attention")
 
 
 def _scores_itself(given: Any) -> bool:
@@ -84,7 +87,7 @@ class ScoreOptions(LoaderOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
-class SelectOptions:
+class SelectOptions(ReadOptions):
     """Select the best candidate of every question."""
 
     scores: str = option(..., "scores.jsonl of `score`")
@@ -101,7 +104,9 @@ class EvaluateOptions(ScoringOptions):
 
     ONLY_WITH: ClassVar[Mapping[Condition, tuple[str, ...]]] = {
         CHOSEN_BY_HAND: ("aggregation",),
-        MODEL_ASKED: ("model", *_PROMPT, "eval_batch_size", "tokens_per_batch", "workers"),
+        MODEL_ASKED: (
+            *("model", *_PROMPT, *_PLACEMENT, "eval_batch_size", "tokens_per_batch", "workers"),
+        ),
     }
 
     file: str = option(
@@ -157,11 +162,11 @@ class WeighOptions(LoaderOptions):
     """Weigh the examples of a file by a saved weighting or by a rule."""
 
     ONLY_WITH: ClassVar[Mapping[Condition, tuple[str, ...]]] = {
-        BY_MODEL: ("model", *_PROMPT, "workers"),
+        BY_MODEL: ("model", *_PROMPT, *_LENGTH, *_PLACEMENT, "workers"),
         BY_SEED: ("seed",),
     }
     ASKS_MODEL: ClassVar[tuple[str, ...]] = (
-        *("model", "reference_model", *_PROMPT),
+        *("model", "reference_model", *_PROMPT, *_LENGTH, *_PLACEMENT),
         *("eval_batch_size", "tokens_per_batch", "workers"),
     )
     """Options that only a weighting that needs the model reads."""

@@ -74,7 +74,7 @@ def resume_point(resume: str) -> tuple[Path, int | None]:
         The run directory, and the step of the checkpoint, None for the newest.
     """
     path = Path(resume)
-    named = re.fullmatch(r"step-(\d+)", path.name)
+    named = re.fullmatch(r"step-(\d{1,18})", path.name)
     if named is None or path.parent.name != "checkpoints":
         return path, None
     return path.parent.parent, int(named[1])

@@ -16,7 +16,8 @@ import torch
 from recipes.options.base import flag_of
 from recipes.options.parse import build_parser, resolve
 from recipes.options.values import OptionError
-from recipes.run.files import write_json
+from recipes.run.errors import reported
+from recipes.run.files import check_writable, write_json
 from recipes.run.provenance import environment
 
 Options = TypeVar("Options")
@@ -101,8 +102,11 @@ def run_recipe(
     build_parser(parser, kind, preset=False)
     values = vars(parser.parse_args(given))
     threads = torch.get_num_threads()
-    try:
+
+    def command() -> None:
         options: Any = resolve(kind, values)
+        if options.output is not None:
+            check_writable("--output", Path(options.output))
         torch.set_num_threads(options.threads or threads)
         started = time.perf_counter()
         text, content = run(options)
@@ -116,14 +120,11 @@ def run_recipe(
                 **content,
             }
             write_json(Path(options.output), _rounded(report))
-    except (OptionError, ModuleNotFoundError) as error:
-        if isinstance(error, ModuleNotFoundError) and "bilevel-prm[" not in str(error):
-            raise
-        print(f"{module}: {error}", file=sys.stderr)
-        return 2 if isinstance(error, OptionError) else 1
+
+    try:
+        return reported(module, command)
     finally:
         torch.set_num_threads(threads)
-    return 0
 
 
 def _rounded(content: Any) -> Any:

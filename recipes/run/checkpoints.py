@@ -265,4 +265,6 @@ def _levels_and_random(
     )
     random = {name: tensor.clone() for name, tensor in parts["random"].items()}
     cpu = random.pop("cpu")
-    return state, RandomState(cpu, tuple((torch.device(name), s) for name, s in random.items()))
+    here = {str(leaf.device) for leaf in tree.leaves(example)}  # the run may have moved
+    devices = {torch.device(name): state for name, state in random.items() if name in here}
+    return state, RandomState(cpu, tuple(devices.items()))

@@ -19,7 +19,8 @@ from typing import Any
 
 from prm.digests import digest_path, write_digest
 from prm.files import UNFINISHED, atomic_write, real_target
-from recipes.bad_rows import skipped_path
+from recipes.bad_rows import skipped_path, truncated_path
+from recipes.options.base import LoaderOptions, ReadOptions
 from recipes.options.values import OptionError
 from recipes.run.errors import WriteError
 from recipes.terminal import say, write_bytes
@@ -193,13 +194,31 @@ def output_file(
     for other in inputs:
         if other is not None and path.exists() and Path(other).exists() and path.samefile(other):
             raise OptionError(f"{flag} {name}: is a file that is read; name another")
-    for there in (path, *((digest_path(path),) if sealed else ()), skipped_path(path)):
+    lists = (skipped_path(path), truncated_path(path))
+    for there in (path, *((digest_path(path),) if sealed else ()), *lists):
         if there.exists() and not overwrite:
             raise OptionError(
                 f"{flag} {name}: {'' if there is path else f'{there.name} '}exists; remove it, "
                 "give another name, or give --overwrite"
             )
     return Output(path, sealed)
+
+
+def list_beside(options: ReadOptions, output: Path | None) -> Path | None:
+    """Return the path of the list of rows that are left out, None without an output file.
+
+    Raises:
+        OptionError: Rows are left out or cut, and there is no output file to list them beside.
+    """
+    if output is None:
+        given = {"--on-bad-row": str(options.on_bad_row)}
+        if isinstance(options, LoaderOptions):
+            given["--too-long"] = options.too_long
+        flags = ", ".join(f"{flag} {value}" for flag, value in given.items() if value != "refuse")
+        if not flags:
+            return None
+        raise OptionError(f"{flags}: needs --output, beside which the list is written")
+    return skipped_path(output)
 
 
 def new_directory(flag: str, name: str) -> Path:

@@ -6,7 +6,6 @@ import hashlib
 import os
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from functools import cache
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -14,9 +13,19 @@ from typing import Any
 import torch
 
 from prm.data_urls import is_embedded
+from prm.placement import resolve
 from recipes.options.base import flag_of
-from recipes.options.flat import flat_options, flatten, required
-from recipes.options.train import ColdStartOptions, LowerOptions, TrainOptions
+from recipes.options.flat import flat_options, flatten
+from recipes.options.train import LowerOptions
+
+_ADDED: Mapping[str, Any] = {
+    "lora_rank": 0,
+    "lora_targets": [],
+    "precision": "float32",
+    "tokens_per_batch": 2**16,
+    "too_long": "refuse",
+}
+"""Options that checkpoints of version 0.1 lack, with what their runs did."""
 
 _PART = 2**14
 _AT_ONCE = 16
@@ -29,7 +38,8 @@ def identity(
 ) -> dict[str, Any]:
     """Return a run's options, and digests of its initial model and of the files it trains on.
 
-    The options define what a resumed run may change (``on_resume``). Files are compared by their
+    The options define what a resumed run may change (``on_resume``); of the precision it is what
+    "auto" stands for on this device. Files are compared by their
     content, pictures by ``digest_pictures`` and the model by its parameters, so all may move. Every
     parameter and every file is read once, and of every picture a part.
 
@@ -40,6 +50,7 @@ def identity(
     """
     entries, values = flat_options(type(options)), flatten(options)
     same = {name: value for name, value in values.items() if entries[name].on_resume == "same"}
+    same["precision"] = resolve(options.placement.device, options.placement.precision).precision
     files = {name: path for name, path in values.items() if entries[name].on_resume == "file"}
     return {
         "options": {k: list(v) if isinstance(v, tuple) else v for k, v in same.items()},
@@ -52,12 +63,11 @@ def identity(
 def differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """Return the differences of two identities in words, with the earlier value in brackets."""
     lines = []
-    # Options that are newer than the run had their defaults in it.
-    new = now["options"]
-    old = {name: _defaults()[name] for name in new if name in _defaults()} | then["options"]
+    old, new = then["options"], now["options"]
     for name in dict.fromkeys([*old, *new]):
-        if old.get(name) != new.get(name):
-            lines.append(f"{flag_of(name)} {new.get(name)} (checkpoint: {old.get(name)})")
+        earlier = old.get(name, _ADDED.get(name))
+        if earlier != new.get(name):
+            lines.append(f"{flag_of(name)} {new.get(name)} (checkpoint: {earlier})")
     for name in dict.fromkeys([*then["files"], *now["files"]]):
         if then["files"].get(name) != now["files"].get(name):
             lines.append(f"{flag_of(name)} (checkpoint: a file of other content)")
@@ -70,14 +80,6 @@ def differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     if then["model"] != now["model"]:
         lines.append("--model, --init-from (checkpoint: other initial parameters)")
     return lines
-
-
-@cache
-def _defaults() -> dict[str, Any]:
-    """Return the default of every option of a run that has one, by flat name."""
-    entries = {**flat_options(ColdStartOptions), **flat_options(TrainOptions)}
-    given = {name: entry.default for name, entry in entries.items() if not required(entry)}
-    return {name: list(v) if isinstance(v, tuple) else v for name, v in given.items()}
 
 
 def digest_pictures(paths: Iterable[Path]) -> str:

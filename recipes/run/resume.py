@@ -6,21 +6,23 @@ import json
 import os
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from types import MappingProxyType
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
 
-from bilevel import BilevelState
-from bilevel.autodiff.random_state import capture
+from bilevel import Alone, BilevelState, Collective, RankError
+from bilevel.autodiff.random_state import RandomState, capture
 from recipes.options.flat import flat_options, flatten
 from recipes.options.parse import changed, first_folder, to_yaml
 from recipes.options.train import LowerOptions
 from recipes.options.values import OptionError, resume_point
+from recipes.ranks import ranks_here
 from recipes.run.checkpoints import Checkpoints, Progress
 from recipes.run.directory import (
     describe_run,
@@ -46,6 +48,8 @@ class Run:
         checkpoints: The checkpoints of the run.
         beginning: The state before the first step.
         start: The state that training starts from.
+        ranks: The ranks that take its steps. Rank 0 alone writes the log and the checkpoints; the
+            directory of the others is one of their own, which is removed.
     """
 
     command: str
@@ -53,6 +57,12 @@ class Run:
     checkpoints: Checkpoints
     beginning: Progress
     start: Progress
+    ranks: Collective = Alone()
+
+    @property
+    def writes(self) -> bool:
+        """Whether this process writes the log, the checkpoints and the model."""
+        return self.ranks.rank == 0
 
     @property
     def log(self) -> Path:
@@ -64,8 +74,10 @@ class Run:
 
         It is the state of the newest checkpoint that was due, or else the beginning of the run.
         """
-        path = self.checkpoints.newest_due()
-        return self.beginning if path is None else self.checkpoints.load(path, self.start.state)
+        back = self.beginning
+        if self.writes and (path := self.checkpoints.newest_due()) is not None:
+            back = self.checkpoints.load(path, self.start.state)
+        return of_first(back, self.ranks)
 
     def keep(self, progress: Progress) -> str:
         """Save the state, whether or not a checkpoint is due.
@@ -75,7 +87,7 @@ class Run:
             sentence says so, and no error is raised.
         """
         steps, failed = int(progress.state.lower_steps), ""
-        if steps:
+        if steps and self.writes:
             try:
                 self.checkpoints.save(progress, due=False)
             except WriteError as error:
@@ -84,6 +96,8 @@ class Run:
 
     def _kept(self) -> str:
         newest = self.checkpoints.newest()
+        if not self.writes:
+            return f"go on with: {self.command}"
         kept = "no step is saved" if newest is None else f"the state is in {newest}"
         return f"{kept}; go on with: {self.command}"
 
@@ -105,14 +119,50 @@ class Run:
         kept = self.keep(progress)
         if isinstance(error, RunError):
             return type(error)(f"{error}. After {_steps(progress)}: {kept}")
-        if isinstance(error, OSError | SafetensorError):
+        if isinstance(error, OSError | SafetensorError | RankError):
             return RunError(f"{error}. After {_steps(progress)}: {kept}")
         error.add_note(f"After {_steps(progress)}: {kept}")
         return error
 
 
+def of_first(progress: Progress, ranks: Collective) -> Progress:
+    """Return the progress of rank 0, with the generators of devices as they are on this rank."""
+    if ranks.ranks == 1:
+        return progress
+    state = ranks.first(progress.state)
+    random = RandomState(ranks.first(progress.random.cpu), progress.random.devices)
+    unlogged, seen = ranks.objects((progress.unlogged, progress.seen))[0]
+    return Progress(state, random, unlogged, seen)
+
+
 @contextmanager
 def open_run(
+    options: LowerOptions,
+    model: torch.nn.Module,
+    state: BilevelState[Any, Any],
+    pictures: Mapping[str, Iterable[Path]] = MappingProxyType({}),
+) -> Iterator[Run]:
+    """Open a run on all ranks of the command: see ``_opened``, which rank 0 goes through.
+
+    The others get its state and command, and a directory of their own.
+    """
+    ranks = ranks_here()
+    with ExitStack() as stack:
+        if ranks.rank == 0:
+            run = stack.enter_context(_opened(options, model, state, pictures))
+        else:
+            directory = Path(stack.enter_context(TemporaryDirectory()))
+            checkpoints = Checkpoints(directory, every=options.run.save_every, keep=0, identity={})
+            beginning = Progress(state, capture(state.lower_params))
+            run = Run("", directory, checkpoints, beginning, beginning)
+        if ranks.ranks > 1:
+            command, start = ranks.objects(run.command)[0], of_first(run.start, ranks)
+            run = replace(run, command=command, start=start, ranks=ranks)
+        yield run
+
+
+@contextmanager
+def _opened(
     options: LowerOptions,
     model: torch.nn.Module,
     state: BilevelState[Any, Any],
@@ -185,7 +235,8 @@ def _resumed(
     if later := checkpoints.remove_after(int(start.state.lower_steps)):
         where += f"; removed {', '.join(later)}, which come again"
     cut_log(directory / "log.jsonl", int(start.state.lower_steps))
-    shutil.rmtree(directory / "model", ignore_errors=True)
+    for written in ("model", "adapter"):
+        shutil.rmtree(directory / written, ignore_errors=True)
     remove_unfinished(directory, "*")
     if not (directory / "env.json").exists():
         write_json(directory / "env.json", environment())

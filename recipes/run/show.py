@@ -192,4 +192,4 @@ def _last_line(path: Path) -> dict[str, Any] | None:
 
 def _newest_checkpoint(path: Path) -> int | None:
     names = [entry.name.removeprefix("step-") for entry in path.glob("step-*")]
-    return max((int(name) for name in names if name.isdigit()), default=None)
+    return max((int(name) for name in names if name.isdecimal()), default=None)

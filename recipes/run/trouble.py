@@ -20,7 +20,7 @@ import math
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -85,29 +85,71 @@ def added(counts: Mapping[str, int], troubles: Sequence[Trouble]) -> dict[str, i
     return total
 
 
+class Reading(NamedTuple):
+    """What the host has read of one or several lower steps.
+
+    Attributes:
+        infos: The information of each step. What ``figures_of`` and ``find_troubles`` look at is
+            in the memory of the host.
+        finite: Whether all parameters are finite, by level ("lower", "upper").
+    """
+
+    infos: tuple[StepInfo, ...]
+    finite: Mapping[str, bool]
+
+
+def read_steps(after: BilevelState[Any, Any], infos: Sequence[StepInfo]) -> Reading:
+    """Read what the host has to know of steps, for which it waits for the device once.
+
+    Every parameter of both levels is looked at once, on its device.
+
+    Args:
+        after: The state after the steps.
+        infos: The information of each.
+    """
+    levels = {"lower": after.lower_params, "upper": after.upper_params}
+    read = {name: tree.allfinite(params) for name, params in levels.items()}
+    for number, info in enumerate(infos):
+        values = {name: getattr(info, name) for name in _READ}
+        values |= {f"figures/{name}": value for name, value in info.figures.items()}
+        there = {name: value for name, value in values.items() if isinstance(value, Tensor)}
+        read |= {f"{number}/{name}": value for name, value in there.items()}
+    found = tree.on_host(read)
+
+    def on_host(number: int, info: StepInfo) -> StepInfo:
+        values: dict[str, Any] = {name: found.get(f"{number}/{name}") for name in _READ}
+        figures = {n: found.get(f"{number}/figures/{n}", v) for n, v in info.figures.items()}
+        return info._replace(**values, figures=figures)
+
+    read_infos = tuple(on_host(number, info) for number, info in enumerate(infos))
+    return Reading(read_infos, {name: bool(found[name]) for name in levels})
+
+
+_READ = ("lower_loss", "lower_grad_norm", "losses", "weights", "upper_loss", "hypergradient_norm")
+
+
 def find_troubles(
     solver: BilevelSolver[Any, Any, Any],
     weighting: Weighting | None,
     before: BilevelState[Any, Any],
     after: BilevelState[Any, Any],
-    infos: Sequence[StepInfo],
+    reading: Reading,
     seen: Seen,
 ) -> list[Trouble]:
     """Return the troubles of a step or window; of several non-finite figures, the first cause.
-
-    Every parameter of both levels is read once.
 
     Args:
         solver: The solver that took the steps.
         weighting: The weighting of the run, for the check of its bound, or None without one.
         before: The state before the steps.
         after: The state after them.
-        infos: The information of each lower step.
+        reading: What the host has read of them.
         seen: The troubles and hypergradient norms before these steps.
     """
+    infos = reading.infos
     troubles = [trouble for info in infos for trouble in _not_finite(info)]
-    for level, params in (("lower", after.lower_params), ("upper", after.upper_params)):
-        if not troubles and not tree.allfinite(params):
+    for level, finite in reading.finite.items():
+        if not troubles and not finite:
             troubles.append(Trouble("parameters_not_finite", f"a {level} parameter is not finite"))
     if after.upper_skipped > before.upper_skipped:  # the solver left the upper level unchanged
         only_upper = all(trouble.kind in _UPPER_KINDS for trouble in troubles)

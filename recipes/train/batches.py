@@ -22,6 +22,7 @@ from prm.inputs.workers import ordered_map
 from prm.schema import StepExample
 from recipes.loading import Examples
 from recipes.options.train import LowerOptions, TrainOptions
+from recipes.ranks import share
 
 Batches = TypeVar("Batches")
 Draw: TypeAlias = Callable[[int], list[list[int]]]
@@ -111,20 +112,35 @@ def train_batch(
     return batch
 
 
-def meta_batch(draw: Draw, meta: Examples) -> Callable[[int], Batch]:
-    """Return the numbered batches of solutions; ``group`` [batch] is equal in a question."""
+def meta_batch(draw: Draw, meta: Examples, rank: int = 0, ranks: int = 1) -> Callable[[int], Batch]:
+    """Return the numbered batches of solutions; ``group`` [batch] is equal in a question.
+
+    Args:
+        draw: The rows of every numbered batch.
+        meta: The solutions.
+        rank: Whose part of each batch.
+        ranks: Into how many parts of whole questions a batch is divided. A part without any is
+            an empty dict.
+    """
 
     def batch(micro_batch: int) -> Batch:
         questions = draw(micro_batch)
+        part = share(len(questions), rank, ranks)
+        questions = questions[part.start : part.stop]
+        if not questions:
+            return {}
         owners = [torch.full((len(rows),), number) for number, rows in enumerate(questions)]
         return meta.batch(_rows(questions)) | {"group": torch.cat(owners)}
 
     return batch
 
 
-def per_step(batch: Callable[[int], Batch], accumulation: int) -> Callable[[int], list[Batch]]:
-    """Return the micro-batches of a step: ``accumulation`` numbered ones, in order."""
-    return lambda step: [batch(step * accumulation + part) for part in range(accumulation)]
+def per_step(
+    batch: Callable[[int], Batch], accumulation: int, rank: int = 0, ranks: int = 1
+) -> Callable[[int], list[Batch]]:
+    """Return a rank's micro-batches of a step: its share of ``accumulation`` ones, in order."""
+    parts = share(accumulation, rank, ranks)
+    return lambda step: [batch(step * accumulation + part) for part in parts]
 
 
 def ahead(

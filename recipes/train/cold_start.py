@@ -17,10 +17,10 @@ import time
 from pathlib import Path
 
 from prm.aggregations import AGGREGATIONS
-from prm.models.model import save_prm
-from recipes.loading import load_model, read_examples, set_up
+from recipes.loading import adapted, load_model, placement_of, read_examples, set_up
 from recipes.options.rules import check_together
 from recipes.options.train import ColdStartOptions
+from recipes.ranks import ranks_here
 from recipes.run.directory import check_directory
 from recipes.run.files import write_json
 from recipes.run.resume import open_run
@@ -35,9 +35,9 @@ from recipes.train.batches import (
 )
 from recipes.train.data import keep_bad_rows, refuse_other_bad_rows, require
 from recipes.train.loop import StepLogging, Training, train
-from recipes.train.make_solver import lower_schedule, make_plain_solver
+from recipes.train.make_solver import lower_schedule, make_plain_solver, over_ranks
 from recipes.train.objective import Objective
-from recipes.train.results import print_troubles
+from recipes.train.results import print_troubles, save_trained
 
 
 def run_cold_start(options: ColdStartOptions) -> Path:
@@ -50,9 +50,14 @@ def run_cold_start(options: ColdStartOptions) -> Path:
     """
     started = time.perf_counter()
     check_together(options)
-    check_directory(options)
+    ranks = ranks_here()
+    if ranks.rank == 0:
+        check_directory(options)
     set_up(options)
-    prm, lower = load_model(options, options.lower.freeze)
+    placement = placement_of(options.placement, options.activation_checkpointing)
+    prm, lower = load_model(options, options.lower.freeze, placement=placement)
+    if options.lora.rank:
+        lower = adapted(prm, options.lora, options.lower.freeze, placement)
     data = require(read_examples(prm, options, options.train_file), "labels")
     refuse_other_bad_rows(options, {"train": data.bad})
     drawn = cold_start_rows(options, len(data))
@@ -64,7 +69,8 @@ def run_cold_start(options: ColdStartOptions) -> Path:
         full_vocab=options.probability == "vocabulary",
         lower_loss=options.lower.loss,
     )
-    solver = make_plain_solver(options, objective.problem())
+    plain = make_plain_solver(options, objective.problem())
+    solver = over_ranks(plain, ranks, objective.upper_size)
     batch = train_batch(lower_draw(options, drawn), data)
     start, pictures = solver.init(lower, {}), {"train_file": data.pictures}
     with open_run(options, prm.model, start, pictures) as run:
@@ -72,24 +78,31 @@ def run_cold_start(options: ColdStartOptions) -> Path:
         training = Training(
             solver,
             steps=options.lower.steps,
-            lower_batches=ahead(
-                per_step(batch, options.lower.accumulation), options.lower.steps, options.workers
+            lower_batches=placement.batches(
+                ahead(
+                    per_step(batch, options.lower.accumulation, ranks.rank, ranks.ranks),
+                    options.lower.steps,
+                    options.workers,
+                ),
+                options.lower.steps,
             ),
             title="cold start",
             on_trouble=options.run.on_trouble,
         )
         rates = {"lower_lr": lower_schedule(options)}
-        logging = StepLogging(options.run.log_every, rates, options.run.progress)
+        logging = StepLogging(
+            options.run.log_every, rates, options.run.progress, profile=options.run.profile
+        )
         end = train(run, training, logging)
         directory = run.directory
         with run.keeping(end):
-            save_prm(prm, end.state.lower_params, directory / "model")
+            saved = save_trained(prm, end.state.lower_params, options, directory, writes=run.writes)
             seconds = round(time.perf_counter() - started, 2)
             rows = len(drawn)
             results = {"rows": {}, "examples": rows, "seed": options.seed}
             results |= {"troubles": dict(end.seen.counts), "seconds": {"total": seconds}}
             write_json(directory / "results.json", results)
-    print(f"cold start on {rows} of {len(data)} examples, {seconds:.0f} s: {directory / 'model'}")
+    print(f"cold start on {rows} of {len(data)} examples, {seconds:.0f} s: {saved}")
     print_troubles(end.seen.counts)
     return directory
 

@@ -18,7 +18,7 @@ from prm.data.store.outline import Facts
 from prm.digests import check_digest
 from prm.models.model import PRM
 from prm.schema import DataError
-from recipes.bad_rows import SKIPPED, report_bad_rows
+from recipes.bad_rows import SKIPPED, TRUNCATED, report_bad_rows, report_truncated
 from recipes.evaluation.candidates import Candidates, read_candidates
 from recipes.evaluation.leaks import find_leak, refuse_leak
 from recipes.loading import Data, Examples, Fault, Solutions, read_examples, usable
@@ -83,7 +83,8 @@ def read_train_data(prm: PRM, options: TrainOptions) -> TrainData:
     domains = {} if None in names else {str(name): row for row, name in enumerate(names)}
     meta = None
     if options.data.meta_file is not None:
-        meta = read_examples(prm, options, options.data.meta_file)
+        # A wrong solution may owe its outcome to a step that would be cut off.
+        meta = read_examples(prm, options, options.data.meta_file, too_long="refuse")
         meta = require(meta, "correct")
         if options.loss_target == "pairs":
             meta = require(meta, "group")
@@ -157,9 +158,13 @@ def refuse_other_bad_rows(options: LowerOptions, bad: Mapping[str, BadRows]) -> 
 
 
 def keep_bad_rows(directory: Path, bad: Mapping[str, BadRows]) -> None:
-    """List what was left out of each file (train, meta, ...) in the run directory, and say so."""
+    """List what was left out of each file (train, meta, ...) in the run directory, and say so.
+
+    So are solutions of which the first steps alone are used.
+    """
     for name, one in bad.items():
         report_bad_rows([one], directory / f"{name}{SKIPPED}", say)
+        report_truncated([one], directory / f"{name}{TRUNCATED}", say)
 
 
 def _left_out(path: Path) -> list[tuple[Any, Any, Any]]:

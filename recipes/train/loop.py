@@ -13,14 +13,25 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from bilevel import BilevelSolver, BilevelState, StationarityWarning, StepInfo
+from bilevel import (
+    BilevelSolver,
+    BilevelState,
+    Collective,
+    RankError,
+    StationarityWarning,
+    StepInfo,
+)
 from bilevel.autodiff.random_state import capture, restore
+from bilevel.collective import ALONE
+from bilevel.profiling import part
+from recipes.profiling import profiled
+from recipes.ranks import lost, own_random_numbers
 from recipes.run.checkpoints import Progress
 from recipes.run.errors import NonFiniteError, StepError, Stopped
 from recipes.run.resume import Run
 from recipes.run.step_log import Unlogged, append_line
 from recipes.run.stopping import stop_requests
-from recipes.run.trouble import GIVE_UP, Trouble, find_troubles
+from recipes.run.trouble import GIVE_UP, Trouble, find_troubles, read_steps
 from recipes.terminal import progress_bar
 from weighting import Weighting
 
@@ -61,12 +72,15 @@ class StepLogging:
         learning_rates: The schedules to log, by name.
         progress_bar: Whether the progress bar is shown.
         on_line: A function that is called with the step after each line is in the log.
+        profile: The number of steps that are profiled, after the first; see
+            ``recipes.profiling``.
     """
 
     every: int
     learning_rates: Mapping[str, Callable[[int], float]] = field(default_factory=dict)
     progress_bar: bool = False
     on_line: Callable[[int], None] | None = None
+    profile: int = 0
 
 
 def train(run: Run, training: Training, logging: StepLogging) -> Progress:
@@ -98,25 +112,36 @@ def train(run: Run, training: Training, logging: StepLogging) -> Progress:
             int(progress.state.lower_steps),
             shown=logging.progress_bar,
         ) as bar,
+        profiled(logging.profile, run.directory / "profile") as stepped,
     ):
         while (first := int(progress.state.lower_steps)) < training.steps:
             try:
-                state, infos = next_steps(training, progress.state)
+                state, infos = next_steps(training, progress.state, run.ranks)
                 judged = judge(run, training, progress, state, infos)
                 progress = log_steps(run, training, logging, judged, bar)
-                if run.checkpoints.due(first, int(progress.state.lower_steps)):
+                if run.writes and run.checkpoints.due(first, int(progress.state.lower_steps)):
                     run.checkpoints.save(progress)
+                stepped()
+                signal = _signal_of_any(run.ranks, requested())
             except Exception as error:
                 if (signal := requested()) and _may_come_from_signal(error):
                     raise _stopped(run, training, progress, signal) from error
                 raise run.explained(error, progress) from error
-            if signal := requested():
+            if signal:
                 raise _stopped(run, training, progress, signal)
     return progress
 
 
+def _signal_of_any(ranks: Collective, own: signals.Signals | None) -> signals.Signals | None:
+    """Return the signal that arrived at any rank, so that all stop after the same step."""
+    if ranks.ranks == 1:
+        return own
+    number = max(ranks.numbers(own or 0))
+    return signals.Signals(number) if number else None
+
+
 def next_steps(
-    training: Training, state: BilevelState[Any, Any]
+    training: Training, state: BilevelState[Any, Any], ranks: Collective = ALONE
 ) -> tuple[BilevelState[Any, Any], tuple[StepInfo, ...]]:
     """Take the next lower step, or window, and the upper step if one is due after it.
 
@@ -125,20 +150,22 @@ def next_steps(
 
     Raises:
         StepError: A batch cannot be prepared, or the problem or the route refuses it: weights that
-            cannot be normalised, no pair of candidates, a model without per-example rules.
+            cannot be normalised, no pair of candidates, a model without per-example rules; or
+            another rank fails or is gone.
     """
     first = int(state.lower_steps)
     due = training.solver.next_steps(state, training.steps - first)
     lower, upper = _make_batches(training, range(first, first + due.lower), due.upper)
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), own_random_numbers(ranks, state.lower_params, first):
             # The warning is also among the notes of every step that it concerns, which are logged.
             warnings.simplefilter("ignore", StationarityWarning)
             return training.solver.advance(state, lower, upper)
-    except ValueError as error:
+    except (ValueError, RankError) as error:
         raise StepError(f"{training.title}, step {first}: {error}") from error
 
 
+@part("data")
 def _make_batches(
     training: Training, steps: range, upper_due: bool
 ) -> tuple[list[Sequence[Batch]], Batch | None]:
@@ -165,7 +192,7 @@ class Judged:
 
     Attributes:
         progress: The state of the run.
-        infos: The information of each lower step.
+        infos: The information of each lower step, read by the host.
         rejected: Whether the steps were rejected.
     """
 
@@ -174,6 +201,7 @@ class Judged:
     rejected: bool
 
 
+@part("judge")
 def judge(
     run: Run,
     training: Training,
@@ -187,10 +215,11 @@ def judge(
         NonFiniteError: They are rejected with ``on_trouble`` "raise", or too many in a row were.
     """
     first, after = int(progress.state.lower_steps), int(state.lower_steps)
+    reading = read_steps(state, infos)
     troubles = find_troubles(
-        training.solver, training.weighting, progress.state, state, infos, progress.seen
+        training.solver, training.weighting, progress.state, state, reading, progress.seen
     )
-    seen = progress.seen.after(troubles, infos)
+    seen = progress.seen.after(troubles, reading.infos)
     fatal = next((trouble for trouble in troubles if trouble.rejects), None)
     lost = () if fatal is None else range(first + 1, after + 1)
     unlogged = progress.unlogged.with_troubles(troubles, lost)
@@ -199,7 +228,8 @@ def judge(
     else:
         _report(fatal, training, first, seen.in_a_row)
         progress = _without_steps(run, progress, after, training.on_trouble)
-    return Judged(replace(progress, unlogged=unlogged, seen=seen), infos, fatal is not None)
+    progress = replace(progress, unlogged=unlogged, seen=seen)
+    return Judged(progress, reading.infos, fatal is not None)
 
 
 def log_steps(
@@ -220,7 +250,8 @@ def log_steps(
             schedules = logging.learning_rates.items()
             rates = {name: float(schedule(step - 1)) for name, schedule in schedules}
             skipped = int(progress.state.upper_skipped)
-            append_line(run.log, unlogged.line(training.title, step, skipped, rates))
+            if run.writes:
+                append_line(run.log, unlogged.line(training.title, step, skipped, rates))
             unlogged = Unlogged({})
             if logging.on_line is not None:
                 logging.on_line(step)
@@ -237,8 +268,11 @@ def _stopped(run: Run, training: Training, progress: Progress, signal: signals.S
 def _may_come_from_signal(error: Exception) -> bool:
     """Return whether the signal may have ended the worker processes, too.
 
-    torch raises that error at any point of the main process.
+    torch raises that error at any point of the main process. It does not come from there if another
+    rank is gone, for which torchrun sends the others a signal.
     """
+    if lost(error):
+        return False
     return isinstance(error, StepError) or "DataLoader worker" in str(error)
 
 

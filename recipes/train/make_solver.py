@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 from bilevel import (
     SGD,
     AdamW,
     BilevelSolver,
+    Collective,
     LazyRowAdam,
     Projected,
+    Replicas,
     WarmupCosine,
 )
 from bilevel.optimizers.schedule import Constant, StepDecay
 from bilevel.problem import Problem
 from recipes.options.choices import ImplicitOptions, OneStepOptions, PenaltyOptions, UnrolledOptions
 from recipes.options.train import LowerOptions, TrainOptions
-from recipes.options.values import blaming
+from recipes.options.values import OptionError, blaming
+from recipes.ranks import share
 from recipes.train.hypergradients import make_hypergradient
 from recipes.train.objective import Objective, Solver
 
@@ -124,6 +128,34 @@ def make_solver(options: TrainOptions, objective: Objective, upper_peak: float) 
             accumulation=options.lower.accumulation,
             rollback=options.rollback,
             upper_start=options.upper.start,
+        )
+
+
+def over_ranks(solver: Solver, ranks: Collective, upper_size: Callable[[Any], int]) -> Solver:
+    """Return the solver of a rank, which takes its share of the micro-batches of a step.
+
+    Args:
+        solver: The solver of one process.
+        ranks: The ranks of the run.
+        upper_size: The number of terms in the mean of the meta loss, for a part of a meta batch.
+
+    Raises:
+        OptionError: A rank would have no micro-batch, or the hypergradient does not run on several.
+    """
+    if not isinstance(ranks, Replicas):
+        return solver
+    here, count = solver.accumulation, ranks.ranks
+    if here < count:
+        raise OptionError(
+            f"--accumulation {here}: {count} processes need a micro-batch each per lower step; "
+            f"give --accumulation {count} (and a --batch-size of 1/{count} for as many examples "
+            "per step), or start fewer processes"
+        )
+    with blaming("--hypergradient"):
+        return replace(
+            solver,
+            accumulation=len(share(here, ranks.rank, count)),
+            collective=replace(ranks, upper_size=upper_size),
         )
 
 

@@ -80,7 +80,7 @@ class Objective:
         if "weights" in batch:
             given = batch["weights"]
             return batch_mean_one(given) if self.normalise_given else given
-        return torch.ones(len(batch["labels"]))
+        return torch.ones(len(batch["labels"]), device=batch["labels"].device)
 
     @property
     def reads_features(self) -> bool:
@@ -130,6 +130,16 @@ class Objective:
         if self.loss_target == "pairs":
             return pair_loss(scores[..., 0], batch["correct"], batch["group"])
         return outcome_loss(scores, batch["correct"], self.loss_target).mean()
+
+    def upper_size(self, batch: Batch) -> int:
+        """Return over how many terms the meta loss of a batch is a mean: solutions, or pairs."""
+        if not batch:
+            return 0
+        if self.loss_target != "pairs":
+            return len(batch["correct"])
+        right = batch["correct"] == 1
+        same = batch["group"][:, None] == batch["group"][None, :]
+        return int((same & right[:, None] & ~right[None, :]).sum())
 
     def problem(self) -> ReweightingProblem[Params, Params, Batch]:
         """Return the bilevel problem over dicts of parameters."""

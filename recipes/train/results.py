@@ -9,13 +9,48 @@ from typing import Any
 
 from torch import Tensor
 
-from prm.models.model import PRM
+from prm.models.adapters import save_adapter
+from prm.models.model import PRM, save_prm
 from recipes.evaluation.candidates import evaluate, report_of, values_of
 from recipes.evaluation.table import SANITY_CHECK, results_table
-from recipes.options.train import TrainOptions
+from recipes.options.train import LowerOptions, TrainOptions
 from recipes.run.files import write_text
 from recipes.train.bounded_weights import WEIGHTINGS
 from recipes.train.data import TrainData
+
+
+def save_trained(
+    prm: PRM,
+    params: Mapping[str, Tensor],
+    options: LowerOptions,
+    directory: Path,
+    *,
+    writes: bool = True,
+) -> Path:
+    """Write the trained model to ``model``, and adapters to ``adapter``, as ``--lora-save`` says.
+
+    Args:
+        prm: The model.
+        params: The trained parameters.
+        options: The options of the run.
+        directory: The run directory.
+        writes: Whether this process does; the others of a run over ranks do not.
+
+    Returns:
+        The directory that was written; of two the model's.
+    """
+    if not writes:
+        alone = options.lora.rank and options.lora.save == "adapter"
+        return directory / ("adapter" if alone else "model")
+    if options.lora.rank:
+        started = options.init_from if isinstance(options, TrainOptions) else None
+        base = options.model if started is None else started
+        if options.lora.save != "merged":
+            save_adapter(prm.model, params, directory / "adapter", base)
+        if options.lora.save == "adapter":
+            return directory / "adapter"
+    save_prm(prm, params, directory / "model")
+    return directory / "model"
 
 
 def row_name(options: TrainOptions) -> str:

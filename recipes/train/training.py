@@ -11,14 +11,16 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from bilevel import BilevelProblem
+from bilevel import BilevelProblem, Collective
 from prm.aggregations import AGGREGATIONS
 from prm.inputs.collate import Batch
-from prm.models.model import PRM, save_prm
+from prm.models.model import PRM
+from prm.placement import Placement
 from recipes.evaluation.candidates import step_scores_of
-from recipes.loading import load_model, set_up
+from recipes.loading import adapted, load_model, placement_of, set_up
 from recipes.options.rules import check_together
 from recipes.options.train import TrainOptions
+from recipes.ranks import ranks_here
 from recipes.run.directory import check_directory
 from recipes.run.errors import RunError
 from recipes.run.files import write_json
@@ -49,9 +51,10 @@ from recipes.train.make_solver import (
     lower_schedule,
     make_plain_solver,
     make_solver,
+    over_ranks,
 )
 from recipes.train.objective import Objective, Solver, State
-from recipes.train.results import evaluate_all, print_summary, row_name
+from recipes.train.results import evaluate_all, print_summary, row_name, save_trained
 from recipes.train.time_scale import print_time_scale, time_scale
 from recipes.train.weight_report import (
     final_weights,
@@ -65,11 +68,13 @@ from weighting import mean_one_over
 
 @dataclass(frozen=True)
 class _Task:
-    """The task of a run: its options, the data, and the losses of both levels."""
+    """The task of a run: options, where it computes, data, both losses, and who takes its steps."""
 
     options: TrainOptions
+    placement: Placement
     data: TrainData
     objective: Objective
+    ranks: Collective
 
 
 class _Method(NamedTuple):
@@ -97,15 +102,17 @@ def run_training(options: TrainOptions, logged: Callable[[int], None] | None = N
     Returns:
         The run directory.
     """
-    clock = _Clock()
+    clock, ranks = _Clock(), ranks_here()
     check_together(options)
-    check_directory(options)
+    if ranks.rank == 0:
+        check_directory(options)
     set_up(options)
-    prm, lower = load_model(options, options.lower.freeze, options.init_from)
+    placement = placement_of(options.placement, options.activation_checkpointing)
+    prm, lower = _model(options, placement)
     data = read_train_data(prm, options)
     refuse_other_bad_rows(options, data.bad)
     objective = _objective(options, prm, data)
-    task = _Task(options, data, objective)
+    task = _Task(options, placement, data, objective, ranks)
     solver, upper, rates = _method(task)
     start = solver.init(lower, upper)
     with open_run(options, prm.model, start, data.pictures) as run:
@@ -118,21 +125,26 @@ def run_training(options: TrainOptions, logged: Callable[[int], None] | None = N
         training = Training(
             solver,
             steps=options.lower.steps,
-            lower_batches=ahead(
-                per_step(lower_batch, options.lower.accumulation),
+            lower_batches=placement.batches(
+                ahead(
+                    per_step(lower_batch, options.lower.accumulation, ranks.rank, ranks.ranks),
+                    options.lower.steps,
+                    options.workers,
+                ),
                 options.lower.steps,
-                options.workers,
             ),
             title=row_name(options),
             on_trouble=options.run.on_trouble,
             upper_batch=_upper_level(task),
             weighting=objective.weighting,
         )
-        logging = StepLogging(options.run.log_every, rates, options.run.progress, logged)
+        logging = StepLogging(
+            options.run.log_every, rates, options.run.progress, logged, options.run.profile
+        )
         end = train(run, training, logging)
         clock.lap("train")
         with run.keeping(end):
-            save_prm(prm, end.state.lower_params, run.directory / "model")
+            save_trained(prm, end.state.lower_params, options, run.directory, writes=run.writes)
             results: dict[str, Any] = {"rows": {}, "seed": options.seed}
             results["troubles"] = dict(end.seen.counts)
             micro_batches = options.lower.steps * options.lower.accumulation
@@ -144,6 +156,14 @@ def run_training(options: TrainOptions, logged: Callable[[int], None] | None = N
             write_json(run.directory / "results.json", results)
     print_summary(results, run.directory)
     return run.directory
+
+
+def _model(options: TrainOptions, placement: Placement) -> tuple[PRM, dict[str, Tensor]]:
+    """Return the model before the first step, and the parameters that are trained."""
+    prm, lower = load_model(options, options.lower.freeze, options.init_from, placement)
+    if options.lora.rank:
+        lower = adapted(prm, options.lora, options.lower.freeze, placement)
+    return prm, lower
 
 
 def _report_weights(
@@ -161,7 +181,7 @@ def _report_weights(
     weights, raw = final_weights(options, objective, state, data, reference)
     columns = {"weight": weights, "raw_weight": raw, "visits": visits}
     if initial is None and objective.weighting is not None and options.initial_loss:
-        initial = _initial_scores(*_initial_model(options, run), data, options)
+        initial = _initial_scores(*_initial_model(task, run), data, options)
     if initial is not None and options.initial_loss:
         columns["initial_loss"] = initial.losses
     write_weights(directory / "weights.jsonl", examples, columns)
@@ -171,13 +191,16 @@ def _report_weights(
     return weight_report(examples, weights)
 
 
-def _initial_model(options: TrainOptions, run: Run) -> tuple[PRM, Mapping[str, Tensor]]:
+def _initial_model(task: _Task, run: Run) -> tuple[PRM, Mapping[str, Tensor]]:
     """Return the model before the first step, loaded again: the one in memory is trained.
 
     Raises:
         RunError: It is not the model that the run began with.
     """
-    prm, lower = load_model(options, path=options.init_from)
+    options = task.options
+    with torch.random.fork_rng():
+        torch.manual_seed(options.seed)
+        prm, lower = _model(options, task.placement)
     if digest_model(prm.model) != run.checkpoints.identity["model"]:
         flag = "--model" if options.init_from is None else "--init-from"
         raise RunError(
@@ -246,15 +269,19 @@ def _upper_level(task: _Task) -> Callable[[int], Batch] | None:
     options, meta = task.options, task.data.meta
     if task.objective.weighting is None or meta is None:
         return None
-    return ahead(
-        meta_batch(upper_draw(options, meta), meta),
-        options.lower.steps,
-        options.workers,
-        every=options.upper.unroll_steps,
-    )
+    steps, every = options.lower.steps, options.upper.unroll_steps
+    batch = meta_batch(upper_draw(options, meta), meta, task.ranks.rank, task.ranks.ranks)
+    batches = ahead(batch, steps, options.workers, every)
+    return task.placement.batches(batches, steps, every)
 
 
 def _method(task: _Task) -> _Method:
+    """Return the method, its solver being that of this rank."""
+    made = _method_of_all(task)
+    return made._replace(solver=over_ranks(made.solver, task.ranks, task.objective.upper_size))
+
+
+def _method_of_all(task: _Task) -> _Method:
     options, objective = task.options, task.objective
     rates: dict[str, Callable[[int], float]] = {"lower_lr": lower_schedule(options)}
     if options.weighting.lower_data == "meta":
@@ -267,4 +294,5 @@ def _method(task: _Task) -> _Method:
     print_time_scale(scale)
     rates["upper_lr"] = logged_upper_rate(options, scale.upper_lr)
     upper = weighting.init(torch.Generator().manual_seed(options.seed))
+    upper = task.placement.params(upper)
     return _Method(make_solver(options, objective, scale.upper_lr), upper, rates)

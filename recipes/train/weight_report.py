@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from prm.data.store.examples import facts
-from prm.digests import write_digest
+from prm.digests import check_digest, write_digest
 from prm.evaluation.metrics import roc_auc
 from prm.files import write_lines
 from prm.losses import step_cross_entropy
@@ -20,10 +20,13 @@ from prm.schema import StepExample
 from recipes.evaluation.candidates import step_scores_of
 from recipes.loading import Examples, Solutions
 from recipes.options.train import TrainOptions
+from recipes.run.files import note_unchecked
 from recipes.train.data import TrainData, lower_examples
 from recipes.train.objective import Objective, State
 from weighting import EXAMPLE_KEYS, Weighting, reads_model, save_weighting
 
+_SAVED = ("config.json", "ids.json", "params.safetensors")
+"""What ``save_weighting`` writes."""
 _SMALLEST_DISTANCE = 2.0**-25
 
 
@@ -134,7 +137,8 @@ def final_weights(
     if weighting is None:
         ones = torch.ones(len(lower_examples(options, data)))
         return (ones if data.fixed_weights is None else data.fixed_weights), None
-    params = {name: tensor.detach() for name, tensor in state.upper_params.items()}
+    # The scores and the examples of a whole file are in the memory of the host.
+    params = {name: tensor.detach().cpu() for name, tensor in state.upper_params.items()}
     if reads_examples_alone(weighting):
         batch = example_batch(weighting, train.examples, train.index(), data.domains)
         return weighting.file_weights(params, [batch])
@@ -167,6 +171,8 @@ def write_weighting(
 ) -> None:
     """Write ``weighting/``: the weighting with the names of its rows, to weigh other files.
 
+    The digest of each file is beside it (``prm.digests``).
+
     Args:
         directory: The directory to write; see ``save_weighting``.
         objective: The weighting and the names of its features.
@@ -186,7 +192,21 @@ def write_weighting(
         extra["domains"] = list(data.domains) if objective.reads_domain else []
     elif objective.reads_domain and weighting.row_key != "domain":
         extra = {"domains": list(data.domains)}
-    save_weighting(directory, weighting, params, names, extra)
+    save_weighting(directory, weighting, {n: p.cpu() for n, p in params.items()}, names, extra)
+    for name in _SAVED:
+        write_digest(directory / name)
+
+
+def check_weighting(directory: Path) -> None:
+    """Compare the files of a saved weighting with their digests; a note says if there are none.
+
+    Raises:
+        DataError: A file is not as ``write_weighting`` wrote it; the error names it.
+    """
+    for name in _SAVED:
+        check_digest(directory / name)
+    if all((directory / name).is_file() for name in _SAVED):
+        note_unchecked(directory / _SAVED[-1])
 
 
 def weight_report(data: Examples, weights: Tensor) -> dict[str, Any]:

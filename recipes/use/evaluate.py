@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from array import array
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import cached_property
@@ -13,12 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from prm.data.bad_rows import BadRows
 from prm.data.json_rows import json_rows
 from prm.evaluation.second_opinion import load_math_verify
 from prm.models.model import PRM
 from prm.schema import DataError
 from prm.scoring import StepScores
-from recipes.bad_rows import report_bad_rows, skipped_path
+from recipes.bad_rows import report_bad_rows, report_truncated, skipped_path, truncated_path
 from recipes.evaluation.candidates import Candidates, candidates_or_steps, scores_of
 from recipes.evaluation.dev_choice import Choice, choose_on_dev
 from recipes.evaluation.figures import all_figures
@@ -28,8 +30,9 @@ from recipes.loading import (
     Examples,
     Fault,
     Solutions,
-    list_beside,
+    cut,
     load_model,
+    placement_of,
     read_examples,
     read_solutions,
     set_up,
@@ -38,10 +41,10 @@ from recipes.loading import (
 from recipes.options.rules import check_together
 from recipes.options.use import EvaluateOptions
 from recipes.options.values import OptionError
-from recipes.run.files import json_text, output_file
+from recipes.run.files import json_text, list_beside, output_file
 from recipes.terminal import say
 from recipes.use.model_run import note_differences, run_of
-from recipes.use.scores_file import read_settings, scores_for
+from recipes.use.scores_file import ScoredSolution, numbered_scores, read_settings, scores_for
 
 
 class _Judge:
@@ -53,20 +56,20 @@ class _Judge:
     @cached_property
     def loaded(self) -> tuple[PRM, dict[str, Tensor]]:
         note_differences(self.options, self.options.model)
-        return load_model(self.options)
+        return load_model(self.options, placement=placement_of(self.options.placement))
 
     def read(self, path: str, scores: str | None) -> Candidates:
         """Return candidates, tokenised only if they have to be scored."""
         if scores is not None:
             data = read_solutions(self.options, path)
-            return candidates_or_steps(without_skipped(data, Path(scores)))
+            return candidates_or_steps(as_scored(without_skipped(data, Path(scores)), Path(scores)))
         return candidates_or_steps(read_examples(self.loaded[0], self.options, path))
 
     def rows(self, candidates: Candidates, scores: str | None) -> Sequence[Tensor]:
         """Return the step scores of every candidate, read or computed."""
         data = candidates.data
         if scores is not None:
-            return _read_rows(Path(scores), candidates)
+            return _read_rows(self.options, Path(scores), candidates)
         assert isinstance(data, Examples)
         full_vocab = self.options.probability == "vocabulary"
         return scores_of(*self.loaded, data, self.options, full_vocab=full_vocab)
@@ -117,14 +120,15 @@ def run_evaluate(options: EvaluateOptions) -> dict[str, Any]:
             )
     baseline = None
     if options.baseline_scores is not None:
-        baseline = _read_rows(Path(options.baseline_scores), candidates)
+        baseline = _read_rows(options, Path(options.baseline_scores), candidates)
     row = f"prm{SANITY_CHECK}" if options.sanity_check else "prm"
     rows = judge.rows(candidates, options.scores)
     results = all_figures(candidates, rows, choice, options.tie, row, baseline)
     results |= {"sanity_check": options.sanity_check, "tuned_on_these_questions": tuned_on}
-    if listed is not None:
-        read = [candidates] if dev is None else [candidates, dev]
-        report_bad_rows([one.data.bad for one in read], listed, say)
+    if listed is not None and output is not None and output.path is not None:
+        read = [one.data.bad for one in (candidates, dev) if one is not None]
+        report_bad_rows(read, listed, say)
+        report_truncated(read, truncated_path(output.path), say)
     table = f"{results_table(results)}\n" if results["n_mixed_questions"] else ""
     page = table + _summary(results)
     if output is None:
@@ -202,24 +206,68 @@ def without_skipped(data: Solutions, scores: Path) -> Solutions:
     return usable(data, lambda example: fault if example.id in skipped else None)
 
 
-def _read_rows(path: Path, candidates: Candidates) -> Sequence[Tensor]:
-    """Return the step scores of every candidate from a scores file, in float32."""
-    counts = [len(row.labels) for row in candidates.data.facts]
-    scores = StepScores(counts)
-    other: DataError | None = None
+def as_scored(data: Solutions, scores: Path) -> Solutions:
+    """Return the solutions with those steps alone that ``score`` kept when it wrote ``scores``."""
+    if read_settings(scores).get("too_long") != "truncate":
+        return data
+    scored = numbered_scores(scores, BadRows(scores))
+    kept = {row.id: row for _, row in scored if row.steps is not None}
+    cuts: dict[int, int] = {}
+    for number, (example, line) in enumerate(zip(data.facts, data.lines, strict=True)):
+        row = kept.get(example.id)
+        if row is not None and row.steps == len(example.labels):
+            data.bad.truncate(line, example.id, row.steps, len(row.step_scores))
+            cuts[number] = len(row.step_scores)
+    return cut(data, cuts)
+
+
+def _read_rows(options: EvaluateOptions, path: Path, candidates: Candidates) -> Sequence[Tensor]:
+    """Return the step scores of every candidate from a scores file, in float32.
+
+    Raises:
+        DataError: Steps have no scores, because the solutions have changed, or because they are
+            longer than the context of the model that scored them and this is refused.
+    """
+    expected = candidates.all_steps
+    values = array("f")  # in the order of the file
+    starts, sizes = array("q", [0]) * len(expected), array("q", [0]) * len(expected)
+    shortened = 0
+    wrong: tuple[int, DataError] | None = None  # the first by the order of the data
     for row, solution in scores_for(path, candidates.data.index(), candidates.data.path):
-        if len(solution.step_scores) == counts[row]:
-            scores.put(row, torch.tensor(solution.step_scores, dtype=torch.float32))
-        elif other is None:
-            other = DataError(
-                expected=f"{counts[row]} step scores for {solution.id!r}, one per step",
-                found=f"{len(solution.step_scores)}",
-                file=path,
-                remedy="score this file again; its solutions have changed",
-            )
-    if other is not None:
-        raise other
+        starts[row], sizes[row] = len(values), len(solution.step_scores)
+        values.extend(solution.step_scores)
+        shortened += solution.steps is not None
+        error = _wrong_steps(options, solution, expected[row], path)
+        if error is not None and (wrong is None or row < wrong[0]):
+            wrong = row, error
+    if wrong is not None:
+        raise wrong[1]
+    if shortened:
+        say(f"{path}: {shortened} of {len(sizes)} solutions have scores of their first steps alone")
+    scores = StepScores(sizes)
+    for row, start in enumerate(starts):
+        scores.put(row, torch.tensor(values[start : start + sizes[row]]))
     return scores
+
+
+def _wrong_steps(
+    options: EvaluateOptions, solution: ScoredSolution, steps: int, path: Path
+) -> DataError | None:
+    if solution.all_steps != steps:
+        return DataError(
+            expected=f"{steps} step scores for {solution.id!r}, one per step",
+            found=f"{solution.all_steps}",
+            file=path,
+            remedy="score this file again; its solutions have changed",
+        )
+    if solution.steps is not None and options.too_long == "refuse":
+        return DataError(
+            expected=f"a score for each of the {steps} steps of {solution.id!r}",
+            found=f"{len(solution.step_scores)}: it is longer than the model's context",
+            file=path,
+            remedy="judge such solutions by their first steps alone with --too-long truncate",
+        )
+    return None
 
 
 def _summary(results: dict[str, Any]) -> str:
@@ -256,13 +304,18 @@ def _summary(results: dict[str, Any]) -> str:
 def _selection_notes(results: dict[str, Any]) -> list[str]:
     """Return what is to be said on the candidates, before they are compared."""
     mixed, questions = results["n_mixed_questions"], results["n_questions"]
-    if mixed is None:
-        return ["no row has both group and correct: figures of steps, no selection"]
     notes = []
-    if not mixed:
+    if mixed is None:
+        notes.append("no row has both group and correct: figures of steps, no selection")
+    elif not mixed:
         notes.append(
             "no question is mixed: the candidates of each are all right or all wrong, and whatever "
             f"is selected the accuracy is {results['rows']['pass@1']:.3f}"
+        )
+    if cut := results["n_truncated"]:
+        notes.append(
+            f"{cut} of {results['n_solutions']} solutions are longer than the model's context, and "
+            "judged by their first steps alone"
         )
     if without := results["n_without_answer"]:
         empty = results["n_questions_without_vote"]

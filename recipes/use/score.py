@@ -18,11 +18,13 @@ from prm.digests import check_digest, digest_path, write_digest
 from prm.inputs.prompt import SYSTEM_PROMPT
 from prm.models.model import PRM
 from prm.schema import DataError, StepExample
-from prm.scoring import aggregate, score_examples
-from recipes.bad_rows import report_bad_rows, skipped_path
-from recipes.loading import load_model, read_examples, set_up
+from prm.scoring import aggregate
+from recipes.bad_rows import report_bad_rows, report_truncated, skipped_path, truncated_path
+from recipes.evaluation.scoring import score_rows
+from recipes.loading import load_model, placement_of, read_examples, set_up
 from recipes.options.use import ScoreOptions
 from recipes.options.values import OptionError
+from recipes.ranks import ranks_here
 from recipes.run.files import named, output_file, write_json, write_text
 from recipes.run.identity import digest_file, digest_model
 from recipes.run.lock import locked
@@ -62,14 +64,17 @@ def run_score(options: ScoreOptions) -> Path:
 def _score(options: ScoreOptions, output: Path) -> None:
     set_up(options)
     note_differences(options, options.model)
-    prm, params = load_model(options)
+    prm, params = load_model(options, placement=placement_of(options.placement))
     data = read_examples(prm, options, options.file)
     settings = settings_of(prm, options) | {_SOLUTIONS: len(data)}
     ids = (example.id for example in data.facts)
+    total = {(row.line, row.id): row.steps for row in data.bad.truncated}
     done = _begin(output, settings, ids, Path(options.file), overwrite=options.overwrite)
     report_bad_rows([data.bad], skipped_path(output), say)
+    report_truncated([data.bad], truncated_path(output), say)
     started = time.perf_counter()
     window = _WINDOW * options.eval_batch_size
+    done = ranks_here().numbers(done)[0]  # the others write a copy that nobody reads
     # An incomplete window is scored again as a whole, so that its batches are the same.
     first = done // window * window if done < len(data) else len(data)
     with (
@@ -79,18 +84,21 @@ def _score(options: ScoreOptions, output: Path) -> None:
     ):
         for start in range(first, len(data), window):
             encoded = data.encoded[start : start + window]
-            scores = score_examples(
+            scores = score_rows(
                 prm,
                 params,
                 encoded,
                 data.collator,
                 options.eval_batch_size,
+                bar,
                 full_vocab=options.probability == "vocabulary",
                 workers=options.workers,
-                scored=bar.update,
                 tokens_per_batch=options.tokens_per_batch,
             )
-            for number, (row, steps) in enumerate(zip(encoded, scores, strict=True), start=start):
+            lines = data.lines[start : start + window]
+            for number, (row, line, steps) in enumerate(
+                zip(encoded, lines, scores, strict=True), start=start
+            ):
                 if not steps.isfinite().all():
                     raise DataError(
                         expected="numbers as step scores",
@@ -100,7 +108,8 @@ def _score(options: ScoreOptions, output: Path) -> None:
                         remedy="the model's parameters are not finite, or overflow in use",
                     )
                 if number >= done:
-                    file.write(scored_solution(row.example, steps).line())
+                    known = total.get((line, row.example.id))
+                    file.write(scored_solution(row.example, steps, known).line())
             file.flush()
             os.fsync(file.fileno())
     write_digest(output)
@@ -111,8 +120,10 @@ def _score(options: ScoreOptions, output: Path) -> None:
     )
 
 
-def scored_solution(example: StepExample, step_scores: Tensor) -> ScoredSolution:
-    """Return the line of an example with step scores [steps]."""
+def scored_solution(
+    example: StepExample, step_scores: Tensor, steps: int | None = None
+) -> ScoredSolution:
+    """Return the line of an example with step scores [steps], of ``steps`` if it was cut."""
     return ScoredSolution(
         id=example.id,
         step_scores=tuple(step_scores.tolist()),
@@ -120,6 +131,7 @@ def scored_solution(example: StepExample, step_scores: Tensor) -> ScoredSolution
         group=example.group,
         answer=example.answer,
         correct=example.correct,
+        steps=steps,
     )
 
 
@@ -130,7 +142,7 @@ def all_aggregates(step_scores: Tensor) -> dict[str, float]:
 
 
 def settings_of(prm: PRM, options: ScoreOptions) -> dict[str, Any]:
-    """Return what determines the scores: model, preprocessing, data, prompt, probability.
+    """Return what determines the scores: model, preprocessing, data, prompt, and the arithmetic.
 
     Batch size and threads change the last bits only and are left out. The content of the images is
     not read; the data name them by path.
@@ -143,6 +155,8 @@ def settings_of(prm: PRM, options: ScoreOptions) -> dict[str, Any]:
         "context": options.context,
         "max_patches": options.max_patches,
         "probability": options.probability,
+        **({} if options.too_long == "refuse" else {"too_long": options.too_long}),
+        "precision": placement_of(options.placement).precision,
     }
 
 
@@ -163,7 +177,8 @@ def _begin(
 ) -> int:
     """Prepare the output for more lines, and return how many solutions it holds."""
     if overwrite or not output.exists():
-        for there in (settings_path(output), digest_path(output), skipped_path(output)):
+        lists = (skipped_path(output), truncated_path(output))
+        for there in (settings_path(output), digest_path(output), *lists):
             if there.exists() and not overwrite:
                 raise OptionError(
                     f"--output {output}: {there.name} exists already, without scores; nothing was "
@@ -179,9 +194,10 @@ def _begin(
             f"--output {output}: exists, without {settings_path(output).name} beside it that says "
             "what it is; choose another file, or give --overwrite"
         )
+    earlier = {"precision": "float32", **earlier}  # scores of version 0.1 do not say it
     differ = [
         name
-        for name in settings
+        for name in dict.fromkeys((*settings, "too_long"))
         if name != _SOLUTIONS and _decisive(settings, name) != _decisive(earlier, name)
     ]
     if differ:

@@ -2,7 +2,9 @@
 
     {"id": ..., "group": ..., "answer": ..., "correct": ..., "step_scores": [...], "scores": {...}}
 
-``scores`` holds the solution's score by every aggregation. The file ``<name>.settings.json`` beside
+``scores`` holds the solution's score by every aggregation. A solution that was longer than the
+model's context has ``steps`` too, the number of its steps, of which the first alone have scores.
+The file ``<name>.settings.json`` beside
 it records the model, data and settings of the scores and the number of solutions, and a complete
 file has its digest beside it (``prm.digests``). Lines are in the order of the data, and a line is
 complete once it ends with a line break, so an interrupted file can be continued.
@@ -13,11 +15,13 @@ from __future__ import annotations
 import json
 import math
 import os
+from array import array
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, NoReturn
 
+from prm.data.bad_rows import BadRows
 from prm.data.interned import Interned
 from prm.data.json_rows import json_line
 from prm.digests import check_digest, digest_path
@@ -40,6 +44,7 @@ class ScoredSolution:
         group: The question of the solution, None if the data do not name it.
         answer: The final answer, None if the data do not name it.
         correct: Whether the answer is right, None if the data do not tell.
+        steps: The number of steps of a solution of which only the first have scores, else None.
     """
 
     id: str
@@ -48,6 +53,12 @@ class ScoredSolution:
     group: str | None = None
     answer: str | None = None
     correct: bool | None = None
+    steps: int | None = None
+
+    @property
+    def all_steps(self) -> int:
+        """The number of steps of the solution, with and without scores."""
+        return len(self.step_scores) if self.steps is None else self.steps
 
     def line(self) -> str:
         """Return the text of the line, whose floats are read back exactly."""
@@ -55,6 +66,7 @@ class ScoredSolution:
         record = {
             "id": self.id,
             **{name: value for name, value in optional.items() if value is not None},
+            **({} if self.steps is None else {"steps": self.steps}),
             "step_scores": list(self.step_scores),
             "scores": dict(self.scores),
         }
@@ -97,29 +109,48 @@ def read_scores(path: Path) -> list[ScoredSolution]:
         DataError: A line is malformed (the error names file, line and field), an id occurs twice,
             solutions are missing, or the file is not as it was written.
     """
-    return list(_complete(path))
+    return [row for _, row in numbered_scores(path, BadRows(path))]
 
 
-def _complete(path: Path) -> Iterator[ScoredSolution]:
-    """Yield all lines of a complete scores file; see ``read_scores``."""
+def numbered_scores(path: Path, bad: BadRows) -> Iterator[tuple[int, ScoredSolution]]:
+    """Yield the solutions of a complete scores file, each with its line.
+
+    Args:
+        path: The file.
+        bad: What refuses malformed lines, and ids that occur before, or leaves them out.
+
+    Raises:
+        OptionError: There is no such file.
+        DataError: A line is refused; or at the end, solutions are missing, or the file is not as it
+            was written.
+    """
     if not path.is_file():
         raise OptionError(f"{path}: no such file; {_REMEDY}")
     checked = check_digest(path)
     expected = read_settings(path).get("solutions")
-    ids = Interned()
+    ids, lines = Interned(), array("q")
     for line, row in _rows(path):
-        # Lines are rows, so the number of an id is that of its line.
-        if (number := ids.add(row.id)) != line - 1:
-            _fail(path, line, "id", f"an id of its own, not that of line {number + 1}", row.id)
-        yield row
-    if isinstance(expected, int) and (len(ids) != expected or not checked):
+        bad.rows += 1
+        try:
+            if isinstance(row, DataError):
+                raise row
+            number = ids.add(row.id)
+            if number < len(lines):
+                known = f"an id of its own, not that of line {lines[number]}"
+                _fail(path, line, "id", known, row.id)
+        except DataError as error:
+            bad.add(error)
+            continue
+        lines.append(line)
+        yield line, row
+    if isinstance(expected, int) and (bad.rows != expected or not checked):
         raise DataError(
             expected=f"the scores of {expected} solutions, and the digest of the complete file",
-            found=f"{len(ids)}{'' if checked else f', without {digest_path(path).name}'}",
+            found=f"{bad.rows}{'' if checked else f', without {digest_path(path).name}'}",
             file=path,
             remedy="call `bilevel-prm score` again as before: it goes on where it stopped",
         )
-    if not ids:
+    if not bad.rows:
         raise DataError(expected="a line per solution", found="an empty file", file=path)
     note_unchecked(path)
 
@@ -140,7 +171,7 @@ def scores_for(
     """
     found = bytearray(len(index))
     more = 0
-    for solution in _complete(path):
+    for _, solution in numbered_scores(path, BadRows(path)):
         row = index.get(solution.id)
         if row is None:
             more += 1
@@ -176,6 +207,8 @@ def complete_lines(path: Path, ids: Iterable[str], data: Path) -> int:
     done = 0
     coming = iter(ids)
     for line, row in _rows(path):
+        if isinstance(row, DataError):
+            raise row
         name = next(coming, None)
         if row.id != name:
             expected = "no further line" if name is None else f"the scores of {name!r}"
@@ -196,21 +229,13 @@ def _end_of_lines(file: IO[bytes]) -> int:
     return 0
 
 
-def _rows(path: Path) -> Iterator[tuple[int, ScoredSolution]]:
+def _rows(path: Path) -> Iterator[tuple[int, ScoredSolution | DataError]]:
     with path.open("rb") as file:
         for line, raw in enumerate(file, start=1):
             try:
-                record = json_line(raw, path, line)
+                yield line, _parse(json_line(raw, path, line), path, line)
             except DataError as error:
-                raise DataError(
-                    expected=error.expected,
-                    found=error.found,
-                    file=path,
-                    line=line,
-                    field=error.field,
-                    remedy=_REMEDY,
-                ) from error
-            yield line, _parse(record, path, line)
+                yield line, error.copy(file=path, line=line, remedy=_REMEDY)
 
 
 def _parse(record: Any, path: Path, line: int) -> ScoredSolution:
@@ -232,6 +257,9 @@ def _parse(record: Any, path: Path, line: int) -> ScoredSolution:
     for number, value in enumerate(steps):
         if not _is_number(value) or not 0 <= value <= 1:
             fail(f"step_scores[{number}]", "a number in [0, 1]", value)
+    total = record.get("steps")
+    if total is not None and (type(total) is not int or total <= len(steps)):
+        fail("steps", f"a number above that of the step scores, {len(steps)}, or no field", total)
     scores = record.get("scores")
     if not isinstance(scores, dict) or not scores:
         fail("scores", "an object with a number per aggregation", scores)
@@ -245,6 +273,7 @@ def _parse(record: Any, path: Path, line: int) -> ScoredSolution:
         group=record.get("group"),
         answer=record.get("answer"),
         correct=record.get("correct"),
+        steps=total,
     )
 
 

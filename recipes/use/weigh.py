@@ -4,20 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 from prm.aggregations import AGGREGATIONS
 from prm.schema import DataError
-from recipes.bad_rows import report_bad_rows
+from recipes.bad_rows import report_bad_rows, report_truncated, truncated_path
 from recipes.evaluation.candidates import step_scores_of
 from recipes.loading import (
     Data,
     Examples,
     Solutions,
-    list_beside,
     load_model,
+    placement_of,
     read_examples,
     read_solutions,
     set_up,
@@ -26,12 +27,13 @@ from recipes.loading import (
 from recipes.options.rules import check_together, refuse_given
 from recipes.options.use import WeighOptions
 from recipes.options.values import OptionError
-from recipes.run.files import output_file
+from recipes.run.files import list_beside, output_file
 from recipes.terminal import say
 from recipes.train.bounded_weights import WEIGHTINGS
 from recipes.train.data import require
 from recipes.train.objective import Objective
 from recipes.train.weight_report import (
+    check_weighting,
     example_batch,
     model_batches,
     reads_examples_alone,
@@ -73,8 +75,9 @@ def run_weigh(options: WeighOptions) -> None:
     else:
         data, weights, raw = rule_weights(options)
     output.write_lines(weight_lines(data, {"weight": weights, "raw_weight": raw}))
-    if listed is not None:
+    if listed is not None and output.path is not None:
         report_bad_rows([data.bad], listed, say)
+        report_truncated([data.bad], truncated_path(output.path), say)
     low, high = float(weights.min()), float(weights.max())
     output.say(f"weights of {len(data)} examples, {low:.3f} to {high:.3f}")
 
@@ -118,6 +121,7 @@ def _by_weighting(options: WeighOptions) -> tuple[Examples | Solutions, Tensor, 
         raise OptionError("--by weighting needs --weighting, the weighting directory of a run")
     kinds = [registration.kind for registration in WEIGHTINGS.values()]
     try:
+        check_weighting(Path(options.weighting))
         saved = _Saved(options.weighting, *load_weighting(options.weighting, kinds))
     except (FileNotFoundError, ValueError) as error:
         raise OptionError(f"--weighting {options.weighting}: {error}") from error
@@ -152,7 +156,7 @@ def _by_model(options: WeighOptions, saved: _Saved) -> tuple[Examples, Tensor, T
             "prompt; give the same"
         )
     features, uses_reference = _features(saved)
-    prm, model_params = load_model(options)
+    prm, model_params = load_model(options, placement=placement_of(options.placement))
     data = read_examples(prm, options, options.file)
     data = require(data, "labels")
     data = _check_rows(options, saved, data)
@@ -198,10 +202,12 @@ def _reference_scores(options: WeighOptions, directory: str, data: Examples) -> 
             "there is no args.yaml of a run that names it; give --reference-model"
         )
     try:
-        prm, params = load_model(replace(options, model=name))
+        prm, params = load_model(
+            replace(options, model=name), placement=placement_of(options.placement)
+        )
     except OptionError as error:
         raise OptionError(f"--reference-model {name}: {error}") from error
-    tokens = tokenised(prm, options, data)
+    tokens = tokenised(prm, options, data, too_long="refuse")
     if len(tokens) < len(data):
         raise OptionError(
             f"--reference-model {name}: cannot judge {len(data) - len(tokens)} solutions that "

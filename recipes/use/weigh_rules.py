@@ -10,7 +10,14 @@ import torch
 from torch import Tensor
 
 from recipes.evaluation.candidates import step_scores_of
-from recipes.loading import Examples, Solutions, load_model, read_examples, read_solutions
+from recipes.loading import (
+    Examples,
+    Solutions,
+    load_model,
+    placement_of,
+    read_examples,
+    read_solutions,
+)
 from recipes.options.use import WeighOptions
 from recipes.options.values import OptionError
 from recipes.train.data import require
@@ -33,7 +40,7 @@ def rule_weights(options: WeighOptions) -> tuple[Examples | Solutions, Tensor, T
     """
     data: Examples | Solutions
     if options.by == "small-loss":
-        prm, params = load_model(options)
+        prm, params = load_model(options, placement=placement_of(options.placement))
         data = require(read_examples(prm, options, options.file), "labels")
         if options.within == "domain":
             data = require(data, "domain")

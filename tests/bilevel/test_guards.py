@@ -256,11 +256,15 @@ def test_wrappers_of_several_processes_are_refused(tmp_path):
     store = torch.distributed.FileStore(str(tmp_path / "store"), 1)
     torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
     try:
+        from torch.distributed.fsdp import fully_shard
         from torch.distributed.tensor import DTensor, Replicate, init_device_mesh
 
         with pytest.raises(ValueError, match="wrapped by DistributedDataParallel"):
             functional(nn.Sequential(nn.parallel.DistributedDataParallel(nn.Linear(2, 2))))
         mesh = init_device_mesh("cpu", (1,))
+        sharded = nn.Sequential(fully_shard(nn.Linear(2, 2), mesh=mesh))
+        with pytest.raises(ValueError, match="0 is sharded by fully_shard, which computes with"):
+            functional(sharded)
         spread = DTensor.from_local(torch.ones(2, dtype=DOUBLE), mesh, [Replicate()])
         solver = BilevelSolver(regression(), SGD(0.1), SGD(0.1))
         with pytest.raises(ValueError, match="a parameter is a DTensor"):

@@ -156,3 +156,10 @@ def test_optimizer_states_survive_a_safetensors_file(optimizer, tmp_path) -> Non
         strict=True,
     ):
         assert torch.equal(old, new)
+
+
+def test_what_is_on_the_host_is_itself() -> None:
+    given = {"a": torch.tensor(1.5), "b": torch.tensor([True, False])}
+    found = tree.on_host(given)
+    assert list(found) == ["a", "b"]
+    assert all(found[name].data_ptr() == given[name].data_ptr() for name in given)

@@ -46,6 +46,17 @@ def saved_bytes(setup) -> tuple[int, dict[str, torch.Tensor | None]]:
     return sum(held.values()), dict(zip(leaves, found, strict=True))
 
 
+@pytest.mark.parametrize("setup", ["internvl"], indirect=True)
+def test_layers_of_the_vision_tower_alone_take_less_and_all_of_them_least(setup):
+    prm = replace(setup.objective.prm, activation_checkpointing="vision")
+    vision = replace(setup, objective=replace(setup.objective, prm=prm))
+    plain, expected = saved_bytes(setup)
+    some, found = saved_bytes(vision)
+    least, _ = saved_bytes(switched_on(setup))
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
+    assert least < some < plain
+
+
 @pytest.mark.parametrize("setup", SEEING, indirect=True)
 def test_gradients_are_the_same_bits_with_less_memory(setup):
     """The parameters are not those that the module holds: recomputation must not use the latter."""

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import overload
 
 from prm.data.bad_rows import BadRows
@@ -19,8 +21,8 @@ from prm.schema import DataError, StepExample
 
 _AT_ONCE = 256
 
-Check = Callable[[Sequence[StepExample]], Iterable[DataError | None]]
-"""Tells of some examples what is wrong with each, None if nothing is."""
+Check = Callable[[Sequence[StepExample]], Iterable[DataError | int | None]]
+"""Tells of some examples what is wrong with each, or how many steps can be used; else None."""
 
 
 class StoredExamples(Sequence[StepExample]):
@@ -34,6 +36,7 @@ class StoredExamples(Sequence[StepExample]):
         path: The file.
         outline: What is known of every example of the file.
         rows: The examples of the sequence, by their number in the outline.
+        cuts: How many first steps are left of an example, by the same number, where not all are.
     """
 
     def __init__(
@@ -44,10 +47,12 @@ class StoredExamples(Sequence[StepExample]):
         source: Source,
         outline: Outline,
         rows: Sequence[int] | None = None,
+        cuts: Mapping[int, int] = MappingProxyType({}),
     ) -> None:
         self.path = path
         self.outline = outline
         self.rows = range(len(outline)) if rows is None else rows
+        self.cuts = dict(cuts)
         self._root, self._format, self._source = root, format, source
 
     def __len__(self) -> int:
@@ -77,8 +82,16 @@ class StoredExamples(Sequence[StepExample]):
 
     def only(self, rows: Sequence[int]) -> StoredExamples:
         """Return the given examples alone."""
-        kept = array("q", (self.rows[row] for row in rows))
-        return StoredExamples(self.path, self._root, self._format, self._source, self.outline, kept)
+        return self._with(array("q", (self.rows[row] for row in rows)), self.cuts)
+
+    def cut(self, steps: Mapping[int, int]) -> StoredExamples:
+        """Return the examples with the first steps alone of those that ``steps`` names by row."""
+        named = {self.rows[row]: kept for row, kept in steps.items()}
+        return self._with(self.rows, self.cuts | named)
+
+    def _with(self, rows: Sequence[int], cuts: Mapping[int, int]) -> StoredExamples:
+        parts = (self.path, self._root, self._format, self._source, self.outline)
+        return StoredExamples(*parts, rows, cuts)
 
     @property
     def version(self) -> Hashable:
@@ -98,7 +111,11 @@ class StoredExamples(Sequence[StepExample]):
     @property
     def facts(self) -> Iterator[Facts]:
         """What is known of every example without reading it again, in order."""
-        return map(self.outline.facts, self.rows)
+        for row in self.rows:
+            known = self.outline.facts(row)
+            yield (
+                known._replace(labels=known.labels[: self.cuts[row]]) if row in self.cuts else known
+            )
 
     @property
     def pictures(self) -> Iterator[Path]:
@@ -125,12 +142,15 @@ class StoredExamples(Sequence[StepExample]):
         records = self._source.records(distinct)
         current: Place | None = None
         examples: tuple[StepExample, ...] = ()
-        for place, candidate in places:
+        for row, (place, candidate) in zip(rows, places, strict=True):
             if place != current:
                 current = place
                 location = Location(self._root, self.path, place.line, [])
                 examples = read(next(records), location)
-            yield examples[candidate]
+            example = examples[candidate]
+            if row in self.cuts:
+                example = replace(example, steps=example.steps[: self.cuts[row]])
+            yield example
 
 
 def facts(examples: Iterable[StepExample]) -> Iterator[Facts]:
@@ -167,7 +187,7 @@ def store_examples(
     allow_outside_images: bool = False,
     bad_rows: BadRows | None = None,
     check: Check | None = None,
-) -> tuple[StoredExamples, list[tuple[int, DataError]]]:
+) -> tuple[StoredExamples, list[tuple[int, DataError | int]]]:
     """Read a file once, check every record as ``checked_rows`` does, and keep an outline.
 
     Records of an uncompressed JSONL file stay there. Those of other files (compressed, tables, one
@@ -183,7 +203,7 @@ def store_examples(
         check: A further check, of some examples at once.
 
     Returns:
-        The examples, and the number and the error of those that ``check`` finds fault with.
+        The examples, and of those that ``check`` finds fault with the number and what it says.
 
     Raises:
         DataError: A record cannot be used, or too many.
@@ -205,7 +225,7 @@ def store_examples(
     root = path.parent if image_root is None else Path(image_root)
     spool: Spool | None = None
     name = format
-    faults: list[tuple[int, DataError]] = []
+    faults: list[tuple[int, DataError | int]] = []
     waiting: list[StepExample] = []
 
     def check_waiting() -> None:

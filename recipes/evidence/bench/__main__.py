@@ -1,8 +1,10 @@
-"""``python -m recipes.evidence.bench [core|embedded] ...``; core is the default."""
+"""``python -m recipes.evidence.bench [core|embedded|race] ...``; core is the default."""
 
 from __future__ import annotations
 
 import sys
+
+from recipes.run.errors import reported
 
 
 def main() -> None:
@@ -13,13 +15,19 @@ def main() -> None:
         from recipes.evidence.bench import embedded
 
         embedded.main(arguments)
+    elif name == "race":
+        from recipes.evidence.bench.race import measure
+
+        measure.main(arguments)
     elif name == "core":
         from recipes.evidence.bench import core
 
         core.main(arguments)
     else:
-        sys.exit(f"python -m recipes.evidence.bench: expected core or embedded, found {name!r}")
+        sys.exit(
+            f"python -m recipes.evidence.bench: expected core, embedded or race, found {name!r}"
+        )
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(reported("recipes.evidence.bench", main))

@@ -39,7 +39,7 @@ from recipes.evidence.bench.measure import (
     median_of,
     with_flops,
 )
-from recipes.run.files import write_json
+from recipes.run.files import check_writable, write_json
 from recipes.run.provenance import environment, machine
 
 WINDOWS = [1, 4, 16, 64]
@@ -223,6 +223,8 @@ def main(arguments: Sequence[str]) -> None:
         help="JSON of the rows, e.g. results/bench.json; beside it the rest, in *_details.json",
     )
     given = parser.parse_args(arguments)
+    if given.output:
+        check_writable("--output", Path(given.output))
     rounds = given.rounds or (2 if given.quick else 5)
     windows = given.windows if given.windows is not None else ([1, 4] if given.quick else WINDOWS)
     if given.threads:

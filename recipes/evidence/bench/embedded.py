@@ -40,7 +40,7 @@ from recipes.evidence.bench.measure import keep_freed_memory
 from recipes.loading import load_model
 from recipes.options.parse import changed, resolve
 from recipes.options.train import TrainOptions
-from recipes.run.files import write_json
+from recipes.run.files import check_writable, write_json
 from recipes.run.provenance import environment
 from recipes.train.data import read_train_data
 from recipes.train.make_solver import lower_optimizer
@@ -190,6 +190,7 @@ def main(given: Sequence[str]) -> None:
     parser.add_argument("--output", default="results/bench_embedded.json")
     parser.add_argument("--one", help=argparse.SUPPRESS)
     arguments = parser.parse_args(given)
+    check_writable("--output", Path(arguments.output))
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     from transformers.utils import logging

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -43,7 +44,8 @@ from recipes.options.base import LoaderOptions
 from recipes.options.parse import cold_start_options, to_yaml, train_options
 from recipes.options.train import ColdStartOptions, LowerOptions, TrainOptions
 from recipes.options.use import ScoreOptions
-from recipes.run.files import write_json
+from recipes.run.errors import reported
+from recipes.run.files import check_writable, write_json
 from recipes.run.provenance import environment, machine
 from recipes.train.cold_start import run_cold_start
 from recipes.train.training import run_training
@@ -253,10 +255,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
             "python -m recipes.evidence.smollm2.label --help says how to make it of what is "
             "published"
         )
+    check_writable("--output", Path(given.output))
     figures = check(given)
     print(table(figures))
     write_json(Path(given.output), figures)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(reported("recipes.evidence.smollm2", main))

@@ -21,6 +21,7 @@ import argparse
 import csv
 import json
 import re
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from fractions import Fraction
 from functools import cache
@@ -28,6 +29,7 @@ from pathlib import Path
 from typing import Any
 
 from prm.files import write_lines
+from recipes.run.errors import reported
 
 _MOVE = re.compile(r"(\S+) ([-+*/]) (\S+) = (\S+) \(left: ([^()]*)\)")
 Numbers = tuple[Fraction, ...]
@@ -123,4 +125,4 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(reported("recipes.evidence.smollm2.label", main))

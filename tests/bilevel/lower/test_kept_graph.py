@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from bilevel import SGD, BilevelProblem, BilevelSolver, OneStep, Reverse, Unrolled
+from bilevel.hypergradients.unrolled import UnrolledRecord
 from bilevel.lower import second_order
 from bilevel.lower.kept_graph import is_small
 
@@ -67,6 +68,7 @@ def test_products_through_kept_graphs_need_no_other_pass(steps, monkeypatch) -> 
         raise RuntimeError("no second derivative")
 
     monkeypatch.setattr(second_order, "derivative_through", fails)
+    monkeypatch.setattr(UnrolledRecord, "_through_graph", fails)
     solver = BilevelSolver(problem, SGD(0.1, 0.9), SGD(1.0), method, unroll_steps=steps)
     evaluated.clear()
     state, _ = solver.window(solver.init(theta, phi), [[batches]] * steps, upper)

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -139,6 +140,21 @@ def test_a_model_s_length_is_the_default_limit():
     prm = qwen()
     assert prm.collator().prompt.max_length == 4096
     assert prm.collator(max_length=None).prompt.max_length is None
+
+
+def test_labels_of_steps_that_are_cut_off_are_no_targets():
+    prm = qwen()
+    whole = example(labels=(1, 0, 1), correct=True)
+    two = replace(whole, steps=whole.steps[:2])
+    longest = len(prm.collator().encode(whole).input_ids) - 1
+    collator = prm.collator(max_length=longest, too_long="truncate")
+    encoded = collator.encode(whole)
+    assert encoded.example == two
+    batch, expected = collator([encoded]), prm.collator()([two])
+    assert batch["labels"].tolist() == [[1.0, 0.0]]
+    assert batch.keys() == expected.keys()
+    for name, value in expected.items():
+        assert torch.equal(batch[name], value), name
 
 
 def test_options_that_cannot_work_are_refused():

@@ -170,6 +170,8 @@ def test_labels_that_merge_with_the_turn_are_refused():
 
 def test_options_that_cannot_work_are_refused():
     tokenizer = word_tokenizer()
+    with pytest.raises(ValueError, match="'refuse' or 'truncate', found 'cut'"):
+        PromptEncoder(tokenizer, too_long="cut")
     with pytest.raises(ValueError, match="'plus', 'gold' or 'masked', found 'none'"):
         PromptEncoder(tokenizer, context="none")
     tokenizer.pad_token = None
@@ -189,6 +191,33 @@ def test_too_long_and_images_without_eyes_are_refused():
     assert caught.value.field == "images"
     with pytest.raises(ValueError, match="each of the 2 images of example 'a', found 1"):
         PromptEncoder(word_tokenizer()).encode(example(images=TWO_IMAGES), ("",))
+
+
+@pytest.mark.parametrize("tokenizer", TOKENIZERS)
+@pytest.mark.parametrize("context", ["plus", "gold", "masked"])
+def test_a_too_long_solution_keeps_the_steps_that_fit_and_is_encoded_as_they_alone(
+    tokenizer, context
+):
+    whole = example(labels=(1, 0, None, 1))
+    made = TOKENIZERS[tokenizer]()
+    plain = PromptEncoder(made, context=context)
+    prefixes = [
+        plain.encode(replace(whole, steps=whole.steps[:count]))
+        for count in range(1, len(whole.steps) + 1)
+    ]
+    lengths = [len(ids) for ids, _ in prefixes]
+    assert lengths == sorted(set(lengths))
+    for longest in range(lengths[0], lengths[-1] + 2):
+        encoder = PromptEncoder(made, context=context, max_length=longest, too_long="truncate")
+        ids, positions = encoder.encode(whole)
+        kept = sum(length <= longest for length in lengths)
+        assert len(positions) == kept
+        assert ids.equal(prefixes[kept - 1][0])
+        assert positions.equal(prefixes[kept - 1][1])
+    short = PromptEncoder(made, max_length=lengths[0] - 1, too_long="truncate", context=context)
+    text = f"at most {lengths[0] - 1} tokens up to the end of the first step, found {lengths[0]}"
+    with pytest.raises(DataError, match=text):
+        short.encode(whole)
 
 
 def test_tokens_of_another_model_are_refused():

@@ -89,6 +89,14 @@ def test_parts_that_are_none(word):
         parse_parts(word.split())
 
 
+@pytest.mark.parametrize("size", ["9" * 5000, "-" + "9" * 5000, str(10**9 + 1)])
+def test_a_size_of_too_many_digits_is_refused_in_a_short_sentence(size):
+    with pytest.raises(OptionError, match="at most 1,000,000,000") as caught:
+        parse_parts([f"a={size}"])
+    assert len(str(caught.value)) < 400
+    assert parse_parts([f"a={10**9}", "b=007"]) == {"a": 10**9, "b": 7}
+
+
 @pytest.fixture
 def source(tmp_path):
     """40 questions of 1 to 4 rows; every second one without a group."""

@@ -9,7 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from prm.schema import Step, StepExample
 from recipes.__main__ import main
+from recipes.data_files.findings import mismatched
 from recipes.data_files.options import ValidateOptions
 from recipes.data_files.validate import validate
 from recipes.evidence.bench_validate import write_visualprm
@@ -363,3 +365,9 @@ def test_ids_that_two_sets_share_are_told(tmp_path):
     first = write(tmp_path / "a.jsonl", own(1, "+"))
     second = write(tmp_path / "b.jsonl", own(1, "+", question="another one"))
     assert "test and train share no question, but 1 ids" in page(first, test=str(second))
+
+
+def test_a_picture_number_of_thousands_of_digits_is_one_that_is_not_there():
+    text = f"<image {'9' * 5000}>"
+    row = StepExample(id="a", question=text, images=(Path("x.png"),), steps=(Step("a", 1.0),))
+    assert mismatched(row)

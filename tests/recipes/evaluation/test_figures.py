@@ -111,6 +111,23 @@ def test_step_benchmarks(found):
     assert process["mean_f1"] == 0.0
 
 
+def test_a_solution_cut_before_its_first_error_has_no_part_in_processbench():
+    """Of q2 the solution whose only labelled step is right; its second one was cut off."""
+    rows = [*ROWS, ("q2", "gap", "B", True, [(1, 0.9)])]
+    whole, scores = candidates(rows)
+    figures = all_figures(whole, scores, Choice("mean", 0.5), "expected", "prm")
+    assert figures["steps"]["process_bench"]["per_domain"]["gap"]["correct"] == 3
+    assert figures["n_truncated"] == 0
+    whole.data.bad.truncate(7, "6", 2, 1)
+    assert (whole.all_steps[-1], whole.is_truncated) == (2, [False] * 6 + [True])
+    figures = all_figures(whole, scores, Choice("mean", 0.5), "expected", "prm")
+    assert figures["steps"]["process_bench"]["per_domain"]["gap"]["correct"] == 2
+    assert figures["n_truncated"] == 1
+    whole.data.bad.truncate(5, "4", 9, 1)  # its first error is among the steps that are kept
+    figures = all_figures(whole, scores, Choice("mean", 0.5), "expected", "prm")
+    assert figures["steps"]["process_bench"]["per_domain"]["gap"]["erroneous"] == 1
+
+
 def test_solutions(found):
     # Right: .8 .35 .5 .6. Wrong: .75 .25. Pairs won: 1 + 4 of 8.
     assert found["solutions"]["auc"] == pytest.approx(5 / 8, abs=1e-4)

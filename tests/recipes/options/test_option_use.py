@@ -19,10 +19,11 @@ from bilevel.optimizers.schedule import Constant, StepDecay
 from bilevel.routes import CentralDifference, Route
 from prm.aggregations import AGGREGATIONS
 from prm.models.model import load_prm
+from prm.placement import Placement
 from recipes import commands
 from recipes.embedded.vocabulary import SYSTEM_PROMPT
 from recipes.evaluation.table import NAMES
-from recipes.loading import read_examples
+from recipes.loading import placement_of, read_examples
 from recipes.options.embedded import CompareOptions, DataOptions, PretrainOptions
 from recipes.options.flat import flat_options, flatten
 from recipes.options.parse import changed, train_options
@@ -112,7 +113,7 @@ def recording(monkeypatch):
 
 
 def test_cold_start_reads_each_of_its_options(task, tmp_path, recording):
-    options, seen = recording(task.cold_start(tmp_path / "run"))
+    options, seen = recording(task.cold_start(tmp_path / "run", lora_rank=2))
     run_cold_start(options)
     assert not_read(ColdStartOptions, seen) == {"max_bad_rows"}
 
@@ -127,6 +128,7 @@ def test_training_reads_each_of_its_options(task, tmp_path, recording):
         ("none", {"weighting": "none"}),
         ("implicit", implicit),
         ("penalty", {"hypergradient": "penalty"}),
+        ("lora", {"lora_rank": 2, "weighting": "none", "steps": 1}),
     ):
         given = task.train(tmp_path / name, **more)
         options, seen = recording(given)
@@ -162,7 +164,7 @@ def test_use_reads_each_of_its_options(task, tmp_path, recording, command, kind)
         options, seen = recording(kind_of(**given[name], **more))
         assert commands.run(name, options) == 0
         if name == command:
-            assert not_read(kind, seen) == ({"max_bad_rows"} if kind is ScoreOptions else set())
+            assert not_read(kind, seen) == {"max_bad_rows"}
             return
 
 
@@ -190,7 +192,9 @@ def test_every_choice_is_tested_below():
     entries = flat_options(TrainOptions).values()
     found = {entry.name for entry in entries if get_origin(entry.hint) is Literal}
     assert found == {
+        "activation_checkpointing",
         "aggregation",
+        "attention",
         "bound",
         "context",
         "hypergradient",
@@ -199,13 +203,16 @@ def test_every_choice_is_tested_below():
         "lower_data",
         "lower_loss",
         "on_bad_row",
+        "lora_save",
         "lower_schedule",
         "normalise",
         "on_existing",
         "on_trouble",
         "order",
+        "precision",
         "probability",
         "route",
+        "too_long",
         "upper_optimizer",
         "upper_schedule",
         "weighting",
@@ -474,6 +481,22 @@ def test_on_existing(tmp_path, name):
     expected = {"refuse": full, "number": tmp_path / "run-3"}
     assert free_directory(full, name) == expected[name]
     assert free_directory(tmp_path / "new", name) == tmp_path / "new"
+
+
+@pytest.mark.parametrize("name", choices("precision"))
+@pytest.mark.parametrize("attention", choices("attention"))
+@pytest.mark.parametrize("layers", choices("activation_checkpointing"))
+def test_placements(name, attention, layers):
+    options = changed(
+        BASE, device="cpu", precision=name, attention=attention, activation_checkpointing=layers
+    )
+    if attention == "flash":
+        with pytest.raises(OptionError, match=r"--attention flash: .* found cpu; use sdpa"):
+            placement_of(options.placement, options.activation_checkpointing)
+        return
+    assert placement_of(options.placement, options.activation_checkpointing) == Placement(
+        torch.device("cpu"), "float32" if name == "auto" else name, attention, layers
+    )
 
 
 def test_every_kind_of_run_has_a_row_of_its_own_name():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import re
+from pathlib import Path
 
 import pytest
 
@@ -12,7 +13,7 @@ from recipes.options.flat import flat_options, flatten
 from recipes.options.groups import LowerLevel, UpperLevel
 from recipes.options.parse import PRESETS, build_parser, changed, resolve, to_yaml, train_options
 from recipes.options.train import ColdStartOptions, TrainOptions
-from recipes.options.values import OptionError
+from recipes.options.values import OptionError, resume_point
 from weighting import EXAMPLE_FEATURES, FEATURES
 
 REQUIRED = {"train_file": "t.jsonl", "output_dir": "out"}
@@ -122,3 +123,10 @@ def test_options_that_there_are_not_and_required_ones_are_named():
         train_options(train_file="t")
     with pytest.raises(OptionError, match="--hidden 3 has no effect with --weighting table"):
         train_options(**REQUIRED, weighting="table", hidden=3)
+
+
+def test_a_checkpoint_of_thousands_of_digits_is_none():
+    named = Path("runs/x/checkpoints/step-40")
+    assert resume_point(str(named)) == (Path("runs/x"), 40)
+    long = named.with_name("step-" + "9" * 5000)
+    assert resume_point(str(long)) == (long, None)

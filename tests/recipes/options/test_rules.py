@@ -140,6 +140,15 @@ def test_options_that_would_do_nothing_are_refused_with_reason_and_remedy(given,
             "step: use --order upper-first, or --route per-example",
         ),
         (
+            TABLE | {"attention": "flash", "route": "jvp"},
+            "--attention flash --hypergradient one-step --route jvp: FlashAttention can be "
+            "differentiated once, and backwards: use --attention sdpa, or",
+        ),
+        (
+            TABLE | {"attention": "flash", "hypergradient": "unrolled"},
+            "--attention flash --hypergradient unrolled --route auto: FlashAttention can be",
+        ),
+        (
             TABLE | {"route": "dot", "batch_size": 2},
             "--route dot --batch-size 2: dot takes one example per micro-batch: use auto, or "
             "--batch-size 1 with a higher --accumulation",
@@ -269,4 +278,11 @@ def test_what_a_resumed_run_may_change():
         *("log_every", "save_every", "keep_checkpoints", "on_trouble"),
         *("dev_file", "test_file", "sanity_check", "on_bad_row", "max_bad_rows"),
         "initial_loss",
+        *(
+            "device",
+            "precision",
+            "attention",
+            "activation_checkpointing",
+            *("lora_save", "profile"),
+        ),  # but see identity
     }

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import errno
+from dataclasses import dataclass
+
 import numpy as np
 import pytest
 from scipy import stats
 
-from recipes.problems.report import Interval, mean_interval, percent, text_table
+from recipes.options.base import option
+from recipes.problems import report
+from recipes.problems.report import Interval, mean_interval, percent, run_recipe, text_table
 
 
 @pytest.mark.parametrize("count", [2, 3, 5, 21])
@@ -32,3 +37,41 @@ def test_text():
     assert text_table([["a", "bb"], ["ccc", ""]]) == "\n".join(
         ["| a   | bb |", "|-----|----|", "| ccc |    |"]
     )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """Options of a recipe."""
+
+    threads: int = option(0, "threads", least=0, most=8)
+    output: str | None = option(None, "file")
+
+
+def test_a_disk_that_is_full_at_the_end_ends_in_a_line(tmp_path, monkeypatch, capsys):
+    def run(options):
+        """Do nothing."""
+        return "text", {}
+
+    def full(path, content):
+        raise OSError(errno.ENOSPC, "No space left on device", str(path))
+
+    monkeypatch.setattr(report, "write_json", full)
+    out = str(tmp_path / "out.json")
+    assert run_recipe("recipes.problems.x", Options, run, ["--output", out]) == 1
+    said = capsys.readouterr()
+    assert said.out == "text\n"
+    assert said.err == f"recipes.problems.x: {out}: No space left on device\n"
+    assert run_recipe("recipes.problems.x", Options, run, []) == 0
+
+
+def test_an_output_that_cannot_be_written_is_refused_before_the_work(tmp_path, capsys):
+    def run(options):
+        """Do nothing."""
+        raise AssertionError("the work began")
+
+    (tmp_path / "file").write_text("")
+    words = ["--output", str(tmp_path / "file" / "out.json")]
+    assert run_recipe("recipes.problems.x", Options, run, words) == 1
+    assert "cannot be written" in capsys.readouterr().err
+    assert run_recipe("recipes.problems.x", Options, run, ["--threads", "9"]) == 2
+    assert "--threads: expected at most 8, found 9" in capsys.readouterr().err

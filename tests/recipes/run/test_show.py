@@ -82,6 +82,12 @@ def test_damaged_files_do_not_matter(run, content):
     assert described(found)
 
 
+def test_a_folder_that_is_named_like_a_checkpoint_does_not_matter(run):
+    for name in ("step-²", "step-none"):
+        (run / "checkpoints" / name).mkdir(parents=True)
+    assert run_state(run).checkpoint == 20
+
+
 def test_commands(run, capsys, tmp_path):
     assert main(["runs", "show", str(run), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["last_line"] == LINE

@@ -204,7 +204,11 @@ def test_a_closed_terminal_stops_a_run_with_its_state_saved(task, tmp_path):
     words = ["train", "--config", str(whole / "args.yaml"), "--output-dir", str(run)]
     ours, theirs = pty.openpty()
     child = subprocess.Popen(
-        [sys.executable, "-c", _LONG, *words], stdin=subprocess.PIPE, stdout=theirs, stderr=theirs
+        [sys.executable, "-c", _LONG, *words],
+        stdin=subprocess.PIPE,
+        stdout=theirs,
+        stderr=theirs,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},  # as here: the bits depend on it
     )
     os.close(theirs)
     said = b""

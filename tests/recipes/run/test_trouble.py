@@ -16,7 +16,7 @@ from recipes.run.checkpoints import Checkpoints, Progress
 from recipes.run.errors import NonFiniteError
 from recipes.run.resume import Run
 from recipes.run.step_log import Unlogged
-from recipes.run.trouble import GIVE_UP, Seen, Trouble, find_troubles
+from recipes.run.trouble import GIVE_UP, Seen, Trouble, find_troubles, read_steps
 from recipes.train.loop import StepLogging, Training, train
 from tests.tiny_task import read_lines
 from weighting import InstanceNet
@@ -52,7 +52,7 @@ def kinds(infos, *, after=None, seen=None, weighting=None, before=None, method=N
     if method is not None:
         solver = replace(solver, hypergradient=method)
     _, end = state_of(after or Found())
-    found = find_troubles(solver, weighting, start, end, infos, seen or Seen({}))
+    found = find_troubles(solver, weighting, start, end, read_steps(end, infos), seen or Seen({}))
     return [(trouble.kind, trouble.rejects) for trouble in found]
 
 

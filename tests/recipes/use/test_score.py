@@ -6,6 +6,7 @@ import errno
 import io
 import json
 import os
+import re
 import sys
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from prm.scoring import score_examples
 from recipes import commands
 from recipes.__main__ import main
 from recipes.embedded.vocabulary import SYSTEM_PROMPT
+from recipes.evaluation.scoring import score_rows
 from recipes.loading import load_model, read_examples
 from recipes.options.use import ScoreOptions, SelectOptions
 from recipes.run.lock import locked
@@ -85,10 +87,10 @@ def test_an_interrupted_file_is_continued_to_the_same_bytes(options, monkeypatch
         calls.append(args)
         if len(calls) == 3:
             raise KeyboardInterrupt
-        return score_examples(*args, **more)
+        return score_rows(*args, **more)
 
     with monkeypatch.context() as patch:
-        patch.setattr(recipes.use.score, "score_examples", interrupted)
+        patch.setattr(recipes.use.score, "score_rows", interrupted)
         with pytest.raises(KeyboardInterrupt):
             run_score(options())
     output = Path(options().output)
@@ -100,9 +102,10 @@ def test_an_interrupted_file_is_continued_to_the_same_bytes(options, monkeypatch
     assert run_score(options()).read_bytes() == whole
     there = 12 if cut >= 0 else 11
     assert f"{20 - there} solutions scored in " in capsys.readouterr().out
-    monkeypatch.setattr(recipes.use.score, "score_examples", None)  # nothing is left to do
+    monkeypatch.setattr(recipes.use.score, "score_rows", None)  # nothing is left to do
     assert run_score(options()).read_bytes() == whole
-    assert ": 0 solutions scored in 0.0 s, 20 were there" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert re.search(r": 0 solutions scored in \d+\.\d s, 20 were there\n", said)
 
 
 @pytest.mark.parametrize(
@@ -138,9 +141,9 @@ def test_a_file_of_unknown_origin_is_refused(options, tmp_path, capsys):
 
 def test_scores_that_are_no_numbers_are_named(options, monkeypatch, capsys):
     def diverged(*args, **more):
-        return [row * float("nan") for row in score_examples(*args, **more)]
+        return [row * float("nan") for row in score_rows(*args, **more)]
 
-    monkeypatch.setattr(recipes.use.score, "score_examples", diverged)
+    monkeypatch.setattr(recipes.use.score, "score_rows", diverged)
     assert commands.run("score", options()) == 1
     line = capsys.readouterr().err.splitlines()[-1]
     assert "test.jsonl: example 'test-0000-0': expected numbers as step scores, found [nan" in line
@@ -155,10 +158,10 @@ def test_an_interrupted_file_is_not_selected_from(options, monkeypatch, capsys, 
         calls.append(args)
         if len(calls) == 2:
             raise KeyboardInterrupt
-        return score_examples(*args, **more)
+        return score_rows(*args, **more)
 
     with monkeypatch.context() as patch:
-        patch.setattr(recipes.use.score, "score_examples", interrupted)
+        patch.setattr(recipes.use.score, "score_rows", interrupted)
         assert commands.run("score", options()) == 130
     select = SelectOptions(scores=options().output, output=str(tmp_path / "best.jsonl"))
     capsys.readouterr()
@@ -306,6 +309,46 @@ def test_select_needs_questions(scores, capsys):
     command = ["select", "--scores", str(scores), "--output", str(scores.with_name("o.jsonl"))]
     assert main(command) == 1
     assert "scores.jsonl:1: field group: expected the name of the" in capsys.readouterr().err
+
+
+def test_select_leaves_out_bad_rows_if_asked(scores, tmp_path, capsys):
+    """A line cut off, an id that was there before, no question, no such score."""
+    whole = selected(scores, tie="first")
+    good = scores.read_text().splitlines()
+    bad = {
+        2: '{"id": "cut", "step_sc',
+        4: good[0],
+        5: '{"id": "alone", "step_scores": [1], "scores": {"mean": 1}}',
+        7: '{"id": "other", "group": "q1", "step_scores": [1], "scores": {"min": 1}}',
+    }
+    rest = iter(good)
+    places = range(1, len(good) + len(bad) + 1)
+    lines = [bad[at] if at in bad else next(rest) for at in places]
+    scores.write_text("\n".join(lines) + "\n")
+    out = tmp_path / "out.jsonl"
+    command = ["select", "--scores", str(scores), "--output", str(out), "--tie", "first"]
+    assert main(command) == 1
+    assert f"{scores}:2" in capsys.readouterr().err
+    assert not out.exists()
+    skip = [*command, "--on-bad-row", "skip"]
+    assert main(skip) == 1
+    said = capsys.readouterr().err
+    assert f"expected at most 0.1 of the rows to be left out, found 4 of {len(lines)} rows" in said
+    assert main([*skip, "--max-bad-rows", "0.5"]) == 0
+    assert f"4 of {len(lines)} rows" in capsys.readouterr().out
+    assert read_lines(out) == whole
+    listed = read_lines(tmp_path / "out.jsonl.skipped.jsonl")
+    assert [(row["line"], row["field"], row["id"]) for row in listed] == [
+        (2, None, None),
+        (4, "id", None),
+        (5, "group", "alone"),
+        (7, "scores.mean", "other"),
+    ]
+    scores.write_text(bad[5] + "\n")
+    assert main([*skip, "--max-bad-rows", "1", "--overwrite"]) == 1
+    assert "expected a candidate, found none in 1 rows" in capsys.readouterr().err
+    assert main(["select", "--scores", str(scores), "--output", "-", "--on-bad-row", "skip"]) == 2
+    assert "--on-bad-row skip: needs --output" in capsys.readouterr().err
 
 
 class Terminal(io.StringIO):

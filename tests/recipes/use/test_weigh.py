@@ -279,3 +279,28 @@ def test_example_features_are_those_of_the_batch(task, tmp_path):
             assert inputs[row, step].tolist() == pytest.approx(
                 [*expected, float(tokens), float(steps)]
             )
+
+
+@pytest.mark.parametrize("name", ["config.json", "ids.json", "params.safetensors"])
+def test_a_changed_byte_of_a_saved_weighting_is_named(runs, weigh, tmp_path, capsys, name):
+    folder = tmp_path / "weighting"
+    shutil.copytree(runs["table"] / "weighting", folder)
+    assert weigh("table", weighting=str(folder))[0] == 0
+    content = (folder / name).read_bytes()
+    for place in (0, len(content) // 2, len(content) - 1):
+        (folder / name).write_bytes(
+            content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :]
+        )
+        capsys.readouterr()
+        assert weigh("table", weighting=str(folder))[0] == 2
+        said = capsys.readouterr().err
+        assert f"{folder / name}: expected the content whose SHA-256 stands in {name}" in said
+    (folder / name).write_bytes(content)
+    for digest in folder.glob("*.sha256"):
+        digest.unlink()
+    assert weigh("table", weighting=str(folder))[0] == 0
+    said = capsys.readouterr().err
+    assert said == (
+        f"note: {folder}/params.safetensors: no params.safetensors.sha256 beside it to check it "
+        "with\n"
+    )

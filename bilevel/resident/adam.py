@@ -1,0 +1,121 @@
+"""Adam's and AdamW's step in place by torch's fused kernel, and its derivative along a gradient."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from bilevel import tree
+from bilevel.optimizers.elementwise import ElementwiseOptimizer
+from bilevel.optimizers.optimizers import Adam, AdamW
+
+
+@dataclass(frozen=True)
+class FusedAdam:
+    """The step of ``Adam`` or ``AdamW`` at one number of steps, for leaves of one precision.
+
+    Args:
+        decoupled: Whether the decay is AdamW's.
+        betas: β₁ and β₂.
+        eps: ε.
+        steps: The number of the step, from 1.
+    """
+
+    decoupled: bool
+    betas: tuple[float, float]
+    eps: float
+    steps: int
+
+    @classmethod
+    def of(cls, optimizer: ElementwiseOptimizer, steps: int) -> FusedAdam | None:
+        """Return the kernel of an optimizer, None for one with another rule."""
+        if type(optimizer) not in (Adam, AdamW) or optimizer.state_dtype is not None:
+            return None  # what is derived of Adam has a rule of its own
+        assert isinstance(optimizer, Adam)
+        return cls(isinstance(optimizer, AdamW), optimizer.betas, optimizer.eps, steps)
+
+    def step_(
+        self,
+        params: Sequence[Tensor],
+        grads: Sequence[Tensor],
+        first: Sequence[Tensor],
+        second: Sequence[Tensor],
+        lr: float,
+        decay: float,
+    ) -> list[Tensor]:
+        """Take the step in place, and return the gradients that the rule saw.
+
+        Args:
+            params: θ.
+            grads: Its gradient, weighted and clipped; not changed.
+            first: m.
+            second: s.
+            lr: The learning rate.
+            decay: The weight decay λ; 0: none.
+        """
+        seen = list(grads)
+        if decay and not self.decoupled:
+            seen = list(torch._foreach_add(seen, list(params), alpha=decay))
+        device = params[0].device
+        count = torch.tensor(float(self.steps), device=device if device.type != "cpu" else "cpu")
+        torch._fused_adamw_(
+            list(params),
+            seen,
+            list(first),
+            list(second),
+            [],
+            [count] * len(seen),
+            lr=lr,
+            beta1=self.betas[0],
+            beta2=self.betas[1],
+            weight_decay=decay if self.decoupled else 0.0,
+            eps=self.eps,
+            amsgrad=False,
+            maximize=False,
+        )
+        return seen
+
+    def slope_(
+        self,
+        raw: Sequence[Tensor],
+        seen: Sequence[Tensor],
+        first: Sequence[Tensor],
+        second: Sequence[Tensor],
+        factor: float,
+    ) -> None:
+        """Multiply ``raw`` by the derivative of the step's direction, in place.
+
+        With the moments m', s' *after* the step, k = √c₂/c₁, e = ε √c₂ and ĝ = ``seen``::
+
+            raw ← factor · raw · ((1−β₁) k/(√s'+e) − (1−β₂) k m' ĝ/(√s' (√s'+e)²))
+
+        Where s' = 0, ĝ is 0, and the second term is too.
+
+        Args:
+            raw: What the derivative is taken along, like θ.
+            seen: The gradients that the rule saw.
+            first: m'.
+            second: s'.
+            factor: ``−lr``, and the clip scale.
+        """
+        (beta1, beta2), steps = self.betas, self.steps
+        correction2 = 1.0 - beta2**steps
+        gain = math.sqrt(correction2) / (1.0 - beta1**steps)
+        # 16 bits would lose the difference of the two terms.
+        wide = tree.wide_dtype(raw[0].dtype)
+        ghat, m, s = ([leaf.to(wide) for leaf in column] for column in (seen, first, second))
+        least = math.sqrt(torch.finfo(wide).tiny * torch.finfo(wide).eps)
+        root = torch._foreach_sqrt(s)
+        bend = torch._foreach_div(ghat, torch._foreach_clamp_min(root, least))
+        torch._foreach_mul_(bend, m)
+        torch._foreach_add_(root, self.eps * math.sqrt(correction2))
+        torch._foreach_reciprocal_(root)
+        torch._foreach_mul_(bend, root)
+        torch._foreach_mul_(bend, -(1.0 - beta2) * gain * factor)
+        torch._foreach_add_(bend, (1.0 - beta1) * gain * factor)
+        torch._foreach_mul_(root, bend)
+        torch._foreach_mul_(list(raw), [one.to(raw[0].dtype) for one in root])

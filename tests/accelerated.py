@@ -1,0 +1,163 @@
+"""Commands on the pretend accelerator, in a process of their own: torch keeps what is registered.
+
+``python -m tests.accelerated OUT DIRECTORY SCENARIO ...`` runs each scenario and writes what was
+noted, as JSON: ``{scenario: {"mix-ups": [...], "waits": {...}, "error": null or text}}``. The waits
+are those of one step that is not logged, by place. ``losses`` are those that a training run logs.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bilevel import tree
+from tests import accelerator
+from tests.tiny_task import Task, make_task
+
+STEP = 2
+"""Number of the step whose waits are noted; lines are written at steps 1 and 3, counted from 0."""
+
+TRAININGS: dict[str, dict[str, Any]] = {
+    "none": {"weighting": "none"},
+    "meta": {"weighting": "none", "lower_data": "meta"},
+    "pairs": {"loss_target": "pairs", "weighting": "table", "bound": "clip"},
+    "net": {"weighting": "net", "features": ("p_label", "length", "domain")},
+    "table": {"weighting": "table", "bound": "clip", "save_every": 4},
+    "lazy": {"weighting": "table", "bound": "clip", "upper_optimizer": "lazy-adam"},
+    "domain": {"weighting": "domain", "bound": "softplus"},
+    "dot": {
+        **{"weighting": "table", "bound": "clip", "normalise": "table"},
+        **{"route": "dot", "batch_size": 1, "accumulation": 2},
+    },
+    "dot lower-first": {
+        **{"weighting": "table", "bound": "clip", "normalise": "table"},
+        **{"route": "dot", "batch_size": 1, "order": "lower-first"},
+    },
+    "ghost": {"route": "ghost"},
+    "per-example": {"route": "per-example", "order": "lower-first"},
+    "reverse": {"route": "reverse"},
+    "central-difference": {"route": "central-difference"},
+    "rollback": {"rollback": True},
+    "unrolled": {"hypergradient": "unrolled", "unroll_steps": 2, "upper_start": 2, "steps": 6},
+    "penalty": {"hypergradient": "penalty"},
+}
+"""Runs by name. The route ``jvp`` and ``implicit``, whose products are ``torch.func.jvp``, are not
+among them: torch ends with a segmentation fault where forward mode meets a tensor subclass of a
+device of its own."""
+
+ON_CPU = "table on the CPU"
+FAULTS = "faults"
+USES = ("cold-start", "score", "evaluate", "weigh", "small-loss")
+
+
+def main(out: str, directory: str, *names: str) -> None:
+    """Run scenarios, and write what was noted to ``out``."""
+    import recipes.loading
+    import recipes.run.identity
+    from prm.placement import Placement
+
+    accelerator.register()
+    task, noted = make_task(Path(directory) / "task"), {}
+    for name in names:
+        placement = Placement() if name == ON_CPU else Placement(accelerator.device())
+        recipes.loading.resolve = lambda *_, p=placement: p
+        recipes.run.identity.resolve = lambda *_, p=placement: p
+        folder = Path(directory) / name.replace(" ", "-")
+        noted[name] = _noted(lambda f=folder, n=name: _scenario(task, f, n))
+        Path(out).write_text(json.dumps(noted))
+
+
+def _noted(scenario: Callable[[], list[float]]) -> dict[str, Any]:
+    import recipes.train.loop
+
+    marks: list[int] = []
+    take = recipes.train.loop.next_steps
+    error, losses = None, []
+    with accelerator.Accelerator() as active:
+
+        def marked(*args: Any) -> Any:
+            marks.append(len(active.events))
+            return take(*args)
+
+        recipes.train.loop.next_steps = marked
+        try:
+            losses = scenario()
+        except Exception:
+            error = traceback.format_exc()
+        finally:
+            recipes.train.loop.next_steps = take
+    found: dict[str, Any] = {"mix-ups": [], "waits": {}, "error": error, "losses": losses}
+    found["kinds"] = [event.kind for event in active.events]
+    for event in active.events:
+        if event.kind == "mix-up":
+            found["mix-ups"].append(f"{event.operation} at {event.place}, line {event.line}")
+    for event in active.events[slice(*marks[STEP : STEP + 2])] if len(marks) > STEP + 1 else ():
+        if event.kind == "wait":
+            found["waits"][event.place] = found["waits"].get(event.place, 0) + 1
+    return found
+
+
+def _scenario(task: Task, folder: Path, name: str) -> list[float]:
+    from recipes.train.cold_start import run_cold_start
+    from recipes.train.training import run_training
+
+    if name == FAULTS:
+        return _faults()
+    if name == "cold-start":
+        return _logged(run_cold_start(task.cold_start(folder, steps=4, log_every=2)))
+    if name in TRAININGS or name == ON_CPU:
+        more = {"save_every": 9, "log_every": 2, "steps": 4}
+        more |= TRAININGS["table" if name == ON_CPU else name]
+        return _logged(run_training(task.train(folder, **more)))
+    _use(task, folder, name)
+    return []
+
+
+def _logged(run: Path) -> list[float]:
+    lines = (run / "log.jsonl").read_text().splitlines()
+    return [json.loads(line)["lower_loss"] for line in lines]
+
+
+def _use(task: Task, folder: Path, name: str) -> None:
+    from recipes import commands
+    from recipes.embedded.vocabulary import SYSTEM_PROMPT
+    from recipes.options.use import EvaluateOptions, ScoreOptions, WeighOptions
+    from recipes.train.training import run_training
+
+    common = {"model": str(task.model), "system_prompt": SYSTEM_PROMPT, "output": str(folder)}
+    file = str(task.data / "train.jsonl")
+    options: Any
+    if name == "score":
+        options = ScoreOptions(**common, file=file)
+    elif name == "evaluate":
+        options = EvaluateOptions(**common, file=str(task.data / "test.jsonl"))
+    elif name == "small-loss":
+        options = WeighOptions(**common, file=file, by="small-loss")
+    else:
+        run = run_training(task.train(folder.with_name("weighed"), steps=2))
+        options = WeighOptions(**common, file=file, weighting=str(run / "weighting"))
+    command = "weigh" if name in ("weigh", "small-loss") else name
+    assert commands.run(command, options) == 0, f"{command} failed"
+
+
+def _faults() -> list[float]:
+    """Make one fault of each kind, and return what the accelerator computed."""
+    there = torch.arange(3.0).to(accelerator.device())  # a transfer
+    mixed = there + torch.ones(3)  # a mix-up
+    chosen = there[there > 0]  # a wait for the number of results
+    mixed = mixed + torch.tensor(1.0)  # a number is none
+    bad = torch.tensor([math.nan, math.inf, -math.inf, 3e38]).to(accelerator.device())
+    finite = [tree.allfinite({"a": there, "b": value}) for value in bad.split(1)]
+    found = tree.on_host({"finite": torch.stack(finite), "sum": mixed.sum()})  # a wait
+    return [float(found["sum"]), *chosen.tolist(), *map(float, found["finite"])]  # a wait
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

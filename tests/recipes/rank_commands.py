@@ -1,0 +1,59 @@
+"""Commands that the ranks of a test run, one after the other, and faults that befall a rank.
+
+``python -m tests.recipes.rank_commands FOLDER STORE RANK RANKS`` reads ``FOLDER/commands.json``;
+without STORE, RANK and RANKS it is started by torchrun. Exit statuses are left in ``FOLDER``.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import sys
+import time
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from recipes.__main__ import main as run_command
+
+
+def free_port() -> int:
+    """A port of loopback that nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def fault_at(folder: Path, step: int, rank: int, number: int) -> None:
+    """Send a signal to one rank once a step of a training run is logged, and note the time."""
+    from recipes.train import training
+
+    def logged(taken: int) -> None:
+        if taken == step and int(os.environ["RANK"]) == rank:
+            (folder / "fault").write_text(str(time.time()))
+            os.kill(os.getpid(), number)
+
+    run = training.run_training
+    training.run_training = partial(getattr(run, "func", run), logged=logged)
+
+
+def main(folder: Path, rank: int) -> None:
+    """Run the commands."""
+    statuses: list[int] = []
+    commands: list[dict[str, Any]] = json.loads((folder / "commands.json").read_text())
+    for command in commands:
+        if command["port"] is not None:
+            os.environ["MASTER_PORT"] = str(command["port"])
+        fault_at(folder, *command.get("fault", (-1, -1, signal.SIGTERM)))
+        print(f"## {rank} {' '.join(command['arguments'])}", flush=True)
+        statuses.append(run_command(command["arguments"]))
+        (folder / f"statuses-{rank}.json").write_text(json.dumps(statuses))
+
+
+if __name__ == "__main__":
+    if "RANK" not in os.environ:
+        _, rank_number, count = sys.argv[2:5]
+        os.environ |= {"RANK": rank_number, "WORLD_SIZE": count, "MASTER_ADDR": "127.0.0.1"}
+    main(Path(sys.argv[1]), int(os.environ["RANK"]))
