@@ -10,7 +10,7 @@ GAME24 := data/game24/candidates.jsonl
 
 .DEFAULT_GOAL := help
 .PHONY: help install train-net train-table train-domain baseline cold-start data results bench \
-	bench-scoring bench-validate check-smollm2 \
+	bench-scoring bench-validate bench-growth check-smollm2 \
 	noisy-labels long-tail regularization learned-schedule \
 	chaos test test-quick fuzz soak docs lint format type clean-runs clean
 
@@ -78,6 +78,9 @@ bench: $(VENV)/installed-dev ## cost of every hypergradient route, side by side
 
 bench-scoring: $(VENV)/installed ## scoring beside the original's loop: speed and memory
 	$(VENV)/bin/python -m recipes.evidence.bench_scoring
+
+bench-growth: $(VENV)/installed ## start of train and memory of score, up to a million rows
+	$(VENV)/bin/python -m recipes.evidence.bench_growth
 
 bench-validate: $(VENV)/installed ## data validate on a file as large as VisualPRM400K
 	$(VENV)/bin/python -m recipes.evidence.bench_validate

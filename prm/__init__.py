@@ -22,6 +22,9 @@ if TYPE_CHECKING:
     from prm.data.splitter import split_steps as split_steps
     from prm.data.stepwise_writer import read_weights as read_weights
     from prm.data.stepwise_writer import write_stepwise as write_stepwise
+    from prm.data.store.encoded import EncodedExamples as EncodedExamples
+    from prm.data.store.examples import StoredExamples as StoredExamples
+    from prm.data.store.examples import store_examples as store_examples
     from prm.evaluation.answers import answer_classes as answer_classes
     from prm.evaluation.answers import canonical_answer as canonical_answer
     from prm.evaluation.calibration import brier as brier
@@ -66,6 +69,7 @@ if TYPE_CHECKING:
     from prm.schema import DataError as DataError
     from prm.schema import Step as Step
     from prm.schema import StepExample as StepExample
+    from prm.scoring import StepScores as StepScores
     from prm.scoring import aggregate as aggregate
     from prm.scoring import score_examples as score_examples
     from prm.scoring import solution_scores as solution_scores

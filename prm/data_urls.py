@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import base64
 import binascii
+import hashlib
 import io
 from pathlib import Path
 from typing import IO
@@ -69,6 +70,14 @@ def url_content(url: str) -> bytes:
     if not content:
         raise ValueError("no byte")
     return content
+
+
+def picture_key(path: Path) -> str:
+    """Return what a picture is remembered by: its path, or a hash of one in the record."""
+    text = str(path)
+    if not text.startswith(PREFIX):
+        return text
+    return PREFIX + hashlib.blake2b(text.encode("utf-8", "surrogatepass")).hexdigest()
 
 
 def to_url(path: Path) -> str:

@@ -8,14 +8,21 @@ over the vocabulary at every token in bfloat16.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import chain
+from typing import overload
 
+import numpy as np
 import torch
 from jaxtyping import Bool, Float
+from numpy.typing import NDArray
 from torch import Tensor
 
 from prm.aggregations import Aggregation
+from prm.data.store.encoded import MOST_HELD, EncodedExamples
 from prm.inputs.collate import Batch, EncodedExample
+from prm.inputs.token_batches import token_batches, vision_tokens_per_tile
 from prm.inputs.transfer import moved
 from prm.inputs.workers import ordered_map
 from prm.models.model import PRM, step_logits
@@ -79,6 +86,46 @@ def solution_scores(
     return torch.stack([aggregate(probs[..., label], mask, how) for label in (0, 1)], dim=-1)
 
 
+class StepScores(Sequence[Tensor]):
+    """The step scores of many solutions, [steps] each, in one tensor: 4 bytes a step.
+
+    Those that were not stored are NaN.
+
+    Args:
+        counts: The number of steps of every solution.
+        dtype: The type of the scores.
+    """
+
+    def __init__(self, counts: Iterable[int], dtype: torch.dtype = torch.float32) -> None:
+        self._ends = np.cumsum([0, *counts])
+        self._values = torch.full((int(self._ends[-1]),), math.nan, dtype=dtype)
+        self._stored = np.zeros(len(self), dtype=bool)
+
+    def __len__(self) -> int:
+        return len(self._ends) - 1
+
+    @overload
+    def __getitem__(self, row: int) -> Tensor: ...
+    @overload
+    def __getitem__(self, row: slice) -> list[Tensor]: ...
+    def __getitem__(self, row: int | slice) -> Tensor | list[Tensor]:
+        if isinstance(row, slice):
+            return [self[number] for number in range(len(self))[row]]
+        number = range(len(self))[row]
+        return self._values[self._ends[number] : self._ends[number + 1]]
+
+    def put(self, row: int, scores: Float[Tensor, " steps"]) -> None:
+        """Store the scores of a solution."""
+        self[row].copy_(scores)
+        self._stored[row] = True
+
+    @property
+    def rows(self) -> list[int]:
+        """The solutions whose scores are stored."""
+        rows: list[int] = np.flatnonzero(self._stored).tolist()
+        return rows
+
+
 def score_examples(
     prm: PRM,
     params: Mapping[str, Tensor],
@@ -89,22 +136,25 @@ def score_examples(
     full_vocab: bool = False,
     workers: int = 0,
     scored: Callable[[int], object] = lambda examples: None,
+    tokens_per_batch: int | None = None,
 ) -> list[Float[Tensor, " _steps"]]:
     """Return the step scores p("+") of every example, one [steps] tensor each on the CPU, in order.
 
     See ``score_part``, of which this is the whole.
     """
-    found = score_part(
-        prm,
-        params,
-        encoded,
-        collator,
-        batch_size,
-        full_vocab=full_vocab,
-        workers=workers,
-        scored=scored,
+    return list(
+        score_part(
+            prm,
+            params,
+            encoded,
+            collator,
+            batch_size,
+            full_vocab=full_vocab,
+            workers=workers,
+            scored=scored,
+            tokens_per_batch=tokens_per_batch,
+        )
     )
-    return [found[row] for row in range(len(encoded))]
 
 
 @torch.no_grad()
@@ -120,21 +170,24 @@ def score_part(
     full_vocab: bool = False,
     workers: int = 0,
     scored: Callable[[int], object] = lambda examples: None,
-) -> dict[int, Float[Tensor, " _steps"]]:
-    """Return the step scores p("+") of a part of the examples, [steps] on the CPU, by row.
+    tokens_per_batch: int | None = None,
+) -> StepScores:
+    """Return the step scores p("+") of a part of the examples on the CPU, each at its row.
 
     Examples of similar length share a batch, which keeps padding short. The head is applied at the
     label positions only, and without ``full_vocab`` only its rows of "+" and "-".
 
     Memory: the activations of one batch without a graph; with ``full_vocab`` also two float32
-    tensors [batch, steps, vocabulary].
+    tensors [batch, steps, vocabulary]. Of more examples than some thousands the tokens are not
+    held: they are made once for their number, and again for the batch, by the worker processes if
+    there are any.
 
     Args:
         prm: The model.
         params: Values by parameter name. Parameters that are not named keep the model's values.
-        encoded: The examples, from ``Collator.encode``.
+        encoded: The examples, from ``Collator.encode``, or a sequence that encodes on demand.
         collator: A ``Collator``, which pads examples into a batch.
-        batch_size: The number of examples per forward pass.
+        batch_size: The largest number of examples per forward pass.
         part: Which of the parts.
         parts: Into how many parts the batches are dealt, one after the other. A batch is the same
             whatever their number, and so are the bits of the scores.
@@ -143,21 +196,27 @@ def score_part(
         workers: The number of processes that prepare batches ahead; see ``prm.inputs.workers``.
         scored: A function that is called with the number of examples of every batch, for a
             progress bar.
+        tokens_per_batch: The largest number of tokens per forward pass, padding and those of the
+            vision tower included; see ``prm.inputs.token_batches``. None means any number.
 
     Raises:
         DataError: An image cannot be decoded.
     """
-    if batch_size < 1:
-        raise ValueError(f"expected batch_size >= 1, found {batch_size}")
+    for name, least in (("batch_size", batch_size), ("tokens_per_batch", tokens_per_batch)):
+        if least is not None and least < 1:
+            raise ValueError(f"expected {name} >= 1, found {least}")
     device = next(iter(params.values()), next(prm.model.parameters())).device
-    order = sorted(range(len(encoded)), key=lambda row: -len(encoded[row].input_ids))
-    scores: dict[int, Tensor] = {}
-    cut = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
-    dealt = cut[part::parts]
+    held = list(encoded) if len(encoded) <= MOST_HELD else encoded
+    shapes = _shapes(held, workers)
+    scores: StepScores | None = None
+    dealt = token_batches(
+        shapes[:, 0],
+        batch_size,
+        tokens_per_batch,
+        shapes[:, 2] * vision_tokens_per_tile(prm.model.config),
+    )[part::parts]
     batches = ordered_map(
-        lambda number: collator([encoded[row] for row in dealt[number]]),
-        range(len(dealt)),
-        workers,
+        lambda number: collator(_rows(held, dealt[number])), range(len(dealt)), workers
     )
     for rows, batch in zip(dealt, batches, strict=True):
         logits = step_logits(
@@ -168,7 +227,29 @@ def score_part(
             label_rows=not full_vocab,
         )
         padded = step_scores(logits, full_vocab=full_vocab).cpu()
-        for row, values in zip(rows, padded, strict=True):
-            scores[row] = values[: len(encoded[row].label_positions)].clone()
+        scores = scores or StepScores(shapes[:, 1].tolist(), padded.dtype)
+        for row, values in zip(rows.tolist(), padded, strict=True):
+            scores.put(row, values[: shapes[row, 1]])
         scored(len(rows))
-    return scores
+    return StepScores(shapes[:, 1].tolist()) if scores is None else scores
+
+
+def _shapes(encoded: Sequence[EncodedExample], workers: int) -> NDArray[np.int64]:
+    """Return the number of tokens, steps and tiles of every example, [examples, 3]."""
+
+    def shapes(start: int) -> list[tuple[int, int, int]]:
+        return [
+            (len(row.input_ids), len(row.label_positions), sum(row.tile_counts))
+            for row in encoded[start : start + MOST_HELD]
+        ]
+
+    starts = range(0, len(encoded), MOST_HELD)
+    parts = ordered_map(shapes, starts, workers if len(starts) > 1 else 0)
+    found = np.fromiter(chain.from_iterable(parts), dtype=(np.int64, 3), count=len(encoded))
+    return found.reshape(len(encoded), 3)
+
+
+def _rows(encoded: Sequence[EncodedExample], rows: NDArray[np.int64]) -> Sequence[EncodedExample]:
+    if isinstance(encoded, EncodedExamples):
+        return encoded.at(rows.tolist())
+    return [encoded[row] for row in rows]

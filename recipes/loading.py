@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -12,9 +13,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from prm.data import reader
 from prm.data.bad_rows import BadRows
-from prm.inputs.collate import Batch, Collator, EncodedExample
+from prm.data.store.encoded import EncodedExamples, located
+from prm.data.store.examples import StoredExamples, facts, store_examples
+from prm.data.store.outline import Facts
+from prm.inputs.collate import Batch, Collator
 from prm.inputs.prompt import SYSTEM_PROMPT
 from prm.models.adapters import add_lora
 from prm.models.model import PRM, is_hub_name, split_parameters
@@ -25,45 +28,61 @@ from recipes.bad_rows import bad_rows_of
 from recipes.options.base import LoaderOptions, PlacementOptions, PrmOptions
 from recipes.options.groups import LoraSettings
 from recipes.options.values import OptionError, existing_file
+from weighting import row_index
 
 EMBEDDED_BASE = Path(__file__).parent / "assets" / "base"
+_AT_ONCE = 256
 
 
 @dataclass(frozen=True)
 class Examples:
-    """A file of examples, which are tokenised once, and the collator that batches them.
+    """A file of examples, read and tokenised on demand, and the collator that batches them.
 
     Attributes:
         path: The file.
-        encoded: The examples.
-        collator: What batches them.
+        examples: The examples themselves.
+        collator: What tokenises and batches them.
         lines: The line of each.
         bad: What was left out of the file.
     """
 
     path: Path
-    encoded: Sequence[EncodedExample]
+    examples: Sequence[StepExample]
     collator: Collator
     lines: Sequence[int]
     bad: BadRows
 
     def __len__(self) -> int:
-        return len(self.encoded)
+        return len(self.examples)
+
+    @cached_property
+    def encoded(self) -> EncodedExamples:
+        """The examples tokenised, each when it is asked for."""
+        return EncodedExamples(self.examples, self.collator, self.path, self.lines)
 
     @property
-    def examples(self) -> list[StepExample]:
-        """The examples themselves."""
-        return [row.example for row in self.encoded]
+    def facts(self) -> Iterator[Facts]:
+        """What is known of each example without reading it again."""
+        return facts(self.examples)
 
     @property
     def pictures(self) -> Iterator[Path]:
-        """The pictures of all examples in their order."""
-        return (image for row in self.encoded for image in row.example.images)
+        """The picture files of all examples in their order."""
+        if isinstance(self.examples, StoredExamples):
+            return self.examples.pictures
+        return (image for example in self.examples for image in example.images)
+
+    def index(self) -> Mapping[str, int]:
+        """Return the row of every id.
+
+        Raises:
+            ValueError: Two examples have one id.
+        """
+        return _index(self.examples)
 
     def only(self, rows: Sequence[int]) -> Examples:
         """Return the given rows alone."""
-        encoded, lines = [self.encoded[row] for row in rows], [self.lines[row] for row in rows]
-        return replace(self, encoded=encoded, lines=lines)
+        return replace(self, **_only(self, rows))
 
     def with_rows(
         self, index: Mapping[str, int], domains: Mapping[str, int] | None = None
@@ -72,8 +91,12 @@ class Examples:
         return replace(self, collator=self.collator.with_rows(index, domains))
 
     def batch(self, rows: Sequence[int]) -> Batch:
-        """Return the batch of the given rows."""
-        return self.collator([self.encoded[row] for row in rows])
+        """Return the batch of the given rows.
+
+        Raises:
+            DataError: The file has changed, or an example cannot be laid out for the model.
+        """
+        return self.collator(self.encoded.at(rows))
 
 
 @dataclass(frozen=True)
@@ -92,10 +115,37 @@ class Solutions:
     def __len__(self) -> int:
         return len(self.examples)
 
+    @property
+    def facts(self) -> Iterator[Facts]:
+        """What is known of each example without reading it again."""
+        return facts(self.examples)
+
+    def index(self) -> Mapping[str, int]:
+        """Return the row of every id.
+
+        Raises:
+            ValueError: Two examples have one id.
+        """
+        return _index(self.examples)
+
     def only(self, rows: Sequence[int]) -> Solutions:
         """Return the given rows alone."""
-        examples, lines = [self.examples[row] for row in rows], [self.lines[row] for row in rows]
-        return replace(self, examples=examples, lines=lines)
+        return replace(self, **_only(self, rows))
+
+
+def _index(examples: Sequence[StepExample]) -> Mapping[str, int]:
+    if isinstance(examples, StoredExamples):
+        return examples.index()
+    return row_index([example.id for example in examples])
+
+
+def _only(data: Examples | Solutions, rows: Sequence[int]) -> dict[str, Any]:
+    """Return the given examples and their lines."""
+    if isinstance(data.examples, StoredExamples):
+        stored = data.examples.only(rows)
+        return {"examples": stored, "lines": stored.lines}
+    examples = [data.examples[row] for row in rows]
+    return {"examples": examples, "lines": [data.lines[row] for row in rows]}
 
 
 @dataclass(frozen=True)
@@ -111,21 +161,27 @@ class Fault:
 Data = TypeVar("Data", bound=Examples | Solutions)
 
 
-def usable(data: Data, fault: Callable[[StepExample], Fault | None]) -> Data:
+def usable(data: Data, fault: Callable[[Facts], Fault | None]) -> Data:
     """Refuse examples with a fault, or leave them out, as ``--on-bad-row`` says.
 
     Raises:
         DataError: Faults are refused (the error names the first such line), or there are too many.
     """
-    good = []
-    for row, example in enumerate(data.examples):
+    bad = set()
+    for row, example in enumerate(data.facts):
         found = fault(example)
-        if found is None:
-            good.append(row)
-        else:
+        if found is not None:
             data.bad.add(DataError(file=data.path, line=data.lines[row], **vars(found)), example.id)
+            bad.add(row)
+    return _without(data, bad)
+
+
+def _without(data: Data, bad: Collection[int]) -> Data:
+    """Return the examples without the ``bad`` ones, of which there may not be too many."""
     data.bad.check()
-    return data if len(good) == len(data) else cast(Data, data.only(good))
+    if not bad:
+        return data
+    return cast(Data, data.only([row for row in range(len(data)) if row not in bad]))
 
 
 def set_up(options: Any) -> None:
@@ -231,24 +287,25 @@ def read_solutions(options: LoaderOptions, path: str) -> Solutions:
     """
     file = existing_file(path)
     bad = bad_rows_of(options, file)
-    examples, lines = reader.read_rows(
+    examples, _ = store_examples(
         file,
         options.image_root,
         allow_outside_images=options.allow_outside_images,
         bad_rows=bad,
     )
-    return Solutions(file, examples, lines, bad)
+    return Solutions(file, examples, examples.lines, bad)
 
 
 def read_examples(
     prm: PRM, options: LoaderOptions, path: str, *, too_long: TooLong | None = None
 ) -> Examples:
-    """Read a file of any known format and tokenise it for ``prm``.
+    """Read a file of any known format, and check that ``prm`` can judge every example.
 
     ``too_long`` takes the place of the option.
 
-    Images are checked but not kept, because a batch decodes its own: the first thousand are
-    decoded, and of the others the headers are read.
+    An example is tokenised here only if a bound does not show that it fits the model; see
+    ``Collator.check``. Images are checked but not kept, because a batch decodes its own: the first
+    thousand are decoded, and of the others the headers are read.
 
     Raises:
         OptionError: There is no such file.
@@ -256,39 +313,58 @@ def read_examples(
     """
     file = existing_file(path)
     bad = bad_rows_of(options, file)
-    examples, lines = reader.read_rows(
+    collator = _collator(prm, options, too_long or options.too_long)
+    examples, faults = store_examples(
         file,
         options.image_root,
         check_images="sample",
         allow_outside_images=options.allow_outside_images,
         bad_rows=bad,
+        check=collator.check,
     )
-    data = Solutions(file, examples, lines, bad)
-    return tokenised(prm, options, data, too_long=too_long or options.too_long)
+    return _checked(Examples(file, examples, collator, examples.lines, bad), faults)
 
 
-def tokenised(
-    prm: PRM, options: LoaderOptions, data: Examples | Solutions, *, too_long: TooLong
-) -> Examples:
-    """Return the examples tokenised for ``prm``, too long ones refused or cut after whole steps.
+def tokenised(prm: PRM, options: LoaderOptions, data: Examples, *, too_long: TooLong) -> Examples:
+    """Return the examples for another model, ``prm``, too long ones refused or cut after steps.
 
     Raises:
         DataError: An example cannot be laid out for the model.
     """
     collator = _collator(prm, options, too_long)
-    encoded, at = [], []
-    results = collator.encode_many(data.examples)
-    for example, line, result in zip(data.examples, data.lines, results, strict=True):
-        if isinstance(result, DataError):
-            data.bad.add(_located(result, data.path, line), example.id)
+    found: list[tuple[int, DataError | int]] = []
+    for start in range(0, len(data), _AT_ONCE):
+        part = collator.check(data.examples[start : start + _AT_ONCE])
+        found += [(start + n, what) for n, what in enumerate(part) if what is not None]
+    return _checked(replace(data, collator=collator), found)
+
+
+def _checked(data: Examples, found: Sequence[tuple[int, DataError | int]]) -> Examples:
+    """Refuse the examples with faults of layout, or leave them out; cut those that are too long."""
+    kept: dict[int, int] = {}
+    for row, what in found:
+        example, line = data.examples[row], data.lines[row]
+        if isinstance(what, DataError):
+            data.bad.add(located(what, data.path, line), example.id)
         else:
-            encoded.append(result)
-            at.append(line)
-            kept = len(result.example.steps)
-            if kept < len(example.steps):
-                data.bad.truncate(line, example.id, len(example.steps), kept)
-    data.bad.check()
-    return Examples(data.path, encoded, collator, at, data.bad)
+            data.bad.truncate(line, example.id, len(example.steps), what)
+            kept[row] = what
+    return _without(cut(data, kept), {row for row, what in found if isinstance(what, DataError)})
+
+
+def cut(data: Data, steps: Mapping[int, int]) -> Data:
+    """Return the examples with the first steps alone of those that ``steps`` names by row."""
+    if not steps:
+        return data
+    examples: Sequence[StepExample]
+    if isinstance(data.examples, StoredExamples):
+        examples = data.examples.cut(steps)
+    else:
+        examples = [
+            replace(example, steps=example.steps[: steps.get(row)])
+            for row, example in enumerate(data.examples)
+        ]
+    return cast(Data, replace(data, examples=examples))
 
 
 def _collator(prm: PRM, options: PrmOptions, too_long: TooLong = "refuse") -> Collator:
@@ -298,10 +374,3 @@ def _collator(prm: PRM, options: PrmOptions, too_long: TooLong = "refuse") -> Co
         system_prompt=SYSTEM_PROMPT if options.system_prompt is None else options.system_prompt,
         max_patches=options.max_patches,
     )
-
-
-def _located(error: DataError, file: Path, line: int) -> DataError:
-    """Return an error of an example with its line, unless it names a file of its own."""
-    if error.file is not None:
-        return error
-    return error.copy(file=file, line=line)

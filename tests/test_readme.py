@@ -288,6 +288,17 @@ def test_speeds_of_scoring_are_those_that_were_written():
         assert float(memory) == pytest.approx(row["peak_ratio"], abs=0.005)
 
 
+def test_growth_with_the_rows_is_what_was_written():
+    rows = rows_of("docs/cost.md", "| command | rows |")
+    for cells, row in zip(rows, results("bench_growth.json")["rows"], strict=True):
+        assert cells == [
+            row["command"],
+            f"{row['rows']:,}",
+            digits(row["cpu_seconds"], ".1f"),
+            digits(row["bytes_beyond_model"] / 1e6, ".0f"),
+        ]
+
+
 def test_other_problems_are_those_that_were_written():
     """Accuracy, AUC and seconds of the rows with wrong labels and rare classes."""
     from recipes.problems.noisy_labels import TITLES

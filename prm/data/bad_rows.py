@@ -109,7 +109,8 @@ class BadRows:
 
     def count(self, line: int, solutions: int) -> None:
         """Count a row of which ``solutions`` were read beside those that were left out."""
-        if (size := solutions + self._lost[line]) > 1:
+        size = solutions + self._lost[line]
+        if self._skip and size > 1:  # otherwise nothing can be lost
             self._sizes[line] = size
 
     @property

@@ -216,7 +216,7 @@ def _plain(value: Any) -> Any:
     if isinstance(value, dict):
         picture = value.keys() == {"bytes", "path"}
         return value if picture else {key: _plain(held) for key, held in value.items()}
-    if isinstance(value, list):
+    if isinstance(value, list | tuple):
         return [_plain(held) for held in value]
     if isinstance(value, bytes):
         return {"bytes": value, "path": None}
@@ -224,7 +224,7 @@ def _plain(value: Any) -> Any:
         return float(value)
     if isinstance(value, datetime.date | datetime.time):
         return value.isoformat()
-    return value
+    return value if isinstance(value, str | int | float | None) else str(value)
 
 
 def _missing(package: str, what: str) -> ModuleNotFoundError:

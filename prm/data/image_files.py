@@ -11,8 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from prm.data.interned import Interned
 from prm.data.record_fields import is_below
-from prm.data_urls import is_embedded, opened, shown
+from prm.data_urls import is_embedded, opened, picture_key, shown
 from prm.names import ImageCheck
 from prm.schema import DataError
 
@@ -42,7 +43,7 @@ class ImageProblem:
 
 
 class ImageFiles:
-    """Check image paths, each path once (memory: one string per distinct path).
+    """Check image paths, each path once (memory: the bytes of each distinct path).
 
     Args:
         root: Folder in which the images have to lie after symbolic links are followed.
@@ -57,7 +58,7 @@ class ImageFiles:
         self._real_root = os.path.realpath(root)
         self._allow_outside = allow_outside
         self._check = check
-        self._fine: set[str] = set()
+        self._fine = Interned()
         self._problems: dict[str, ImageProblem] = {}
         self._real_folders: dict[str, str] = {}
 
@@ -73,11 +74,11 @@ class ImageFiles:
 
     def problem(self, image: Path) -> ImageProblem | None:
         """Return why ``image`` cannot be used, or None if it can."""
-        path = str(image)
+        path = picture_key(image)
         if path in self._fine:
             return None
         if path not in self._problems:
-            problem = self._look(path)
+            problem = self._look(str(image))
             if problem is None:
                 self._fine.add(path)
                 return None

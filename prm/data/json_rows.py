@@ -7,12 +7,14 @@ value, so that a check can go on after it.
 from __future__ import annotations
 
 import codecs
+import io
 import json
 import math
 import re
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 from prm.data.containers import Damaged, Reader, table_kind, table_rows, unlike_rows, unpacked
 from prm.schema import DataError
@@ -27,6 +29,20 @@ _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 _LONE = re.compile("[\ud800-\udfff]")
 _TAIL = 16
 """A value that the end of the buffer cuts off fails within this many characters of the end."""
+
+
+class Span(NamedTuple):
+    """Where the line of a row lies in its file, to read it again.
+
+    Attributes:
+        start: The offset of its first byte.
+        size: The number of its bytes, the line break included.
+        checksum: Their CRC-32, by which another content is noticed.
+    """
+
+    start: int
+    size: int
+    checksum: int
 
 
 class _Refused(Exception):
@@ -64,34 +80,45 @@ def json_rows(path: Path) -> Iterator[tuple[int, Any | DataError]]:
         FileNotFoundError: ``path`` does not exist.
         ModuleNotFoundError: The package that reads such a file is not installed.
     """
+    return ((line, value) for line, value, _ in spanned_rows(path))
+
+
+def spanned_rows(path: Path) -> Iterator[tuple[int, Any | DataError, Span | None]]:
+    """Yield what ``json_rows`` does, and the span of the row in an uncompressed JSONL file.
+
+    Rows of other files have none: of a compressed file, a table, an array, or objects over several
+    lines each.
+    """
     last = 0
     kind = table_kind(path)
     try:
         if kind is not None:
             for last, row in enumerate(table_rows(path, kind), start=1):
-                yield last, row
+                yield last, row, None
         else:
             with unpacked(path) as file:
-                for last, value in _text_rows(file, path):
-                    yield last, value
+                in_place = isinstance(getattr(file, "raw", None), io.FileIO)
+                for last, value, span in _text_rows(file, path):
+                    yield last, value, span if in_place else None
     except Damaged as error:
         refused = _Refused("a complete file", f"{error}", "download or pack the file again")
-        yield last + 1, refused.at(path, last + 1)
+        yield last + 1, refused.at(path, last + 1), None
 
 
-def _text_rows(file: Reader, path: Path) -> Iterator[tuple[int, Any | DataError]]:
+def _text_rows(file: Reader, path: Path) -> Iterator[tuple[int, Any | DataError, Span | None]]:
+    start = 0
     if file.peek(len(_MARK)).startswith(_MARK):
-        file.read(len(_MARK))
-    start = file.peek(_LOOK)[:_LOOK]
-    unlike = unlike_rows(start)
+        start = len(file.read(len(_MARK)))
+    look = file.peek(_LOOK)[:_LOOK]
+    unlike = unlike_rows(look)
     if unlike is not None:
-        yield 1, _Refused("JSON in UTF-8", unlike.found, unlike.remedy).at(path, 1)
-    elif start.lstrip(_SPACE.encode()).startswith(b"["):
-        yield from _array_rows(file, path)
-    elif _spans_lines(start):
-        yield from _object_rows(file, path)
+        yield 1, _Refused("JSON in UTF-8", unlike.found, unlike.remedy).at(path, 1), None
+    elif look.lstrip(_SPACE.encode()).startswith(b"["):
+        yield from ((row, value, None) for row, value in _array_rows(file, path))
+    elif _spans_lines(look):
+        yield from ((row, value, None) for row, value in _object_rows(file, path))
     else:
-        yield from _line_rows(file, path)
+        yield from _line_rows(file, path, start)
 
 
 def _spans_lines(start: bytes) -> bool:
@@ -119,18 +146,23 @@ def json_line(raw: bytes, path: Path, line: int) -> Any:
         raise refused.at(path, line) from refused
 
 
-def _line_rows(file: Reader, path: Path) -> Iterator[tuple[int, Any | DataError]]:
+def _line_rows(
+    file: Reader, path: Path, start: int
+) -> Iterator[tuple[int, Any | DataError, Span | None]]:
     line = 0
     while raw := file.readline(_LARGEST_ROW + 1):
         line += 1
+        size = len(raw)
         try:
-            if len(raw) > _LARGEST_ROW:
+            if size > _LARGEST_ROW:
                 while raw and not raw.endswith(b"\n"):
                     raw = file.readline(_CHUNK)
+                    size += len(raw)
                 raise _too_large("a longer one", "one JSON object per line")
-            yield line, _decode_line(raw)
+            yield line, _decode_line(raw), Span(start, size, zlib.crc32(raw))
         except _Refused as refused:
-            yield line, refused.at(path, line)
+            yield line, refused.at(path, line), None
+        start += size
 
 
 def _too_large(found: str, remedy: str) -> _Refused:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator
+from array import array
+from collections.abc import Iterable, Iterator, MutableSequence, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
@@ -12,7 +13,8 @@ from typing import Any
 from prm.data.bad_rows import BadRows
 from prm.data.formats.table import FORMATS, Format, detect, format_named
 from prm.data.image_files import ImageFiles
-from prm.data.json_rows import json_rows
+from prm.data.interned import Interned
+from prm.data.json_rows import Span, spanned_rows
 from prm.data.record_fields import Location, image_field
 from prm.data.records import parse_record, to_record
 from prm.files import write_lines
@@ -29,12 +31,21 @@ class Row:
         record: The decoded record as it is in the file.
         examples: Its examples: one, or one per candidate solution.
         format: Name of its format.
+        span: Where it lies in an uncompressed JSONL file, None in other files.
+        numbers: Which of the record's examples are left, if some are left out; else None.
     """
 
     line: int
     record: Any
     examples: tuple[StepExample, ...]
     format: str
+    span: Span | None = None
+    numbers: tuple[int, ...] | None = None
+
+    @property
+    def kept(self) -> Sequence[int]:
+        """The number of each of ``examples`` among those of the record."""
+        return range(len(self.examples)) if self.numbers is None else self.numbers
 
 
 def iter_rows(
@@ -63,7 +74,7 @@ def iter_rows(
     root = path.parent if image_root is None else Path(image_root)
     known: Format | None = None if format == "auto" else format_named(format)
     unknown: DataError | None = None
-    for line, record in _unfolded(json_rows(path), known):
+    for line, record, span in _unfolded(spanned_rows(path), known):
         if isinstance(record, DataError):
             yield record
             continue
@@ -85,17 +96,20 @@ def iter_rows(
             continue
         yield from errors
         if examples or not errors:
-            yield Row(line, record, examples, known.name)
+            yield Row(line, record, examples, known.name, span)
 
 
-def _unfolded(rows: Iterator[tuple[int, Any]], known: Format | None) -> Iterator[tuple[int, Any]]:
+def _unfolded(
+    rows: Iterator[tuple[int, Any, Span | None]], known: Format | None
+) -> Iterator[tuple[int, Any, Span | None]]:
     """Yield the rows; in place of one object that holds lists of records, those records."""
     formats = FORMATS if known is None else (known,)
-    for line, record in rows:
+    for line, record, span in rows:
         if line == 1 and _holds_records(record) and not any(f.matches(record) for f in formats):
-            yield from enumerate(chain.from_iterable(record.values()), start=1)
+            for number, inner in enumerate(chain.from_iterable(record.values()), start=1):
+                yield number, inner, None
         else:
-            yield line, record
+            yield line, record, span
 
 
 def _holds_records(record: object) -> bool:
@@ -122,6 +136,7 @@ def checked_rows(
     check_images: ImageCheck = "exists",
     allow_outside_images: bool = False,
     bad_rows: BadRows | None = None,
+    ids: Interned | None = None,
 ) -> Iterator[Row]:
     """Yield every record of a file, and raise the error of the first that is wrong.
 
@@ -129,7 +144,8 @@ def checked_rows(
     ``check_images``, and to lie below ``image_root`` after symbolic links are followed, unless
     ``allow_outside_images``. Each path is checked once.
 
-    With ``bad_rows`` that skip, what is wrong is left out: a row, or a candidate of a row.
+    With ``bad_rows`` that skip, what is wrong is left out: a row, or a candidate of a row. ``ids``,
+    empty at first, takes the ids, those of what is left out included.
 
     Raises:
         DataError: A record cannot be used, or too many. The error names file, line or row, field,
@@ -141,7 +157,8 @@ def checked_rows(
     root = path.parent if image_root is None else Path(image_root)
     bad = BadRows(path) if bad_rows is None else bad_rows
     images = ImageFiles(root, allow_outside=allow_outside_images, check=check_images)
-    first_line: dict[str, int] = {}
+    ids = Interned() if ids is None else ids
+    first_lines = array("q")
     before: int | None = 0
     bad.rows = 0
     for row in iter_rows(path, root, format=format):
@@ -151,18 +168,21 @@ def checked_rows(
             bad.add(row)
             continue
         usable = []
-        for example in row.examples:
-            error = _repeated(example, row, first_line, path)
+        for number, example in enumerate(row.examples):
+            error = _repeated(example, row, ids, first_lines, path)
             error = error or next(image_errors(row, example, images, path), None)
             if error is None:
-                usable.append(example)
+                usable.append(number)
             else:
                 bad.add(error, example.id)
         bad.count(row.line, len(usable))
-        if usable:
-            yield row if len(usable) == len(row.examples) else replace(row, examples=tuple(usable))
+        if len(usable) == len(row.examples):
+            yield row
+        elif usable:
+            kept = tuple(row.examples[number] for number in usable)
+            yield replace(row, examples=kept, numbers=tuple(usable))
     bad.check()
-    if not first_line:
+    if not ids:
         raise DataError(
             expected="at least one example",
             found="an empty file" if not bad.rows else f"none in {bad.rows:,} rows",
@@ -172,9 +192,12 @@ def checked_rows(
 
 
 def _repeated(
-    example: StepExample, row: Row, first_line: dict[str, int], path: Path
+    example: StepExample, row: Row, ids: Interned, first_lines: MutableSequence[int], path: Path
 ) -> DataError | None:
-    first = first_line.setdefault(example.id, row.line)
+    number = ids.add(example.id)
+    if number == len(first_lines):
+        first_lines.append(row.line)
+    first = first_lines[number]
     return None if first == row.line else repeated_id(example.id, path, row.line, first)
 
 

@@ -97,6 +97,8 @@ class Location:
         """Return a string that UTF-8 can hold; it may show nothing at all only if ``blank``."""
         if not isinstance(value, str):
             self.refuse(field, "a string", value)
+        if value[:1].isalnum() and value.isascii():  # most are, and need no closer look
+            return value
         if not blank and not any(map(_is_seen, value)):
             self.refuse(field, "a string that is not blank", value, remedy)
         try:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from itertools import islice
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from jaxtyping import Int32, Int64
 from torch import Tensor
 
 from prm.inputs.image_inputs import concatenated
+from prm.inputs.layout import Layout
 from prm.inputs.prompt import PromptEncoder
 from prm.inputs.tiles import ImageInputs
 from prm.schema import DataError, StepExample
@@ -154,6 +156,31 @@ class Collator:
                     if kept < len(example.steps):
                         example = replace(example, steps=example.steps[:kept])
                     yield EncodedExample(example, *result, found[0])
+
+    def check(self, examples: Sequence[StepExample]) -> list[DataError | int | None]:
+        """Return what ``encode`` makes of every example: None if it encodes all of it.
+
+        Otherwise it is the ``DataError`` that it raises, or with ``too_long`` "truncate" the number
+        of first steps that it encodes of one that is too long. Images are read by their headers, as
+        by ``encode``. Most texts are not tokenised; see ``prm.inputs.layout``.
+        """
+        faults: list[DataError | int | None] = []
+        unsure: dict[int, StepExample] = {}
+        for number, example in enumerate(examples):
+            images = self._expanded(example)
+            faults.append(images if isinstance(images, DataError) else None)
+            if not (isinstance(images, DataError) or self._layout.fits(example, images[1])):
+                unsure[number] = example
+        for number, result in zip(unsure, self.encode_many(unsure.values()), strict=True):
+            if isinstance(result, DataError):
+                faults[number] = result
+            elif len(result.example.steps) < len(unsure[number].steps):
+                faults[number] = len(result.example.steps)
+        return faults
+
+    @cached_property
+    def _layout(self) -> Layout:
+        return Layout(self.prompt)
 
     def _expanded(self, example: StepExample) -> tuple[tuple[int, ...], Sequence[str]] | DataError:
         """Return the number of tiles and the text of the tokens of each image."""

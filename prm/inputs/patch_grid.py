@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from prm.data_urls import picture_key
 from prm.inputs import tiles as images
 from prm.inputs.tiles import CACHE_BYTES, RecentImages, check_count, check_max_patches, image_size
 from prm.inputs.tokens import ImageTokens
@@ -52,7 +53,7 @@ class PatchGrid:
             most = max_patches * TILE_PIXELS
         self._pixels = min(least, most), most
         self._cache = RecentImages(cache_bytes)
-        self._counts: dict[Path, int] = {}
+        self._counts: dict[str, int] = {}
 
     def count(self, path: Path) -> int:
         """Return the number of merged patches of ``path``, from the file's header.
@@ -61,7 +62,8 @@ class PatchGrid:
             DataError: The file is missing or not an image, or one side is more than 200 times the
                 other.
         """
-        if path not in self._counts:
+        key = picture_key(path)
+        if key not in self._counts:
             least, most = self._pixels
             height, width = image_size(path)
             try:
@@ -75,8 +77,8 @@ class PatchGrid:
                     file=path,
                     remedy="crop or pad the image",
                 ) from error
-            self._counts[path] = patches // self.image_processor.merge_size**2
-        return self._counts[path]
+            self._counts[key] = patches // self.image_processor.merge_size**2
+        return self._counts[key]
 
     def expanded(self, path: Path, tokens: ImageTokens) -> str:
         """Return the text of the image's tokens."""

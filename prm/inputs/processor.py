@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from prm.data_urls import picture_key
 from prm.inputs import tiles as images
 from prm.inputs.tiles import CACHE_BYTES, RecentImages, check_count
 from prm.inputs.tokens import ImageTokens
@@ -36,20 +37,22 @@ class ProcessedImages:
             )
         self.processor = processor
         self._cache = RecentImages(cache_bytes)
-        self._counts: dict[Path, int] = {}
-        self._texts: dict[Path, str] = {}
+        self._counts: dict[str, int] = {}
+        self._texts: dict[str, str] = {}
 
     def count(self, path: Path) -> int:
         """Return the number of rows of ``pixel_values`` that the image takes."""
-        if path not in self._counts:
+        key = picture_key(path)
+        if key not in self._counts:
             self.inputs(path)
-        return self._counts[path]
+        return self._counts[key]
 
     def expanded(self, path: Path, tokens: ImageTokens) -> str:
         """Return the text of the image's tokens."""
-        if path not in self._texts:
+        key = picture_key(path)
+        if key not in self._texts:
             self.inputs(path)
-        return self._texts[path]
+        return self._texts[key]
 
     def inputs(self, path: Path) -> Mapping[str, Tensor]:
         """Return the model inputs of an image, which are read-only.
@@ -68,8 +71,8 @@ class ProcessedImages:
         )
         (replacement,) = processed.pop("text_replacement_offsets")[0]
         rows = len(processed["pixel_values"])
-        check_count(path, self._counts.setdefault(path, rows), rows)
-        self._texts.setdefault(path, replacement["replacement"])
+        check_count(path, self._counts.setdefault(picture_key(path), rows), rows)
+        self._texts.setdefault(picture_key(path), replacement["replacement"])
         return {
             name: torch.as_tensor(value) for name, value in processed.items() if name not in _TEXT
         }

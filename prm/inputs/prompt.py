@@ -37,7 +37,8 @@ SYSTEM_PROMPT = (
 )
 """System instruction used when no other is given."""
 
-_SLOT = "\ue000"  # private-use character that marks an assistant slot in the rendered template
+SLOT = "\ue000"
+"""Private-use character that marks an assistant slot in the rendered template."""
 
 
 @dataclass(frozen=True)
@@ -125,6 +126,46 @@ class PromptEncoder:
         pieces = self._pieces(example)
         slots = [self._slot(step.label) for step in example.steps[:-1]]
         return "".join(a + b for a, b in zip(pieces, [*slots, ""], strict=True))
+
+    def conversation(self, example: StepExample) -> list[dict[str, Any]]:
+        """Return the conversation of an example, with ``SLOT`` as what the assistant says."""
+        return self._turns(example, [SLOT] * len(example.steps))
+
+    def rendered(self, example: StepExample) -> str:
+        """Return the whole text of an example, with open slots.
+
+        Raises:
+            DataError: The example has images and the model takes none.
+            TemplateError: The template refuses the conversation.
+        """
+        return self._render(self.conversation(example))
+
+    def imitation(self, example: StepExample) -> DataError | None:
+        """Return the error of a text that holds a token that the template is made of."""
+        whole = "\0".join((example.question, *(step.text for step in example.steps)))
+        if not any(token in whole for token in self._structure):
+            return None
+        for field, text in _texts(example):
+            for token in self._structure:
+                if token in text:
+                    return DataError(
+                        expected="text without the tokens that the chat template is made of",
+                        found=repr(token),
+                        example=example.id,
+                        field=field,
+                        remedy="remove it or write it differently",
+                    )
+        return None
+
+    @property
+    def template(self) -> str:
+        """The chat template."""
+        return str(self.chat_template or self.tokenizer.chat_template)
+
+    @property
+    def start(self) -> tuple[str, int]:
+        """The text that every example begins with, and the number of its tokens."""
+        return ("", 0) if self._start is None else (self._start.text, len(self._start.ids))
 
     def encode(
         self, example: StepExample, images: Sequence[str] = ()
@@ -324,27 +365,19 @@ class PromptEncoder:
     def _rendered(self, examples: Sequence[StepExample]) -> Sequence[str | None]:
         """Return the texts of all examples with open slots, or None for each if one has none."""
         try:
-            turns = [self._turns(example, [_SLOT] * len(example.steps)) for example in examples]
+            turns = [self._turns(example, [SLOT] * len(example.steps)) for example in examples]
             return self._render_all(turns)
         except (DataError, TemplateError):
             return [None] * len(examples)
 
     def _pieces(self, example: StepExample, rendered: str | None = None) -> list[str]:
         """Return the text between each assistant slot and the previous one, as ``rendered``."""
-        for field, text in _texts(example):
-            for token in self._structure:
-                if token in text:
-                    raise DataError(
-                        expected="text without the tokens that the chat template is made of",
-                        found=repr(token),
-                        example=example.id,
-                        field=field,
-                        remedy="remove it or write it differently",
-                    )
+        if (error := self.imitation(example)) is not None:
+            raise error
         try:
             if rendered is None:
-                rendered = self._render(self._turns(example, [_SLOT] * len(example.steps)))
-            pieces = rendered.split(_SLOT)
+                rendered = self.rendered(example)
+            pieces = rendered.split(SLOT)
         except TemplateError as error:
             raise DataError(
                 expected="turns that the chat template renders",
@@ -436,10 +469,10 @@ class PromptEncoder:
         The text before a slot is then that of a chat just before the model answers.
         """
         probe = StepExample("probe", "q", (), (Step("first"), Step("second"), Step("third")))
-        turns = self._turns(probe, [_SLOT] * 3)
+        turns = self._turns(probe, [SLOT] * 3)
         try:
             whole = self._render(turns)
-            pieces = whole.split(_SLOT)
+            pieces = whole.split(SLOT)
             before = [
                 self._render(turns[:-missing], generate=True)
                 for missing in (5, 3, 1)  # Up to the first, second and third user turn.
@@ -450,19 +483,19 @@ class PromptEncoder:
                 f"{error}; try system_prompt=None, or another tokenizer.chat_template"
             ) from error
         for steps, prompt in enumerate(before, start=1):
-            if len(pieces) != 4 or _SLOT.join(pieces[:steps]) != prompt:
+            if len(pieces) != 4 or SLOT.join(pieces[:steps]) != prompt:
                 raise ValueError(
                     "expected a chat template that leaves earlier turns as they are when turns "
                     f"are added and ends with the assistant's header; before step {steps} it "
                     f"renders {prompt[-80:]!r} when it generates, but "
-                    f"{_SLOT.join(pieces[:steps])[-80:]!r} in the whole conversation; set "
+                    f"{SLOT.join(pieces[:steps])[-80:]!r} in the whole conversation; set "
                     "tokenizer.chat_template to one without such rules"
                 )
         added = self.tokenizer.added_tokens_decoder.values()
         special = {token.content for token in added if token.special and token.content in whole}
         if self.image_tokens is not None:
             special |= self.image_tokens.reserved
-        return (_SLOT, *sorted(special))
+        return (SLOT, *sorted(special))
 
 
 def _texts(example: StepExample) -> list[tuple[str, str]]:

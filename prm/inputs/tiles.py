@@ -19,7 +19,7 @@ from jaxtyping import Float
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
-from prm.data_urls import is_embedded, opened
+from prm.data_urls import is_embedded, opened, picture_key
 from prm.inputs.tokens import ImageTokens
 from prm.schema import DataError
 
@@ -214,15 +214,16 @@ class Tiler:
             "max_patches": most,
         }
         self._cache = RecentImages(cache_bytes)
-        self._counts: dict[Path, int] = {}
+        self._counts: dict[str, int] = {}
 
     def count(self, path: Path) -> int:
         """Return the number of tiles of ``path``, thumbnail included, from the file's header."""
-        if path not in self._counts:
-            self._counts[path] = self.image_processor.get_number_of_image_patches(
+        key = picture_key(path)
+        if key not in self._counts:
+            self._counts[key] = self.image_processor.get_number_of_image_patches(
                 *image_size(path), self._options
             )
-        return self._counts[path]
+        return self._counts[key]
 
     def expanded(self, path: Path, tokens: ImageTokens) -> str:
         """Return the text of the image's tokens."""

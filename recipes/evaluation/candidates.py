@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from array import array
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, cast
@@ -12,13 +13,14 @@ import torch
 from torch import Tensor
 
 from prm.aggregations import AGGREGATIONS, Aggregation
+from prm.data.store.examples import facts
+from prm.data.store.outline import Facts
 from prm.evaluation.answers import SameAnswer, answer_classes
 from prm.evaluation.metrics import bootstrap_interval, macro_f1, roc_auc
 from prm.evaluation.select import best_of_n, self_consistency, weighted_vote
 from prm.models.model import PRM
 from prm.names import TieRule
-from prm.schema import StepExample
-from prm.scoring import aggregate
+from prm.scoring import StepScores, aggregate
 from recipes.evaluation.scoring import score_rows
 from recipes.loading import (
     Examples,
@@ -55,15 +57,15 @@ class Candidates:
 
         ``prm.evaluation.answers.answer_classes`` decides which answers are equal.
         """
+        answers = [one.answer for one in facts(self.data.examples)]
         return [
-            answer_classes([self.data.examples[row].answer for row in rows], self.same_answer)
-            for rows in self.groups
+            answer_classes([answers[row] for row in rows], self.same_answer) for rows in self.groups
         ]
 
     @property
     def is_truncated(self) -> list[bool]:
         """Whether each row has the first steps alone of its solution."""
-        return [steps > len(row.steps) for steps, row in self._steps]
+        return [steps > kept for steps, kept in self._steps]
 
     @property
     def all_steps(self) -> list[int]:
@@ -71,26 +73,36 @@ class Candidates:
         return [steps for steps, _ in self._steps]
 
     @property
-    def _steps(self) -> list[tuple[int, StepExample]]:
+    def _steps(self) -> Iterator[tuple[int, int]]:
+        """The number of steps of each solution, and how many of them are kept."""
         data = self.data
         truncated = {(row.line, row.id): row.steps for row in data.bad.truncated}
-        return [
-            (truncated.get((line, row.id), len(row.steps)), row)
-            for line, row in zip(data.lines, data.examples, strict=True)
-        ]
+        for line, row in zip(data.lines, data.facts, strict=True):
+            kept = len(row.labels)
+            yield truncated.get((line, row.id), kept), kept
 
     @property
     def mixed(self) -> int:
         """The number of questions with right and with wrong candidates."""
         return int(sum(0 < share < 1 for share in self.pass_at_one))
 
-    @property
-    def questions(self) -> list[tuple[Any, ...]]:
-        """The question of each row: its group or, without one, its text and images."""
-        return [
-            (example.group,) if example.group else (example.question, *example.images)
-            for example in self.data.examples
-        ]
+    @cached_property
+    def questions(self) -> list[int]:
+        """The number of each row's question: its group or, without one, its text and images."""
+        numbers: dict[Any, int] = {}
+        if all(one.group for one in facts(self.data.examples)):  # then nothing is read again
+            names: Iterable[Any] = ((one.group,) for one in facts(self.data.examples))
+        else:
+            names = (
+                (one.group,) if one.group else (one.question, *one.images)
+                for one in self.data.examples
+            )
+        return [numbers.setdefault(name, len(numbers)) for name in names]
+
+    @cached_property
+    def _right(self) -> Sequence[int]:
+        """1 for each row whose answer is right, else 0."""
+        return array("b", (bool(one.correct) for one in facts(self.data.examples)))
 
     @property
     def pass_at_one(self) -> np.ndarray:
@@ -135,7 +147,7 @@ class Candidates:
 
     def correct(self, rows: Sequence[int]) -> list[float]:
         """Return 1 for each row whose answer is right, else 0."""
-        return [float(bool(self.data.examples[row].correct)) for row in rows]
+        return [float(self._right[row]) for row in rows]
 
 
 @dataclass(frozen=True)
@@ -176,12 +188,12 @@ def tie_together(data: Examples | Solutions) -> Candidates:
     """
     data = usable(data, _lacks)
     groups: dict[str, list[int]] = {}
-    for row, example in enumerate(data.examples):
+    for row, example in enumerate(data.facts):
         groups.setdefault(str(example.group), []).append(row)
     return Candidates(data, tuple(map(tuple, groups.values())))
 
 
-def _lacks(example: StepExample) -> Fault | None:
+def _lacks(example: Facts) -> Fault | None:
     for name in ("group", "correct"):
         if getattr(example, name) is None:
             return Fault(
@@ -202,10 +214,9 @@ def candidates_or_steps(data: Examples | Solutions) -> Candidates:
     Raises:
         DataError: A row has no ``group`` or ``correct``, and others have both or no step a label.
     """
-    rows = data.examples
-    if any(row.group is not None and row.correct is not None for row in rows):
+    if any(row.group is not None and row.correct is not None for row in data.facts):
         return tie_together(data)
-    if any(step.label is not None for row in rows for step in row.steps):
+    if any(row.labelled for row in data.facts):
         return Candidates(data, ())
     return tie_together(data)
 
@@ -233,17 +244,19 @@ def solution_scores_of(rows: Sequence[Tensor], how: Aggregation) -> Tensor:
     Solutions are aggregated one by one, so that the last bits, and so ties, do not depend on the
     other solutions.
     """
-    there = [torch.ones_like(row, dtype=torch.bool) for row in rows]
-    return torch.stack([aggregate(row, mask, how) for row, mask in zip(rows, there, strict=True)])
+    scores = torch.empty(len(rows), dtype=rows[0].dtype)
+    for number, row in enumerate(rows):
+        scores[number] = aggregate(row, torch.ones_like(row, dtype=torch.bool), how)
+    return scores
 
 
 def judged_steps(candidates: Candidates, rows: Sequence[Tensor]) -> tuple[np.ndarray, np.ndarray]:
     """Return whether each labelled step is right (label above 1/2), and its score."""
-    truth, predicted = [], []
-    for example, scores in zip(candidates.data.examples, rows, strict=True):
-        for step, score in zip(example.steps, scores.tolist(), strict=True):
-            if step.label is not None:
-                truth.append(step.label > 0.5)
+    truth, predicted = array("b"), array("d")
+    for example, scores in zip(facts(candidates.data.examples), rows, strict=True):
+        for label, score in zip(example.labels, scores.tolist(), strict=True):
+            if label is not None:
+                truth.append(label > 0.5)
                 predicted.append(score)
     return np.array(truth, dtype=bool), np.array(predicted)
 
@@ -258,8 +271,28 @@ def step_scores_of(
 ) -> tuple[Tensor, Tensor]:
     """Return step scores (0 without a step) and the mask of steps, [examples, steps] each."""
     shown = not isinstance(options, TrainOptions) or options.run.progress
+    scored = scores_of(prm, params, data, options, full_vocab=full_vocab, shown=shown)
+    steps = max(len(row) for row in scored)
+    scores = torch.zeros(len(scored), steps)
+    mask = torch.zeros(len(scored), steps, dtype=torch.bool)
+    for row, values in enumerate(scored):
+        scores[row, : len(values)] = values
+        mask[row, : len(values)] = True
+    return scores, mask
+
+
+def scores_of(
+    prm: PRM,
+    params: Mapping[str, Tensor],
+    data: Examples,
+    options: ScoringOptions | WeighOptions,
+    *,
+    full_vocab: bool = False,
+    shown: bool = True,
+) -> StepScores:
+    """Return the step scores of every example, [steps] each, with a progress bar if ``shown``."""
     with progress_bar("scoring", len(data), shown=shown) as bar:
-        scored = score_rows(
+        return score_rows(
             prm,
             params,
             data.encoded,
@@ -268,14 +301,8 @@ def step_scores_of(
             bar,
             full_vocab=full_vocab,
             workers=options.workers,
+            tokens_per_batch=options.tokens_per_batch,
         )
-    steps = max(len(row) for row in scored)
-    scores = torch.zeros(len(scored), steps)
-    mask = torch.zeros(len(scored), steps, dtype=torch.bool)
-    for row, values in enumerate(scored):
-        scores[row, : len(values)] = torch.as_tensor(values)
-        mask[row, : len(values)] = True
-    return scores, mask
 
 
 def interval(values: np.ndarray, seed: int = 0) -> tuple[float, float]:

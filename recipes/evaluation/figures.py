@@ -10,6 +10,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from prm.aggregations import AGGREGATIONS
+from prm.data.store.examples import facts
+from prm.data.store.outline import Facts
 from prm.evaluation.calibration import brier, expected_calibration_error
 from prm.evaluation.metrics import (
     best_of_k_curve,
@@ -22,7 +24,6 @@ from prm.evaluation.metrics import (
 )
 from prm.evaluation.step_benchmarks import first_error, process_bench, visual_process_bench
 from prm.names import TieRule
-from prm.schema import StepExample
 from recipes.evaluation.candidates import Candidates, judged_steps, solution_scores_of, summary
 from recipes.evaluation.dev_choice import Choice
 
@@ -139,7 +140,7 @@ def step_figures(
     figures: dict[str, Any] = {"labelled": len(truth), "right": int(truth.sum())}
     figures["labelled_after_an_error"] = sum(
         sum(label is not None for label in labels[labels.index(False) + 1 :])
-        for labels in map(_right_steps, candidates.data.examples)
+        for labels in map(_right_steps, facts(candidates.data.examples))
         if False in labels
     )
     both = bool(truth.any() and not truth.all())
@@ -153,10 +154,10 @@ def step_figures(
         questions = [
             question
             for example, question in zip(
-                candidates.data.examples, candidates.questions, strict=True
+                facts(candidates.data.examples), candidates.questions, strict=True
             )
-            for step in example.steps
-            if step.label is not None
+            for label in example.labels
+            if label is not None
         ]
         figures["auc_ci95"] = _auc_interval(truth, predicted, questions)
     figures["visual_process_bench"] = None
@@ -174,7 +175,7 @@ def step_figures(
 def solution_figures(candidates: Candidates, scores: Tensor) -> dict[str, Any]:
     """Return figures of solution scores against right answers, where ``correct`` is known."""
     examples = candidates.data.examples
-    known = [row for row, example in enumerate(examples) if example.correct is not None]
+    known = [row for row, example in enumerate(facts(examples)) if example.correct is not None]
     truth = np.array(candidates.correct(known))
     predicted = np.array(scores.tolist())[known]
     both = bool(truth.any() and not truth.all())
@@ -196,18 +197,18 @@ def _auc_interval(
     return [_short(end) for end in roc_auc_interval(truth, predicted, question)]
 
 
-def _right_steps(example: StepExample) -> list[bool | None]:
+def _right_steps(example: Facts) -> list[bool | None]:
     """Return whether each step is right (label above 1/2), None without a label."""
-    return [None if step.label is None else step.label > 0.5 for step in example.steps]
+    return [None if label is None else label > 0.5 for label in example.labels]
 
 
 def _domains(candidates: Candidates) -> list[str]:
     """Return the domain of every labelled step."""
     return [
         example.domain or _UNNAMED
-        for example in candidates.data.examples
-        for step in example.steps
-        if step.label is not None
+        for example in facts(candidates.data.examples)
+        for label in example.labels
+        if label is not None
     ]
 
 
@@ -217,7 +218,7 @@ def _process_bench(
     """Return ProcessBench per domain and its mean, None if no domain has both kinds."""
     by_domain: dict[str, tuple[list[int], list[int]]] = {}
     for example, scores, is_truncated in zip(
-        candidates.data.examples, rows, candidates.is_truncated, strict=True
+        facts(candidates.data.examples), rows, candidates.is_truncated, strict=True
     ):
         truth = first_error(_right_steps(example))
         if is_truncated and truth is not None and truth < 0:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from prm.data.questions import Questions, words_of
+from prm.data.questions import Questions, digest, words_of
+from prm.data.store.examples import facts
 from prm.schema import StepExample
 from recipes.options.values import OptionError
 
@@ -40,21 +41,24 @@ class Leak:
 
 
 def find_leak(
-    first: Sequence[StepExample], second: Sequence[StepExample], first_path: Path, second_path: Path
+    first: Collection[StepExample],
+    second: Collection[StepExample],
+    first_path: Path,
+    second_path: Path,
 ) -> Leak:
     """Return what two sets of examples share.
 
-    Image files are read only for questions with the same words in both sets.
+    Image files are read only for questions with the same words in both sets. Sets are passed over
+    once, and once more if they share words.
     """
-    ids = {example.id for example in first} & {example.id for example in second}
+    ids = {one.id for one in facts(first)} & {one.id for one in facts(second)}
     questions = Questions()
-    words = [{_words(example) for example in examples} for examples in (first, second)]
-    texts = words[0] & words[1]
-    there = {questions.key(example) for example in second if _words(example) in texts}
+    texts = _all_words(first) & _all_words(second)
+    there = {questions.key(example) for example in _of_words(second, texts)}
     shared = {
         example.question: None
-        for example in first
-        if _words(example) in texts and questions.key(example) in there
+        for example in _of_words(first, texts)
+        if questions.key(example) in there
     }
     same = first_path.resolve() == second_path.resolve()
     return Leak(same, tuple(sorted(ids)), tuple(shared))
@@ -80,5 +84,13 @@ def refuse_leak(leak: Leak, tuned: str, held_out: str, *, sanity_check: bool) ->
         )
 
 
-def _words(example: StepExample) -> tuple[str, ...]:
-    return tuple(words_of(example.question))
+def _all_words(examples: Iterable[StepExample]) -> set[int]:
+    """Return a hash of the words of every question."""
+    return {digest(words_of(example.question)) for example in examples}
+
+
+def _of_words(examples: Iterable[StepExample], texts: Collection[int]) -> Iterable[StepExample]:
+    """Return the examples whose questions' words have one of these hashes."""
+    if not texts:
+        return ()
+    return (example for example in examples if digest(words_of(example.question)) in texts)

@@ -12,7 +12,7 @@ from tqdm import tqdm
 from bilevel import Collective
 from prm.inputs.collate import Collator, EncodedExample
 from prm.models.model import PRM
-from prm.scoring import score_part
+from prm.scoring import StepScores, score_part
 from recipes.ranks import ranks_here
 
 
@@ -26,7 +26,8 @@ def score_rows(
     *,
     full_vocab: bool = False,
     workers: int = 0,
-) -> list[Tensor]:
+    tokens_per_batch: int | None = None,
+) -> StepScores:
     """Return the step scores of every example on every rank, one [steps] tensor each, in order.
 
     The batches are those of one process, dealt to the ranks one after the other, and so are the
@@ -41,6 +42,7 @@ def score_rows(
         bar: The progress bar, which moves by the examples of this rank and then by the others.
         full_vocab: Whether probabilities are over the whole vocabulary.
         workers: The number of processes of this rank that prepare batches ahead.
+        tokens_per_batch: The largest number of tokens per forward pass.
 
     Raises:
         DataError: An image cannot be decoded.
@@ -58,22 +60,25 @@ def score_rows(
         full_vocab=full_vocab,
         workers=workers,
         scored=bar.update,
+        tokens_per_batch=tokens_per_batch,
     )
-    found = of_all_ranks(own, ranks)
-    bar.update(len(found) - len(own))
-    return [found[row] for row in range(len(encoded))]
-
-
-def of_all_ranks(own: Mapping[int, Tensor], ranks: Collective) -> dict[int, Tensor]:
-    """Return the scores of all ranks, [steps] by row, from those of this one."""
     if ranks.ranks == 1:
-        return dict(own)
-    # Row numbers and lengths are exact in float64.
-    index = [number for row, values in own.items() for number in (row, len(values))]
-    numbers = ranks.gathered(torch.tensor(index, dtype=torch.float64))
-    values = ranks.gathered(torch.cat([torch.zeros(0), *own.values()]))
-    found: dict[int, Tensor] = {}
-    for pairs, flat in zip(numbers, values, strict=True):
-        rows, lengths = pairs.to(torch.int64).reshape(-1, 2).T.tolist()
-        found |= dict(zip(rows, flat.split(lengths), strict=True))
+        return own
+    mine = len(own.rows)
+    found = of_all_ranks(own, ranks)
+    bar.update(len(found) - mine)
     return found
+
+
+def of_all_ranks(own: StepScores, ranks: Collective) -> StepScores:
+    """Return ``own`` with the scores of all ranks."""
+    # Row numbers are exact in float64.
+    numbers = ranks.gathered(torch.tensor(own.rows, dtype=torch.float64))
+    values = ranks.gathered(torch.cat([torch.zeros(0), *(own[row] for row in own.rows)]))
+    for rows, flat in zip(numbers, values, strict=True):
+        start = 0
+        for row in rows.to(torch.int64).tolist():
+            size = len(own[row])
+            own.put(row, flat[start : start + size])
+            start += size
+    return own

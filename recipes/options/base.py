@@ -192,6 +192,18 @@ class ReadOptions:
     )
 
 
+def tokens_per_batch(*, only_with: Condition | Sequence[Condition] = ()) -> Any:
+    """Return the option ``tokens_per_batch``, for a command that scores with a model."""
+    return option(
+        2**16,
+        "most tokens per forward pass when scoring, padding and the patches of pictures included; "
+        "a single solution may have more",
+        least=1,
+        most=MOST_ROWS,
+        only_with=only_with,
+    )
+
+
 @dataclass(frozen=True, kw_only=True)
 class PlacementOptions:
     """Where and how the model computes (``prm.placement``)."""
@@ -247,5 +259,6 @@ class ScoringOptions(LoaderOptions):
         "mean", "how the step scores of a solution become its score"
     )
     eval_batch_size: int = option(
-        64, "solutions per forward pass when scoring", least=1, most=MOST_EXAMPLES
+        64, "most solutions per forward pass when scoring", least=1, most=MOST_EXAMPLES
     )
+    tokens_per_batch: int = tokens_per_batch()

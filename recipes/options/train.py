@@ -75,12 +75,19 @@ class TrainOptions(LowerOptions, ScoringOptions):
     ONLY_WITH: ClassVar[Mapping[Condition, tuple[str, ...]]] = {
         conditions.ON_TRAIN_FILE: ("lower_loss",),
         conditions.AGGREGATED: ("aggregation",),
-        conditions.SCORED: ("eval_batch_size",),
+        conditions.SCORED: ("eval_batch_size", "tokens_per_batch"),
         conditions.FROM_MODEL: ("model",),
     }
 
     init_from: str | None = option(
         None, "model directory of a cold start; default: start from --model", on_resume="path"
+    )
+    initial_loss: bool = option(
+        True,
+        "write the loss of every training example under the initial model to weights.jsonl, for "
+        "which the training set is scored once; after training, unless features read the scores",
+        only_with=conditions.WEIGHTED,
+        on_resume="free",
     )
     data: TrustedData = group(TrustedData)
     weighting: WeightingOptions = variants(

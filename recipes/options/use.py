@@ -16,6 +16,7 @@ from recipes.options.base import (
     ReadOptions,
     ScoringOptions,
     option,
+    tokens_per_batch,
 )
 
 _PROBABILITY = (
@@ -79,7 +80,10 @@ class ScoreOptions(LoaderOptions):
     )
     overwrite: bool = option(False, "begin an existing --output anew")
     probability: Literal["labels", "vocabulary"] = option("labels", _PROBABILITY)
-    eval_batch_size: int = option(64, "solutions per forward pass", least=1, most=MOST_EXAMPLES)
+    eval_batch_size: int = option(
+        64, "most solutions per forward pass", least=1, most=MOST_EXAMPLES
+    )
+    tokens_per_batch: int = tokens_per_batch()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,7 +104,9 @@ class EvaluateOptions(ScoringOptions):
 
     ONLY_WITH: ClassVar[Mapping[Condition, tuple[str, ...]]] = {
         CHOSEN_BY_HAND: ("aggregation",),
-        MODEL_ASKED: ("model", *_PROMPT, *_PLACEMENT, "eval_batch_size", "workers"),
+        MODEL_ASKED: (
+            *("model", *_PROMPT, *_PLACEMENT, "eval_batch_size", "tokens_per_batch", "workers"),
+        ),
     }
 
     file: str = option(
@@ -161,7 +167,7 @@ class WeighOptions(LoaderOptions):
     }
     ASKS_MODEL: ClassVar[tuple[str, ...]] = (
         *("model", "reference_model", *_PROMPT, *_LENGTH, *_PLACEMENT),
-        *("eval_batch_size", "workers"),
+        *("eval_batch_size", "tokens_per_batch", "workers"),
     )
     """Options that only a weighting that needs the model reads."""
 
@@ -195,8 +201,9 @@ class WeighOptions(LoaderOptions):
         only_with=BY_REFERENCE,
     )
     eval_batch_size: int = option(
-        64, "solutions per forward pass", least=1, most=MOST_EXAMPLES, only_with=BY_MODEL
+        64, "most solutions per forward pass", least=1, most=MOST_EXAMPLES, only_with=BY_MODEL
     )
+    tokens_per_batch: int = tokens_per_batch(only_with=BY_MODEL)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,7 +11,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -140,8 +140,19 @@ class Output:
         Raises:
             OSError: The output cannot be written. An older file is unchanged.
         """
-        with self.file() as unfinished:
-            unfinished.write_text(text, encoding="utf-8", newline="\n")
+        self.write_lines([text])
+
+    def write_lines(self, lines: Iterable[str]) -> None:
+        """Write the whole content, as UTF-8, line by line (each with its line break).
+
+        Raises:
+            OSError: The output cannot be written. An older file is unchanged.
+        """
+        with (
+            self.file() as unfinished,
+            unfinished.open("w", encoding="utf-8", newline="\n") as file,
+        ):
+            file.writelines(lines)
 
     def say(self, text: str) -> None:
         """Print a line about the output, on standard error if the output is standard output."""

@@ -22,6 +22,7 @@ _ADDED: Mapping[str, Any] = {
     "lora_rank": 0,
     "lora_targets": [],
     "precision": "float32",
+    "tokens_per_batch": 2**16,
     "too_long": "refuse",
 }
 """Options that checkpoints of version 0.1 lack, with what their runs did."""

@@ -6,14 +6,17 @@ gives the rows of every numbered micro-batch, and a batch function collates them
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import lru_cache
 from types import MappingProxyType
 from typing import TypeAlias, TypeVar
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
+from prm.data.store.outline import Facts
 from prm.inputs.collate import Batch
 from prm.inputs.workers import ordered_map
 from prm.schema import StepExample
@@ -56,12 +59,12 @@ def epoch_order(rows: int, seed: int) -> Callable[[int, int], list[int]]:
         raise ValueError(f"cannot order {rows} rows; expected at least 1")
 
     @lru_cache(maxsize=2)
-    def permutation(epoch: int) -> list[int]:
+    def permutation(epoch: int) -> NDArray[np.int64]:
         generator = torch.Generator().manual_seed(seed * _EPOCH_STRIDE + epoch)
-        return torch.randperm(rows, generator=generator).tolist()
+        return torch.randperm(rows, generator=generator).numpy()
 
     def stretch(start: int, count: int) -> list[int]:
-        return [permutation(at // rows)[at % rows] for at in range(start, start + count)]
+        return [int(permutation(at // rows)[at % rows]) for at in range(start, start + count)]
 
     return stretch
 
@@ -169,8 +172,10 @@ def ahead(
 
 def count_visits(draw: Draw, micro_batches: int, examples: int) -> Tensor:
     """Count how often the first ``micro_batches`` hold each example, [examples] int64."""
-    drawn = [row for number in range(micro_batches) for row in _rows(draw(number))]
-    return torch.bincount(torch.tensor(drawn, dtype=torch.int64), minlength=examples)
+    drawn = np.fromiter(
+        (row for number in range(micro_batches) for row in _rows(draw(number))), dtype=np.int64
+    )
+    return torch.bincount(torch.from_numpy(drawn), minlength=examples)
 
 
 def _draw_examples(rows: Sequence[int], size: int, seed: int) -> Draw:
@@ -178,13 +183,14 @@ def _draw_examples(rows: Sequence[int], size: int, seed: int) -> Draw:
     return lambda number: [[rows[row]] for row in order(number * size, size)]
 
 
-def mixed_questions(examples: Sequence[StepExample]) -> tuple[list[list[int]], int]:
+def mixed_questions(solutions: Iterable[Facts | StepExample]) -> tuple[list[list[int]], int]:
     """Return the rows of every question with right and wrong solutions, and the number of all."""
     by_name: dict[str, list[int]] = {}
-    for row, example in enumerate(examples):
-        by_name.setdefault(str(example.group), []).append(row)
-    mixed = [rows for rows in by_name.values() if len({examples[row].correct for row in rows}) == 2]
-    return mixed, len(by_name)
+    outcomes: dict[str, set[bool | None]] = {}
+    for row, solution in enumerate(solutions):
+        by_name.setdefault(str(solution.group), []).append(row)
+        outcomes.setdefault(str(solution.group), set()).add(solution.correct)
+    return [rows for name, rows in by_name.items() if len(outcomes[name]) == 2], len(by_name)
 
 
 def _draw_questions(data: Examples, size: int, seed: int) -> Draw:
@@ -192,7 +198,7 @@ def _draw_questions(data: Examples, size: int, seed: int) -> Draw:
 
     A question whose solutions are all right, or all wrong, has no pair to compare.
     """
-    questions, _ = mixed_questions(data.examples)
+    questions, _ = mixed_questions(data.facts)
     order = epoch_order(len(questions), seed)
     solutions = sum(map(len, questions))
     count = max(1, min(size * len(questions) // solutions, len(questions)))

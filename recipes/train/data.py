@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,9 +14,10 @@ from torch import Tensor
 from prm.data.bad_rows import BadRows
 from prm.data.json_rows import json_rows
 from prm.data.record_fields import Location
+from prm.data.store.outline import Facts
 from prm.digests import check_digest
 from prm.models.model import PRM
-from prm.schema import DataError, StepExample
+from prm.schema import DataError
 from recipes.bad_rows import SKIPPED, TRUNCATED, report_bad_rows, report_truncated
 from recipes.evaluation.candidates import Candidates, read_candidates
 from recipes.evaluation.leaks import find_leak, refuse_leak
@@ -26,7 +28,6 @@ from recipes.run.files import note_unchecked
 from recipes.terminal import say
 from recipes.train.batches import mixed_questions
 from recipes.train.bounded_weights import WEIGHTINGS
-from weighting import row_index
 
 _MOST = float(torch.finfo(torch.float32).max)
 
@@ -77,9 +78,9 @@ def read_train_data(prm: PRM, options: TrainOptions) -> TrainData:
     plain = require(plain, "labels")
     if _weighs_by_domain(options):
         plain = require(plain, "domain")
-    ids = row_index([example.id for example in plain.examples])
-    names = [example.domain for example in plain.examples]
-    domains = {} if None in names else {str(n): i for i, n in enumerate(dict.fromkeys(names))}
+    ids = plain.index()
+    names = dict.fromkeys(example.domain for example in plain.facts)
+    domains = {} if None in names else {str(name): row for row, name in enumerate(names)}
     meta = None
     if options.data.meta_file is not None:
         # A wrong solution may owe its outcome to a step that would be cut off.
@@ -117,7 +118,7 @@ def _require_pairs(meta: Examples) -> None:
     Raises:
         DataError: None has.
     """
-    mixed, questions = mixed_questions(meta.examples)
+    mixed, questions = mixed_questions(meta.facts)
     if not mixed:
         raise DataError(
             expected="questions with both a right and a wrong solution, which --loss-target pairs "
@@ -191,13 +192,13 @@ def lower_examples(options: TrainOptions, data: TrainData) -> Examples:
 class _Need(NamedTuple):
     """A field that the data need for some purpose, and the fault of an example without it."""
 
-    has: Callable[[StepExample], bool]
+    has: Callable[[Facts], bool]
     fault: Fault
 
 
 _NEEDS: Mapping[str, _Need] = {
     "labels": _Need(
-        lambda example: any(step.label is not None for step in example.steps),
+        lambda example: example.labelled,
         Fault(
             field="steps[].label",
             expected="at least one labelled step",
@@ -251,7 +252,7 @@ def _read_weights(path: str, ids: Mapping[str, int]) -> Tensor:
     if not file.is_file():
         raise OptionError(f"--weights-file {path}: no such file")
     check_digest(file)
-    weights: dict[int, float] = {}
+    weights = torch.full((len(ids),), math.nan, dtype=torch.float64)
     for line, entry in json_rows(file):
         if isinstance(entry, DataError):
             raise entry
@@ -260,18 +261,20 @@ def _read_weights(path: str, ids: Mapping[str, int]) -> Tensor:
         if not isinstance(entry, dict):
             location.refuse(None, '{"id": ..., "weight": a number}', entry, remedy)
         name, weight = entry.get("id"), entry.get("weight")
-        if not isinstance(name, str) or name not in ids:
+        row = ids.get(name) if isinstance(name, str) else None
+        if row is None:
             location.refuse("id", "an id of the training file", name, remedy)
         if isinstance(weight, bool) or not isinstance(weight, int | float) or abs(weight) > _MOST:
             location.refuse("weight", "a number", weight, remedy)
-        if ids[name] in weights:
+        if not weights[row].isnan():
             location.refuse("id", "an id that no other line has", name, remedy)
-        weights[ids[name]] = float(weight)
-    missing = [name for name, row in ids.items() if row not in weights]
-    if missing:
+        weights[row] = float(weight)
+    if count := int(weights.isnan().sum()):
+        first = int(weights.isnan().nonzero()[0])
+        missing = next(name for name, row in ids.items() if row == first)
         raise OptionError(
-            f"--weights-file {path}: no weight for {len(missing)} of {len(ids)} training "
-            f"examples, for example {missing[0]!r}"
+            f"--weights-file {path}: no weight for {count} of {len(ids)} training "
+            f"examples, for example {missing!r}"
         )
     note_unchecked(file)
-    return torch.tensor([weights[row] for row in range(len(ids))])
+    return weights.float()

@@ -22,8 +22,10 @@ from recipes.options.rules import check_together
 from recipes.options.train import TrainOptions
 from recipes.ranks import ranks_here
 from recipes.run.directory import check_directory
+from recipes.run.errors import RunError
 from recipes.run.files import write_json
-from recipes.run.resume import open_run
+from recipes.run.identity import digest_model
+from recipes.run.resume import Run, open_run
 from recipes.train.batches import (
     Draw,
     ahead,
@@ -107,9 +109,7 @@ def run_training(options: TrainOptions, logged: Callable[[int], None] | None = N
         check_directory(options)
     set_up(options)
     placement = placement_of(options.placement, options.activation_checkpointing)
-    prm, lower = load_model(options, options.lower.freeze, options.init_from, placement)
-    if options.lora.rank:
-        lower = adapted(prm, options.lora, options.lower.freeze, placement)
+    prm, lower = _model(options, placement)
     data = read_train_data(prm, options)
     refuse_other_bad_rows(options, data.bad)
     objective = _objective(options, prm, data)
@@ -120,7 +120,7 @@ def run_training(options: TrainOptions, logged: Callable[[int], None] | None = N
     with open_run(options, prm.model, start, data.pictures, in_place=in_place) as run:
         keep_bad_rows(run.directory, data.bad)
         initial = None
-        if objective.weighting is not None:
+        if objective.reads_reference:
             initial = _initial_scores(prm, lower, data, options)
         clock.lap("set_up")
         draw, lower_batch = _lower_level(task, initial)
@@ -151,7 +151,7 @@ def run_training(options: TrainOptions, logged: Callable[[int], None] | None = N
             results["troubles"] = dict(end.seen.counts)
             micro_batches = options.lower.steps * options.lower.accumulation
             visits = count_visits(draw, micro_batches, len(lower_examples(options, data)))
-            results |= _report_weights(task, end.state, initial, visits, run.directory)
+            results |= _report_weights(task, end.state, initial, visits, run)
             results |= evaluate_all(prm, end.state.lower_params, data, options, run.directory)
             clock.lap("evaluate")
             results["seconds"] = clock.laps
@@ -160,26 +160,56 @@ def run_training(options: TrainOptions, logged: Callable[[int], None] | None = N
     return run.directory
 
 
+def _model(options: TrainOptions, placement: Placement) -> tuple[PRM, dict[str, Tensor]]:
+    """Return the model before the first step, and the parameters that are trained."""
+    prm, lower = load_model(options, options.lower.freeze, options.init_from, placement)
+    if options.lora.rank:
+        lower = adapted(prm, options.lora, options.lower.freeze, placement)
+    return prm, lower
+
+
 def _report_weights(
     task: _Task,
     state: State,
     initial: _Initial | None,
     visits: Tensor,
-    directory: Path,
+    run: Run,
 ) -> dict[str, Any]:
     """Write the weights and the weighting of a trained run, and return the results on them."""
+    directory = run.directory
     options, data, objective = task.options, task.data, task.objective
     examples = lower_examples(options, data)
     reference = None if initial is None else initial.scores
     weights, raw = final_weights(options, objective, state, data, reference)
     columns = {"weight": weights, "raw_weight": raw, "visits": visits}
-    if initial is not None:
+    if initial is None and objective.weighting is not None and options.initial_loss:
+        initial = _initial_scores(*_initial_model(task, run), data, options)
+    if initial is not None and options.initial_loss:
         columns["initial_loss"] = initial.losses
     write_weights(directory / "weights.jsonl", examples, columns)
     if objective.weighting is None:
         return {}
     write_weighting(directory / "weighting", objective, state.upper_params, data)
     return weight_report(examples, weights)
+
+
+def _initial_model(task: _Task, run: Run) -> tuple[PRM, Mapping[str, Tensor]]:
+    """Return the model before the first step, loaded again: the one in memory is trained.
+
+    Raises:
+        RunError: It is not the model that the run began with.
+    """
+    options = task.options
+    with torch.random.fork_rng():
+        torch.manual_seed(options.seed)
+        prm, lower = _model(options, task.placement)
+    if digest_model(prm.model) != run.checkpoints.identity["model"]:
+        flag = "--model" if options.init_from is None else "--init-from"
+        raise RunError(
+            f"{flag} {options.init_from or options.model}: changed since the run began, so that "
+            "the initial losses are not known; put it back, or resume with --no-initial-loss"
+        )
+    return prm, lower
 
 
 class _Clock:

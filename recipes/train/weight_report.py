@@ -11,14 +11,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from prm.data.store.examples import facts
 from prm.digests import check_digest, write_digest
 from prm.evaluation.metrics import roc_auc
+from prm.files import write_lines
 from prm.losses import step_cross_entropy
 from prm.schema import StepExample
 from recipes.evaluation.candidates import step_scores_of
 from recipes.loading import Examples, Solutions
 from recipes.options.train import TrainOptions
-from recipes.run.files import note_unchecked, write_text
+from recipes.run.files import note_unchecked
 from recipes.train.data import TrainData, lower_examples
 from recipes.train.objective import Objective, State
 from weighting import EXAMPLE_KEYS, Weighting, reads_model, save_weighting
@@ -30,11 +32,11 @@ _SMALLEST_DISTANCE = 2.0**-25
 
 def step_labels(examples: Sequence[StepExample], steps: int) -> Tensor:
     """Return the labels of all examples, [examples, steps] float64, NaN without a label."""
-    labels = torch.full((len(examples), steps), float("nan"), dtype=torch.float64)
-    for row, example in enumerate(examples):
-        known = [float("nan") if step.label is None else step.label for step in example.steps]
-        labels[row, : len(known)] = torch.tensor(known, dtype=torch.float64)
-    return labels
+    labels = np.full((len(examples), steps), float("nan"))
+    for row, example in enumerate(facts(examples)):
+        known = [float("nan") if label is None else label for label in example.labels]
+        labels[row, : len(known)] = known
+    return torch.from_numpy(labels)
 
 
 def initial_losses(scores: Tensor, mask: Tensor, data: Examples) -> Tensor:
@@ -75,10 +77,11 @@ def example_batch(
     """
     batch: dict[str, Tensor] = {}
     if "index" in weighting.reads:
-        batch["index"] = torch.tensor([index[example.id] for example in examples])
+        batch["index"] = torch.tensor([index[example.id] for example in facts(examples)])
     if "domain" in weighting.reads:
-        batch["domain"] = torch.tensor([domains[str(example.domain)] for example in examples])
-    counts = torch.tensor([len(example.steps) for example in examples])
+        rows = [domains[str(example.domain)] for example in facts(examples)]
+        batch["domain"] = torch.tensor(rows)
+    counts = torch.tensor([len(example.labels) for example in facts(examples)])
     if "labels" in weighting.reads:
         batch["labels"] = step_labels(examples, int(counts.max())).float()
     if "step_mask" in weighting.reads:
@@ -137,8 +140,7 @@ def final_weights(
     # The scores and the examples of a whole file are in the memory of the host.
     params = {name: tensor.detach().cpu() for name, tensor in state.upper_params.items()}
     if reads_examples_alone(weighting):
-        index = {example.id: row for row, example in enumerate(train.examples)}
-        batch = example_batch(weighting, train.examples, index, data.domains)
+        batch = example_batch(weighting, train.examples, train.index(), data.domains)
         return weighting.file_weights(params, [batch])
     scores = None
     if reads_model(weighting):
@@ -151,24 +153,17 @@ def write_weights(
     path: Path, data: Examples | Solutions, columns: Mapping[str, Tensor | None]
 ) -> None:
     """Write ``weights.jsonl`` with its digest beside it; see ``weight_lines``."""
-    write_text(path, weight_lines(data, columns))
+    write_lines(path, weight_lines(data, columns))
     write_digest(path)
 
 
-def weight_lines(data: Examples | Solutions, columns: Mapping[str, Tensor | None]) -> str:
-    """Return ``weights.jsonl``: an example on each line, with its id and a value per column."""
-    values = {
-        name: [None] * len(data) if column is None else column.tolist()
-        for name, column in columns.items()
-    }
-    lines = [
-        json.dumps(
-            {"id": example.id} | {name: column[row] for name, column in values.items()},
-            ensure_ascii=False,
-        )
-        for row, example in enumerate(data.examples)
-    ]
-    return "\n".join(lines) + "\n"
+def weight_lines(data: Examples | Solutions, columns: Mapping[str, Tensor | None]) -> Iterator[str]:
+    """Yield ``weights.jsonl``: an example on each line, with its id and a value per column."""
+    for row, example in enumerate(data.facts):
+        values = {
+            n: None if column is None else column[row].item() for n, column in columns.items()
+        }
+        yield json.dumps({"id": example.id} | values, ensure_ascii=False) + "\n"
 
 
 def write_weighting(
@@ -190,7 +185,7 @@ def write_weighting(
     if weighting.row_key == "domain":
         names = list(data.domains)
     elif weighting.row_key == "index":
-        names = [example.id for example in data.train.examples]
+        names = [example.id for example in data.train.facts]
     extra: dict[str, Any] = {}
     if objective.reads_features:
         extra = {"features": list(objective.features), "reference": objective.reference}
@@ -220,11 +215,13 @@ def weight_report(data: Examples, weights: Tensor) -> dict[str, Any]:
     ``weight_auc`` is the probability that an example without wrong labels has a larger weight than
     one with wrong labels. Per source, only its own examples with wrong labels are compared.
     """
-    extras = [example.extra for example in data.examples]
-    if not all("wrong_labels" in extra and "source" in extra for extra in extras):
-        return {}
-    clean = np.array([extra["wrong_labels"] == 0 for extra in extras])
-    sources = np.array([str(extra["source"]) for extra in extras])
+    found = []
+    for example in data.examples:
+        if not ("wrong_labels" in example.extra and "source" in example.extra):
+            return {}
+        found.append((example.extra["wrong_labels"] == 0, str(example.extra["source"])))
+    clean = np.array([is_clean for is_clean, _ in found])
+    sources = np.array([source for _, source in found])
     values = weights.numpy()
     by_source: dict[str, dict[str, float]] = {}
     for source in dict.fromkeys(sources.tolist()):

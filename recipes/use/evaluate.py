@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import sys
+from array import array
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -12,21 +14,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from prm.data.bad_rows import BadRows
 from prm.data.json_rows import json_rows
 from prm.evaluation.second_opinion import load_math_verify
 from prm.models.model import PRM
 from prm.schema import DataError
+from prm.scoring import StepScores
 from recipes.bad_rows import report_bad_rows, report_truncated, skipped_path, truncated_path
-from recipes.evaluation.candidates import Candidates, candidates_or_steps
+from recipes.evaluation.candidates import Candidates, candidates_or_steps, scores_of
 from recipes.evaluation.dev_choice import Choice, choose_on_dev
 from recipes.evaluation.figures import all_figures
 from recipes.evaluation.leaks import find_leak, refuse_leak
-from recipes.evaluation.scoring import score_rows
 from recipes.evaluation.table import SANITY_CHECK, results_table
 from recipes.loading import (
     Examples,
     Fault,
     Solutions,
+    cut,
     load_model,
     placement_of,
     read_examples,
@@ -38,9 +42,9 @@ from recipes.options.rules import check_together
 from recipes.options.use import EvaluateOptions
 from recipes.options.values import OptionError
 from recipes.run.files import json_text, list_beside, output_file
-from recipes.terminal import progress_bar, say
+from recipes.terminal import say
 from recipes.use.model_run import note_differences, run_of
-from recipes.use.scores_file import read_scores, read_settings, scores_for
+from recipes.use.scores_file import ScoredSolution, numbered_scores, read_settings, scores_for
 
 
 class _Judge:
@@ -61,23 +65,14 @@ class _Judge:
             return candidates_or_steps(as_scored(without_skipped(data, Path(scores)), Path(scores)))
         return candidates_or_steps(read_examples(self.loaded[0], self.options, path))
 
-    def rows(self, candidates: Candidates, scores: str | None) -> list[Tensor]:
+    def rows(self, candidates: Candidates, scores: str | None) -> Sequence[Tensor]:
         """Return the step scores of every candidate, read or computed."""
         data = candidates.data
         if scores is not None:
             return _read_rows(self.options, Path(scores), candidates)
         assert isinstance(data, Examples)
-        options = self.options
-        with progress_bar("scoring", len(data)) as bar:
-            return score_rows(
-                *self.loaded,
-                data.encoded,
-                data.collator,
-                options.eval_batch_size,
-                bar,
-                full_vocab=options.probability == "vocabulary",
-                workers=options.workers,
-            )
+        full_vocab = self.options.probability == "vocabulary"
+        return scores_of(*self.loaded, data, self.options, full_vocab=full_vocab)
 
 
 def run_evaluate(options: EvaluateOptions) -> dict[str, Any]:
@@ -215,46 +210,64 @@ def as_scored(data: Solutions, scores: Path) -> Solutions:
     """Return the solutions with those steps alone that ``score`` kept when it wrote ``scores``."""
     if read_settings(scores).get("too_long") != "truncate":
         return data
-    kept = {row.id: row for row in read_scores(scores) if row.steps is not None}
-    examples = []
-    for example, line in zip(data.examples, data.lines, strict=True):
+    scored = numbered_scores(scores, BadRows(scores))
+    kept = {row.id: row for _, row in scored if row.steps is not None}
+    cuts: dict[int, int] = {}
+    for number, (example, line) in enumerate(zip(data.facts, data.lines, strict=True)):
         row = kept.get(example.id)
-        if row is not None and row.steps == len(example.steps):
+        if row is not None and row.steps == len(example.labels):
             data.bad.truncate(line, example.id, row.steps, len(row.step_scores))
-            example = replace(example, steps=example.steps[: len(row.step_scores)])
-        examples.append(example)
-    return replace(data, examples=examples)
+            cuts[number] = len(row.step_scores)
+    return cut(data, cuts)
 
 
-def _read_rows(options: EvaluateOptions, path: Path, candidates: Candidates) -> list[Tensor]:
+def _read_rows(options: EvaluateOptions, path: Path, candidates: Candidates) -> Sequence[Tensor]:
     """Return the step scores of every candidate from a scores file, in float32.
 
     Raises:
         DataError: Steps have no scores, because the solutions have changed, or because they are
             longer than the context of the model that scored them and this is refused.
     """
-    examples = candidates.data.examples
-    rows = scores_for(path, [example.id for example in examples], candidates.data.path)
-    cut = 0
-    for row, steps in zip(rows, candidates.all_steps, strict=True):
-        if row.all_steps != steps:
-            raise DataError(
-                expected=f"{steps} step scores for {row.id!r}, one per step",
-                found=f"{row.all_steps}",
-                file=path,
-                remedy="score this file again; its solutions have changed",
-            )
-        cut += row.steps is not None
-        if cut and options.too_long == "refuse":
-            raise DataError(
-                expected=f"a score for each of the {steps} steps of {row.id!r}",
-                found=f"{len(row.step_scores)}: it is longer than the model's context",
-                file=path,
-                remedy="judge such solutions by their first steps alone with --too-long truncate",
-            )
-    if cut:
-        say(f"{path}: {cut} of {len(rows)} solutions have scores of their first steps alone")
-    return [torch.tensor(row.step_scores, dtype=torch.float32) for row in rows]
+    expected = candidates.all_steps
+    values = array("f")  # in the order of the file
+    starts, sizes = array("q", [0]) * len(expected), array("q", [0]) * len(expected)
+    shortened = 0
+    wrong: tuple[int, DataError] | None = None  # the first by the order of the data
+    for row, solution in scores_for(path, candidates.data.index(), candidates.data.path):
+        starts[row], sizes[row] = len(values), len(solution.step_scores)
+        values.extend(solution.step_scores)
+        shortened += solution.steps is not None
+        error = _wrong_steps(options, solution, expected[row], path)
+        if error is not None and (wrong is None or row < wrong[0]):
+            wrong = row, error
+    if wrong is not None:
+        raise wrong[1]
+    if shortened:
+        say(f"{path}: {shortened} of {len(sizes)} solutions have scores of their first steps alone")
+    scores = StepScores(sizes)
+    for row, start in enumerate(starts):
+        scores.put(row, torch.tensor(values[start : start + sizes[row]]))
+    return scores
+
+
+def _wrong_steps(
+    options: EvaluateOptions, solution: ScoredSolution, steps: int, path: Path
+) -> DataError | None:
+    if solution.all_steps != steps:
+        return DataError(
+            expected=f"{steps} step scores for {solution.id!r}, one per step",
+            found=f"{solution.all_steps}",
+            file=path,
+            remedy="score this file again; its solutions have changed",
+        )
+    if solution.steps is not None and options.too_long == "refuse":
+        return DataError(
+            expected=f"a score for each of the {steps} steps of {solution.id!r}",
+            found=f"{len(solution.step_scores)}: it is longer than the model's context",
+            file=path,
+            remedy="judge such solutions by their first steps alone with --too-long truncate",
+        )
+    return None
 
 
 def _summary(results: dict[str, Any]) -> str:

@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -66,8 +66,8 @@ def _score(options: ScoreOptions, output: Path) -> None:
     note_differences(options, options.model)
     prm, params = load_model(options, placement=placement_of(options.placement))
     data = read_examples(prm, options, options.file)
-    ids = [example.id for example in data.examples]
-    settings = settings_of(prm, options) | {_SOLUTIONS: len(ids)}
+    settings = settings_of(prm, options) | {_SOLUTIONS: len(data)}
+    ids = (example.id for example in data.facts)
     total = {(row.line, row.id): row.steps for row in data.bad.truncated}
     done = _begin(output, settings, ids, Path(options.file), overwrite=options.overwrite)
     report_bad_rows([data.bad], skipped_path(output), say)
@@ -76,13 +76,13 @@ def _score(options: ScoreOptions, output: Path) -> None:
     window = _WINDOW * options.eval_batch_size
     done = ranks_here().numbers(done)[0]  # the others write a copy that nobody reads
     # An incomplete window is scored again as a whole, so that its batches are the same.
-    first = done // window * window if done < len(ids) else len(ids)
+    first = done // window * window if done < len(data) else len(data)
     with (
         named(output),
         output.open("a", encoding="utf-8", newline="\n") as file,
-        progress_bar("scoring", len(ids), first) as bar,
+        progress_bar("scoring", len(data), first) as bar,
     ):
-        for start in range(first, len(ids), window):
+        for start in range(first, len(data), window):
             encoded = data.encoded[start : start + window]
             scores = score_rows(
                 prm,
@@ -93,6 +93,7 @@ def _score(options: ScoreOptions, output: Path) -> None:
                 bar,
                 full_vocab=options.probability == "vocabulary",
                 workers=options.workers,
+                tokens_per_batch=options.tokens_per_batch,
             )
             lines = data.lines[start : start + window]
             for number, (row, line, steps) in enumerate(
@@ -114,7 +115,7 @@ def _score(options: ScoreOptions, output: Path) -> None:
     write_digest(output)
     seconds = time.perf_counter() - started
     say(
-        f"{output}: {len(ids) - done} solutions scored in {seconds:.1f} s"
+        f"{output}: {len(data) - done} solutions scored in {seconds:.1f} s"
         + (f", {done} were there" if done else "")
     )
 
@@ -172,7 +173,7 @@ def digest_judge(prm: PRM) -> str:
 
 
 def _begin(
-    output: Path, settings: Mapping[str, Any], ids: Sequence[str], data: Path, *, overwrite: bool
+    output: Path, settings: Mapping[str, Any], ids: Iterable[str], data: Path, *, overwrite: bool
 ) -> int:
     """Prepare the output for more lines, and return how many solutions it holds."""
     if overwrite or not output.exists():
@@ -208,7 +209,7 @@ def _begin(
     check_digest(output)
     done = complete_lines(output, ids, data)
     if _SOLUTIONS not in earlier:  # of a version that did not store their number
-        write_json(settings_path(output), {**earlier, _SOLUTIONS: len(ids)})
+        write_json(settings_path(output), {**earlier, _SOLUTIONS: settings[_SOLUTIONS]})
     return done
 
 

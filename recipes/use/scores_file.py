@@ -14,18 +14,22 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+import os
+from array import array
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import IO, Any, NoReturn
 
 from prm.data.bad_rows import BadRows
+from prm.data.interned import Interned
 from prm.data.json_rows import json_line
 from prm.digests import check_digest, digest_path
 from prm.schema import DataError
 from recipes.options.values import OptionError
 from recipes.run.files import note_unchecked
 
+_BLOCK = 2**20
 _REMEDY = "write the file with `bilevel-prm score`"
 
 
@@ -108,8 +112,8 @@ def read_scores(path: Path) -> list[ScoredSolution]:
     return [row for _, row in numbered_scores(path, BadRows(path))]
 
 
-def numbered_scores(path: Path, bad: BadRows) -> list[tuple[int, ScoredSolution]]:
-    """Read a complete scores file, each solution with its line.
+def numbered_scores(path: Path, bad: BadRows) -> Iterator[tuple[int, ScoredSolution]]:
+    """Yield the solutions of a complete scores file, each with its line.
 
     Args:
         path: The file.
@@ -117,27 +121,28 @@ def numbered_scores(path: Path, bad: BadRows) -> list[tuple[int, ScoredSolution]
 
     Raises:
         OptionError: There is no such file.
-        DataError: A line is refused, solutions are missing, or the file is not as it was written.
+        DataError: A line is refused; or at the end, solutions are missing, or the file is not as it
+            was written.
     """
     if not path.is_file():
         raise OptionError(f"{path}: no such file; {_REMEDY}")
     checked = check_digest(path)
     expected = read_settings(path).get("solutions")
-    rows: list[tuple[int, ScoredSolution]] = []
-    first: dict[str, int] = {}
+    ids, lines = Interned(), array("q")
     for line, row in _rows(path):
         bad.rows += 1
         try:
             if isinstance(row, DataError):
                 raise row
-            if row.id in first:
-                known = f"an id of its own, not that of line {first[row.id]}"
+            number = ids.add(row.id)
+            if number < len(lines):
+                known = f"an id of its own, not that of line {lines[number]}"
                 _fail(path, line, "id", known, row.id)
         except DataError as error:
             bad.add(error)
             continue
-        first[row.id] = line
-        rows.append((line, row))
+        lines.append(line)
+        yield line, row
     if isinstance(expected, int) and (bad.rows != expected or not checked):
         raise DataError(
             expected=f"the scores of {expected} solutions, and the digest of the complete file",
@@ -148,31 +153,45 @@ def numbered_scores(path: Path, bad: BadRows) -> list[tuple[int, ScoredSolution]
     if not bad.rows:
         raise DataError(expected="a line per solution", found="an empty file", file=path)
     note_unchecked(path)
-    return rows
 
 
-def scores_for(path: Path, ids: Sequence[str], data: Path) -> list[ScoredSolution]:
-    """Read the lines of a scores file for the solutions ``ids`` of ``data``, in their order.
+def scores_for(
+    path: Path, index: Mapping[str, int], data: Path
+) -> Iterator[tuple[int, ScoredSolution]]:
+    """Yield the lines of a scores file for the solutions of ``data``, each with its row there.
+
+    Args:
+        path: The scores file.
+        index: The row of every id of the data.
+        data: The path of the data, for messages.
 
     Raises:
-        DataError: A solution has no scores, or the file holds scores of other solutions.
+        DataError: At the end: a solution has no scores, or the file holds scores of other
+            solutions. Before it: see ``read_scores``.
     """
-    by_id = {row.id: row for row in read_scores(path)}
-    missing = [name for name in ids if name not in by_id]
-    more = len(by_id) - (len(ids) - len(missing))
-    if missing or more:
+    found = bytearray(len(index))
+    more = 0
+    for _, solution in numbered_scores(path, BadRows(path)):
+        row = index.get(solution.id)
+        if row is None:
+            more += 1
+        else:
+            found[row] = True
+            yield row, solution
+    if (missing := found.count(0)) or more:
+        first = found.find(0)
+        name = next((name for name, row in index.items() if row == first), None)
         raise DataError(
-            expected=f"scores of the {len(ids)} solutions of {data}",
-            found=f"none for {len(missing)} of them"
-            + (f" (for example {missing[0]!r})" if missing else "")
+            expected=f"scores of the {len(index)} solutions of {data}",
+            found=f"none for {missing} of them"
+            + (f" (for example {name!r})" if missing else "")
             + f", and {more} of other solutions",
             file=path,
             remedy="score this file, to the end",
         )
-    return [by_id[name] for name in ids]
 
 
-def complete_lines(path: Path, ids: Sequence[str], data: Path) -> int:
+def complete_lines(path: Path, ids: Iterable[str], data: Path) -> int:
     """Remove an incomplete last line, and count the solutions of an interrupted file.
 
     Args:
@@ -184,17 +203,30 @@ def complete_lines(path: Path, ids: Sequence[str], data: Path) -> int:
         DataError: A complete line is malformed, or belongs to another solution than expected.
     """
     with path.open("rb+") as file:
-        content = file.read()
-        file.truncate(content.rfind(b"\n") + 1)
+        file.truncate(_end_of_lines(file))
     done = 0
+    coming = iter(ids)
     for line, row in _rows(path):
         if isinstance(row, DataError):
             raise row
-        if done == len(ids) or row.id != ids[done]:
-            expected = f"the scores of {ids[done]!r}" if done < len(ids) else "no further line"
+        name = next(coming, None)
+        if row.id != name:
+            expected = "no further line" if name is None else f"the scores of {name!r}"
             _fail(path, line, "id", f"{expected}, by the order of {data}", row.id)
         done += 1
     return done
+
+
+def _end_of_lines(file: IO[bytes]) -> int:
+    """Return the offset behind the last line break of a file, which is not held whole."""
+    end = file.seek(0, os.SEEK_END)
+    while end:
+        start = max(0, end - _BLOCK)
+        file.seek(start)
+        if (found := file.read(end - start).rfind(b"\n")) >= 0:
+            return start + found + 1
+        end = start
+    return 0
 
 
 def _rows(path: Path) -> Iterator[tuple[int, ScoredSolution | DataError]]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -74,7 +74,7 @@ def run_weigh(options: WeighOptions) -> None:
         data, weights, raw = _by_weighting(options)
     else:
         data, weights, raw = rule_weights(options)
-    output.write_text(weight_lines(data, {"weight": weights, "raw_weight": raw}))
+    output.write_lines(weight_lines(data, {"weight": weights, "raw_weight": raw}))
     if listed is not None and output.path is not None:
         report_bad_rows([data.bad], listed, say)
         report_truncated([data.bad], truncated_path(output.path), say)
@@ -162,7 +162,7 @@ def _by_model(options: WeighOptions, saved: _Saved) -> tuple[Examples, Tensor, T
     data = _check_rows(options, saved, data)
     domains = saved.domains
     if domains or saved.index:
-        index = saved.index or _numbered([example.id for example in data.examples])
+        index = saved.index or data.index()
         data = data.with_rows(index=index, domains=domains or None)
     objective = Objective(
         prm, AGGREGATIONS["mean"], "both", weighting, features, uses_reference, len(domains)
@@ -225,16 +225,16 @@ def _check_rows(options: WeighOptions, saved: _Saved, data: Data) -> Data:
             domain.
     """
     if saved.weighting.row_key == "index":
-        _check_known(options, [example.id for example in data.examples], saved.index, "id")
+        _check_known(options, (example.id for example in data.facts), saved.index, "id")
     if saved.domains:
         data = require(data, "domain")
-        names = [str(example.domain) for example in data.examples]
+        names = (str(example.domain) for example in data.facts)
         _check_known(options, names, saved.domains, "domain")
     return data
 
 
 def _check_known(
-    options: WeighOptions, keys: Sequence[str], known: Mapping[str, int], what: str
+    options: WeighOptions, keys: Iterable[str], known: Mapping[str, int], what: str
 ) -> None:
     unknown = list(dict.fromkeys(key for key in keys if key not in known))
     if unknown:

@@ -54,7 +54,7 @@ def rule_weights(options: WeighOptions) -> tuple[Examples | Solutions, Tensor, T
         scores = _bis(options, data) if options.by == "bis" else _draw(options, len(data))
     groups = None
     if options.within == "domain":
-        groups = [example.domain for example in data.examples]
+        groups = [example.domain for example in data.facts]
     try:
         return data, keep_best(scores, options.keep, groups), scores
     except ValueError as error:
@@ -62,7 +62,7 @@ def rule_weights(options: WeighOptions) -> tuple[Examples | Solutions, Tensor, T
 
 
 def _bis(options: WeighOptions, data: Solutions) -> Tensor:
-    labels = step_labels(data.examples, max(len(example.steps) for example in data.examples))
+    labels = step_labels(data.examples, max(len(example.labels) for example in data.facts))
     try:
         return balanced_information(labels, ~labels.isnan(), alpha=options.alpha)
     except ValueError as error:

@@ -139,8 +139,9 @@ def scores_of(model: Path, work: Path, name: str, threads: int) -> list[Tensor]:
             eval_batch_size=8,
         )
     )
-    ids = [example.id for example in read_solutions(LoaderOptions(), str(data)).examples]
-    return [torch.tensor(row.step_scores) for row in scores_for(output, ids, data)]
+    index = read_solutions(LoaderOptions(), str(data)).index()
+    scores = dict(scores_for(output, index, data))
+    return [torch.tensor(scores[row].step_scores) for row in range(len(index))]
 
 
 def figures(candidates: Candidates, judges: Mapping[str, Sequence[Tensor]]) -> list[dict[str, Any]]:

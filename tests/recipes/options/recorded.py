@@ -12,6 +12,7 @@ import recipes.train.training
 from recipes.options.flat import flat_options, flatten
 from recipes.options.parse import changed
 from recipes.options.rules import unread
+from recipes.run.identity import digest_model
 
 
 def recorded(options: Any) -> tuple[Any, set[str]]:
@@ -46,7 +47,9 @@ def read_only_what_is_used(monkeypatch) -> None:
     """
     monkeypatch.setattr(recipes.run.directory, "to_yaml", lambda options: "")
     monkeypatch.setattr(recipes.run.directory, "flatten", lambda options: {})
-    monkeypatch.setattr(recipes.run.resume, "identity", lambda *_: {})
+    monkeypatch.setattr(
+        recipes.run.resume, "identity", lambda _, model, *__: {"model": digest_model(model)}
+    )
     for module in (recipes.train.training, recipes.train.cold_start):
         monkeypatch.setattr(module, "check_together", lambda options: None)
 

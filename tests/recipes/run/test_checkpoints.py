@@ -406,3 +406,13 @@ def test_log_is_cut_after_the_step_and_at_a_broken_line(tmp_path):
     cut_log(log, 5)
     assert log.read_text() == '{"step": 2}\n'
     assert read_lines(log) == [{"step": 2}]
+
+
+def test_an_option_newer_than_a_run_had_its_default(tmp_path):
+    (tmp_path / "a").write_text("same")
+    options = train_options(train_file=str(tmp_path / "a"), output_dir="o", weighting="none")
+    now = identity(options, torch.nn.Linear(2, 2))
+    then = now | {"options": {k: v for k, v in now["options"].items() if k != "tokens_per_batch"}}
+    assert differences(then, now) == []
+    now["options"]["tokens_per_batch"] = 7
+    assert differences(then, now) == ["--tokens-per-batch 7 (checkpoint: 65536)"]

@@ -42,7 +42,7 @@ class Data:
         return len(self.groups)
 
     @property
-    def examples(self):
+    def facts(self):
         return [Example(group, row in self.right) for row, group in enumerate(self.groups)]
 
     def batch(self, rows):
@@ -101,7 +101,7 @@ def test_a_meta_batch_is_no_larger_than_the_meta_set_and_no_smaller_than_a_quest
 def test_pairs_are_drawn_from_mixed_questions_alone():
     """One mixed question among three: every batch holds it, whatever the size."""
     data = replace(META, right=(0, 1, 2, 4, 6))  # of "a" and "b" some or all, of "c" none
-    assert mixed_questions(data.examples) == ([[1, 4, 7]], 3)
+    assert mixed_questions(data.facts) == ([[1, 4, 7]], 3)
     for size in (1, 2, 6, 100):
         draw = upper_draw(
             changed(replace(OPTIONS, loss_target="pairs"), meta_batch_size=size), data

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from importlib import metadata
 from types import SimpleNamespace
 
@@ -16,6 +16,7 @@ from transformers import AutoImageProcessor, AutoModelForImageTextToText, AutoTo
 import recipes.train.training
 from prm.digests import check_digest
 from prm.models.model import load_prm
+from prm.schema import Step, StepExample
 from prm.scoring import score_examples, step_scores
 from recipes.__main__ import main
 from recipes.evaluation.candidates import step_scores_of
@@ -41,17 +42,6 @@ KINDS = {
     "given": ({"weighting": "none"}, "fixed_weights"),
 }
 TRAINED = 18  # examples
-
-
-@dataclass(frozen=True)
-class Labelled:
-    label: float | None
-
-
-@dataclass(frozen=True)
-class Named:
-    id: str
-    steps: list[Labelled]
 
 
 @pytest.fixture(scope="module")
@@ -339,7 +329,9 @@ def test_training_set_is_scored_once_before_the_run_and_only_where_that_is_read(
 def test_initial_losses_are_those_of_the_scores():
     """Soft labels, steps without one, and scores at which float32 has run out."""
     steps = ([1.0, 0.25], [None, 0.0, 1.0], [0.0], [1.0])
-    examples = [Named("", [Labelled(label) for label in labels]) for labels in steps]
+    examples = [
+        StepExample("", "?", (), tuple(Step("s", label) for label in labels)) for labels in steps
+    ]
     scores = torch.tensor(
         [[0.5, 0.75, 0.0], [0.125, 0.25, 0.875], [1.0, 0.0, 0.0], [0.0, 0.0, 0.0]]
     )

@@ -39,12 +39,13 @@ def test_lines_read_back_as_they_were(path):
     }  # fmt: skip
 
 
-def test_scores_come_in_the_order_of_the_data(path):
-    assert scores_for(path, ["ç", "a", "b"], Path("data")) == [ROWS[2], ROWS[0], ROWS[1]]
+def test_scores_come_with_the_rows_of_the_data(path):
+    found = dict(scores_for(path, {"ç": 0, "a": 1, "b": 2}, Path("data")))
+    assert found == {0: ROWS[2], 1: ROWS[0], 2: ROWS[1]}
     with pytest.raises(DataError, match=r"3 .*none for 1 of them .*'d'\), and 1 of other sol"):
-        scores_for(path, ["a", "b", "d"], Path("data"))
+        list(scores_for(path, {"a": 0, "b": 1, "d": 2}, Path("data")))
     with pytest.raises(DataError, match="none for 0 of them, and 2 of other solutions"):
-        scores_for(path, ["a"], Path("data"))
+        list(scores_for(path, {"a": 0}, Path("data")))
 
 
 @pytest.mark.parametrize("rest", ["", '{"id": "d", "step_sc', "{", "\x00"])
