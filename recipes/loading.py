@@ -364,7 +364,7 @@ def cut(data: Data, steps: Mapping[int, int]) -> Data:
             replace(example, steps=example.steps[: steps.get(row)])
             for row, example in enumerate(data.examples)
         ]
-    return cast(Data, replace(data, examples=examples))
+    return replace(data, examples=examples)
 
 
 def _collator(prm: PRM, options: PrmOptions, too_long: TooLong = "refuse") -> Collator:
