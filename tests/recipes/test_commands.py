@@ -108,7 +108,7 @@ def test_an_output_that_cannot_be_written_is_said_in_a_sentence_before_the_work(
     (tmp_path / "file").write_text("mine")
     target = tmp_path / "file" / "out"
     for work in (  # none of it begins
-        *("prm.data.reader.json_rows", "prm.placement.Placement.load"),
+        *("prm.data.reader.spanned_rows", "prm.placement.Placement.load"),
         *("recipes.use.select.numbered_scores", "recipes.use.scores_file.numbered_scores"),
         *("recipes.embedded.build.load_scans", "recipes.use.convert_model.convert_internvl"),
     ):
