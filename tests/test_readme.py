@@ -264,6 +264,14 @@ def test_the_race_is_the_one_that_was_run():
         ]
 
 
+def test_the_iteration_of_the_whole_model_is_the_one_that_was_run():
+    found = results("bench_full.json")
+    text = " ".join(PAGES["docs/cost.md"].split())
+    seconds, memory = found["cpu_seconds"], found["peak_resident_bytes"] / 1e9
+    assert f"took {seconds:.0f} CPU seconds and {memory:.1f} GB" in text
+    assert f"({found['parameters'] / 1e6:.0f} M parameters" in text
+
+
 def test_copies_are_those_that_were_counted():
     found = results("bench_copies.json")["rows"]
     assert rows_of("docs/cost.md", "| route | functional |") == [

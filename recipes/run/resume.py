@@ -52,7 +52,8 @@ class Run:
         ranks: The ranks that take its steps. Rank 0 alone writes the log and the checkpoints; the
             directory of the others is one of their own, which is removed.
 
-    With a resident solver both states are the one that there is, whose tensors move with it.
+    With a resident solver ``beginning`` and ``start`` are the one state that there is, whose
+    tensors move with it.
     """
 
     command: str

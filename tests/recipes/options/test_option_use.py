@@ -197,7 +197,7 @@ def test_every_choice_is_tested_below():
         "attention",
         "bound",
         "context",
-        "execution",
+        "execution",  # in tests/recipes/train/test_execution.py
         "hypergradient",
         "linear_solver",
         "loss_target",
