@@ -321,9 +321,11 @@ class _Header(NamedTuple):
 
 def _is_known(error: BaseException | None) -> bool:
     """Return whether the other ranks know of an error: it is theirs, or they were told."""
-    while error is not None:
+    seen: set[int] = set()
+    while error is not None and id(error) not in seen:  # it may be raised from itself
         if isinstance(error, RankError) or "_told_other_ranks" in error.__dict__:
             return True
+        seen.add(id(error))
         error = error.__cause__
     return False
 

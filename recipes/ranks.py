@@ -124,9 +124,11 @@ def own_random_numbers(ranks: Collective, params: Tree, step: int) -> Iterator[N
 
 def lost(error: BaseException | None) -> bool:
     """Return whether an error comes from a rank that is gone: no other rank will tell of it."""
-    while error is not None:
+    seen: set[int] = set()
+    while error is not None and id(error) not in seen:  # it may be raised from itself
         if getattr(error, "gone", False):
             return True
+        seen.add(id(error))
         error = error.__cause__
     return False
 

@@ -203,7 +203,8 @@ def _initial_model(task: _Task, run: Run) -> tuple[PRM, Mapping[str, Tensor]]:
     with torch.random.fork_rng():
         torch.manual_seed(options.seed)
         prm, lower = _model(options, task.placement)
-    if digest_model(prm.model) != run.checkpoints.identity["model"]:
+    # Rank 0 alone knows what the run began with, and tells the others.
+    if run.writes and digest_model(prm.model) != run.checkpoints.identity["model"]:
         flag = "--model" if options.init_from is None else "--init-from"
         raise RunError(
             f"{flag} {options.init_from or options.model}: changed since the run began, so that "
