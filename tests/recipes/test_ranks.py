@@ -7,14 +7,16 @@ import os
 import shutil
 import signal
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file
 
 from bilevel import Alone
+from bilevel.replicas import _is_known
 from recipes.__main__ import main
-from recipes.ranks import one_gpu_each, over_ranks, ranks_here, share
+from recipes.ranks import lost, one_gpu_each, over_ranks, ranks_here, share
 from recipes.train.batches import meta_batch, per_step
 from tests.rank_processes import run_ranks, torchrun
 from tests.recipes.rank_commands import free_port
@@ -340,3 +342,13 @@ def test_an_environment_that_names_no_ranks_is_refused(monkeypatch, capsys, envi
         monkeypatch.setenv(name, value)
     assert main(["evaluate", "--file", "nothing.jsonl"]) == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("found", [lost, _is_known])
+def test_an_error_that_is_raised_from_itself_ends_the_search_for_its_cause(found):
+    """It never came to its end, and the other ranks waited."""
+    error = KeyError("model")
+    with suppress(KeyError):
+        raise error from error
+    assert error.__cause__ is error
+    assert not found(error)
