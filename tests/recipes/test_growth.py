@@ -204,13 +204,13 @@ def test_scoring_takes_no_more_memory_for_more_rows(task, tmp_path, monkeypatch)
     monkeypatch.setattr(recipes.use.score, "_WINDOW", 1)
     monkeypatch.setattr(
         recipes.use.score,
-        "score_examples",
+        "score_rows",
         lambda prm, params, encoded, *rest, **more: [
             torch.full((len(row.label_positions),), 0.5) for row in encoded
         ],
     )
     peaks = {}
-    for rows in (40, 120, 420):  # the first fills caches
+    for rows in (60, 200, 800):  # the first fills caches
         options = ScoreOptions(
             model=str(task.model),
             system_prompt=SYSTEM_PROMPT,
@@ -220,7 +220,7 @@ def test_scoring_takes_no_more_memory_for_more_rows(task, tmp_path, monkeypatch)
         )
         peaks[rows] = held_and_peak(lambda options=options: run_score(options))[1]
         assert len(read_lines(Path(options.output))) == rows
-    assert (peaks[420] - peaks[120]) / 300 < 400
+    assert (peaks[800] - peaks[200]) / 600 < 400
 
 
 def test_batches_of_few_tokens_have_the_same_scores(task, tmp_path, monkeypatch):
