@@ -25,7 +25,8 @@ from typing import Any
 from recipes.loading import load_model
 from recipes.options.parse import train_options
 from recipes.options.use import ScoreOptions
-from recipes.run.files import write_json
+from recipes.run.errors import reported
+from recipes.run.files import check_writable, write_json
 from recipes.run.provenance import environment, machine
 from recipes.train.training import run_training
 from recipes.use.score import run_score
@@ -143,6 +144,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--output", default="results/bench_growth.json")
     parser.add_argument("--measure", nargs=2, metavar=("COMMAND", "FILE"), help="in this process")
     given = parser.parse_args(arguments)
+    check_writable("--output", Path(given.output))
     if given.measure is not None:
         command, file = given.measure
         with tempfile.TemporaryDirectory() as folder:
@@ -164,4 +166,4 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(reported("recipes.evidence.bench_growth", main))
