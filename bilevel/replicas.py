@@ -20,7 +20,7 @@ from torch import Tensor
 from torch import distributed as dist
 
 from bilevel import tree
-from bilevel.collective import Mean, RankError
+from bilevel.collective import Mean, RankError, causes
 from bilevel.tree import Tree, TreeT
 
 T = TypeVar("T")
@@ -321,13 +321,9 @@ class _Header(NamedTuple):
 
 def _is_known(error: BaseException | None) -> bool:
     """Return whether the other ranks know of an error: it is theirs, or they were told."""
-    seen: set[int] = set()
-    while error is not None and id(error) not in seen:  # it may be raised from itself
-        if isinstance(error, RankError) or "_told_other_ranks" in error.__dict__:
-            return True
-        seen.add(id(error))
-        error = error.__cause__
-    return False
+    return any(
+        isinstance(one, RankError) or "_told_other_ranks" in one.__dict__ for one in causes(error)
+    )
 
 
 def _flat(values: Tree, like: Tree) -> tuple[list[Tensor | None], Any, list[Tensor | None]]:

@@ -124,13 +124,9 @@ def own_random_numbers(ranks: Collective, params: Tree, step: int) -> Iterator[N
 
 def lost(error: BaseException | None) -> bool:
     """Return whether an error comes from a rank that is gone: no other rank will tell of it."""
-    seen: set[int] = set()
-    while error is not None and id(error) not in seen:  # it may be raised from itself
-        if getattr(error, "gone", False):
-            return True
-        seen.add(id(error))
-        error = error.__cause__
-    return False
+    from bilevel.collective import causes
+
+    return any(getattr(one, "gone", False) for one in causes(error))
 
 
 def _join(ranks: int) -> None:

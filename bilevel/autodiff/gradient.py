@@ -28,7 +28,6 @@ def gradients(
     cotangents: Sequence[Tensor] | None = None,
     *,
     create_graph: bool = False,
-    keep_graph: bool = False,
 ) -> TreeT:
     """Return Σ_k ⟨cotangent_k, ∂output_k/∂params⟩, None at leaves that no output depends on.
 
@@ -39,7 +38,6 @@ def gradients(
         params: A tree of leaves that require grad, or None.
         cotangents: One cotangent per output. None means ones.
         create_graph: Whether the result can be differentiated again.
-        keep_graph: Whether the outputs can be differentiated again.
 
     Raises:
         RecomputationError: A part of the model was recomputed with other parameters.
@@ -54,7 +52,6 @@ def gradients(
             [leaves[index] for index in wanted],
             None if cotangents is None else [cotangents[index] for index in used],
             create_graph=create_graph,
-            keep_graph=keep_graph,
         )
         for index, gradient in zip(wanted, grads, strict=True):
             result[index] = dense(gradient)

@@ -29,7 +29,6 @@ def watched_backward(
     cotangents: Sequence[Tensor] | None = None,
     *,
     create_graph: bool = False,
-    keep_graph: bool = False,
     accumulate: bool = False,
 ) -> Sequence[Tensor | None]:
     """Return the gradients; refuse those of a pass that used other parameters than the forward one.
@@ -50,7 +49,6 @@ def watched_backward(
                 inputs,
                 cotangents,
                 create_graph=create_graph,
-                keep_graph=keep_graph,
                 accumulate=accumulate,
             )
     except CheckpointError as error:

@@ -96,7 +96,6 @@ def run_backward(
     cotangents: Sequence[Tensor] | None = None,
     *,
     create_graph: bool = False,
-    keep_graph: bool = False,
     accumulate: bool = False,
 ) -> Sequence[Tensor | None]:
     """Return what ``torch.autograd.grad`` returns, None for inputs that no output depends on.
@@ -109,7 +108,6 @@ def run_backward(
         inputs: With respect to what.
         cotangents: One cotangent per output; None: ones, for scalars.
         create_graph: Whether the result can be differentiated again.
-        keep_graph: Whether the outputs can be differentiated again.
         accumulate: Add the gradients to ``inputs[i].grad`` and return nothing, as
             ``torch.autograd.backward`` does.
     """
@@ -118,7 +116,7 @@ def run_backward(
     gradients: Sequence[Tensor | None] = torch.autograd.graph._engine_run_backward(
         tuple(outputs),
         tuple(cotangents),
-        create_graph or keep_graph,
+        create_graph,
         create_graph,
         tuple(inputs),
         True,
