@@ -50,14 +50,13 @@ def has_second_derivative(loss: Tensor, inputs: Iterable[Tensor]) -> bool:
 def _is_suitable(node: Any) -> bool:
     if isinstance(node, BackwardCFunction):
         return not hasattr(_backward_of(node), "__wrapped__")
-    embeds, suitable = _of_type(type(node))
+    embeds, suitable = _of_name(type(node).__name__)
     return suitable and not (embeds and node._saved_scale_grad_by_freq)
 
 
 @cache
-def _of_type(kind: Any) -> tuple[bool, bool]:
-    """Return whether a node of this type of torch's own is an embedding, and whether it suits."""
-    name = kind.__name__
+def _of_name(name: str) -> tuple[bool, bool]:
+    """Return of a name of one of torch's own nodes: whether it is an embedding, and suits."""
     return name.startswith("EmbeddingBackward"), not name.startswith(_UNSUITABLE)
 
 

@@ -1,9 +1,10 @@
 """The lower steps of a window: the loop in which θ moves.
 
-Small windows that are differentiated may take theirs through one graph, in fewer words and with the
-same bits (``bilevel.hypergradients.one_graph``), and ``bilevel.resident`` takes its own. Training, a window that is differentiated, and the second pass of a rollback all go through
+Training, a window that is differentiated, and the second pass of a rollback go through
 ``take_steps``. A hypergradient takes no steps: it gives the loop a ``Recorder``, which is asked
 before each lower pass what the pass should leave behind, and is shown each step after it was taken.
+Small windows that are differentiated may take theirs through one graph instead, with the same bits
+(``bilevel.hypergradients.one_graph``); ``bilevel.resident`` takes its own.
 """
 
 from __future__ import annotations
