@@ -11,7 +11,14 @@ from torch.profiler import record_function
 Arguments = ParamSpec("Arguments")
 Result = TypeVar("Result")
 
-PARTS = ("lower pass", "lower update", "upper gradient", "mixed product", "upper step")
+PARTS = (
+    "lower pass",
+    "lower update",
+    "upper gradient",
+    "mixed product",
+    "upper step",
+    "window through one graph",
+)
 """What a profile (``torch.profiler.profile``) calls the parts of a step."""
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, NamedTuple, TypeAlias, cast
@@ -445,11 +446,12 @@ class BilevelSolver(Generic[Lower, Upper, BatchT]):
         """Return the state with the upper step taken, or skipped if it is not finite, and notes."""
         found = result.hypergradient
         norm = tree.norm(found)
-        facts = torch.isfinite(norm), torch.isfinite(result.upper_loss), norm == 0.0
-        finite, finite_loss, zero = torch.stack([fact.to(norm.device) for fact in facts]).tolist()
-        if not finite:  # or the squares of finite entries have no finite sum
-            finite = bool(tree.allfinite(found))
-        if not (finite and finite_loss):
+        # Read together: a device is waited for once.
+        figures = norm.double(), result.upper_loss.detach().to(norm.device, torch.float64)
+        size, loss = torch.stack(figures).tolist()
+        # Otherwise the squares of finite entries may have no finite sum.
+        finite = math.isfinite(size) or bool(tree.allfinite(found))
+        if not (finite and math.isfinite(loss)):
             skipped = state._replace(upper_skipped=state.upper_skipped + 1)
             return skipped, (_LOSS_NOT_FINITE if finite else _NOT_FINITE,)
         with torch.no_grad():
@@ -462,16 +464,19 @@ class BilevelSolver(Generic[Lower, Upper, BatchT]):
             memory=result.memory,
             upper_steps=state.upper_steps + 1,
         )
-        if not zero or not tree.leaves(state.upper_params):
+        if size or not tree.leaves(state.upper_params):
             return taken, ()
         return taken, (_ZERO if tree.leaves(found) else _NO_INFLUENCE,)
 
+    @torch.no_grad()
     def _infos(
         self, taken: LowerSteps, upper: HypergradientResult | None, notes: tuple[str, ...]
     ) -> tuple[StepInfo, ...]:
         """Return what is known of the steps; of the upper step with the last of them."""
+        norms = [passed.grad_norm for passed in taken.passes]
+        clipped = _clipped(self.lower_optimizer, norms)
         infos = [
-            self._lower_info(passed, index in taken.skipped)
+            _lower_info(passed, clipped[index], index in taken.skipped)
             for index, passed in enumerate(taken.passes)
         ]
         last = infos[-1]
@@ -481,23 +486,6 @@ class BilevelSolver(Generic[Lower, Upper, BatchT]):
             infos[-1] = last._replace(notes=(*last.notes, *notes))
         return tuple(infos)
 
-    @torch.no_grad()
-    def _lower_info(self, passed: LowerPass, skipped: bool) -> StepInfo:
-        figures, grad_norm = passed.figures(), passed.grad_norm
-        return StepInfo(
-            lower_loss=figures.loss,
-            lower_grad_norm=grad_norm,
-            lower_clipped=_clipped(self.lower_optimizer, grad_norm),
-            losses=figures.losses,
-            weights=figures.weights,
-            upper_loss=None,
-            hypergradient_norm=None,
-            upper_clipped=None,
-            notes=(*passed.remarks, _STEP_SKIPPED) if skipped else passed.remarks,
-            lower_aux=tuple(micro.aux for micro in passed.micro_batches),
-        )
-
-    @torch.no_grad()
     def _with_upper(
         self, info: StepInfo, result: HypergradientResult, notes: tuple[str, ...]
     ) -> StepInfo:
@@ -505,7 +493,7 @@ class BilevelSolver(Generic[Lower, Upper, BatchT]):
         return info._replace(
             upper_loss=result.upper_loss,
             hypergradient_norm=norm,
-            upper_clipped=_clipped(self.upper_optimizer, norm),
+            upper_clipped=_clipped(self.upper_optimizer, [norm])[0],
             notes=tuple(dict.fromkeys((*info.notes, *result.notes, *notes))),
             upper_aux=result.upper_aux,
             figures=result.figures,
@@ -551,8 +539,25 @@ def _owned(leaf: Tensor) -> Tensor:
     return leaf.detach().clone()
 
 
-def _clipped(optimizer: Optimizer, norm: Tensor) -> Tensor:
+def _lower_info(passed: LowerPass, clipped: Tensor, skipped: bool) -> StepInfo:
+    figures = passed.figures()
+    return StepInfo(
+        lower_loss=figures.loss,
+        lower_grad_norm=passed.grad_norm,
+        lower_clipped=clipped,
+        losses=figures.losses,
+        weights=figures.weights,
+        upper_loss=None,
+        hypergradient_norm=None,
+        upper_clipped=None,
+        notes=(*passed.remarks, _STEP_SKIPPED) if skipped else passed.remarks,
+        lower_aux=tuple(micro.aux for micro in passed.micro_batches),
+    )
+
+
+def _clipped(optimizer: Optimizer, norms: Sequence[Tensor]) -> Sequence[Tensor]:
+    """Return for each gradient norm whether the optimizer clipped the gradient."""
     max_norm = getattr(optimizer, "max_norm", None)
     if max_norm is None:
-        return torch.zeros((), dtype=torch.bool, device=norm.device)
-    return clip_scale(norm, max_norm) < 1.0
+        return [torch.zeros((), dtype=torch.bool, device=norms[0].device)] * len(norms)
+    return [clip_scale(norm, max_norm) < 1.0 for norm in norms]

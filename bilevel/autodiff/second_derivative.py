@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import cache
 from typing import Any
 
 from torch import Tensor
@@ -34,21 +35,29 @@ def has_second_derivative(loss: Tensor, inputs: Iterable[Tensor]) -> bool:
         inputs: Where to stop.
     """
     pending = [loss.grad_fn]
-    seen: set[Any] = {None, *[tensor.grad_fn for tensor in inputs]}
+    seen: set[Any] = {None, loss.grad_fn, *[tensor.grad_fn for tensor in inputs]}
     while pending:
         node: Any = pending.pop()
-        if node in seen:
-            continue
-        seen.add(node)
-        name = type(node).__name__
-        if name.startswith(_UNSUITABLE):
-            return False
-        if isinstance(node, BackwardCFunction) and hasattr(_backward_of(node), "__wrapped__"):
-            return False
-        if name.startswith("EmbeddingBackward") and node._saved_scale_grad_by_freq:
-            return False
-        pending.extend([following for following, _ in node.next_functions])
+        if node is None or not _is_suitable(node):
+            return node is None
+        for following, _ in node.next_functions:
+            if following not in seen:
+                seen.add(following)
+                pending.append(following)
     return True
+
+
+def _is_suitable(node: Any) -> bool:
+    if isinstance(node, BackwardCFunction):
+        return not hasattr(_backward_of(node), "__wrapped__")
+    embeds, suitable = _of_name(type(node).__name__)
+    return suitable and not (embeds and node._saved_scale_grad_by_freq)
+
+
+@cache
+def _of_name(name: str) -> tuple[bool, bool]:
+    """Return of a name of one of torch's own nodes: whether it is an embedding, and suits."""
+    return name.startswith("EmbeddingBackward"), not name.startswith(_UNSUITABLE)
 
 
 def _backward_of(node: Any) -> Any:

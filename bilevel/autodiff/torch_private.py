@@ -32,7 +32,9 @@ NAMES = (
     "torch._foreach_add_",
     "torch._foreach_clamp_min",
     "torch._foreach_div",
+    "torch._foreach_mul",
     "torch._foreach_mul_",
+    "torch._foreach_norm",
     "torch._foreach_reciprocal_",
     "torch._foreach_sqrt",
     "torch._debug_has_internal_overlap",
@@ -44,7 +46,9 @@ foreach_add = torch._foreach_add
 foreach_add_ = torch._foreach_add_
 foreach_clamp_min = torch._foreach_clamp_min
 foreach_div = torch._foreach_div
+foreach_mul = torch._foreach_mul
 foreach_mul_ = torch._foreach_mul_
+foreach_norm = torch._foreach_norm
 foreach_reciprocal_ = torch._foreach_reciprocal_
 foreach_sqrt = torch._foreach_sqrt
 

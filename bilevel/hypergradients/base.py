@@ -7,7 +7,7 @@ any object that does. None of them takes a lower step: ``bilevel.lower.steps`` d
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, TypeAlias
 
 from jaxtyping import Float
 from torch import Tensor
@@ -39,6 +39,9 @@ class HypergradientResult(NamedTuple):
     upper_aux: Any = None
 
 
+Taken: TypeAlias = tuple[LowerSteps, HypergradientResult]
+
+
 class Record(Recorder, Protocol):
     """What a hypergradient remembers of a window, and makes of it."""
 
@@ -67,6 +70,9 @@ class Hypergradient(Protocol):
     - attributes ``through_hyperparameters = True`` and ``through_initial = True``, if its
       derivative includes what φ does through the numbers of the lower optimizer, and through θ
       before the window (``Window.pulled_back``). Without them a solver with such a φ refuses it;
+    - a method ``at_once(window, upper_batch, memory) -> (steps, result) or None``: the window and
+      its hypergradient in another way than by a record, with the same steps bit for bit. None:
+      there is none for this window, and the torch generators are as they were;
     - an attribute ``over_ranks = True``, if it sums over the ranks what it computes of batches
       (``Window.collective``). Without it a solver with several ranks refuses it.
     """
@@ -106,6 +112,9 @@ def take_window(
     route = lower_route(hypergradient)
     if upper_batch is None:
         return take_steps(window, route), None
+    at_once: Callable[..., Taken | None] = getattr(hypergradient, "at_once", lambda *_: None)
+    if (found := at_once(window, upper_batch, memory)) is not None:
+        return found
     record = hypergradient.record(window, upper_batch, memory)
     steps = take_steps(window, route, record)
     return steps, None if steps.skipped else record.hypergradient(steps.end)

@@ -13,7 +13,8 @@ from bilevel import tree
 from bilevel.autodiff import random_state
 from bilevel.autodiff.gradient import UpperGradient, as_leaves, upper_gradient
 from bilevel.autodiff.random_state import RandomState
-from bilevel.hypergradients.base import HypergradientResult
+from bilevel.hypergradients.base import HypergradientResult, Taken
+from bilevel.hypergradients.one_graph import through_one_graph
 from bilevel.hypergradients.update_derivative import Exact, Sama, UpdateDerivative
 from bilevel.lower.kept_graph import is_small
 from bilevel.lower.lower_pass import LowerPass
@@ -154,6 +155,24 @@ class OneStep:
     ) -> OneStepRecord:
         """Return what will differentiate through the last step of this window."""
         return OneStepRecord(self, window, upper_batch, memory)
+
+    def at_once(
+        self, window: Window, upper_batch: Batch, memory: DirectionAverage | None
+    ) -> Taken | None:
+        """Return the window and its hypergradient by one graph, if it is small and all goes well.
+
+        Not in order upper-first, with an average or another derivative of the update, nor where
+        there are rules per example, or a route was chosen.
+        """
+        exact = self.exact_steps(1) == 1 and memory is None
+        if not exact or self.route != Auto() or is_separable(window.problem):
+            return None
+        found = through_one_graph(window, upper_batch, self.lower_route, 1)
+        if found is None or len(window.batches) > 1:
+            return found
+        taken, result = found
+        notes = *step_notes(self.order, window.start.optimizer_state), *result.notes
+        return taken, result._replace(notes=notes)
 
     @torch.no_grad()
     def averaged(

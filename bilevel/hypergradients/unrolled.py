@@ -12,10 +12,11 @@ from torch import Tensor
 
 from bilevel import tree
 from bilevel.autodiff import random_state
-from bilevel.autodiff.gradient import as_leaves, gradients, ignored_lower, upper_gradient
+from bilevel.autodiff.gradient import as_leaves, upper_gradient
 from bilevel.autodiff.random_state import RandomState
 from bilevel.checks import require
-from bilevel.hypergradients.base import HypergradientResult
+from bilevel.hypergradients.base import HypergradientResult, Taken
+from bilevel.hypergradients.one_graph import through_one_graph
 from bilevel.hypergradients.replay_memory import (
     Kept,
     Store,
@@ -23,14 +24,13 @@ from bilevel.hypergradients.replay_memory import (
     keep,
     way_points,
 )
-from bilevel.lower.connected_step import connects
 from bilevel.lower.kept_graph import is_small
 from bilevel.lower.lower_pass import LowerPass, lower_pass
 from bilevel.lower.mixed_product import mixed_product
 from bilevel.lower.second_order import second_derivatives
 from bilevel.lower.steps import PassRequest, Point, Step, Window, advance
 from bilevel.optimizers.base import DifferentiableOptimizer
-from bilevel.problem import Batch, Params, Problem, detached, upper_value
+from bilevel.problem import Batch, Params, Problem
 from bilevel.routes import Auto, CentralDifference, Jvp, Reverse, Route
 
 
@@ -85,9 +85,9 @@ class Unrolled:
             the others, where both take as long and ``Jvp`` (forward over reverse) takes more
             memory; where one of them fails, the other. For small problems one backward pass
             through the graph of all steps, as TorchOpt goes, unless ``replay`` or ``store`` ask
-            for less memory (``bilevel.lower.kept_graph``, ``bilevel.lower.connected_step``); with
-            several micro-batches or ``hyperparameters`` ``Reverse`` at all steps, through the graph
-            of each.
+            for less memory (``bilevel.lower.kept_graph``, ``bilevel.hypergradients.one_graph``);
+            with several micro-batches or ``hyperparameters`` ``Reverse`` at all steps, through the
+            graph of each.
 
     Cost: 3F for each lower step and 3F for the upper gradient, as in every method, then about
     9F for each of T − 1 steps and 3F for the first (9F without detached features). F is a
@@ -162,6 +162,16 @@ class Unrolled:
         """Return what will remember the last steps of this window and go back through them."""
         return UnrolledRecord(self, window, upper_batch)
 
+    def at_once(self, window: Window, upper_batch: Batch, memory: None) -> Taken | None:
+        """Return the window and its hypergradient by one graph, if it is small and all goes well.
+
+        Not where ``product``, ``replay`` or ``store`` ask for another way.
+        """
+        if self.product != Auto() or self.replay is not None or self.store != "device":
+            return None
+        steps = self.exact_steps(len(window.batches))
+        return through_one_graph(window, upper_batch, self.lower_route, steps)
+
     def segment(self, unrolled: int) -> int:
         """Return the number of steps between kept points, of so many that are unrolled."""
         if self.replay is None:
@@ -192,25 +202,12 @@ class UnrolledRecord:
         self._constant = len(window.batches) - self._unrolled
         self._segment = method.segment(self._unrolled)
         self._product: Route = method.product
-        self._keeps_graphs = self._connects = False
-        self._connected = 0
-        self._start: Params = None
-        self._end: Params = None  # with a graph through all steps, as long as they are connected
+        self._keeps_graphs = False
         if method.product == Auto() and is_small(
             window.start.lower_params, window.batches[self._constant :]
         ):
             self._product = Reverse()  # with or without a graph that is kept: the same bits
             self._keeps_graphs = method.replay is None and method.store == "device"
-            one_each = all(len(micro_batches) == 1 for micro_batches in window.batches)
-            learns = window.hyperparameters is not None
-            alone = window.collective.ranks == 1  # a graph does not go through a sum over ranks
-            self._connects = (
-                self._keeps_graphs
-                and one_each
-                and not learns
-                and alone
-                and connects(window.optimizer)
-            )
 
     def before(self, number: int, point: Point, random: RandomState) -> PassRequest:
         """Keep the point before a step, if the sweep will start from it."""
@@ -227,48 +224,18 @@ class UnrolledRecord:
         # Beside graphs that are kept points are small, and replaying them is not.
         if self._keeps_graphs or offset in way_points(point, steps):
             self.points[-1].append((offset, keep(point, self._method.store)))
-        return PassRequest(self.leaves, keep_graph=self._keeps_graphs, connect=self._connects)
+        return PassRequest(self.leaves, keep_graph=self._keeps_graphs)
 
     def after(self, step: Step) -> None:
         """Keep the gradient, and the micro-batches with the graphs to their weights."""
         if step.number >= self._constant:
             self.grads.append(keep(step.passed.grads, self._method.store))
             self.steps.append(_Step(step.random, replace(step.passed, grads=None)))
-            if step.number == self._constant:
-                self._start = step.before.lower_params
-            self._connects &= step.passed.graph is not None
-            self._connected += self._connects
-            self._end = step.after.lower_params if self._connects else None
 
     def hypergradient(self, end: Point) -> HypergradientResult:
-        """Go back through the steps: through their graph, if there is one, or one by one."""
-        if self._end is not None:
-            try:
-                return self._through_graph(self._end)
-            except RuntimeError:  # an operation has no second derivative
-                self._end = None
-        return self._swept(end)
-
-    def _through_graph(self, end: Params) -> HypergradientResult:
-        """Return the hypergradient by one backward pass from the upper loss to φ."""
-        problem, start = self._window.problem, self._start
-        with random_state.rewound_to(self.steps[-1].random, end), torch.enable_grad():
-            loss, aux = upper_value(problem, end, self.leaves, self._upper_batch)
-            wanted = end, self.leaves, None if self._window.initial is None else start
-            v, total, start_bar = gradients([loss], wanted)
-        notes = [note for step in self.steps for note in step.passed.notes]
-        notes += ignored_lower(end, v)
-        if self._window.initial is not None:
-            total = tree.add(total, self._window.pulled_back(start_bar, {}))
-        once = tuple(dict.fromkeys(notes))
-        return HypergradientResult(loss.detach(), total, None, notes=once, upper_aux=detached(aux))
-
-    def _swept(self, end: Point) -> HypergradientResult:
         """Go back through the steps. What is used up is freed before the next pass."""
         problem, optimizer, method = self._window.problem, self._window.optimizer, self._method
         steps, leaves = self.steps, self.leaves
-        for index in range(self._connected):  # whose graphs go on into the steps before
-            steps[index] = steps[index]._replace(passed=steps[index].passed.without_graphs())
         with random_state.rewound_to(steps[-1].random, end.lower_params):
             upper = upper_gradient(
                 problem,

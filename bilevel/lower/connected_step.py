@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from bilevel import tree
+from bilevel.autodiff.torch_private import foreach_add, foreach_mul
 from bilevel.optimizers.base import DifferentiableOptimizer, OptimizerState
 from bilevel.optimizers.elementwise import ElementwiseOptimizer
 from bilevel.optimizers.optimizers import SGD
@@ -52,13 +53,33 @@ def connected_update(
     """
     if type(optimizer) is SGD and not optimizer.differentiate_clip:
         with torch.enable_grad():
-            return optimizer.update(grads, state, params)
+            return _descended(optimizer, grads, state, params)
     inputs, structure = optree.tree_flatten((grads, *state[1:], params))
     taken = _Taken(optimizer, structure, state.steps)
     with torch.enable_grad():
         outputs = _Update.apply(taken, *inputs)  # type: ignore[no-untyped-call]
     first, second, new_params = optree.tree_unflatten(taken.outputs, outputs)
     return new_params, OptimizerState(state.steps + 1, first, second)
+
+
+def _descended(
+    optimizer: SGD, grads: Tree, state: OptimizerState, params: Params
+) -> tuple[Params, OptimizerState]:
+    """Return what ``SGD.update`` returns; a plain step in two calls for all leaves."""
+    lr = optimizer.plain_rate(state)
+    leaves, structure = optree.tree_flatten(params, none_is_leaf=True)
+    columns = structure.flatten_up_to(grads)
+    moved = [index for index, grad in enumerate(columns) if grad is not None]
+    old, by = [leaves[index] for index in moved], [columns[index] for index in moved]
+    if not isinstance(lr, float) or any(map(_unlike, old, by)):
+        return optimizer.update(grads, state, params)
+    for index, new in zip(moved, foreach_add(old, foreach_mul(by, -lr)), strict=True):
+        leaves[index] = new
+    return structure.unflatten(leaves), state._replace(steps=state.steps + 1)
+
+
+def _unlike(leaf: Tensor, grad: Tensor) -> bool:
+    return leaf.dtype is not grad.dtype or type(leaf) is not Tensor
 
 
 @dataclass(eq=False)

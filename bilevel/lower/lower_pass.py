@@ -22,7 +22,6 @@ from bilevel.autodiff import random_state
 from bilevel.collective import ALONE, Alone, Collective
 from bilevel.lower.gradient_sum import GradientSum
 from bilevel.lower.micro_batch import (
-    GradientGraph,
     MicroBatch,
     PassContext,
     attached_backward,
@@ -62,6 +61,9 @@ class LowerPass:
     def figures(self) -> PassFigures:
         """Return loss, losses and weights of the micro-batches of all ranks."""
         micro_batches = self.micro_batches
+        if self.collective.ranks == 1 and len(micro_batches) == 1:
+            (micro,) = micro_batches
+            return PassFigures(micro.loss, _joined([micro.losses]), _joined([micro.weights]))
         terms = [
             micro.loss * share for micro, share in zip(micro_batches, self.shares, strict=True)
         ]
@@ -70,7 +72,7 @@ class LowerPass:
             _joined([micro.weights for micro in micro_batches]),
         ]
         if self.collective.ranks == 1:
-            return PassFigures(terms[0] if len(terms) == 1 else torch.stack(terms).sum(), *columns)
+            return PassFigures(torch.stack(terms).sum(), *columns)
         device = self.grad_norm.device
         loss = torch.stack(terms).sum() if terms else torch.zeros((), device=device)
         # One message: the loss, and behind it as many losses as weights.
@@ -81,16 +83,6 @@ class LowerPass:
         total = torch.stack([part[0] for part in parts]).sum()
         losses, weights = torch.cat(halves, dim=1)
         return PassFigures(total, *((losses, weights) if len(losses) else (None, None)))
-
-    def without_graphs(self) -> LowerPass:
-        """Return the pass without the graph of its gradient."""
-        micro_batches = [replace(micro, graph=None) for micro in self.micro_batches]
-        return replace(self, micro_batches=micro_batches)
-
-    @property
-    def graph(self) -> GradientGraph | None:
-        """The gradient with its graph, if that was kept and there is one micro-batch."""
-        return self.micro_batches[0].graph if len(self.micro_batches) == 1 else None
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -131,7 +123,6 @@ def lower_pass(
     differentiate: bool = False,
     direction: Tree | None = None,
     keep_graph: bool = False,
-    connect: bool = False,
     collective: Collective = ALONE,
 ) -> LowerPass:
     """Run all micro-batches, and sum their gradients over the ranks.
@@ -145,7 +136,6 @@ def lower_pass(
         differentiate: Whether a mixed product will be asked for.
         direction: μ, if it is known already.
         keep_graph: Whether a plain backward pass keeps its graph; see ``PassRequest``.
-        connect: Whether θ, which requires grad, keeps the graph that it has.
         collective: The ranks that the micro-batches of the step are spread over.
 
     Raises:
@@ -153,9 +143,7 @@ def lower_pass(
             no per-example rule.
         ValueError: The route is ``Dot`` and a micro-batch has several examples.
     """
-    context = PassContext(
-        problem, lower_params, upper_params, differentiate, direction, keep_graph, connect
-    )
+    context = PassContext(problem, lower_params, upper_params, differentiate, direction, keep_graph)
     total = GradientSum(lower_params, widen=len(batches) > 1)
     backward = _backward_pass(context, route, total)
     micro_batches: list[MicroBatch] = []

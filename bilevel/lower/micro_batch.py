@@ -111,7 +111,6 @@ class PassContext:
     differentiate: bool
     direction: Tree | None
     keep_graph: bool = False
-    connect: bool = False
 
     @property
     def reweighting(self) -> ReweightingProblem[Any, Any, Any]:
@@ -134,12 +133,45 @@ class Backward(NamedTuple):
     kept: bool = False
 
 
+class LossTerms(NamedTuple):
+    """The lower loss on a micro-batch, and what it is made of.
+
+    Attributes:
+        loss: The mean weighted loss.
+        losses: Per example; None for a ``BilevelProblem``.
+        weights: Per example, likewise.
+        aux: What the lower loss returned beside its value.
+        size: Examples (1 if the problem does not say).
+    """
+
+    loss: Float[Tensor, ""]
+    losses: Float[Tensor, " batch"] | None
+    weights: Float[Tensor, " batch"] | None
+    aux: Any
+    size: int
+
+
+def loss_terms(
+    problem: Problem, lower_params: Params, upper_params: Params, batch: Batch
+) -> LossTerms:
+    """Return the lower loss with its graphs to both parameters.
+
+    Raises:
+        ValueError: Loss, losses or weights of a wrong shape.
+    """
+    if isinstance(problem, ReweightingProblem):
+        losses, features = problem.losses(lower_params, batch)
+        weights = problem.weights_of(upper_params, batch, features, losses)
+        return LossTerms(weighted_mean(weights, losses), losses, weights, None, len(losses))
+    loss, aux = lower_value(problem, lower_params, upper_params, batch)
+    size = 1 if problem.batch_size is None else problem.batch_size(batch)
+    return LossTerms(loss, None, None, aux, size)
+
+
 def scalar_backward(context: PassContext, batch: Batch, random: RandomState) -> Backward:
     """Differentiate the scalar loss of a ``BilevelProblem``."""
-    params, upper_params = _lower_leaves(context), _upper_leaves(context)
-    loss, aux = lower_value(context.problem, params, upper_params, batch)
-    batch_size = getattr(context.problem, "batch_size", None)
-    size = 1 if batch_size is None else batch_size(batch)
+    params, upper_params = as_leaves(context.lower_params), _upper_leaves(context)
+    loss, _, _, aux, size = loss_terms(context.problem, params, upper_params, batch)
     grads, graph = _differentiated(context, loss, params, upper_params)
     micro = MicroBatch(batch, random, size, loss.detach(), aux=detached(aux), graph=graph)
     return Backward(grads, micro)
@@ -147,19 +179,18 @@ def scalar_backward(context: PassContext, batch: Batch, random: RandomState) -> 
 
 def attached_backward(context: PassContext, batch: Batch, random: RandomState) -> Backward:
     """Differentiate a loss whose weights depend on θ through the features."""
-    problem, params = context.reweighting, _lower_leaves(context)
-    losses, features = problem.losses(params, batch)
-    upper_params = _upper_leaves(context)
-    weights = problem.weights_of(upper_params, batch, features, losses)
-    loss = weighted_mean(weights, losses)
-    grads, graph = _differentiated(context, loss, params, upper_params)
-    size, plain = len(losses), (loss.detach(), losses.detach(), weights.detach())
-    return Backward(grads, MicroBatch(batch, random, size, *plain, graph=graph))
+    params, upper_params = as_leaves(context.lower_params), _upper_leaves(context)
+    terms = loss_terms(context.reweighting, params, upper_params, batch)
+    assert terms.losses is not None
+    assert terms.weights is not None
+    grads, graph = _differentiated(context, terms.loss, params, upper_params)
+    plain = terms.loss.detach(), terms.losses.detach(), terms.weights.detach()
+    return Backward(grads, MicroBatch(batch, random, terms.size, *plain, graph=graph))
 
 
 def detached_backward(context: PassContext, batch: Batch, random: RandomState) -> Backward:
     """Differentiate the weighted loss as autograd has it; products are left to another pass."""
-    problem, params = context.reweighting, _lower_leaves(context)
+    problem, params = context.reweighting, as_leaves(context.lower_params)
     losses, features = problem.losses(params, batch)
     weights = problem.weights_of(context.upper_params, batch, features, losses)
     micro = weighted_batch(batch, random, losses, weights)
@@ -170,15 +201,8 @@ def detached_backward(context: PassContext, batch: Batch, random: RandomState) -
     return Backward(grads, micro if graph is None else replace(micro, graph=graph))
 
 
-def _lower_leaves(context: PassContext) -> Params:
-    """Return θ as the loss of a pass gets it: new leaves, unless it is connected."""
-    return context.lower_params if context.connect else as_leaves(context.lower_params)
-
-
 def _upper_leaves(context: PassContext) -> Params:
     """Return φ as the loss of a pass gets it, with a graph only if that is kept."""
-    if context.connect:
-        return context.upper_params
     if context.keep_graph:
         return as_leaves(context.upper_params)
     return tree.map(Tensor.detach, context.upper_params)

@@ -1,12 +1,15 @@
-"""The lower steps of a window: the one loop in which θ moves.
+"""The lower steps of a window: the loop in which θ moves.
 
-Training, a window that is differentiated, and the second pass of a rollback all go through
+Training, a window that is differentiated, and the second pass of a rollback go through
 ``take_steps``. A hypergradient takes no steps: it gives the loop a ``Recorder``, which is asked
 before each lower pass what the pass should leave behind, and is shown each step after it was taken.
+Small windows that are differentiated may take theirs through one graph instead, with the same bits
+(``bilevel.hypergradients.one_graph``); ``bilevel.resident`` takes its own.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, Protocol
@@ -19,7 +22,6 @@ from bilevel.autodiff import random_state
 from bilevel.autodiff.gradient import as_leaves, gradients
 from bilevel.autodiff.random_state import RandomState
 from bilevel.collective import Alone, Collective
-from bilevel.lower.connected_step import connected_update, connects, with_graph
 from bilevel.lower.lower_pass import LowerPass, lower_pass
 from bilevel.lower.route import Route
 from bilevel.optimizers.base import DifferentiableOptimizer, Hyperparameters, Optimizer
@@ -129,16 +131,12 @@ class PassRequest(NamedTuple):
         keep_graph: Whether a plain backward pass keeps its graph for a product, in place of
             another pass: half of the time where starting operations costs more than their
             arithmetic, for the memory of the activations until then (``is_small``).
-        connect: Whether the step gets a graph, too, so that the point after it has one to that
-            before it, if ``connected_update`` applies and no operation of the loss is against it.
-            With ``keep_graph``; the first such step makes leaves of its θ.
     """
 
     upper_params: Params | None = None
     differentiate: bool = False
     direction: Tree | None = None
     keep_graph: bool = False
-    connect: bool = False
 
 
 class Step(NamedTuple):
@@ -149,14 +147,12 @@ class Step(NamedTuple):
         before: θ and the optimizer's state before it.
         random: The random state from which its lower pass was run.
         passed: The lower pass, with its gradient.
-        after: The point after it, with a graph if it was connected.
     """
 
     number: int
     before: Point
     random: RandomState
     passed: LowerPass
-    after: Point
 
 
 class Recorder(Protocol):
@@ -208,8 +204,6 @@ def take_steps(window: Window, route: Route, recorder: Recorder | None = None) -
     for index, micro_batches in enumerate(window.batches):
         random = random_state.capture(point.lower_params)
         request = PassRequest() if recorder is None else recorder.before(index, point, random)
-        if request.connect:
-            point = point._replace(lower_params=with_graph(point.lower_params))
         passed = lower_pass(
             window.problem,
             route,
@@ -219,24 +213,19 @@ def take_steps(window: Window, route: Route, recorder: Recorder | None = None) -
             differentiate=request.differentiate,
             direction=request.direction,
             keep_graph=request.keep_graph,
-            connect=request.connect,
             collective=window.collective,
         )
-        if request.connect and passed.graph is not None and connects(window.optimizer):
-            found = connected_update(window.optimizer, passed.graph.grads, *point[::-1])
-            following = Point(*found)
-        else:
-            following = advance(window.optimizer, point, passed.grads)
+        following = advance(window.optimizer, point, passed.grads)
         passes.append(passed.summary())
         # After the update was launched: the wait for the norm on a device overlaps with it.
-        if not torch.isfinite(passes[-1].grad_norm):
+        if not math.isfinite(passes[-1].grad_norm):
             following = point
             skipped.append(index)
         elif recorder is not None:
-            recorder.after(Step(index, point, random, passed, following))
+            recorder.after(Step(index, point, random, passed))
         point = following
         del request, passed, following  # not held while the next pass runs
-    return LowerSteps(tree.map(Tensor.detach, point), tuple(passes), tuple(skipped))
+    return LowerSteps(point, tuple(passes), tuple(skipped))
 
 
 @part("lower update")

@@ -9,9 +9,11 @@ need no autograd graph, and are finite and correct where a gradient is 0. The eq
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import ClassVar
 
+import optree
 import torch
 from torch import Tensor
 
@@ -22,8 +24,9 @@ from bilevel.optimizers.base import OptimizerState
 from bilevel.optimizers.elementwise import ElementwiseOptimizer
 from bilevel.optimizers.groups import GroupValues
 from bilevel.optimizers.hyperparameters import LearnableOptimizer
+from bilevel.optimizers.point import check_shapes
 from bilevel.optimizers.rules import Adaptive, RuleStep, adaptive_betas_vjp
-from bilevel.tree import Tree
+from bilevel.tree import Tree, TreeT
 
 
 def check_eps_of_moments(
@@ -55,6 +58,34 @@ class SGD(LearnableOptimizer):
         require(self, "momentum", self.momentum, high=1.0)
         if self.nesterov and self.momentum == 0.0:
             raise ValueError("SGD: nesterov=True needs momentum in (0, 1), got 0.0")
+
+    def update(
+        self, grads: Tree, state: OptimizerState, params: TreeT
+    ) -> tuple[TreeT, OptimizerState]:
+        """Take one step: see ``ElementwiseOptimizer.update``.
+
+        Where it is ``θ − lr g`` and nothing else, leaf by leaf, since two operations on each take
+        less time than joining leaves.
+        """
+        lr = self.plain_rate(state)
+        if lr is None or state[1:] != (None, None):
+            return super().update(grads, state, params)
+        leaves, structure = optree.tree_flatten(params, none_is_leaf=True)
+        columns = structure.flatten_up_to(grads)
+        check_shapes(params, leaves, columns, "gradient")
+        for index, (p, g) in enumerate(zip(leaves, columns, strict=True)):
+            if p is not None and g is not None:
+                leaves[index] = rules.descend(p, g.to(p.dtype), lr).to(p.dtype)
+        return structure.unflatten(leaves), OptimizerState(state.steps + 1, None, None)
+
+    def plain_rate(self, state: OptimizerState) -> float | Tensor | None:
+        """Return lr if the step is ``θ − lr g`` and nothing else, or None."""
+        if isinstance(self.momentum, Tensor) or isinstance(self.weight_decay, Tensor):
+            return None
+        more = self.momentum != 0.0 or self.weight_decay != 0.0 or isinstance(self.lr, Mapping)
+        if more or (self.group, self.max_norm, self.state_dtype) != (None, None, None):
+            return None
+        return self._lrs(int(state.steps), ("",))[""]
 
     def _moments(self) -> tuple[bool, bool]:
         return self.momentum > 0.0, False

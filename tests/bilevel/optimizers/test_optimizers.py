@@ -14,6 +14,7 @@ from bilevel import tree
 from bilevel.optimizers import rules
 from bilevel.optimizers.base import clip_scale
 from bilevel.optimizers.buckets import BUCKET_ENTRIES, bucket_indices
+from bilevel.optimizers.elementwise import ElementwiseOptimizer
 from bilevel.optimizers.optimizers import SGD, Adagrad, Adam, AdamW, RMSProp
 from bilevel.optimizers.schedule import WarmupCosine
 from bilevel.optimizers.variants import AdaDelta, Adamax, NAdam, RAdam
@@ -238,6 +239,23 @@ def test_update_is_pure_and_leaves_frozen_parameters_alone(name) -> None:
     for old_moment, moment in zip(state[1:], new_state[1:], strict=True):
         assert moment is old_moment is None or moment["layer.bias"] is old_moment["layer.bias"]
     assert not torch.equal(new_params["head"], params["head"])
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_plain_descent_has_the_bits_of_the_rule_on_joined_leaves(dtype) -> None:
+    """SGD alone goes leaf by leaf; the general update joins small leaves."""
+    params = make_params(dtype)
+    grads = tree.map(lambda leaf: torch.randn(leaf.shape).float(), params) | {"scale": None}
+    for optimizer in (SGD(0.1), SGD(SCHEDULE)):
+        state = optimizer.init(params)
+        found, after = optimizer.update(grads, state, params)
+        expected, _ = ElementwiseOptimizer.update(optimizer, grads, state, params)
+        assert int(after.steps) == 1
+        for name, leaf in expected.items():
+            assert torch.equal(found[name], leaf)
+            assert found[name].dtype == dtype
+    with pytest.raises(ValueError, match="gradient of 'head'"):
+        SGD(0.1).update(grads | {"head": torch.ones(2)}, state, params)
 
 
 def test_zero_learning_rate_changes_nothing() -> None:
