@@ -62,7 +62,7 @@ LAYERS = {
     "weighting": (
         ("bounds", "files", "heuristics", "normalise"),
         ("base",),
-        ("features", "instance_net", "tables"),
+        ("features", "instance_net", "tables", "travel"),
         ("store",),
     ),
     "recipes": (

@@ -25,6 +25,7 @@ from weighting.instance_net import InstanceNet
 from weighting.normalise import batch_mean_one, mean_one_over
 from weighting.store import KINDS, load_weighting, row_index, save_weighting
 from weighting.tables import DomainTable, InstanceTable
+from weighting.travel import NetTravel
 
 __all__ = [
     "EXAMPLE_FEATURES",
@@ -38,6 +39,7 @@ __all__ = [
     "InstanceNet",
     "InstanceTable",
     "LeakyReLU",
+    "NetTravel",
     "Sigmoid",
     "Softplus",
     "Unbounded",

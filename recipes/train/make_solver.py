@@ -98,7 +98,11 @@ def logged_upper_rate(options: TrainOptions, peak: float) -> Callable[[int], flo
 
 def upper_optimizer(options: TrainOptions, peak: float) -> Any:
     """Return the optimizer of the upper level."""
-    schedule = upper_schedule(options, peak)
+    return scheduled_upper_optimizer(options, upper_schedule(options, peak))
+
+
+def scheduled_upper_optimizer(options: TrainOptions, schedule: Callable[[Any], Any]) -> Any:
+    """Return the optimizer of the upper level, with another schedule in place of its own."""
     with blaming("--upper-betas, --upper-max-norm"):
         if options.upper.optimizer == "sgd":
             return SGD(schedule, max_norm=options.upper.max_norm)

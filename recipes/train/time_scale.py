@@ -11,9 +11,14 @@ visited regularly, and its hypergradient always has the same sign. Dense Adam ke
 many steps after its visit, while its moments decay: 28 learning rates per visit after the first
 visits. Lazy Adam moves it on the visit alone, by one learning rate.
 
+A network moves the weights of all examples with every parameter, so its travel is that of a
+simulated run on features of the run's own examples (``weighting.travel``).
+
 ``--upper-lr auto`` solves ``reachable = distance to the lower end of the bound``: a consistently
 bad example just reaches the lower end, for example weight 0, within the run. A learning rate that
 the user gives causes a warning if weights would hardly move, or would be driven into the bound.
+There are warnings, too, if rows are hardly ever visited, if the run is too short to train on every
+example, and if much of it has the learning rate 0 of a warm-up's first step.
 DreamPRM-1.5 (arXiv 2509.05542) sets its rates by hand so that both levels move on one time scale.
 ``recipes.train.training`` prints the figures before the first step.
 """
@@ -21,18 +26,21 @@ DreamPRM-1.5 (arXiv 2509.05542) sets its rates by hand so that both levels move 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from itertools import takewhile
 
 from recipes.options.choices import NoWeighting
 from recipes.options.train import TrainOptions
 from recipes.options.values import OptionError, blaming
 from recipes.train.hypergradients import differentiated_steps
-from recipes.train.make_solver import upper_schedule, upper_steps
-from weighting import Bound, Weighting
+from recipes.train.make_solver import lower_schedule, upper_schedule, upper_steps
+from weighting import Bound, NetTravel, Weighting
 
 REACH_OF_THE_BOUND = 1.0
 _TOO_SHORT, _TOO_LONG = 0.25, 8.0
+_FEW_VISITS = 5.0  # of a row: fewer hypergradients than that are mostly noise
+_IDLE_SHARE = 0.05  # of the steps of a level, at which the learning rate is 0
 _SIGMOID_EDGE = 0.05  # share of the width: a sigmoid this close to an end is at it
 
 
@@ -42,11 +50,17 @@ class TimeScale:
 
     Attributes:
         upper_steps: The number of upper steps of the run.
-        visits: How often upper steps visit each instance, on average.
+        visits: How often upper steps visit a parameter of the weighting, on average: a row of
+            instances on some of them, all other parameters on each.
         per_visit: The movement of a raw weight per visit, averaged over the run and its schedule.
         reachable: The distance that a raw weight can travel if all visits move it the same way.
         to_bound: The raw distance from the prior to the lower end of the bound, inf without one.
         upper_lr: The peak learning rate of the upper level.
+        trained: How often the lower level trains on an example, on average; None: not known.
+        shortcomings: Sentences on a run that is too short.
+        by_noise: The distance that the raw weights of a network travel if every upper step pushes
+            them another way; None for tables.
+        in_a_step: The distance that they travel in one upper step at the peak rate; likewise.
     """
 
     upper_steps: int
@@ -55,36 +69,50 @@ class TimeScale:
     reachable: float
     to_bound: float
     upper_lr: float
+    trained: float | None = None
+    shortcomings: tuple[str, ...] = ()
+    by_noise: float | None = None
+    in_a_step: float | None = None
 
-    def warning(self) -> str | None:
-        """Return a warning if the weights can travel too little or too far."""
+    def warnings(self) -> list[str]:
+        """Return what is wrong with the run: too short, or weights travel too little or too far."""
         if self.upper_steps == 0:
-            return "no upper step is ever taken: lower --upper-start or raise --steps"
-        if math.isinf(self.to_bound):
-            return None
-        if self.reachable < _TOO_SHORT * self.to_bound:
-            return (
+            return ["no upper step is ever taken: lower --upper-start or raise --steps"]
+        found = [*self.shortcomings]
+        if self.reachable < _TOO_SHORT * self.to_bound < math.inf:
+            found.append(
                 f"weights can travel {self.reachable:.2g}, the bound is {self.to_bound:.2g} away: "
                 "they will hardly move. Raise --upper-lr (or use auto), train longer, or visit "
                 "each instance more often"
             )
-        if self.reachable > _TOO_LONG * self.to_bound:
-            return (
+        elif self.in_a_step is not None:
+            # Pushed one way for a whole run, a network goes far beyond any bound at useful rates.
+            if self.in_a_step > self.to_bound:
+                found.append(
+                    f"one upper step can move weights by {self.in_a_step:.2g}, the bound is only "
+                    f"{self.to_bound:.2g} away. Lower --upper-lr (or use auto)"
+                )
+        elif self.reachable > _TOO_LONG * self.to_bound:
+            found.append(
                 f"weights can travel {self.reachable:.2g}, the bound is only {self.to_bound:.2g} "
                 "away: noise alone will slam them into it. Lower --upper-lr (or use auto)"
             )
-        return None
+        return found
 
     def table(self) -> str:
         """Return the figures, one on each line."""
         rows = [
             ("upper steps", f"{self.upper_steps}"),
-            ("visits per instance", f"{self.visits:.1f}"),
+            ("visits per parameter", f"{self.visits:.1f}"),
             ("upper learning rate", f"{self.upper_lr:.4g}"),
             ("movement per visit", f"{self.per_visit:.3g}"),
             ("reachable distance", f"{self.reachable:.3g}"),
             ("distance to the lower bound", f"{self.to_bound:.3g}"),
         ]
+        if self.trained is not None:
+            rows.insert(1, ("passes over the examples", f"{self.trained:.2f}"))
+        if self.by_noise is not None:
+            rows.insert(-1, ("distance by noise alone", f"{self.by_noise:.3g}"))
         return "\n".join(f"  {name:<28}{value:>10}" for name, value in rows)
 
 
@@ -150,11 +178,40 @@ def match_time_scale(upper: UpperMovement, to_bound: float, upper_lr: float | No
         upper_lr: The peak learning rate of the upper level, or None to solve for it.
     """
     unit = row_travel(upper)
-    visits = upper.steps / upper.visit_every
     if upper_lr is None:
-        target = to_bound if math.isfinite(to_bound) else 1.0
-        upper_lr = REACH_OF_THE_BOUND * target / unit if unit > 0 else 0.0
-    reachable = unit * upper_lr
+        upper_lr = _target(to_bound) / unit if unit > 0 else 0.0
+    return _scale(upper, to_bound, upper_lr, unit * upper_lr)
+
+
+def match_net(
+    travel: NetTravel, upper: UpperMovement, to_bound: float, upper_lr: float | None
+) -> TimeScale:
+    """Return the time scale of a run with a network: ``match_time_scale`` by a simulated run.
+
+    There is an upper step at least.
+
+    Args:
+        travel: The network, its examples and its optimizer.
+        upper: The settings of the upper level.
+        to_bound: The raw distance from the prior to the lower end of the bound.
+        upper_lr: The peak learning rate of the upper level, or None to solve for it.
+    """
+    if upper_lr is None:
+        upper_lr = travel.peak_for(upper.steps, _target(to_bound))
+    return replace(
+        _scale(upper, to_bound, upper_lr, travel.distance(upper.steps, upper_lr)),
+        by_noise=travel.distance(upper.steps, upper_lr, by_noise=True),
+        in_a_step=replace(travel, shares=lambda _: 1.0).distance(1, upper_lr),
+    )
+
+
+def _target(to_bound: float) -> float:
+    """Return how far weights should be able to travel."""
+    return REACH_OF_THE_BOUND * (to_bound if math.isfinite(to_bound) else 1.0)
+
+
+def _scale(upper: UpperMovement, to_bound: float, upper_lr: float, reachable: float) -> TimeScale:
+    visits = upper.steps / upper.visit_every
     return TimeScale(
         upper_steps=upper.steps,
         visits=visits,
@@ -187,7 +244,12 @@ def distance_to_lower_bound(bound: Bound, start: float = 1.0) -> float:
         return bound.raw(start) - bound.raw(lo + _SIGMOID_EDGE * width)
 
 
-def time_scale(options: TrainOptions, weighting: Weighting) -> TimeScale:
+def time_scale(
+    options: TrainOptions,
+    weighting: Weighting,
+    examples: int,
+    travel: Callable[[], NetTravel],
+) -> TimeScale:
     """Return how far the weights can travel in this run.
 
     The row of an instance is visited when its example is in the batches that an upper step
@@ -196,15 +258,18 @@ def time_scale(options: TrainOptions, weighting: Weighting) -> TimeScale:
     Args:
         options: The options of the run.
         weighting: The weighting of the run.
+        examples: The number of examples that the lower level trains on.
+        travel: A function that runs the model on some of the run's examples, for a weighting
+            without rows.
 
     Raises:
         OptionError: The option ``upper_lr`` is neither "auto" nor a number, or the initial weight
             is outside the bound. Domains start at weight 1.
     """
+    drawn = options.lower.batch_size * options.lower.accumulation
     visit_every = 1.0
     if weighting.row_key == "index":
-        examples = options.lower.batch_size * options.lower.accumulation
-        per_step = examples * differentiated_steps(options)
+        per_step = drawn * differentiated_steps(options)
         visit_every = max(1.0, weighting.size / min(weighting.size, per_step))
     upper_lr = _given_rate(options)
     settings = options.weighting
@@ -218,13 +283,54 @@ def time_scale(options: TrainOptions, weighting: Weighting) -> TimeScale:
         betas=options.upper.betas,
         visit_every=visit_every,
     )
-    return match_time_scale(upper, to_bound, upper_lr)
+    if weighting.row_key is None and upper.steps:
+        scale = match_net(travel(), upper, to_bound, upper_lr)
+    else:
+        scale = match_time_scale(upper, to_bound, upper_lr)
+    return replace(
+        scale,
+        trained=options.lower.steps * drawn / examples,
+        shortcomings=tuple(_shortcomings(options, upper, examples / drawn)),
+    )
+
+
+def _shortcomings(
+    options: TrainOptions, upper: UpperMovement, steps_of_a_pass: float
+) -> Iterator[str]:
+    """Yield a sentence for each way in which the run is too short, with the steps that would do."""
+    steps = options.lower.steps
+    visits = upper.steps / upper.visit_every
+    if upper.visit_every > 1.0 and visits < _FEW_VISITS:
+        needed = math.ceil(_FEW_VISITS * upper.visit_every) * options.upper.unroll_steps
+        yield (
+            f"upper steps visit each row {visits:.2g} times: its weight will be noise, or stay at "
+            f"the prior. {_FEW_VISITS:.0f} visits take --steps {options.upper.start + needed}, or "
+            "larger batches"
+        )
+    if steps < steps_of_a_pass:
+        yield (
+            f"{steps} steps train on {steps / steps_of_a_pass:.0%} of the examples, the others "
+            f"are never seen: --steps {math.ceil(steps_of_a_pass)} see each of them once"
+        )
+    levels = (
+        ("--lower-warmup", options.lower.warmup, steps, lower_schedule(options)),
+        ("--upper-warmup", options.upper.warmup, upper.steps, upper.schedule),
+    )
+    for flag, warmup, count, schedule in levels:
+        rates = [schedule(step) for step in range(count)] if warmup else []
+        idle = len([*takewhile(lambda rate: rate == 0.0, rates)])
+        if idle and idle >= _IDLE_SHARE * count:
+            enough = math.floor(idle / _IDLE_SHARE) + 1
+            yield (
+                f"{flag}: the learning rate of the first {idle} of {count} steps is 0; set "
+                f"{flag} 0, or take {enough} steps, of which that is less than {_IDLE_SHARE:.0%}"
+            )
 
 
 def print_time_scale(scale: TimeScale) -> None:
-    """Print the figures before a run, with the warning if there is one."""
+    """Print the figures before a run, with a line for each warning."""
     print("time scale\n" + scale.table())
-    if warning := scale.warning():
+    for warning in scale.warnings():
         print(f"warning: {warning}")
 
 

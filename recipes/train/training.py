@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -53,6 +54,8 @@ from recipes.train.make_solver import (
     make_plain_solver,
     make_solver,
     over_ranks,
+    scheduled_upper_optimizer,
+    upper_schedule,
 )
 from recipes.train.objective import Objective, Solver, State
 from recipes.train.results import evaluate_all, print_summary, row_name, save_trained
@@ -64,7 +67,9 @@ from recipes.train.weight_report import (
     write_weighting,
     write_weights,
 )
-from weighting import mean_one_over
+from weighting import NetTravel, mean_one_over
+
+_SHOWN_EXAMPLES = 64  # on which a network's travel is found
 
 
 @dataclass(frozen=True)
@@ -114,7 +119,7 @@ def run_training(options: TrainOptions, logged: Callable[[int], None] | None = N
     refuse_other_bad_rows(options, data.bad)
     objective = _objective(options, prm, data)
     task = _Task(options, placement, data, objective, ranks)
-    solver, upper, rates = _method(task, sum(leaf.numel() for leaf in lower.values()))
+    solver, upper, rates = _method(task, lower)
     start = begin(solver, prm, lower, upper)
     in_place = isinstance(solver, ResidentSolver)
     with open_run(options, prm.model, start, data.pictures, in_place=in_place) as run:
@@ -278,14 +283,34 @@ def _upper_level(task: _Task) -> Callable[[int], Batch] | None:
     return task.placement.batches(batches, steps, every)
 
 
-def _method(task: _Task, trained: int) -> _Method:
+def _first_examples(task: _Task, lower: Mapping[str, Tensor]) -> Batch:
+    """Return what the weighting reads of the run's first training examples, on the host.
+
+    Whole micro-batches, until there are 64 examples or all of the file, as the model before the
+    first step sees them. The torch generators are left as they are.
+    """
+    options, data, objective = task.options, task.data, task.objective
+    size = options.lower.batch_size
+    count = min(-(-_SHOWN_EXAMPLES // size), max(1, len(data.train) // size))
+    draw = lower_draw(options, range(len(data.train)))
+    batch = train_batch(lambda _: [row for n in range(count) for row in draw(n)], data.train)
+    placed = task.placement.batches(batch, 1)(0)
+    with torch.random.fork_rng(), torch.no_grad():
+        _, outputs = objective.per_example_loss(lower, placed)
+        placed = {**placed, "reference_probs": outputs["step_probs"]}
+        read = objective.weighting_batch(placed, outputs)
+    return {name: value.detach().cpu() for name, value in read.items() if torch.is_tensor(value)}
+
+
+def _method(task: _Task, lower: Mapping[str, Tensor]) -> _Method:
     """Return the method, its solver being that of this rank."""
-    made = _method_of_all(task, trained)
+    made = _method_of_all(task, lower)
     return made._replace(solver=over_ranks(made.solver, task.ranks, task.objective.upper_size))
 
 
-def _method_of_all(task: _Task, trained: int) -> _Method:
+def _method_of_all(task: _Task, lower: Mapping[str, Tensor]) -> _Method:
     options, objective = task.options, task.objective
+    trained = sum(leaf.numel() for leaf in lower.values())
     rates: dict[str, Callable[[int], float]] = {"lower_lr": lower_schedule(options)}
     if options.weighting.lower_data == "meta":
         problem = BilevelProblem(lower_loss=objective.upper_loss, upper_loss=objective.upper_loss)
@@ -293,9 +318,20 @@ def _method_of_all(task: _Task, trained: int) -> _Method:
     weighting = objective.weighting
     if weighting is None:
         return _Method(make_plain_solver(options, objective.problem(), trained), {}, rates)
-    scale = time_scale(options, weighting)
+    upper = weighting.init(torch.Generator().manual_seed(options.seed))
+    scale = time_scale(
+        options,
+        weighting,
+        len(lower_examples(options, task.data)),
+        lambda: NetTravel(
+            weighting,
+            upper,
+            _first_examples(task, lower),
+            partial(scheduled_upper_optimizer, options),
+            upper_schedule(options, 1.0),
+        ),
+    )
     print_time_scale(scale)
     rates["upper_lr"] = logged_upper_rate(options, scale.upper_lr)
-    upper = weighting.init(torch.Generator().manual_seed(options.seed))
     upper = task.placement.params(upper)
     return _Method(make_solver(options, objective, scale.upper_lr, trained), upper, rates)

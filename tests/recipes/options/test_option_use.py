@@ -6,6 +6,7 @@ import ast
 import math
 from collections.abc import Iterator
 from dataclasses import fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Literal, get_args, get_origin, get_type_hints
 
@@ -43,6 +44,7 @@ from recipes.train.cold_start import run_cold_start
 from recipes.train.make_solver import (
     lower_schedule,
     make_solver,
+    scheduled_upper_optimizer,
     upper_optimizer,
     upper_schedule,
 )
@@ -52,7 +54,7 @@ from recipes.train.time_scale import time_scale
 from recipes.train.training import run_training
 from tests.recipes.options.recorded import not_read, read_only_what_is_used, recorded, where_read
 from tests.tiny_task import FORWARD_MODE
-from weighting import FEATURES, DomainTable, InstanceNet, InstanceTable
+from weighting import FEATURES, DomainTable, InstanceNet, InstanceTable, NetTravel
 
 PACKAGE = Path(recipes.__file__).parent
 OPTIONS = [
@@ -273,7 +275,16 @@ def test_weightings(name, bound, normalise):
     kind = {"net": InstanceNet, "table": InstanceTable, "domain": DomainTable}[name]
     assert type(weighting) is kind
     assert weighting.bound == make_bound(options.weighting)
-    assert time_scale(options, weighting).upper_lr > 0
+    features = torch.randn(8, 3, weighting.features) if name == "net" else None
+    read = {"features": features, "feature_mask": torch.ones(8, 3, dtype=torch.bool)}
+    travel = NetTravel(
+        weighting,
+        weighting.init(torch.Generator().manual_seed(0)),
+        read,
+        partial(scheduled_upper_optimizer, options),
+        upper_schedule(options, 1.0),
+    )
+    assert time_scale(options, weighting, 8, lambda: travel).upper_lr > 0
     if name == "table":
         assert (weighting.size, weighting.prior, weighting.normalise) == (8, 1.0, normalise)
     elif name == "domain":
@@ -369,7 +380,7 @@ def test_upper_optimizers(name):
     assert made == expected[name]
     table = make_weighting(changed(options, weighting="table", bound="clip"), 8, 0)
     # One row of eight, seen every other of 20 steps: auto lets it travel the width of 1.
-    scale = time_scale(changed(options, weighting="table"), table)
+    scale = time_scale(changed(options, weighting="table"), table, 8, lambda: None)
     assert (scale.visits, scale.reachable) == (10.0, pytest.approx(1.0))
 
 

@@ -7,12 +7,15 @@ import math
 import pytest
 import torch
 
+from recipes.options.parse import train_options
+from recipes.train.bounded_weights import make_weighting
 from recipes.train.time_scale import (
     UpperMovement,
     distance_to_lower_bound,
     match_time_scale,
     print_time_scale,
     row_travel,
+    time_scale,
 )
 from weighting import Clip, LeakyReLU, Sigmoid, Softplus
 
@@ -51,8 +54,8 @@ def test_auto_learning_rate_just_reaches_the_bound(optimizer, capsys):
     auto = match_time_scale(upper, 1.0, None)
     assert auto.reachable == pytest.approx(1.0, rel=1e-12)
     assert auto.visits == pytest.approx(16.0)
-    assert auto.warning() is None
-    assert "hardly move" in str(match_time_scale(upper, 1.0, auto.upper_lr / 10).warning())
+    assert auto.warnings() == []
+    assert "hardly move" in str(match_time_scale(upper, 1.0, auto.upper_lr / 10).warnings())
     print_time_scale(match_time_scale(upper, 1.0, auto.upper_lr * 10))
     shown = capsys.readouterr().out.splitlines()
     assert shown[0] == "time scale"
@@ -65,7 +68,7 @@ def test_a_given_learning_rate_travels_in_proportion():
     upper = UpperMovement(300, flat, "sgd", visit_every=3)
     scale = match_time_scale(upper, math.inf, 0.5)
     assert (scale.visits, scale.reachable, scale.per_visit) == (100.0, 50.0, 0.5)
-    assert scale.warning() is None  # nothing to slam into
+    assert scale.warnings() == []  # nothing to slam into
     assert match_time_scale(upper, math.inf, None).upper_lr == pytest.approx(0.01)
 
 
@@ -84,3 +87,37 @@ def test_distance_to_the_lower_bound():
 def test_distance_is_from_the_prior():
     clip = Clip(1.2, 2.0)  # a bound that weight 1 is outside of
     assert distance_to_lower_bound(clip, 1.5) == pytest.approx(0.3)
+
+
+def warnings(examples, **given):
+    options = train_options(
+        train_file="t", output_dir="o", weighting="table", upper_lr="auto", **given
+    )
+    weighting = make_weighting(options, examples, 0)
+    return time_scale(options, weighting, examples, lambda: None).warnings()
+
+
+def test_a_run_that_is_too_short_is_told_how_long_it_would_have_to_be():
+    """20 steps of 8 of 240 rows: seen 0.67 times, and a warm-up whose first step is 1 of 20."""
+    short = {"steps": 20, "batch_size": 8, "upper_start": 2, "lower_warmup": 0.05}
+    visits, passes, idle = warnings(240, **short)
+    assert visits.startswith("upper steps visit each row 0.6 times")
+    assert "5 visits take --steps 152" in visits  # 2, and 5 visits, each every 30 steps
+    assert passes == (
+        "20 steps train on 67% of the examples, the others are never seen: --steps 30 see each "
+        "of them once"
+    )
+    assert idle.startswith("--lower-warmup: the learning rate of the first 1 of 20 steps is 0")
+    assert "take 21 steps" in idle
+    assert not warnings(240, **short | {"steps": 152})
+    (still,) = warnings(240, **short | {"steps": 151})
+    assert "visit each row" in still
+
+
+def test_the_warm_up_of_the_upper_level_counts_upper_steps():
+    given = {"batch_size": 8, "upper_start": 0, "lower_warmup": 0.0, "steps": 100}
+    few, idle = warnings(40, unroll_steps=5, upper_warmup=0.05, upper_schedule="cosine", **given)
+    assert "each row 4 times" in few
+    assert "--steps 125" in few  # one step of five is differentiated: 8 rows of 40
+    assert idle.startswith("--upper-warmup: the learning rate of the first 1 of 20 steps is 0")
+    assert not warnings(40, upper_warmup=0.05, upper_schedule="cosine", **given)
