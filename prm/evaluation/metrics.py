@@ -80,12 +80,35 @@ def roc_auc(truth: ArrayLike, scores: ArrayLike) -> float:
         raise ValueError(
             f"expected items of both kinds, found {positives} true and {negatives} false"
         )
-    _, group, counts = np.unique(values, return_inverse=True, return_counts=True)
-    ranks = (np.cumsum(counts) - (counts - 1) / 2)[
-        group
-    ]  # Ranks count from 1; ties share their mean.
+    ranks = _ranks(values)
     above = ranks[true].sum() - positives * (positives + 1) / 2
     return float(above / (positives * negatives))
+
+
+def rank_correlation(left: ArrayLike, right: ArrayLike) -> float:
+    """Return Spearman's rank correlation, the correlation of the ranks; ties share their mean rank.
+
+    Args:
+        left: A number of each item.
+        right: Another number of each item.
+
+    Raises:
+        ValueError: The lengths differ, a value is not a number, or all of one side are equal.
+    """
+    columns = _numbers(left, "left"), _numbers(right, "right")
+    _check_same_length(*columns)
+    one, other = (ranks - ranks.mean() for ranks in map(_ranks, columns))
+    scale = float(np.sqrt((one @ one) * (other @ other)))
+    if not scale:
+        raise ValueError("expected numbers that differ on both sides; on one all are equal")
+    return float(one @ other) / scale
+
+
+def _ranks(values: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Return the rank of each value, from 1; ties share their mean."""
+    _, group, counts = np.unique(values, return_inverse=True, return_counts=True)
+    ranks: NDArray[np.float64] = (np.cumsum(counts) - (counts - 1) / 2)[group]
+    return ranks
 
 
 def f1(truth: ArrayLike, predicted: ArrayLike) -> float:

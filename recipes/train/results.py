@@ -18,6 +18,8 @@ from recipes.run.files import write_text
 from recipes.train.bounded_weights import WEIGHTINGS
 from recipes.train.data import TrainData
 
+_EXPLAINED = 0.8  # rank correlation from which on labels explain the weights
+
 
 def save_trained(
     prm: PRM,
@@ -111,6 +113,13 @@ def print_summary(results: Mapping[str, Any], directory: Path) -> None:
         for source, entry in results["sources"].items():
             auc = f", AUC {entry['auc']:.3f}" if "auc" in entry else ""
             print(f"  {source:<12}mean weight {entry['mean_weight']:.2f}{auc}")
+    if (correlation := results.get("weight_label_correlation")) is not None:
+        print(f"\nrank correlation of weights with the share of + labels: {correlation:.2f}")
+        if abs(correlation) >= _EXPLAINED:
+            print(
+                "warning: the labels alone nearly explain the weights, so that these hardly tell "
+                "right from wrong ones. Compare with --features that leave labels out"
+            )
     print_troubles(results["troubles"])
     parts = ", ".join(f"{name.replace('_', ' ')} {s:.0f}" for name, s in results["seconds"].items())
     print(f"\nseconds: {parts}\nrun directory: {directory}")

@@ -63,6 +63,7 @@ from recipes.train.time_scale import print_time_scale, time_scale
 from recipes.train.weight_report import (
     final_weights,
     initial_losses,
+    label_correlation,
     weight_report,
     write_weighting,
     write_weights,
@@ -195,7 +196,8 @@ def _report_weights(
     if objective.weighting is None:
         return {}
     write_weighting(directory / "weighting", objective, state.upper_params, data)
-    return weight_report(examples, weights)
+    correlation = label_correlation(examples, weights)
+    return {"weight_label_correlation": correlation} | weight_report(examples, weights)
 
 
 def _initial_model(task: _Task, run: Run) -> tuple[PRM, Mapping[str, Tensor]]:

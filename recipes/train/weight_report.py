@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from prm.data.store.examples import facts
+from prm.data.store.outline import Facts
 from prm.digests import check_digest, write_digest
-from prm.evaluation.metrics import roc_auc
+from prm.evaluation.metrics import rank_correlation, roc_auc
 from prm.files import write_lines
 from prm.losses import step_cross_entropy
 from prm.schema import StepExample
@@ -207,6 +208,26 @@ def check_weighting(directory: Path) -> None:
         check_digest(directory / name)
     if all((directory / name).is_file() for name in _SAVED):
         note_unchecked(directory / _SAVED[-1])
+
+
+def label_correlation(data: Examples, weights: Tensor) -> float | None:
+    """Return the rank correlation of the weights with the share of "+" among an example's labels.
+
+    Close to 1 or -1 it says that the labels alone explain the weights: the examples labelled "+"
+    throughout, say, are weighted up, whether they are right or not. None if all weights or all
+    shares are equal.
+    """
+    shares = np.array([_share_of_plus(example) for example in facts(data.examples)])
+    known = ~np.isnan(shares)
+    values = weights.double().numpy()[known]
+    if len(np.unique(values)) < 2 or len(np.unique(shares[known])) < 2:
+        return None
+    return round(rank_correlation(values, shares[known]), 4)
+
+
+def _share_of_plus(example: Facts) -> float:
+    labels = [label for label in example.labels if label is not None]
+    return sum(labels) / len(labels) if labels else float("nan")
 
 
 def weight_report(data: Examples, weights: Tensor) -> dict[str, Any]:

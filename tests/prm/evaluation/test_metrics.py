@@ -19,6 +19,7 @@ from prm.evaluation.metrics import (
     mcnemar,
     paired_interval,
     pass_at_k,
+    rank_correlation,
     roc_auc,
     roc_auc_interval,
 )
@@ -27,6 +28,16 @@ from prm.evaluation.select import best_of_n
 SCORED = st.lists(
     st.tuples(st.sampled_from([0.1, 0.2, 0.5, 0.9]), st.integers(0, 1)), min_size=1, max_size=7
 )
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_rank_correlation_is_scipys(seed):
+    generator = np.random.default_rng(seed)
+    left = generator.integers(0, 6, 40)
+    right = left + generator.normal(0, 3, 40).round()
+    expected = scipy.stats.spearmanr(left, right).statistic
+    assert rank_correlation(left, right) == pytest.approx(expected, abs=1e-12)
+    assert rank_correlation(left, -left.astype(float)) == pytest.approx(-1.0)
 
 
 @given(SCORED)
@@ -158,6 +169,8 @@ def test_resampling_in_slices_gives_all_resamples(monkeypatch):
         (lambda: expected_best_of_k([0.5, 0.1], [1, 0], 0), "found k = 0"),
         (lambda: roc_auc([1, 1], [0.5, 0.1]), "found 2 true and 0 false"),
         (lambda: roc_auc([1, 0], [0.5]), "found 2 and 1"),
+        (lambda: rank_correlation([1, 2], [0.5]), "found 2 and 1"),
+        (lambda: rank_correlation([1, 2], [0.5, 0.5]), "on one all are equal"),
         (lambda: f1([1, 2], [0, 1]), "truth to be 0 or 1, found 2"),
         (lambda: bootstrap_interval([]), "at least one value"),
         (lambda: bootstrap_interval([1, math.nan]), "1 NaN"),

@@ -20,7 +20,8 @@ from recipes.evaluation.candidates import (
     summary,
 )
 from recipes.loading import load_model
-from recipes.train.weight_report import weight_report
+from recipes.train.results import print_summary
+from recipes.train.weight_report import label_correlation, weight_report
 from tests.tiny_task import altered
 
 # question, answer, right, (label, score) of each step
@@ -203,3 +204,29 @@ def test_weight_report_without_clean_or_without_wrong_examples():
 def test_weight_report_needs_data_that_says_who_judged():
     data = SimpleNamespace(examples=[SimpleNamespace(extra={"source": "a"})])
     assert weight_report(data, torch.ones(1)) == {}
+
+
+def labelled(*rows):
+    examples = [
+        StepExample(str(row), "q", (), tuple(Step("s", label) for label in labels))
+        for row, labels in enumerate(rows)
+    ]
+    return SimpleNamespace(examples=examples)
+
+
+def test_label_correlation_is_that_of_the_share_of_right_labels():
+    data = labelled([1.0, 1.0], [1.0, 0.0], [0.0, None], [None, None])
+    assert label_correlation(data, torch.tensor([1.5, 1.0, 0.5, 9.0])) == 1.0
+    assert label_correlation(data, torch.tensor([0.5, 1.0, 1.5, 9.0])) == -1.0
+    assert label_correlation(data, torch.tensor([1.0, 0.5, 1.5, 9.0])) == -0.5
+    assert label_correlation(data, torch.ones(4)) is None
+    assert label_correlation(labelled([1.0], [1.0]), torch.tensor([1.0, 2.0])) is None
+
+
+@pytest.mark.parametrize(("correlation", "warned"), [(0.31, False), (-0.85, True), (None, False)])
+def test_the_summary_says_whether_labels_explain_the_weights(correlation, warned, capsys, tmp_path):
+    results = {"rows": {}, "troubles": {}, "seconds": {"train": 1.0}}
+    print_summary(results | {"weight_label_correlation": correlation}, tmp_path)
+    shown = capsys.readouterr().out
+    assert ("share of + labels" in shown) == (correlation is not None)
+    assert ("warning: the labels alone" in shown) == warned

@@ -108,7 +108,9 @@ def test_results(task, runs, kind):
     own = KINDS[kind][1]
     keys = {"rows", "ci95", "n_questions", "seed", "seconds", "step_auc", "step_macro_f1", "dev"}
     keys |= {"troubles"}
-    assert set(results) == keys | ({"sources", "weight_auc"} if weighted else set())
+    assert set(results) == keys | (
+        {"sources", "weight_auc", "weight_label_correlation"} if weighted else set()
+    )
     assert list(results["rows"]) == ["pass@1", "self_consistency", own, "pass@4"]
     assert results["n_questions"] == SIZES.test_questions
     assert results["dev"]["n_questions"] == SIZES.dev_questions
