@@ -18,10 +18,10 @@ class Functional:
 
     A call may be differentiated any number of times and in any mode, and parts of it may be
     recomputed later, by ``torch.utils.checkpoint`` with ``use_reentrant=False`` or ``transformers``
-    (``activation_checkpointing_enable``): it runs on a light copy of the module that holds the
-    tensors given for as long as anything refers to it. Whether the module trains or evaluates, its
-    hooks and its attributes are those of the module at the call; what ``module.compile()`` has made
-    for the module itself is left aside.
+    (``gradient_checkpointing_enable``, in a call never the reentrant way): it runs on a light copy
+    of the module that holds the tensors given for as long as anything refers to it. Whether the
+    module trains or evaluates, its hooks and its attributes are those of the module at the call;
+    what ``module.compile()`` has made for the module itself is left aside.
 
     Buffers are cloned for every call. What a call makes of them (the running statistics of batch
     normalisation) is dropped; ``update_buffers`` keeps it. Attributes that a call sets are set on

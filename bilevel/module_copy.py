@@ -20,11 +20,12 @@ import types
 import weakref
 from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 _REGISTERED = ("_parameters", "_buffers", "_modules")
 # A call that torch has compiled for the module itself.
@@ -38,11 +39,12 @@ _ATOMS = (
 
 @dataclass
 class _Plan:
-    """One module: its attributes when they were last looked at, and those to be rebuilt."""
+    """One module: its attributes when they were last looked at, and those that are other ones."""
 
     module: nn.Module
     values: list[Any]
     rebuilt: tuple[str, ...]
+    replaced: Mapping[str, Any] = field(default_factory=dict)  # by name, what takes its place
 
 
 class ModuleCopier:
@@ -115,6 +117,7 @@ class ModuleCopier:
                 }
             if attributes.get(_COMPILED) is not None:
                 state[_COMPILED] = None
+            state.update(plan.replaced)
             object.__setattr__(copied, "__dict__", state)
             states.append(state)
         for plan, state in zip(self._plans, states, strict=True):
@@ -146,6 +149,11 @@ class ModuleCopier:
             for name, value in attributes.items()
             if name not in skipped and self._leads(value, clean)
         )
+        plan.replaced = {
+            name: functools.partial(value, use_reentrant=False)
+            for name, value in attributes.items()
+            if _is_reentrant(value)
+        }
 
     def _leads(self, root: Any, clean: set[int]) -> bool:
         """Return whether an object leads to a module, parameter or buffer of the tree.
@@ -233,6 +241,19 @@ class _Again:
 
 class _NotRebuilt(Exception):
     """An object that leads to the tree and that cannot be rebuilt; its text names the type."""
+
+
+def _is_reentrant(value: Any) -> bool:
+    """Return whether an attribute checkpoints the reentrant way, as transformers sets it.
+
+    That runs a part under ``no_grad``: where its input needs no gradient, as behind frozen
+    embeddings, its parameters silently get none. The other way computes the same values.
+    """
+    return (
+        isinstance(value, functools.partial)
+        and value.func is checkpoint
+        and value.keywords.get("use_reentrant", True) is not False
+    )
 
 
 def _changed(module: nn.Module) -> ValueError:

@@ -26,7 +26,7 @@ from bilevel.autodiff.torch_private import foreach_norm
 from bilevel.hypergradients.base import HypergradientResult, Taken
 from bilevel.lower.connected_step import connected_update, connects
 from bilevel.lower.kept_graph import is_small
-from bilevel.lower.lower_pass import LowerPass
+from bilevel.lower.lower_pass import LowerPass, unused_parameters
 from bilevel.lower.micro_batch import LossTerms, MicroBatch, loss_terms
 from bilevel.lower.route import Route
 from bilevel.lower.steps import LowerSteps, Point, Window, take_steps
@@ -109,8 +109,8 @@ def _taken(window: Window, upper_batch: Batch, route: Route, constant: int) -> T
     if window.initial is not None:
         total = tree.add(total, window.pulled_back(start_bar, {}))
     passes = [
-        LowerPass(None, [_summary(terms, random)], norm)
-        for terms, norm in zip(all_terms, norms, strict=True)
+        LowerPass(None, [_summary(terms, random)], norm, unused_parameters(start, grads))
+        for terms, grads, norm in zip(all_terms, all_grads, norms, strict=True)
     ]
     end: Point = tree.map(Tensor.detach, Point(params, state))
     return LowerSteps(end, (*before.passes, *passes)), HypergradientResult(

@@ -194,9 +194,7 @@ def _over_ranks(
 
 def remarked(context: PassContext, passed: LowerPass) -> LowerPass:
     """Return the pass with remarks on what has no effect."""
-    remarks = []
-    if tree.leaves(context.lower_params) and not tree.leaves(passed.grads):
-        remarks.append(_IGNORES_PARAMETERS)
+    remarks = [*unused_parameters(context.lower_params, passed.grads)]
     if is_separable(context.problem):
         weights = [micro.weights for micro in passed.micro_batches if micro.weights is not None]
         constant = weights and not any(weight.requires_grad for weight in weights)
@@ -205,6 +203,23 @@ def remarked(context: PassContext, passed: LowerPass) -> LowerPass:
     return replace(passed, remarks=tuple(remarks)) if remarks else passed
 
 
+def unused_parameters(lower_params: Params, grads: Tree) -> tuple[str, ...]:
+    """Return a remark if the lower loss, with these gradients, does not depend on all of θ."""
+    everything, used = tree.leaves(lower_params), tree.leaves(grads)
+    if len(used) == len(everything):
+        return ()
+    if not used:
+        return (_IGNORES_PARAMETERS,)
+    names = tree.flatten(lower_params)
+    first = next(name for name in names if name not in tree.flatten(grads))
+    return (_IGNORES_SOME.format(len(everything) - len(used), len(everything), first),)
+
+
+_IGNORES_SOME = (
+    "the lower loss does not depend on {} of the {} lower parameters ({!r}, ...), which stay as "
+    "they are: not used, detached, or computed under no_grad (as in reentrant activation "
+    "checkpointing of a part whose input needs no gradient: use_reentrant=False)"
+)
 _IGNORES_PARAMETERS = (
     "the lower loss does not depend on the lower parameters, which stay as they are: let it use "
     "those that it is given, not a module's own (call the module by bilevel.functional(module))"

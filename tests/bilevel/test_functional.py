@@ -201,6 +201,32 @@ def test_transformers_checkpoint_with_the_parameters_of_the_call(name):
         assert torch.equal(leaf, own[name])
 
 
+def test_checkpointing_by_transformers_is_never_reentrant_in_a_call():
+    """Behind frozen embeddings the reentrant way gives the layers no gradient, without a word."""
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        hidden_size=8, intermediate_size=12, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=2, vocab_size=23,
+    )  # fmt: skip
+    model = transformers.LlamaForCausalLM(config).train()
+    model.model.embed_tokens.requires_grad_(False)
+    ids = torch.randint(0, 23, (3, 6))
+
+    def call(f):
+        return lambda p: f(p, input_ids=ids, use_cache=False).logits
+
+    f = functional(model)
+    params = moved(f)
+    expected = gradient(call(f), params)
+    model.activation_checkpointing_enable({"use_reentrant": True})
+    for g in (f, functional(model)):
+        for name, leaf in gradient(call(g), params).items():
+            torch.testing.assert_close(leaf, expected[name], rtol=1e-5, atol=1e-7)
+    layer = model.model.layers[0]
+    assert layer._gradient_checkpointing_func.keywords == {"use_reentrant": True}  # left alone
+
+
 def test_tied_parameters_appear_once_and_frozen_ones_are_named():
     net = nn.ModuleDict({"a": nn.Linear(3, 3), "b": nn.Linear(3, 3), "c": nn.Linear(3, 3)})
     net["b"].weight = net["a"].weight

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import warnings
+
 import pytest
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from bilevel import (
     SGD,
@@ -167,6 +170,34 @@ def test_a_loss_that_uses_the_module_in_place_of_its_parameters_is_noted(method)
     assert "the lower loss does not depend on the lower parameters" in notes
     assert "bilevel.functional" in notes
     assert same_bits(after.lower_params, before.lower_params)
+
+
+@pytest.mark.parametrize("method", [OneStep(), OneStep(Reverse()), Unrolled()], ids=str)
+@pytest.mark.parametrize("way", ["unused", "reentrant"])
+def test_a_loss_that_uses_a_part_of_the_parameters_is_noted(method, way):
+    """Reentrant checkpointing runs a part under no_grad, which counts where its input has none."""
+
+    def losses(t, b):
+        def hidden(x):
+            return torch.tanh(x @ t["u"])
+
+        if way == "reentrant":
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", "None of the inputs have requires_grad=True")
+                x = checkpoint(hidden, b["x"], use_reentrant=True)
+        else:
+            x = b["x"]
+        return (x @ t["w"] - b["y"]) ** 2, None
+
+    plain = regression()
+    theta = {"u": torch.eye(2, dtype=DOUBLE), "w": torch.ones(2, dtype=DOUBLE)}
+    problem = ReweightingProblem(losses, lambda p, b, _: p["r"][b["i"]], plain.upper_loss)
+    solver = BilevelSolver(problem, SGD(0.1), SGD(0.1), method)
+    good, weights = batch_of(1.0, -1.0, 2.0), {"r": torch.ones(3, dtype=DOUBLE)}
+    state, (info,) = solver.window(solver.init(theta, weights), [[good]], good)
+    (note,) = info.notes
+    assert "the lower loss does not depend on 1 of the 2 lower parameters ('u', ...)" in note
+    assert torch.equal(state.lower_params["u"], theta["u"])
 
 
 @pytest.mark.parametrize("method", ALL, ids=str)

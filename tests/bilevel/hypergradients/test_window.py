@@ -334,7 +334,7 @@ def test_a_users_own_hypergradient():
     assert int(state.memory["calls"]) == 1
     plain, _ = solver.window(solver.init(case.params, case.upper_params), batches_of(case))
     assert same_bits(state.lower_params, plain.lower_params)
-    assert infos[-1].notes == ("made up",)
+    assert infos[-1].notes[-1] == "made up"
     assert infos[-1].figures == {"residual": 1.0}
     assert infos[0].figures == {}
     expected = tree.map(lambda leaf: leaf - 5.0 * 0.1, case.upper_params)
