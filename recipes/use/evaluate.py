@@ -44,7 +44,13 @@ from recipes.options.values import OptionError
 from recipes.run.files import json_text, list_beside, output_file
 from recipes.terminal import say
 from recipes.use.model_run import note_differences, run_of
-from recipes.use.scores_file import ScoredSolution, numbered_scores, read_settings, scores_for
+from recipes.use.scores_file import (
+    ScoredSolution,
+    is_of_file,
+    numbered_scores,
+    read_settings,
+    scores_for,
+)
 
 
 class _Judge:
@@ -233,7 +239,16 @@ def _read_rows(options: EvaluateOptions, path: Path, candidates: Candidates) -> 
     starts, sizes = array("q", [0]) * len(expected), array("q", [0]) * len(expected)
     shortened = 0
     wrong: tuple[int, DataError] | None = None  # the first by the order of the data
-    for row, solution in scores_for(path, candidates.data.index(), candidates.data.path):
+    data = candidates.data
+    if is_of_file(path, data.path) is False:
+        say(
+            f"note: {path} was made from another file than {data.path}, or from this one before it "
+            "was changed: ids and numbers of steps are compared, what the steps say is not. Score "
+            "the file again unless nothing but answers or labels changed",
+            error=True,
+        )
+    left_out = bool(data.bad.left_out)
+    for row, solution in scores_for(path, data.index(), data.path, some_left_out=left_out):
         starts[row], sizes[row] = len(values), len(solution.step_scores)
         values.extend(solution.step_scores)
         shortened += solution.steps is not None

@@ -28,6 +28,7 @@ from prm.digests import check_digest, digest_path
 from prm.schema import DataError
 from recipes.options.values import OptionError
 from recipes.run.files import note_unchecked
+from recipes.run.identity import digest_file
 
 _BLOCK = 2**20
 _REMEDY = "write the file with `bilevel-prm score`"
@@ -155,15 +156,24 @@ def numbered_scores(path: Path, bad: BadRows) -> Iterator[tuple[int, ScoredSolut
     note_unchecked(path)
 
 
+def is_of_file(scores: Path, data: Path) -> bool | None:
+    """Return whether scores were made from this very file; None if nothing beside them tells."""
+    made_from = read_settings(scores).get("file")
+    digest = made_from.get("sha256") if isinstance(made_from, dict) else None
+    return digest == digest_file(data) if isinstance(digest, str) and data.is_file() else None
+
+
 def scores_for(
-    path: Path, index: Mapping[str, int], data: Path
+    path: Path, index: Mapping[str, int], data: Path, *, some_left_out: bool = False
 ) -> Iterator[tuple[int, ScoredSolution]]:
     """Yield the lines of a scores file for the solutions of ``data``, each with its row there.
 
     Args:
         path: The scores file.
         index: The row of every id of the data.
-        data: The path of the data, for messages.
+        data: The path of the data.
+        some_left_out: Whether rows of the data were left out. Scores of other solutions are then
+            theirs, if the file was made from these data.
 
     Raises:
         DataError: At the end: a solution has no scores, or the file holds scores of other
@@ -178,6 +188,8 @@ def scores_for(
         else:
             found[row] = True
             yield row, solution
+    if more and some_left_out and is_of_file(path, data):
+        more = 0
     if (missing := found.count(0)) or more:
         first = found.find(0)
         name = next((name for name, row in index.items() if row == first), None)

@@ -289,3 +289,42 @@ def test_answers_that_are_equal_by_algebra_vote_together_if_asked(judge):
     assert found["rows"]["self_consistency"] == 0.0
     found, _ = judge(rows, [[0.5]] * 5, equal_answers="math-verify")
     assert found["rows"]["self_consistency"] == 1.0
+
+
+def changed_test(task, tmp_path, **fields) -> Path:
+    """The test file with other fields in its first row."""
+    lines = (task.data / "test.jsonl").read_text(encoding="utf-8").splitlines()
+    rows = [json.loads(line) for line in lines]
+    for row in rows:
+        row["images"] = [str(task.data / name) for name in row["images"]]
+    path = tmp_path / "changed.jsonl"
+    rows[0] |= fields
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def test_scores_of_rows_that_evaluate_alone_leaves_out_are_left_out(task, evaluate, tmp_path):
+    """A row without outcome can be scored, and not be evaluated."""
+    path = changed_test(task, tmp_path, correct=None)
+    scores = tmp_path / "scores.jsonl"
+    options = {
+        "file": str(path),
+        "on_bad_row": "skip",
+        "system_prompt": SYSTEM_PROMPT,
+        "image_root": str(task.data),
+    }
+    run_score(ScoreOptions(model=str(task.model), output=str(scores), **options))
+    rows = len(path.read_text(encoding="utf-8").splitlines())
+    assert len(scores.read_text(encoding="utf-8").splitlines()) == rows
+    read = evaluate(
+        file=str(path), scores=str(scores), on_bad_row="skip", image_root=str(task.data)
+    )
+    assert read == evaluate(model=str(task.model), **options)
+
+
+def test_scores_of_another_file_are_noted(task, evaluate, scores, tmp_path, capsys):
+    evaluate(scores=scores["test"])
+    assert "was made from another file" not in capsys.readouterr().err
+    changed = str(changed_test(task, tmp_path, answer="other"))
+    evaluate(file=changed, scores=scores["test"], image_root=str(task.data))
+    assert "was made from another file" in capsys.readouterr().err
