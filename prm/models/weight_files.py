@@ -20,6 +20,9 @@ SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 DIGESTS = "model.sha256"
 """Name of the file of digests, in the format of ``sha256sum``: ``sha256sum -c model.sha256``."""
 _DIGESTED = ("*.safetensors", "tokenizer.json")
+_FLOATS = ["F64", "F32", "F16", "BF16"]
+_COUNTS = ("I64", "I32", "BOOL")  # of buffers, such as positions
+_TRAINED = (".weight", ".bias")
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
 
@@ -111,12 +114,22 @@ def tensor_shapes(files: Iterable[Path]) -> dict[str, tuple[int, ...]]:
 def _header(path: Path) -> dict[str, tuple[int, ...]]:
     try:
         with safe_open(path, framework="pt") as file:
-            return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
+            kinds = {name: str(one.get_dtype()) for name, one in slices.items()}
+            shapes = {name: tuple(one.get_shape()) for name, one in slices.items()}
     except (SafetensorError, ValueError) as error:
         raise ModelError(
             f"{path}: expected a complete safetensors file, found {' '.join(str(error).split())}; "
             "copy or download it again"
         ) from error
+    for name, kind in kinds.items():
+        if kind not in _FLOATS and (name.endswith(_TRAINED) or kind not in _COUNTS):
+            raise ModelError(
+                f"{path}: {name}: expected numbers in {listed(_FLOATS)}, found {kind}: quantised "
+                "weights are not read, since their numbers mean nothing without their scales; save "
+                "the model in one of these types"
+            )
+    return shapes
 
 
 def write_digests(folder: Path) -> None:

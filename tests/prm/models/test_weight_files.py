@@ -105,6 +105,25 @@ def test_shards_are_listed_once_and_sorted_and_headers_name_every_shape(tmp_path
     assert tensor_shapes(files) == {"a": (2, 3), "s": (), "b": (0, 4)}
 
 
+@pytest.mark.parametrize("kind", [torch.int8, torch.uint8, torch.int64, torch.float8_e4m3fn])
+def test_quantised_weights_are_refused(folder, kind):
+    """A cast to float would load them without their scales: other scores, and no word."""
+    path = folder / "model.safetensors"
+    tensors = load_file(path)
+    name = next(name for name in tensors if name.endswith("proj.weight"))
+    tensors[name] = (tensors[name] * 100).to(kind)
+    save_file(tensors, path, {"format": "pt"})
+    (folder / DIGESTS).unlink()
+    with pytest.raises(ModelError, match=rf"{name}: expected numbers in F64, F32, F16, BF16"):
+        load_prm(folder)
+
+
+def test_positions_in_a_checkpoint_are_no_weights(tmp_path):
+    path = tmp_path / "model.safetensors"
+    save_file({"embeddings.position_ids": torch.arange(4), "w.weight": torch.ones(2)}, path)
+    assert tensor_shapes([path]) == {"embeddings.position_ids": (4,), "w.weight": (2,)}
+
+
 @pytest.mark.parametrize("mask", [0o022, 0o027, 0o077, 0o002])
 def test_all_files_of_a_model_follow_the_umask(tmp_path, mask):
     old = os.umask(mask)
