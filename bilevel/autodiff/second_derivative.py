@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cache
 from typing import Any
 
 from torch import Tensor
-from torch.autograd.function import BackwardCFunction, Function
+from torch.autograd.function import BackwardCFunction, Function, FunctionMeta
+from torch.overrides import TorchFunctionMode
 
 # Nodes of autograd whose second derivative is missing or wrong (``kernels`` replaces their
 # operations), or whose first one is computed in another way, with other last bits, if it gets a
@@ -60,7 +61,40 @@ def _of_name(name: str) -> tuple[bool, bool]:
     return name.startswith("EmbeddingBackward"), not name.startswith(_UNSUITABLE)
 
 
+class RefuseOnceDifferentiable(TorchFunctionMode):
+    """Refuses custom functions whose backward pass has no derivative, in a loss under transforms.
+
+    Forward mode takes what such a backward pass computes for a constant, without a word.
+
+    Raises:
+        RuntimeError: There is one.
+    """
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        # What ``torch.func`` calls for ``Function.apply``, the function being its first argument.
+        if getattr(func, "__name__", None) == "custom_function_call" and args:
+            backward = _backward(args[0]) if isinstance(args[0], FunctionMeta) else None
+            if hasattr(backward, "__wrapped__"):
+                raise RuntimeError(ONCE_DIFFERENTIABLE)
+        return func(*args, **(kwargs or {}))
+
+
+ONCE_DIFFERENTIABLE = (
+    "the backward of a custom autograd.Function is marked once_differentiable, so the gradient of "
+    "the lower loss has no derivative: choose CentralDifference()"
+)
+
+
 def _backward_of(node: Any) -> Any:
     """Return the backward pass of a custom function, from its node."""
-    function = type(node)._forward_cls
+    return _backward(type(node)._forward_cls)
+
+
+def _backward(function: Any) -> Any:
     return function.vjp if function.vjp is not Function.vjp else function.backward

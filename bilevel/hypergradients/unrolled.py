@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -32,6 +32,8 @@ from bilevel.lower.steps import PassRequest, Point, Step, Window, advance
 from bilevel.optimizers.base import DifferentiableOptimizer
 from bilevel.problem import Batch, Params, Problem
 from bilevel.routes import Auto, CentralDifference, Jvp, Reverse, Route
+
+T = TypeVar("T")
 
 
 class _Step(NamedTuple):
@@ -274,10 +276,10 @@ class UnrolledRecord:
                 del g, state
                 if ends:
                     del lower_bar, state_bar
-                    product = mixed_product(problem, self._product, passed, params, leaves, along)
+                    product = self._by_product(mixed_product, passed, params, leaves, along)
                 else:
-                    curved, product = second_derivatives(
-                        problem, self._product, passed, params, leaves, along
+                    curved, product = self._by_product(
+                        second_derivatives, passed, params, leaves, along
                     )
                     with torch.no_grad():
                         lower_bar = tree.add(lower_bar, curved)
@@ -290,6 +292,20 @@ class UnrolledRecord:
             total = tree.add(total, window.pulled_back(start_bar, numbers_bar or {}))
         once = tuple(dict.fromkeys(notes))
         return HypergradientResult(upper_loss, total, None, notes=once, upper_aux=upper_aux)
+
+    def _by_product(self, compute: Callable[..., T], *arguments: Any) -> T:
+        """Return what ``compute`` finds by the product's route.
+
+        Where ``Reverse`` alone stood for ``Auto``, as on small problems, and fails, ``Auto`` takes
+        what else there is, from there on.
+        """
+        try:
+            return compute(self._window.problem, self._product, *arguments)
+        except RuntimeError:
+            if self._product == self._method.product:
+                raise
+            self._product = self._method.product
+        return compute(self._window.problem, self._product, *arguments)
 
     def _recomputed_grads(self, steps: Sequence[_Step]) -> list[Kept]:
         """Return the gradients of a segment whose head is the last; keep its ``way_points``."""

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from bilevel import tree
 from bilevel.autodiff.gradient import dense, gradients
+from bilevel.autodiff.second_derivative import ONCE_DIFFERENTIABLE
 from bilevel.lower.lower_pass import LowerPass
 from bilevel.lower.micro_batch import GradientGraph
 from bilevel.lower.route import DerivativeRequest, Route
@@ -131,10 +132,7 @@ def check_twice_differentiable(grads: Sequence[Tensor | None]) -> None:
         if node is None or node in seen:
             continue
         if type(node).__name__ == "Error":
-            raise RuntimeError(
-                "the backward of a custom autograd.Function is marked once_differentiable, so the "
-                "gradient of the lower loss has no derivative: choose CentralDifference()"
-            )
+            raise RuntimeError(ONCE_DIFFERENTIABLE)
         seen.add(node)
         pending.extend(following for following, _ in node.next_functions)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +15,7 @@ from bilevel import tree
 from bilevel.autodiff import random_state
 from bilevel.autodiff.finite_difference import moving
 from bilevel.autodiff.kernels import forward_mode_loss, kernels_for_transforms
+from bilevel.autodiff.second_derivative import RefuseOnceDifferentiable
 from bilevel.lower.micro_batch import MicroBatch
 from bilevel.lower.route import DerivativeRequest
 from bilevel.lower.second_order import put
@@ -88,13 +90,19 @@ def gradient_tangent(at: DerivativeRequest) -> Sequence[Tensor]:
     fixed = tree.map(Tensor.detach, at.upper_params)
     present = tuple(leaf.detach() for leaf in tree.leaves(at.upper_wanted))
 
+    curved = bool(tree.leaves(at.lower_wanted))
+
     def loss(lower_leaves: Sequence[Tensor], upper_leaves: Sequence[Tensor]) -> Float[Tensor, ""]:
-        with forward_mode_loss(), random_state.rewound_to(at.micro.random, at.lower_params):
+        with (
+            RefuseOnceDifferentiable() if curved else nullcontext(),
+            forward_mode_loss(),
+            random_state.rewound_to(at.micro.random, at.lower_params),
+        ):
             upper = put(fixed, upper_leaves) if present else fixed
             return lower_value(at.problem, rebuild(lower_leaves), upper, at.micro.batch)[0]
 
     wanted: int | tuple[int, int] = 1
-    if tree.leaves(at.lower_wanted):
+    if curved:
         wanted = (0, 1) if present else 0
 
     def gradient(*lower_leaves: Tensor) -> tuple[Tensor, ...]:
