@@ -28,6 +28,7 @@ from recipes.bad_rows import bad_rows_of
 from recipes.options.base import LoaderOptions, PlacementOptions, PrmOptions
 from recipes.options.groups import LoraSettings
 from recipes.options.values import OptionError, existing_file
+from recipes.ranks import launched_precision
 from weighting import row_index
 
 EMBEDDED_BASE = Path(__file__).parent / "assets" / "base"
@@ -203,11 +204,12 @@ def placement_of(
         activation_checkpointing: That of a command that trains.
 
     Raises:
-        OptionError: The device is not there, or cannot compute in this precision or attention.
+        OptionError: The device is not there, or cannot compute in this precision or attention; or
+            ``accelerate launch`` asks for another precision.
     """
-    settings = (options.device, options.precision, options.attention)
+    precision = launched_precision(options.precision)
     try:
-        return resolve(*settings, activation_checkpointing)
+        return resolve(options.device, precision, options.attention, activation_checkpointing)
     except ValueError as error:
         raise OptionError(f"--{error}") from error
 

@@ -17,6 +17,7 @@ from prm.placement import resolve
 from recipes.options.base import flag_of
 from recipes.options.flat import flat_options, flatten
 from recipes.options.train import LowerOptions
+from recipes.ranks import launched_precision
 
 _ADDED: Mapping[str, Any] = {
     "lora_rank": 0,
@@ -50,7 +51,8 @@ def identity(
     """
     entries, values = flat_options(type(options)), flatten(options)
     same = {name: value for name, value in values.items() if entries[name].on_resume == "same"}
-    same["precision"] = resolve(options.placement.device, options.placement.precision).precision
+    precision = launched_precision(options.placement.precision)
+    same["precision"] = resolve(options.placement.device, precision).precision
     files = {name: path for name, path in values.items() if entries[name].on_resume == "file"}
     return {
         "options": {k: list(v) if isinstance(v, tuple) else v for k, v in same.items()},

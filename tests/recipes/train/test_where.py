@@ -112,3 +112,16 @@ def test_what_the_machine_cannot_do_is_refused_in_a_sentence(
     assert text in error
     assert len(error.strip().splitlines()) == 1
     assert not (tmp_path / "run").exists()
+
+
+def test_accelerate_launch_chooses_the_precision(task, tmp_path, monkeypatch):
+    asked = run_training(task.train(tmp_path / "asked", bound="clip", precision="bf16"))
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    options = task.train(tmp_path / "launched", bound="clip")
+    launched = run_training(options)
+    expected, found = tensors(asked), tensors(launched)
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+    assert identity(options, torch.nn.Linear(1, 1))["options"]["precision"] == "bf16"
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp16")
+    with pytest.raises(OptionError, match="ACCELERATE_MIXED_PRECISION=fp16"):
+        run_training(task.train(tmp_path / "refused", bound="clip"))
