@@ -155,6 +155,8 @@ def _faults() -> list[float]:
     mixed = mixed + torch.tensor(1.0)  # a number is none
     bad = torch.tensor([math.nan, math.inf, -math.inf, 3e38]).to(accelerator.device())
     finite = [tree.allfinite({"a": there, "b": value}) for value in bad.split(1)]
+    there.repeat_interleave(torch.ones_like(there, dtype=torch.int64), output_size=3)
+    there.repeat_interleave(torch.ones_like(there, dtype=torch.int64))  # a wait for its length
     found = tree.on_host({"finite": torch.stack(finite), "sum": mixed.sum()})  # a wait
     return [float(found["sum"]), *chosen.tolist(), *map(float, found["finite"])]  # a wait
 

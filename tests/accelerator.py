@@ -138,7 +138,9 @@ class Accelerator(TorchDispatchMode):
                 self._add("wait" if there else "transfer", name)
         elif there and here:
             self._add("mix-up", name)
-        elif there and (name in WAITS or _indexes_by_mask(name, args)):
+        elif there and (
+            name in WAITS or _indexes_by_mask(name, args) or _counts_repeats(func, args, kwargs)
+        ):
             self._add("wait", name)
 
     def _add(self, kind: Literal["mix-up", "wait", "transfer"], operation: str) -> None:
@@ -179,6 +181,13 @@ def _indexes_by_mask(name: str, args: Any) -> bool:
     if name not in ("index", "index_put", "index_put_", "_index_put_impl_"):
         return False
     return any(isinstance(i, Tensor) and i.dtype == torch.bool for i in args[1])
+
+
+def _counts_repeats(func: Any, args: Any, kwargs: Any) -> bool:
+    """Return whether the length of the result is the sum of values of a tensor."""
+    if func is not torch.ops.aten.repeat_interleave.Tensor:
+        return False
+    return (args[1] if len(args) > 1 else kwargs.get("output_size")) is None
 
 
 def _cause(frame: FrameType | None) -> tuple[str, int]:

@@ -72,7 +72,10 @@ def row_owners(batch: Mapping[str, Tensor]) -> dict[int, Tensor]:
     if "pixel_values" not in batch:
         return {}
     tiles, pixels = batch["num_patches"], batch["pixel_values"]
-    owners = torch.arange(len(tiles), device=tiles.device).repeat_interleave(tiles)
+    # The number of tiles, where there is a row for each: else the host would wait for the sum.
+    count = len(pixels) if pixels.dim() == 4 else None
+    numbers = torch.arange(len(tiles), device=tiles.device)
+    owners = numbers.repeat_interleave(tiles, output_size=count)
     owner_of = {
         size: owners.repeat_interleave(size // len(owners)) for size in (len(owners), len(pixels))
     }

@@ -25,6 +25,7 @@ from prm.models.activation_checkpointing import checkpointed
 from prm.models.adapters import merged
 from prm.models.chat_templates import check_terminates
 from prm.models.native import load_config, load_image_processor, load_model, load_tokenizer
+from prm.models.no_waits import attention_mask, count_image_tokens_on_cpu_only
 from prm.models.untrusted import ModelError, reading
 from prm.models.weight_files import write_digests
 from prm.names import Context, TooLong
@@ -210,6 +211,8 @@ def make_prm(model: Any, tokenizer: Any, image_processor: Any = None) -> PRM:
     """
     labels = label_tokens(tokenizer)
     model.eval().requires_grad_(False)
+    if model.config.model_type == "internvl":
+        count_image_tokens_on_cpu_only(model.base_model, model.config.image_token_id)
     _check_head(model, labels.plus_id)
     return PRM(
         model=model,
@@ -306,7 +309,7 @@ def step_logits(
     Args:
         prm: The model.
         params: Values by parameter name. Parameters that are not named keep the model's values.
-        batch: The batch, from a ``Collator``.
+        batch: The batch, from a ``Collator``: padding is on the right.
         full_vocab: Whether to normalise over the whole vocabulary, as DreamPRM-1.5 does. The result
             is then the log-probabilities of the two labels instead of their logits.
         label_rows: Whether to multiply by the head's rows of "+" and "-" only, in float32 or wider,
@@ -352,7 +355,11 @@ class _StepHead(nn.Module):
     def forward(self, batch: Mapping[str, Tensor]) -> Tensor:
         base = self.model.base_model
         accepted = inspect.signature(base.forward).parameters
-        inputs = {key: batch[key] for key in batch if key in accepted and key not in _TARGETS}
+        inputs: dict[str, Any] = {
+            key: batch[key] for key in batch if key in accepted and key not in _TARGETS
+        }
+        if "attention_mask" in inputs:
+            inputs["attention_mask"] = attention_mask(self.model, inputs["attention_mask"])
         with self._autocast():
             hidden = base(**inputs, use_cache=False).last_hidden_state  # [batch, seq, hidden]
         read = torch.take_along_dim(hidden, batch["label_positions"][..., None], dim=1)
