@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Generic, NamedTuple, TypeAlias, cast
 
 import torch
@@ -29,6 +29,7 @@ from bilevel.inputs import (
     check_params,
     drawn_steps,
 )
+from bilevel.lower.guard import LOOKS, Guard
 from bilevel.lower.lower_pass import LowerPass
 from bilevel.lower.steps import LowerSteps, Point, Window
 from bilevel.optimizers.base import (
@@ -303,6 +304,8 @@ class BilevelSolver(Generic[Lower, Upper, BatchT]):
         state: BilevelState[Lower, Upper],
         batches: LowerBatches[BatchT],
         upper_batch: BatchT | None = None,
+        *,
+        guard: Guard = LOOKS,
     ) -> tuple[BilevelState[Lower, Upper], tuple[StepInfo, ...]]:
         """Take these lower steps and, given a batch for it, an upper step, due or not.
 
@@ -312,6 +315,8 @@ class BilevelSolver(Generic[Lower, Upper, BatchT]):
             state: From ``init`` or the last call; not changed.
             batches: Per lower step its micro-batches, ``accumulation`` of them.
             upper_batch: None: no upper step.
+            guard: Who decides what depends on values. ``Late(...)``: not the host, and what was
+                not usual is for the caller to undo (``bilevel.lower.guard.kept``).
 
         Returns:
             The state, and a ``StepInfo`` per lower step; the last has the fields of the upper
@@ -322,21 +327,22 @@ class BilevelSolver(Generic[Lower, Upper, BatchT]):
             bilevel.Refusal: ``Ghost`` or ``PerExample`` has no rule for something the model does.
         """
         with self.collective.together():
-            return self._advance(state, batches, upper_batch)
+            return self._advance(state, batches, upper_batch, guard)
 
     def _advance(
         self,
         state: BilevelState[Lower, Upper],
         batches: LowerBatches[BatchT],
         upper_batch: BatchT | None,
+        guard: Guard,
     ) -> tuple[BilevelState[Lower, Upper], tuple[StepInfo, ...]]:
-        window = self.window_at(state, batches)
+        window = replace(self.window_at(state, batches), guard=guard)
         random = random_state.capture(state.lower_params)
         taken, upper = self._taken(window, upper_batch, state.memory)
         new = state
         notes: tuple[str, ...] = ()
         if upper is not None:
-            new, notes = self._upper_step(state, upper)
+            new, notes = self._upper_step(state, upper, guard)
             if self.rollback and new.upper_steps > state.upper_steps:
                 random_state.restore(random)
                 taken, _ = take_window(window.at(new.upper_params), self.hypergradient)
@@ -441,14 +447,20 @@ class BilevelSolver(Generic[Lower, Upper, BatchT]):
 
     @part("upper step")
     def _upper_step(
-        self, state: BilevelState[Lower, Upper], result: HypergradientResult
+        self,
+        state: BilevelState[Lower, Upper],
+        result: HypergradientResult,
+        guard: Guard = LOOKS,
     ) -> tuple[BilevelState[Lower, Upper], tuple[str, ...]]:
         """Return the state with the upper step taken, or skipped if it is not finite, and notes."""
         found = result.hypergradient
         norm = tree.norm(found)
-        # Read together: a device is waited for once.
-        figures = norm.double(), result.upper_loss.detach().to(norm.device, torch.float64)
-        size, loss = torch.stack(figures).tolist()
+        guard.upper(norm, result.upper_loss)
+        size, loss = 1.0, 0.0
+        if guard.usual is None:
+            # Read together: a device is waited for once.
+            figures = norm.double(), result.upper_loss.detach().to(norm.device, torch.float64)
+            size, loss = torch.stack(figures).tolist()
         # Otherwise the squares of finite entries may have no finite sum.
         finite = math.isfinite(size) or bool(tree.allfinite(found))
         if not (finite and math.isfinite(loss)):
@@ -466,7 +478,7 @@ class BilevelSolver(Generic[Lower, Upper, BatchT]):
         )
         if size or not tree.leaves(state.upper_params):
             return taken, ()
-        return taken, (_ZERO if tree.leaves(found) else _NO_INFLUENCE,)
+        return taken, (ZERO if tree.leaves(found) else _NO_INFLUENCE,)
 
     @torch.no_grad()
     def _infos(
@@ -526,7 +538,7 @@ _LOSS_NOT_FINITE = (
     "the upper loss was not finite (an empty upper batch?): φ and its optimizer were left as they "
     "are"
 )
-_ZERO = (
+ZERO = (
     "the hypergradient is exactly 0: here the upper loss does not change with the upper parameters"
 )
 _NO_INFLUENCE = (

@@ -69,6 +69,7 @@ LAYERS = {
         ("bad_rows", "options", "tensor_file", "terminal"),
         ("ranks",),
         ("run", "loading", "profiling"),
+        ("late",),
         ("data_files", "evaluation", "problems"),
         ("train",),
         ("embedded", "use"),

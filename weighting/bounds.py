@@ -230,9 +230,16 @@ def fraction_at_bound(
     Returns:
         The share, in [0, 1]; 0 for a bound with an infinite range.
     """
+    return float(mean_at_bound(raw_weights, bound, tolerance))
+
+
+def mean_at_bound(
+    raw_weights: Float[Tensor, "*shape"], bound: Bound, tolerance: float = 0.01
+) -> Float[Tensor, ""]:
+    """Return ``fraction_at_bound`` as a tensor, for which the host does not wait for a device."""
     lo, hi = bound.range
     if hi - lo == float("inf"):
-        return 0.0
+        return torch.zeros(())
     margin = tolerance * (hi - lo)
     weights = bound(raw_weights.detach())
-    return float(((weights <= lo + margin) | (weights >= hi - margin)).float().mean())
+    return ((weights <= lo + margin) | (weights >= hi - margin)).float().mean()

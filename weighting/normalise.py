@@ -3,11 +3,14 @@
 The overall level of the weights acts as a second learning rate on the lower level: without
 normalisation the upper level mostly tunes that, and all weights run to one bound together.
 
-NaN weights stay NaN: they come from a model that diverged, and its loss says so.
+NaN weights stay NaN: they come from a model that diverged, and its loss says so. On a device, where
+to look at the mean would be to wait for it, weights of too small a mean are NaN instead of an
+error.
 """
 
 from __future__ import annotations
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -21,7 +24,8 @@ def batch_mean_one(weights: Float[Tensor, " batch"]) -> Float[Tensor, " batch"]:
     a common part that every instance of the batch shares cancels.
 
     Raises:
-        ValueError: A batch of one (its weight would always be 1) or a mean near or below 0.
+        ValueError: A batch of one (its weight would always be 1) or, on the CPU, a mean near or
+            below 0.
     """
     if weights.numel() < 2:
         raise ValueError(
@@ -35,7 +39,7 @@ def mean_one(weights: Float[Tensor, " rows"]) -> Float[Tensor, " rows"]:
     """``weights / mean(weights)`` of a whole table, the mean being part of the derivative.
 
     Raises:
-        ValueError: A mean near or below 0.
+        ValueError: A mean near or below 0, on the CPU.
     """
     return _divided(weights, weights.mean(), "mean")
 
@@ -49,12 +53,14 @@ def mean_one_over(
     the rows that were visited get a gradient.
 
     Raises:
-        ValueError: A mean near or below 0.
+        ValueError: A mean near or below 0, on the CPU.
     """
     return _divided(weights, all_weights.detach().mean(), "mean over the table")
 
 
 def _divided(weights: Tensor, mean: Tensor, what: str) -> Tensor:
+    if not mean.is_cpu:
+        return weights / torch.where(mean > _SMALLEST_MEAN, mean, torch.nan)
     value = float(mean.detach())
     if value <= _SMALLEST_MEAN:
         raise ValueError(

@@ -11,7 +11,7 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 
 from weighting.base import Batch, Params
-from weighting.bounds import Bound, Clip, Softplus, fraction_at_bound
+from weighting.bounds import Bound, Clip, Softplus, mean_at_bound
 from weighting.normalise import batch_mean_one, mean_one, mean_one_over
 
 
@@ -109,7 +109,11 @@ class InstanceTable:
         self, params: Params, weights: Float[Tensor, " batch"], tolerance: float = 0.01
     ) -> float:
         """``fraction_at_bound`` of all rows; ``weights`` are not looked at."""
-        return fraction_at_bound(self.raw_weights(params), self.bound, tolerance)
+        return float(self.rows_at_bound(params, tolerance))
+
+    def rows_at_bound(self, params: Params, tolerance: float = 0.01) -> Float[Tensor, ""]:
+        """Return ``share_at_bound`` as a tensor, for which the host does not wait for a device."""
+        return mean_at_bound(self.raw_weights(params), self.bound, tolerance)
 
 
 @dataclass(frozen=True)
@@ -177,4 +181,8 @@ class DomainTable:
         self, params: Params, weights: Float[Tensor, " batch"], tolerance: float = 0.01
     ) -> float:
         """``fraction_at_bound`` of all domains; ``weights`` are not looked at."""
-        return fraction_at_bound(self.raw_weights(params), self.bound, tolerance)
+        return float(self.rows_at_bound(params, tolerance))
+
+    def rows_at_bound(self, params: Params, tolerance: float = 0.01) -> Float[Tensor, ""]:
+        """Return ``share_at_bound`` as a tensor, for which the host does not wait for a device."""
+        return mean_at_bound(self.raw_weights(params), self.bound, tolerance)

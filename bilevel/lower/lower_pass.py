@@ -21,6 +21,7 @@ from bilevel import tree
 from bilevel.autodiff import random_state
 from bilevel.collective import ALONE, Alone, Collective
 from bilevel.lower.gradient_sum import GradientSum
+from bilevel.lower.guard import LOOKS, Guard
 from bilevel.lower.micro_batch import (
     MicroBatch,
     PassContext,
@@ -124,6 +125,7 @@ def lower_pass(
     direction: Tree | None = None,
     keep_graph: bool = False,
     collective: Collective = ALONE,
+    guard: Guard = LOOKS,
 ) -> LowerPass:
     """Run all micro-batches, and sum their gradients over the ranks.
 
@@ -137,13 +139,16 @@ def lower_pass(
         direction: μ, if it is known already.
         keep_graph: Whether a plain backward pass keeps its graph; see ``PassRequest``.
         collective: The ranks that the micro-batches of the step are spread over.
+        guard: Who decides what depends on values.
 
     Raises:
         Refusal: The route is ``Ghost`` or ``PerExample``, and a parameter is used in a way that has
             no per-example rule.
         ValueError: The route is ``Dot`` and a micro-batch has several examples.
     """
-    context = PassContext(problem, lower_params, upper_params, differentiate, direction, keep_graph)
+    context = PassContext(
+        problem, lower_params, upper_params, differentiate, direction, keep_graph, guard
+    )
     total = GradientSum(lower_params, widen=len(batches) > 1)
     backward = _backward_pass(context, route, total)
     micro_batches: list[MicroBatch] = []

@@ -18,6 +18,7 @@ from bilevel import tree
 from bilevel.autodiff.gradient import as_leaves, gradients
 from bilevel.autodiff.random_state import RandomState
 from bilevel.autodiff.second_derivative import has_second_derivative
+from bilevel.lower.guard import LOOKS, Guard
 from bilevel.problem import (
     Batch,
     Params,
@@ -111,6 +112,7 @@ class PassContext:
     differentiate: bool
     direction: Tree | None
     keep_graph: bool = False
+    guard: Guard = LOOKS
 
     @property
     def reweighting(self) -> ReweightingProblem[Any, Any, Any]:

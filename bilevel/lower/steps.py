@@ -22,6 +22,7 @@ from bilevel.autodiff import random_state
 from bilevel.autodiff.gradient import as_leaves, gradients
 from bilevel.autodiff.random_state import RandomState
 from bilevel.collective import Alone, Collective
+from bilevel.lower.guard import LOOKS, Guard
 from bilevel.lower.lower_pass import LowerPass, lower_pass
 from bilevel.lower.route import Route
 from bilevel.optimizers.base import DifferentiableOptimizer, Hyperparameters, Optimizer
@@ -50,6 +51,7 @@ class Window:
         initial: φ -> θ, if that is what ``start`` comes from; None: θ does not depend on φ.
         hyperparameters: φ -> numbers of the optimizer that come from φ; None: none do.
         collective: The ranks that the batches are spread over.
+        guard: Who decides what depends on values.
     """
 
     problem: Problem
@@ -60,6 +62,7 @@ class Window:
     initial: Callable[[Any], Params] | None = None
     hyperparameters: Callable[[Any], Hyperparameters] | None = None
     collective: Collective = Alone()
+    guard: Guard = LOOKS
 
     def at(self, upper_params: Params) -> Window:
         """Return the same window at a φ, from which the start and the numbers may come.
@@ -214,11 +217,12 @@ def take_steps(window: Window, route: Route, recorder: Recorder | None = None) -
             direction=request.direction,
             keep_graph=request.keep_graph,
             collective=window.collective,
+            guard=window.guard,
         )
         following = advance(window.optimizer, point, passed.grads)
         passes.append(passed.summary())
         # After the update was launched: the wait for the norm on a device overlaps with it.
-        if not math.isfinite(passes[-1].grad_norm):
+        if not window.guard.lower(passes[-1]):
             following = point
             skipped.append(index)
         elif recorder is not None:

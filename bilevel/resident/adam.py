@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from jaxtyping import Bool
 from torch import Tensor
 
 from bilevel import tree
@@ -56,6 +57,7 @@ class FusedAdam:
         second: Sequence[Tensor],
         lr: float,
         decay: float,
+        usual: Bool[Tensor, ""] | None = None,
     ) -> list[Tensor]:
         """Take the step in place, and return the gradients that the rule saw.
 
@@ -66,6 +68,7 @@ class FusedAdam:
             second: s.
             lr: The learning rate.
             decay: The weight decay λ; 0: none.
+            usual: If it is False, nothing moves; None: it is True.
         """
         seen = list(grads)
         if decay and not self.decoupled:
@@ -86,6 +89,7 @@ class FusedAdam:
             eps=self.eps,
             amsgrad=False,
             maximize=False,
+            found_inf=None if usual is None else (~usual).to(torch.float32),
         )
         # The kernel does not count as a change of them for autograd; others do.
         torch.autograd.graph.increment_version([*params, *first, *second])

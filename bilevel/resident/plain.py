@@ -47,17 +47,20 @@ def plain_step(window: Window, route: Route, point: Point, batches: Sequence[Bat
     Beside θ and the moments it holds one gradient.
     """
     upper_params = tree.map(Tensor.detach, window.upper_params)
-    passed = lower_pass(window.problem, route, point.lower_params, upper_params, batches)
+    passed = lower_pass(
+        window.problem, route, point.lower_params, upper_params, batches, guard=window.guard
+    )
     return take(window, point, passed)
 
 
 def take(window: Window, point: Point, passed: LowerPass) -> Taken:
     """Take the step of a lower pass in place, unless the norm of its gradient is not finite."""
     summary = passed.summary()
-    if not torch.isfinite(summary.grad_norm):
+    if not window.guard.lower(summary):
         return Taken(point, summary, True)
     assert summary.norm is not None
-    point = step_(optimizer_of(window), point, passed.grads, summary.norm)
+    usual = window.guard.usual
+    point = step_(optimizer_of(window), point, passed.grads, summary.norm, usual=usual)
     return Taken(point, summary, False)
 
 

@@ -10,6 +10,7 @@ from torch import Tensor
 from bilevel import tree
 from bilevel.hypergradients.base import HypergradientResult
 from bilevel.hypergradients.one_step import OneStep
+from bilevel.lower.guard import LOOKS, Guard
 from bilevel.lower.steps import LowerSteps, Window
 from bilevel.problem import BatchT, Lower, Upper
 from bilevel.resident import lower_first, upper_first
@@ -95,6 +96,8 @@ class ResidentSolver(BilevelSolver[Lower, Upper, BatchT]):
         state: BilevelState[Lower, Upper],
         batches: LowerBatches[BatchT],
         upper_batch: BatchT | None = None,
+        *,
+        guard: Guard = LOOKS,
     ) -> tuple[BilevelState[Lower, Upper], tuple[StepInfo, ...]]:
         """Take these lower steps and, given a batch for it, an upper step, due or not.
 
@@ -103,6 +106,7 @@ class ResidentSolver(BilevelSolver[Lower, Upper, BatchT]):
                 moved.
             batches: Per lower step its micro-batches, ``accumulation`` of them.
             upper_batch: None: no upper step.
+            guard: As there; in order upper-first and without an average of v.
 
         Returns:
             As ``BilevelSolver.advance``.
@@ -113,7 +117,7 @@ class ResidentSolver(BilevelSolver[Lower, Upper, BatchT]):
         """
         before = _versions(state)
         try:
-            return super().advance(state, batches, upper_batch)
+            return super().advance(state, batches, upper_batch, guard=guard)
         finally:
             if _versions(state) != before:
                 state.lower_steps.fill_(CONSUMED)

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import optree
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from bilevel import tree
@@ -46,6 +46,7 @@ def step_(
     *,
     weight: float | None = None,
     slopes: bool = False,
+    usual: Bool[Tensor, ""] | None = None,
 ) -> Point:
     """Take a step in place, and return the point after it, which has the same tensors.
 
@@ -58,6 +59,7 @@ def step_(
         slopes: Whether ``grads`` becomes ``(∂θ'/∂g) grads``, in place, with g the weighted gradient
             and the clip scale a constant. The derivative is diagonal, so that
             ``⟨(∂θ'/∂g)ᵀ v, grads⟩ = ⟨v, (∂θ'/∂g) grads⟩`` for the v that is still to come.
+        usual: If it is False, θ and the moments stay as they are; None: it is True.
     """
     state: OptimizerState = point.optimizer_state
     columns, structure = _columns(point)
@@ -71,9 +73,11 @@ def step_(
     for part in parts([columns.params, raw, *moments]):
         seen = {cut: _scaled(cut.of(raw), weight, optimizer.state_dtype, clip) for cut in part}
         if kernel is not None and _alike(part, columns, raw):
-            _fused(kernel, optimizer, int(state.steps), part, columns, raw, seen, clip, slopes)
+            _fused(
+                kernel, optimizer, int(state.steps), part, columns, raw, seen, clip, slopes, usual
+            )
         else:
-            _by_rule(plain, state.steps, part, columns, raw, seen, clip, slopes)
+            _by_rule(plain, state.steps, part, columns, raw, seen, clip, slopes, usual)
     return Point(point.lower_params, state._replace(steps=state.steps + 1))
 
 
@@ -124,11 +128,18 @@ def _subtree(part: Sequence[Cut], columns: _Columns, steps: Tensor) -> tuple[Opt
     return OptimizerState(steps, first, second), params
 
 
-def _copy(part: Sequence[Cut], leaves: Leaves, new: Any, names: Sequence[str]) -> None:
+def _copy(
+    part: Sequence[Cut],
+    leaves: Leaves,
+    new: Any,
+    names: Sequence[str],
+    usual: Bool[Tensor, ""] | None = None,
+) -> None:
     for cut in part:
         old = cut.of(leaves)
         if old is not None:
-            old.copy_(new[names[cut.leaf]])
+            found = new[names[cut.leaf]]
+            old.copy_(found if usual is None else torch.where(usual, found.to(old.dtype), old))
 
 
 def _by_rule(
@@ -140,6 +151,7 @@ def _by_rule(
     seen: dict[Cut, Tensor],
     clip: Tensor | None,
     slopes: bool,
+    usual: Bool[Tensor, ""] | None,
 ) -> None:
     """Take the step of a part by the optimizer's own ``update``."""
     names = columns.names
@@ -153,7 +165,7 @@ def _by_rule(
             moved = {name: leaf * _number(clip, leaf) for name, leaf in moved.items()}
         _copy(part, raw, moved, names)
     for leaves, new in zip(columns[1:], (new_params, *new_state[1:]), strict=True):
-        _copy(part, leaves, new, names)
+        _copy(part, leaves, new, names, usual)
 
 
 def _alike(part: Sequence[Cut], columns: _Columns, raw: Leaves) -> bool:
@@ -184,6 +196,7 @@ def _fused(
     seen: dict[Cut, Tensor],
     clip: Tensor | None,
     slopes: bool,
+    usual: Bool[Tensor, ""] | None,
 ) -> None:
     """Take the step of a part by the fused kernel, group by group."""
     groups = _by_group(optimizer, count, part, columns.names)
@@ -196,7 +209,7 @@ def _fused(
             one if one.stride() == param.stride() else torch.empty_like(param).copy_(one)
             for one, param in zip((seen[cut] for cut in cuts), params, strict=True)
         ]
-        used = kernel.step_(params, laid_out, first, second, lr, decay)
+        used = kernel.step_(params, laid_out, first, second, lr, decay, usual)
         if slopes:
             scale = 1.0 if clip is None else float(clip)
             kernel.slope_(grads, used, first, second, -lr * scale)

@@ -86,6 +86,7 @@ def _differentiated(
         differentiate=True,
         direction=direction,
         keep_graph=keeps_graph(method, window, point.lower_params),
+        guard=window.guard,
     )
     product = mixed_product(
         window.problem, method.route, passed, point.lower_params, upper_params, direction
@@ -100,8 +101,10 @@ def _differentiated(
         notes=(*passed.notes, *step_notes(method.order, point.optimizer_state), *upper.notes),
         upper_aux=upper.aux,
     )
-    used = _finite(hypergradient, upper.loss, passed.grad_norm)
-    if memory is not None and averaged is not memory and not used:
+    window.guard.upper(tree.norm(hypergradient), upper.loss)
+    moved = memory is not None and averaged is not memory
+    if moved and not _finite(hypergradient, upper.loss, passed.grad_norm):
+        assert memory is not None
         # φ will not move, and neither does the average: θ is where it was, and so is v.
         again = _upper_gradient(window, point, upper_batch, random)
         without_(again.lower, memory, method.direction_decay)

@@ -21,6 +21,7 @@ from bilevel.lower.ghost import verification
 from bilevel.lower.ghost.context import Context
 from bilevel.lower.ghost.operations import OPERATIONS
 from bilevel.lower.ghost.tracker import Refusal, Tracker
+from bilevel.lower.guard import LOOKS
 from bilevel.lower.micro_batch import (
     Backward,
     Fallback,
@@ -61,7 +62,7 @@ def tapped_backward(
     run = _forward(context, batch, entries_limit)
     size, reason = len(run.losses), None
     if size > 1:
-        reason = run.tracker.refusal(size, run.owners)
+        reason = run.tracker.refusal(size, run.owners, context.guard)
     if size > 1 and reason is None:
         key = verification.known(problem.verdicts, size, run.tracker.shapes)
         if key not in problem.verdicts:
@@ -109,7 +110,7 @@ class _Run(NamedTuple):
 
 
 def _forward(context: PassContext, batch: Batch, entries_limit: int = ENTRIES_LIMIT) -> _Run:
-    problem, taps = context.reweighting, Context(entries_limit)
+    problem, taps = context.reweighting, Context(entries_limit, context.guard)
     tracker = Tracker(OPERATIONS, context.lower_params, batch, taps)
     with tracker:
         losses, features = problem.losses(tracker.visible, batch)
@@ -173,7 +174,9 @@ def _measured(
     length = tree.norm(steps)
     direction: list[Tensor | None] = [step / length for step in steps]
     for params in (tree.map(torch.add, here, put(here, steps)), here):
-        nearby = replace(context, lower_params=params, differentiate=False, direction=None)
+        nearby = replace(
+            context, lower_params=params, differentiate=False, direction=None, guard=LOOKS
+        )
         with random_state.rewound_to(random, params):
             run = _forward(nearby, batch)
         weights = verification.uneven(run.losses)

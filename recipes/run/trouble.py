@@ -23,6 +23,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from bilevel import BilevelSolver, BilevelState, OneStep, StepInfo, Unrolled, tree
@@ -92,34 +93,63 @@ class Reading(NamedTuple):
         infos: The information of each step. What ``figures_of`` and ``find_troubles`` look at is
             in the memory of the host.
         finite: Whether all parameters are finite, by level ("lower", "upper").
+        at_bound: The share of the rows of a table that are at an end of the bound; None for another
+            weighting, and without an upper step.
     """
 
     infos: tuple[StepInfo, ...]
     finite: Mapping[str, bool]
+    at_bound: float | None = None
 
 
 def read_steps(
-    after: BilevelState[Any, Any], infos: Sequence[StepInfo], *, lower: bool = True
+    after: BilevelState[Any, Any],
+    infos: Sequence[StepInfo],
+    weighting: Weighting | None = None,
+    *,
+    lower: bool = True,
 ) -> Reading:
     """Read what the host has to know of steps, for which it waits for the device once.
+
+    The arguments are those of ``to_read``.
+    """
+    return as_read(tree.on_host(to_read(after, infos, weighting, lower=lower)), infos)
+
+
+def to_read(
+    after: BilevelState[Any, Any],
+    infos: Sequence[StepInfo],
+    weighting: Weighting | None,
+    *,
+    lower: bool,
+) -> dict[str, Tensor]:
+    """Return what the host has to know of steps, by name, where it was computed.
 
     Every parameter of both levels is looked at once, on its device.
 
     Args:
         after: The state after the steps.
         infos: The information of each.
+        weighting: The weighting of the run, or None without one.
         lower: Whether to look at the lower parameters.
     """
     levels = {"upper": after.upper_params}
     if lower:
         levels = {"lower": after.lower_params} | levels
     read = {name: tree.allfinite(params) for name, params in levels.items()}
+    rows_at_bound = getattr(weighting, "rows_at_bound", None)
+    if rows_at_bound is not None and infos[-1].hypergradient_norm is not None:
+        read["at_bound"] = rows_at_bound(after.upper_params, _AT_BOUND)
     for number, info in enumerate(infos):
         values = {name: getattr(info, name) for name in _READ}
         values |= {f"figures/{name}": value for name, value in info.figures.items()}
         there = {name: value for name, value in values.items() if isinstance(value, Tensor)}
         read |= {f"{number}/{name}": value for name, value in there.items()}
-    found = tree.on_host(read)
+    return read
+
+
+def as_read(found: Mapping[str, Tensor], infos: Sequence[StepInfo]) -> Reading:
+    """Return the reading of steps, from ``to_read`` in the memory of the host."""
 
     def on_host(number: int, info: StepInfo) -> StepInfo:
         values: dict[str, Any] = {name: found.get(f"{number}/{name}") for name in _READ}
@@ -127,7 +157,9 @@ def read_steps(
         return info._replace(**values, figures=figures)
 
     read_infos = tuple(on_host(number, info) for number, info in enumerate(infos))
-    return Reading(read_infos, {name: bool(found[name]) for name in levels})
+    finite = {name: bool(found[name]) for name in ("lower", "upper") if name in found}
+    at_bound = float(found["at_bound"]) if "at_bound" in found else None
+    return Reading(read_infos, finite, at_bound)
 
 
 _READ = ("lower_loss", "lower_grad_norm", "losses", "weights", "upper_loss", "hypergradient_norm")
@@ -168,7 +200,10 @@ def find_troubles(
         troubles.append(Trouble("cold_optimizer", text, rejects=False))
     weights = infos[-1].weights
     if weights is not None:
-        troubles += _of_weights(weighting, after.upper_params, weights)
+        share = reading.at_bound
+        if weighting is not None and share is None:
+            share = weighting.share_at_bound(after.upper_params, weights, _AT_BOUND)
+        troubles += _of_weights(weighting, share, weights)
     return troubles
 
 
@@ -186,7 +221,10 @@ def _not_finite(info: StepInfo) -> list[Trouble]:
         if value is not None and not math.isfinite(float(value))
     ]
     if not _finite(info.weights) and _finite(info.losses):  # else the model is the cause
-        troubles.insert(0, Trouble("weights_not_finite", "a weight is not finite"))
+        text = (
+            "a weight is not finite (as normalised ones are whose mean is too small, on a device)"
+        )
+        troubles.insert(0, Trouble("weights_not_finite", text))
     return troubles
 
 
@@ -207,6 +245,23 @@ def _of_size(norm: float, before: Sequence[float]) -> list[Trouble]:
     return []
 
 
+def last_norms(norms: Float[Tensor, " norms"]) -> Float[Tensor, " norms"]:
+    """Return the norms with which the next hypergradient is compared."""
+    return norms[-_HISTORY:]
+
+
+def largest_norm(before: Float[Tensor, " norms"]) -> Float[Tensor, ""] | None:
+    """Return from where on a hypergradient has exploded, on the device of the last norms.
+
+    None: there are too few of them.
+    """
+    if len(before) < _ENOUGH:
+        return None
+    ordered, half = before.sort().values, len(before) // 2
+    median = ordered[half] if len(before) % 2 else (ordered[half - 1] + ordered[half]) / 2
+    return torch.where(median > 0, _EXPLODED * median, torch.inf)
+
+
 def _is_cold(solver: BilevelSolver[Any, Any, Any], lower_steps: int, taken: int) -> bool:
     """Return whether the hypergradient saw only the first step of the lower optimizer."""
     method = solver.hypergradient
@@ -217,11 +272,11 @@ def _is_cold(solver: BilevelSolver[Any, Any, Any], lower_steps: int, taken: int)
 
 
 def _of_weights(
-    weighting: Weighting | None, upper: Mapping[str, Tensor], weights: Tensor
+    weighting: Weighting | None, at_bound: float | None, weights: Tensor
 ) -> list[Trouble]:
     """Return the troubles of weights: all at an end of the bound, or on few examples."""
     troubles = []
-    if weighting is not None and weighting.share_at_bound(upper, weights, _AT_BOUND) == 1.0:
+    if weighting is not None and at_bound == 1.0:
         text = f"all weights are at an end of {weighting.bound}; lower --upper-lr"
         troubles.append(Trouble("weights_at_bound", text, rejects=False))
     size, count = effective_sample_size(weights), weights.numel()

@@ -25,8 +25,10 @@ from bilevel import (
 )
 from bilevel.autodiff.random_state import capture, restore
 from bilevel.collective import ALONE
+from bilevel.lower.guard import LOOKS, Guard, counts
 from bilevel.profiling import part
 from bilevel.resident.solver import is_consumed
+from recipes.late import LateSteps, Settled, all_one, are_possible
 from recipes.profiling import profiled
 from recipes.ranks import lost, own_random_numbers
 from recipes.run.checkpoints import Progress
@@ -120,22 +122,81 @@ def train(run: Run, training: Training, logging: StepLogging) -> Progress:
         ) as bar,
         profiled(logging.profile, run.directory / "profile") as stepped,
     ):
-        while (first := int(progress.state.lower_steps)) < training.steps:
+
+        def settle(progress: Progress, late: LateSteps) -> Settled:
+            def logged(progress: Progress, infos: Sequence[StepInfo]) -> Progress:
+                return log_steps(run, training, logging, Judged(progress, infos, False), bar)
+
+            return late.settled(progress, training.solver, training.weighting, logged)
+
+        late: LateSteps | None = None
+        reads_late = are_possible(training.solver, progress.state, run.ranks.ranks)
+        looks_until, ones = int(progress.state.lower_steps) + 1, False
+        while (first := _taken(progress, late)) < training.steps:
+            signal = None
             try:
-                state, infos = next_steps(training, progress.state, run.ranks)
-                judged = judge(run, training, progress, state, infos)
-                progress = log_steps(run, training, logging, judged, bar)
-                if run.writes and run.checkpoints.due(first, int(progress.state.lower_steps)):
-                    run.checkpoints.save(progress)
+                if not reads_late or first < looks_until:
+                    state, infos = next_steps(training, progress.state, run.ranks)
+                    judged = judge(run, training, progress, state, infos)
+                    progress = log_steps(run, training, logging, judged, bar)
+                    ones = all_one(judged.infos)
+                else:
+                    late = late or LateSteps.after(progress.state, progress.seen, ones)
+                    late = take_late(training, late)
                 stepped()
                 signal = _signal_of_any(run.ranks, requested())
+                after = _taken(progress, late)
+                if late is not None and (signal or _is_due(run, training, logging, first, after)):
+                    unread, late = late, None
+                    progress, ones, usual = settle(progress, unread)
+                    if not usual:
+                        looks_until = int(progress.state.lower_steps) + logging.every
+                if run.writes and run.checkpoints.due(first, _taken(progress, late)):
+                    run.checkpoints.save(progress)
             except Exception as error:
+                if late is not None:
+                    unread, late = late, None
+                    progress, ones, usual = settle(progress, unread)
+                    if not usual:  # The error may come from what was not usual.
+                        looks_until = int(progress.state.lower_steps) + logging.every
+                        continue
                 if (signal := requested()) and _may_come_from_signal(error):
                     raise _stopped(run, training, progress, signal) from error
                 raise run.explained(error, progress) from error
             if signal:
                 raise _stopped(run, training, progress, signal)
     return progress
+
+
+def _taken(progress: Progress, late: LateSteps | None) -> int:
+    """Return the number of lower steps that were launched."""
+    return int((progress if late is None else late).state.lower_steps)
+
+
+def _is_due(run: Run, training: Training, logging: StepLogging, first: int, after: int) -> bool:
+    """Return whether the steps ``first`` + 1 to ``after`` are to be read: a line, a checkpoint."""
+    line = after // logging.every > first // logging.every or after >= training.steps
+    return line or run.checkpoints.due(first, after)
+
+
+def take_late(training: Training, late: LateSteps) -> LateSteps:
+    """Launch the next lower step, and the upper step if one is due after it, without looking.
+
+    Raises:
+        StepError: As ``next_steps``.
+    """
+    guard, before = late.guard(), counts(late.state)
+    random = capture(late.state.lower_params)
+    new, infos = next_steps(training, late.state, ALONE, guard)
+    return late.with_step(
+        new,
+        infos,
+        guard,
+        (random, capture(new.lower_params)),
+        training.weighting,
+        before,
+        in_place=isinstance(training.solver, ResidentSolver),
+    )
 
 
 def _signal_of_any(ranks: Collective, own: signals.Signals | None) -> signals.Signals | None:
@@ -147,7 +208,10 @@ def _signal_of_any(ranks: Collective, own: signals.Signals | None) -> signals.Si
 
 
 def next_steps(
-    training: Training, state: BilevelState[Any, Any], ranks: Collective = ALONE
+    training: Training,
+    state: BilevelState[Any, Any],
+    ranks: Collective = ALONE,
+    guard: Guard = LOOKS,
 ) -> tuple[BilevelState[Any, Any], tuple[StepInfo, ...]]:
     """Take the next lower step, or window, and the upper step if one is due after it.
 
@@ -166,7 +230,9 @@ def next_steps(
         with warnings.catch_warnings(), own_random_numbers(ranks, state.lower_params, first):
             # The warning is also among the notes of every step that it concerns, which are logged.
             warnings.simplefilter("ignore", StationarityWarning)
-            return training.solver.advance(state, lower, upper)
+            if guard is LOOKS:
+                return training.solver.advance(state, lower, upper)
+            return training.solver.advance(state, lower, upper, guard=guard)
     except (ValueError, RankError) as error:
         raise StepError(f"{training.title}, step {first}: {error}") from error
 
@@ -223,7 +289,8 @@ def judge(
     after = int(state.lower_steps)
     first = after - len(infos)  # The state before may have been consumed.
     # A resident solver has looked at loss and gradient before θ moved.
-    reading = read_steps(state, infos, lower=not isinstance(training.solver, ResidentSolver))
+    in_place = isinstance(training.solver, ResidentSolver)
+    reading = read_steps(state, infos, training.weighting, lower=not in_place)
     troubles = find_troubles(
         training.solver, training.weighting, progress.state, state, reading, progress.seen
     )

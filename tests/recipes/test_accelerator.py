@@ -27,8 +27,6 @@ LISTED = {
     "bilevel/hypergradients/penalty.py:_compare": "how far the copy is from the model",
     "bilevel/optimizers/lazy.py:_update_rows": "which rows of the table were visited",
     "prm/losses.py:pair_loss": "which pairs of candidates there are",
-    "weighting/bounds.py:fraction_at_bound": "whether all rows of a table are at an end",
-    "weighting/normalise.py:_divided": "whether the mean is far enough from 0",
 }
 """Places that wait once in a step (of one micro-batch), and what for."""
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from bilevel import tree
 from bilevel.autodiff.torch_private import function_modes_off
 from bilevel.lower.ghost.rows import RowGradients
+from bilevel.lower.guard import LOOKS, Guard
 from bilevel.problem import dropped
 
 
@@ -68,10 +69,11 @@ class Context:
 
     The caller sets it up by ``weight`` between the forward and the backward pass. Without that call
     the backward pass is an ordinary one, and the loss itself must be weighted. ``PerExample``
-    explains ``entries_limit``.
+    explains ``entries_limit``; ``guard`` decides what depends on values.
     """
 
-    def __init__(self, entries_limit: int) -> None:
+    def __init__(self, entries_limit: int, guard: Guard = LOOKS) -> None:
+        self._guard = guard
         self.weights: Tensor | None = None
         self.dots: Tensor | None = None
         self._direction: Direction | None = None
@@ -108,7 +110,7 @@ class Context:
         gone = torch.zeros_like(weights, dtype=torch.bool)
         if losses is not None:
             gone = dropped(weights, losses.detach())
-        self._all_one, any_gone = torch.stack([(weights == 1.0).all(), gone.any()]).tolist()
+        self._all_one, any_gone = self._guard.weights((weights == 1.0).all(), gone.any())
         self._dropped = gone if any_gone else None
         self.dots = weights.new_zeros(weights.shape, dtype=tree.wide_dtype(weights.dtype))
 

@@ -16,6 +16,7 @@ from bilevel import tree
 from bilevel.autodiff.torch_private import transform_is_active
 from bilevel.lower.ghost.context import Context, Direction, Tap, Tracked, Use
 from bilevel.lower.ghost.origin import Origin, Origins
+from bilevel.lower.guard import LOOKS, Guard
 from bilevel.tree import Tree
 
 _tap: Callable[..., Tensor] = Tap.apply
@@ -218,15 +219,23 @@ class Tracker(TorchFunctionMode):
 
     # For the pass that runs the loss.
 
-    def refusal(self, batch_size: int, owners: Mapping[int, Tensor]) -> str | None:
-        """Return why products per example cannot be computed, or None if they can."""
+    def refusal(
+        self, batch_size: int, owners: Mapping[int, Tensor], guard: Guard = LOOKS
+    ) -> str | None:
+        """Return why products per example cannot be computed, or None if they can.
+
+        Args:
+            batch_size: The number of examples.
+            owners: The example of each row, by the number of rows.
+            guard: Who decides what depends on values.
+        """
         if self._reasons:
             return self._reasons[0]
         for size, owner in owners.items():
             if owner.shape != (size,):
                 return f"rows: expected owners of shape ({size},), found {tuple(owner.shape)}"
             natural = torch.arange(size, device=owner.device)
-            if size == batch_size and not torch.equal(owner, natural):
+            if size == batch_size and not guard.holds((owner == natural).all()):
                 return (
                     f"rows: {size} rows are declared, and the batch has {size} examples too, but "
                     "not row by row; which is meant cannot be told from the size: pad the rows"
