@@ -10,7 +10,8 @@ takes it again with a guard that looks.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Protocol
+from collections.abc import Callable, Sequence
+from typing import Protocol, TypeAlias
 
 import torch
 from jaxtyping import Bool, Float
@@ -19,8 +20,7 @@ from torch import Tensor
 from bilevel import tree
 from bilevel.tree import TreeT
 
-if TYPE_CHECKING:
-    from bilevel.lower.lower_pass import LowerPass
+Others: TypeAlias = Callable[[], Sequence[Tensor | None]]
 
 
 class Guard(Protocol):
@@ -33,8 +33,13 @@ class Guard(Protocol):
     def holds(self, condition: Bool[Tensor, ""]) -> bool:
         """Return whether a condition holds under which a step goes on as usual."""
 
-    def lower(self, passed: LowerPass) -> bool:
-        """Return whether the step of a lower pass may be taken: its gradient is finite."""
+    def lower(self, norm: Float[Tensor, ""], others: Others) -> bool:
+        """Return whether a lower step may be taken: the norm of its gradient is finite.
+
+        Args:
+            norm: The norm.
+            others: Returns what else is finite in a usual step, loss and weights; None: nothing.
+        """
 
     def upper(self, norm: Float[Tensor, ""], loss: Float[Tensor, ""]) -> None:
         """Be told the norm of a hypergradient and its upper loss, before anything moves."""
@@ -55,9 +60,9 @@ class Looks:
         """Return the value of the condition, for which the host waits."""
         return bool(condition)
 
-    def lower(self, passed: LowerPass) -> bool:
+    def lower(self, norm: Float[Tensor, ""], others: Others) -> bool:
         """Return whether the norm of the gradient is finite."""
-        return bool(torch.isfinite(passed.grad_norm))
+        return bool(torch.isfinite(norm))
 
     def upper(self, norm: Float[Tensor, ""], loss: Float[Tensor, ""]) -> None:
         """Do nothing: the solver looks at them before the upper step."""
@@ -94,11 +99,9 @@ class Late:
         self.usual = self.usual & condition.detach().to(self.usual.device)
         return True
 
-    @torch.no_grad()
-    def lower(self, passed: LowerPass) -> bool:
+    def lower(self, norm: Float[Tensor, ""], others: Others) -> bool:
         """Return True, and keep whether gradient, loss and weights are finite."""
-        figures = passed.figures()
-        for value in (passed.grad_norm, figures.loss, figures.weights):
+        for value in (norm, *others()):
             if value is not None:
                 self.holds(torch.isfinite(value).all())
         return True

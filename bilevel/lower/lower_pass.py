@@ -85,6 +85,11 @@ class LowerPass:
         losses, weights = torch.cat(halves, dim=1)
         return PassFigures(total, *((losses, weights) if len(losses) else (None, None)))
 
+    def loss_and_weights(self) -> tuple[Tensor, Tensor | None]:
+        """Return what ``Guard.lower`` asks for."""
+        figures = self.figures()
+        return figures.loss, figures.weights
+
     @property
     def notes(self) -> tuple[str, ...]:
         """What a user should know about the routes in use, each note once."""

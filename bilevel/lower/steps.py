@@ -222,7 +222,7 @@ def take_steps(window: Window, route: Route, recorder: Recorder | None = None) -
         following = advance(window.optimizer, point, passed.grads)
         passes.append(passed.summary())
         # After the update was launched: the wait for the norm on a device overlaps with it.
-        if not window.guard.lower(passes[-1]):
+        if not window.guard.lower(passes[-1].grad_norm, passes[-1].loss_and_weights):
             following = point
             skipped.append(index)
         elif recorder is not None:

@@ -56,7 +56,7 @@ def plain_step(window: Window, route: Route, point: Point, batches: Sequence[Bat
 def take(window: Window, point: Point, passed: LowerPass) -> Taken:
     """Take the step of a lower pass in place, unless the norm of its gradient is not finite."""
     summary = passed.summary()
-    if not window.guard.lower(summary):
+    if not window.guard.lower(summary.grad_norm, summary.loss_and_weights):
         return Taken(point, summary, True)
     assert summary.norm is not None
     usual = window.guard.usual

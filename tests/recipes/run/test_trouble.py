@@ -163,6 +163,17 @@ def test_what_is_remembered():
 # A problem whose batches say what goes wrong, with random numbers, moments and an average of v.
 
 
+@pytest.fixture(params=["looked at", "read late"], autouse=True)
+def _steps(request, monkeypatch):
+    """Steps are judged one by one, or as on a device, where they are read some at a time."""
+
+    def late(solver, *_):
+        return isinstance(solver.hypergradient, OneStep)
+
+    if request.param == "read late":
+        monkeypatch.setattr("recipes.train.loop.are_possible", late)
+
+
 def problem() -> BilevelProblem:
     def lower_loss(theta, phi, batch):
         noise = torch.rand(4, dtype=torch.float64)
