@@ -57,11 +57,14 @@ class Settled(NamedTuple):
         progress: The run after the last usual one.
         all_one: Whether all weights were exactly 1 in the usual ones.
         usual: Whether all were usual.
+        stuck: Whether the lower level moved in place in the step after these, whose upper step led
+            to a parameter that is not finite and was left out.
     """
 
     progress: Progress
     all_one: bool
     usual: bool
+    stuck: bool = False
 
 
 @dataclass(frozen=True)
@@ -158,11 +161,15 @@ class LateSteps:
             found = {name: values[f"{number}/{name}"] for name in step.figures}
             before, after = (with_counts(self.state, one) for one in (step.before, step.after))
             if not found["usual"]:
-                # In place, θ has moved where φ' alone is not finite. Both levels are left there.
-                state = after if found["moved"] and isinstance(solver, ResidentSolver) else before
-                random = step.random[state is after]
+                stuck = bool(found["moved"]) and isinstance(solver, ResidentSolver)
+                state, random = before, step.random[stuck]
+                if stuck:  # θ has moved, in place
+                    state = before._replace(
+                        lower_optimizer=after.lower_optimizer, lower_steps=after.lower_steps
+                    )
                 restore(random)
-                return Settled(replace(progress, state=state, random=random), ones, False)
+                progress = replace(progress, state=state, random=random)
+                return Settled(progress, ones, False, stuck)
             reading = as_read(found, step.infos)
             infos = tuple(map(_with_note, reading.infos))
             reading = reading._replace(infos=infos)

@@ -47,6 +47,13 @@ TRAININGS: dict[str, dict[str, Any]] = {
     "rollback": {"rollback": True},
     "unrolled": {"hypergradient": "unrolled", "unroll_steps": 2, "upper_start": 2, "steps": 6},
     "penalty": {"hypergradient": "penalty"},
+    "resident": {"execution": "resident", "direction_decay": 0.0},
+    "resident dot": {
+        **{"weighting": "table", "bound": "clip", "normalise": "table", "execution": "resident"},
+        **{"route": "dot", "batch_size": 1, "order": "lower-first"},
+    },
+    "resident average": {"execution": "resident", "direction_decay": 0.5},
+    "resident none": {"weighting": "none", "execution": "resident"},
 }
 """Runs by name. The route ``jvp`` and ``implicit``, whose products are ``torch.func.jvp``, are not
 among them: torch ends with a segmentation fault where forward mode meets a tensor subclass of a

@@ -129,6 +129,17 @@ def train(run: Run, training: Training, logging: StepLogging) -> Progress:
 
             return late.settled(progress, training.solver, training.weighting, logged)
 
+        def looks_again(settled: Settled) -> int:
+            """Return up to which step the run looks at every step, after one that was not usual."""
+            after = int(settled.progress.state.lower_steps)
+            if settled.stuck:
+                raise NonFiniteError(
+                    f"{training.title}, step {after - 1}: an upper parameter is not finite, and "
+                    "the lower step was taken in place. Lower --upper-lr, or use --execution "
+                    "functional"
+                )
+            return after + logging.every
+
         late: LateSteps | None = None
         reads_late = are_possible(training.solver, progress.state, run.ranks.ranks)
         looks_until, ones = int(progress.state.lower_steps) + 1, False
@@ -148,17 +159,19 @@ def train(run: Run, training: Training, logging: StepLogging) -> Progress:
                 after = _taken(progress, late)
                 if late is not None and (signal or _is_due(run, training, logging, first, after)):
                     unread, late = late, None
-                    progress, ones, usual = settle(progress, unread)
-                    if not usual:
-                        looks_until = int(progress.state.lower_steps) + logging.every
+                    settled = settle(progress, unread)
+                    progress, ones = settled.progress, settled.all_one
+                    if not settled.usual:
+                        looks_until = looks_again(settled)
                 if run.writes and run.checkpoints.due(first, _taken(progress, late)):
                     run.checkpoints.save(progress)
             except Exception as error:
                 if late is not None:
                     unread, late = late, None
-                    progress, ones, usual = settle(progress, unread)
-                    if not usual:  # The error may come from what was not usual.
-                        looks_until = int(progress.state.lower_steps) + logging.every
+                    settled = settle(progress, unread)
+                    progress, ones = settled.progress, settled.all_one
+                    if not settled.usual:  # The error may come from what was not usual.
+                        looks_until = looks_again(settled)
                         continue
                 if (signal := requested()) and _may_come_from_signal(error):
                     raise _stopped(run, training, progress, signal) from error
