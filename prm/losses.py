@@ -140,11 +140,12 @@ def pair_loss(
         A scalar.
 
     Raises:
-        ValueError: No question of the batch has both a right and a wrong candidate.
+        ValueError: No question of the batch has both a right and a wrong candidate. On a device,
+            where to look would be to wait for it, the loss is NaN instead.
     """
     same = group[:, None] == group[None, :]
     pairs = same & (correct[:, None] == 1) & (correct[None, :] == 0)
-    if not pairs.any():
+    if pairs.is_cpu and not pairs.any():
         raise ValueError(
             "expected a question with both a right and a wrong candidate in the batch, found "
             f"none among {len(correct)} solutions; use more candidates per question in the meta "

@@ -21,8 +21,9 @@ from bilevel import tree
 from tests import accelerator
 from tests.tiny_task import Task, make_task
 
-STEP = 2
-"""Number of the step whose waits are noted; lines are written at steps 1 and 3, counted from 0."""
+STEP, STEPS = 6, 8
+"""Number of the step whose waits are noted, and of all; counted from 0, lines are written at odd
+ones. Before that a run looks at the first step, and at two from where its weights leave 1 on."""
 
 TRAININGS: dict[str, dict[str, Any]] = {
     "none": {"weighting": "none"},
@@ -45,12 +46,12 @@ TRAININGS: dict[str, dict[str, Any]] = {
     "reverse": {"route": "reverse"},
     "central-difference": {"route": "central-difference"},
     "rollback": {"rollback": True},
-    "unrolled": {"hypergradient": "unrolled", "unroll_steps": 2, "upper_start": 2, "steps": 6},
+    "unrolled": {"hypergradient": "unrolled", "unroll_steps": 2, "upper_start": 2, "steps": 10},
     "penalty": {"hypergradient": "penalty"},
     "resident": {"execution": "resident", "direction_decay": 0.0},
     "resident dot": {
         **{"weighting": "table", "bound": "clip", "normalise": "table", "execution": "resident"},
-        **{"route": "dot", "batch_size": 1, "order": "lower-first"},
+        **{"route": "dot", "batch_size": 1, "order": "lower-first", "direction_decay": 0.0},
     },
     "resident average": {"execution": "resident", "direction_decay": 0.5},
     "resident none": {"weighting": "none", "execution": "resident"},
@@ -84,14 +85,14 @@ def main(out: str, directory: str, *names: str) -> None:
 def _noted(scenario: Callable[[], list[float]]) -> dict[str, Any]:
     import recipes.train.loop
 
-    marks: list[int] = []
+    marks: list[tuple[int, int]] = []
     take = recipes.train.loop.next_steps
     error, losses = None, []
     with accelerator.Accelerator() as active:
 
-        def marked(*args: Any) -> Any:
-            marks.append(len(active.events))
-            return take(*args)
+        def marked(training: Any, state: Any, *args: Any) -> Any:
+            marks.append((int(state.lower_steps), len(active.events)))
+            return take(training, state, *args)
 
         recipes.train.loop.next_steps = marked
         try:
@@ -105,7 +106,9 @@ def _noted(scenario: Callable[[], list[float]]) -> dict[str, Any]:
     for event in active.events:
         if event.kind == "mix-up":
             found["mix-ups"].append(f"{event.operation} at {event.place}, line {event.line}")
-    for event in active.events[slice(*marks[STEP : STEP + 2])] if len(marks) > STEP + 1 else ():
+    begins = [place for place, (taken, _) in enumerate(marks) if taken == STEP]
+    ends = [mark for _, mark in marks[begins[-1] : begins[-1] + 2]] if begins else [0, 0]
+    for event in active.events[slice(*ends)]:
         if event.kind == "wait":
             found["waits"][event.place] = found["waits"].get(event.place, 0) + 1
     return found
@@ -118,9 +121,9 @@ def _scenario(task: Task, folder: Path, name: str) -> list[float]:
     if name == FAULTS:
         return _faults()
     if name == "cold-start":
-        return _logged(run_cold_start(task.cold_start(folder, steps=4, log_every=2)))
+        return _logged(run_cold_start(task.cold_start(folder, steps=STEPS, log_every=2)))
     if name in TRAININGS or name == ON_CPU:
-        more = {"save_every": 9, "log_every": 2, "steps": 4}
+        more = {"save_every": 9, "log_every": 2, "steps": STEPS}
         more |= TRAININGS["table" if name == ON_CPU else name]
         return _logged(run_training(task.train(folder, **more)))
     _use(task, folder, name)

@@ -82,6 +82,9 @@ class Pretended(Tensor):
     def untyped_storage(self) -> torch.UntypedStorage:
         return self.values.untyped_storage()
 
+    def data_ptr(self) -> int:
+        return self.values.data_ptr()
+
     def tolist(self) -> Any:
         return self.cpu().tolist()
 

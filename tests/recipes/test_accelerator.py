@@ -1,7 +1,7 @@
 """Every weighting, route and command on a pretend accelerator: no mix-up, no unlisted wait.
 
-What remains of waits in a step that is not logged is ``LISTED``. On a CUDA device each holds up the
-host until the device has done all that it was given.
+In a step that is not logged there is no wait but those that are ``LISTED``. On a CUDA device each
+holds up the host until the device has done all that it was given.
 """
 
 from __future__ import annotations
@@ -19,27 +19,31 @@ ROOT = Path(__file__).parents[2]
 SCENARIOS = (*TRAININGS, *USES)
 
 LISTED = {
-    "bilevel/lower/steps.py:take_steps": "whether the lower gradient is finite; else no step",
-    "bilevel/solver.py:_upper_step": "whether the hypergradient is finite; else no upper step",
-    "bilevel/tree.py:on_host": "all that the loop judges and logs, together",
-    "bilevel/lower/ghost/context.py:weight": "whether all weights are 1: autograd's own kernels",
-    "bilevel/lower/ghost/tracker.py:refusal": "whether the rows are the examples in order",
-    "bilevel/hypergradients/penalty.py:_compare": "how far the copy is from the model",
-    "bilevel/optimizers/lazy.py:_update_rows": "which rows of the table were visited",
-    "prm/losses.py:pair_loss": "which pairs of candidates there are",
+    "bilevel/optimizers/lazy.py:_update_rows": {"lazy"},
+    "bilevel/hypergradients/penalty.py:_compare": {"penalty"},
+    "bilevel/autodiff/finite_difference.py:_step": {"central-difference"},
+    "bilevel/autodiff/finite_difference.py:central_difference": {"central-difference"},
+    "bilevel/autodiff/stop_gradients.py:<genexpr>": {"central-difference"},
+    "bilevel/autodiff/stop_gradients.py:_same": {"central-difference"},
+    # Steps that are looked at one by one: recipes.late.are_possible says which.
+    "bilevel/lower/guard.py:lower": {"penalty", "unrolled", "resident average"},
+    "bilevel/lower/guard.py:weights": {"resident average"},
+    "bilevel/lower/guard.py:holds": {"resident average"},
+    "bilevel/resident/plain.py:single_step": {"resident dot"},
+    "bilevel/resident/plain.py:single_pass": {"resident dot"},
+    "bilevel/resident/update.py:_fused": {"resident dot"},
+    "bilevel/resident/upper_first.py:<genexpr>": {"resident average"},
+    "bilevel/solver.py:_upper_step": {"penalty", "unrolled", "resident dot", "resident average"},
+    "bilevel/tree.py:on_host": {"penalty", "unrolled", "resident dot", "resident average"},
 }
-"""Places that wait once in a step (of one micro-batch), and what for."""
+"""Places that wait in a step that is not logged, and the scenarios in which they do.
 
-TIMES = {"dot": 2, "reverse": 2, "rollback": 2, "penalty": 2, "unrolled": 4}
-"""How often scenarios run the lower level in a step, or window, if not once."""
+A lazy optimizer waits for the number of rows that were visited, the penalty for the distance of its
+copy, a central difference for the length of its step and for the constants that it holds.
+"""
 
-DIFFERENCES = {
-    "bilevel/autodiff/finite_difference.py:_step": "how large the parameters are",
-    "bilevel/autodiff/finite_difference.py:central_difference": "how long the direction is",
-    "bilevel/autodiff/stop_gradients.py:<genexpr>": "whether constants are those of θ",
-    "bilevel/autodiff/stop_gradients.py:_same": "whether constants are those of θ",
-}
-"""Places that wait in a central difference, each a few times."""
+MOST = {"central-difference": 6, "resident average": 10, "unrolled": 4, "penalty": 4}
+"""How often a scenario waits in such a step, if not as often as it has places."""
 
 
 @pytest.fixture(scope="module")
@@ -63,23 +67,16 @@ def test_nothing_is_mixed_up(noted, name):
 
 @pytest.mark.parametrize("name", [*TRAININGS, "cold-start"])
 def test_the_host_waits_in_a_step_for_what_is_listed_alone(noted, name):
-    waits = dict(noted[name]["waits"])
-    if name == "central-difference":
-        assert all(waits.pop(place) <= 8 for place in DIFFERENCES)
-    assert waits.keys() <= LISTED.keys()
-    assert max(waits.values()) <= TIMES.get(name, 1)
-    assert waits["bilevel/tree.py:on_host"] == 1
-
-
-def test_nothing_is_listed_that_no_scenario_waits_for(noted):
-    seen = set().union(*(found["waits"] for found in noted.values()))
-    assert seen == {*LISTED, *DIFFERENCES}
+    waits = noted[name]["waits"]
+    places = {place for place, names in LISTED.items() if name in names}
+    assert waits.keys() == places
+    assert sum(waits.values()) <= MOST.get(name, len(places))
 
 
 def test_the_run_is_that_of_the_cpu(noted):
     """Sums are taken in another order on a device, so the last bits differ."""
     expected, found = noted[ON_CPU], noted["table"]
-    assert len(found["losses"]) == 2
+    assert len(found["losses"]) == 4
     assert found["losses"] == pytest.approx(expected["losses"], rel=1e-5)
     assert expected["kinds"] == []
 
