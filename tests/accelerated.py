@@ -18,8 +18,10 @@ from typing import Any
 import torch
 
 from bilevel import tree
+from prm.losses import pair_loss
 from tests import accelerator
 from tests.tiny_task import Task, make_task
+from weighting.normalise import batch_mean_one
 
 STEP, STEPS = 6, 8
 """Number of the step whose waits are noted, and of all; counted from 0, lines are written at odd
@@ -167,6 +169,9 @@ def _faults() -> list[float]:
     finite = [tree.allfinite({"a": there, "b": value}) for value in bad.split(1)]
     there.repeat_interleave(torch.ones_like(there, dtype=torch.int64), output_size=3)
     there.repeat_interleave(torch.ones_like(there, dtype=torch.int64))  # a wait for its length
+    flat = torch.zeros(2).to(accelerator.device())  # a transfer
+    nothing = pair_loss(flat, flat, flat.long())  # no pair
+    finite += [batch_mean_one(flat).isfinite().all(), nothing.isfinite()]
     found = tree.on_host({"finite": torch.stack(finite), "sum": mixed.sum()})  # a wait
     return [float(found["sum"]), *chosen.tolist(), *map(float, found["finite"])]  # a wait
 

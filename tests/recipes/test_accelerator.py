@@ -84,7 +84,9 @@ def test_the_run_is_that_of_the_cpu(noted):
 def test_faults_are_seen(noted):
     found = noted[FAULTS]
     assert found["error"] is None
-    assert found["kinds"] == ["transfer", "mix-up", "wait", "transfer", "wait", "wait", "wait"]
+    assert found["kinds"] == [
+        *("transfer", "mix-up", "wait", "transfer", "wait", "transfer", "wait", "wait")
+    ]
     (mixed,) = found["mix-ups"]
     assert mixed.startswith("add at ")
-    assert found["losses"] == [9.0, 1.0, 2.0, *(0.0, 0.0, 0.0, 1.0)]
+    assert found["losses"] == [9.0, 1.0, 2.0, *(0.0, 0.0, 0.0, 1.0, 0.0, 0.0)]
