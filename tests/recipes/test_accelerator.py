@@ -13,7 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.accelerated import FAULTS, ON_CPU, TRAININGS, USES
+from tests.accelerated import FAULTS, FORWARD_MODE, ON_CPU, TRAININGS, USES
+from tests.faked import SOLVERS
 
 ROOT = Path(__file__).parents[2]
 SCENARIOS = (*TRAININGS, *USES)
@@ -50,7 +51,7 @@ MOST = {"central-difference": 6, "resident average": 10, "unrolled": 4, "penalty
 def noted(tmp_path_factory):
     """What was noted in each scenario, all run in one process of their own."""
     folder = tmp_path_factory.mktemp("accelerated")
-    out, names = folder / "noted.json", (*SCENARIOS, ON_CPU, FAULTS)
+    out, names = folder / "noted.json", (*SCENARIOS, ON_CPU, FAULTS, FORWARD_MODE)
     command = [sys.executable, "-m", "tests.accelerated", str(out), str(folder), *names]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -73,6 +74,10 @@ def test_the_host_waits_in_a_step_for_what_is_listed_alone(noted, name):
     assert sum(waits.values()) <= MOST.get(name, len(places))
 
 
+def test_what_is_listed_is_of_scenarios():
+    assert set().union(*LISTED.values(), MOST) <= TRAININGS.keys()
+
+
 def test_the_run_is_that_of_the_cpu(noted):
     """Sums are taken in another order on a device, so the last bits differ."""
     expected, found = noted[ON_CPU], noted["table"]
@@ -90,3 +95,24 @@ def test_faults_are_seen(noted):
     (mixed,) = found["mix-ups"]
     assert mixed.startswith("add at ")
     assert found["losses"] == [9.0, 1.0, 2.0, *(0.0, 0.0, 0.0, 1.0, 0.0, 0.0)]
+
+
+LOOKED_AT = {"bilevel/lower/guard.py:lower", "bilevel/solver.py:_upper_step"}
+
+
+@pytest.mark.parametrize("name", SOLVERS)
+def test_forward_mode_mixes_no_devices_up(noted, name):
+    found = noted[FORWARD_MODE][name]
+    assert found["error"] is None, found["error"]
+    assert found["waits"].keys() >= LOOKED_AT
+    mixed = noted[FORWARD_MODE][f"{name} mixed up"]["error"]
+    assert "FakeTensorDeviceMismatchError" in mixed
+
+
+def test_forward_mode_waits_for_nothing_but_the_solution_of_a_system(noted):
+    for name in SOLVERS:
+        found = noted[FORWARD_MODE][f"{name} late"]
+        assert found["error"] is None, found["error"]
+        places = {place for place in found["waits"] if "implicit" in place or "linear" in place}
+        assert found["waits"].keys() == places
+        assert bool(places) is (name == "implicit")
