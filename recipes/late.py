@@ -13,7 +13,6 @@ from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
-from jaxtyping import Bool, Float
 from torch import Tensor
 
 from bilevel import BilevelSolver, BilevelState, OneStep, ResidentSolver, StepInfo, tree
@@ -80,8 +79,8 @@ class LateSteps:
     """
 
     state: BilevelState[Any, Any]
-    usual: Bool[Tensor, ""]
-    norms: Float[Tensor, " norms"]
+    usual: Tensor
+    norms: Tensor
     all_one: bool
     unread: tuple[Unread, ...] = ()
 

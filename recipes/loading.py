@@ -27,8 +27,7 @@ from prm.schema import DataError, StepExample
 from recipes.bad_rows import bad_rows_of
 from recipes.options.base import LoaderOptions, PlacementOptions, PrmOptions
 from recipes.options.groups import LoraSettings
-from recipes.options.values import OptionError, existing_file
-from recipes.ranks import launched_precision
+from recipes.options.values import OptionError, existing_file, launched_precision
 from weighting import row_index
 
 EMBEDDED_BASE = Path(__file__).parent / "assets" / "base"

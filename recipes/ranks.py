@@ -1,7 +1,6 @@
 """The ranks of a command: processes that ``torchrun`` or ``accelerate launch`` started together.
 
-Both set ``RANK`` and ``WORLD_SIZE``, and where the processes meet; the latter also says in which
-precision they compute, which is read here, too. Every rank runs the whole
+Both set ``RANK`` and ``WORLD_SIZE``, and where the processes meet. Every rank runs the whole
 command on its part of the batches (``bilevel.Replicas``); rank 0 alone prints, logs and saves. The
 others say nothing, and what they would write goes to a folder that is removed when they end.
 
@@ -18,16 +17,14 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from recipes.options.values import OptionError
 
 if TYPE_CHECKING:
     from bilevel import Collective
     from bilevel.tree import Tree
-    from prm.names import Precision
 
-_MIXED_PRECISION = "ACCELERATE_MIXED_PRECISION"
 _COMMANDS = ("cold-start", "train", "score", "evaluate", "weigh")
 
 
@@ -58,34 +55,6 @@ def is_first() -> bool:
     """Return whether this process is rank 0, which speaks for all."""
     named = os.environ.get
     return named("WORLD_SIZE", "1") == "1" or named("RANK", "0") == "0"
-
-
-def launched_precision(asked: Literal["auto", Precision]) -> Literal["auto", Precision]:
-    """Return the precision of ``--precision``, or for "auto" that of ``accelerate launch``.
-
-    Its "no" says nothing, since that is what it sets where nobody asked for a precision. Its "bf16"
-    is autocast over float32 parameters, as here.
-
-    Args:
-        asked: The value of ``--precision``.
-
-    Raises:
-        OptionError: It is another than that of ``accelerate launch``, or that is none of these.
-    """
-    launched = os.environ.get(_MIXED_PRECISION, "no")
-    if launched == "no":
-        return asked
-    if launched != "bf16":
-        raise OptionError(
-            f"{_MIXED_PRECISION}={launched}: expected no or bf16, the only mixed precision here; "
-            "start with accelerate launch --mixed_precision no, and choose by --precision"
-        )
-    if asked not in ("auto", "bf16"):
-        raise OptionError(
-            f"--precision {asked} and {_MIXED_PRECISION}=bf16 (accelerate launch "
-            "--mixed_precision) contradict each other; leave out one of them"
-        )
-    return "bf16"
 
 
 @contextmanager

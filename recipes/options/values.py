@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import math
+import os
 import re
 import types
 from collections.abc import Iterable, Iterator
@@ -11,7 +12,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin
 
+from prm.names import Precision
+
 _SHOWN = 200
+_MIXED_PRECISION = "ACCELERATE_MIXED_PRECISION"
 
 
 class OptionError(ValueError):
@@ -156,3 +160,31 @@ def _convert_one(value: Any, kind: Any, where: str) -> Any:
         return converted
     except (ValueError, OverflowError) as error:
         raise refused from error
+
+
+def launched_precision(asked: Literal["auto", Precision]) -> Literal["auto", Precision]:
+    """Return the precision of ``--precision``, or for "auto" that of ``accelerate launch``.
+
+    Its "no" says nothing, since that is what it sets where nobody asked for a precision. Its "bf16"
+    is autocast over float32 parameters, as here.
+
+    Args:
+        asked: The value of ``--precision``.
+
+    Raises:
+        OptionError: It is another than that of ``accelerate launch``, or that is none of these.
+    """
+    launched = os.environ.get(_MIXED_PRECISION, "no")
+    if launched == "no":
+        return asked
+    if launched != "bf16":
+        raise OptionError(
+            f"{_MIXED_PRECISION}={launched}: expected no or bf16, the only mixed precision here; "
+            "start with accelerate launch --mixed_precision no, and choose by --precision"
+        )
+    if asked not in ("auto", "bf16"):
+        raise OptionError(
+            f"--precision {asked} and {_MIXED_PRECISION}=bf16 (accelerate launch "
+            "--mixed_precision) contradict each other; leave out one of them"
+        )
+    return "bf16"

@@ -17,7 +17,7 @@ from prm.placement import resolve
 from recipes.options.base import flag_of
 from recipes.options.flat import flat_options, flatten
 from recipes.options.train import LowerOptions
-from recipes.ranks import launched_precision
+from recipes.options.values import launched_precision
 
 _ADDED: Mapping[str, Any] = {
     "lora_rank": 0,

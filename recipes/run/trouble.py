@@ -23,7 +23,6 @@ from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import torch
-from jaxtyping import Float
 from torch import Tensor
 
 from bilevel import BilevelSolver, BilevelState, OneStep, StepInfo, Unrolled, tree
@@ -245,13 +244,13 @@ def _of_size(norm: float, before: Sequence[float]) -> list[Trouble]:
     return []
 
 
-def last_norms(norms: Float[Tensor, " norms"]) -> Float[Tensor, " norms"]:
+def last_norms(norms: Tensor) -> Tensor:
     """Return the norms with which the next hypergradient is compared."""
     return norms[-_HISTORY:]
 
 
-def largest_norm(before: Float[Tensor, " norms"]) -> Float[Tensor, ""] | None:
-    """Return from where on a hypergradient has exploded, on the device of the last norms.
+def largest_norm(before: Tensor) -> Tensor | None:
+    """Return from where on a hypergradient has exploded, on the device of the last norms, [norms].
 
     None: there are too few of them.
     """

@@ -16,9 +16,7 @@ from safetensors.torch import load_file
 from bilevel import Alone
 from bilevel.replicas import _is_known
 from recipes.__main__ import main
-from recipes.options.values import OptionError
 from recipes.ranks import (
-    launched_precision,
     lost,
     one_gpu_each,
     over_ranks,
@@ -350,30 +348,6 @@ def test_an_environment_that_names_no_ranks_is_refused(monkeypatch, capsys, envi
         monkeypatch.setenv(name, value)
     assert main(["evaluate", "--file", "nothing.jsonl"]) == 2
     assert message in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("launched", [None, "no", "bf16"])
-@pytest.mark.parametrize("asked", ["auto", "bf16", "float32", "bf16-pure"])
-def test_the_precision_of_accelerate_is_that_of_the_option(monkeypatch, asked, launched):
-    monkeypatch.delenv("ACCELERATE_MIXED_PRECISION", raising=False)
-    if launched is not None:
-        monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", launched)
-    if launched != "bf16":  # "no" is what it sets where nobody asked
-        assert launched_precision(asked) == asked
-    elif asked in ("auto", "bf16"):
-        assert launched_precision(asked) == "bf16"
-    else:
-        both = f"--precision {asked} and ACCELERATE_MIXED_PRECISION=bf16"
-        with pytest.raises(OptionError, match=both):
-            launched_precision(asked)
-
-
-@pytest.mark.parametrize("launched", ["fp16", "fp8", "float32", ""])
-@pytest.mark.parametrize("asked", ["auto", "float32"])
-def test_other_mixed_precisions_are_refused_by_name(monkeypatch, asked, launched):
-    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", launched)
-    with pytest.raises(OptionError, match=f"ACCELERATE_MIXED_PRECISION={launched}: expected no"):
-        launched_precision(asked)
 
 
 @pytest.mark.parametrize("found", [lost, _is_known])

@@ -13,7 +13,7 @@ from recipes.options.flat import flat_options, flatten
 from recipes.options.groups import LowerLevel, UpperLevel
 from recipes.options.parse import PRESETS, build_parser, changed, resolve, to_yaml, train_options
 from recipes.options.train import ColdStartOptions, TrainOptions
-from recipes.options.values import OptionError, resume_point
+from recipes.options.values import OptionError, launched_precision, resume_point
 from weighting import EXAMPLE_FEATURES, FEATURES
 
 REQUIRED = {"train_file": "t.jsonl", "output_dir": "out"}
@@ -130,3 +130,27 @@ def test_a_checkpoint_of_thousands_of_digits_is_none():
     assert resume_point(str(named)) == (Path("runs/x"), 40)
     long = named.with_name("step-" + "9" * 5000)
     assert resume_point(str(long)) == (long, None)
+
+
+@pytest.mark.parametrize("launched", [None, "no", "bf16"])
+@pytest.mark.parametrize("asked", ["auto", "bf16", "float32", "bf16-pure"])
+def test_the_precision_of_accelerate_is_that_of_the_option(monkeypatch, asked, launched):
+    monkeypatch.delenv("ACCELERATE_MIXED_PRECISION", raising=False)
+    if launched is not None:
+        monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", launched)
+    if launched != "bf16":  # "no" is what it sets where nobody asked
+        assert launched_precision(asked) == asked
+    elif asked in ("auto", "bf16"):
+        assert launched_precision(asked) == "bf16"
+    else:
+        both = f"--precision {asked} and ACCELERATE_MIXED_PRECISION=bf16"
+        with pytest.raises(OptionError, match=both):
+            launched_precision(asked)
+
+
+@pytest.mark.parametrize("launched", ["fp16", "fp8", "float32", ""])
+@pytest.mark.parametrize("asked", ["auto", "float32"])
+def test_other_mixed_precisions_are_refused_by_name(monkeypatch, asked, launched):
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", launched)
+    with pytest.raises(OptionError, match=f"ACCELERATE_MIXED_PRECISION={launched}: expected no"):
+        launched_precision(asked)
