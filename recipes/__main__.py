@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from recipes.run.stopping import ending_at_once
+from recipes.stopping import ending_at_once
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -35,7 +35,7 @@ SLOW = (
     *("tests/recipes/data_files/test_validate.py", "tests/recipes/embedded/test_compare.py"),
     *("tests/recipes/embedded/test_pretrain.py", "tests/recipes/evidence"),
     *("tests/recipes/problems", "tests/recipes/run/test_checkpoints.py"),
-    *("tests/recipes/run/test_faults.py", "tests/recipes/run/test_stopping.py"),
+    *("tests/recipes/run/test_faults.py", "tests/recipes/test_stopping.py"),
     *("tests/recipes/test_accelerator.py",),
     *("tests/recipes/test_cli.py", "tests/recipes/test_ranks.py"),
     *("tests/recipes/train/test_hypergradients.py",),

@@ -66,10 +66,9 @@ LAYERS = {
         ("store",),
     ),
     "recipes": (
-        ("bad_rows", "options", "tensor_file", "terminal"),
+        ("bad_rows", "options", "stopping", "tensor_file", "terminal"),
         ("ranks",),
         ("run", "loading", "profiling"),
-        ("late",),
         ("data_files", "evaluation", "problems"),
         ("train",),
         ("embedded", "use"),

@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 
 from prm.schema import DataError
 from recipes.options.values import OptionError
-from recipes.run.stopping import Interrupted, interrupting
+from recipes.stopping import Interrupted, interrupting
 from recipes.terminal import say
 
 

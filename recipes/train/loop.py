@@ -28,15 +28,15 @@ from bilevel.collective import ALONE
 from bilevel.lower.guard import LOOKS, Guard, counts
 from bilevel.profiling import part
 from bilevel.resident.solver import is_consumed
-from recipes.late import LateSteps, Settled, all_one, are_possible
 from recipes.profiling import profiled
 from recipes.ranks import lost, own_random_numbers
 from recipes.run.checkpoints import Progress
 from recipes.run.errors import NonFiniteError, StepError, Stopped
+from recipes.run.late import LateSteps, Settled, all_one, are_possible
 from recipes.run.resume import Run
 from recipes.run.step_log import Unlogged, append_line
-from recipes.run.stopping import stop_requests
 from recipes.run.trouble import GIVE_UP, Trouble, find_troubles, read_steps
+from recipes.stopping import stop_requests
 from recipes.terminal import progress_bar
 from weighting import Weighting
 

@@ -26,7 +26,7 @@ LISTED = {
     "bilevel/autodiff/finite_difference.py:central_difference": {"central-difference"},
     "bilevel/autodiff/stop_gradients.py:<genexpr>": {"central-difference"},
     "bilevel/autodiff/stop_gradients.py:_same": {"central-difference"},
-    # Steps that are looked at one by one: recipes.late.are_possible says which.
+    # Steps that are looked at one by one: recipes.run.late.are_possible says which.
     "bilevel/lower/guard.py:lower": {"penalty", "unrolled", "resident average"},
     "bilevel/lower/guard.py:weights": {"resident average"},
     "bilevel/lower/guard.py:holds": {"resident average"},

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from bilevel import Dot, Ghost, Implicit, OneStep, ResidentSolver, Unrolled
-from recipes.late import all_one, are_possible
+from recipes.run.late import all_one, are_possible
 from recipes.run.trouble import largest_norm
 from recipes.train import loop
 from recipes.train.cold_start import run_cold_start

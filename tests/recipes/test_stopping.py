@@ -14,7 +14,7 @@ import pytest
 from bilevel import BilevelSolver
 from recipes.__main__ import main
 from recipes.run.errors import Stopped
-from recipes.run.stopping import ending_at_once, interrupting, stop_requests
+from recipes.stopping import ending_at_once, interrupting, stop_requests
 from recipes.train.training import run_training
 from tests.tiny_task import model_bits
 
@@ -162,7 +162,7 @@ def test_another_thread_listens_to_nothing():
 
 _SECOND = """
 import signal
-from recipes.run.stopping import stop_requests
+from recipes.stopping import stop_requests
 before = signal.getsignal(signal.SIGTERM)
 assert before is signal.SIG_DFL
 with stop_requests():
