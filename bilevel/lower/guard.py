@@ -10,6 +10,7 @@ takes it again with a guard that looks.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Protocol, TypeAlias
 
@@ -62,7 +63,7 @@ class Looks:
 
     def lower(self, norm: Float[Tensor, ""], others: Others) -> bool:
         """Return whether the norm of the gradient is finite."""
-        return bool(torch.isfinite(norm))
+        return math.isfinite(norm)
 
     def upper(self, norm: Float[Tensor, ""], loss: Float[Tensor, ""]) -> None:
         """Do nothing: the solver looks at them before the upper step."""

@@ -9,7 +9,6 @@ Small windows that are differentiated may take theirs through one graph instead,
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, Protocol
