@@ -48,13 +48,14 @@ def through_one_graph(window: Window, upper_batch: Batch, route: Route, steps: i
 
     Returns:
         None if the window has several micro-batches, ranks, numbers of the optimizer that come from
-        φ or another optimizer than those of ``bilevel.optimizers``, if it is not small, or if
-        something came up in it. The torch generators are then as they were.
+        φ or another optimizer than those of ``bilevel.optimizers``, if it is not small or not to be
+        looked at, or if something came up in it. The torch generators are then as they were.
     """
     constant = len(window.batches) - steps
     if (
         window.hyperparameters is not None
         or window.collective.ranks > 1
+        or window.guard.usual is not None
         or not connects(window.optimizer)
         or any(len(micro_batches) != 1 for micro_batches in window.batches[constant:])
         or not is_small(window.start.lower_params, window.batches[constant:])
