@@ -18,6 +18,7 @@ from torch import Tensor
 from bilevel import BilevelSolver, BilevelState, OneStep, ResidentSolver, StepInfo, tree
 from bilevel.autodiff.random_state import RandomState, restore
 from bilevel.lower.guard import Late, counts, kept, with_counts
+from bilevel.resident.solver import is_consumed
 from bilevel.solver import ZERO
 from recipes.run.checkpoints import Progress
 from recipes.run.trouble import (
@@ -182,6 +183,9 @@ class LateSteps:
             )
             progress = logged(progress, infos)
             ones = ones and all_one(infos)
+        if is_consumed(self.state):  # by a step that failed after it had moved θ in place
+            consumed = progress.state._replace(lower_steps=self.state.lower_steps)
+            progress = replace(progress, state=consumed)
         return Settled(progress, ones, True)
 
 

@@ -129,17 +129,6 @@ def train(run: Run, training: Training, logging: StepLogging) -> Progress:
 
             return late.settled(progress, training.solver, training.weighting, logged)
 
-        def looks_again(settled: Settled) -> int:
-            """Return up to which step the run looks at every step, after one that was not usual."""
-            after = int(settled.progress.state.lower_steps)
-            if settled.stuck:
-                raise NonFiniteError(
-                    f"{training.title}, step {after - 1}: an upper parameter is not finite, and "
-                    "the lower step was taken in place. Lower --upper-lr, or use --execution "
-                    "functional"
-                )
-            return after + logging.every
-
         late: LateSteps | None = None
         reads_late = are_possible(training.solver, progress.state, run.ranks.ranks)
         looks_until, ones = int(progress.state.lower_steps) + 1, False
@@ -161,8 +150,10 @@ def train(run: Run, training: Training, logging: StepLogging) -> Progress:
                     unread, late = late, None
                     settled = settle(progress, unread)
                     progress, ones = settled.progress, settled.all_one
+                    if settled.stuck:
+                        raise _stuck(training, progress)
                     if not settled.usual:
-                        looks_until = looks_again(settled)
+                        looks_until = int(progress.state.lower_steps) + logging.every
                 if run.writes and run.checkpoints.due(first, _taken(progress, late)):
                     run.checkpoints.save(progress)
             except Exception as error:
@@ -170,8 +161,10 @@ def train(run: Run, training: Training, logging: StepLogging) -> Progress:
                     unread, late = late, None
                     settled = settle(progress, unread)
                     progress, ones = settled.progress, settled.all_one
+                    if settled.stuck:
+                        raise run.explained(_stuck(training, progress), progress) from error
                     if not settled.usual:  # The error may come from what was not usual.
-                        looks_until = looks_again(settled)
+                        looks_until = int(progress.state.lower_steps) + logging.every
                         continue
                 if (signal := requested()) and _may_come_from_signal(error):
                     raise _stopped(run, training, progress, signal) from error
@@ -209,6 +202,15 @@ def take_late(training: Training, late: LateSteps) -> LateSteps:
         training.weighting,
         before,
         in_place=isinstance(training.solver, ResidentSolver),
+    )
+
+
+def _stuck(training: Training, progress: Progress) -> NonFiniteError:
+    """Return the error of a lower step in place after which the upper level is not finite."""
+    return NonFiniteError(
+        f"{training.title}, step {int(progress.state.lower_steps) - 1}: an upper parameter is not "
+        "finite, and the lower step was taken in place. Lower --upper-lr, or use --execution "
+        "functional"
     )
 
 

@@ -7,11 +7,14 @@ from __future__ import annotations
 
 import json
 import math
+import statistics
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from bilevel import Dot, Ghost, Implicit, OneStep, ResidentSolver, Unrolled
+from recipes.run.errors import NonFiniteError
 from recipes.run.late import all_one, are_possible
 from recipes.run.trouble import largest_norm
 from recipes.train import loop
@@ -19,6 +22,7 @@ from recipes.train.cold_start import run_cold_start
 from recipes.train.objective import Objective
 from recipes.train.training import run_training
 from tests.tiny_task import model_bits, read_lines
+from weighting import InstanceTable
 
 TABLE = {"weighting": "table", "bound": "clip", "normalise": "none"}
 RUNS = {
@@ -143,8 +147,6 @@ def test_the_largest_usual_norm_is_that_of_the_host(count):
     if count < 10:
         assert largest is None
     else:
-        import statistics
-
         assert float(largest) == 1e4 * statistics.median(norms.tolist())
     assert float(largest_norm(torch.zeros(12, dtype=torch.float64))) == math.inf
 
@@ -157,3 +159,44 @@ def test_weights_of_one():
     assert all_one([Info([1.0, 1.0]), Info(None)])
     assert not all_one([Info([1.0, 1.0]), Info([1.0, 0.9])])
     assert not all_one([Info(None)])
+
+
+def test_an_upper_step_in_place_that_is_not_finite_ends_the_run(task, tmp_path, late, monkeypatch):
+    """The lower level has moved by then, and there is nothing to go back to."""
+    calls = []
+    original = InstanceTable.project
+
+    def project(self, params):
+        calls.append(None)
+        bad = math.nan if len(calls) == 10 else 1.0  # after steps that were looked at again
+        return {name: leaf * bad for name, leaf in original(self, params).items()}
+
+    monkeypatch.setattr(InstanceTable, "project", project)
+    late()
+    kind = {**RUNS["resident"], "on_trouble": "skip", "steps": 10, "log_every": 3}
+    with pytest.raises(NonFiniteError, match="an upper parameter is not finite, and the lower"):
+        run_training(task.train(tmp_path / "run", **kind))
+    (kept,) = (tmp_path / "run" / "checkpoints").iterdir()
+    state = load_file(kept / "state.safetensors")
+    assert all(bool(leaf.isfinite().all()) for leaf in state.values())
+    assert int(state["state/lower_steps"]) == int(state["state/upper_steps"]) + 2
+
+
+def test_a_step_in_place_that_fails_halfway_is_not_saved(task, tmp_path, late, monkeypatch):
+    """θ has moved, φ has not: the run goes on from its last checkpoint."""
+    calls = []
+    original = ResidentSolver._upper_step
+
+    def upper_step(self, *arguments):
+        calls.append(None)
+        if len(calls) == 7:
+            raise OSError("gone")
+        return original(self, *arguments)
+
+    monkeypatch.setattr(ResidentSolver, "_upper_step", upper_step)
+    late()
+    kind = {**COMMON, **RUNS["resident"], "log_every": 8}
+    with pytest.raises(Exception, match="After a step that was not completed: the state is in"):
+        run_training(task.train(tmp_path / "run", **kind))
+    (saved,) = (tmp_path / "run" / "checkpoints").iterdir()
+    assert saved.name == "step-4"
