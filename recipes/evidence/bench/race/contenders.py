@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bilevel import SGD, AdamW, Dot, Ghost, OneStep, ResidentSolver
+from bilevel import AdamW, Dot, Ghost, OneStep, ResidentSolver, tree
+from bilevel.tree import Tree, TreeT
 from prm.inputs.collate import Batch
 from recipes.evidence.bench.race.model import Race
 from recipes.evidence.bench.race.original import MAX_NORM, Adamw, Original
@@ -52,8 +53,21 @@ def contenders(race: Race, batch_size: int) -> list[Contender]:
     return found
 
 
+@dataclass(frozen=True)
+class Report:
+    """An upper optimizer that leaves φ as it is, and whose state is the last hypergradient."""
+
+    def init(self, params: Tree) -> Tree:
+        """Return zeros."""
+        return tree.zeros_like(params)
+
+    def update(self, grads: Tree, state: Tree, params: TreeT) -> tuple[TreeT, Tree]:
+        """Return φ and its gradient."""
+        return params, grads
+
+
 class Resident:
-    """Iterations of ``ResidentSolver``, whose upper optimizer reports the hypergradient alone.
+    """Iterations of ``ResidentSolver``.
 
     Args:
         race: θ and its moments.
@@ -66,7 +80,7 @@ class Resident:
         self._solver = ResidentSolver(
             race.objective.problem(),
             AdamW(one.lr, weight_decay=one.decay, max_norm=MAX_NORM),
-            SGD(1.0),
+            Report(),
             method,
         )
         self._fields = {
@@ -85,8 +99,9 @@ class Resident:
         state: State = State(race.params, race.weights, race.state, **self._fields, **counts)
         after, _ = self._solver.advance(state, [[lower]], upper)
         race.state.steps.copy_(after.lower_optimizer.steps)
-        moved: Tensor = race.weights["deviation"] - after.upper_params["deviation"]
-        return moved
+        reported: Any = after.upper_optimizer
+        found: Tensor = reported["deviation"]
+        return found
 
 
 def floor(race: Race, lower: Batch, upper: Batch) -> Callable[[], None]:
