@@ -54,6 +54,7 @@ device of its own."""
 
 ON_CPU = "table on the CPU"
 FAULTS = "faults"
+RACE = "race"
 USES = ("cold-start", "score", "evaluate", "weigh", "small-loss")
 
 
@@ -110,6 +111,8 @@ def _scenario(task: Task, folder: Path, name: str) -> list[float]:
 
     if name == FAULTS:
         return _faults()
+    if name == RACE:
+        return _race()
     if name == "cold-start":
         return _logged(run_cold_start(task.cold_start(folder, steps=4, log_every=2)))
     if name in TRAININGS or name == ON_CPU:
@@ -145,6 +148,30 @@ def _use(task: Task, folder: Path, name: str) -> None:
         options = WeighOptions(**common, file=file, weighting=str(run / "weighting"))
     command = "weigh" if name in ("weigh", "small-loss") else name
     assert commands.run(command, options) == 0, f"{command} failed"
+
+
+def _race() -> list[float]:
+    """Take iterations of the contenders on a GPU; return the last hypergradients in pairs.
+
+    The first of a pair is of the accelerator, the second of the CPU.
+    """
+    from recipes.evidence.bench.race.model import SHAPES
+    from recipes.evidence.gpu import case
+    from recipes.evidence.gpu.subject import iteration, race_at, start
+
+    found = []
+    for contender in (case.FLOOR, case.PASSES, case.ORIGINAL, case.DOT, case.GHOST):
+        for place in (accelerator.device(), torch.device("cpu")):
+            begun = start(SHAPES["tiny"], "cpu")
+            begun.race.objective.prm.model.to(place)
+            begun.race.weights["deviation"] = begun.race.weights["deviation"].to(place)
+            race = race_at(begun, case.Case("step", contender, case.FULL_PRECISION))
+            run = iteration(race, contender, race.batch(1, 1), race.batch(1, 2))
+            for _ in range(3):
+                hypergradient = run()
+            if hypergradient is not None:
+                found.append(float(hypergradient.sum()))
+    return found
 
 
 def _faults() -> list[float]:

@@ -13,10 +13,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.accelerated import FAULTS, ON_CPU, TRAININGS, USES
+from tests.accelerated import FAULTS, ON_CPU, RACE, TRAININGS, USES
 
 ROOT = Path(__file__).parents[2]
-SCENARIOS = (*TRAININGS, *USES)
+SCENARIOS = (*TRAININGS, *USES, RACE)
 
 PASSES = "prm/models/model.py:forward <- import_utils.torch_compilable_check"
 """InternVL compares the number of image tokens with that of tiles: once in every forward pass."""
@@ -98,6 +98,13 @@ def test_the_run_is_that_of_the_cpu(noted):
     assert len(found["losses"]) == 2
     assert found["losses"] == pytest.approx(expected["losses"], rel=1e-5)
     assert expected["kinds"] == []
+
+
+def test_a_race_in_place_is_that_of_the_cpu(noted):
+    """The hypergradients of the original, and of ``Dot`` and ``Ghost`` in place."""
+    found = noted[RACE]["losses"]
+    assert len(found) == 6
+    assert found[::2] == pytest.approx(found[1::2], rel=1e-4)
 
 
 def test_faults_are_seen(noted):

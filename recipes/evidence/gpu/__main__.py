@@ -9,7 +9,7 @@ from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
-from recipes.evidence.gpu.case import CAPS, POSITIONS, TILES, Case, cases
+from recipes.evidence.gpu.case import CAPS, CONTENDERS, POSITIONS, TILES, Case, cases
 from recipes.evidence.gpu.measuring import Limits, NotReady, measure
 from recipes.evidence.gpu.table import table
 from recipes.evidence.gpu.targets import agreements, targets
@@ -27,7 +27,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     _check_device(given.device)
     words = sys.argv[1:] if arguments is None else arguments
     limits = Limits(given.budget, given.row_limit, given.start_limit)
-    wanted = cases(given.tiles, given.positions, given.caps)
+    wanted = cases(given.tiles, given.positions, given.caps, given.contenders)
     results: dict[str, Any] = {}
 
     def write(about: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> None:
@@ -78,6 +78,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
     parser.add_argument("--tiles", type=int, nargs="+", default=[*TILES])
     parser.add_argument("--positions", type=int, nargs="+", default=[*POSITIONS])
+    parser.add_argument("--contenders", nargs="+", choices=CONTENDERS, default=[*CONTENDERS])
     parser.add_argument("--caps", type=float, nargs="*", default=[*CAPS], help="GB of 10⁹ bytes")
     parser.add_argument("--rounds", type=int, default=5, help="timed iterations of a step")
     parser.add_argument("--samples", type=int, default=12, help="hypergradients compared")

@@ -69,6 +69,7 @@ def cases(
     tiles: Sequence[int] = TILES,
     positions: Sequence[int] = POSITIONS,
     caps: Sequence[float] = CAPS,
+    contenders: Sequence[str] = CONTENDERS,
 ) -> list[Case]:
     """Return all cases: those of the first cell of the grid, agreement, then the other cells.
 
@@ -76,6 +77,7 @@ def cases(
         tiles: Tiles of the grid.
         positions: Label positions of the grid; 5 of them are the first cell's, if there.
         caps: Caps on memory in GB.
+        contenders: Who is measured; the references of the agreement come with them.
     """
     near = 5 if 5 in positions else positions[0]
     first = (tiles[0], near)
@@ -84,22 +86,22 @@ def cases(
         ((t, p) for t in tiles for p in positions if (t, p) != first),
         key=lambda cell: (cell[0] != tiles[-1] or cell[1] != positions[-1], cell[1] != near),
     )
-    found = [Case("step", one, AUTOCAST, *first) for one in CONTENDERS]
-    found += [Case("launches", one, AUTOCAST, *first) for one in (PASSES, *CONTENDERS)]
-    found += [Case("cap", one, AUTOCAST, *first, cap=cap) for cap in caps for one in CONTENDERS]
-    found += [
-        Case("agreement", one, FULL_PRECISION, *first) for one in dict.fromkeys(REFERENCES.values())
-    ]
-    found += [Case("agreement", one, AUTOCAST, *first) for one in REFERENCES]
-    found += [Case("agreement", one, PURE, *first) for one in REFERENCES]
-    found += [Case("step", one, PURE, *first) for one in CONTENDERS]
-    for t in tiles:
-        found.append(Case("step", GHOST, AUTOCAST, t, near, SEVERAL))
-    found += [Case("step", one, AUTOCAST, *cell) for cell in others for one in CONTENDERS]
+    compared = [one for one in REFERENCES if one in contenders]
+    references = dict.fromkeys(REFERENCES[one] for one in compared)
+    found = [Case("step", one, AUTOCAST, *first) for one in contenders]
+    found += [Case("launches", one, AUTOCAST, *first) for one in (PASSES, *contenders)]
+    found += [Case("cap", one, AUTOCAST, *first, cap=cap) for cap in caps for one in contenders]
+    found += [Case("agreement", one, FULL_PRECISION, *first) for one in references]
+    found += [Case("agreement", one, AUTOCAST, *first) for one in compared]
+    found += [Case("agreement", one, PURE, *first) for one in compared]
+    found += [Case("step", one, PURE, *first) for one in contenders]
+    if GHOST in contenders:
+        found += [Case("step", GHOST, AUTOCAST, t, near, SEVERAL) for t in tiles]
+    found += [Case("step", one, AUTOCAST, *cell) for cell in others for one in contenders]
     found += [
         Case("cap", one, AUTOCAST, *cell, cap=cap)
         for cap in caps
         for cell in others
-        for one in CONTENDERS
+        for one in contenders
     ]
     return found
