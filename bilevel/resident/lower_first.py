@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import optree
@@ -20,13 +21,14 @@ from torch import Tensor
 from bilevel import tree
 from bilevel.autodiff import random_state
 from bilevel.autodiff.gradient import UpperGradient, as_leaves, dense, ignored_lower
-from bilevel.autodiff.recomputation import watched_backward
 from bilevel.hypergradients.base import HypergradientResult
 from bilevel.hypergradients.one_step import OneStep, step_notes
 from bilevel.hypergradients.update_derivative import Identity
 from bilevel.lower.mixed_product import mixed_product
 from bilevel.lower.steps import LowerSteps, Point, Window
+from bilevel.optimizers.point import Leaves
 from bilevel.problem import Batch, Params, Problem, detached, upper_value
+from bilevel.resident.pieces import Gathered, Gathering, Piece, streamed_backward
 from bilevel.resident.plain import single_pass, single_step
 from bilevel.tree import Tree
 
@@ -61,7 +63,7 @@ def take_window(
         elif differentiate:
             with random_state.rewound_to(random, point.lower_params):
                 upper, dot = dotted_upper_gradient(
-                    window.problem, point, upper_params, upper_batch, single.grads
+                    window.problem, point, upper_params, upper_batch, single.grads, single.gathered
                 )
             slope = dot if exact else -dot
             micro = replace(single.micro, dots=_known(slope))
@@ -80,9 +82,22 @@ def take_window(
 
 
 def dotted_upper_gradient(
-    problem: Problem, point: Point, upper_params: Params, batch: Batch, along: Tree
+    problem: Problem,
+    point: Point,
+    upper_params: Params,
+    batch: Batch,
+    along: Tree,
+    gathered: Gathered | None = None,
 ) -> tuple[UpperGradient, Float[Tensor, ""]]:
     """Return the upper loss, its gradient in φ, and ⟨v, along⟩, v = ∇_θ L_upper never being whole.
+
+    Args:
+        problem: The losses.
+        point: θ and the optimizer's state.
+        upper_params: φ, requiring grad.
+        batch: The upper batch.
+        along: Like θ; None leaves are zero.
+        gathered: The same in pieces. v is then put together likewise.
 
     Raises:
         ValueError: The loss is not a scalar.
@@ -94,32 +109,39 @@ def dotted_upper_gradient(
         # In the order of ``tree.vdot``.
         terms: list[list[Tensor]] = [[] for _ in leaves]
         reached: list[int] = []
-        for index, (leaf, direction) in enumerate(zip(leaves, directions, strict=True)):
-            if leaf is not None:
-                hook = _hook(index, direction, terms[index], reached)
-                leaf.register_post_accumulate_grad_hook(hook)
+        gathering = None
+        if gathered is not None:
+            use = partial(_dot_, gathered.pieces, directions, terms)
+            gathering = Gathering(gathered.keys, use)
+
+        def receive(index: int, v: Tensor) -> None:
+            reached.append(index)
+            if directions[index] is None:
+                return
+            if gathering is None:
+                terms[index].extend(tree.dot_terms(directions[index], v))
+            else:
+                gathering.add(index, v)
+
         loss, aux = upper_value(problem, lower, upper, batch)
-        wanted = [*tree.leaves(lower), *tree.leaves(upper)]
-        if wanted and loss.requires_grad:
-            watched_backward([loss], wanted, accumulate=True)
+        streamed_backward(loss, leaves, tree.leaves(upper), receive)
+        if gathering is not None:
+            gathering.finish()
     direct: Tree = optree.tree_map(lambda leaf: dense(leaf.grad), upper)
     notes = ignored_lower(lower, loss if reached else None)
     dot = tree.total([term for found in terms for term in found], like=point.lower_params)
     return UpperGradient(loss.detach(), None, direct, detached(aux), notes), dot
 
 
-def _hook(
-    index: int, direction: Tensor | None, terms: list[Tensor], reached: list[int]
-) -> Callable[[Tensor], None]:
-    # Knows nothing of the leaf that it hangs on, whose memory a cycle would hold.
-    def use(leaf: Tensor) -> None:
-        v, leaf.grad = dense(leaf.grad), None
-        assert v is not None
-        reached.append(index)
-        if direction is not None:
-            terms.extend(tree.dot_terms(direction, v))
-
-    return use
+@torch.no_grad()
+def _dot_(pieces: list[Piece], directions: Leaves, terms: list[list[Tensor]], v: Piece) -> None:
+    """Note the product of a piece of v, which is overwritten, with the direction."""
+    along = next((piece.flat for piece in pieces if piece.leaves == v.leaves), None)
+    if along is None:  # The losses reached the leaves in another order.
+        found = (directions[index] for index in v.leaves)
+        along = torch.cat([leaf.reshape(-1) for leaf in found if leaf is not None])
+    wide = v.flat.to(tree.wide_dtype(v.flat.dtype))
+    terms[v.leaves[0]].append(wide.mul_(along).sum())
 
 
 def _known(dot: Float[Tensor, ""]) -> Callable[[Any], Float[Tensor, "1"]]:

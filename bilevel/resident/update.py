@@ -25,6 +25,7 @@ from bilevel.optimizers.point import Leaves, column
 from bilevel.resident.adam import FusedAdam
 from bilevel.resident.memory import is_dense
 from bilevel.resident.parts import Cut, parts
+from bilevel.resident.pieces import Gathered
 from bilevel.tree import Tree
 
 
@@ -75,6 +76,68 @@ def step_(
         else:
             _by_rule(plain, state.steps, part, columns, raw, seen, clip, slopes)
     return Point(point.lower_params, state._replace(steps=state.steps + 1))
+
+
+@torch.no_grad()
+def step_in_pieces_(
+    optimizer: ElementwiseOptimizer,
+    point: Point,
+    gathered: Gathered,
+    norm: Float[Tensor, ""],
+    weight: float,
+) -> Point | None:
+    """Take a step in place with ``slopes``, like ``step_``, of a gradient in pieces.
+
+    The numbers of operations are those of pieces, not of leaves.
+
+    Args:
+        optimizer: Takes the step.
+        point: θ and the optimizer's state; changed.
+        gathered: The gradient; its pieces become those of ``(∂θ'/∂g) grads``.
+        norm: The norm of ``weight`` · gradient, on the host.
+        weight: What the gradient is multiplied by.
+
+    Returns:
+        The point after the step; None, with nothing changed, where only ``step_`` can take it.
+    """
+    state: OptimizerState = point.optimizer_state
+    count = int(state.steps)
+    kernel = FusedAdam.of(optimizer, count + 1)
+    scale = weight
+    if optimizer.max_norm is not None:
+        scale *= float(clip_scale(norm, optimizer.max_norm))
+    if kernel is None or abs(scale) < _LEAST_SCALE:
+        return None
+    columns, _ = _columns(point)
+    raw = gathered.views(columns.params)
+    cuts = [Cut(leaf) for piece in gathered.pieces for leaf in piece.leaves]
+    groups = _by_group(optimizer, count, cuts, columns.names)
+    coupled = not kernel.decoupled and any(decay for _, decay in groups)
+    turned = any(not leaf.is_contiguous() for leaf in _of(cuts, columns.params))
+    if coupled or turned or not all(_alike([cut], columns, raw) for cut in cuts):
+        return None
+    rates = {cut.leaf: lr for (lr, _), some in groups.items() for cut in some}
+    for (lr, decay), some in groups.items():
+        params, first, second, grads = (
+            _of(some, leaves) for leaves in (columns.params, columns.first, columns.second, raw)
+        )
+        kernel.step_(params, grads, first, second, lr, decay, scale)
+    for piece in gathered.pieces:
+        some = [Cut(leaf) for leaf in piece.leaves]
+        first, second = _of(some, columns.first), _of(some, columns.second)
+        # All leaves of a piece are of one group of rates.
+        kernel.slope_of_piece_(piece.flat, first, second, -rates[piece.leaves[0]] / weight)
+    return Point(point.lower_params, state._replace(steps=state.steps + 1))
+
+
+# With less, a gradient times weight and clip could lose digits that the direction still needs.
+_LEAST_SCALE = 2.0**-40
+
+
+def group_names(optimizer: ElementwiseOptimizer, params: Tree) -> list[str]:
+    """Return the group of rates of each leaf, in order."""
+    names = tree.names(params, none_is_leaf=True)
+    return [optimizer.group(name) if optimizer.group else ONLY for name in names]
 
 
 @torch.no_grad()
@@ -189,8 +252,7 @@ def _fused(
     groups = _by_group(optimizer, count, part, columns.names)
     for (lr, decay), cuts in groups.items():
         params, first, second, grads = (
-            [leaf for cut in cuts if (leaf := cut.of(leaves)) is not None]
-            for leaves in (columns.params, columns.first, columns.second, raw)
+            _of(cuts, leaves) for leaves in (columns.params, columns.first, columns.second, raw)
         )
         laid_out = [
             one if one.stride() == param.stride() else torch.empty_like(param).copy_(one)
@@ -200,6 +262,10 @@ def _fused(
         if slopes:
             scale = 1.0 if clip is None else float(clip)
             kernel.slope_(grads, used, first, second, -lr * scale)
+
+
+def _of(cuts: Sequence[Cut], column: Leaves) -> list[Tensor]:
+    return [leaf for cut in cuts if (leaf := cut.of(column)) is not None]
 
 
 def _by_group(
