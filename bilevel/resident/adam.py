@@ -56,29 +56,22 @@ class FusedAdam:
         second: Sequence[Tensor],
         lr: float,
         decay: float,
-        scale: float | None = None,
     ) -> list[Tensor]:
         """Take the step in place, and return the gradients that the rule saw.
 
         Args:
             params: θ.
-            grads: Its gradient, weighted and clipped; not changed, but by ``scale``.
+            grads: Its gradient, weighted and clipped; not changed.
             first: m.
             second: s.
             lr: The learning rate.
             decay: The weight decay λ; 0: none.
-            scale: What the gradient is multiplied by first, in place; None: by nothing. There must
-                be no decay that is not AdamW's.
         """
         seen = list(grads)
         if decay and not self.decoupled:
             seen = list(foreach_add(seen, list(params), alpha=decay))
-        # Filled where they are: a number that is copied to a device holds up the host.
-        count, divisor = (
-            None if value is None else torch.full((), value, device=params[0].device)
-            for value in (float(self.steps), None if scale is None else 1.0 / scale)
-        )
-        assert count is not None
+        # Filled where it is: a number that is copied to a device holds up the host.
+        count = torch.full((), float(self.steps), device=params[0].device)
         fused_adamw_(
             list(params),
             seen,
@@ -93,7 +86,6 @@ class FusedAdam:
             eps=self.eps,
             amsgrad=False,
             maximize=False,
-            grad_scale=divisor,
         )
         # The kernel does not count as a change of them for autograd; others do.
         torch.autograd.graph.increment_version([*params, *first, *second])

@@ -117,11 +117,14 @@ def step_in_pieces_(
     if coupled or turned or not all(_alike([cut], columns, raw) for cut in cuts):
         return None
     rates = {cut.leaf: lr for (lr, _), some in groups.items() for cut in some}
+    if scale != 1.0:
+        for piece in gathered.pieces:
+            piece.flat.mul_(scale)
     for (lr, decay), some in groups.items():
         params, first, second, grads = (
             _of(some, leaves) for leaves in (columns.params, columns.first, columns.second, raw)
         )
-        kernel.step_(params, grads, first, second, lr, decay, scale)
+        kernel.step_(params, grads, first, second, lr, decay)
     for piece in gathered.pieces:
         some = [Cut(leaf) for leaf in piece.leaves]
         first, second = _of(some, columns.first), _of(some, columns.second)

@@ -39,6 +39,7 @@ from bilevel import (
     WarmupCosine,
     tree,
 )
+from bilevel.resident import pieces, plain
 from tests.bilevel.comparing import relative, same_bits
 from tests.bilevel.problems import below_the_network
 from tests.bilevel.resident.both import assert_close, assert_same_run, both, run
@@ -65,6 +66,14 @@ UPPER = SGD(1.0, momentum=0.5)
 WARMED = 3  # a cold Adam has a hypergradient of almost 0, all rounding
 
 
+@pytest.fixture(params=[None, 1, 100, 1 << 20], ids=["leaves", "pieces of one", "pieces", "one"])
+def gradient(request, monkeypatch):
+    """How the gradient of a single example is kept: as on a CPU, or in pieces as on a device."""
+    if request.param is not None:
+        monkeypatch.setattr(plain, "in_pieces", lambda _: True)
+        monkeypatch.setattr(pieces, "ENTRIES", request.param)
+
+
 def singles(case, rows=(0, 1, 2, 3, 4)):
     return [pick(case.batch, [row]) for row in rows]
 
@@ -75,6 +84,7 @@ def one_by_one(case):
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS, ids=lambda one: type(one).__name__)
+@pytest.mark.usefixtures("gradient")
 def test_lower_first_equals_the_functional_step(optimizer):
     case = build("encoder")
     pair = both(case, one_by_one(case), 8, optimizer, UPPER, OneStep(Dot()), upper_start=WARMED)
@@ -95,6 +105,7 @@ def test_upper_first_equals_the_functional_step(route, optimizer):
 
 @pytest.mark.parametrize("name", ["mlp", "tied", "frozen", "dropout", "vision", "tiles"])
 @pytest.mark.parametrize("order", ["lower-first", "upper-first"])
+@pytest.mark.usefixtures("gradient")
 def test_every_kind_of_layer(name, order):
     case = build(name)
     optimizer = AdamW(0.03, weight_decay=0.1, max_norm=0.5, eps=EPS)
@@ -140,6 +151,7 @@ def test_weights_that_see_the_parameters_upper_first():
 
 
 @pytest.mark.parametrize("order", ["lower-first", "upper-first"])
+@pytest.mark.usefixtures("gradient")
 def test_groups_and_decay_masks(order):
     case = build("encoder")
     optimizer = AdamW(
@@ -156,6 +168,7 @@ def test_groups_and_decay_masks(order):
 
 
 @pytest.mark.parametrize("order", ["lower-first", "upper-first"])
+@pytest.mark.usefixtures("gradient")
 def test_windows_of_several_steps_that_start_late(order):
     case = build("dropout")
     pair = both(
@@ -173,6 +186,7 @@ def test_windows_of_several_steps_that_start_late(order):
 
 
 @pytest.mark.parametrize("order", ["lower-first", "upper-first"])
+@pytest.mark.usefixtures("gradient")
 def test_an_update_derivative_of_the_literature(order):
     case = build("mlp")
     method = OneStep(Dot(), order, update_derivative=Identity())
@@ -182,6 +196,7 @@ def test_an_update_derivative_of_the_literature(order):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("order", ["lower-first", "upper-first"])
+@pytest.mark.usefixtures("gradient")
 def test_moments_of_another_precision_than_the_parameters(order, dtype):
     case = cast(build("mlp"), dtype)
     optimizer = AdamW(0.02, max_norm=0.5, state_dtype=torch.float64)
