@@ -19,7 +19,14 @@ import torch
 
 from bilevel import tree
 from tests import accelerator
+from tests.launches import Launches
 from tests.tiny_task import Task, make_task
+
+LAUNCHING = ("dot", "dot, upper-first", "ghost", "floor")
+"""Contenders whose kernels are counted."""
+
+SMALLER = 1024
+"""How many times as many entries the real model has as the one whose kernels are counted."""
 
 STEP = 2
 """Number of the step whose waits are noted; lines are written at steps 1 and 3, counted from 0."""
@@ -55,6 +62,7 @@ device of its own."""
 ON_CPU = "table on the CPU"
 FAULTS = "faults"
 RACE = "race"
+LAUNCHES = "launches"
 USES = ("cold-start", "score", "evaluate", "weigh", "small-loss")
 
 
@@ -113,6 +121,8 @@ def _scenario(task: Task, folder: Path, name: str) -> list[float]:
         return _faults()
     if name == RACE:
         return _race()
+    if name == LAUNCHES:
+        return _launches()
     if name == "cold-start":
         return _logged(run_cold_start(task.cold_start(folder, steps=4, log_every=2)))
     if name in TRAININGS or name == ON_CPU:
@@ -157,14 +167,12 @@ def _race() -> list[float]:
     """
     from recipes.evidence.bench.race.model import SHAPES
     from recipes.evidence.gpu import case
-    from recipes.evidence.gpu.subject import iteration, race_at, start
+    from recipes.evidence.gpu.subject import iteration, race_at
 
     found = []
     for contender in (case.FLOOR, case.PASSES, case.ORIGINAL, case.DOT, case.GHOST):
         for place in (accelerator.device(), torch.device("cpu")):
-            begun = start(SHAPES["tiny"], "cpu")
-            begun.race.objective.prm.model.to(place)
-            begun.race.weights["deviation"] = begun.race.weights["deviation"].to(place)
+            begun = _started(SHAPES["tiny"], place)
             race = race_at(begun, case.Case("step", contender, case.FULL_PRECISION))
             run = iteration(race, contender, race.batch(1, 1), race.batch(1, 2))
             for _ in range(3):
@@ -172,6 +180,45 @@ def _race() -> list[float]:
             if hypergradient is not None:
                 found.append(float(hypergradient.sum()))
     return found
+
+
+def _launches() -> list[float]:
+    """Return the kernels of both passes of an InternVL3-1B, and what iterations start beside them.
+
+    The model has all its 733 tensors, with 1/32 of the widths, and so 1/1024 of the entries.
+    """
+    import bilevel.resident.parts
+    import bilevel.resident.pieces
+    from recipes.evidence.bench.race.model import Shape
+    from recipes.evidence.gpu import case
+    from recipes.evidence.gpu.subject import iteration, race_at
+
+    bilevel.resident.pieces.ENTRIES //= SMALLER
+    bilevel.resident.parts.DEVICE_ENTRIES //= SMALLER
+    shape = Shape("1/32 width", 24, 28, 152, 32, vocabulary=4740, image=56, text=40)
+    begun = _started(shape, accelerator.device())
+    found: list[float] = []
+    for contender in (case.PASSES, *LAUNCHING):
+        race = race_at(begun, case.Case("step", contender, case.FULL_PRECISION))
+        assert len(race.params) == 733
+        run = iteration(race, contender, race.batch(1, 1), race.batch(1, 2))
+        run()
+        with Launches(SMALLER) as counted:
+            run()
+        found.append(counted.launched.total() - (found[0] if found else 0))
+    bilevel.resident.pieces.ENTRIES *= SMALLER
+    bilevel.resident.parts.DEVICE_ENTRIES *= SMALLER
+    return found
+
+
+def _started(shape: Any, place: torch.device) -> Any:
+    """Return a model of the race that was drawn on the CPU and moved."""
+    from recipes.evidence.gpu.subject import start
+
+    begun = start(shape, "cpu")
+    begun.race.objective.prm.model.to(place)
+    begun.race.weights["deviation"] = begun.race.weights["deviation"].to(place)
+    return begun
 
 
 def _faults() -> list[float]:

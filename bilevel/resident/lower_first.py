@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import optree
@@ -20,16 +19,17 @@ from torch import Tensor
 
 from bilevel import tree
 from bilevel.autodiff import random_state
-from bilevel.autodiff.gradient import UpperGradient, as_leaves, dense, ignored_lower
+from bilevel.autodiff.gradient import UpperGradient, as_leaves
 from bilevel.hypergradients.base import HypergradientResult
 from bilevel.hypergradients.one_step import OneStep, step_notes
 from bilevel.hypergradients.update_derivative import Identity
 from bilevel.lower.mixed_product import mixed_product
 from bilevel.lower.steps import LowerSteps, Point, Window
 from bilevel.optimizers.point import Leaves
-from bilevel.problem import Batch, Params, Problem, detached, upper_value
-from bilevel.resident.pieces import Gathered, Gathering, Piece, streamed_backward
+from bilevel.problem import Batch, Params, Problem
+from bilevel.resident.pieces import Gathered, Gathering, Piece
 from bilevel.resident.plain import single_pass, single_step
+from bilevel.resident.streamed import streamed_upper_gradient
 from bilevel.tree import Tree
 
 
@@ -102,46 +102,32 @@ def dotted_upper_gradient(
     Raises:
         ValueError: The loss is not a scalar.
     """
-    with torch.enable_grad():
-        lower, upper = as_leaves(point.lower_params), as_leaves(upper_params)
-        leaves, structure = optree.tree_flatten(lower, none_is_leaf=True)
-        directions = structure.flatten_up_to(along)
-        # In the order of ``tree.vdot``.
-        terms: list[list[Tensor]] = [[] for _ in leaves]
-        reached: list[int] = []
-        gathering = None
-        if gathered is not None:
-            use = partial(_dot_, gathered.pieces, directions, terms)
-            gathering = Gathering(gathered.keys, use)
+    leaves, structure = optree.tree_flatten(point.lower_params, none_is_leaf=True)
+    directions: Leaves = structure.flatten_up_to(along)
+    # In the order of ``tree.vdot``.
+    terms: list[list[Tensor]] = [[] for _ in leaves]
 
-        def receive(index: int, v: Tensor) -> None:
-            reached.append(index)
-            if directions[index] is None:
-                return
-            if gathering is None:
-                terms[index].extend(tree.dot_terms(directions[index], v))
-            else:
-                gathering.add(index, v)
+    @torch.no_grad()
+    def multiply(v: Piece) -> None:
+        wide = v.flat.to(tree.wide_dtype(v.flat.dtype))  # v is not needed afterwards
+        assert gathered is not None
+        terms[v.leaves[0]].append(wide.mul_(gathered.in_order_of(v, directions, leaves)).sum())
 
-        loss, aux = upper_value(problem, lower, upper, batch)
-        streamed_backward(loss, leaves, tree.leaves(upper), receive)
-        if gathering is not None:
-            gathering.finish()
-    direct: Tree = optree.tree_map(lambda leaf: dense(leaf.grad), upper)
-    notes = ignored_lower(lower, loss if reached else None)
-    dot = tree.total([term for found in terms for term in found], like=point.lower_params)
-    return UpperGradient(loss.detach(), None, direct, detached(aux), notes), dot
+    gathering = None if gathered is None else Gathering(gathered.keys, multiply)
 
+    def receive(index: int, v: Tensor) -> None:
+        direction = directions[index]
+        if direction is None:
+            return
+        if gathering is None:
+            terms[index].extend(tree.dot_terms(direction, v))
+        else:
+            gathering.add(index, v)
 
-@torch.no_grad()
-def _dot_(pieces: list[Piece], directions: Leaves, terms: list[list[Tensor]], v: Piece) -> None:
-    """Note the product of a piece of v, which is overwritten, with the direction."""
-    along = next((piece.flat for piece in pieces if piece.leaves == v.leaves), None)
-    if along is None:  # The losses reached the leaves in another order.
-        found = (directions[index] for index in v.leaves)
-        along = torch.cat([leaf.reshape(-1) for leaf in found if leaf is not None])
-    wide = v.flat.to(tree.wide_dtype(v.flat.dtype))
-    terms[v.leaves[0]].append(wide.mul_(along).sum())
+    upper = streamed_upper_gradient(problem, point, upper_params, batch, receive)
+    if gathering is not None:
+        gathering.finish()
+    return upper, tree.total([term for one in terms for term in one], like=point.lower_params)
 
 
 def _known(dot: Float[Tensor, ""]) -> Callable[[Any], Float[Tensor, "1"]]:

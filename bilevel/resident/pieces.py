@@ -9,12 +9,11 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable, Sequence
 from typing import NamedTuple
 
+import optree
 import torch
 from torch import Tensor
 
 from bilevel import tree
-from bilevel.autodiff.gradient import dense
-from bilevel.autodiff.recomputation import watched_backward
 from bilevel.optimizers.point import Leaves
 from bilevel.tree import Tree
 
@@ -44,7 +43,7 @@ class Piece(NamedTuple):
 
 
 class Gathered(NamedTuple):
-    """A gradient in pieces, and by what its leaves were put together: see ``Gathering``."""
+    """Leaves in pieces, and by what they were put together: see ``Gathering``."""
 
     keys: Sequence[Hashable]
     pieces: list[Piece]
@@ -55,6 +54,31 @@ class Gathered(NamedTuple):
         for piece in self.pieces:
             found |= piece.views(like)
         return [found.get(index) for index in range(len(like))]
+
+    def like(self, params: Tree) -> Tree:
+        """Return the leaves in the structure of the parameters."""
+        leaves, structure = optree.tree_flatten(params, none_is_leaf=True)
+        found: Tree = structure.unflatten(self.views(leaves))
+        return found
+
+    def in_order_of(self, piece: Piece, leaves: Leaves, like: Leaves) -> Tensor:
+        """Return the entries of the leaves of another piece, in its order.
+
+        Args:
+            piece: A piece of other values.
+            leaves: All leaves, views of the pieces here; None: zeros.
+            like: Leaves of their shapes.
+        """
+        same = (one.flat for one in self.pieces if one.leaves == piece.leaves)
+        for flat in same:
+            return flat
+        # Two losses reached other leaves, or the same in another order.
+        found: list[Tensor] = []
+        for index in piece.leaves:
+            leaf, shaped = leaves[index], like[index]
+            assert shaped is not None
+            found.append((torch.zeros_like(shaped) if leaf is None else leaf).reshape(-1))
+        return torch.cat(found)
 
 
 def in_pieces(params: Tree) -> bool:
@@ -102,40 +126,3 @@ class Gathering:
         flat = torch.cat(tensors)
         tensors.clear()
         self._use(Piece(tuple(indices), flat))
-
-
-def streamed_backward(
-    loss: Tensor,
-    leaves: Leaves,
-    others: Sequence[Tensor],
-    receive: Callable[[int, Tensor], None],
-) -> None:
-    """Differentiate a loss, and hand over the gradient of each leaf as soon as it is whole.
-
-    It is not held here any longer, so that there need never be all of them.
-
-    Args:
-        loss: A scalar.
-        leaves: Autograd leaves that require grad, or None.
-        others: Further ones, whose gradients are left in their ``grad``.
-        receive: Called with the index of a leaf and its gradient, for those that the loss reaches.
-
-    Raises:
-        RecomputationError: A part of the model was recomputed with other parameters.
-    """
-    for index, leaf in enumerate(leaves):
-        if leaf is not None:
-            leaf.register_post_accumulate_grad_hook(_hook(index, receive))
-    wanted = [*(leaf for leaf in leaves if leaf is not None), *others]
-    if wanted and loss.requires_grad:
-        watched_backward([loss], wanted, accumulate=True)
-
-
-def _hook(index: int, receive: Callable[[int, Tensor], None]) -> Callable[[Tensor], None]:
-    # Knows nothing of the leaf that it hangs on, whose memory a cycle would hold.
-    def use(leaf: Tensor) -> None:
-        gradient, leaf.grad = dense(leaf.grad), None
-        assert gradient is not None
-        receive(index, gradient)
-
-    return use

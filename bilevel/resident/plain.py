@@ -19,9 +19,11 @@ from bilevel.lower.micro_batch import MicroBatch, PassContext, weighted_batch
 from bilevel.lower.route import Route
 from bilevel.lower.steps import Point, Window
 from bilevel.optimizers.elementwise import ElementwiseOptimizer
+from bilevel.optimizers.point import Leaves
 from bilevel.problem import Batch, Params
 from bilevel.resident.memory import owned
-from bilevel.resident.pieces import Gathered, Gathering, in_pieces, streamed_backward
+from bilevel.resident.pieces import Gathered, Gathering, in_pieces
+from bilevel.resident.streamed import streamed_backward
 from bilevel.resident.update import group_names, step_, step_in_pieces_
 from bilevel.routes.dot import kept_backward, single_example, single_loss
 from bilevel.tree import Tree
@@ -114,15 +116,14 @@ def _gathered_backward(
 ) -> tuple[Tree, MicroBatch, Gathered]:
     """Differentiate the unweighted loss into pieces; the gradient consists of views of them."""
     params = as_leaves(context.lower_params)
-    leaves, structure = optree.tree_flatten(params, none_is_leaf=True)
     gathered = Gathered(group_names(optimizer_of(window), params), [])
     losses, weights = single_loss(context, params, batch)
     gathering = Gathering(gathered.keys, gathered.pieces.append)
+    leaves: Leaves = optree.tree_leaves(params, none_is_leaf=True)
     streamed_backward(losses.mean(), leaves, [], gathering.add)
     gathering.finish()
-    grads: Tree = structure.unflatten(gathered.views(leaves))
     micro = weighted_batch(batch, random, losses, weights)
-    return grads, single_example(context, micro, None), gathered
+    return gathered.like(params), single_example(context, micro, None), gathered
 
 
 def single_step(window: Window, point: Point, single: Single, *, slopes: bool = False) -> Taken:
@@ -132,8 +133,8 @@ def single_step(window: Window, point: Point, single: Single, *, slopes: bool = 
     if not torch.isfinite(norm):
         return Taken(point, single.passed, True)
     optimizer, weight = optimizer_of(window), single.weight
-    if single.gathered is not None and slopes:
-        taken = step_in_pieces_(optimizer, point, single.gathered, norm, weight)
+    if single.gathered is not None:
+        taken = step_in_pieces_(optimizer, point, single.gathered, norm, weight, slopes=slopes)
         if taken is not None:
             return Taken(taken, single.passed, False)
     norm = single.passed.norm

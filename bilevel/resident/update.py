@@ -25,7 +25,7 @@ from bilevel.optimizers.point import Leaves, column
 from bilevel.resident.adam import FusedAdam
 from bilevel.resident.memory import is_dense
 from bilevel.resident.parts import Cut, parts
-from bilevel.resident.pieces import Gathered
+from bilevel.resident.pieces import Gathered, Piece
 from bilevel.tree import Tree
 
 
@@ -85,17 +85,20 @@ def step_in_pieces_(
     gathered: Gathered,
     norm: Float[Tensor, ""],
     weight: float,
+    *,
+    slopes: bool,
 ) -> Point | None:
-    """Take a step in place with ``slopes``, like ``step_``, of a gradient in pieces.
+    """Take a step in place, like ``step_``, of a gradient in pieces.
 
     The numbers of operations are those of pieces, not of leaves.
 
     Args:
         optimizer: Takes the step.
         point: θ and the optimizer's state; changed.
-        gathered: The gradient; its pieces become those of ``(∂θ'/∂g) grads``.
+        gathered: The gradient; changed.
         norm: The norm of ``weight`` · gradient, on the host.
         weight: What the gradient is multiplied by.
+        slopes: See ``step_``.
 
     Returns:
         The point after the step; None, with nothing changed, where only ``step_`` can take it.
@@ -125,7 +128,7 @@ def step_in_pieces_(
             _of(some, leaves) for leaves in (columns.params, columns.first, columns.second, raw)
         )
         kernel.step_(params, grads, first, second, lr, decay)
-    for piece in gathered.pieces:
+    for piece in gathered.pieces if slopes else ():
         some = [Cut(leaf) for leaf in piece.leaves]
         first, second = _of(some, columns.first), _of(some, columns.second)
         # All leaves of a piece are of one group of rates.
@@ -153,6 +156,26 @@ def predict_(optimizer: ElementwiseOptimizer, point: Point, v: Tree) -> None:
         state, params = _subtree(part, columns, steps)
         given = {columns.names[cut.leaf]: cut.of(bars) for cut in part}
         _copy(part, bars, optimizer.predicted_grads_vjp(state, params, given), columns.names)
+
+
+@torch.no_grad()
+def predict_in_pieces(optimizer: ElementwiseOptimizer, point: Point, v: Gathered) -> Gathered:
+    """Return μ of v before the gradient is known, like ``predict_``; v is freed piece by piece."""
+    columns, _ = _columns(point)
+    found = Gathered(v.keys, [])
+    while v.pieces:
+        piece = v.pieces.pop(0)
+        # The rule is elementwise: a piece is one parameter, of which it sees shape and group alone.
+        name, cuts = columns.names[piece.leaves[0]], [Cut(leaf) for leaf in piece.leaves]
+        moments = [
+            {name: torch.cat([leaf.reshape(-1) for leaf in _of(cuts, column)])} if kept else None
+            for column, kept in zip(columns[2:], optimizer.predicts_from, strict=True)
+        ]
+        state = OptimizerState(point.optimizer_state.steps, *moments)
+        given: Any = {name: piece.flat}
+        predicted: Any = optimizer.predicted_grads_vjp(state, given, given)
+        found.pieces.append(Piece(piece.leaves, predicted[name]))
+    return found
 
 
 def _columns(point: Point) -> tuple[_Columns, Any]:

@@ -13,10 +13,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.accelerated import FAULTS, ON_CPU, RACE, TRAININGS, USES
+from tests.accelerated import FAULTS, LAUNCHES, LAUNCHING, ON_CPU, RACE, TRAININGS, USES
 
 ROOT = Path(__file__).parents[2]
-SCENARIOS = (*TRAININGS, *USES, RACE)
+SCENARIOS = (*TRAININGS, *USES, RACE, LAUNCHES)
 
 PASSES = "prm/models/model.py:forward <- import_utils.torch_compilable_check"
 """InternVL compares the number of image tokens with that of tiles: once in every forward pass."""
@@ -105,6 +105,14 @@ def test_a_race_in_place_is_that_of_the_cpu(noted):
     found = noted[RACE]["losses"]
     assert len(found) == 6
     assert found[::2] == pytest.approx(found[1::2], rel=1e-4)
+
+
+def test_an_iteration_starts_few_kernels_beside_those_of_the_model(noted):
+    """On a model with the tensors of InternVL3-1B; by the rules of ``tests/launches.py``."""
+    passes, *beside = noted[LAUNCHES]["losses"]
+    found = dict(zip(LAUNCHING, beside, strict=True))
+    assert passes > 5000
+    assert found["dot"] == 182
 
 
 def test_faults_are_seen(noted):

@@ -39,7 +39,7 @@ from bilevel import (
     WarmupCosine,
     tree,
 )
-from bilevel.resident import pieces, plain
+from bilevel.resident import pieces, plain, upper_first
 from tests.bilevel.comparing import relative, same_bits
 from tests.bilevel.problems import below_the_network
 from tests.bilevel.resident.both import assert_close, assert_same_run, both, run
@@ -70,7 +70,8 @@ WARMED = 3  # a cold Adam has a hypergradient of almost 0, all rounding
 def gradient(request, monkeypatch):
     """How the gradient of a single example is kept: as on a CPU, or in pieces as on a device."""
     if request.param is not None:
-        monkeypatch.setattr(plain, "in_pieces", lambda _: True)
+        for module in (plain, upper_first):
+            monkeypatch.setattr(module, "in_pieces", lambda _: True)
         monkeypatch.setattr(pieces, "ENTRIES", request.param)
 
 
@@ -94,6 +95,7 @@ def test_lower_first_equals_the_functional_step(optimizer):
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS, ids=lambda one: type(one).__name__)
 @pytest.mark.parametrize("route", [Dot(), Ghost()], ids=str)
+@pytest.mark.usefixtures("gradient")
 def test_upper_first_equals_the_functional_step(route, optimizer):
     case = build("encoder")
     windows = [singles(case)] if route == Dot() else [[case.batch]]
@@ -119,6 +121,7 @@ ROUTES = [Auto(), Ghost(), PerExample(), Jvp(), Reverse(), CentralDifference()]
 
 @pytest.mark.parametrize("route", ROUTES, ids=str)
 @pytest.mark.parametrize("name", ["mlp", "dropout"])
+@pytest.mark.usefixtures("gradient")
 def test_every_route_upper_first(route, name):
     """Two micro-batches of unequal size, with an average of v."""
     case = build(name)
@@ -128,6 +131,7 @@ def test_every_route_upper_first(route, name):
     assert_same_run(functional, resident, 1e-12)
 
 
+@pytest.mark.usefixtures("gradient")
 def test_a_problem_without_examples_upper_first():
     case = below_the_network()
     method = OneStep(Auto(), "upper-first")
@@ -135,6 +139,7 @@ def test_a_problem_without_examples_upper_first():
     assert_same_run(functional, resident, 1e-12)
 
 
+@pytest.mark.usefixtures("gradient")
 def test_weights_that_see_the_parameters_upper_first():
     case = build("mlp")
     problem = replace(
