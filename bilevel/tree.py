@@ -133,9 +133,15 @@ def norm(tree: Tree) -> Float[Tensor, ""]:
     tensors = leaves(tree)
     if not tensors:
         return torch.zeros(())
+    if all(_norm_is_taken_together(leaf) for leaf in tensors):
+        return torch.nn.utils.get_total_norm(tensors)  # a few kernels for all, without a graph
     norms = [torch.linalg.vector_norm(leaf, dtype=wide_dtype(leaf.dtype)) for leaf in tensors]
     together: Tensor = torch.linalg.vector_norm(torch.stack([n.to(norms[0].device) for n in norms]))
     return together
+
+
+def _norm_is_taken_together(leaf: Tensor) -> bool:
+    return not leaf.is_cpu and not leaf.requires_grad and leaf.dtype is wide_dtype(leaf.dtype)
 
 
 def allfinite(tree: Tree) -> Bool[Tensor, ""]:

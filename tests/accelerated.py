@@ -193,6 +193,8 @@ def _launches() -> list[float]:
     from recipes.evidence.gpu import case
     from recipes.evidence.gpu.subject import iteration, race_at
 
+    # torch takes lists of these types to its multi-tensor kernels.
+    torch.utils._foreach_utils._foreach_supported_types.append(accelerator.Pretended)
     bilevel.resident.pieces.ENTRIES //= SMALLER
     bilevel.resident.parts.DEVICE_ENTRIES //= SMALLER
     shape = Shape("1/32 width", 24, 28, 152, 32, vocabulary=4740, image=56, text=40)

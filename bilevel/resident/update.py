@@ -17,6 +17,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from bilevel import tree
+from bilevel.autodiff.torch_private import foreach_mul
 from bilevel.lower.steps import Point
 from bilevel.optimizers.base import OptimizerState, clip_scale
 from bilevel.optimizers.elementwise import ElementwiseOptimizer
@@ -70,7 +71,7 @@ def step_(
     plain = replace(optimizer, max_norm=None)
     moments = [moment for moment, kept in zip(columns[2:], state[1:], strict=True) if kept]
     for part in parts([columns.params, raw, *moments]):
-        seen = {cut: _scaled(cut.of(raw), weight, optimizer.state_dtype, clip) for cut in part}
+        seen = _seen(part, raw, weight, optimizer.state_dtype, clip)
         if kernel is not None and _alike(part, columns, raw):
             _fused(kernel, optimizer, int(state.steps), part, columns, raw, seen, clip, slopes)
         else:
@@ -186,11 +187,26 @@ def _columns(point: Point) -> tuple[_Columns, Any]:
     return _Columns(names, leaves, *moments), structure
 
 
+def _seen(
+    part: Sequence[Cut],
+    raw: Leaves,
+    weight: float | None,
+    dtype: torch.dtype | None,
+    clip: Tensor | None,
+) -> dict[Cut, Tensor]:
+    """Return the gradients of a part as the rule sees them, on a device in a few kernels."""
+    grads = _of(part, raw)
+    together = len({grad.dtype for grad in grads}) == 1 and not any(grad.is_cpu for grad in grads)
+    if clip is not None and weight is None and dtype is None and together:
+        grads = list(foreach_mul(grads, clip.to(grads[0])))
+        return dict(zip(part, grads, strict=True))
+    return {cut: _scaled(grad, weight, dtype, clip) for cut, grad in zip(part, grads, strict=True)}
+
+
 def _scaled(
-    grad: Tensor | None, weight: float | None, dtype: torch.dtype | None, clip: Tensor | None
+    grad: Tensor, weight: float | None, dtype: torch.dtype | None, clip: Tensor | None
 ) -> Tensor:
     """Return the gradient as the rule sees it, with the roundings of the functional step."""
-    assert grad is not None
     if weight is not None:
         grad = torch.zeros_like(grad) if weight == 0.0 else grad * weight
     grad = grad.to(dtype or grad.dtype)
