@@ -8,6 +8,7 @@ average of v if there is one.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -174,4 +175,4 @@ def _multiplied(single: Single, direction: Gathered, leaves: Tree) -> LowerPass:
 
 
 def _finite(*values: Tree) -> bool:
-    return all(bool(torch.isfinite(tree.norm(value))) for value in values)
+    return all(math.isfinite(float(tree.norm(value))) for value in values)
