@@ -22,6 +22,9 @@ from tests import accelerator
 from tests.launches import Launches
 from tests.tiny_task import Task, make_task
 
+MANY = 100
+"""Leaves whose norm a device takes together."""
+
 LAUNCHING = ("dot", "dot, upper-first", "ghost", "floor")
 """Contenders whose kernels are counted."""
 
@@ -231,8 +234,11 @@ def _faults() -> list[float]:
     mixed = mixed + torch.tensor(1.0)  # a number is none
     bad = torch.tensor([math.nan, math.inf, -math.inf, 3e38]).to(accelerator.device())
     finite = [tree.allfinite({"a": there, "b": value}) for value in bad.split(1)]
-    found = tree.on_host({"finite": torch.stack(finite), "sum": mixed.sum()})  # a wait
-    return [float(found["sum"]), *chosen.tolist(), *map(float, found["finite"])]  # a wait
+    norm = tree.norm([there + leaf for leaf in range(MANY)])
+    sums = {"finite": torch.stack(finite), "sum": mixed.sum(), "norm": norm}
+    found = tree.on_host(sums)  # a wait
+    finite_ones = map(float, found["finite"])
+    return [float(found["sum"]), float(found["norm"]), *chosen.tolist(), *finite_ones]  # a wait
 
 
 if __name__ == "__main__":
