@@ -145,7 +145,14 @@ def norm(tree: Tree) -> Float[Tensor, ""]:
 
 
 def _norm_is_taken_together(leaf: Tensor) -> bool:
-    return not leaf.is_cpu and not leaf.requires_grad and leaf.dtype is wide_dtype(leaf.dtype)
+    if leaf.is_cpu or leaf.requires_grad or is_sharded(leaf):
+        return False
+    return leaf.dtype is wide_dtype(leaf.dtype)
+
+
+def is_sharded(leaf: Tensor) -> bool:
+    """Return whether a tensor is spread over a mesh of devices, as torch's ``DTensor`` is."""
+    return hasattr(leaf, "device_mesh")
 
 
 def allfinite(tree: Tree) -> Bool[Tensor, ""]:

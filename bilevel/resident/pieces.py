@@ -82,9 +82,12 @@ class Gathered(NamedTuple):
 
 
 def in_pieces(params: Tree) -> bool:
-    """Return whether gradients of these parameters are gathered: all are on one device, no CPU."""
-    devices = {leaf.device for leaf in tree.leaves(params)}
-    return len(devices) == 1 and next(iter(devices)).type not in ("cpu", "meta")
+    """Return whether gradients are gathered: all parameters are whole and on one device, no CPU."""
+    leaves = tree.leaves(params)
+    devices = {leaf.device for leaf in leaves}
+    if len(devices) != 1 or any(tree.is_sharded(leaf) for leaf in leaves):
+        return False
+    return next(iter(devices)).type not in ("cpu", "meta")
 
 
 class Gathering:

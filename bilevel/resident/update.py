@@ -196,7 +196,9 @@ def _seen(
 ) -> dict[Cut, Tensor]:
     """Return the gradients of a part as the rule sees them, on a device in a few kernels."""
     grads = _of(part, raw)
-    together = len({grad.dtype for grad in grads}) == 1 and not any(grad.is_cpu for grad in grads)
+    together = len({grad.dtype for grad in grads}) == 1 and not any(
+        grad.is_cpu or tree.is_sharded(grad) for grad in grads
+    )
     if clip is not None and weight is None and dtype is None and together:
         grads = list(foreach_mul(grads, clip.to(grads[0])))
         return dict(zip(part, grads, strict=True))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -100,6 +101,11 @@ def test_other_leaves_in_the_order_of_a_piece():
 
 
 def test_pieces_are_for_one_device_that_is_no_cpu():
+    there = [SimpleNamespace(device=torch.device("cuda", index)) for index in range(2)]
+    sharded = SimpleNamespace(device=torch.device("cuda", 0), device_mesh="of two")
+    assert in_pieces({"a": there[0], "b": there[0]})
+    assert not in_pieces({"a": there[0], "b": there[1]})
+    assert not in_pieces({"a": there[0], "b": sharded})
     assert not in_pieces(draw(0))
     assert not in_pieces({})
     assert not in_pieces({"a": torch.zeros(2, device="meta")})
