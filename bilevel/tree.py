@@ -27,6 +27,10 @@ else:  # typing cannot resolve an alias that names itself
 T = TypeVar("T")
 TreeT = TypeVar("TreeT", bound=Tree)
 
+# Above so many leaves on a device, kernels that take many tensors, a stretch of each at a time, are
+# fewer than one per leaf.
+_MANY = 64
+
 _BLOCK = 1 << 18  # entries of one BLAS dot: off by 1e-6 of the norm of the products in float32
 
 # The name of the only leaf of a tree that is a bare tensor.
@@ -133,9 +137,22 @@ def norm(tree: Tree) -> Float[Tensor, ""]:
     tensors = leaves(tree)
     if not tensors:
         return torch.zeros(())
+    if len(tensors) > _MANY and all(_norm_is_taken_together(leaf) for leaf in tensors):
+        return torch.nn.utils.get_total_norm(tensors)  # without a graph
     norms = [torch.linalg.vector_norm(leaf, dtype=wide_dtype(leaf.dtype)) for leaf in tensors]
     together: Tensor = torch.linalg.vector_norm(torch.stack([n.to(norms[0].device) for n in norms]))
     return together
+
+
+def _norm_is_taken_together(leaf: Tensor) -> bool:
+    if leaf.is_cpu or leaf.requires_grad or is_sharded(leaf):
+        return False
+    return leaf.dtype is wide_dtype(leaf.dtype)
+
+
+def is_sharded(leaf: Tensor) -> bool:
+    """Return whether a tensor is spread over a mesh of devices, as torch's ``DTensor`` is."""
+    return hasattr(leaf, "device_mesh")
 
 
 def allfinite(tree: Tree) -> Bool[Tensor, ""]:

@@ -20,12 +20,22 @@ import torch
 from bilevel import tree
 from prm.losses import pair_loss
 from tests import accelerator, faked
+from tests.launches import Launches
 from tests.tiny_task import Task, make_task
 from weighting.normalise import batch_mean_one
 
 STEP, STEPS = 6, 8
 """Number of the step whose waits are noted, and of all; counted from 0, lines are written at odd
 ones. Before that a run looks at the first step, and at two from where its weights leave 1 on."""
+
+MANY = 100
+"""Leaves whose norm a device takes together."""
+
+LAUNCHING = ("dot", "dot, upper-first", "ghost", "floor")
+"""Contenders whose kernels are counted."""
+
+SMALLER = 1024
+"""How many times as many entries the real model has as the one whose kernels are counted."""
 
 TRAININGS: dict[str, dict[str, Any]] = {
     "none": {"weighting": "none"},
@@ -63,6 +73,8 @@ TRAININGS: dict[str, dict[str, Any]] = {
 ON_CPU = "table on the CPU"
 FAULTS = "faults"
 FORWARD_MODE = "forward mode"
+RACE = "race"
+LAUNCHES = "launches"
 USES = ("cold-start", "score", "evaluate", "weigh", "small-loss")
 
 
@@ -125,6 +137,10 @@ def _scenario(task: Task, folder: Path, name: str) -> list[float]:
 
     if name == FAULTS:
         return _faults()
+    if name == RACE:
+        return _race()
+    if name == LAUNCHES:
+        return _launches()
     if name == "cold-start":
         return _logged(run_cold_start(task.cold_start(folder, steps=STEPS, log_every=2)))
     if name in TRAININGS or name == ON_CPU:
@@ -162,6 +178,69 @@ def _use(task: Task, folder: Path, name: str) -> None:
     assert commands.run(command, options) == 0, f"{command} failed"
 
 
+def _race() -> list[float]:
+    """Take iterations of the contenders on a GPU; return the last hypergradients in pairs.
+
+    The first of a pair is of the accelerator, the second of the CPU.
+    """
+    from recipes.evidence.bench.race.model import SHAPES
+    from recipes.evidence.gpu import case
+    from recipes.evidence.gpu.subject import iteration, race_at
+
+    found = []
+    for contender in (case.FLOOR, case.PASSES, case.ORIGINAL, case.DOT, case.GHOST):
+        for place in (accelerator.device(), torch.device("cpu")):
+            begun = _started(SHAPES["tiny"], place)
+            race = race_at(begun, case.Case("step", contender, case.FULL_PRECISION))
+            run = iteration(race, contender, race.batch(1, 1), race.batch(1, 2))
+            for _ in range(3):
+                hypergradient = run()
+            if hypergradient is not None:
+                found.append(float(hypergradient.sum()))
+    return found
+
+
+def _launches() -> list[float]:
+    """Return the kernels of both passes of an InternVL3-1B, and what iterations start beside them.
+
+    The model has all its 733 tensors, with 1/32 of the widths, and so 1/1024 of the entries.
+    """
+    import bilevel.resident.parts
+    import bilevel.resident.pieces
+    from recipes.evidence.bench.race.model import Shape
+    from recipes.evidence.gpu import case
+    from recipes.evidence.gpu.subject import iteration, race_at
+
+    # torch takes lists of these types to its multi-tensor kernels.
+    torch.utils._foreach_utils._foreach_supported_types.append(accelerator.Pretended)
+    bilevel.resident.pieces.ENTRIES //= SMALLER
+    bilevel.resident.parts.DEVICE_ENTRIES //= SMALLER
+    shape = Shape("1/32 width", 24, 28, 152, 32, vocabulary=4740, image=56, text=40)
+    begun = _started(shape, accelerator.device())
+    found: list[float] = []
+    for contender in (case.PASSES, *LAUNCHING):
+        race = race_at(begun, case.Case("step", contender, case.FULL_PRECISION))
+        assert len(race.params) == 733
+        run = iteration(race, contender, race.batch(1, 1), race.batch(1, 2))
+        run()
+        with Launches(SMALLER) as counted:
+            run()
+        found.append(counted.launched.total() - (found[0] if found else 0))
+    bilevel.resident.pieces.ENTRIES *= SMALLER
+    bilevel.resident.parts.DEVICE_ENTRIES *= SMALLER
+    return found
+
+
+def _started(shape: Any, place: torch.device) -> Any:
+    """Return a model of the race that was drawn on the CPU and moved."""
+    from recipes.evidence.gpu.subject import start
+
+    begun = start(shape, "cpu")
+    begun.race.objective.prm.model.to(place)
+    begun.race.weights["deviation"] = begun.race.weights["deviation"].to(place)
+    return begun
+
+
 def _faults() -> list[float]:
     """Make one fault of each kind, and return what the accelerator computed."""
     there = torch.arange(3.0).to(accelerator.device())  # a transfer
@@ -175,8 +254,11 @@ def _faults() -> list[float]:
     flat = torch.zeros(2).to(accelerator.device())  # a transfer
     nothing = pair_loss(flat, flat, flat.long())  # no pair
     finite += [batch_mean_one(flat).isfinite().all(), nothing.isfinite()]
-    found = tree.on_host({"finite": torch.stack(finite), "sum": mixed.sum()})  # a wait
-    return [float(found["sum"]), *chosen.tolist(), *map(float, found["finite"])]  # a wait
+    norm = tree.norm([there + leaf for leaf in range(MANY)])
+    sums = {"finite": torch.stack(finite), "sum": mixed.sum(), "norm": norm}
+    found = tree.on_host(sums)  # a wait
+    finite_ones = map(float, found["finite"])
+    return [float(found["sum"]), float(found["norm"]), *chosen.tolist(), *finite_ones]  # a wait
 
 
 if __name__ == "__main__":

@@ -217,6 +217,12 @@ class ElementwiseOptimizer:
             predicted: Tree = structure.unflatten(columns[0])
             return predicted
 
+    @property
+    def predicts_from(self) -> tuple[bool, bool]:
+        """Whether ``predicted_grads_vjp`` looks at the first moment, and at the second."""
+        first, second = self._moments()
+        return first and self._predicts_from_first, second
+
     # A subclass defines the moments that it keeps, its rule, and the rule's derivative.
 
     def _moments(self) -> tuple[bool, bool]:

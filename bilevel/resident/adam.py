@@ -73,8 +73,8 @@ class FusedAdam:
         seen = list(grads)
         if decay and not self.decoupled:
             seen = list(foreach_add(seen, list(params), alpha=decay))
-        device = params[0].device
-        count = torch.tensor(float(self.steps), device=device if device.type != "cpu" else "cpu")
+        # Filled where it is: a number that is copied to a device holds up the host.
+        count = torch.full((), float(self.steps), device=params[0].device)
         fused_adamw_(
             list(params),
             seen,
@@ -135,3 +135,38 @@ class FusedAdam:
         foreach_add_(bend, (1.0 - beta1) * gain * factor)
         foreach_mul_(root, bend)
         foreach_mul_(list(raw), [one.to(raw[0].dtype) for one in root])
+
+    def slope_of_piece_(
+        self, flat: Tensor, first: Sequence[Tensor], second: Sequence[Tensor], factor: float
+    ) -> None:
+        """Multiply a gradient by the derivative of the step's direction, in place.
+
+        In seven operations and two temporaries, in whatever memory the moments are.
+
+        With x = ĝ/(√s'+e), and the other names as in ``slope_``::
+
+            ĝ ← factor · k x ((1−β₁) − (1−β₂) m'/√s' x)
+
+        Args:
+            flat: ĝ, the gradient that the rule saw, [entries].
+            first: m' of the same leaves, in order.
+            second: s'.
+            factor: ``−lr``, divided by what the gradient had been multiplied by.
+        """
+        (beta1, beta2), steps = self.betas, self.steps
+        correction2 = 1.0 - beta2**steps
+        gain = factor * math.sqrt(correction2) / (1.0 - beta1**steps)
+        wide = tree.wide_dtype(flat.dtype)
+        root, bend = (
+            torch.cat([leaf.reshape(-1) for leaf in column]).to(wide) for column in (second, first)
+        )
+        # Where s' = 0, ĝ is 0, and so is all of it.
+        least = math.sqrt(torch.finfo(wide).tiny * torch.finfo(wide).eps)
+        bend.div_(root.sqrt_().clamp_min_(least))
+        x = flat.to(wide)
+        x.div_(root.add_(self.eps * math.sqrt(correction2)))
+        straight = torch.full((), (1.0 - beta1) * gain, dtype=wide, device=flat.device)
+        torch.addcmul(straight, bend, x, value=-(1.0 - beta2) * gain, out=bend)
+        x.mul_(bend)
+        if x is not flat:
+            flat.copy_(x)

@@ -19,15 +19,17 @@ from torch import Tensor
 
 from bilevel import tree
 from bilevel.autodiff import random_state
-from bilevel.autodiff.gradient import UpperGradient, as_leaves, dense, ignored_lower
-from bilevel.autodiff.recomputation import watched_backward
+from bilevel.autodiff.gradient import UpperGradient, as_leaves
 from bilevel.hypergradients.base import HypergradientResult
 from bilevel.hypergradients.one_step import OneStep, step_notes
 from bilevel.hypergradients.update_derivative import Identity
 from bilevel.lower.mixed_product import mixed_product
 from bilevel.lower.steps import LowerSteps, Point, Window
-from bilevel.problem import Batch, Params, Problem, detached, upper_value
+from bilevel.optimizers.point import Leaves
+from bilevel.problem import Batch, Params, Problem
+from bilevel.resident.pieces import Gathered, Gathering, Piece
 from bilevel.resident.plain import single_pass, single_step
+from bilevel.resident.streamed import streamed_upper_gradient
 from bilevel.tree import Tree
 
 
@@ -61,7 +63,7 @@ def take_window(
         elif differentiate:
             with random_state.rewound_to(random, point.lower_params):
                 upper, dot = dotted_upper_gradient(
-                    window.problem, point, upper_params, upper_batch, single.grads
+                    window.problem, point, upper_params, upper_batch, single.grads, single.gathered
                 )
             slope = dot if exact else -dot
             micro = replace(single.micro, dots=_known(slope))
@@ -80,46 +82,52 @@ def take_window(
 
 
 def dotted_upper_gradient(
-    problem: Problem, point: Point, upper_params: Params, batch: Batch, along: Tree
+    problem: Problem,
+    point: Point,
+    upper_params: Params,
+    batch: Batch,
+    along: Tree,
+    gathered: Gathered | None = None,
 ) -> tuple[UpperGradient, Float[Tensor, ""]]:
     """Return the upper loss, its gradient in φ, and ⟨v, along⟩, v = ∇_θ L_upper never being whole.
+
+    Args:
+        problem: The losses.
+        point: θ and the optimizer's state.
+        upper_params: φ, requiring grad.
+        batch: The upper batch.
+        along: Like θ; None leaves are zero.
+        gathered: The same in pieces. v is then put together likewise.
 
     Raises:
         ValueError: The loss is not a scalar.
     """
-    with torch.enable_grad():
-        lower, upper = as_leaves(point.lower_params), as_leaves(upper_params)
-        leaves, structure = optree.tree_flatten(lower, none_is_leaf=True)
-        directions = structure.flatten_up_to(along)
-        # In the order of ``tree.vdot``.
-        terms: list[list[Tensor]] = [[] for _ in leaves]
-        reached: list[int] = []
-        for index, (leaf, direction) in enumerate(zip(leaves, directions, strict=True)):
-            if leaf is not None:
-                hook = _hook(index, direction, terms[index], reached)
-                leaf.register_post_accumulate_grad_hook(hook)
-        loss, aux = upper_value(problem, lower, upper, batch)
-        wanted = [*tree.leaves(lower), *tree.leaves(upper)]
-        if wanted and loss.requires_grad:
-            watched_backward([loss], wanted, accumulate=True)
-    direct: Tree = optree.tree_map(lambda leaf: dense(leaf.grad), upper)
-    notes = ignored_lower(lower, loss if reached else None)
-    dot = tree.total([term for found in terms for term in found], like=point.lower_params)
-    return UpperGradient(loss.detach(), None, direct, detached(aux), notes), dot
+    leaves, structure = optree.tree_flatten(point.lower_params, none_is_leaf=True)
+    directions: Leaves = structure.flatten_up_to(along)
+    # In the order of ``tree.vdot``.
+    terms: list[list[Tensor]] = [[] for _ in leaves]
 
+    @torch.no_grad()
+    def multiply(v: Piece) -> None:
+        wide = v.flat.to(tree.wide_dtype(v.flat.dtype))  # v is not needed afterwards
+        assert gathered is not None
+        terms[v.leaves[0]].append(wide.mul_(gathered.in_order_of(v, directions, leaves)).sum())
 
-def _hook(
-    index: int, direction: Tensor | None, terms: list[Tensor], reached: list[int]
-) -> Callable[[Tensor], None]:
-    # Knows nothing of the leaf that it hangs on, whose memory a cycle would hold.
-    def use(leaf: Tensor) -> None:
-        v, leaf.grad = dense(leaf.grad), None
-        assert v is not None
-        reached.append(index)
-        if direction is not None:
-            terms.extend(tree.dot_terms(direction, v))
+    gathering = None if gathered is None else Gathering(gathered.keys, multiply)
 
-    return use
+    def receive(index: int, v: Tensor) -> None:
+        direction = directions[index]
+        if direction is None:
+            return
+        if gathering is None:
+            terms[index].extend(tree.dot_terms(direction, v))
+        else:
+            gathering.add(index, v)
+
+    upper = streamed_upper_gradient(problem, point, upper_params, batch, receive)
+    if gathering is not None:
+        gathering.finish()
+    return upper, tree.total([term for one in terms for term in one], like=point.lower_params)
 
 
 def _known(dot: Float[Tensor, ""]) -> Callable[[Any], Float[Tensor, "1"]]:

@@ -44,7 +44,9 @@ class ResidentSolver(BilevelSolver[Lower, Upper, BatchT]):
     ==============================================  ======  ==================================
 
     Every other route serves in order upper-first, too, with what it needs itself beside that. More
-    than one micro-batch of several examples costs one gradient more.
+    than one micro-batch of several examples costs one gradient more. On a device a single example's
+    gradient and v are gathered in pieces of 2²⁸ entries (``bilevel.resident.pieces``), which takes
+    one piece more, and two in the step.
 
     A step whose gradient is not finite is left out, and so is an upper step, as in
     ``BilevelSolver``: the loss and the norm of the gradient are looked at before θ moves. ``Adam``

@@ -17,6 +17,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from bilevel import tree
+from bilevel.autodiff.torch_private import foreach_mul
 from bilevel.lower.steps import Point
 from bilevel.optimizers.base import OptimizerState, clip_scale
 from bilevel.optimizers.elementwise import ElementwiseOptimizer
@@ -25,6 +26,7 @@ from bilevel.optimizers.point import Leaves, column
 from bilevel.resident.adam import FusedAdam
 from bilevel.resident.memory import is_dense
 from bilevel.resident.parts import Cut, parts
+from bilevel.resident.pieces import Gathered, Piece
 from bilevel.tree import Tree
 
 
@@ -71,7 +73,7 @@ def step_(
     plain = replace(optimizer, max_norm=None)
     moments = [moment for moment, kept in zip(columns[2:], state[1:], strict=True) if kept]
     for part in parts([columns.params, raw, *moments]):
-        seen = {cut: _scaled(cut.of(raw), weight, optimizer.state_dtype, clip) for cut in part}
+        seen = _seen(part, raw, weight, optimizer.state_dtype, clip)
         if kernel is not None and _alike(part, columns, raw):
             _fused(
                 kernel, optimizer, int(state.steps), part, columns, raw, seen, clip, slopes, usual
@@ -79,6 +81,74 @@ def step_(
         else:
             _by_rule(plain, state.steps, part, columns, raw, seen, clip, slopes, usual)
     return Point(point.lower_params, state._replace(steps=state.steps + 1))
+
+
+@torch.no_grad()
+def step_in_pieces_(
+    optimizer: ElementwiseOptimizer,
+    point: Point,
+    gathered: Gathered,
+    norm: Float[Tensor, ""],
+    weight: float,
+    *,
+    slopes: bool,
+) -> Point | None:
+    """Take a step in place, like ``step_``, of a gradient in pieces.
+
+    The numbers of operations are those of pieces, not of leaves.
+
+    Args:
+        optimizer: Takes the step.
+        point: θ and the optimizer's state; changed.
+        gathered: The gradient; changed.
+        norm: The norm of ``weight`` · gradient, on the host.
+        weight: What the gradient is multiplied by.
+        slopes: See ``step_``.
+
+    Returns:
+        The point after the step; None, with nothing changed, where only ``step_`` can take it.
+    """
+    state: OptimizerState = point.optimizer_state
+    count = int(state.steps)
+    kernel = FusedAdam.of(optimizer, count + 1)
+    scale = weight
+    if optimizer.max_norm is not None:
+        scale *= float(clip_scale(norm, optimizer.max_norm))
+    if kernel is None or abs(scale) < _LEAST_SCALE:
+        return None
+    columns, _ = _columns(point)
+    raw = gathered.views(columns.params)
+    cuts = [Cut(leaf) for piece in gathered.pieces for leaf in piece.leaves]
+    groups = _by_group(optimizer, count, cuts, columns.names)
+    coupled = not kernel.decoupled and any(decay for _, decay in groups)
+    turned = any(not leaf.is_contiguous() for leaf in _of(cuts, columns.params))
+    if coupled or turned or not all(_alike([cut], columns, raw) for cut in cuts):
+        return None
+    rates = {cut.leaf: lr for (lr, _), some in groups.items() for cut in some}
+    if scale != 1.0:
+        for piece in gathered.pieces:
+            piece.flat.mul_(scale)
+    for (lr, decay), some in groups.items():
+        params, first, second, grads = (
+            _of(some, leaves) for leaves in (columns.params, columns.first, columns.second, raw)
+        )
+        kernel.step_(params, grads, first, second, lr, decay)
+    for piece in gathered.pieces if slopes else ():
+        some = [Cut(leaf) for leaf in piece.leaves]
+        first, second = _of(some, columns.first), _of(some, columns.second)
+        # All leaves of a piece are of one group of rates.
+        kernel.slope_of_piece_(piece.flat, first, second, -rates[piece.leaves[0]] / weight)
+    return Point(point.lower_params, state._replace(steps=state.steps + 1))
+
+
+# With less, a gradient times weight and clip could lose digits that the direction still needs.
+_LEAST_SCALE = 2.0**-40
+
+
+def group_names(optimizer: ElementwiseOptimizer, params: Tree) -> list[str]:
+    """Return the group of rates of each leaf, in order."""
+    names = tree.names(params, none_is_leaf=True)
+    return [optimizer.group(name) if optimizer.group else ONLY for name in names]
 
 
 @torch.no_grad()
@@ -93,6 +163,26 @@ def predict_(optimizer: ElementwiseOptimizer, point: Point, v: Tree) -> None:
         _copy(part, bars, optimizer.predicted_grads_vjp(state, params, given), columns.names)
 
 
+@torch.no_grad()
+def predict_in_pieces(optimizer: ElementwiseOptimizer, point: Point, v: Gathered) -> Gathered:
+    """Return μ of v before the gradient is known, like ``predict_``; v is freed piece by piece."""
+    columns, _ = _columns(point)
+    found = Gathered(v.keys, [])
+    while v.pieces:
+        piece = v.pieces.pop(0)
+        # The rule is elementwise: a piece is one parameter, of which it sees shape and group alone.
+        name, cuts = columns.names[piece.leaves[0]], [Cut(leaf) for leaf in piece.leaves]
+        moments = [
+            {name: torch.cat([leaf.reshape(-1) for leaf in _of(cuts, column)])} if kept else None
+            for column, kept in zip(columns[2:], optimizer.predicts_from, strict=True)
+        ]
+        state = OptimizerState(point.optimizer_state.steps, *moments)
+        given: Any = {name: piece.flat}
+        predicted: Any = optimizer.predicted_grads_vjp(state, given, given)
+        found.pieces.append(Piece(piece.leaves, predicted[name]))
+    return found
+
+
 def _columns(point: Point) -> tuple[_Columns, Any]:
     leaves, structure = optree.tree_flatten(point.lower_params, none_is_leaf=True)
     state = point.optimizer_state
@@ -101,11 +191,28 @@ def _columns(point: Point) -> tuple[_Columns, Any]:
     return _Columns(names, leaves, *moments), structure
 
 
+def _seen(
+    part: Sequence[Cut],
+    raw: Leaves,
+    weight: float | None,
+    dtype: torch.dtype | None,
+    clip: Tensor | None,
+) -> dict[Cut, Tensor]:
+    """Return the gradients of a part as the rule sees them, on a device in a few kernels."""
+    grads = _of(part, raw)
+    together = len({grad.dtype for grad in grads}) == 1 and not any(
+        grad.is_cpu or tree.is_sharded(grad) for grad in grads
+    )
+    if clip is not None and weight is None and dtype is None and together:
+        grads = list(foreach_mul(grads, clip.to(grads[0])))
+        return dict(zip(part, grads, strict=True))
+    return {cut: _scaled(grad, weight, dtype, clip) for cut, grad in zip(part, grads, strict=True)}
+
+
 def _scaled(
-    grad: Tensor | None, weight: float | None, dtype: torch.dtype | None, clip: Tensor | None
+    grad: Tensor, weight: float | None, dtype: torch.dtype | None, clip: Tensor | None
 ) -> Tensor:
     """Return the gradient as the rule sees it, with the roundings of the functional step."""
-    assert grad is not None
     if weight is not None:
         grad = torch.zeros_like(grad) if weight == 0.0 else grad * weight
     grad = grad.to(dtype or grad.dtype)
@@ -202,8 +309,7 @@ def _fused(
     groups = _by_group(optimizer, count, part, columns.names)
     for (lr, decay), cuts in groups.items():
         params, first, second, grads = (
-            [leaf for cut in cuts if (leaf := cut.of(leaves)) is not None]
-            for leaves in (columns.params, columns.first, columns.second, raw)
+            _of(cuts, leaves) for leaves in (columns.params, columns.first, columns.second, raw)
         )
         laid_out = [
             one if one.stride() == param.stride() else torch.empty_like(param).copy_(one)
@@ -213,6 +319,10 @@ def _fused(
         if slopes:
             scale = 1.0 if clip is None else float(clip)
             kernel.slope_(grads, used, first, second, -lr * scale)
+
+
+def _of(cuts: Sequence[Cut], column: Leaves) -> list[Tensor]:
+    return [leaf for cut in cuts if (leaf := cut.of(column)) is not None]
 
 
 def _by_group(

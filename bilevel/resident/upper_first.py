@@ -8,6 +8,11 @@ average of v if there is one.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+
+import optree
 import torch
 from torch import Tensor
 
@@ -18,14 +23,26 @@ from bilevel.autodiff.random_state import RandomState
 from bilevel.hypergradients.base import HypergradientResult
 from bilevel.hypergradients.one_step import DirectionAverage, OneStep, keeps_graph, step_notes
 from bilevel.hypergradients.update_derivative import Identity
-from bilevel.lower.lower_pass import lower_pass
+from bilevel.lower.lower_pass import LowerPass, lower_pass
 from bilevel.lower.mixed_product import mixed_product
 from bilevel.lower.steps import LowerSteps, Point, Window
+from bilevel.optimizers.point import Leaves
 from bilevel.problem import Batch
 from bilevel.resident.average import average_, without_
 from bilevel.resident.memory import owned
-from bilevel.resident.plain import Taken, optimizer_of, plain_step, take
-from bilevel.resident.update import predict_
+from bilevel.resident.pieces import Gathered, Gathering, in_pieces
+from bilevel.resident.plain import (
+    Single,
+    Taken,
+    optimizer_of,
+    plain_step,
+    single_pass,
+    single_step,
+    take,
+)
+from bilevel.resident.streamed import streamed_upper_gradient
+from bilevel.resident.update import group_names, predict_, predict_in_pieces
+from bilevel.routes import Dot
 from bilevel.tree import Tree
 
 
@@ -48,6 +65,9 @@ def take_window(
     for index, batches in enumerate(window.batches):
         if upper_batch is not None and index == len(window.batches) - 1:
             taken, result = _differentiated(window, method, point, upper_batch, memory)
+        elif _gathers(window, method, point, batches):
+            upper_params = tree.map(Tensor.detach, window.upper_params)
+            taken = single_step(window, point, single_pass(window, upper_params, point, batches[0]))
         else:
             taken = plain_step(window, method.route, point, batches)
         point = taken.point
@@ -67,31 +87,40 @@ def _differentiated(
     """Take the last step of a window, and differentiate through it."""
     random = random_state.capture(point.lower_params)
     upper_params = as_leaves(window.upper_params)
-    upper = _upper_gradient(window, point, upper_batch, random)
-    direction, averaged = owned(upper.lower), memory
+    upper, v = _upper_gradient(window, point, upper_batch, random)
+    direction, averaged = owned(upper.lower) if v is None else upper.lower, memory
     upper = upper._replace(lower=None)
     if memory is not None and _finite(direction, upper.loss):
         averaged = average_(direction, memory, method.direction_decay)
     if isinstance(method.update_derivative, Identity):
         with torch.no_grad():
-            tree.map(Tensor.neg_, direction)
-    else:
+            tree.map(Tensor.neg_, direction if v is None else [piece.flat for piece in v.pieces])
+    elif v is None:
         predict_(optimizer_of(window), point, direction)
-    passed = lower_pass(
-        window.problem,
-        method.route,
-        point.lower_params,
-        upper_params,
-        window.batches[-1],
-        differentiate=True,
-        direction=direction,
-        keep_graph=keeps_graph(method, window, point.lower_params),
-        guard=window.guard,
-    )
+    else:
+        del direction
+        v = predict_in_pieces(optimizer_of(window), point, v)
+        direction = v.like(point.lower_params)
+    single = None
+    if v is not None and _gathers(window, method, point, window.batches[-1]):
+        single = single_pass(window, upper_params, point, window.batches[-1][0])
+        passed = _multiplied(single, v, direction)
+    else:
+        passed = lower_pass(
+            window.problem,
+            method.route,
+            point.lower_params,
+            upper_params,
+            window.batches[-1],
+            differentiate=True,
+            direction=direction,
+            keep_graph=keeps_graph(method, window, point.lower_params),
+            guard=window.guard,
+        )
     product = mixed_product(
         window.problem, method.route, passed, point.lower_params, upper_params, direction
     )
-    del direction
+    del direction, v
     with torch.no_grad():
         hypergradient = tree.add(product, upper.direct)
     result = HypergradientResult(
@@ -106,17 +135,51 @@ def _differentiated(
     if moved and not _finite(hypergradient, upper.loss, passed.grad_norm):
         assert memory is not None
         # φ will not move, and neither does the average: θ is where it was, and so is v.
-        again = _upper_gradient(window, point, upper_batch, random)
+        again, _ = _upper_gradient(window, point, upper_batch, random)
         without_(again.lower, memory, method.direction_decay)
+    if single is not None:
+        return single_step(window, point, single), result
     return take(window, point, passed), result
 
 
 def _upper_gradient(
     window: Window, point: Point, batch: Batch, random: RandomState
-) -> UpperGradient:
-    with random_state.rewound_to(random, point.lower_params):
-        return upper_gradient(window.problem, point.lower_params, window.upper_params, batch)
+) -> tuple[UpperGradient, Gathered | None]:
+    """Return the upper gradient, and on a device the pieces that v consists of."""
+    problem, params = window.problem, point.lower_params
+    with random_state.rewound_to(random, params):
+        if not in_pieces(params):
+            return upper_gradient(problem, params, window.upper_params, batch), None
+        v = Gathered(group_names(optimizer_of(window), params), [])
+        gathering = Gathering(v.keys, v.pieces.append)
+        upper = streamed_upper_gradient(problem, point, window.upper_params, batch, gathering.add)
+        gathering.finish()
+        return upper._replace(lower=v.like(params)), v
+
+
+def _gathers(window: Window, method: OneStep, point: Point, batches: Sequence[Batch]) -> bool:
+    """Return whether the gradient of a step is that of a single example, in pieces.
+
+    Its weight and norm are numbers of the host, so not where the host does not look.
+    """
+    looks = window.guard.usual is None
+    return looks and method.route == Dot() and len(batches) == 1 and in_pieces(point.lower_params)
+
+
+@torch.no_grad()
+def _multiplied(single: Single, direction: Gathered, leaves: Tree) -> LowerPass:
+    """Return the figures of a pass of a single example, and with them ⟨μ, ∇ℓ⟩."""
+    assert single.gathered is not None
+    views: Leaves = optree.tree_leaves(leaves, none_is_leaf=True)
+    like: Leaves = optree.tree_leaves(single.grads, none_is_leaf=True)
+    terms = []
+    for piece in single.gathered.pieces:
+        wide = piece.flat.to(tree.wide_dtype(piece.flat.dtype))
+        terms.append((wide * direction.in_order_of(piece, views, like)).sum())
+    dot = tree.total(terms, like=single.grads)
+    micro = replace(single.micro, dots=lambda _: dot[None])
+    return replace(single.passed, micro_batches=[micro])
 
 
 def _finite(*values: Tree) -> bool:
-    return all(bool(torch.isfinite(tree.norm(value))) for value in values)
+    return all(math.isfinite(float(tree.norm(value))) for value in values)

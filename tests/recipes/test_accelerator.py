@@ -7,17 +7,28 @@ holds up the host until the device has done all that it was given.
 from __future__ import annotations
 
 import json
+import math
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from tests.accelerated import FAULTS, FORWARD_MODE, ON_CPU, TRAININGS, USES
+from tests.accelerated import (
+    FAULTS,
+    FORWARD_MODE,
+    LAUNCHES,
+    LAUNCHING,
+    MANY,
+    ON_CPU,
+    RACE,
+    TRAININGS,
+    USES,
+)
 from tests.faked import SOLVERS
 
 ROOT = Path(__file__).parents[2]
-SCENARIOS = (*TRAININGS, *USES)
+SCENARIOS = (*TRAININGS, *USES, RACE, LAUNCHES)
 
 LISTED = {
     "bilevel/optimizers/lazy.py:_update_rows": {"lazy"},
@@ -86,6 +97,26 @@ def test_the_run_is_that_of_the_cpu(noted):
     assert expected["kinds"] == []
 
 
+def test_a_race_in_place_is_that_of_the_cpu(noted):
+    """The hypergradients of the original, and of ``Dot`` and ``Ghost`` in place."""
+    found = noted[RACE]["losses"]
+    assert len(found) == 6
+    assert found[::2] == pytest.approx(found[1::2], rel=1e-4)
+
+
+def test_an_iteration_starts_few_kernels_beside_those_of_the_model(noted):
+    """On a model with the tensors of InternVL3-1B; by the rules of ``tests/launches.py``."""
+    passes, *beside = noted[LAUNCHES]["losses"]
+    found = dict(zip(LAUNCHING, beside, strict=True))
+    assert passes > 5000
+    assert found["dot"] <= 200
+    assert found["dot, upper-first"] <= 200
+    page = (ROOT / "docs" / "cost.md").read_text(encoding="utf-8")
+    assert f"| both passes, of the model itself | {passes:,} |" in page
+    for name, count in found.items():
+        assert f"| {name} | {count:,} |" in page
+
+
 def test_faults_are_seen(noted):
     found = noted[FAULTS]
     assert found["error"] is None
@@ -94,7 +125,9 @@ def test_faults_are_seen(noted):
     ]
     (mixed,) = found["mix-ups"]
     assert mixed.startswith("add at ")
-    assert found["losses"] == [9.0, 1.0, 2.0, *(0.0, 0.0, 0.0, 1.0, 0.0, 0.0)]
+    norm = math.sqrt(sum((leaf + entry) ** 2 for leaf in range(MANY) for entry in range(3)))
+    expected = [9.0, norm, 1.0, 2.0, *(0.0, 0.0, 0.0, 1.0, 0.0, 0.0)]
+    assert found["losses"] == pytest.approx(expected)
 
 
 LOOKED_AT = {"bilevel/lower/guard.py:lower", "bilevel/solver.py:_upper_step"}

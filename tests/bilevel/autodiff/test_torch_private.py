@@ -18,6 +18,7 @@ from bilevel.autodiff.torch_private import (
     foreach_add_,
     foreach_clamp_min,
     foreach_div,
+    foreach_mul,
     foreach_mul_,
     foreach_reciprocal_,
     foreach_sqrt,
@@ -149,6 +150,7 @@ def test_lists_of_tensors_have_the_values_of_each():
         ),
         (foreach_clamp_min(one, 0.5), [leaf.clamp(min=0.5) for leaf in one]),
         (foreach_div(one, other), [a / b for a, b in zip(one, other, strict=True)]),
+        (foreach_mul(one, torch.tensor(3.0).double()), [3.0 * leaf for leaf in one]),
         (foreach_sqrt(one), [leaf.sqrt() for leaf in one]),
     ):
         assert all(map(torch.equal, found, expected))

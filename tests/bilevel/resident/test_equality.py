@@ -39,6 +39,7 @@ from bilevel import (
     WarmupCosine,
     tree,
 )
+from bilevel.resident import pieces, plain, upper_first
 from tests.bilevel.comparing import relative, same_bits
 from tests.bilevel.problems import below_the_network
 from tests.bilevel.resident.both import assert_close, assert_same_run, both, run
@@ -65,6 +66,15 @@ UPPER = SGD(1.0, momentum=0.5)
 WARMED = 3  # a cold Adam has a hypergradient of almost 0, all rounding
 
 
+@pytest.fixture(params=[None, 1, 100, 1 << 20], ids=["leaves", "pieces of one", "pieces", "one"])
+def gradient(request, monkeypatch):
+    """How the gradient of a single example is kept: as on a CPU, or in pieces as on a device."""
+    if request.param is not None:
+        for module in (plain, upper_first):
+            monkeypatch.setattr(module, "in_pieces", lambda _: True)
+        monkeypatch.setattr(pieces, "ENTRIES", request.param)
+
+
 def singles(case, rows=(0, 1, 2, 3, 4)):
     return [pick(case.batch, [row]) for row in rows]
 
@@ -75,6 +85,7 @@ def one_by_one(case):
 
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS, ids=lambda one: type(one).__name__)
+@pytest.mark.usefixtures("gradient")
 def test_lower_first_equals_the_functional_step(optimizer):
     case = build("encoder")
     pair = both(case, one_by_one(case), 8, optimizer, UPPER, OneStep(Dot()), upper_start=WARMED)
@@ -84,6 +95,7 @@ def test_lower_first_equals_the_functional_step(optimizer):
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS, ids=lambda one: type(one).__name__)
 @pytest.mark.parametrize("route", [Dot(), Ghost()], ids=str)
+@pytest.mark.usefixtures("gradient")
 def test_upper_first_equals_the_functional_step(route, optimizer):
     case = build("encoder")
     windows = [singles(case)] if route == Dot() else [[case.batch]]
@@ -95,6 +107,7 @@ def test_upper_first_equals_the_functional_step(route, optimizer):
 
 @pytest.mark.parametrize("name", ["mlp", "tied", "frozen", "dropout", "vision", "tiles"])
 @pytest.mark.parametrize("order", ["lower-first", "upper-first"])
+@pytest.mark.usefixtures("gradient")
 def test_every_kind_of_layer(name, order):
     case = build(name)
     optimizer = AdamW(0.03, weight_decay=0.1, max_norm=0.5, eps=EPS)
@@ -108,6 +121,7 @@ ROUTES = [Auto(), Ghost(), PerExample(), Jvp(), Reverse(), CentralDifference()]
 
 @pytest.mark.parametrize("route", ROUTES, ids=str)
 @pytest.mark.parametrize("name", ["mlp", "dropout"])
+@pytest.mark.usefixtures("gradient")
 def test_every_route_upper_first(route, name):
     """Two micro-batches of unequal size, with an average of v."""
     case = build(name)
@@ -117,6 +131,7 @@ def test_every_route_upper_first(route, name):
     assert_same_run(functional, resident, 1e-12)
 
 
+@pytest.mark.usefixtures("gradient")
 def test_a_problem_without_examples_upper_first():
     case = below_the_network()
     method = OneStep(Auto(), "upper-first")
@@ -124,6 +139,7 @@ def test_a_problem_without_examples_upper_first():
     assert_same_run(functional, resident, 1e-12)
 
 
+@pytest.mark.usefixtures("gradient")
 def test_weights_that_see_the_parameters_upper_first():
     case = build("mlp")
     problem = replace(
@@ -140,6 +156,7 @@ def test_weights_that_see_the_parameters_upper_first():
 
 
 @pytest.mark.parametrize("order", ["lower-first", "upper-first"])
+@pytest.mark.usefixtures("gradient")
 def test_groups_and_decay_masks(order):
     case = build("encoder")
     optimizer = AdamW(
@@ -156,6 +173,7 @@ def test_groups_and_decay_masks(order):
 
 
 @pytest.mark.parametrize("order", ["lower-first", "upper-first"])
+@pytest.mark.usefixtures("gradient")
 def test_windows_of_several_steps_that_start_late(order):
     case = build("dropout")
     pair = both(
@@ -173,6 +191,7 @@ def test_windows_of_several_steps_that_start_late(order):
 
 
 @pytest.mark.parametrize("order", ["lower-first", "upper-first"])
+@pytest.mark.usefixtures("gradient")
 def test_an_update_derivative_of_the_literature(order):
     case = build("mlp")
     method = OneStep(Dot(), order, update_derivative=Identity())
@@ -182,6 +201,7 @@ def test_an_update_derivative_of_the_literature(order):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("order", ["lower-first", "upper-first"])
+@pytest.mark.usefixtures("gradient")
 def test_moments_of_another_precision_than_the_parameters(order, dtype):
     case = cast(build("mlp"), dtype)
     optimizer = AdamW(0.02, max_norm=0.5, state_dtype=torch.float64)

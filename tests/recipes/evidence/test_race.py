@@ -11,10 +11,10 @@ import torch
 from bilevel import SGD, AdamW, BilevelSolver, Dot, OneStep, tree
 from recipes.evidence.bench import report
 from recipes.evidence.bench.race import contenders, measure
-from recipes.evidence.bench.race.model import SHAPES, Shape, internvl_config, make_race
+from recipes.evidence.bench.race.model import SHAPES, internvl_config, make_race
 from recipes.evidence.bench.race.original import MAX_NORM, Adamw, Original
 
-TINY = Shape("tiny", 1, 56, 32, 32, vocabulary=300, image=56, text=40, steps=3)
+TINY = SHAPES["tiny"]
 DOUBLE = torch.float64
 
 
@@ -86,12 +86,12 @@ def test_ours_is_the_exact_hypergradient(race):
     state = solver.init(race.params, race.weights)._replace(
         lower_optimizer=tree.map(torch.clone, race.state)
     )
-    ours = contenders.Resident(race, OneStep(Dot()), lower, upper)
+    ours = contenders.Resident(race, OneStep(Dot()))
     for _ in range(3):  # Cold moments have a hypergradient of almost 0.
         after, _ = solver.advance(state, [[lower]], upper)
         expected = state.upper_params["deviation"] - after.upper_params["deviation"]
         state = after._replace(upper_params=race.weights)
-        found = ours.iteration()
+        found = ours.iteration(lower, upper)
     row = int(lower["index"][0])
     assert abs(float(found[row]) - float(expected[row])) < 1e-6 * abs(float(expected[row]))
     for name, leaf in race.params.items():

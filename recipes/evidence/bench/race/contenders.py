@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from bilevel import SGD, AdamW, Dot, Ghost, OneStep, ResidentSolver
+from bilevel import AdamW, Dot, Ghost, OneStep, ResidentSolver, tree
+from bilevel.tree import Tree, TreeT
 from prm.inputs.collate import Batch
 from recipes.evidence.bench.race.model import Race
 from recipes.evidence.bench.race.original import MAX_NORM, Adamw, Original
@@ -47,20 +49,38 @@ def contenders(race: Race, batch_size: int) -> list[Contender]:
     ]
     for route, (method, size) in ours.items():
         batches = race.batch(size, 1), race.batch(size, 2)
-        found.append(Contender(route, Resident(race, method, *batches).iteration, size))
+        found.append(Contender(route, partial(Resident(race, method).iteration, *batches), size))
     return found
 
 
-class Resident:
-    """Iterations of ``ResidentSolver``, whose upper optimizer reports the hypergradient alone."""
+@dataclass(frozen=True)
+class Report:
+    """An upper optimizer that leaves φ as it is, and whose state is the last hypergradient."""
 
-    def __init__(self, race: Race, method: OneStep, lower: Batch, upper: Batch) -> None:
-        self._lower, self._upper, self._race = lower, upper, race
+    def init(self, params: Tree) -> Tree:
+        """Return zeros."""
+        return tree.zeros_like(params)
+
+    def update(self, grads: Tree, state: Tree, params: TreeT) -> tuple[TreeT, Tree]:
+        """Return φ and its gradient."""
+        return params, grads
+
+
+class Resident:
+    """Iterations of ``ResidentSolver``.
+
+    Args:
+        race: θ and its moments.
+        method: The hypergradient.
+    """
+
+    def __init__(self, race: Race, method: OneStep) -> None:
+        self._race = race
         one = Adamw()
         self._solver = ResidentSolver(
             race.objective.problem(),
             AdamW(one.lr, weight_decay=one.decay, max_norm=MAX_NORM),
-            SGD(1.0),
+            Report(),
             method,
         )
         self._fields = {
@@ -68,8 +88,8 @@ class Resident:
             "memory": None,
         }
 
-    def iteration(self) -> Tensor:
-        """Take a lower step, and return the hypergradient."""
+    def iteration(self, lower: Batch, upper: Batch) -> Tensor:
+        """Take a lower step, and return the hypergradient [instances]."""
         race = self._race
         zero = torch.zeros((), dtype=torch.int64)
         counts = {
@@ -77,10 +97,11 @@ class Resident:
             for name in ("lower_steps", "upper_steps", "upper_skipped", "lower_skipped")
         }
         state: State = State(race.params, race.weights, race.state, **self._fields, **counts)
-        after, _ = self._solver.advance(state, [[self._lower]], self._upper)
+        after, _ = self._solver.advance(state, [[lower]], upper)
         race.state.steps.copy_(after.lower_optimizer.steps)
-        moved: Tensor = race.weights["deviation"] - after.upper_params["deviation"]
-        return moved
+        reported: Any = after.upper_optimizer
+        found: Tensor = reported["deviation"]
+        return found
 
 
 def floor(race: Race, lower: Batch, upper: Batch) -> Callable[[], None]:
@@ -97,18 +118,22 @@ def floor(race: Race, lower: Batch, upper: Batch) -> Callable[[], None]:
     )
     first: Any = race.state.first_moment
     second: Any = race.state.second_moment
-    for name, leaf in leaves.items():
-        count = torch.tensor(0.0)
+    counts = [torch.zeros((), device=leaf.device) for leaf in leaves.values()]
+    for (name, leaf), count in zip(leaves.items(), counts, strict=True):
         optimizer.state[leaf] = {"step": count, "exp_avg": first[name], "exp_avg_sq": second[name]}
-    objective = race.objective
+    objective, known = race.objective, 0
 
     def iteration() -> None:
-        for leaf in leaves.values():
-            optimizer.state[leaf]["step"].fill_(int(race.state.steps))
+        nonlocal known
+        if known != int(race.state.steps):  # Another contender has moved θ.
+            known = int(race.state.steps)
+            for count in counts:
+                count.fill_(known)
         objective.per_example_loss(leaves, lower)[0].mean().backward()
         optimizer.step()
         optimizer.zero_grad()
         race.state.steps.add_(1)
+        known += 1
         objective.upper_loss(leaves, race.weights, upper).backward()
         optimizer.zero_grad()
 

@@ -36,6 +36,7 @@ class Shape:
         tower: Width of the vision tower, with 16 heads and a feed-forward part four times as wide.
         vocabulary: Rows of the embedding and of the head, which are not tied.
         image: Pixels along a tile's edge; patches have 14.
+        tiles: Tiles of an image.
         text: Tokens beside those of the image.
         steps: Label positions.
     """
@@ -47,13 +48,14 @@ class Shape:
     tower: int = 1024
     vocabulary: int = 151_674
     image: int = 448
+    tiles: int = 1
     text: int = 441
     steps: int = 5
 
     @property
     def image_tokens(self) -> int:
-        """Tokens of a tile: a quarter of its patches."""
-        return (self.image // 28) ** 2
+        """Tokens of an image: for each tile a quarter of its patches."""
+        return self.tiles * (self.image // 28) ** 2
 
     @property
     def tokens(self) -> int:
@@ -62,6 +64,7 @@ class Shape:
 
 
 SHAPES = {
+    "tiny": Shape("tiny", 1, 56, 32, 32, vocabulary=300, image=56, text=40, steps=3),
     "quarter": Shape("quarter width, 6 + 6 layers", 6, 224, 1216, 256),
     "published": Shape("published widths, 2 + 2 layers", 2),
     "full": Shape("InternVL3-1B"),
@@ -98,25 +101,26 @@ class Race:
         return self.parameter_bytes + moments
 
     def batch(self, size: int, seed: int) -> Batch:
-        """Return a batch with the fields of both levels; one tile per example."""
+        """Return a batch with the fields of both levels, on θ's device."""
         shape, draw = self.shape, torch.Generator().manual_seed(seed)
-        dtype = next(iter(self.params.values())).dtype
+        param = next(iter(self.params.values()))
         ids = torch.randint(
             100, min(shape.vocabulary - 1, 150_000), (size, shape.tokens), generator=draw
         )
         ids[:, 20 : 20 + shape.image_tokens] = image_token_id(shape)
         positions = torch.linspace(shape.tokens - shape.text // 2, shape.tokens - 1, shape.steps)
-        pixels = torch.randn(size, 3, shape.image, shape.image, generator=draw)
-        return {
+        pixels = torch.randn(size * shape.tiles, 3, shape.image, shape.image, generator=draw)
+        fields = {
             "input_ids": ids,
-            "pixel_values": pixels.to(dtype),
-            "num_patches": torch.ones(size, dtype=torch.int64),
+            "pixel_values": pixels.to(param.dtype),
+            "num_patches": torch.full((size,), shape.tiles),
             "label_positions": positions.long().expand(size, -1),
             "step_mask": torch.ones(size, shape.steps, dtype=torch.bool),
             "labels": torch.randint(2, (size, shape.steps), generator=draw).float(),
             "correct": torch.randint(2, (size,), generator=draw).float(),
             "index": torch.randint(INSTANCES, (size,), generator=draw),
         }
+        return {name: field.to(param.device) for name, field in fields.items()}
 
 
 def image_token_id(shape: Shape) -> int:
@@ -150,20 +154,23 @@ def internvl_config(shape: Shape) -> Any:
             "use_mean_pooling": True,
         },
         image_token_id=image_token_id(shape),
-        image_seq_length=shape.image_tokens,
+        image_seq_length=shape.image_tokens // shape.tiles,
         downsample_ratio=0.5,
         tie_word_embeddings=False,
     )
 
 
-def make_race(shape: Shape, dtype: torch.dtype) -> Race:
-    """Return a model with random weights, cold moments, and weights that are not all 1."""
+def make_race(shape: Shape, dtype: torch.dtype, device: torch.device | str = "cpu") -> Race:
+    """Return a model with random weights, cold moments, and weights that are not all 1.
+
+    It is drawn on the device itself.
+    """
     from transformers import InternVLForConditionalGeneration
 
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
-        with torch.random.fork_rng(devices=[]):
+        with torch.random.fork_rng(devices=[]), torch.device(device):
             torch.manual_seed(0)
             model = InternVLForConditionalGeneration(internvl_config(shape))
     finally:
@@ -179,5 +186,5 @@ def make_race(shape: Shape, dtype: torch.dtype) -> Race:
         objective,
         params,
         OptimizerState(torch.zeros((), dtype=torch.int64), *zeros),
-        {"deviation": torch.linspace(-0.5, 0.5, INSTANCES)},
+        {"deviation": torch.linspace(-0.5, 0.5, INSTANCES, device=device)},
     )

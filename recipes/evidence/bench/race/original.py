@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -87,10 +88,13 @@ class Original:
 
     def _logits(self, batch: Batch) -> Tensor:
         inputs = {name: batch[name] for name in _INPUTS}
-        model = self._race.objective.prm.model
-        logits: Tensor = functional_call(
-            model, self._leaves, kwargs={**inputs, "use_cache": False}
-        ).logits
+        prm = self._race.objective.prm
+        device, dtype = prm.device.type, prm.autocast
+        # Pass by pass: what autocast has cast it would use again after θ was moved.
+        with nullcontext() if dtype is None else torch.autocast(device, dtype=dtype):
+            logits: Tensor = functional_call(
+                prm.model, self._leaves, kwargs={**inputs, "use_cache": False}
+            ).logits
         return logits
 
     @torch.no_grad()
