@@ -89,4 +89,6 @@ FROM_MODEL = Condition(
 LOWER_COSINE = _one_of("lower_schedule", "cosine", shown="cosine")
 LOWER_STEP = _one_of("lower_schedule", "step", shown="step")
 LORA = Condition(lambda given: given.lora_rank > 0, ("lora_rank",), "use --lora-rank 1 or more")
+KEPT = _one_of("frozen_activations", "memory", "disk")
+KEPT_ON_DISK = _one_of("frozen_activations", "disk")
 SAVED = Condition(lambda given: given.save_every > 0, ("save_every",), "use --save-every 1 or more")

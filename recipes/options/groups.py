@@ -7,6 +7,8 @@ from typing import Literal
 
 from recipes.options.base import MOST_EXAMPLES, MOST_NUMBER, MOST_STEPS, option
 from recipes.options.conditions import (
+    KEPT,
+    KEPT_ON_DISK,
     LORA,
     LOWER_COSINE,
     LOWER_STEP,
@@ -118,6 +120,38 @@ class LoraSettings:
         name="lora_save",
         only_with=LORA,
         on_resume="free",
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class FrozenSettings:
+    """Options of what is kept of the frozen front of the model (``prm.activations``)."""
+
+    keep: Literal["none", "memory", "disk"] = option(
+        "none",
+        "keep what all that stands before the first trained parameter computes (a frozen vision "
+        "tower; frozen embeddings and first layers), so that each example is computed once: in "
+        "memory, or on disk; each example is then computed alone, which rounds otherwise than in a "
+        "padded batch",
+        name="frozen_activations",
+    )
+    limit: float = option(
+        2.0,
+        "most gigabytes that are kept for each level; the rest is computed in every step",
+        name="frozen_activations_limit",
+        least=0,
+        most=MOST_NUMBER,
+        only_with=KEPT,
+        on_resume="free",
+    )
+    folder: str | None = option(
+        None,
+        "folder of kept activations, which runs with the same frozen front may share; null: "
+        "frozen-activations/ in the run directory",
+        name="frozen_activations_dir",
+        only_with=KEPT_ON_DISK,
+        on_resume="free",
+        path=True,
     )
 
 

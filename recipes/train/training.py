@@ -18,6 +18,7 @@ from prm.inputs.collate import Batch
 from prm.models.model import PRM
 from prm.placement import Placement
 from recipes.evaluation.candidates import step_scores_of
+from recipes.frozen import Keeping, at_boundary
 from recipes.loading import adapted, load_model, placement_of, set_up
 from recipes.options.rules import check_together
 from recipes.options.train import TrainOptions
@@ -116,6 +117,7 @@ def run_training(options: TrainOptions, logged: Callable[[int], None] | None = N
     set_up(options)
     placement = placement_of(options.placement, options.activation_checkpointing)
     prm, lower = _model(options, placement)
+    prm = at_boundary(prm, lower, options)
     data = read_train_data(prm, options)
     refuse_other_bad_rows(options, data.bad)
     objective = _objective(options, prm, data)
@@ -128,22 +130,26 @@ def run_training(options: TrainOptions, logged: Callable[[int], None] | None = N
         initial = None
         if objective.reads_reference:
             initial = _initial_scores(prm, lower, data, options)
+        keeping = Keeping(prm, options, run.directory)
+        keeping.check([lower_examples(options, data), *([] if data.meta is None else [data.meta])])
         clock.lap("set_up")
         draw, lower_batch = _lower_level(task, initial)
         training = Training(
             solver,
             steps=options.lower.steps,
             lower_batches=placement.batches(
-                ahead(
-                    per_step(lower_batch, options.lower.accumulation, ranks.rank, ranks.ranks),
-                    options.lower.steps,
-                    options.workers,
+                keeping(
+                    ahead(
+                        per_step(lower_batch, options.lower.accumulation, ranks.rank, ranks.ranks),
+                        options.lower.steps,
+                        options.workers,
+                    )
                 ),
                 options.lower.steps,
             ),
             title=row_name(options),
             on_trouble=options.run.on_trouble,
-            upper_batch=_upper_level(task),
+            upper_batch=_upper_level(task, keeping),
             weighting=objective.weighting,
         )
         logging = StepLogging(
@@ -274,14 +280,14 @@ def _lower_level(task: _Task, initial: _Initial | None) -> tuple[Draw, Callable[
     return draw, train_batch(draw, examples, columns)
 
 
-def _upper_level(task: _Task) -> Callable[[int], Batch] | None:
+def _upper_level(task: _Task, keeping: Keeping) -> Callable[[int], Batch] | None:
     """Return the meta batch of every step, or None without an upper level."""
     options, meta = task.options, task.data.meta
     if task.objective.weighting is None or meta is None:
         return None
     steps, every = options.lower.steps, options.upper.unroll_steps
     batch = meta_batch(upper_draw(options, meta), meta, task.ranks.rank, task.ranks.ranks)
-    batches = ahead(batch, steps, options.workers, every)
+    batches = keeping(ahead(batch, steps, options.workers, every))
     return task.placement.batches(batches, steps, every)
 
 
