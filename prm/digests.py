@@ -1,4 +1,4 @@
-"""The digest of a file, beside it: a bit that a disk or a copy has changed is noticed; of tensors.
+"""The digest of a file, beside it: a bit that a disk or a copy has changed is noticed.
 
 ``NAME.sha256`` has the form that ``sha256sum`` writes, and that ``sha256sum --check`` reads.
 """
@@ -6,11 +6,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
 from pathlib import Path
-
-import torch
-from torch import Tensor
 
 from prm.files import write_lines
 from prm.schema import DataError
@@ -52,19 +48,6 @@ def check_digest(path: Path) -> bool:
             remedy=f"write it again; or, if you changed it yourself, remove {digest_path(path)}",
         )
     return True
-
-
-def digest_tensors(tensors: Mapping[str, Tensor]) -> str:
-    """Return the SHA-256 of tensors with their names, dtypes and shapes, in hexadecimal.
-
-    It does not depend on the order of the names nor on the device.
-    """
-    digest = hashlib.sha256()
-    for name, tensor in sorted(tensors.items()):
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        flat = tensor.detach().cpu().contiguous().reshape(-1)
-        digest.update(flat.view(torch.uint8).numpy().data)
-    return digest.hexdigest()
 
 
 def _digest(path: Path) -> str:

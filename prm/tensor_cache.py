@@ -8,19 +8,19 @@ processes may share a folder, and one that is killed leaves nothing that is read
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from hashlib import sha256
 from pathlib import Path
 from typing import Any
 from warnings import warn
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from prm.digests import digest_tensors
 from prm.files import atomic_write
 
 _SUFFIX = ".safetensors"
@@ -28,7 +28,20 @@ _SUFFIX = ".safetensors"
 
 def fingerprint_of(facts: Mapping[str, Any]) -> str:
     """Return the SHA-256 of facts that JSON can hold, in hexadecimal."""
-    return sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+
+
+def digest_tensors(tensors: Mapping[str, Tensor]) -> str:
+    """Return the SHA-256 of tensors with their names, dtypes and shapes, in hexadecimal.
+
+    It does not depend on the order of the names nor on the device.
+    """
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        flat = tensor.detach().cpu().contiguous().reshape(-1)
+        digest.update(flat.view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 @dataclass(frozen=True)

@@ -104,9 +104,10 @@ class Keeping:
             raise OptionError(f"{option}: {error}; leave it out") from error
 
     def _store(self) -> Store:
-        limit = int(self.options.frozen.limit * 1e9)
-        if self.options.frozen.keep == "memory":
+        options = self.options
+        limit = int(options.frozen.limit * 1e9)
+        if options.frozen.keep == "memory":
             return MemoryStore(limit)
-        folder = self.options.frozen.folder
+        folder = options.frozen.folder
         place = self.directory / FOLDER if folder is None else Path(folder)
         return DiskStore(TensorCache(place, front_fingerprint(self.prm), say), limit)

@@ -19,12 +19,11 @@ import torch
 from torch import Tensor
 
 from prm.activations.stores import Store
-from prm.digests import digest_tensors
 from prm.inputs.collate import Batch
 from prm.inputs.transfer import moved
 from prm.models.boundary import FROZEN_STATES, Boundary, frozen_states
 from prm.models.model import PRM, TOKEN_TYPES, body_autocast, step_logits
-from prm.tensor_cache import fingerprint_of
+from prm.tensor_cache import digest_tensors, fingerprint_of
 
 _TEXT = ("input_ids", "attention_mask", *TOKEN_TYPES)
 _PICTURES = ("pixel_values", "image_grid_thw")

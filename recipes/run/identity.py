@@ -13,8 +13,8 @@ from typing import Any
 import torch
 
 from prm.data_urls import is_embedded
-from prm.digests import digest_tensors
 from prm.placement import resolve
+from prm.tensor_cache import digest_tensors
 from recipes.options.base import flag_of
 from recipes.options.flat import flat_options, flatten
 from recipes.options.train import LowerOptions
