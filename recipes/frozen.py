@@ -9,7 +9,8 @@ from typing import Any, TypeVar
 
 from torch import Tensor
 
-from prm.activations.batches import FrozenFront, front_fingerprint
+from prm.activations.batches import FrozenFront
+from prm.activations.fingerprint import front_fingerprint
 from prm.activations.stores import DiskStore, MemoryStore, Store
 from prm.models.boundary import find_boundary
 from prm.models.model import PRM
@@ -22,7 +23,7 @@ from recipes.terminal import say
 Batches = TypeVar("Batches")
 Numbered = Callable[[int], Batches]
 
-FOLDER = "frozen-activations"
+CACHE = "cache"
 """Name of the folder in the run directory."""
 
 
@@ -45,6 +46,12 @@ def at_boundary(prm: PRM, lower: Mapping[str, Tensor], options: LowerOptions) ->
     return replace(prm, boundary=boundary)
 
 
+def cache_folder(options: LowerOptions, directory: Path) -> Path:
+    """Return the folder of ``--cache-dir``, by default one in the run directory."""
+    folder = options.run.cache_dir
+    return directory / CACHE if folder is None else Path(folder)
+
+
 @dataclass(frozen=True)
 class Keeping:
     """Puts kept activations into the batches of a run.
@@ -52,12 +59,12 @@ class Keeping:
     Attributes:
         prm: The model, with its boundary, or without one: then batches stay as they are.
         options: What is kept, where, and how much of it for each level.
-        directory: The run directory.
+        folder: The folder of what is kept on disk.
     """
 
     prm: PRM
     options: LowerOptions
-    directory: Path
+    folder: Path
 
     def __call__(self, batches: Numbered[Batches]) -> Numbered[Batches]:
         """Return the numbered batches, or lists of micro-batches, of a level with activations.
@@ -108,6 +115,4 @@ class Keeping:
         limit = int(options.frozen.limit * 1e9)
         if options.frozen.keep == "memory":
             return MemoryStore(limit)
-        folder = options.frozen.folder
-        place = self.directory / FOLDER if folder is None else Path(folder)
-        return DiskStore(TensorCache(place, front_fingerprint(self.prm), say), limit)
+        return DiskStore(TensorCache(self.folder, front_fingerprint(self.prm), say), limit)

@@ -10,10 +10,8 @@ batch if the batch has one row; with several, products of other shapes round in 
 from __future__ import annotations
 
 import inspect
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,11 +21,10 @@ from prm.inputs.collate import Batch
 from prm.inputs.transfer import moved
 from prm.models.boundary import FROZEN_STATES, Boundary, frozen_states
 from prm.models.model import PRM, TOKEN_TYPES, body_autocast, step_logits
-from prm.tensor_cache import digest_tensors, fingerprint_of
+from prm.tensor_cache import digest_tensors
 
 _TEXT = ("input_ids", "attention_mask", *TOKEN_TYPES)
 _PICTURES = ("pixel_values", "image_grid_thw")
-_NOT_COMPUTING = ("_name_or_path", "transformers_version", "architectures", "dtype")
 
 
 @dataclass(frozen=True, eq=False)
@@ -135,45 +132,6 @@ class FrozenFront:
             found = (found[0] if self._boundary.place == "layers" else found).cpu()
             self.store.put(key, found)
         return found
-
-
-def front_fingerprint(prm: PRM) -> str:
-    """Return the SHA-256 of all that the activations of a front depend on, beside its inputs.
-
-    These are the boundary, the tensors in front of it, the configuration of the model, precision
-    and kernel of attention, and, since they decide how sums are rounded, the device, the number of
-    threads and the versions of torch and transformers.
-    """
-    import transformers
-
-    boundary = prm.boundary
-    assert boundary is not None
-    state = prm.model.state_dict()
-    on_cpu = prm.device.type == "cpu"
-    return fingerprint_of(
-        {
-            "place": boundary.place,
-            "layers": boundary.layers,
-            "tensors": digest_tensors({name: state[name] for name in boundary.tensors}),
-            "config": _computing(json.loads(prm.model.config.to_json_string(use_diff=False))),
-            "attention": str(prm.model.config._attn_implementation),
-            "autocast": str(prm.autocast),
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-            "device": _cpu() if on_cpu else torch.cuda.get_device_name(prm.device),
-        }
-    )
-
-
-def _cpu() -> str:
-    return f"cpu {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads"
-
-
-def _computing(config: Any) -> Any:
-    """Return a configuration without what does not change any activation."""
-    if not isinstance(config, dict):
-        return config
-    return {name: _computing(value) for name, value in config.items() if name not in _NOT_COMPUTING}
 
 
 def _pictures(batch: Batch) -> list[dict[str, Tensor]]:

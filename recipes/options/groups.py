@@ -7,8 +7,8 @@ from typing import Literal
 
 from recipes.options.base import MOST_EXAMPLES, MOST_NUMBER, MOST_STEPS, option
 from recipes.options.conditions import (
+    CACHED,
     KEPT,
-    KEPT_ON_DISK,
     LORA,
     LOWER_COSINE,
     LOWER_STEP,
@@ -144,15 +144,6 @@ class FrozenSettings:
         only_with=KEPT,
         on_resume="free",
     )
-    folder: str | None = option(
-        None,
-        "folder of kept activations, which runs with the same frozen front may share; null: "
-        "frozen-activations/ in the run directory",
-        name="frozen_activations_dir",
-        only_with=KEPT_ON_DISK,
-        on_resume="free",
-        path=True,
-    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -189,6 +180,15 @@ class RunSettings:
         "exploding hypergradient, leads to: end the run before that step, leave the step out, or "
         "return to the last checkpoint of --save-every and go on with the data",
         on_resume="free",
+    )
+    cache_dir: str | None = option(
+        None,
+        "folder for what other runs can read instead of computing it again: activations kept on "
+        "disk, and scores of the training set under the initial model; null: cache/ in the run "
+        "directory",
+        only_with=CACHED,
+        on_resume="free",
+        path=True,
     )
     progress: bool = option(True, "show a progress bar", on_resume="free")
     profile: int = option(

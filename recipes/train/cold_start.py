@@ -18,7 +18,7 @@ from pathlib import Path
 
 from bilevel import ResidentSolver
 from prm.aggregations import AGGREGATIONS
-from recipes.frozen import Keeping, at_boundary
+from recipes.frozen import Keeping, at_boundary, cache_folder
 from recipes.loading import adapted, load_model, placement_of, read_examples, set_up
 from recipes.options.rules import check_together
 from recipes.options.train import ColdStartOptions
@@ -80,7 +80,7 @@ def run_cold_start(options: ColdStartOptions) -> Path:
     in_place = isinstance(solver, ResidentSolver)
     with open_run(options, prm.model, start, pictures, in_place=in_place) as run:
         keep_bad_rows(run.directory, {"train": data.bad})
-        keeping = Keeping(prm, options, run.directory)
+        keeping = Keeping(prm, options, cache_folder(options, run.directory))
         keeping.check([data])
         training = Training(
             solver,

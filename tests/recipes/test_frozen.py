@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 import prm.activations.batches
-from recipes.frozen import FOLDER
+from recipes.frozen import CACHE
 from recipes.options.parse import changed
 from recipes.options.values import OptionError
 from recipes.train.cold_start import run_cold_start
@@ -102,11 +102,11 @@ def test_runs_share_a_folder_and_mend_what_is_damaged_in_it(task, tmp_path, comp
         batch_size=3,
         freeze=LAYERS,
         frozen_activations="disk",
-        frozen_activations_dir=str(tmp_path / "kept"),
+        cache_dir=str(tmp_path / "kept"),
     )
     first = run_cold_start(start(tmp_path / "first", steps=2))
     assert len(computed) == 3 + 1
-    assert not (first / FOLDER).exists()
+    assert not (first / CACHE).exists()
     files = sorted((tmp_path / "kept").rglob("*.safetensors"))
     assert len(files) == 3
     again = run_cold_start(start(tmp_path / "again", steps=2))
@@ -129,7 +129,7 @@ def test_runs_share_a_folder_and_mend_what_is_damaged_in_it(task, tmp_path, comp
             batch_size=2,
             steps=2,
             frozen_activations="disk",
-            frozen_activations_dir=str(tmp_path / "kept"),
+            cache_dir=str(tmp_path / "kept"),
         )
     )
     assert later.is_dir()
@@ -138,7 +138,7 @@ def test_runs_share_a_folder_and_mend_what_is_damaged_in_it(task, tmp_path, comp
 
 def test_another_front_does_not_read_what_is_there(task, tmp_path, computed):
     folder = str(tmp_path / "kept")
-    kept = {"frozen_activations": "disk", "frozen_activations_dir": folder, "draw": 2}
+    kept = {"frozen_activations": "disk", "cache_dir": folder, "draw": 2}
     short = {"batch_size": 2, "steps": 1}
     moved = run_cold_start(task.cold_start(tmp_path / "moved", **short, lower_lr=0.1, freeze=()))
     run_cold_start(task.cold_start(tmp_path / "first", **short, **kept, freeze=LAYERS))
@@ -195,7 +195,7 @@ def test_a_resumed_run_reads_what_is_kept_and_ends_with_the_same_bits(task, tmp_
         ({"freeze": ()}, r"nothing to keep; give --freeze"),
         ({"freeze": ("embed_tokens", "language_model.layers.0")}, "nothing to keep"),
         ({"frozen_activations": "none", "frozen_activations_limit": 1.0}, "has no effect"),
-        ({"frozen_activations_dir": "x"}, "has no effect"),
+        ({"cache_dir": "x", "frozen_activations": "memory"}, "has no effect"),
     ],
 )
 def test_what_would_have_no_effect_is_refused(task, tmp_path, more, match):

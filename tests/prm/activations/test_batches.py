@@ -7,7 +7,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from prm.activations.batches import FrozenFront, front_fingerprint
+from prm.activations.batches import FrozenFront
+from prm.activations.fingerprint import front_fingerprint
 from prm.activations.stores import MemoryStore
 from prm.models.boundary import FROZEN_STATES, find_boundary
 from prm.models.model import load_prm, save_prm, split_parameters, step_logits
