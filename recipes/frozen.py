@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar, cast
 
 from torch import Tensor
 
@@ -76,8 +76,11 @@ class Keeping:
         front = FrozenFront(self.prm, self._store())
 
         def filled(step: int) -> Batches:
-            found: Any = batches(step)
-            return front(found) if isinstance(found, dict) else [front(one) for one in found]  # type: ignore[return-value]
+            found = batches(step)
+            if isinstance(found, dict):
+                return cast(Batches, front(found))
+            assert isinstance(found, list)
+            return cast(Batches, [front(one) for one in found])
 
         return filled
 
