@@ -10,7 +10,7 @@ GAME24 := data/game24/candidates.jsonl
 
 .DEFAULT_GOAL := help
 .PHONY: help install train-net train-table train-domain baseline cold-start data results bench \
-	bench-scoring bench-validate bench-growth check-smollm2 \
+	bench-scoring bench-validate bench-growth bench-frozen check-smollm2 \
 	noisy-labels long-tail regularization learned-schedule \
 	chaos test test-quick fuzz soak docs lint format type clean-runs clean
 
@@ -81,6 +81,9 @@ bench-scoring: $(VENV)/installed ## scoring beside the original's loop: speed an
 
 bench-growth: $(VENV)/installed ## start of train and memory of score, up to a million rows
 	$(VENV)/bin/python -m recipes.evidence.bench_growth
+
+bench-frozen: $(VENV)/installed ## a step with and without kept activations of frozen parts
+	$(VENV)/bin/python -m recipes.evidence.bench_frozen
 
 bench-validate: $(VENV)/installed ## data validate on a file as large as VisualPRM400K
 	$(VENV)/bin/python -m recipes.evidence.bench_validate

@@ -56,8 +56,8 @@ LAYERS = {
         ("data_urls",),
         ("schema", "names", "files"),
         ("losses", "aggregations", "evaluation", "inputs", "digests"),
-        ("data", "models"),
-        ("placement", "scoring"),
+        ("data", "models", "tensor_cache"),
+        ("activations", "placement", "scoring"),
     ),
     "weighting": (
         ("bounds", "files", "heuristics", "normalise"),
@@ -69,6 +69,7 @@ LAYERS = {
         ("bad_rows", "options", "stopping", "tensor_file", "terminal"),
         ("ranks",),
         ("run", "loading", "profiling"),
+        ("frozen",),
         ("data_files", "evaluation", "problems"),
         ("train",),
         ("embedded", "use"),

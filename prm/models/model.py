@@ -23,6 +23,7 @@ from prm.inputs.tiles import CACHE_BYTES
 from prm.inputs.tokens import ImageTokens, label_tokens
 from prm.models.activation_checkpointing import checkpointed
 from prm.models.adapters import merged
+from prm.models.boundary import FROZEN_STATES, Boundary, going_on
 from prm.models.chat_templates import check_terminates
 from prm.models.native import load_config, load_image_processor, load_model, load_tokenizer
 from prm.models.no_waits import attention_mask, count_image_tokens_on_cpu_only
@@ -41,7 +42,7 @@ _TARGETS = frozenset({"labels"})  # Some base models would take these entries of
 class PRM:
     """A process reward model, whose parameters are passed separately, as a dict by name.
 
-    ``autocast`` and ``activation_checkpointing`` are set by ``dataclasses.replace``.
+    ``autocast``, ``activation_checkpointing`` and ``boundary`` are set by ``dataclasses.replace``.
 
     Attributes:
         model: An ``AutoModelForImageTextToText`` or ``AutoModelForCausalLM``. Its own parameters do
@@ -57,6 +58,8 @@ class PRM:
         activation_checkpointing: Whether layers are recomputed in the backward pass instead of
             storing their activations (``prm.models.activation_checkpointing``). With "vision",
             those in front of the language model are.
+        boundary: Where the frozen front of the model ends, if its activations are kept. A batch
+            that holds them (``prm.activations.batches``) is computed from there.
     """
 
     model: Any
@@ -67,6 +70,7 @@ class PRM:
     minus_id: int
     autocast: torch.dtype | None = None
     activation_checkpointing: bool | Literal["vision"] = False
+    boundary: Boundary | None = None
 
     @property
     def device(self) -> torch.device:
@@ -327,7 +331,8 @@ def step_logits(
     labels = [prm.plus_id, prm.minus_id]
     keep_all = not (prm.activation_checkpointing and torch.is_grad_enabled())
     vision_only = prm.activation_checkpointing == "vision"
-    with nullcontext() if keep_all else checkpointed(prm.model, vision_only=vision_only):
+    recomputed = nullcontext() if keep_all else checkpointed(prm.model, vision_only=vision_only)
+    with _from_boundary(prm, batch), recomputed:
         logits: Tensor = functional_call(
             _StepHead(prm.model, labels if label_rows else None, prm.autocast),
             {f"model.{name}": value for name, value in params.items()},
@@ -339,6 +344,23 @@ def step_logits(
     if full_vocab:
         logits = logits.log_softmax(-1, dtype=wide)
     return torch.stack([logits[..., label] for label in labels], dim=-1).to(wide)
+
+
+def body_autocast(model: Any, dtype: torch.dtype | None) -> AbstractContextManager[Any]:
+    """Return the context in which the body of a model computes: autocast to ``dtype``, if any."""
+    return nullcontext() if dtype is None else torch.autocast(model.device.type, dtype=dtype)
+
+
+def _from_boundary(prm: PRM, batch: Mapping[str, Tensor]) -> AbstractContextManager[None]:
+    """Return the context in which a pass goes on from the activations of a batch that holds any."""
+    if FROZEN_STATES not in batch:
+        return nullcontext()
+    if prm.boundary is None:
+        raise ValueError(
+            f"expected a model with the boundary at which the {FROZEN_STATES} of the batch stand, "
+            "found none; set PRM.boundary"
+        )
+    return going_on(prm.model, prm.boundary, batch[FROZEN_STATES])
 
 
 class _StepHead(nn.Module):
@@ -360,7 +382,7 @@ class _StepHead(nn.Module):
         }
         if "attention_mask" in inputs:
             inputs["attention_mask"] = attention_mask(self.model, inputs["attention_mask"])
-        with self._autocast():
+        with body_autocast(self.model, self.autocast):
             hidden = base(**inputs, use_cache=False).last_hidden_state  # [batch, seq, hidden]
         read = torch.take_along_dim(hidden, batch["label_positions"][..., None], dim=1)
         head = self.model.get_output_embeddings()
@@ -373,11 +395,6 @@ class _StepHead(nn.Module):
             return nn.functional.linear(read.to(wide), weight, bias)  # [batch, steps, 2]
         logits: Tensor = head(read)  # [batch, steps, vocab]
         return logits
-
-    def _autocast(self) -> AbstractContextManager[Any]:
-        if self.autocast is None:
-            return nullcontext()
-        return torch.autocast(self.model.device.type, dtype=self.autocast)
 
 
 def _check_head(model: Any, token_id: int) -> None:

@@ -31,6 +31,13 @@ def _reads_the_model(given: Any) -> bool:
     return any(is_model_feature(name) for name in given.features)
 
 
+def _scores_initially(given: Any) -> bool:
+    """Return whether the training set is scored under the initial model."""
+    if getattr(given, "weighting", "none") == "none":
+        return False
+    return bool(given.initial_loss or (given.weighting == "net" and given.reference_features))
+
+
 def _one_of(name: str, *values: str, shown: str | None = None) -> Condition:
     """Return the condition that an option has one of some values."""
     listed = " or ".join(part for part in (", ".join(values[:-1]), values[-1]) if part)
@@ -89,4 +96,10 @@ FROM_MODEL = Condition(
 LOWER_COSINE = _one_of("lower_schedule", "cosine", shown="cosine")
 LOWER_STEP = _one_of("lower_schedule", "step", shown="step")
 LORA = Condition(lambda given: given.lora_rank > 0, ("lora_rank",), "use --lora-rank 1 or more")
+KEPT = _one_of("frozen_activations", "memory", "disk")
+CACHED = Condition(
+    lambda given: given.frozen_activations == "disk" or _scores_initially(given),
+    ("frozen_activations",),
+    "use --frozen-activations disk, or a weighting with --initial-loss",
+)
 SAVED = Condition(lambda given: given.save_every > 0, ("save_every",), "use --save-every 1 or more")

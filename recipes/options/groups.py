@@ -7,6 +7,8 @@ from typing import Literal
 
 from recipes.options.base import MOST_EXAMPLES, MOST_NUMBER, MOST_STEPS, option
 from recipes.options.conditions import (
+    CACHED,
+    KEPT,
     LORA,
     LOWER_COSINE,
     LOWER_STEP,
@@ -122,6 +124,29 @@ class LoraSettings:
 
 
 @dataclass(frozen=True, kw_only=True)
+class FrozenSettings:
+    """Options of what is kept of the frozen front of the model (``prm.activations``)."""
+
+    keep: Literal["none", "memory", "disk"] = option(
+        "none",
+        "keep what all that stands before the first trained parameter computes (a frozen vision "
+        "tower; frozen embeddings and first layers), so that each example is computed once: in "
+        "memory, or on disk; each example is then computed alone, which rounds otherwise than in a "
+        "padded batch",
+        name="frozen_activations",
+    )
+    limit: float = option(
+        2.0,
+        "most gigabytes that are kept for each level; the rest is computed in every step",
+        name="frozen_activations_limit",
+        least=0,
+        most=MOST_NUMBER,
+        only_with=KEPT,
+        on_resume="free",
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
 class RunSettings:
     """Options of the run itself: what it logs and saves, and how it resumes."""
 
@@ -155,6 +180,15 @@ class RunSettings:
         "exploding hypergradient, leads to: end the run before that step, leave the step out, or "
         "return to the last checkpoint of --save-every and go on with the data",
         on_resume="free",
+    )
+    cache_dir: str | None = option(
+        None,
+        "folder for what other runs can read instead of computing it again: activations kept on "
+        "disk, and scores of the training set under the initial model; null: cache/ in the run "
+        "directory",
+        only_with=CACHED,
+        on_resume="free",
+        path=True,
     )
     progress: bool = option(True, "show a progress bar", on_resume="free")
     profile: int = option(

@@ -29,7 +29,14 @@ from recipes.options.choices import (
     UnrolledOptions,
     WeightingOptions,
 )
-from recipes.options.groups import LoraSettings, LowerLevel, RunSettings, TrustedData, UpperLevel
+from recipes.options.groups import (
+    FrozenSettings,
+    LoraSettings,
+    LowerLevel,
+    RunSettings,
+    TrustedData,
+    UpperLevel,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,6 +58,7 @@ class LowerOptions(LoaderOptions):
         "vision tower, or all; the same bits, less memory, more time",
         on_resume="free",
     )
+    frozen: FrozenSettings = group(FrozenSettings)
     probability: Literal["labels", "vocabulary"] = option(
         "labels",
         "softmax of the losses of both levels and of scores, over the two labels or, as in "

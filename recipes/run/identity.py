@@ -14,12 +14,14 @@ import torch
 
 from prm.data_urls import is_embedded
 from prm.placement import resolve
+from prm.tensor_cache import digest_tensors
 from recipes.options.base import flag_of
 from recipes.options.flat import flat_options, flatten
 from recipes.options.train import LowerOptions
 from recipes.options.values import launched_precision
 
 _ADDED: Mapping[str, Any] = {
+    "frozen_activations": "none",
     "lora_rank": 0,
     "lora_targets": [],
     "precision": "float32",
@@ -123,9 +125,4 @@ def digest_file(path: str | Path) -> str:
 
 def digest_model(model: torch.nn.Module) -> str:
     """Return the SHA-256 of all parameters and buffers with names, types and shapes, in hex."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        flat = tensor.detach().cpu().contiguous().reshape(-1)
-        digest.update(flat.view(torch.uint8).numpy())
-    return digest.hexdigest()
+    return digest_tensors(model.state_dict())

@@ -18,6 +18,7 @@ from pathlib import Path
 
 from bilevel import ResidentSolver
 from prm.aggregations import AGGREGATIONS
+from recipes.frozen import Keeping, at_boundary, cache_folder
 from recipes.loading import adapted, load_model, placement_of, read_examples, set_up
 from recipes.options.rules import check_together
 from recipes.options.train import ColdStartOptions
@@ -59,6 +60,7 @@ def run_cold_start(options: ColdStartOptions) -> Path:
     prm, lower = load_model(options, options.lower.freeze, placement=placement)
     if options.lora.rank:
         lower = adapted(prm, options.lora, options.lower.freeze, placement)
+    prm = at_boundary(prm, lower, options)
     data = require(read_examples(prm, options, options.train_file), "labels")
     refuse_other_bad_rows(options, {"train": data.bad})
     drawn = cold_start_rows(options, len(data))
@@ -78,14 +80,18 @@ def run_cold_start(options: ColdStartOptions) -> Path:
     in_place = isinstance(solver, ResidentSolver)
     with open_run(options, prm.model, start, pictures, in_place=in_place) as run:
         keep_bad_rows(run.directory, {"train": data.bad})
+        keeping = Keeping(prm, options, cache_folder(options, run.directory))
+        keeping.check([data])
         training = Training(
             solver,
             steps=options.lower.steps,
             lower_batches=placement.batches(
-                ahead(
-                    per_step(batch, options.lower.accumulation, ranks.rank, ranks.ranks),
-                    options.lower.steps,
-                    options.workers,
+                keeping(
+                    ahead(
+                        per_step(batch, options.lower.accumulation, ranks.rank, ranks.ranks),
+                        options.lower.steps,
+                        options.workers,
+                    )
                 ),
                 options.lower.steps,
             ),

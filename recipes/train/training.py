@@ -18,6 +18,8 @@ from prm.inputs.collate import Batch
 from prm.models.model import PRM
 from prm.placement import Placement
 from recipes.evaluation.candidates import step_scores_of
+from recipes.evaluation.kept_scores import initial_score_cache, kept_scores
+from recipes.frozen import Keeping, at_boundary, cache_folder
 from recipes.loading import adapted, load_model, placement_of, set_up
 from recipes.options.rules import check_together
 from recipes.options.train import TrainOptions
@@ -116,6 +118,7 @@ def run_training(options: TrainOptions, logged: Callable[[int], None] | None = N
     set_up(options)
     placement = placement_of(options.placement, options.activation_checkpointing)
     prm, lower = _model(options, placement)
+    prm = at_boundary(prm, lower, options)
     data = read_train_data(prm, options)
     refuse_other_bad_rows(options, data.bad)
     objective = _objective(options, prm, data)
@@ -127,23 +130,27 @@ def run_training(options: TrainOptions, logged: Callable[[int], None] | None = N
         keep_bad_rows(run.directory, data.bad)
         initial = None
         if objective.reads_reference:
-            initial = _initial_scores(prm, lower, data, options)
+            initial = _initial_scores(task, run, lambda: (prm, lower))
+        keeping = Keeping(prm, options, cache_folder(options, run.directory))
+        keeping.check([lower_examples(options, data), *([] if data.meta is None else [data.meta])])
         clock.lap("set_up")
         draw, lower_batch = _lower_level(task, initial)
         training = Training(
             solver,
             steps=options.lower.steps,
             lower_batches=placement.batches(
-                ahead(
-                    per_step(lower_batch, options.lower.accumulation, ranks.rank, ranks.ranks),
-                    options.lower.steps,
-                    options.workers,
+                keeping(
+                    ahead(
+                        per_step(lower_batch, options.lower.accumulation, ranks.rank, ranks.ranks),
+                        options.lower.steps,
+                        options.workers,
+                    )
                 ),
                 options.lower.steps,
             ),
             title=row_name(options),
             on_trouble=options.run.on_trouble,
-            upper_batch=_upper_level(task),
+            upper_batch=_upper_level(task, keeping),
             weighting=objective.weighting,
         )
         logging = StepLogging(
@@ -189,7 +196,7 @@ def _report_weights(
     weights, raw = final_weights(options, objective, state, data, reference)
     columns = {"weight": weights, "raw_weight": raw, "visits": visits}
     if initial is None and objective.weighting is not None and options.initial_loss:
-        initial = _initial_scores(*_initial_model(task, run), data, options)
+        initial = _initial_scores(task, run, lambda: _initial_model(task, run))
     if initial is not None and options.initial_loss:
         columns["initial_loss"] = initial.losses
     write_weights(directory / "weights.jsonl", examples, columns)
@@ -249,10 +256,22 @@ def _objective(options: TrainOptions, prm: PRM, data: TrainData) -> Objective:
 
 
 def _initial_scores(
-    prm: PRM, lower: Mapping[str, Tensor], data: TrainData, options: TrainOptions
+    task: _Task, run: Run, model: Callable[[], tuple[PRM, Mapping[str, Tensor]]]
 ) -> _Initial:
-    scores, mask = step_scores_of(prm, lower, data.train, options)
-    return _Initial(scores, initial_losses(scores, mask, data.train))
+    """Return the scores of the training set, which an earlier run may have kept.
+
+    Args:
+        task: The task of the run.
+        run: The run, which knows the digest of its initial model.
+        model: The initial model and the parameters that are trained, loaded if they are needed.
+    """
+    options, data = task.options, task.data.train
+    cache = None
+    if task.ranks.ranks == 1:  # Otherwise all ranks score together, or none does.
+        folder, identity = cache_folder(options, run.directory), run.checkpoints.identity
+        cache = initial_score_cache(task.objective.prm, data, options, identity, folder)
+    scores, mask = kept_scores(cache, lambda: step_scores_of(*model(), data, options))
+    return _Initial(scores, initial_losses(scores, mask, data))
 
 
 def _lower_level(task: _Task, initial: _Initial | None) -> tuple[Draw, Callable[[int], Batch]]:
@@ -274,14 +293,14 @@ def _lower_level(task: _Task, initial: _Initial | None) -> tuple[Draw, Callable[
     return draw, train_batch(draw, examples, columns)
 
 
-def _upper_level(task: _Task) -> Callable[[int], Batch] | None:
+def _upper_level(task: _Task, keeping: Keeping) -> Callable[[int], Batch] | None:
     """Return the meta batch of every step, or None without an upper level."""
     options, meta = task.options, task.data.meta
     if task.objective.weighting is None or meta is None:
         return None
     steps, every = options.lower.steps, options.upper.unroll_steps
     batch = meta_batch(upper_draw(options, meta), meta, task.ranks.rank, task.ranks.ranks)
-    batches = ahead(batch, steps, options.workers, every)
+    batches = keeping(ahead(batch, steps, options.workers, every))
     return task.placement.batches(batches, steps, every)
 
 

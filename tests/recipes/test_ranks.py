@@ -83,6 +83,7 @@ VARIANTS: dict[str, dict] = {
     "window": {"hypergradient": "unrolled", "unroll_steps": 2},
     "implicit": {"hypergradient": "implicit", "lower_weight_decay": 0},
     "rollback": {"rollback": True},
+    "kept": {"loss_target": "pairs", "meta_batch_size": 8, "frozen_activations": "memory"},
 }
 """Further runs, of the same length."""
 

@@ -15,6 +15,12 @@ from recipes.options.rules import unread
 from recipes.run.identity import digest_model
 
 
+def _identity(options: Any, model: Any, pictures: Any) -> dict[str, Any]:
+    """The identity of a run without its options."""
+    digests = {"train_file": "", "meta_file": ""}
+    return {"model": digest_model(model), "files": digests, "pictures": digests}
+
+
 def recorded(options: Any) -> tuple[Any, set[str]]:
     """The same options, and the set of the flat names of those that have been read since."""
     seen: set[str] = set()
@@ -47,9 +53,7 @@ def read_only_what_is_used(monkeypatch) -> None:
     """
     monkeypatch.setattr(recipes.run.directory, "to_yaml", lambda options: "")
     monkeypatch.setattr(recipes.run.directory, "flatten", lambda options: {})
-    monkeypatch.setattr(
-        recipes.run.resume, "identity", lambda _, model, *__: {"model": digest_model(model)}
-    )
+    monkeypatch.setattr(recipes.run.resume, "identity", _identity)
     for module in (recipes.train.training, recipes.train.cold_start):
         monkeypatch.setattr(module, "check_together", lambda options: None)
 

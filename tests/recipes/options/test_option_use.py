@@ -115,7 +115,9 @@ def recording(monkeypatch):
 
 
 def test_cold_start_reads_each_of_its_options(task, tmp_path, recording):
-    options, seen = recording(task.cold_start(tmp_path / "run", lora_rank=2))
+    options, seen = recording(
+        task.cold_start(tmp_path / "run", lora_rank=2, frozen_activations="disk")
+    )
     run_cold_start(options)
     assert not_read(ColdStartOptions, seen) == {"max_bad_rows"}
 
@@ -127,7 +129,7 @@ def test_training_reads_each_of_its_options(task, tmp_path, recording):
     for name, more in (
         ("net", {"bound": "clip"}),
         ("table", {"weighting": "table", "bound": "clip"}),
-        ("none", {"weighting": "none"}),
+        ("none", {"weighting": "none", "frozen_activations": "disk"}),
         ("implicit", implicit),
         ("penalty", {"hypergradient": "penalty"}),
         ("lora", {"lora_rank": 2, "weighting": "none", "steps": 1}),
@@ -200,6 +202,7 @@ def test_every_choice_is_tested_below():
         "bound",
         "context",
         "execution",  # in tests/recipes/train/test_execution.py
+        "frozen_activations",  # in tests/recipes/test_frozen.py
         "hypergradient",
         "linear_solver",
         "loss_target",

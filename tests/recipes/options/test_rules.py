@@ -283,6 +283,6 @@ def test_what_a_resumed_run_may_change():
             "precision",
             "attention",
             "activation_checkpointing",
-            *("lora_save", "profile"),
+            *("lora_save", "profile", "frozen_activations_limit", "cache_dir"),
         ),  # but see identity
     }

@@ -93,7 +93,7 @@ def test_run_directory_holds_what_the_contract_says(runs, kind):
     run = runs(kind)
     weighted = kind in ("net", "table", "domain")
     files = {path.name for path in run.iterdir()}
-    assert files == ALWAYS | ({"weighting"} if weighted else set())
+    assert files == ALWAYS | ({"weighting", "cache"} if weighted else set())
     assert not list(run.rglob("*.unfinished"))
     assert check_digest(run / "weights.jsonl")
     environment = json.loads((run / "env.json").read_text())

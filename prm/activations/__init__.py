@@ -1,0 +1,1 @@
+"""Activations of the frozen front of a model, kept from step to step."""
