@@ -79,6 +79,8 @@ from bilevel.problem import BilevelProblem, ReweightingProblem
 from bilevel.replicas import Replicas
 from bilevel.resident.solver import ResidentSolver
 from bilevel.routes import Auto, CentralDifference, Dot, Ghost, Jvp, PerExample, Reverse, Route
+from bilevel.shards.collective import Shards
+from bilevel.shards.module import ShardedModule, sharded
 from bilevel.solver import BilevelSolver, NextSteps
 from bilevel.state import BilevelState, StepInfo
 
@@ -150,6 +152,8 @@ __all__ = [
     "Route",
     "Sama",
     "Schedule",
+    "ShardedModule",
+    "Shards",
     "Stationarity",
     "StationarityWarning",
     "Step",
@@ -167,6 +171,7 @@ __all__ = [
     "functional",
     "load_checkpoint",
     "movement",
+    "sharded",
     "stationarity",
     "take_window",
 ]

@@ -56,6 +56,10 @@ class Collective(Protocol):
     """What a solver asks of the ranks; every rank must ask for the same in the same order."""
 
     @property
+    def in_place(self) -> bool:
+        """Whether θ must live in place, as in ``ResidentSolver``."""
+
+    @property
     def rank(self) -> int:
         """The number of this process, from 0."""
 
@@ -92,6 +96,9 @@ class Collective(Protocol):
     def first(self, values: TreeT) -> TreeT:
         """Return the tensors of rank 0."""
 
+    def lower_start(self, lower_params: TreeT) -> TreeT:
+        """Return the θ that the ranks start from: that of rank 0, or each rank's shards."""
+
     def numbers(self, value: int) -> list[int]:
         """Return the integers of all ranks, in the order of the ranks: the cheapest exchange."""
 
@@ -109,6 +116,7 @@ class Collective(Protocol):
 class Alone:
     """One process: nothing is summed, and no bit changes."""
 
+    in_place: ClassVar[bool] = False
     rank: ClassVar[int] = 0
     ranks: ClassVar[int] = 1
 
@@ -127,6 +135,10 @@ class Alone:
     def first(self, values: TreeT) -> TreeT:
         """Return the values."""
         return values
+
+    def lower_start(self, lower_params: TreeT) -> TreeT:
+        """Return θ."""
+        return lower_params
 
     def numbers(self, value: int) -> list[int]:
         """Return the integer, alone."""

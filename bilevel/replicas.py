@@ -11,7 +11,7 @@ import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, ClassVar, NamedTuple, TypeVar
 
 import optree
 import torch
@@ -57,6 +57,8 @@ class Replicas:
 
     upper_size: Callable[[Any], int] | None = None
     group: dist.ProcessGroup | None = None
+
+    in_place: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         if not (dist.is_available() and dist.is_initialized()):
@@ -127,9 +129,13 @@ class Replicas:
 
         return tree.map(sent, values)
 
-    def numbers(self, value: int) -> list[int]:
-        """Return the integers of all ranks in their order."""
-        return [header.size for header in self._meet("agreement", value, 0)]
+    def lower_start(self, lower_params: TreeT) -> TreeT:
+        """Return θ of rank 0."""
+        return self.first(lower_params)
+
+    def numbers(self, value: int, place: str = "agreement") -> list[int]:
+        """Return the integers of all ranks in their order; ``place``: where they stand."""
+        return [header.size for header in self._meet(place, value, 0)]
 
     def objects(self, value: T) -> list[T]:
         """Return the objects of all ranks in their order; pickled, so of no stranger."""

@@ -10,13 +10,14 @@ from torch import Tensor
 
 from bilevel import tree
 from bilevel.autodiff import random_state
-from bilevel.lower.lower_pass import LowerPass, lower_pass, remarked
+from bilevel.lower.lower_pass import LowerPass, remarked
 from bilevel.lower.micro_batch import MicroBatch, PassContext
 from bilevel.lower.route import Route
 from bilevel.lower.steps import Point, Window
 from bilevel.optimizers.elementwise import ElementwiseOptimizer
 from bilevel.problem import Batch, Params
 from bilevel.resident.memory import owned
+from bilevel.resident.passes import step_pass
 from bilevel.resident.update import step_
 from bilevel.routes.dot import kept_backward
 from bilevel.tree import Tree
@@ -47,7 +48,7 @@ def plain_step(window: Window, route: Route, point: Point, batches: Sequence[Bat
     Beside θ and the moments it holds one gradient.
     """
     upper_params = tree.map(Tensor.detach, window.upper_params)
-    passed = lower_pass(window.problem, route, point.lower_params, upper_params, batches)
+    passed = step_pass(window, route, point.lower_params, upper_params, batches)
     return take(window, point, passed)
 
 

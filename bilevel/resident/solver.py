@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor
 
@@ -65,6 +65,8 @@ class ResidentSolver(BilevelSolver[Lower, Upper, BatchT]):
             lower-first another route than ``Dot()``, ``accumulation`` above 1, ``direction_decay``
             or ``differentiate_clip``.
     """
+
+    in_place: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -13,17 +13,17 @@ from torch import Tensor
 
 from bilevel import tree
 from bilevel.autodiff import random_state
-from bilevel.autodiff.gradient import UpperGradient, as_leaves, upper_gradient
+from bilevel.autodiff.gradient import UpperGradient, as_leaves
 from bilevel.autodiff.random_state import RandomState
 from bilevel.hypergradients.base import HypergradientResult
 from bilevel.hypergradients.one_step import DirectionAverage, OneStep, keeps_graph, step_notes
 from bilevel.hypergradients.update_derivative import Identity
-from bilevel.lower.lower_pass import lower_pass
 from bilevel.lower.mixed_product import mixed_product
 from bilevel.lower.steps import LowerSteps, Point, Window
 from bilevel.problem import Batch
 from bilevel.resident.average import average_, without_
 from bilevel.resident.memory import owned
+from bilevel.resident.passes import norm_over_ranks, step_pass, upper_pass
 from bilevel.resident.plain import Taken, optimizer_of, plain_step, take
 from bilevel.resident.update import predict_
 from bilevel.tree import Tree
@@ -70,15 +70,15 @@ def _differentiated(
     upper = _upper_gradient(window, point, upper_batch, random)
     direction, averaged = owned(upper.lower), memory
     upper = upper._replace(lower=None)
-    if memory is not None and _finite(direction, upper.loss):
+    if memory is not None and _finite(norm_over_ranks(window, direction), upper.loss):
         averaged = average_(direction, memory, method.direction_decay)
     if isinstance(method.update_derivative, Identity):
         with torch.no_grad():
             tree.map(Tensor.neg_, direction)
     else:
         predict_(optimizer_of(window), point, direction)
-    passed = lower_pass(
-        window.problem,
+    passed = step_pass(
+        window,
         method.route,
         point.lower_params,
         upper_params,
@@ -112,7 +112,7 @@ def _upper_gradient(
     window: Window, point: Point, batch: Batch, random: RandomState
 ) -> UpperGradient:
     with random_state.rewound_to(random, point.lower_params):
-        return upper_gradient(window.problem, point.lower_params, window.upper_params, batch)
+        return upper_pass(window, point.lower_params, batch)
 
 
 def _finite(*values: Tree) -> bool:

@@ -45,7 +45,7 @@ class Dot(ForwardProducts):
 def kept_backward(context: PassContext, batch: Batch, random: RandomState) -> Backward:
     """Differentiate the unweighted loss; the gradient is kept for the products."""
     params = as_leaves(context.lower_params)
-    losses, weights = _single_loss(context, params, batch)
+    losses, weights = single_loss(context, params, batch)
     grads = gradients([losses.mean()], params)
     micro = weighted_batch(batch, random, losses, weights)
     return Backward(grads, single_example(context, micro, grads), kept=True)
@@ -55,16 +55,20 @@ def _streamed_backward(
     context: PassContext, stream: GradientStream, batch: Batch, random: RandomState
 ) -> Backward:
     """Differentiate the unweighted loss; the gradient is dotted and summed leaf by leaf."""
-    losses, weights = _single_loss(context, stream.params, batch)
+    losses, weights = single_loss(context, stream.params, batch)
     known = stream.backward(weights.detach()[0], losses.mean())
     micro = weighted_batch(batch, random, losses, weights)
     return Backward(None, micro if known is None else replace(micro, dots=lambda _: known[None]))
 
 
-def _single_loss(
+def single_loss(
     context: PassContext, params: Params, batch: Batch
 ) -> tuple[Float[Tensor, "1"], Float[Tensor, "1"]]:
-    """Return loss and weight of the only example."""
+    """Return loss and weight of the only example.
+
+    Raises:
+        ValueError: There are several examples.
+    """
     problem = context.reweighting
     losses, features = problem.losses(params, batch)
     if len(losses) != 1:
