@@ -111,7 +111,7 @@ class Replicas:
         mine[: len(values)] = values
         parts = [torch.empty_like(mine) for _ in headers]
         if longest:
-            self._called(lambda: dist.all_gather(parts, mine, group=self.group))
+            called(lambda: dist.all_gather(parts, mine, group=self.group))
         return [part[: header.size] for part, header in zip(parts, headers, strict=True)]
 
     @torch.no_grad()
@@ -124,7 +124,7 @@ class Replicas:
 
         def sent(leaf: Tensor) -> Tensor:
             copy = leaf.detach().clone(memory_format=torch.contiguous_format)
-            self._called(lambda: dist.broadcast(copy, group=self.group, group_src=0))
+            called(lambda: dist.broadcast(copy, group=self.group, group_src=0))
             return copy
 
         return tree.map(sent, values)
@@ -180,7 +180,7 @@ class Replicas:
             device=self._device,
         )
         parts = [torch.empty_like(mine) for _ in range(self.ranks)]
-        self._called(lambda: dist.all_gather(parts, mine, group=self.group))
+        called(lambda: dist.all_gather(parts, mine, group=self.group))
         headers = [_Header(*row) for row in torch.stack(parts).tolist()]
         if any(header.failed for header in headers):
             reasons = enumerate(self._objects(failed))
@@ -198,7 +198,7 @@ class Replicas:
 
     def _objects(self, value: Any) -> list[Any]:
         found: list[Any] = [None] * self.ranks
-        self._called(lambda: dist.all_gather_object(found, value, group=self.group))
+        called(lambda: dist.all_gather_object(found, value, group=self.group))
         return found
 
     @property
@@ -209,27 +209,13 @@ class Replicas:
             return torch.device("cpu")
         return torch.device("cuda", torch.cuda.current_device())
 
-    def _called(self, exchange: Callable[[], object]) -> None:
-        """Run an exchange.
-
-        Raises:
-            RankError: It failed: a process is gone, or did not answer in time.
-        """
-        try:
-            exchange()
-        except RuntimeError as error:
-            first = str(error).partition("\n")[0]
-            ended = RankError(f"another rank is gone or does not answer ({first})")
-            ended.gone = True
-            raise ended from error
-
     def _present(self, leaves: Sequence[Tensor | None], headers: Sequence[_Header]) -> list[bool]:
         """Return which leaves any rank has."""
         mine = [leaf is not None for leaf in leaves]
         if len({header.detail for header in headers}) == 1:
             return mine
         flags = torch.tensor(mine, dtype=torch.int64, device=self._device)
-        self._called(lambda: dist.all_reduce(flags, group=self.group))
+        called(lambda: dist.all_reduce(flags, group=self.group))
         return [bool(count) for count in flags.tolist()]
 
     def _summed(
@@ -265,7 +251,7 @@ class Replicas:
                 flat[place] = leaf.reshape(-1)
         if factor != 1.0:
             flat.mul_(factor)
-        self._called(lambda: dist.all_reduce(flat, group=self.group))
+        called(lambda: dist.all_reduce(flat, group=self.group))
         for index, like in bucket.items():
             result[index] = flat[places[index]].view(like.shape).to(like.dtype)
 
@@ -286,7 +272,7 @@ class Replicas:
         indices = {index: _nonzero(leaves[index], target) for index, target in large.items()}
         mine = torch.tensor([len(places) for places in indices.values()], device=self._device)
         parts = [torch.empty_like(mine) for _ in range(self.ranks)]
-        self._called(lambda: dist.all_gather(parts, mine, group=self.group))
+        called(lambda: dist.all_gather(parts, mine, group=self.group))
         found = {}
         for (index, target), counts in zip(
             large.items(), torch.stack(parts).T.tolist(), strict=True
@@ -311,11 +297,26 @@ class Replicas:
                 values[: len(indices)] = leaf.reshape(-1)[indices].to(dtype)
             all_places = [torch.empty_like(places) for _ in counts]
             all_values = [torch.empty_like(values) for _ in counts]
-            self._called(lambda: dist.all_gather(all_places, places, group=self.group))
-            self._called(lambda: dist.all_gather(all_values, values, group=self.group))
+            called(lambda: dist.all_gather(all_places, places, group=self.group))
+            called(lambda: dist.all_gather(all_values, values, group=self.group))
             for place, value, count in zip(all_places, all_values, counts, strict=True):
                 total[place[:count]] += value[:count]  # no place twice in one rank
         return total.view(target.shape).to(target.dtype)
+
+
+def called(exchange: Callable[[], T]) -> T:
+    """Return what an exchange of ``torch.distributed`` does.
+
+    Raises:
+        RankError: It failed: a process is gone, or did not answer in time.
+    """
+    try:
+        return exchange()
+    except RuntimeError as error:
+        first = str(error).partition("\n")[0]
+        ended = RankError(f"another rank is gone or does not answer ({first})")
+        ended.gone = True
+        raise ended from error
 
 
 class _Header(NamedTuple):

@@ -132,7 +132,7 @@ class BilevelSolver(Generic[Lower, Upper, BatchT]):
             )
         if getattr(self.collective, "in_place", False) and not self.in_place:
             raise ValueError(
-                f"BilevelSolver: {type(self.collective).__name__} joins the shards of a module that "
+                f"BilevelSolver: {type(self.collective).__name__} joins shards of a module that "
                 "computes with its own parameters, whatever it is given; choose ResidentSolver, "
                 "whose θ these are"
             )

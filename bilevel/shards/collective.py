@@ -117,4 +117,6 @@ class Shards:
     @torch.no_grad()
     def norm(self, values: Tree) -> Float[Tensor, ""]:
         """Return the Euclidean norm of a tree like θ over the shards of all ranks."""
-        return torch.linalg.vector_norm(torch.cat(self.gathered(tree.norm(values)[None])))
+        norms = torch.cat(self.gathered(tree.norm(values)[None]))
+        together: Tensor = torch.linalg.vector_norm(norms)
+        return together

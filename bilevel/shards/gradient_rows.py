@@ -17,6 +17,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch import distributed as dist
 
+from bilevel.replicas import called
+
 # Parameter's name, and the gradients of its local shard by all ranks.
 Receive: TypeAlias = Callable[[str, Float[Tensor, "ranks ..."]], None]
 
@@ -51,6 +53,7 @@ class GradientRows:
         for name, module in modules.items():
             sharded: Any = module
             sharded.set_custom_reduce_scatter(_Exchange(self, name, entries[name]))
+            sharded.set_custom_all_gather(_Gather())
             sharded.set_gradient_divide_factor(1.0)
             sharded.set_force_sum_reduction_for_comms(True)
         self._names = frozenset(parameters)
@@ -83,6 +86,7 @@ class GradientRows:
         """Send each rank its part of a module's gradients, and keep what the others sent.
 
         Raises:
+            RankError: Another rank is gone.
             RuntimeError: No backward pass of this object is running.
         """
         if self._receive is None:
@@ -91,7 +95,7 @@ class GradientRows:
                 "and another one was started; train by ResidentSolver alone"
             )
         rows = torch.empty_like(gradients)
-        dist.all_to_all_single(rows, gradients, group=group)
+        called(lambda: dist.all_to_all_single(rows, gradients, group=group))
         self._rows = rows.view(self.ranks, -1)
 
     def _hook(self, name: str) -> Callable[[Tensor], None]:
@@ -120,6 +124,35 @@ class GradientRows:
             rows = self._rows[:, start : start + shard.numel()].view(self.ranks, *shard.shape)
         self._missing.discard(name)
         self._receive(name, rows)
+
+
+class _Gather:
+    """What ``FSDPModule.set_custom_all_gather`` takes (``AllGather``), with our errors."""
+
+    def allocate(self, size: Sequence[int], *, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """Return memory for whole parameters."""
+        return torch.empty(*size, dtype=dtype, device=device)
+
+    def __call__(
+        self,
+        output_tensor: Tensor,
+        input_tensor: Tensor,
+        group: dist.ProcessGroup,
+        async_op: bool = False,
+    ) -> dist.Work | None:
+        """Gather the shards of all ranks.
+
+        Raises:
+            RankError: Another rank is gone.
+        """
+
+        def gather() -> dist.Work | None:
+            work: dist.Work | None = dist.all_gather_single(
+                output_tensor, input_tensor, group=group, async_op=async_op
+            )
+            return work
+
+        return called(gather)
 
 
 class _Exchange:

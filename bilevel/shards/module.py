@@ -158,6 +158,7 @@ def sharded(module: nn.Module) -> ShardedModule:
         module: Of which every trained parameter is sharded on dimension 0 over one group.
 
     Raises:
+        RuntimeError: torch is too old.
         TypeError: The module itself is not sharded.
         ValueError: A parameter is sharded in another way, or nothing is trained.
     """
@@ -175,6 +176,11 @@ def _fsdp_modules(module: nn.Module) -> dict[str, nn.Module]:
             "sharded: expected a module on which torch.distributed.fsdp.fully_shard was called "
             f"last, found a {type(module).__name__}; for a whole module take "
             "bilevel.functional(module)"
+        )
+    if not hasattr(module, "set_custom_reduce_scatter"):
+        raise RuntimeError(
+            f"sharded: torch {torch.__version__} has no FSDPModule.set_custom_reduce_scatter, by "
+            "which each rank's own gradient is kept; install torch 2.13"
         )
     return {name: one for name, one in module.named_modules() if is_fsdp(one)}
 

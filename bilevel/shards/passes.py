@@ -7,7 +7,7 @@ factors c_r, known before the backward pass, a shard of the sum is ``Σ_r c_r ro
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import torch
@@ -143,9 +143,10 @@ def _backward(
     names = tree.names(params)
     index = {name: number for number, name in enumerate(names)}
     along = total.structure.flatten_up_to(direction) if direction is not None else []
+    # By rank and leaf, in the order of ``tree.vdot``.
     terms: list[list[list[Tensor]]] = [[[] for _ in names] for _ in factors]
 
-    def receive(name: str, rows: Float[Tensor, "ranks *shard"]) -> None:
+    def receive(name: str, rows: Float[Tensor, "ranks ..."]) -> None:
         place = index[name]
         for rank, row in enumerate(rows):
             if along and along[place] is not None:
@@ -159,10 +160,8 @@ def _backward(
             f"Shards: the loss uses {used[0]!r} itself beside the module, of which this rank has a "
             "shard alone; compute it of what the module returns, or use weight_decay"
         )
-    like = total.structure.unflatten(total.leaves)
-    return torch.stack(
-        [tree.total([t for leaf in of_rank for t in leaf], like) for of_rank in terms]
-    )
+    flat = [[term for of_leaf in of_rank for term in of_leaf] for of_rank in terms]
+    return torch.stack([tree.total(of_rank, like=params) for of_rank in flat])
 
 
 def _joined(
@@ -175,5 +174,5 @@ def _joined(
     return torch.linalg.vector_norm(rows[:, 0]), products[:, shards.rank]
 
 
-def _known(products: Float[Tensor, "1"]):  # type: ignore[no-untyped-def]
+def _known(products: Float[Tensor, "1"]) -> Callable[[Tree], Float[Tensor, "1"]]:
     return lambda _: products

@@ -228,7 +228,7 @@ def taken(solver: Any, state: Any, case: Case, rank: int, ranks: int, parts: int
         upper = batch_of(7, generator)
         if case.bad_upper and done == 1:
             upper["spoil"][-1] = float("inf")
-        ends = ENDS[ranks]
+        whole, ends = upper, ENDS[ranks]
         upper = {name: rows[ends[rank] : ends[rank + 1]] for name, rows in upper.items()}
         state, infos = solver.advance(state, lower, upper if due.upper else None)
         done += due.lower
@@ -236,6 +236,10 @@ def taken(solver: Any, state: Any, case: Case, rank: int, ranks: int, parts: int
             for name in ("lower_loss", "lower_grad_norm", "losses", "weights", "upper_loss"):
                 if (value := getattr(info, name)) is not None:
                     figures.setdefault(name, []).append(value.reshape(-1))
+            # Evaluated between the steps, where a module might hold θ of before.
+            with torch.no_grad():
+                seen = solver.problem.upper_loss(state.lower_params, state.upper_params, whole)
+            figures.setdefault("evaluated", []).append(seen.reshape(-1))
             assert not info.notes or case.spoiled is not None or case.bad_upper, info.notes
     return state, {name: torch.cat(rows) for name, rows in figures.items()}
 
@@ -295,6 +299,7 @@ def main(store: str, rank: int, ranks: int, folder: Path) -> None:
     found = {}
     for name, case in cases().items():
         f, state, figures = in_shards(case, rank, ranks)
+        f.module.reshard()  # an evaluation has left it whole
         own = dict(f.module.named_parameters())
         held = sum(leaf.numel() for leaf in tree.leaves(state.lower_params))
         found[name] = {

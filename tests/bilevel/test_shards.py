@@ -6,9 +6,30 @@ one over shards.
 
 from __future__ import annotations
 
+import dataclasses
+import json
+
 import pytest
 import torch
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 
+from bilevel import (
+    SGD,
+    Auto,
+    BilevelSolver,
+    Dot,
+    Ghost,
+    Jvp,
+    OneStep,
+    PerExample,
+    ResidentSolver,
+    Shards,
+    Unrolled,
+    functional,
+    sharded,
+    tree,
+)
 from tests.bilevel import shard_cases
 from tests.rank_processes import run_ranks
 
@@ -52,3 +73,187 @@ def test_every_rank_holds_the_same_bits_of_the_whole(found, name, ranks):
         assert other.keys() == first.keys()
         for key, value in first.items():
             assert torch.equal(value.nan_to_num(7.0), other[key].nan_to_num(7.0)), key
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_a_rank_holds_its_shards_alone(found, ranks):
+    """In the module's own memory; at most the rows of ``Shard(0)``, rounded up."""
+    for name in CASES:
+        held = [rank[name]["held"] for rank in found[ranks]]
+        assert sum(held) == PARAMETERS
+        assert max(held) < PARAMETERS / ranks + 0.2 * PARAMETERS
+        assert all(rank[name]["in the module"] for rank in found[ranks])
+
+
+@pytest.fixture(scope="module")
+def faults(tmp_path_factory):
+    """What each of two ranks met, by the fault."""
+    folder = tmp_path_factory.mktemp("faults")
+    for status, output in run_ranks("tests.bilevel.shard_faults", 2, folder):
+        assert status == 0, output
+    return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(2)]
+
+
+@pytest.mark.parametrize(
+    ("fault", "expected"),
+    [
+        ("a step", "step 1"),
+        ("an empty part", "ValueError: upper_batch: the ranks have [1, 0] examples"),
+        ("places", "rank 0 at the lower gradient, rank 1 at the upper gradient"),
+        ("micro-batches", "the ranks have [1, 2] micro-batches of one example each"),
+        ("mixed precision", "mixed precision and offloading are not done"),
+    ],
+)
+def test_what_cannot_be_done_over_ranks_is_an_error_on_all_of_them(faults, fault, expected):
+    assert all(expected in rank[fault] for rank in faults)
+
+
+def test_a_parameter_that_one_rank_does_not_use_is_an_error(faults):
+    assert "ValueError: Shards: the loss does not depend on a parameter" in faults[1]["a branch"]
+    assert "RankError: another rank is gone or does not answer" in faults[0]["a branch"]
+
+
+# In one process, of which everything else is refused.
+
+
+@pytest.fixture
+def group(tmp_path):
+    """A group of one process."""
+    store = torch.distributed.FileStore(str(tmp_path / "store"), 1)
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+VIEWS = pytest.mark.filterwarnings("ignore:FSDP2-wrapped module .* returned a view tensor")
+CASE = shard_cases.Case("net")
+
+
+def started(method=CASE.method, kind=ResidentSolver, change=lambda problem: problem):
+    """A solver over one rank, its state and its module."""
+    f = sharded(shard_cases.spread(CASE, 1))
+    problem, phi = shard_cases.problem_of(CASE, f)
+    solver = kind(
+        change(problem), CASE.lower, SGD(0.5), method, collective=Shards(f, shard_cases.upper_size)
+    )
+    return solver, solver.init(f.module_params, phi), f
+
+
+def batch(rows=1):
+    return shard_cases.batch_of(rows, torch.Generator().manual_seed(0))
+
+
+@VIEWS
+def test_one_rank_is_one_process(group):
+    _, state, figures = shard_cases.in_shards(CASE, 0, 1)
+    one = shard_cases.alone(CASE, 1)
+    for key, value in {**tree.flatten(state), **figures}.items():
+        torch.testing.assert_close(value, one[key], rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.usefixtures("group")
+@pytest.mark.parametrize(
+    ("method", "sentence"),
+    [
+        (OneStep(Dot()), r"order lower-first over Shards .* choose order='upper-first'"),
+        (OneStep(Ghost(), "upper-first"), r"route Ghost\(.*\) over Shards .* choose Dot\(\)"),
+        (OneStep(Auto(), "upper-first"), r"route Auto\(\) over Shards .* choose Dot\(\)"),
+        (OneStep(Jvp(), "upper-first"), r"route Jvp\(\) over Shards .* choose Dot\(\)"),
+        (OneStep(PerExample(), "upper-first"), r"route PerExample\(.*\) over Shards"),
+        (Unrolled(), "ResidentSolver: Unrolled, which keeps θ of several steps"),
+    ],
+)
+def test_what_is_not_proven_over_shards_is_refused_by_name(method, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        started(method)
+
+
+@pytest.mark.usefixtures("group")
+def test_a_solver_that_hands_parameters_over_is_refused():
+    with pytest.raises(ValueError, match=r"Shards joins shards .* choose ResidentSolver"):
+        started(kind=BilevelSolver)
+
+
+@pytest.mark.usefixtures("group")
+def test_parameters_that_the_module_would_ignore_are_refused():
+    solver, state, f = started()
+    others = tree.map(torch.clone, state.lower_params)
+    sentence = "'blocks.0.narrow.weight' is not the module's own shard"
+    with pytest.raises(ValueError, match=sentence):
+        f(others, batch()["tokens"])
+    with pytest.raises(ValueError, match=sentence):
+        solver.init(others, state.upper_params)
+    with pytest.raises(ValueError, match="fully_shard, which computes with parameters of its own"):
+        functional(f.module)
+
+
+@VIEWS
+@pytest.mark.usefixtures("group")
+def test_a_loss_that_uses_a_shard_itself_is_refused():
+    def decayed(problem):
+        def per_example_loss(theta, batch):
+            losses, features = problem.per_example_loss(theta, batch)
+            return losses + theta["head.weight"].square().sum(), features
+
+        return dataclasses.replace(problem, per_example_loss=per_example_loss)
+
+    solver, state, _ = started(change=decayed)
+    with pytest.raises(ValueError, match=r"the loss uses 'head.weight' itself beside the module"):
+        solver.step(state, [batch()])
+
+
+@VIEWS
+@pytest.mark.usefixtures("group")
+def test_a_parameter_without_a_gradient_is_refused():
+    def constant(problem):
+        def per_example_loss(theta, batch):
+            losses, features = problem.per_example_loss(theta, batch)
+            return losses.detach() + f.module.blocks[0](torch.ones(1, 5).double()).sum(), features
+
+        return dataclasses.replace(problem, per_example_loss=per_example_loss)
+
+    solver, state, f = started(change=constant)
+    with pytest.raises(ValueError, match=r"does not depend on blocks.1.narrow.weight, .* more"):
+        solver.step(state, [batch()])
+
+
+@VIEWS
+@pytest.mark.usefixtures("group")
+def test_micro_batches_of_several_examples_are_refused():
+    solver, state, _ = started()
+    with pytest.raises(ValueError, match=r"route Dot\(\): expected micro-batches of 1 example"):
+        solver.step(state, [batch(2)])
+
+
+@VIEWS
+@pytest.mark.usefixtures("group")
+def test_a_backward_pass_beside_the_solver_is_refused():
+    """The gradients of such a module are no mean any more."""
+    _, state, f = started()
+    with pytest.raises(RuntimeError, match="got a gradient outside of a step"):
+        f(state.lower_params, batch()["tokens"]).sum().backward()
+
+
+@pytest.mark.usefixtures("group")
+def test_running_statistics_are_refused():
+    module = torch.nn.Sequential(torch.nn.Linear(3, 3), torch.nn.BatchNorm1d(3))
+    fully_shard(module, mesh=init_device_mesh("cpu", (1,)))
+    f = sharded(module)
+    with pytest.raises(ValueError, match=r"changed the buffer '1\.num_batches_tracked'"):
+        f(f.module_params, torch.ones(4, 3))
+
+
+@pytest.mark.usefixtures("group")
+def test_modules_that_are_sharded_otherwise_are_refused():
+    with pytest.raises(TypeError, match=r"on which torch.distributed.fsdp.fully_shard was called"):
+        sharded(torch.nn.Linear(2, 2))
+    both = init_device_mesh("cpu", (1, 1), mesh_dim_names=("copies", "shards"))
+    with pytest.raises(ValueError, match=r"replicated groups .* are not done"):
+        sharded(fully_shard(torch.nn.Linear(2, 2), mesh=both))
+    module = torch.nn.Linear(2, 2)
+    fully_shard(module, mesh=init_device_mesh("cpu", (1,)), ignored_params={module.bias})
+    with pytest.raises(ValueError, match=r"expected 'bias' sharded .* found not at all"):
+        sharded(module)
+    frozen = torch.nn.Linear(2, 2).requires_grad_(False)
+    with pytest.raises(ValueError, match="expected trained parameters"):
+        sharded(fully_shard(frozen, mesh=init_device_mesh("cpu", (1,))))
