@@ -207,8 +207,27 @@ ENDS = {1: [0, 7], 2: [0, 5, 7], 3: [0, 3, 4, 7]}
 """Where the unequal parts of an upper batch of 7 end."""
 
 
-def taken(solver: Any, state: Any, case: Case, rank: int, ranks: int, parts: int) -> Any:
-    """Take the steps of a run that ``parts`` ranks share, as one of ``ranks``.
+def taken(
+    solver: Any,
+    state: Any,
+    case: Case,
+    rank: int,
+    ranks: int,
+    micro_batches: int,
+    first: int = 0,
+    last: int | None = None,
+) -> Any:
+    """Take the steps of a run that ``ranks`` share, as one of them.
+
+    Args:
+        solver: Of this rank.
+        state: Before the step ``first``.
+        case: The run.
+        rank: Which of the ranks this is.
+        ranks: How many there are.
+        micro_batches: Those of a step, of all ranks.
+        first: Where to begin.
+        last: Where to end; None: at the end of the run.
 
     Returns:
         The state, and the figures of the steps by name.
@@ -216,12 +235,12 @@ def taken(solver: Any, state: Any, case: Case, rank: int, ranks: int, parts: int
     own = solver.accumulation
     generator = torch.Generator().manual_seed(3)
     figures: dict[str, list[Tensor]] = {}
-    done = 0
-    while done < case.steps:
-        due = solver.next_steps(state, case.steps - done)
+    done, last = 0, last or case.steps
+    while done < last:
+        due = solver.next_steps(state, last - done)
         lower = []
         for step in range(due.lower):
-            drawn = [batch_of(1, generator) for _ in range(parts * case.accumulation)]
+            drawn = [batch_of(1, generator) for _ in range(micro_batches)]
             if case.spoiled is not None and done + step == 1:
                 drawn[case.spoiled]["spoil"].fill_(float("nan"))
             lower.append(drawn[rank * own : (rank + 1) * own])
@@ -230,8 +249,10 @@ def taken(solver: Any, state: Any, case: Case, rank: int, ranks: int, parts: int
             upper["spoil"][-1] = float("inf")
         whole, ends = upper, ENDS[ranks]
         upper = {name: rows[ends[rank] : ends[rank + 1]] for name, rows in upper.items()}
-        state, infos = solver.advance(state, lower, upper if due.upper else None)
         done += due.lower
+        if done <= first:  # drawn, but not taken
+            continue
+        state, infos = solver.advance(state, lower, upper if due.upper else None)
         for info in infos:
             for name in ("lower_loss", "lower_grad_norm", "losses", "weights", "upper_loss"):
                 if (value := getattr(info, name)) is not None:
@@ -256,7 +277,9 @@ def alone(case: Case, parts: int) -> dict[str, Tensor]:
         accumulation=parts * case.accumulation,
         **case.options,
     )
-    state, figures = taken(solver, solver.init(f.params, phi), case, 0, 1, parts)
+    state, figures = taken(
+        solver, solver.init(f.params, phi), case, 0, 1, parts * case.accumulation
+    )
     return {**tree.flatten(state), **figures}
 
 
@@ -275,7 +298,9 @@ def in_shards(case: Case, rank: int, ranks: int) -> tuple[Any, Any, dict[str, Te
         collective=Shards(f, upper_size),
         **case.options,
     )
-    state, figures = taken(solver, solver.init(f.module_params, phi), case, rank, ranks, ranks)
+    micro_batches = ranks * case.accumulation
+    state = solver.init(f.module_params, phi)
+    state, figures = taken(solver, state, case, rank, ranks, micro_batches)
     return f, state, figures
 
 

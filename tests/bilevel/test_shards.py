@@ -30,7 +30,7 @@ from bilevel import (
     sharded,
     tree,
 )
-from tests.bilevel import shard_cases
+from tests.bilevel import shard_cases, shard_checkpoints
 from tests.rank_processes import run_ranks
 
 CASES = shard_cases.cases()
@@ -257,3 +257,42 @@ def test_modules_that_are_sharded_otherwise_are_refused():
     frozen = torch.nn.Linear(2, 2).requires_grad_(False)
     with pytest.raises(ValueError, match="expected trained parameters"):
         sharded(fully_shard(frozen, mesh=init_device_mesh("cpu", (1,))))
+
+
+@pytest.fixture(scope="module")
+def resumed(tmp_path_factory):
+    """What ranks found that went on from what others saved, by the numbers of both."""
+    folder, found = tmp_path_factory.mktemp("checkpoints"), {}
+    for name, numbers in (("saved", (1, 2, 3)), ("resumed", (1, 2))):
+        (folder / name).mkdir()
+        for ranks in numbers:
+            for status, output in run_ranks(
+                "tests.bilevel.shard_checkpoints", ranks, folder / name
+            ):
+                assert status == 0, output
+    for ranks in (1, 2):
+        for by in (1, 2, 3):
+            found[by, ranks] = torch.load(folder / "resumed" / f"{by}-{ranks}-0.pt")
+    return found
+
+
+@pytest.mark.parametrize(("by", "ranks"), [(2, 1), (1, 2), (3, 2), (2, 2)])
+def test_a_run_goes_on_with_another_number_of_ranks(resumed, by, ranks):
+    """``torch.distributed.checkpoint`` writes into the state, and so into the module."""
+    found, expected = resumed[by, ranks], resumed[by, 3 - ranks]["loaded"]
+    assert int(found["loaded"]["lower_steps"]) == shard_checkpoints.SAVED
+    for name, value in found["loaded"].items():
+        assert torch.equal(value, expected[name]), name
+    one = shard_cases.alone(shard_checkpoints.CASE, shard_checkpoints.MICRO_BATCHES)
+    for name, value in found["end"].items():
+        torch.testing.assert_close(value, one[name], rtol=1e-11, atol=1e-13)
+
+
+def test_a_module_that_an_evaluation_left_whole_sees_what_was_loaded(resumed):
+    """``fully_shard`` keeps the outermost module whole after a pass without a backward pass."""
+    found = resumed[1, 2]
+    assert not torch.allclose(found["before"], found["after"], rtol=1e-3)
+    f = functional(shard_cases.model_of(shard_checkpoints.CASE))
+    loaded = {name: found["loaded"][f"lower_params/{name}"] for name in f.names}
+    tokens = shard_cases.batch_of(2, torch.Generator().manual_seed(0))["tokens"]
+    torch.testing.assert_close(f(loaded, tokens).detach(), found["after"], rtol=1e-12, atol=0.0)
