@@ -7,14 +7,25 @@ it takes the first steps and saves; in another, beside it, it goes on from each 
 from __future__ import annotations
 
 import sys
+import threading
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor, distributed
-from torch.distributed import checkpoint
 
-from bilevel import SGD, ResidentSolver, Shards, sharded, tree
+from bilevel import (
+    SGD,
+    ResidentSolver,
+    Shards,
+    load_shards,
+    save_shards,
+    saving_shards,
+    sharded,
+    tree,
+)
+from bilevel.shards import checkpoint as shards_checkpoint
 from tests.bilevel.shard_cases import (
     AVERAGED,
     SCHEDULE,
@@ -30,6 +41,14 @@ from tests.bilevel.shard_cases import (
 CASE = Case("net", AVERAGED, SCHEDULE, steps=6)
 MICRO_BATCHES, SAVED = 6, 3
 """Of a step, shared by the ranks; and the steps after which a run is saved."""
+
+
+def _after(event: threading.Event, write: Any) -> Any:
+    def wait_and_write(*arguments: Any) -> None:
+        assert event.wait(60)
+        write(*arguments)
+
+    return wait_and_write
 
 
 def main(folder: Path, store: str, rank: int, ranks: int) -> None:
@@ -52,7 +71,13 @@ def main(folder: Path, store: str, rank: int, ranks: int) -> None:
 
     if folder.name == "saved":
         state = to(state, 0, SAVED)
-        checkpoint.save(tree.flatten(f.distributed(state)), checkpoint_id=folder / f"by-{ranks}")
+        save_shards(folder / f"by-{ranks}", f, state)
+        moved = threading.Event()
+        with patch.object(shards_checkpoint, "_write", _after(moved, shards_checkpoint._write)):
+            saving = saving_shards(folder / f"aside-{ranks}", f, state)
+            to(state, SAVED, CASE.steps)  # in place
+            moved.set()
+            saving.finish()
     else:
         for by in (1, 2, 3):
             # Other values, and a root that an evaluation of them has left whole.
@@ -60,10 +85,7 @@ def main(folder: Path, store: str, rank: int, ranks: int) -> None:
             tokens = batch_of(2, torch.Generator().manual_seed(0))["tokens"]
             with torch.no_grad():
                 before = f(state.lower_params, tokens)
-            checkpoint.load(
-                tree.flatten(f.distributed(state)),
-                checkpoint_id=folder.parent / "saved" / f"by-{by}",
-            )
+            load_shards(folder.parent / "saved" / f"by-{by}", f, state)
             with torch.no_grad():
                 after = f(state.lower_params, tokens)
             loaded: dict[str, Tensor] = tree.flatten(f.gathered(state))

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
@@ -26,7 +28,12 @@ from bilevel import (
     ResidentSolver,
     Shards,
     Unrolled,
+    checkpoint,
+    fit,
     functional,
+    load_shards,
+    save_shards,
+    saving_shards,
     sharded,
     tree,
 )
@@ -260,25 +267,33 @@ def test_modules_that_are_sharded_otherwise_are_refused():
 
 
 @pytest.fixture(scope="module")
-def resumed(tmp_path_factory):
+def saved(tmp_path_factory):
+    """A folder with what 1, 2 and 3 ranks have saved, before and while they went on."""
+    folder = tmp_path_factory.mktemp("checkpoints")
+    (folder / "saved").mkdir()
+    for ranks in (1, 2, 3):
+        for status, output in run_ranks("tests.bilevel.shard_checkpoints", ranks, folder / "saved"):
+            assert status == 0, output
+    return folder
+
+
+@pytest.fixture(scope="module")
+def resumed(saved):
     """What ranks found that went on from what others saved, by the numbers of both."""
-    folder, found = tmp_path_factory.mktemp("checkpoints"), {}
-    for name, numbers in (("saved", (1, 2, 3)), ("resumed", (1, 2))):
-        (folder / name).mkdir()
-        for ranks in numbers:
-            for status, output in run_ranks(
-                "tests.bilevel.shard_checkpoints", ranks, folder / name
-            ):
-                assert status == 0, output
+    folder, found = saved / "resumed", {}
+    folder.mkdir()
+    for ranks in (1, 2):
+        for status, output in run_ranks("tests.bilevel.shard_checkpoints", ranks, folder):
+            assert status == 0, output
     for ranks in (1, 2):
         for by in (1, 2, 3):
-            found[by, ranks] = torch.load(folder / "resumed" / f"{by}-{ranks}-0.pt")
+            found[by, ranks] = torch.load(folder / f"{by}-{ranks}-0.pt")
     return found
 
 
 @pytest.mark.parametrize(("by", "ranks"), [(2, 1), (1, 2), (3, 2), (2, 2)])
 def test_a_run_goes_on_with_another_number_of_ranks(resumed, by, ranks):
-    """``torch.distributed.checkpoint`` writes into the state, and so into the module."""
+    """The state is loaded in place, and so into the module."""
     found, expected = resumed[by, ranks], resumed[by, 3 - ranks]["loaded"]
     assert int(found["loaded"]["lower_steps"]) == shard_checkpoints.SAVED
     for name, value in found["loaded"].items():
@@ -296,3 +311,83 @@ def test_a_module_that_an_evaluation_left_whole_sees_what_was_loaded(resumed):
     loaded = {name: found["loaded"][f"lower_params/{name}"] for name in f.names}
     tokens = shard_cases.batch_of(2, torch.Generator().manual_seed(0))["tokens"]
     torch.testing.assert_close(f(loaded, tokens).detach(), found["after"], rtol=1e-12, atol=0.0)
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3])
+def test_what_is_written_while_training_goes_on_is_the_state_before(saved, ranks):
+    """Bit for bit what was written before the next step."""
+    both = [saved / "saved" / f"{name}-{ranks}" for name in ("by", "aside")]
+    files = sorted(path.name for path in both[0].iterdir())
+    assert len(files) == ranks + 1
+    assert files == sorted(path.name for path in both[1].iterdir())
+    assert files[0] == "seal.json"
+    for name in files[1:]:
+        assert name.endswith(".safetensors")
+        one, other = (load_file(path / name) for path in both)
+        assert one.keys() == other.keys()
+        for key, value in one.items():
+            assert torch.equal(value, other[key]), key
+    assert not list((saved / "saved").glob(".*"))
+
+
+@pytest.mark.usefixtures("group")
+def test_checkpoints_that_are_not_as_written_are_refused(tmp_path):
+    _, state, f = started()
+    path = tmp_path / "state"
+    save_shards(path, f, state)
+    with pytest.raises(FileExistsError, match="exists; a checkpoint over shards needs a new"):
+        save_shards(path, f, state)
+    file = next(path.glob("*.safetensors"))
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    before = tree.map(torch.clone, state)
+    with pytest.raises(ValueError, match=rf"{file.name} is not as it was written"):
+        load_shards(path, f, state)
+    file.unlink()
+    with pytest.raises(ValueError, match=rf"{file.name} is not as it was written"):
+        load_shards(path, f, state)
+    with pytest.raises(FileNotFoundError):
+        load_shards(tmp_path / "other", f, state)
+    assert all(map(torch.equal, tree.leaves(state), tree.leaves(before)))
+
+
+@pytest.mark.usefixtures("group")
+def test_checkpoints_of_another_optimizer_are_refused(tmp_path):
+    _, state, f = started()
+    save_shards(tmp_path / "state", f, state)
+    plain = SGD(0.1).init(state.lower_params)
+    sentence = r"'lower_optimizer/first_moment/.*' is torch.float64 \(.*\) in the .* missing here"
+    with pytest.raises(ValueError, match=sentence):
+        load_shards(tmp_path / "state", f, state._replace(lower_optimizer=plain))
+
+
+@VIEWS
+@pytest.mark.usefixtures("group")
+def test_a_folder_that_cannot_be_written_leaves_no_checkpoint(tmp_path):
+    _, state, f = started()
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OSError, match="file"):
+        save_shards(tmp_path / "file" / "state", f, state)
+    saving = saving_shards(tmp_path / "state", f, state)
+    shutil.rmtree(tmp_path / ".state.unfinished")
+    (tmp_path / ".state.unfinished").write_text("")
+    with pytest.raises(OSError, match="unfinished"):
+        saving.finish()
+    assert not (tmp_path / "state").exists()
+
+
+@VIEWS
+@pytest.mark.usefixtures("group")
+def test_a_file_of_one_rank_is_refused(tmp_path):
+    """``bilevel.checkpoint`` would write the shards of whoever comes last."""
+    solver, state, _ = started()
+    with pytest.raises(ValueError, match=r"checkpoint: θ lies in shards .*save_shards"):
+        fit(
+            solver,
+            state,
+            [batch()],
+            [batch(3)],
+            steps=1,
+            callbacks=[checkpoint(tmp_path / "state.pt", every=1)],
+        )
