@@ -57,7 +57,8 @@ class ResidentSolver(BilevelSolver[Lower, Upper, BatchT]):
         state = solver.init(f.module_params, phi)  # θ is the module's own parameters from now on
         state, infos = solver.advance(state, [[batch]], upper_batch)
 
-    The arguments are those of ``BilevelSolver``.
+    The arguments are those of ``BilevelSolver``. With ``collective=Shards(...)`` several processes
+    hold a part of θ each: ``Dot()`` in order upper-first.
 
     Raises:
         ValueError: As ``BilevelSolver``, and for what it does not do: ``rollback``, ``initial``,

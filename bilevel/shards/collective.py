@@ -27,8 +27,8 @@ class Shards:
     For ``ResidentSolver`` with ``OneStep(Dot(), "upper-first")`` and a model that ``fully_shard``
     has spread: R ranks of A micro-batches of one example each take the step of one process with
     R·A, up to the order of sums. φ is whole on every rank. A rank holds 1/R of what
-    ``ResidentSolver`` holds, and beside it the whole parameters and twice the whole gradient of one
-    module at a time, of those that ``fully_shard`` was called on.
+    ``ResidentSolver`` holds, and beside it, of one module at a time of those that ``fully_shard``
+    was called on, whole parameters, gradient, and what is exchanged.
 
     Traffic per pass, with θ of P entries: P for the forward pass and P for the backward pass, as
     ``fully_shard`` gathers parameters, and P for the gradients, by an all-to-all in place of the
