@@ -97,7 +97,11 @@ class Collective(Protocol):
         """Return the tensors of rank 0."""
 
     def lower_start(self, lower_params: TreeT) -> TreeT:
-        """Return the θ that the ranks start from: that of rank 0, or each rank's shards."""
+        """Return the θ that the ranks start from: that of rank 0, or each rank's shards.
+
+        Args:
+            lower_params: The solver's own tensors, which are returned and may change.
+        """
 
     def numbers(self, value: int) -> list[int]:
         """Return the integers of all ranks, in the order of the ranks: the cheapest exchange."""

@@ -117,21 +117,35 @@ class Replicas:
     @torch.no_grad()
     def first(self, values: TreeT) -> TreeT:
         """Return the tensors of rank 0, in tensors of this rank."""
+        self._check_names(values)
+
+        def sent(leaf: Tensor) -> Tensor:
+            return self._sent(leaf.detach().clone(memory_format=torch.contiguous_format))
+
+        return tree.map(sent, values)
+
+    @torch.no_grad()
+    def lower_start(self, lower_params: TreeT) -> TreeT:
+        """Return the tensors given, with the values of rank 0."""
+        self._check_names(lower_params)
+
+        def overwritten(leaf: Tensor) -> Tensor:
+            if leaf.is_contiguous():
+                return self._sent(leaf)
+            return leaf.copy_(self._sent(leaf.contiguous()))
+
+        return tree.map(overwritten, lower_params)
+
+    def _sent(self, leaf: Tensor) -> Tensor:
+        """Return the tensor, with the values that it has on rank 0."""
+        called(lambda: dist.broadcast(leaf, group=self.group, group_src=0))
+        return leaf
+
+    def _check_names(self, values: Tree) -> None:
         names = zlib.crc32("\0".join(tree.names(values, none_is_leaf=True)).encode())
         headers = self._meet("parameters", len(tree.leaves(values)), names)
         if len({header[2:] for header in headers}) > 1:
             raise RankError("the ranks hold parameters of different structure or names")
-
-        def sent(leaf: Tensor) -> Tensor:
-            copy = leaf.detach().clone(memory_format=torch.contiguous_format)
-            called(lambda: dist.broadcast(copy, group=self.group, group_src=0))
-            return copy
-
-        return tree.map(sent, values)
-
-    def lower_start(self, lower_params: TreeT) -> TreeT:
-        """Return θ of rank 0."""
-        return self.first(lower_params)
 
     def numbers(self, value: int, place: str = "agreement") -> list[int]:
         """Return the integers of all ranks in their order; ``place``: where they stand."""

@@ -1,4 +1,4 @@
-"""The passes of a step in place: of one process, or over the shards of all ranks."""
+"""The passes of a step in place: over the examples of all ranks, and the shards of all ranks."""
 
 from __future__ import annotations
 
@@ -43,6 +43,7 @@ def step_pass(
         differentiate=differentiate,
         direction=direction,
         keep_graph=keep_graph,
+        collective=window.collective,
     )
 
 
@@ -53,7 +54,7 @@ def upper_pass(window: Window, lower_params: Params, batch: Batch) -> UpperGradi
         return passes.upper_gradient(
             window.collective, window.problem, lower_params, upper_params, batch
         )
-    return upper_gradient(window.problem, lower_params, upper_params, batch)
+    return upper_gradient(window.problem, lower_params, upper_params, batch, window.collective)
 
 
 def norm_over_ranks(window: Window, values: Tree) -> Float[Tensor, ""]:

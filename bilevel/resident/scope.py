@@ -31,8 +31,6 @@ def outside(solver: BilevelSolver[Any, Any, Any]) -> Iterator[tuple[str, str]]:
     optimizer: Any = solver.lower_optimizer
     if not isinstance(optimizer, ElementwiseOptimizer):
         yield f"the step of {type(optimizer).__name__}", "choose an optimizer of bilevel"
-    if solver.collective.ranks > 1 and not isinstance(solver.collective, Shards):
-        yield "a step of several ranks", _ELSE
     if solver.rollback:
         yield "rollback, which goes back to the θ before a step,", _ELSE
     for name in ("initial", "hyperparameters"):
@@ -49,6 +47,8 @@ def outside(solver: BilevelSolver[Any, Any, Any]) -> Iterator[tuple[str, str]]:
     if method.order == "upper-first":
         return
     other = "choose order='upper-first'"
+    if solver.collective.ranks > 1:
+        yield "order lower-first over several ranks", other
     if method.route != Dot():
         yield f"order lower-first by the route {method.route!r}", f"choose Dot(), or {other[7:]}"
     if solver.accumulation > 1:

@@ -57,14 +57,15 @@ class ResidentSolver(BilevelSolver[Lower, Upper, BatchT]):
         state = solver.init(f.module_params, phi)  # θ is the module's own parameters from now on
         state, infos = solver.advance(state, [[batch]], upper_batch)
 
-    The arguments are those of ``BilevelSolver``. With ``collective=Shards(...)`` several processes
-    hold a part of θ each: ``Dot()`` in order upper-first.
+    The arguments are those of ``BilevelSolver``. With ``collective=Replicas(...)``, in order
+    upper-first, there is one gradient more while the ranks' are summed. With
+    ``collective=Shards(...)`` each holds a part of θ: ``Dot()`` in order upper-first.
 
     Raises:
         ValueError: As ``BilevelSolver``, and for what it does not do: ``rollback``, ``initial``,
             ``hyperparameters``, a hypergradient other than ``OneStep``, ``Sama``, or in order
-            lower-first another route than ``Dot()``, ``accumulation`` above 1, ``direction_decay``
-            or ``differentiate_clip``.
+            lower-first another route than ``Dot()``, ``accumulation`` above 1, several ranks,
+            ``direction_decay`` or ``differentiate_clip``.
     """
 
     in_place: ClassVar[bool] = True

@@ -77,6 +77,7 @@ VARIANTS: dict[str, dict] = {
     "window": {"hypergradient": "unrolled", "unroll_steps": 2},
     "implicit": {"hypergradient": "implicit", "lower_weight_decay": 0},
     "rollback": {"rollback": True},
+    "in place": {"execution": "resident", "order": "upper-first"},
 }
 """Further runs, of the same length."""
 

@@ -233,3 +233,12 @@ def test_what_a_step_in_place_does_not_do_is_refused_by_name(options, found):
     sentence = f"--execution resident: .*{found}.* use --execution functional"
     with pytest.raises(OptionError, match=sentence):
         made(0, execution="resident", **options)
+
+
+def test_several_ranks_step_in_place_upper_first(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert type(made(RESIDENT_FROM)) is ResidentSolver
+    single = {"batch_size": 1, "order": "lower-first", "direction_decay": 0.0}
+    assert type(made(RESIDENT_FROM, **single)) is BilevelSolver
+    with pytest.raises(OptionError, match="order lower-first over several ranks cannot be done"):
+        made(0, execution="resident", **single)
