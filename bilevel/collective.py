@@ -96,11 +96,11 @@ class Collective(Protocol):
     def first(self, values: TreeT) -> TreeT:
         """Return the tensors of rank 0."""
 
-    def lower_start(self, lower_params: TreeT) -> TreeT:
-        """Return the θ that the ranks start from: that of rank 0, or each rank's shards.
+    def adopt(self, values: TreeT) -> TreeT:
+        """Return the tensors given, with the values of rank 0, or θ in shards as it is.
 
         Args:
-            lower_params: The solver's own tensors, which are returned and may change.
+            values: Tensors of the caller's own, which may change in place.
         """
 
     def numbers(self, value: int) -> list[int]:
@@ -140,9 +140,9 @@ class Alone:
         """Return the values."""
         return values
 
-    def lower_start(self, lower_params: TreeT) -> TreeT:
-        """Return θ."""
-        return lower_params
+    def adopt(self, values: TreeT) -> TreeT:
+        """Return the values."""
+        return values
 
     def numbers(self, value: int) -> list[int]:
         """Return the integer, alone."""

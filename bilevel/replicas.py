@@ -125,16 +125,16 @@ class Replicas:
         return tree.map(sent, values)
 
     @torch.no_grad()
-    def lower_start(self, lower_params: TreeT) -> TreeT:
-        """Return the tensors given, with the values of rank 0."""
-        self._check_names(lower_params)
+    def adopt(self, values: TreeT) -> TreeT:
+        """Return the tensors given, with the values of rank 0, in place."""
+        self._check_names(values)
 
         def overwritten(leaf: Tensor) -> Tensor:
             if leaf.is_contiguous():
                 return self._sent(leaf)
             return leaf.copy_(self._sent(leaf.contiguous()))
 
-        return tree.map(overwritten, lower_params)
+        return tree.map(overwritten, values)
 
     def _sent(self, leaf: Tensor) -> Tensor:
         """Return the tensor, with the values that it has on rank 0."""

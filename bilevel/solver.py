@@ -185,7 +185,7 @@ class BilevelSolver(Generic[Lower, Upper, BatchT]):
         lower_params = self._adopted(lower_params)
         upper_params = tree.map(_owned, upper_params)
         with self.collective.together():
-            lower_params = self.collective.lower_start(lower_params)
+            lower_params = self.collective.adopt(lower_params)
             upper_params = self.collective.first(upper_params)
         return BilevelState(
             lower_params=lower_params,

@@ -88,15 +88,15 @@ class Shards:
         """Return the tensors of rank 0."""
         return self.replicas.first(values)
 
-    def lower_start(self, lower_params: TreeT) -> TreeT:
+    def adopt(self, values: TreeT) -> TreeT:
         """Return θ as it is: each rank has its own shards.
 
         Raises:
             ValueError: They are not the module's.
         """
-        given: Any = lower_params
+        given: Any = values
         self.module.check_own(given)
-        return lower_params
+        return values
 
     def numbers(self, value: int) -> list[int]:
         """Return the integers of all ranks in their order."""

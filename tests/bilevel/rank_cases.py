@@ -262,6 +262,8 @@ def taken(case: Case, rank: int, ranks: int, parts: int, collective: Collective)
         # What init overwrites with the parameters of rank 0.
         theta = tree.map(lambda leaf: leaf + rank, theta)
     state = solver.init(None if "initial" in settings else theta, phi)
+    if kind is ResidentSolver:  # rank 0's values, in the memory of whoever owns θ
+        assert all(state.lower_params[n].data_ptr() == theta[n].data_ptr() for n in theta)
     generator = torch.Generator().manual_seed(3)
     figures: dict[str, list[Tensor]] = {}
     for _ in range(2):
