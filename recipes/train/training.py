@@ -127,7 +127,10 @@ def run_training(options: TrainOptions, logged: Callable[[int], None] | None = N
         keep_bad_rows(run.directory, data.bad)
         initial = None
         if objective.reads_reference:
-            initial = _initial_scores(prm, lower, data, options)
+            # A checkpoint that was read in place has taken the place of the initial model.
+            gone = in_place and options.run.resume is not None
+            first = _initial_model(task, run) if gone else (prm, lower)
+            initial = _initial_scores(*first, data, options)
         clock.lap("set_up")
         draw, lower_batch = _lower_level(task, initial)
         training = Training(

@@ -23,6 +23,7 @@ from recipes.train.training import run_training
 from tests.tiny_task import model_bits, read_lines
 
 TABLE = {"weighting": "table", "bound": "clip", "normalise": "none"}
+NET = {"weighting": "net", "reference_features": True}
 SINGLE = {
     **TABLE,
     "batch_size": 1,
@@ -75,8 +76,9 @@ def test_small_models_keep_the_bits_of_the_functional_step(task, tmp_path):
     assert model_bits(runs[0]) == model_bits(runs[1])
 
 
-@pytest.mark.parametrize("kind", [TABLE, SINGLE], ids=["table", "dot"])
+@pytest.mark.parametrize("kind", [TABLE, NET, SINGLE], ids=["table", "net", "dot"])
 def test_an_interrupted_run_is_the_uninterrupted_one(task, tmp_path, monkeypatch, kind):
+    """Also of a net that reads the scores of the initial model, which the resumed one replaces."""
     kind = {"execution": "resident", "save_every": 2, "keep_checkpoints": 0, "steps": 6} | kind
     whole = run_training(task.train(tmp_path / "whole", **kind))
     original, calls = ResidentSolver.advance, []
