@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -174,15 +173,6 @@ def test_one_rank_is_one_process(group):
 def test_what_is_not_proven_over_shards_is_refused_by_name(method, sentence):
     with pytest.raises(ValueError, match=sentence):
         started(method)
-
-
-def test_order_lower_first_over_ranks_is_not_done_in_place():
-    problem, _ = shard_cases.problem_of(CASE, None)
-    sentence = r"order lower-first over several ranks .* choose order='upper-first'"
-    with pytest.raises(ValueError, match=sentence):
-        ResidentSolver(
-            problem, SGD(0.1), SGD(0.1), OneStep(Dot()), collective=SimpleNamespace(ranks=2)
-        )
 
 
 @pytest.mark.usefixtures("group")
