@@ -79,6 +79,9 @@ from bilevel.problem import BilevelProblem, ReweightingProblem
 from bilevel.replicas import Replicas
 from bilevel.resident.solver import ResidentSolver
 from bilevel.routes import Auto, CentralDifference, Dot, Ghost, Jvp, PerExample, Reverse, Route
+from bilevel.shards.checkpoint import Saving, load_shards, save_shards, saving_shards
+from bilevel.shards.collective import Shards
+from bilevel.shards.module import ShardedModule, sharded
 from bilevel.solver import BilevelSolver, NextSteps
 from bilevel.state import BilevelState, StepInfo
 
@@ -149,7 +152,10 @@ __all__ = [
     "ReweightingProblem",
     "Route",
     "Sama",
+    "Saving",
     "Schedule",
+    "ShardedModule",
+    "Shards",
     "Stationarity",
     "StationarityWarning",
     "Step",
@@ -166,7 +172,11 @@ __all__ = [
     "fit",
     "functional",
     "load_checkpoint",
+    "load_shards",
     "movement",
+    "save_shards",
+    "saving_shards",
+    "sharded",
     "stationarity",
     "take_window",
 ]

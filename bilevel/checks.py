@@ -111,9 +111,9 @@ def refuse_data_parallel(value: object) -> None:
             if any(base.__name__ == "FSDPModule" for base in type(module).__mro__):
                 raise ValueError(
                     f"bilevel: {name or 'the module'} is sharded by fully_shard, which computes "
-                    "with parameters of its own and ignores those that it is given; leave "
-                    "fully_shard out, and run one process, or several that hold all parameters "
-                    "each: BilevelSolver(collective=Replicas())"
+                    "with parameters of its own and ignores those that it is given; take "
+                    "bilevel.sharded(module) and ResidentSolver(collective=Shards(...)), or leave "
+                    "fully_shard out: BilevelSolver(collective=Replicas())"
                 )
         for parameter in value.parameters():
             refuse_data_parallel(parameter)

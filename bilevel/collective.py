@@ -56,6 +56,10 @@ class Collective(Protocol):
     """What a solver asks of the ranks; every rank must ask for the same in the same order."""
 
     @property
+    def in_place(self) -> bool:
+        """Whether θ must live in place, as in ``ResidentSolver``."""
+
+    @property
     def rank(self) -> int:
         """The number of this process, from 0."""
 
@@ -92,6 +96,13 @@ class Collective(Protocol):
     def first(self, values: TreeT) -> TreeT:
         """Return the tensors of rank 0."""
 
+    def adopt(self, values: TreeT) -> TreeT:
+        """Return the tensors given, with the values of rank 0, or θ in shards as it is.
+
+        Args:
+            values: Tensors of the caller's own, which may change in place.
+        """
+
     def numbers(self, value: int) -> list[int]:
         """Return the integers of all ranks, in the order of the ranks: the cheapest exchange."""
 
@@ -109,6 +120,7 @@ class Collective(Protocol):
 class Alone:
     """One process: nothing is summed, and no bit changes."""
 
+    in_place: ClassVar[bool] = False
     rank: ClassVar[int] = 0
     ranks: ClassVar[int] = 1
 
@@ -125,6 +137,10 @@ class Alone:
         return [values]
 
     def first(self, values: TreeT) -> TreeT:
+        """Return the values."""
+        return values
+
+    def adopt(self, values: TreeT) -> TreeT:
         """Return the values."""
         return values
 

@@ -20,6 +20,7 @@ from typing import Any, Generic, TextIO, TypeAlias
 import torch
 
 from bilevel import tree
+from bilevel.collective import ALONE, Collective
 from bilevel.inputs import check_source
 from bilevel.problem import BatchT, Lower, Upper
 from bilevel.solver import BilevelSolver
@@ -36,11 +37,13 @@ class FitStep(Generic[Lower, Upper]):
         infos: What is known of each lower step; the last has the fields of the upper step, if one
             was taken.
         steps: The lower steps at which the loop ends.
+        collective: The ranks of the solver.
     """
 
     state: BilevelState[Lower, Upper]
     infos: tuple[StepInfo, ...]
     steps: int
+    collective: Collective = ALONE
 
 
 Callback: TypeAlias = Callable[[FitStep[Any, Any]], bool | None]
@@ -87,7 +90,7 @@ def fit(
         due = solver.next_steps(state, steps - taken)
         batches = [[next(lower) for _ in range(solver.accumulation)] for _ in range(due.lower)]
         state, infos = solver.advance(state, batches, next(upper) if due.upper else None)
-        step = FitStep(state, infos, steps)
+        step = FitStep(state, infos, steps, solver.collective)
         ends = [callback(step) for callback in callbacks]
         if any(ends):
             break
@@ -143,10 +146,18 @@ def checkpoint(path: str | os.PathLike[str], *, every: int) -> Callback:
     Args:
         path: The file.
         every: n; the last step is always saved.
+
+    Raises:
+        ValueError: At the first step, if θ lies in shards: one file would be of one rank.
     """
     _require_count("checkpoint", "every", every)
 
     def save(step: FitStep[Any, Any]) -> None:
+        if step.collective.in_place:
+            raise ValueError(
+                "checkpoint: θ lies in shards on several ranks, and this file would hold those "
+                "of one; call bilevel.save_shards(folder, f, step.state) in a callback instead"
+            )
         if _passed(step, every) or int(step.state.lower_steps) >= step.steps:
             _replace(Path(path), tree.flatten(step.state) | {_RANDOM: torch.get_rng_state()})
 

@@ -11,7 +11,7 @@ import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, ClassVar, NamedTuple, TypeVar
 
 import optree
 import torch
@@ -57,6 +57,8 @@ class Replicas:
 
     upper_size: Callable[[Any], int] | None = None
     group: dist.ProcessGroup | None = None
+
+    in_place: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         if not (dist.is_available() and dist.is_initialized()):
@@ -109,27 +111,45 @@ class Replicas:
         mine[: len(values)] = values
         parts = [torch.empty_like(mine) for _ in headers]
         if longest:
-            self._called(lambda: dist.all_gather(parts, mine, group=self.group))
+            called(lambda: dist.all_gather(parts, mine, group=self.group))
         return [part[: header.size] for part, header in zip(parts, headers, strict=True)]
 
     @torch.no_grad()
     def first(self, values: TreeT) -> TreeT:
         """Return the tensors of rank 0, in tensors of this rank."""
+        self._check_names(values)
+
+        def sent(leaf: Tensor) -> Tensor:
+            return self._sent(leaf.detach().clone(memory_format=torch.contiguous_format))
+
+        return tree.map(sent, values)
+
+    @torch.no_grad()
+    def adopt(self, values: TreeT) -> TreeT:
+        """Return the tensors given, with the values of rank 0, in place."""
+        self._check_names(values)
+
+        def overwritten(leaf: Tensor) -> Tensor:
+            if leaf.is_contiguous():
+                return self._sent(leaf)
+            return leaf.copy_(self._sent(leaf.contiguous()))
+
+        return tree.map(overwritten, values)
+
+    def _sent(self, leaf: Tensor) -> Tensor:
+        """Return the tensor, with the values that it has on rank 0."""
+        called(lambda: dist.broadcast(leaf, group=self.group, group_src=0))
+        return leaf
+
+    def _check_names(self, values: Tree) -> None:
         names = zlib.crc32("\0".join(tree.names(values, none_is_leaf=True)).encode())
         headers = self._meet("parameters", len(tree.leaves(values)), names)
         if len({header[2:] for header in headers}) > 1:
             raise RankError("the ranks hold parameters of different structure or names")
 
-        def sent(leaf: Tensor) -> Tensor:
-            copy = leaf.detach().clone(memory_format=torch.contiguous_format)
-            self._called(lambda: dist.broadcast(copy, group=self.group, group_src=0))
-            return copy
-
-        return tree.map(sent, values)
-
-    def numbers(self, value: int) -> list[int]:
-        """Return the integers of all ranks in their order."""
-        return [header.size for header in self._meet("agreement", value, 0)]
+    def numbers(self, value: int, place: str = "agreement") -> list[int]:
+        """Return the integers of all ranks in their order; ``place``: where they stand."""
+        return [header.size for header in self._meet(place, value, 0)]
 
     def objects(self, value: T) -> list[T]:
         """Return the objects of all ranks in their order; pickled, so of no stranger."""
@@ -174,7 +194,7 @@ class Replicas:
             device=self._device,
         )
         parts = [torch.empty_like(mine) for _ in range(self.ranks)]
-        self._called(lambda: dist.all_gather(parts, mine, group=self.group))
+        called(lambda: dist.all_gather(parts, mine, group=self.group))
         headers = [_Header(*row) for row in torch.stack(parts).tolist()]
         if any(header.failed for header in headers):
             reasons = enumerate(self._objects(failed))
@@ -192,7 +212,7 @@ class Replicas:
 
     def _objects(self, value: Any) -> list[Any]:
         found: list[Any] = [None] * self.ranks
-        self._called(lambda: dist.all_gather_object(found, value, group=self.group))
+        called(lambda: dist.all_gather_object(found, value, group=self.group))
         return found
 
     @property
@@ -203,27 +223,13 @@ class Replicas:
             return torch.device("cpu")
         return torch.device("cuda", torch.cuda.current_device())
 
-    def _called(self, exchange: Callable[[], object]) -> None:
-        """Run an exchange.
-
-        Raises:
-            RankError: It failed: a process is gone, or did not answer in time.
-        """
-        try:
-            exchange()
-        except RuntimeError as error:
-            first = str(error).partition("\n")[0]
-            ended = RankError(f"another rank is gone or does not answer ({first})")
-            ended.gone = True
-            raise ended from error
-
     def _present(self, leaves: Sequence[Tensor | None], headers: Sequence[_Header]) -> list[bool]:
         """Return which leaves any rank has."""
         mine = [leaf is not None for leaf in leaves]
         if len({header.detail for header in headers}) == 1:
             return mine
         flags = torch.tensor(mine, dtype=torch.int64, device=self._device)
-        self._called(lambda: dist.all_reduce(flags, group=self.group))
+        called(lambda: dist.all_reduce(flags, group=self.group))
         return [bool(count) for count in flags.tolist()]
 
     def _summed(
@@ -259,7 +265,7 @@ class Replicas:
                 flat[place] = leaf.reshape(-1)
         if factor != 1.0:
             flat.mul_(factor)
-        self._called(lambda: dist.all_reduce(flat, group=self.group))
+        called(lambda: dist.all_reduce(flat, group=self.group))
         for index, like in bucket.items():
             result[index] = flat[places[index]].view(like.shape).to(like.dtype)
 
@@ -280,7 +286,7 @@ class Replicas:
         indices = {index: _nonzero(leaves[index], target) for index, target in large.items()}
         mine = torch.tensor([len(places) for places in indices.values()], device=self._device)
         parts = [torch.empty_like(mine) for _ in range(self.ranks)]
-        self._called(lambda: dist.all_gather(parts, mine, group=self.group))
+        called(lambda: dist.all_gather(parts, mine, group=self.group))
         found = {}
         for (index, target), counts in zip(
             large.items(), torch.stack(parts).T.tolist(), strict=True
@@ -305,11 +311,26 @@ class Replicas:
                 values[: len(indices)] = leaf.reshape(-1)[indices].to(dtype)
             all_places = [torch.empty_like(places) for _ in counts]
             all_values = [torch.empty_like(values) for _ in counts]
-            self._called(lambda: dist.all_gather(all_places, places, group=self.group))
-            self._called(lambda: dist.all_gather(all_values, values, group=self.group))
+            called(lambda: dist.all_gather(all_places, places, group=self.group))
+            called(lambda: dist.all_gather(all_values, values, group=self.group))
             for place, value, count in zip(all_places, all_values, counts, strict=True):
                 total[place[:count]] += value[:count]  # no place twice in one rank
         return total.view(target.shape).to(target.dtype)
+
+
+def called(exchange: Callable[[], T]) -> T:
+    """Return what an exchange of ``torch.distributed`` does.
+
+    Raises:
+        RankError: It failed: a process is gone, or did not answer in time.
+    """
+    try:
+        return exchange()
+    except RuntimeError as error:
+        first = str(error).partition("\n")[0]
+        ended = RankError(f"another rank is gone or does not answer ({first})")
+        ended.gone = True
+        raise ended from error
 
 
 class _Header(NamedTuple):

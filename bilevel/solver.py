@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Generic, NamedTuple, TypeAlias, cast
+from typing import Any, ClassVar, Generic, NamedTuple, TypeAlias, cast
 
 import torch
 from torch import Tensor
@@ -108,6 +108,8 @@ class BilevelSolver(Generic[Lower, Upper, BatchT]):
     hyperparameters: Callable[[Upper], Hyperparameters] | None = None
     collective: Collective = Alone()
 
+    in_place: ClassVar[bool] = False
+
     def __post_init__(self) -> None:
         if not isinstance(self.problem, BilevelProblem | ReweightingProblem):
             raise TypeError(
@@ -128,6 +130,12 @@ class BilevelSolver(Generic[Lower, Upper, BatchT]):
             raise ValueError(
                 f"BilevelSolver: {name} does not sum over ranks what it computes of its batches; "
                 "choose OneStep(), Unrolled() or Implicit(), or run one process"
+            )
+        if getattr(self.collective, "in_place", False) and not self.in_place:
+            raise ValueError(
+                f"BilevelSolver: {type(self.collective).__name__} joins shards of a module that "
+                "computes with its own parameters, whatever it is given; choose ResidentSolver, "
+                "whose θ these are"
             )
         if self.hyperparameters is not None:
             if not hasattr(self.lower_optimizer, "hyperparameters_vjp"):
@@ -157,7 +165,7 @@ class BilevelSolver(Generic[Lower, Upper, BatchT]):
     def init(self, lower_params: Lower | None, upper_params: Upper) -> BilevelState[Lower, Upper]:
         """Return the state before the first step; it holds clones of the tensors given.
 
-        With several ranks these are the tensors of rank 0.
+        With several ranks these are the tensors of rank 0, or each rank's shards.
 
         Args:
             lower_params: θ; None: ``initial`` has it.
@@ -178,7 +186,7 @@ class BilevelSolver(Generic[Lower, Upper, BatchT]):
         lower_params = self._adopted(lower_params)
         upper_params = tree.map(_owned, upper_params)
         with self.collective.together():
-            lower_params = self.collective.first(lower_params)
+            lower_params = self.collective.adopt(lower_params)
             upper_params = self.collective.first(upper_params)
         return BilevelState(
             lower_params=lower_params,

@@ -48,7 +48,7 @@ LAYERS = {
         ("autodiff", "state", "replicas"),
         ("lower",),
         ("routes",),
-        ("hypergradients",),
+        ("hypergradients", "shards"),
         ("solver",),
         ("audit", "fit", "resident"),
     ),

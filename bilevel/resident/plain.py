@@ -13,7 +13,7 @@ from bilevel import tree
 from bilevel.autodiff import random_state
 from bilevel.autodiff.gradient import as_leaves
 from bilevel.autodiff.random_state import RandomState
-from bilevel.lower.lower_pass import LowerPass, lower_pass, remarked
+from bilevel.lower.lower_pass import LowerPass, remarked
 from bilevel.lower.micro_batch import MicroBatch, PassContext, weighted_batch
 from bilevel.lower.route import Route
 from bilevel.lower.steps import Point, Window
@@ -21,6 +21,7 @@ from bilevel.optimizers.elementwise import ElementwiseOptimizer
 from bilevel.optimizers.point import Leaves
 from bilevel.problem import Batch, Params
 from bilevel.resident.memory import owned
+from bilevel.resident.passes import step_pass
 from bilevel.resident.pieces import Gathered, Gathering, in_pieces
 from bilevel.resident.streamed import streamed_backward
 from bilevel.resident.update import group_names, step_, step_in_pieces_
@@ -53,9 +54,7 @@ def plain_step(window: Window, route: Route, point: Point, batches: Sequence[Bat
     Beside θ and the moments it holds one gradient.
     """
     upper_params = tree.map(Tensor.detach, window.upper_params)
-    passed = lower_pass(
-        window.problem, route, point.lower_params, upper_params, batches, guard=window.guard
-    )
+    passed = step_pass(window, route, point.lower_params, upper_params, batches)
     return take(window, point, passed)
 
 

@@ -9,6 +9,7 @@ from bilevel.hypergradients.one_step import OneStep
 from bilevel.hypergradients.update_derivative import Exact, Identity
 from bilevel.optimizers.elementwise import ElementwiseOptimizer
 from bilevel.routes import Dot
+from bilevel.shards.collective import Shards
 from bilevel.solver import BilevelSolver
 
 
@@ -30,8 +31,6 @@ def outside(solver: BilevelSolver[Any, Any, Any]) -> Iterator[tuple[str, str]]:
     optimizer: Any = solver.lower_optimizer
     if not isinstance(optimizer, ElementwiseOptimizer):
         yield f"the step of {type(optimizer).__name__}", "choose an optimizer of bilevel"
-    if solver.collective.ranks > 1:
-        yield "a step of several ranks", _ELSE
     if solver.rollback:
         yield "rollback, which goes back to the θ before a step,", _ELSE
     for name in ("initial", "hyperparameters"):
@@ -43,9 +42,13 @@ def outside(solver: BilevelSolver[Any, Any, Any]) -> Iterator[tuple[str, str]]:
         return
     if not isinstance(method.update_derivative, Exact | Identity):
         yield f"{type(method.update_derivative).__name__}()", "choose update_derivative=Exact()"
+    if isinstance(solver.collective, Shards):
+        yield from _outside_shards(solver, method)
     if method.order == "upper-first":
         return
     other = "choose order='upper-first'"
+    if solver.collective.ranks > 1:
+        yield "order lower-first over several ranks", other
     if method.route != Dot():
         yield f"order lower-first by the route {method.route!r}", f"choose Dot(), or {other[7:]}"
     if solver.accumulation > 1:
@@ -54,3 +57,13 @@ def outside(solver: BilevelSolver[Any, Any, Any]) -> Iterator[tuple[str, str]]:
         yield f"order lower-first with direction_decay={method.direction_decay}", other
     if optimizer.differentiate_clip:
         yield "order lower-first with differentiate_clip=True", f"{other}, or leave it out"
+
+
+def _outside_shards(
+    solver: BilevelSolver[Any, Any, Any], method: OneStep
+) -> Iterator[tuple[str, str]]:
+    """Yield each thing that is not proven over shards of θ."""
+    if method.order != "upper-first":
+        yield f"order {method.order} over Shards", "choose order='upper-first'"
+    if method.route != Dot():
+        yield f"the route {method.route!r} over Shards", "choose Dot()"

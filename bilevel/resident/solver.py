@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor
 
@@ -60,14 +60,18 @@ class ResidentSolver(BilevelSolver[Lower, Upper, BatchT]):
         state = solver.init(f.module_params, phi)  # θ is the module's own parameters from now on
         state, infos = solver.advance(state, [[batch]], upper_batch)
 
-    The arguments are those of ``BilevelSolver``.
+    The arguments are those of ``BilevelSolver``. With ``collective=Replicas(...)``, in order
+    upper-first, there is one gradient more while the ranks' are summed. With
+    ``collective=Shards(...)`` each holds a part of θ: ``Dot()`` in order upper-first.
 
     Raises:
         ValueError: As ``BilevelSolver``, and for what it does not do: ``rollback``, ``initial``,
             ``hyperparameters``, a hypergradient other than ``OneStep``, ``Sama``, or in order
-            lower-first another route than ``Dot()``, ``accumulation`` above 1, ``direction_decay``
-            or ``differentiate_clip``.
+            lower-first another route than ``Dot()``, ``accumulation`` above 1, several ranks,
+            ``direction_decay`` or ``differentiate_clip``.
     """
+
+    in_place: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -18,18 +18,19 @@ from torch import Tensor
 
 from bilevel import tree
 from bilevel.autodiff import random_state
-from bilevel.autodiff.gradient import UpperGradient, as_leaves, upper_gradient
+from bilevel.autodiff.gradient import UpperGradient, as_leaves
 from bilevel.autodiff.random_state import RandomState
 from bilevel.hypergradients.base import HypergradientResult
 from bilevel.hypergradients.one_step import DirectionAverage, OneStep, keeps_graph, step_notes
 from bilevel.hypergradients.update_derivative import Identity
-from bilevel.lower.lower_pass import LowerPass, lower_pass
+from bilevel.lower.lower_pass import LowerPass
 from bilevel.lower.mixed_product import mixed_product
 from bilevel.lower.steps import LowerSteps, Point, Window
 from bilevel.optimizers.point import Leaves
-from bilevel.problem import Batch
+from bilevel.problem import Batch, Params
 from bilevel.resident.average import average_, without_
 from bilevel.resident.memory import owned
+from bilevel.resident.passes import norm_over_ranks, step_pass, upper_pass
 from bilevel.resident.pieces import Gathered, Gathering, in_pieces
 from bilevel.resident.plain import (
     Single,
@@ -90,7 +91,7 @@ def _differentiated(
     upper, v = _upper_gradient(window, point, upper_batch, random)
     direction, averaged = owned(upper.lower) if v is None else upper.lower, memory
     upper = upper._replace(lower=None)
-    if memory is not None and _finite(direction, upper.loss):
+    if memory is not None and _finite(norm_over_ranks(window, direction), upper.loss):
         averaged = average_(direction, memory, method.direction_decay)
     if isinstance(method.update_derivative, Identity):
         with torch.no_grad():
@@ -106,8 +107,8 @@ def _differentiated(
         single = single_pass(window, upper_params, point, window.batches[-1][0])
         passed = _multiplied(single, v, direction)
     else:
-        passed = lower_pass(
-            window.problem,
+        passed = step_pass(
+            window,
             method.route,
             point.lower_params,
             upper_params,
@@ -115,7 +116,6 @@ def _differentiated(
             differentiate=True,
             direction=direction,
             keep_graph=keeps_graph(method, window, point.lower_params),
-            guard=window.guard,
         )
     product = mixed_product(
         window.problem, method.route, passed, point.lower_params, upper_params, direction
@@ -148,8 +148,8 @@ def _upper_gradient(
     """Return the upper gradient, and on a device the pieces that v consists of."""
     problem, params = window.problem, point.lower_params
     with random_state.rewound_to(random, params):
-        if not in_pieces(params):
-            return upper_gradient(problem, params, window.upper_params, batch), None
+        if not _in_pieces(window, params):
+            return upper_pass(window, params, batch), None
         v = Gathered(group_names(optimizer_of(window), params), [])
         gathering = Gathering(v.keys, v.pieces.append)
         upper = streamed_upper_gradient(problem, point, window.upper_params, batch, gathering.add)
@@ -162,8 +162,13 @@ def _gathers(window: Window, method: OneStep, point: Point, batches: Sequence[Ba
 
     Its weight and norm are numbers of the host, so not where the host does not look.
     """
-    looks = window.guard.usual is None
-    return looks and method.route == Dot() and len(batches) == 1 and in_pieces(point.lower_params)
+    looks, pieces = window.guard.usual is None, _in_pieces(window, point.lower_params)
+    return looks and method.route == Dot() and len(batches) == 1 and pieces
+
+
+def _in_pieces(window: Window, params: Params) -> bool:
+    """Return whether gradients are gathered; over ranks they are summed leaf by leaf."""
+    return window.collective.ranks == 1 and in_pieces(params)
 
 
 @torch.no_grad()

@@ -51,6 +51,7 @@ class Run:
         start: The state that training starts from.
         ranks: The ranks that take its steps. Rank 0 alone writes the log and the checkpoints; the
             directory of the others is one of their own, which is removed.
+        in_place: Whether its solver is resident.
 
     With a resident solver ``beginning`` and ``start`` are the one state that there is, whose
     tensors move with it.
@@ -62,6 +63,7 @@ class Run:
     beginning: Progress
     start: Progress
     ranks: Collective = Alone()
+    in_place: bool = False
 
     @property
     def writes(self) -> bool:
@@ -78,15 +80,15 @@ class Run:
 
         It is the state of the newest checkpoint that was due, or else the beginning of the run.
         """
-        path, moved = None, is_consumed(self.start.state)
+        path = None
         if self.writes:
             path = self.checkpoints.newest_due()
-            if path is None and moved:
+            if path is None and self.in_place:
                 path = self.checkpoints.newest()
         back = self.beginning
         if path is not None:
-            back = self.checkpoints.load(path, self.start.state, in_place=moved)
-        return of_first(back, self.ranks)
+            back = self.checkpoints.load(path, self.start.state, in_place=self.in_place)
+        return of_first(back, self.ranks, self.in_place)
 
     def keep(self, progress: Progress) -> str:
         """Save the state, whether or not a checkpoint is due.
@@ -135,11 +137,17 @@ class Run:
         return error
 
 
-def of_first(progress: Progress, ranks: Collective) -> Progress:
-    """Return the progress of rank 0, with the generators of devices as they are on this rank."""
+def of_first(progress: Progress, ranks: Collective, in_place: bool) -> Progress:
+    """Return the progress of rank 0, with the generators of devices as they are on this rank.
+
+    Args:
+        progress: That of this rank.
+        ranks: The ranks of the run.
+        in_place: Whether the state is read into the tensors of ``progress``.
+    """
     if ranks.ranks == 1:
         return progress
-    state = ranks.first(progress.state)
+    state = (ranks.adopt if in_place else ranks.first)(progress.state)
     random = RandomState(ranks.first(progress.random.cpu), progress.random.devices)
     unlogged, seen = ranks.objects((progress.unlogged, progress.seen))[0]
     return Progress(state, random, unlogged, seen)
@@ -168,9 +176,10 @@ def open_run(
             beginning = Progress(state, capture(state.lower_params))
             run = Run("", directory, checkpoints, beginning, beginning)
         if ranks.ranks > 1:
-            command, start = ranks.objects(run.command)[0], of_first(run.start, ranks)
+            command = ranks.objects(run.command)[0]
+            start = of_first(run.start, ranks, in_place)
             run = replace(run, command=command, start=start, ranks=ranks)
-        yield run
+        yield replace(run, in_place=in_place)
 
 
 @contextmanager

@@ -110,7 +110,8 @@ def train(run: Run, training: Training, logging: StepLogging) -> Progress:
     progress = run.start
     restore(progress.random)
     in_place = isinstance(training.solver, ResidentSolver)
-    if in_place and training.on_trouble == "rollback" and run.checkpoints.newest() is None:
+    rolls_back = in_place and training.on_trouble == "rollback" and run.writes
+    if rolls_back and run.checkpoints.newest() is None:
         run.checkpoints.save(progress)  # The state before the first step is not kept in memory.
     with (
         stop_requests() as requested,

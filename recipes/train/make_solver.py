@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import fields, replace
 from typing import Any
 
@@ -167,25 +167,27 @@ def _executed(options: LowerOptions, solver: Solver, trained: int) -> Solver:
         OptionError: It asks for something that a step in place does not do.
     """
     chosen, method = options.lower.execution, solver.hypergradient
-    small = trained < RESIDENT_FROM or several_ranks()
-    if chosen == "functional" or (chosen == "auto" and small):
+    if chosen == "functional" or (chosen == "auto" and trained < RESIDENT_FROM):
         return solver
-    if several_ranks():
-        raise OptionError(
-            "--execution resident: a step of several ranks cannot be done in place; use "
-            "--execution functional"
-        )
     wanted = {field.name: getattr(solver, field.name) for field in fields(solver)}
     # Auto comes to the same for single examples.
     if options.lower.batch_size == 1 and method == OneStep(Auto()):
         wanted["hypergradient"] = OneStep(Dot())
-    for found, _ in outside(replace(solver, **wanted)):
+    for found in _not_in_place(replace(solver, **wanted)):
         if chosen == "auto":
             return solver
         raise OptionError(
             f"--execution resident: {found} cannot be done in place; use --execution functional"
         )
     return ResidentSolver(**wanted)
+
+
+def _not_in_place(solver: Solver) -> Iterator[str]:
+    """Yield each thing that a step in place does not do, of one process or of several."""
+    yield from (found for found, _ in outside(solver))
+    method = solver.hypergradient
+    if several_ranks() and isinstance(method, OneStep) and method.order == "lower-first":
+        yield "order lower-first over several ranks"
 
 
 def begin(solver: Solver, prm: PRM, lower: dict[str, Tensor], upper: dict[str, Tensor]) -> State:

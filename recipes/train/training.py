@@ -130,7 +130,10 @@ def run_training(options: TrainOptions, logged: Callable[[int], None] | None = N
         keep_bad_rows(run.directory, data.bad)
         initial = None
         if objective.reads_reference:
-            initial = _initial_scores(task, run, lambda: (prm, lower))
+            # A checkpoint that was read in place has taken the place of the initial model.
+            gone = in_place and options.run.resume is not None
+            first = partial(_initial_model, task, run) if gone else lambda: (prm, lower)
+            initial = _initial_scores(task, run, first)
         keeping = Keeping(prm, options, cache_folder(options, run.directory))
         keeping.check([lower_examples(options, data), *([] if data.meta is None else [data.meta])])
         clock.lap("set_up")

@@ -37,6 +37,7 @@ from bilevel import (
     OneStep,
     PerExample,
     Replicas,
+    ResidentSolver,
     Reverse,
     ReweightingProblem,
     Unrolled,
@@ -79,6 +80,7 @@ class Case:
     lower: Any = AdamW(0.02, weight_decay=0.01, max_norm=0.05)  # a clip that is active
     upper: Any = SGD(0.5)
     tolerance: float = 1e-12
+    in_place: bool = False  # on several ranks: by ResidentSolver, against one BilevelSolver
 
 
 ROUTES: dict[str, tuple[Hypergradient, bool]] = {
@@ -120,6 +122,9 @@ def cases() -> dict[str, Case]:
         for weighting in ("table", "net", "domain")
         for name, (method, single) in ROUTES.items()
     }
+    for name in ("auto, upper-first", "dot, upper-first", "ghost", "averaged direction"):
+        method, single = ROUTES[name]
+        found[f"in place, {name}"] = Case(method, "net", single=single, in_place=True)
     for weighting in ("table", "net"):
         for name, method in UNROLLED.items():
             found[f"{name}, {weighting}"] = Case(method, weighting, solver=WINDOW)
@@ -249,13 +254,16 @@ def taken(case: Case, rank: int, ranks: int, parts: int, collective: Collective)
     per_rank = 1 if case.empty else 2
     own = parts // ranks * per_rank
     settings: dict[str, Any] = {"accumulation": own, **case.solver}
-    solver: BilevelSolver[Any, Any, Any] = BilevelSolver(
+    kind = ResidentSolver if case.in_place and ranks > 1 else BilevelSolver
+    solver: BilevelSolver[Any, Any, Any] = kind(
         problem, case.lower, case.upper, case.hypergradient, collective=collective, **settings
     )
     if ranks > 1:
         # What init overwrites with the parameters of rank 0.
         theta = tree.map(lambda leaf: leaf + rank, theta)
     state = solver.init(None if "initial" in settings else theta, phi)
+    if kind is ResidentSolver:  # rank 0's values, in the memory of whoever owns θ
+        assert all(state.lower_params[n].data_ptr() == theta[n].data_ptr() for n in theta)
     generator = torch.Generator().manual_seed(3)
     figures: dict[str, list[Tensor]] = {}
     for _ in range(2):

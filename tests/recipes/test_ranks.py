@@ -84,6 +84,7 @@ VARIANTS: dict[str, dict] = {
     "implicit": {"hypergradient": "implicit", "lower_weight_decay": 0},
     "rollback": {"rollback": True},
     "kept": {"loss_target": "pairs", "meta_batch_size": 8, "frozen_activations": "memory"},
+    "in place": {"execution": "resident", "order": "upper-first"},
 }
 """Further runs, of the same length."""
 
@@ -140,7 +141,7 @@ def ran(task, tmp_path_factory) -> Path:
     seconds = time.time() - float((folder / "of killed" / "fault").read_text())
     (folder / "killed.json").write_text(json.dumps([status, output, seconds]))
     shutil.copytree(folder / "killed", folder / "after the kill")
-    for name, source in (("1 to 2", "one"), ("3 to 2", "three")):
+    for name, source in (("1 to 2", "one"), ("3 to 2", "three"), ("1 to 2 in place", "one")):
         interrupted(folder / source, folder / name, 4)
     (folder / "used").mkdir()
     ordered(
@@ -149,6 +150,7 @@ def ran(task, tmp_path_factory) -> Path:
         *use(task, folder / "used", folder / "one"),
         ["train", "--resume", folder / "1 to 2"],
         ["train", "--resume", folder / "3 to 2"],
+        ["train", "--resume", folder / "1 to 2 in place", "--execution", "resident"],
         ["train", "--resume", folder / "killed"],
         *(variant(task, folder, name) for name in VARIANTS),
         ["cold-start", *flags(**cold(task), output_dir=folder / "cold")],
@@ -199,7 +201,7 @@ def assert_same_bits(run: Path, other: Path) -> None:
     assert (run / "weights.jsonl").read_text() == (other / "weights.jsonl").read_text()
 
 
-@pytest.mark.parametrize("name", ["two", "three", "1 to 2", "3 to 2"])
+@pytest.mark.parametrize("name", ["two", "three", "1 to 2", "3 to 2", "1 to 2 in place"])
 def test_a_run_is_the_same_on_any_number_of_ranks(ran, outputs, name):
     """Two ranks share three micro-batches and five solutions; a run may change its ranks."""
     assert_close(ran / "one", ran / name, 2e-5)
@@ -279,7 +281,7 @@ def test_rank_0_alone_prints(ran, outputs):
 
 
 def test_too_few_micro_batches_and_commands_of_one_process_are_refused(ran, outputs):
-    assert statuses(ran / "of two", 0) == [0] * 14 + [2, 2, 143]
+    assert statuses(ran / "of two", 0) == [0] * 16 + [2, 2, 143]
     assert "--accumulation 1: 2 processes need a micro-batch each per lower step" in outputs[0]
     assert "bilevel-prm env: WORLD_SIZE=2: this command runs in one process" in outputs[0]
     assert not (ran / "few" / "args.yaml").exists()

@@ -172,7 +172,10 @@ REFUSED = [
     ({"hyperparameters": lambda phi: {"lr": phi.exp()}}, "hyperparameters, from which φ moves θ"),
     ({"hypergradient": OneStep(Auto())}, r"by the route Auto\(\) cannot be done .* choose Dot\(\)"),
     ({"hypergradient": OneStep(Jvp())}, r"by the route Jvp\(\) .* or order='upper-first'"),
-    ({"collective": SimpleNamespace(ranks=2)}, "a step of several ranks cannot be done in place"),
+    (
+        {"collective": SimpleNamespace(ranks=2)},
+        "lower-first over several ranks cannot be done in place",
+    ),
     ({"accumulation": 2}, "lower-first with accumulation=2 cannot be done in place; choose order="),
     ({"hypergradient": OneStep(Dot(), direction_decay=0.5)}, "with direction_decay=0.5"),
     ({"hypergradient": OneStep(Dot(), update_derivative=Sama())}, r"Sama\(\) cannot be done"),

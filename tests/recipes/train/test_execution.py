@@ -23,6 +23,7 @@ from recipes.train.training import run_training
 from tests.tiny_task import model_bits, read_lines
 
 TABLE = {"weighting": "table", "bound": "clip", "normalise": "none"}
+NET = {"weighting": "net", "reference_features": True}
 SINGLE = {
     **TABLE,
     "batch_size": 1,
@@ -75,8 +76,9 @@ def test_small_models_keep_the_bits_of_the_functional_step(task, tmp_path):
     assert model_bits(runs[0]) == model_bits(runs[1])
 
 
-@pytest.mark.parametrize("kind", [TABLE, SINGLE], ids=["table", "dot"])
+@pytest.mark.parametrize("kind", [TABLE, NET, SINGLE], ids=["table", "net", "dot"])
 def test_an_interrupted_run_is_the_uninterrupted_one(task, tmp_path, monkeypatch, kind):
+    """Also of a net that reads the scores of the initial model, which the resumed one replaces."""
     kind = {"execution": "resident", "save_every": 2, "keep_checkpoints": 0, "steps": 6} | kind
     whole = run_training(task.train(tmp_path / "whole", **kind))
     original, calls = ResidentSolver.advance, []
@@ -233,3 +235,12 @@ def test_what_a_step_in_place_does_not_do_is_refused_by_name(options, found):
     sentence = f"--execution resident: .*{found}.* use --execution functional"
     with pytest.raises(OptionError, match=sentence):
         made(0, execution="resident", **options)
+
+
+def test_several_ranks_step_in_place_upper_first(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert type(made(RESIDENT_FROM)) is ResidentSolver
+    single = {"batch_size": 1, "order": "lower-first", "direction_decay": 0.0}
+    assert type(made(RESIDENT_FROM, **single)) is BilevelSolver
+    with pytest.raises(OptionError, match="order lower-first over several ranks cannot be done"):
+        made(0, execution="resident", **single)
