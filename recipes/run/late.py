@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from bilevel import BilevelSolver, BilevelState, OneStep, ResidentSolver, StepInfo, tree
+from bilevel import BilevelSolver, BilevelState, Dot, OneStep, ResidentSolver, StepInfo, tree
 from bilevel.autodiff.random_state import RandomState, restore
 from bilevel.lower.guard import Late, counts, kept, with_counts
 from bilevel.resident.solver import is_consumed
@@ -209,9 +209,11 @@ def are_possible(
     method = solver.hypergradient
     if device.type in ("cpu", "mps") or ranks > 1 or not isinstance(method, OneStep):
         return False
-    if isinstance(solver, ResidentSolver):
-        return method.order == "upper-first" and not method.direction_decay
-    return True
+    if not isinstance(solver, ResidentSolver):
+        return True
+    # A single example's step takes a fiftieth of the kernels where the host knows its weight.
+    single = method.route == Dot() and solver.accumulation == 1
+    return method.order == "upper-first" and not method.direction_decay and not single
 
 
 def all_one(infos: Sequence[StepInfo]) -> bool:
