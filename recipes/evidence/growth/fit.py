@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
+
+from recipes.evidence.bench.measure import Timed, in_rounds
 
 
 @dataclass(frozen=True)
@@ -54,6 +58,13 @@ def power_law(sizes: Sequence[float], figures: Sequence[float]) -> PowerLaw:
         math.sqrt(sum(squares) / len(squares)),
         (y1 - y0) / (x1 - x0),
     )
+
+
+def milliseconds(runs: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, float]:
+    """Return the median processor milliseconds of functions that take turns."""
+    timed = {name: Timed(run) for name, run in runs.items()}
+    seconds = in_rounds(timed, rounds, clock=time.process_time)
+    return {name: round(1000 * statistics.median(one[name] for one in seconds), 3) for name in runs}
 
 
 def fitted(

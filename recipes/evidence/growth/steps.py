@@ -7,17 +7,18 @@ of the same size.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
 
 from bilevel import AdamW, BilevelSolver, OneStep
 from prm.inputs.collate import Batch
-from recipes.evidence.bench.measure import Timed, in_rounds, median_of, with_peak
+from recipes.evidence.bench.measure import with_peak
 from recipes.evidence.bench.race.model import Race, Shape, image_token_id, make_race
+from recipes.evidence.growth.fit import milliseconds
 
 SHAPE = Shape("4 + 4 layers", 4, 112, 608, 128, vocabulary=1000, image=112, text=112)
 """16 tokens a tile of 64 patches, 112 of text."""
@@ -63,16 +64,8 @@ def measured(axis: str, sizes: Sequence[int], rounds: int) -> list[dict[str, Any
     runs: dict[int, Callable[[], Any]] = {}
     for size in sizes:
         lower, upper = (batch_of(race, CASES[axis](size), seed) for seed in (1, 2))
-        runs[size] = lambda lower=lower, upper=upper: solver.advance(state, [[lower]], upper)
+        runs[size] = partial(solver.advance, state, [[lower]], upper)
         runs[size]()  # rules per example are verified for new shapes
     peaks = {size: with_peak(run)[1] for size, run in runs.items()}
-    timed = {str(size): Timed(run) for size, run in runs.items()}
-    seconds = in_rounds(timed, rounds, clock=time.process_time)
-    return [
-        {
-            "size": size,
-            "cpu_ms": round(1000 * median_of(seconds, lambda at, s=size: at[str(s)]), 2),
-            "peak_bytes": peaks[size],
-        }
-        for size in sizes
-    ]
+    times = milliseconds({str(size): run for size, run in runs.items()}, rounds)
+    return [{"size": size, "cpu_ms": times[str(size)], "peak_bytes": peaks[size]} for size in sizes]

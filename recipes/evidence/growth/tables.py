@@ -8,8 +8,8 @@ the loop looks at after it.
 from __future__ import annotations
 
 import tempfile
-import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,8 @@ from bilevel import (
     StepInfo,
     tree,
 )
-from recipes.evidence.bench.measure import Timed, in_rounds, median_of, with_peak
+from recipes.evidence.bench.measure import with_peak
+from recipes.evidence.growth.fit import milliseconds
 from recipes.run.trouble import Seen, find_troubles, read_steps
 from recipes.tensor_file import write_tensors
 from weighting import InstanceTable, Sigmoid
@@ -100,16 +101,14 @@ def measured(name: str, sizes: Sequence[int], rounds: int) -> list[dict[str, Any
         one = Stepping(size, UPPER[name])
         timed: dict[str, Callable[[], Any]] = {"step_ms": one.step, "judge_ms": one.judge}
         with tempfile.TemporaryDirectory() as folder:
-            timed["checkpoint_ms"] = lambda one=one, folder=folder: one.checkpoint(Path(folder))
-            seconds = in_rounds(
-                {key: Timed(run) for key, run in timed.items()}, rounds, clock=time.process_time
-            )
+            timed["checkpoint_ms"] = partial(one.checkpoint, Path(folder))
+            times = milliseconds(timed, rounds)
             written = one.checkpoint(Path(folder)).stat().st_size
         one.infos, one.after = (), one.state
         found.append(
             {
                 "size": size,
-                **{key: round(1000 * median_of(seconds, lambda at, k=key: at[k]), 3) for key in timed},
+                **times,
                 "state_bytes": sum(leaf.nbytes for leaf in tree.leaves(one.state)),
                 "step_bytes": with_peak(one.step)[1],
                 "checkpoint_bytes": written,
