@@ -199,9 +199,7 @@ class OneStep:
         """Return what will differentiate through the last step of this window."""
         return OneStepRecord(self, window, upper_batch, memory)
 
-    def at_once(
-        self, window: Window, upper_batch: Batch, memory: DirectionMemory
-    ) -> Taken | None:
+    def at_once(self, window: Window, upper_batch: Batch, memory: DirectionMemory) -> Taken | None:
         """Return the window and its hypergradient by one graph, if it is small and all goes well.
 
         Not in order upper-first, with an average or another derivative of the update, nor where

@@ -17,7 +17,6 @@ from typing import Any
 
 import torch
 
-from recipes.evidence import bench_growth
 from recipes.evidence.growth import (
     accuracy,
     candidates,
@@ -32,7 +31,6 @@ from recipes.run.errors import reported
 from recipes.run.files import check_writable, write_json
 from recipes.run.provenance import environment, machine
 
-ROWS = (10**4, 10**5, 10**6)
 _TIMES = ("step_ms", "judge_ms", "checkpoint_ms")
 _BYTES = ("state_bytes", "step_bytes", "checkpoint_bytes")
 Measure = Callable[[argparse.Namespace], dict[str, Any]]
@@ -55,8 +53,13 @@ def _table(optimizer: str) -> Measure:
 
 
 def _rows(given: argparse.Namespace) -> dict[str, Any]:
-    found = [bench_growth.measured("train", size) for size in given.sizes or ROWS]
-    rows = [{"size": row["rows"], "cpu_ms": 1000 * row["cpu_seconds"], **row} for row in found]
+    """Fit what ``recipes.evidence.bench_growth`` has measured."""
+    measured = json.loads(Path(given.rows_file).read_text(encoding="utf-8"))["rows"]
+    rows = [
+        {"size": row["rows"], "cpu_ms": 1000 * row["cpu_seconds"], **row}
+        for row in measured
+        if row["command"] == "train"
+    ]
     return fitted("rows", rows, ("cpu_ms", "bytes_beyond_model", "file_bytes"))
 
 
@@ -111,6 +114,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--batch-size", type=int, default=32, help="of upper-gradient")
     parser.add_argument("--seeds", type=int, default=3, help="of accuracy and digits")
     parser.add_argument("--work-dir", default="runs/growth", help="of accuracy, for its runs")
+    parser.add_argument("--rows-file", default="results/bench_growth.json", help="for rows")
     parser.add_argument("--output", default="results/growth.json")
     given = parser.parse_args(arguments)
     output = Path(given.output)
