@@ -165,7 +165,7 @@ def bootstrap_interval(
 def _draws(count: int, resamples: int, seed: int) -> Iterator[NDArray[np.int64]]:
     """Yield which of ``count`` questions each resample draws, [rows, count], in blocks of rows."""
     rng = np.random.default_rng(seed)
-    rows = max(1, 2**22 // count)  # Resamples per block, which bounds the memory.
+    rows = max(1, 2**20 // count)  # Resamples per block, which bounds the memory.
     for start in range(0, resamples, rows):
         yield rng.integers(count, size=(min(rows, resamples - start), count))
 
