@@ -23,7 +23,7 @@ from bilevel import tree
 from bilevel.collective import ALONE, Collective
 from bilevel.inputs import check_source
 from bilevel.problem import BatchT, Lower, Upper
-from bilevel.solver import BilevelSolver
+from bilevel.solver import UNREAD, BilevelSolver
 from bilevel.state import BilevelState, StepInfo
 from bilevel.tree import TreeT
 
@@ -71,7 +71,8 @@ def fit(
         state: From ``solver.init``, the last call or ``load_checkpoint``; not changed.
         lower_batches: Micro-batches, ``accumulation`` of them per lower step. A ``DataLoader`` or
             list is gone through again when it ends; an iterator that ends is an error.
-        upper_batches: Batches of the upper loss, likewise. One is drawn for each upper step.
+        upper_batches: Batches of the upper loss, likewise. One is drawn for each upper step that
+            looks at it (``OneStep(upper_gradient_every=…)``).
         steps: Lower steps in all, those that the state already has included.
         callbacks: Called in this order after each step. All of them are called before the loop
             ends for one of them.
@@ -89,7 +90,10 @@ def fit(
     while (taken := int(state.lower_steps)) < steps:
         due = solver.next_steps(state, steps - taken)
         batches = [[next(lower) for _ in range(solver.accumulation)] for _ in range(due.lower)]
-        state, infos = solver.advance(state, batches, next(upper) if due.upper else None)
+        upper_batch: Any = None
+        if due.upper:
+            upper_batch = next(upper) if solver.reads_upper_batch(state) else UNREAD
+        state, infos = solver.advance(state, batches, upper_batch)
         step = FitStep(state, infos, steps, solver.collective)
         ends = [callback(step) for callback in callbacks]
         if any(ends):

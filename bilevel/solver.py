@@ -46,6 +46,10 @@ from bilevel.state import BilevelState, StepInfo, check_state
 LowerBatches: TypeAlias = Sequence[Sequence[BatchT] | Iterator[BatchT]] | Iterator[BatchT]
 
 
+UNREAD: Any = ()
+"""Stands for the batch of an upper step that does not look at it."""
+
+
 class NextSteps(NamedTuple):
     """What comes next in a run: so many lower steps, and an upper step after them or not."""
 
@@ -235,6 +239,16 @@ class BilevelSolver(Generic[Lower, Upper, BatchT]):
     def wants_upper(self, state: BilevelState[Lower, Upper]) -> bool:
         """Return whether the next step is one after which an upper step is due."""
         return self._place_in_window(state) == self.unroll_steps - 1
+
+    def reads_upper_batch(self, state: BilevelState[Lower, Upper]) -> bool:
+        """Return whether the next upper step looks at its batch; else ``UNREAD`` will do.
+
+        False only with ``OneStep(upper_gradient_every=N)``, in the steps that an earlier upper
+        gradient serves.
+        """
+        reads: Callable[[Any], bool] | None
+        reads = getattr(self.hypergradient, "reads_upper_batch", None)
+        return reads is None or reads(state.memory)
 
     def starts_window(self, state: BilevelState[Lower, Upper]) -> bool:
         """Return whether the next ``unroll_steps`` steps are a window with an upper step."""
@@ -435,9 +449,10 @@ class BilevelSolver(Generic[Lower, Upper, BatchT]):
                 total = results[0].hypergradient
                 for result in results[1:]:
                     total = tree.add(total, result.hypergradient)
+                losses = [loss for result in results if (loss := result.upper_loss) is not None]
                 mean = results[-1]._replace(
                     hypergradient=tree.scale(1.0 / len(found), total),
-                    upper_loss=torch.stack([result.upper_loss for result in results]).mean(),
+                    upper_loss=torch.stack(losses).mean() if losses else None,
                 )
             new, notes = self._upper_step(new, mean)
         return new, tuple(self._infos(taken, upper, notes) for taken, upper in found)
@@ -463,15 +478,16 @@ class BilevelSolver(Generic[Lower, Upper, BatchT]):
         """Return the state with the upper step taken, or skipped if it is not finite, and notes."""
         found = result.hypergradient
         norm = tree.norm(found)
-        guard.upper(norm, result.upper_loss)
-        size, loss = 1.0, 0.0
+        loss = norm.new_zeros(()) if result.upper_loss is None else result.upper_loss.detach()
+        guard.upper(norm, loss)
+        size, upper_loss = 1.0, 0.0
         if guard.usual is None:
             # Read together: a device is waited for once.
-            figures = norm.double(), result.upper_loss.detach().to(norm.device, torch.float64)
-            size, loss = torch.stack(figures).tolist()
+            figures = norm.double(), loss.to(norm.device, torch.float64)
+            size, upper_loss = torch.stack(figures).tolist()
         # Otherwise the squares of finite entries may have no finite sum.
         finite = math.isfinite(size) or bool(tree.allfinite(found))
-        if not (finite and math.isfinite(loss)):
+        if not (finite and math.isfinite(upper_loss)):
             skipped = state._replace(upper_skipped=state.upper_skipped + 1)
             return skipped, (_LOSS_NOT_FINITE if finite else _NOT_FINITE,)
         with torch.no_grad():

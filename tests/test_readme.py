@@ -307,6 +307,86 @@ def test_growth_with_the_rows_is_what_was_written():
         ]
 
 
+GROWING = {
+    "examples of a batch": "batch",
+    "tokens of an example": "tokens",
+    "tiles of an example": "tiles",
+    "rows of a table, AdamW": "table-adam",
+    "rows of a table, `LazyRowAdam`": "table-lazy-adam",
+    "rows of a data file": "rows",
+    "ranks": "ranks",
+    "candidates of `evaluate`": "candidates",
+}
+GROWN = {
+    "step": ("step_ms", "cpu_ms"),
+    "memory of a step": ("step_bytes", "peak_bytes"),
+    "looked at by the loop": ("judge_ms",),
+    "state": ("state_bytes",),
+    "checkpoint, time": ("checkpoint_ms",),
+    "checkpoint, file": ("checkpoint_bytes",),
+    "start and first step": ("cpu_ms",),
+    "memory beyond the model": ("bytes_beyond_model",),
+    "step, of a rank": ("cpu_ms_of_a_rank",),
+    "step, of all ranks": ("cpu_ms",),
+    "bytes handed over by a rank": ("sent_bytes",),
+    "bytes sent by a rank (derived)": ("ring_bytes",),
+    "command": ("cpu_ms",),
+    "memory": ("peak_bytes",),
+}
+UNITS = {"ms": 1, "s": 1000, "MB": 10**6, "GB": 10**9}
+
+
+def test_exponents_of_growth_are_those_that_were_written():
+    found = results("growth.json")
+    for name, low, high, figure, largest, *exponents in rows_of("docs/growth.md", "| what grows"):
+        axis = found[GROWING[name]]
+        fits = axis["fits"]
+        (quantity,) = [one for one in GROWN[figure] if one in fits]
+        fit = fits[quantity]
+        assert [low, high] == [f"{fit['from']:,}", f"{fit['to']:,}"], (name, figure)
+        assert exponents == [digits(fit[of], ".2f") for of in ("exponent", "last", "residual")]
+        (row,) = [row for row in axis["rows"] if row["size"] == fit["to"]]
+        value, unit = largest.split()
+        assert value == digits(row[quantity] / UNITS[unit], ".3g"), (name, figure)
+
+
+def test_accuracies_with_an_upper_gradient_for_several_steps_are_those_that_were_written():
+    found = results("growth.json")
+    for cells, row in zip(rows_of("docs/growth.md", "| N |"), found["digits"]["rows"], strict=True):
+        assert cells == [
+            row["upper_gradient_every"],
+            digits(100 * row["accuracy"], ".1f"),
+            digits(100 * row["standard_error"], ".1f"),
+            digits(row["weight_auc"], ".3f"),
+            digits(row["cpu_ms_per_step"], ".1f"),
+        ]
+    none, ten = found["accuracy"]["rows"]
+    preset = results("compare.json")["per_seed"]["instance_net"][0]
+    words = [f"{100 * value:.1f} %" for value in (ten["accuracy"], preset, none["accuracy"])]
+    text = " ".join(PAGES["docs/growth.md"].split())
+    stated = re.search(
+        r"selected right answers for (\S+ %) .*? selects (\S+ %) .*? upper level (\S+ %)", text
+    )
+    assert stated is not None
+    assert [*stated.groups()] == words
+
+
+def test_the_plan_past_one_machine_is_what_was_written():
+    from recipes.evidence.growth.plan import table
+
+    forms = ("state_bytes", "flops", "inside_bytes", "outside_bytes")
+    scales = ((1e9, ".1f"), (1e15, ".3f"), (1e9, ".0f"), (1e9, ".0f"))
+    for cells, row in zip(rows_of("docs/growth.md", "| devices"), table(), strict=True):
+        over = "all" if row["across"] == "shards" else "each machine"
+        every = row["every"] or "no upper level"
+        assert cells[:4] == [str(row["devices"]), over, str(every), str(row["examples"])]
+        expected = [digits(row[n] / by, f) for n, (by, f) in zip(forms, scales, strict=True)]
+        assert cells[4:8] == expected
+        rest = ("computing_seconds", "sending_seconds", "efficiency")
+        assert cells[8:11] == [digits(row[name], ".2f") for name in rest]
+        assert cells[11] == digits(row["examples_per_second"], ".0f")
+
+
 def test_other_problems_are_those_that_were_written():
     """Accuracy, AUC and seconds of the rows with wrong labels and rare classes."""
     from recipes.problems.noisy_labels import TITLES

@@ -82,7 +82,8 @@ class InstanceTable:
         Raises:
             ValueError: They cannot be normalised: a batch of one, or a mean near or below 0.
         """
-        weights = self.bound(self.raw_weights(params)[index])
+        raw = self.bound.raw(self.prior) + params["deviation"][index]  # of no other row
+        weights = self.bound(raw)
         if self.normalise == "batch":
             return batch_mean_one(weights)
         if self.normalise == "table":

@@ -115,7 +115,8 @@ def check_hypergradient(
     stationarity ``Implicit`` found, and damping counts as an error. Choose N by it: where the lower
     level contracts by a factor r per step, r^N is the relative error of the comparison.
 
-    Nothing is changed. An average of v (``direction_decay``) is left out of the audit. Use float64
+    Nothing is changed. An average of v (``direction_decay``) and a v of an earlier step
+    (``upper_gradient_every``) are left out of the audit. Use float64
     parameters and batches where possible: differences of float32 losses drown small slopes.
 
     Args:

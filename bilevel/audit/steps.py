@@ -55,7 +55,8 @@ class AuditedSteps:
     """A window with its hypergradient, and the same steps by plain autograd as functions of φ.
 
     Attributes:
-        result: Of the hypergradient, without an average of v (``direction_decay``).
+        result: Of the hypergradient, without an average of v (``direction_decay``) or a
+            v of an earlier step (``upper_gradient_every``).
         constants: What depends on θ and is a constant for autograd, in the order of the steps.
         exact: Whether it claims to be the slope of ``upper_after``.
         lower_gradient_error: Relative error of its last gradient against plain autograd's.
@@ -77,7 +78,9 @@ class AuditedSteps:
         self._hypergradient: Hypergradient = solver.hypergradient
         memory = state.memory
         if isinstance(self._hypergradient, OneStep):
-            self._hypergradient = dataclasses.replace(self._hypergradient, direction_decay=0.0)
+            self._hypergradient = dataclasses.replace(
+                self._hypergradient, direction_decay=0.0, upper_gradient_every=1
+            )
             memory = None
         self._window = window = solver.window_at(state, batches)
         batches = window.batches

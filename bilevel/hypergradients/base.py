@@ -23,7 +23,7 @@ class HypergradientResult(NamedTuple):
     """The hypergradient of a window.
 
     Attributes:
-        upper_loss: The upper loss where it was evaluated.
+        upper_loss: The upper loss where it was evaluated; None: it was not.
         hypergradient: dL_upper/dφ, None leaves where φ has no influence.
         memory: What the method keeps for the next window, a pytree of tensors or None.
         figures: Further scalars for the log: residual, iterations, stationarity, ...
@@ -31,7 +31,7 @@ class HypergradientResult(NamedTuple):
         upper_aux: What the upper loss returned beside its value, detached.
     """
 
-    upper_loss: Float[Tensor, ""]
+    upper_loss: Float[Tensor, ""] | None
     hypergradient: Tree
     memory: Any
     figures: Mapping[str, Float[Tensor, ""]] = {}  # never written to
@@ -73,6 +73,8 @@ class Hypergradient(Protocol):
     - a method ``at_once(window, upper_batch, memory) -> (steps, result) or None``: the window and
       its hypergradient in another way than by a record, with the same steps bit for bit. None:
       there is none for this window, and the torch generators are as they were;
+    - a method ``reads_upper_batch(memory) -> bool``: whether the next upper step looks at its
+      batch. Without it every one does;
     - an attribute ``over_ranks = True``, if it sums over the ranks what it computes of batches
       (``Window.collective``). Without it a solver with several ranks refuses it.
     """

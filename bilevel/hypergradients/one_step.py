@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple, TypeAlias
 
+import optree
 import torch
 from jaxtyping import Int64
 from torch import Tensor
@@ -35,6 +36,22 @@ class DirectionAverage(NamedTuple):
     updates: Int64[Tensor, ""]
 
 
+class HeldDirection(NamedTuple):
+    """A v that serves several upper steps (``upper_gradient_every``).
+
+    Attributes:
+        held: The average of v, without ``direction_decay`` the last v alone.
+        uses: The upper steps that it has served; 0 before the first v.
+    """
+
+    held: DirectionAverage
+    uses: Int64[Tensor, ""]
+
+
+DirectionMemory: TypeAlias = DirectionAverage | HeldDirection | None
+"""What ``OneStep`` keeps of v from upper step to upper step."""
+
+
 @dataclass(frozen=True)
 class OneStep:
     """Exact derivative of the upper loss through one lower step.
@@ -60,21 +77,33 @@ class OneStep:
         direction_decay: ρ of v̄ ← ρ v̄ + (1 − ρ) v, whose bias-corrected value takes the place of
             v: less noise from small upper batches, and v from slightly older θ. 0: off.
         update_derivative: What μ is made of: ``Exact``, or a convention of the literature.
+        upper_gradient_every: N: upper step k = 0, 1, … takes v from the last of every N, with the
+            lower gradients and the optimizer's state of its own step::
 
-    Cost per iteration, F being a forward pass: 3F lower, 3F upper, and what the route adds.
+                v_k = ∇_θ L_upper(θ_j, φ_j),  j = N ⌊k / N⌋
+
+            (or its average, in which there is one v per N steps). An approximation, exact for N = 1
+            and for an upper loss linear in θ that is the same in all batches. In between neither
+            the upper loss nor its batch is looked at. A skipped upper step does not count.
+
+    Cost per iteration, F being a forward pass: 3F lower, 3F / N upper, and what the route adds. N
+    above 1 keeps one copy of θ, as ``direction_decay`` does; both together keep no more.
     Source: Ren et al. 2018 (arXiv 1803.09050) and Shu et al. 2019 (arXiv 1902.07379) for SGD; the
     factor ∂θ'/∂g is what Betty's darts (arXiv 2207.02849) replaces by the identity and its sama
     (arXiv 2310.05674) by a diagonal without bias correction: see
     ``bilevel.hypergradients.update_derivative``.
 
     Raises:
-        ValueError: direction_decay outside [0, 1), or ``Ghost`` with lower-first.
+        ValueError: direction_decay outside [0, 1), upper_gradient_every below 1, or ``Ghost`` or
+            upper_gradient_every above 1 with lower-first; when v is computed: an
+            upper_gradient_every above 1, and an upper loss that depends on φ other than by θ.
     """
 
     route: Route = Auto()
     order: Order = "lower-first"
     direction_decay: float = 0.0
     update_derivative: UpdateDerivative = Exact()
+    upper_gradient_every: int = 1
 
     last_step_only: ClassVar[bool] = True
     over_ranks: ClassVar[bool] = True
@@ -92,6 +121,17 @@ class OneStep:
         if self.order not in ("lower-first", "upper-first"):
             raise ValueError(
                 f"OneStep: order must be 'lower-first' or 'upper-first', got {self.order!r}"
+            )
+        if self.upper_gradient_every < 1:
+            raise ValueError(
+                "OneStep: upper_gradient_every must be at least 1, got "
+                f"{self.upper_gradient_every!r}"
+            )
+        if self.upper_gradient_every > 1 and self.order == "lower-first":
+            raise ValueError(
+                f"OneStep: upper_gradient_every={self.upper_gradient_every} uses an upper gradient "
+                "from before the lower step, and order 'lower-first' that after it; choose "
+                "order='upper-first', or upper_gradient_every=1"
             )
         if self.route.needs_direction and self.order == "lower-first":
             raise ValueError(
@@ -135,30 +175,31 @@ class OneStep:
 
     def init(
         self, optimizer: DifferentiableOptimizer, lower_params: Params, upper_params: Params
-    ) -> DirectionAverage | None:
-        """Return the average of v before the first upper gradient, None if there is none."""
-        if self.direction_decay == 0.0:
+    ) -> DirectionMemory:
+        """Return what is kept of v before the first upper gradient, None if nothing is."""
+        averages, holds = self.direction_decay > 0.0, self.upper_gradient_every > 1
+        if not averages and not holds:
             return None
-        # In float32 at least: in bfloat16 0.999 of a number rounds to that number.
-        average = tree.map(
-            lambda leaf: torch.zeros_like(leaf, dtype=tree.wide_dtype(leaf.dtype)), lower_params
-        )
-        return DirectionAverage(average, torch.zeros((), dtype=torch.int64))
+
+        def zeros(leaf: Tensor) -> Tensor:
+            # In float32 at least: in bfloat16 0.999 of a number rounds to that number.
+            dtype = tree.wide_dtype(leaf.dtype) if averages else leaf.dtype
+            return torch.zeros_like(leaf, dtype=dtype)
+
+        none = torch.zeros((), dtype=torch.int64)
+        average = DirectionAverage(tree.map(zeros, lower_params), none)
+        return HeldDirection(average, none.clone()) if holds else average
 
     @property
     def lower_route(self) -> Route:
         """The route by which the lower passes are run, with or without an upper step after them."""
         return self.route
 
-    def record(
-        self, window: Window, upper_batch: Batch, memory: DirectionAverage | None
-    ) -> OneStepRecord:
+    def record(self, window: Window, upper_batch: Batch, memory: DirectionMemory) -> OneStepRecord:
         """Return what will differentiate through the last step of this window."""
         return OneStepRecord(self, window, upper_batch, memory)
 
-    def at_once(
-        self, window: Window, upper_batch: Batch, memory: DirectionAverage | None
-    ) -> Taken | None:
+    def at_once(self, window: Window, upper_batch: Batch, memory: DirectionMemory) -> Taken | None:
         """Return the window and its hypergradient by one graph, if it is small and all goes well.
 
         Not in order upper-first, with an average or another derivative of the update, nor where
@@ -173,6 +214,47 @@ class OneStep:
         taken, result = found
         notes = *step_notes(self.order, window.start.optimizer_state), *result.notes
         return taken, result._replace(notes=notes)
+
+    def reads_upper_batch(self, memory: DirectionMemory) -> bool:
+        """Return whether the next upper step computes v, for which it looks at its batch."""
+        if not isinstance(memory, HeldDirection):
+            return True
+        return not 0 < int(memory.uses) < self.upper_gradient_every
+
+    @torch.no_grad()
+    def renewed(self, v: Tree, memory: DirectionMemory) -> tuple[Tree, DirectionMemory]:
+        """Return what takes the place of a new v, and the memory with v in it."""
+        if not isinstance(memory, HeldDirection):
+            return self.averaged(v, memory)
+        direction, average = self.averaged(v, memory.held)
+        assert average is not None
+        if self.direction_decay == 0.0:
+            kept = optree.tree_map(_or_zeros, average.average, v, none_is_leaf=True)
+            average = DirectionAverage(kept, average.updates + 1)
+        return direction, HeldDirection(average, torch.ones_like(memory.uses))
+
+    @torch.no_grad()
+    def held(self, memory: HeldDirection, params: Params) -> tuple[Tree, HeldDirection]:
+        """Return what takes the place of v, in new memory and the dtypes of θ, and the memory."""
+        correction = 1.0 - self.direction_decay ** int(memory.held.updates)
+        direction = tree.map(
+            lambda leaf, param: (leaf / correction).to(param.dtype), memory.held.average, params
+        )
+        return direction, memory._replace(uses=memory.uses + 1)
+
+    def check_direct(self, direct: Tree) -> None:
+        """Refuse the gradient of the upper loss in φ itself where v is to serve several steps.
+
+        Raises:
+            ValueError: There is such a gradient, and upper_gradient_every is above 1.
+        """
+        if self.upper_gradient_every > 1 and tree.leaves(direct):
+            raise ValueError(
+                f"OneStep: upper_gradient_every={self.upper_gradient_every} needs an upper loss "
+                "that depends on the upper parameters through the lower ones alone, and this one "
+                "has a gradient of their own; choose upper_gradient_every=1, or leave that term to "
+                "the upper optimizer (weight_decay)"
+            )
 
     @torch.no_grad()
     def averaged(
@@ -191,6 +273,10 @@ class OneStep:
         return corrected, DirectionAverage(mean, updates)
 
 
+def _or_zeros(kept: Tensor | None, v: Tensor | None) -> Tensor | None:
+    return torch.zeros_like(kept) if v is None and kept is not None else v
+
+
 class OneStepRecord:
     """The last lower step of a window, and the hypergradient through it.
 
@@ -200,21 +286,21 @@ class OneStepRecord:
     Attributes:
         passed: Gradient and micro-batches of the last lower pass.
         upper: The upper loss and its gradients. With order upper-first without v, whose memory was
-            free for the lower pass.
+            free for the lower pass. None where an earlier v serves this step.
     """
 
     passed: LowerPass
-    upper: UpperGradient
+    upper: UpperGradient | None
 
     def __init__(
         self,
         method: OneStep,
         window: Window,
         upper_batch: Batch,
-        average: DirectionAverage | None,
+        memory: DirectionMemory,
     ) -> None:
         self._method, self._window, self._upper_batch = method, window, upper_batch
-        self._average = average
+        self._memory = memory
         self._leaves = as_leaves(window.upper_params)
         self._direction: Tree | None = None
 
@@ -224,7 +310,8 @@ class OneStepRecord:
             return PassRequest()
         if self._method.order == "upper-first":
             self._direction = self._pulled_back(point, random, point.lower_params, None)
-            self.upper = self.upper._replace(lower=None)
+            if self.upper is not None:
+                self.upper = self.upper._replace(lower=None)
         keeps = keeps_graph(self._method, self._window, point.lower_params)
         return PassRequest(
             self._leaves, differentiate=True, direction=self._direction, keep_graph=keeps
@@ -250,34 +337,40 @@ class OneStepRecord:
             self._leaves,
             self._direction,
         )
+        upper = self.upper
         with torch.no_grad():
-            hypergradient = tree.add(product, self.upper.direct)
+            hypergradient = product if upper is None else tree.add(product, upper.direct)
         if self._window.hyperparameters is not None:
             hypergradient = tree.add(hypergradient, self._window.pulled_back(None, self._numbers()))
         return HypergradientResult(
-            upper_loss=self.upper.loss,
+            upper_loss=None if upper is None else upper.loss,
             hypergradient=hypergradient,
-            memory=self._average,
+            memory=self._memory,
             notes=(
                 *self.passed.notes,
                 *step_notes(self._method.order, state),
-                *self.upper.notes,
+                *(() if upper is None else upper.notes),
             ),
-            upper_aux=self.upper.aux,
+            upper_aux=None if upper is None else upper.aux,
         )
 
     def _pulled_back(
         self, before: Point, random: RandomState, at: Params, grads: Tree | None
     ) -> Tree:
         """Return μ: v at the parameters ``at``, averaged, pulled back through the update."""
-        window = self._window
-        with random_state.rewound_to(random, before.lower_params):
-            self.upper = upper_gradient(
-                window.problem, at, window.upper_params, self._upper_batch, window.collective
-            )
-        v, self._average = self._method.averaged(self.upper.lower, self._average)
+        window, method = self._window, self._method
+        if isinstance(self._memory, HeldDirection) and not method.reads_upper_batch(self._memory):
+            self.upper = None
+            v, self._memory = method.held(self._memory, before.lower_params)
+        else:
+            with random_state.rewound_to(random, before.lower_params):
+                self.upper = upper_gradient(
+                    window.problem, at, window.upper_params, self._upper_batch, window.collective
+                )
+            method.check_direct(self.upper.direct)
+            v, self._memory = method.renewed(self.upper.lower, self._memory)
         self._v = v if window.hyperparameters is not None else None
-        return self._method.update_derivative.pull_back(
+        return method.update_derivative.pull_back(
             window.optimizer, grads, before.optimizer_state, before.lower_params, v
         )
 

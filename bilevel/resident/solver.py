@@ -40,7 +40,8 @@ class ResidentSolver(BilevelSolver[Lower, Upper, BatchT]):
     ``Dot()``, lower-first                          4       one example each
     ``Dot()``, upper-first                          5       any number of micro-batches of one
     ``Ghost()``, upper-first                        5       one micro-batch
-    with ``direction_decay``, upper-first           + 1
+    … with ``direction_decay``                      + 1
+    … with ``upper_gradient_every`` alone           + 1
     ==============================================  ======  ==================================
 
     Every other route serves in order upper-first, too, with what it needs itself beside that. More

@@ -21,7 +21,14 @@ from bilevel.autodiff import random_state
 from bilevel.autodiff.gradient import UpperGradient, as_leaves
 from bilevel.autodiff.random_state import RandomState
 from bilevel.hypergradients.base import HypergradientResult
-from bilevel.hypergradients.one_step import DirectionAverage, OneStep, keeps_graph, step_notes
+from bilevel.hypergradients.one_step import (
+    DirectionAverage,
+    DirectionMemory,
+    HeldDirection,
+    OneStep,
+    keeps_graph,
+    step_notes,
+)
 from bilevel.hypergradients.update_derivative import Identity
 from bilevel.lower.lower_pass import LowerPass
 from bilevel.lower.mixed_product import mixed_product
@@ -51,7 +58,7 @@ def take_window(
     window: Window,
     method: OneStep,
     upper_batch: Batch | None,
-    memory: DirectionAverage | None = None,
+    memory: DirectionMemory = None,
 ) -> tuple[LowerSteps, HypergradientResult | None]:
     """Take the lower steps of a window in place and differentiate through the last one.
 
@@ -59,7 +66,7 @@ def take_window(
         window: The window.
         method: The hypergradient, in order upper-first.
         upper_batch: None: lower steps alone, which are the same bit for bit.
-        memory: The average of v, which is changed in place, or None.
+        memory: The average of v, or a v for several steps, changed in place; or None.
     """
     point, passes, skipped = window.start, [], list[int]()
     result = None
@@ -83,16 +90,24 @@ def _differentiated(
     method: OneStep,
     point: Point,
     upper_batch: Batch,
-    memory: DirectionAverage | None,
+    memory: DirectionMemory,
 ) -> tuple[Taken, HypergradientResult]:
     """Take the last step of a window, and differentiate through it."""
     random = random_state.capture(point.lower_params)
     upper_params = as_leaves(window.upper_params)
-    upper, v = _upper_gradient(window, point, upper_batch, random)
-    direction, averaged = owned(upper.lower) if v is None else upper.lower, memory
-    upper = upper._replace(lower=None)
-    if memory is not None and _finite(norm_over_ranks(window, direction), upper.loss):
-        averaged = average_(direction, memory, method.direction_decay)
+    upper: UpperGradient | None = None
+    v: Gathered | None = None
+    if isinstance(memory, HeldDirection) and not method.reads_upper_batch(memory):
+        direction: Tree
+        after: DirectionMemory
+        direction, after = method.held(memory, point.lower_params)
+    else:
+        upper, v = _upper_gradient(window, point, upper_batch, random)
+        method.check_direct(upper.direct)
+        direction, after = owned(upper.lower) if v is None else upper.lower, memory
+        upper = upper._replace(lower=None)
+        if memory is not None and _finite(norm_over_ranks(window, direction), upper.loss):
+            after = _renewed(direction, memory, method.direction_decay)
     if isinstance(method.update_derivative, Identity):
         with torch.no_grad():
             tree.map(Tensor.neg_, direction if v is None else [piece.flat for piece in v.pieces])
@@ -121,25 +136,39 @@ def _differentiated(
         window.problem, method.route, passed, point.lower_params, upper_params, direction
     )
     del direction, v
+    notes = (*passed.notes, *step_notes(method.order, point.optimizer_state))
+    if upper is None:
+        return take(window, point, passed), HypergradientResult(None, product, after, notes=notes)
     with torch.no_grad():
         hypergradient = tree.add(product, upper.direct)
     result = HypergradientResult(
-        upper.loss,
-        hypergradient,
-        averaged,
-        notes=(*passed.notes, *step_notes(method.order, point.optimizer_state), *upper.notes),
-        upper_aux=upper.aux,
+        upper.loss, hypergradient, after, notes=(*notes, *upper.notes), upper_aux=upper.aux
     )
     window.guard.upper(tree.norm(hypergradient), upper.loss)
-    moved = memory is not None and averaged is not memory
+    moved = memory is not None and after is not memory and method.direction_decay
     if moved and not _finite(hypergradient, upper.loss, passed.grad_norm):
         assert memory is not None
-        # φ will not move, and neither does the average: θ is where it was, and so is v.
+        # φ will not move, and neither does the average: θ is where it was, and so is v. (A v alone
+        # is of no more use: the next upper step computes it again.)
         again, _ = _upper_gradient(window, point, upper_batch, random)
-        without_(again.lower, memory, method.direction_decay)
+        without_(again.lower, _average(memory), method.direction_decay)
     if single is not None:
         return single_step(window, point, single), result
     return take(window, point, passed), result
+
+
+def _average(memory: DirectionAverage | HeldDirection) -> DirectionAverage:
+    return memory.held if isinstance(memory, HeldDirection) else memory
+
+
+def _renewed(
+    direction: Tree, memory: DirectionAverage | HeldDirection, decay: float
+) -> DirectionMemory:
+    """Put a new v into the memory, and what takes its place into v, both in place."""
+    average = average_(direction, _average(memory), decay)
+    if isinstance(memory, HeldDirection):
+        return HeldDirection(average, torch.ones_like(memory.uses))
+    return average
 
 
 def _upper_gradient(

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar, Literal, TypeAlias
 
-from recipes.options.base import MOST_NUMBER, option
+from recipes.options.base import MOST_NUMBER, MOST_STEPS, option
 from recipes.options.conditions import (
     BOUND_HIGH,
     BOUND_LOW,
@@ -23,6 +23,7 @@ from recipes.options.conditions import (
     PENALTY,
     PRIOR,
     UNWEIGHTED,
+    UPPER_FIRST,
     WEIGHTED,
 )
 
@@ -193,6 +194,14 @@ class OneStepOptions:
         least=0,
         most=1,
         only_with=ONE_STEP,
+    )
+    upper_gradient_every: int = option(
+        1,
+        "upper steps that share a meta gradient: the first of them computes it, the others cost no "
+        "more than plain training",
+        least=1,
+        most=MOST_STEPS,
+        only_with=(ONE_STEP, UPPER_FIRST),
     )
 
 

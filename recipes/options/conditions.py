@@ -71,6 +71,7 @@ MODEL_FEATURE = Condition(
 UPPER_ADAM = _one_of("upper_optimizer", "adam", "lazy-adam")
 CENTRAL_DIFFERENCE = _one_of("route", "central-difference")
 ONE_STEP = _one_of("hypergradient", "one-step", shown="one-step")
+UPPER_FIRST = _one_of("order", "upper-first")
 IMPLICIT = _one_of("hypergradient", "implicit", shown="implicit")
 PENALTY = _one_of("hypergradient", "penalty", shown="penalty")
 UNWEIGHTED = _one_of("weighting", "none", shown="weighting none")

@@ -27,6 +27,7 @@ _ADDED: Mapping[str, Any] = {
     "precision": "float32",
     "tokens_per_batch": 2**16,
     "too_long": "refuse",
+    "upper_gradient_every": 1,
 }
 """Options that checkpoints of version 0.1 lack, with what their runs did."""
 

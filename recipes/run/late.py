@@ -209,6 +209,8 @@ def are_possible(
     method = solver.hypergradient
     if device.type in ("cpu", "mps") or ranks > 1 or not isinstance(method, OneStep):
         return False
+    if method.upper_gradient_every > 1:  # Whether v is computed is known to the host alone.
+        return False
     if not isinstance(solver, ResidentSolver):
         return True
     # A single example's step takes a fiftieth of the kernels where the host knows its weight.

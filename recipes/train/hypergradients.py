@@ -42,7 +42,10 @@ def make_hypergradient(settings: HypergradientOptions) -> Hypergradient:
     match settings:
         case OneStepOptions():
             return OneStep(
-                _route(settings), order=settings.order, direction_decay=settings.direction_decay
+                _route(settings),
+                order=settings.order,
+                direction_decay=settings.direction_decay,
+                upper_gradient_every=settings.upper_gradient_every,
             )
         case UnrolledOptions():
             return Unrolled()
@@ -56,6 +59,12 @@ def differentiated_steps(options: TrainOptions) -> int:
     """Return the number of lower steps of a window whose batches the hypergradient uses."""
     window = isinstance(options.hypergradient, UnrolledOptions | PenaltyOptions)
     return options.upper.unroll_steps if window else 1
+
+
+def upper_gradient_every(options: TrainOptions) -> int:
+    """Return from how many upper steps to the next one reads its meta batch."""
+    settings = options.hypergradient
+    return settings.upper_gradient_every if isinstance(settings, OneStepOptions) else 1
 
 
 def _route(settings: OneStepOptions) -> Route:

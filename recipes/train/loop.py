@@ -28,6 +28,7 @@ from bilevel.collective import ALONE
 from bilevel.lower.guard import LOOKS, Guard, counts
 from bilevel.profiling import part
 from bilevel.resident.solver import is_consumed
+from bilevel.solver import UNREAD
 from recipes.profiling import profiled
 from recipes.ranks import lost, own_random_numbers
 from recipes.run.checkpoints import Progress
@@ -241,7 +242,10 @@ def next_steps(
     """
     first = int(state.lower_steps)
     due = training.solver.next_steps(state, training.steps - first)
-    lower, upper = _make_batches(training, range(first, first + due.lower), due.upper)
+    reads = due.upper and training.solver.reads_upper_batch(state)
+    lower, upper = _make_batches(training, range(first, first + due.lower), reads)
+    if due.upper and not reads:
+        upper = UNREAD
     try:
         with warnings.catch_warnings(), own_random_numbers(ranks, state.lower_params, first):
             # The warning is also among the notes of every step that it concerns, which are logged.
@@ -255,9 +259,9 @@ def next_steps(
 
 @part("data")
 def _make_batches(
-    training: Training, steps: range, upper_due: bool
+    training: Training, steps: range, upper_read: bool
 ) -> tuple[list[Sequence[Batch]], Batch | None]:
-    """Return the micro-batches of each step, and the meta batch if an upper step follows.
+    """Return the micro-batches of each step, and the meta batch if an upper step reads it.
 
     Raises:
         StepError: An image is missing or truncated, or a worker process died.
@@ -267,7 +271,7 @@ def _make_batches(
         lower = []
         for step in steps:
             lower.append(training.lower_batches(step))
-        upper = training.upper_batch if upper_due else None
+        upper = training.upper_batch if upper_read else None
         return lower, None if upper is None else upper(step)
     except (OSError, ValueError, RuntimeError) as error:
         text = f"{training.title}, step {step}: a batch cannot be made: {error}"
@@ -429,6 +433,6 @@ def _without_upper_step(
 
 def _postfix(means: Mapping[str, float]) -> dict[str, Any]:
     shown = {"lower": "lower_loss"}
-    if "upper_loss" in means:
+    if "hypergradient_norm" in means:
         shown |= {"upper": "upper_loss", "weight": "weights/mean", "ess": "weights/ess"}
     return {name: f"{means[key]:.3f}" for name, key in shown.items() if key in means}

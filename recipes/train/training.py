@@ -48,6 +48,7 @@ from recipes.train.data import (
     read_train_data,
     refuse_other_bad_rows,
 )
+from recipes.train.hypergradients import upper_gradient_every
 from recipes.train.loop import StepLogging, Training, train
 from recipes.train.make_solver import (
     begin,
@@ -301,7 +302,8 @@ def _upper_level(task: _Task, keeping: Keeping) -> Callable[[int], Batch] | None
     options, meta = task.options, task.data.meta
     if task.objective.weighting is None or meta is None:
         return None
-    steps, every = options.lower.steps, options.upper.unroll_steps
+    steps = options.lower.steps
+    every = options.upper.unroll_steps * upper_gradient_every(options)
     batch = meta_batch(upper_draw(options, meta), meta, task.ranks.rank, task.ranks.ranks)
     batches = keeping(ahead(batch, steps, options.workers, every))
     return task.placement.batches(batches, steps, every)

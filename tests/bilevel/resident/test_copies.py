@@ -54,6 +54,11 @@ def averaged(route):
     return OneStep(route, "upper-first", direction_decay=0.9)
 
 
+def held(route, **options):
+    """The step that is measured uses the v of the step before it."""
+    return OneStep(route, "upper-first", upper_gradient_every=2, **options)
+
+
 CASES = {
     "plain, one example": (OneStep(Dot()), [1], False, 4),
     "plain, micro-batches of one": (OneStep(Dot(), "upper-first"), [1, 1, 1], False, 4),
@@ -62,6 +67,8 @@ CASES = {
     "dot, upper-first": (OneStep(Dot(), "upper-first"), [1], True, 5),
     "dot, upper-first, accumulation": (OneStep(Dot(), "upper-first"), [1, 1, 1], True, 5),
     "dot, average": (averaged(Dot()), [1, 1, 1], True, 6),
+    "dot, held v": (held(Dot()), [1, 1, 1], True, 6),
+    "dot, held average": (held(Dot(), direction_decay=0.9), [1, 1, 1], True, 6),
     "ghost": (OneStep(Ghost(), "upper-first"), [4], True, 5),
     "ghost, average": (averaged(Ghost()), [4], True, 6),
     "ghost, accumulation": (OneStep(Ghost(), "upper-first"), [4, 4], True, 6),

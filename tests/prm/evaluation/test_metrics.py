@@ -205,6 +205,18 @@ def test_the_interval_of_the_auc_resamples_whole_questions(levels):
     assert again == pytest.approx(found, abs=1e-12)
 
 
+def test_the_interval_of_the_auc_takes_many_questions():
+    """Twenty thousand questions of two items: all pairs of questions would take minutes."""
+    rng = np.random.default_rng(3)
+    question = np.repeat(np.arange(20_000), 2)
+    truth = np.tile([0, 1], 20_000)
+    scores = rng.random(40_000) + truth / 4
+    low, high = roc_auc_interval(truth, scores, question, resamples=50)
+    auc = roc_auc(truth, scores)
+    assert low < auc < high
+    assert high - low < 0.02
+
+
 def test_resamples_of_one_kind_have_no_auc():
     # A question of right and one of wrong items: only resamples of both have an AUC, which is 3/4.
     low, high = roc_auc_interval([1, 1, 0, 0], [0.9, 0.5, 0.6, 0.1], [0, 0, 1, 1])

@@ -358,6 +358,7 @@ def test_every_number_of_the_levels_arrives():
         upper_start=5,
         accumulation=4,
         direction_decay=0.5,
+        upper_gradient_every=6,
     )
     objective = Objective(None, AGGREGATIONS["mean"], "both", make_weighting(options, 8, 0))
     solver = make_solver(options, objective, 0.125)
@@ -368,6 +369,7 @@ def test_every_number_of_the_levels_arrives():
     counts = (solver.unroll_steps, solver.upper_start, solver.accumulation)
     assert counts == (3, 5, 4)
     assert solver.hypergradient.direction_decay == 0.5
+    assert solver.hypergradient.upper_gradient_every == 6
 
 
 @pytest.mark.parametrize("name", choices("upper_optimizer"))

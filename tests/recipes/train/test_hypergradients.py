@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 
 from bilevel import (
+    Auto,
     BilevelSolver,
     ConjugateGradient,
     Implicit,
@@ -60,6 +61,7 @@ FAMILIES = {
         "lower_weight_decay": 0.0,
         **TABLE,
     },
+    "held upper gradient, net": {"upper_gradient_every": 3, "upper_start": 1, **NET},
     "penalty, domain": {"hypergradient": "penalty", "unroll_steps": 2, **DOMAIN},
     "penalty, table": {
         "hypergradient": "penalty",
@@ -136,6 +138,10 @@ def test_figures_of_the_hypergradient_are_logged(task, tmp_path):
     ("given", "expected"),
     [
         ({"hypergradient": "one-step", "direction_decay": 0.5}, OneStep(direction_decay=0.5)),
+        (
+            {"upper_gradient_every": 4, "order": "upper-first"},
+            OneStep(Auto(), "upper-first", 0.9, upper_gradient_every=4),
+        ),
         ({"hypergradient": "unrolled"}, Unrolled()),
         ({"hypergradient": "implicit"}, Implicit(Nystrom(10, 0.1))),
         (
@@ -154,7 +160,7 @@ def test_figures_of_the_hypergradient_are_logged(task, tmp_path):
     ],
 )
 def test_options_become_the_hypergradient(given, expected):
-    options = where_read(BASE, order="lower-first", **given)
+    options = where_read(BASE, **{"order": "lower-first"} | given)
     assert make_hypergradient(options.hypergradient) == expected
 
 
@@ -170,6 +176,11 @@ def test_options_become_the_hypergradient(given, expected):
             {"hypergradient": "penalty", "direction_decay": 0.0},
             "--direction-decay 0.0 has no effect with --hypergradient penalty: leave it out, or "
             "use --hypergradient one-step",
+        ),
+        (
+            {"order": "lower-first", "upper_gradient_every": 2},
+            "--upper-gradient-every 2 has no effect with --order lower-first: leave it out, or use "
+            "--order upper-first",
         ),
         (
             {"linear_solver": "cg", "solver_iterations": 2, "damping": 1.0},
@@ -216,3 +227,17 @@ def test_a_window_visits_all_instances_that_its_hypergradient_sees():
         "implicit": (1, 0.25),
         "penalty": (4, 1.0),
     }
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_meta_batches_are_made_for_the_upper_steps_that_read_them(task, tmp_path, workers):
+    """Of 8 steps, upper steps after all but the first, the fifth of them with a v of its own."""
+    steps = {"steps": 8, "log_every": 1, "upper_start": 1, "workers": workers, **NET}
+    held = run_training(task.train(tmp_path / "held", upper_gradient_every=4, **steps))
+    fresh = run_training(task.train(tmp_path / "fresh", **steps))
+    computed = [line["step"] for line in read_lines(held / "log.jsonl") if "upper_loss" in line]
+    assert computed == [2, 6]
+    every = read_lines(fresh / "log.jsonl")
+    assert [line["step"] for line in every if "upper_loss" in line] == [*range(2, 9)]
+    first, second = (read_lines(run / "log.jsonl")[1] for run in (held, fresh))
+    assert first == second  # the same meta batch at the same θ

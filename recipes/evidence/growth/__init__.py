@@ -1,0 +1,1 @@
+"""How time, memory and traffic grow: ``python -m recipes.evidence.growth AXIS``."""
