@@ -212,7 +212,7 @@ class OneStep:
         if found is None or len(window.batches) > 1:
             return found
         taken, result = found
-        notes = *step_notes(self.order, window.start.optimizer_state), *result.notes
+        notes = *step_notes(self.order, window, window.start.optimizer_state), *result.notes
         return taken, result._replace(notes=notes)
 
     def reads_upper_batch(self, memory: DirectionMemory) -> bool:
@@ -348,7 +348,7 @@ class OneStepRecord:
             memory=self._memory,
             notes=(
                 *self.passed.notes,
-                *step_notes(self._method.order, state),
+                *step_notes(self._method.order, self._window, state),
                 *(() if upper is None else upper.notes),
             ),
             upper_aux=None if upper is None else upper.aux,
@@ -393,12 +393,16 @@ def keeps_graph(method: OneStep, window: Window, params: Params) -> bool:
     return keeps and is_small(params, window.batches[-1:])
 
 
-def step_notes(order: Order, optimizer_state: Any) -> tuple[str, ...]:
-    """Return what a user should know about a step taken from this optimizer state."""
+def step_notes(order: Order, window: Window, optimizer_state: Any) -> tuple[str, ...]:
+    """Return what a user should know about a step taken from this optimizer state.
+
+    What φ does through the optimizer's numbers is not near zero from a cold state.
+    """
     cold = (
         isinstance(optimizer_state, OptimizerState)
-        and optimizer_state.second_moment is not None
         and not optimizer_state.steps
+        and getattr(window.optimizer, "is_blind_when_cold", False)
+        and window.hyperparameters is None
     )
     return (_COLD,) if cold and order == "lower-first" else ()
 

@@ -223,6 +223,11 @@ class ElementwiseOptimizer:
         first, second = self._moments()
         return first and self._predicts_from_first, second
 
+    @property
+    def is_blind_when_cold(self) -> bool:
+        """Whether the first step hardly depends on the size of the gradient, only on its sign."""
+        return False
+
     # A subclass defines the moments that it keeps, its rule, and the rule's derivative.
 
     def _moments(self) -> tuple[bool, bool]:

@@ -28,6 +28,8 @@ from bilevel.optimizers.point import check_shapes
 from bilevel.optimizers.rules import Adaptive, RuleStep, adaptive_betas_vjp
 from bilevel.tree import Tree, TreeT
 
+SMALL_EPS = 1e-4  # small beside gradients: a step that is divided by |g| + eps is that of the sign
+
 
 def check_eps_of_moments(
     optimizer: ElementwiseOptimizer, eps: float, least: float, params: Tree
@@ -151,6 +153,11 @@ class AdaptiveOptimizer(LearnableOptimizer):
         least = first.eps * math.sqrt(first.correction2)
         check_eps_of_moments(self, first.eps, least, params)
         return super().init(params)
+
+    @property
+    def is_blind_when_cold(self) -> bool:
+        """Whether g / (|g| + eps), the first step, hardly depends on the size of g."""
+        return self._coefficients(1).eps < SMALL_EPS
 
     def _coefficients(self, steps: int) -> Adaptive:
         raise NotImplementedError

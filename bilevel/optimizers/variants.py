@@ -13,7 +13,7 @@ from bilevel.checks import check_betas, require
 from bilevel.optimizers.base import OptimizerState
 from bilevel.optimizers.elementwise import ElementwiseOptimizer
 from bilevel.optimizers.hyperparameters import LearnableOptimizer
-from bilevel.optimizers.optimizers import Adam, check_eps_of_moments
+from bilevel.optimizers.optimizers import SMALL_EPS, Adam, check_eps_of_moments
 from bilevel.optimizers.rules import Adaptive, RuleStep
 from bilevel.tree import Tree
 
@@ -90,6 +90,8 @@ class RAdam(Adam):
     """
 
     _learnable: ClassVar[tuple[str, ...]] = ()
+
+    is_blind_when_cold = False
 
     def init(self, params: Tree) -> OptimizerState:
         """Return the state before the first step.
@@ -178,6 +180,11 @@ class Adamax(LearnableOptimizer):
         super().__post_init__()
         check_betas(self, self.betas, self.eps)
 
+    @property
+    def is_blind_when_cold(self) -> bool:
+        """Whether the first step hardly depends on the size of the gradient."""
+        return self.eps < SMALL_EPS
+
     def init(self, params: Tree) -> OptimizerState:
         """Return the state before the first step.
 
@@ -254,6 +261,11 @@ class AdaDelta(LearnableOptimizer):
         super().__post_init__()
         require(self, "rho", self.rho, high=1.0)
         require(self, "eps", self.eps, low_open=True)
+
+    @property
+    def is_blind_when_cold(self) -> bool:
+        """Whether the first step hardly depends on the size of the gradient."""
+        return self.eps < SMALL_EPS
 
     def init(self, params: Tree) -> OptimizerState:
         """Return the state before the first step.

@@ -73,7 +73,7 @@ def take_window(
             )
             with torch.no_grad():
                 hypergradient = tree.add(product, upper.direct)
-            notes = (*passed.notes, *step_notes(method.order, before), *upper.notes)
+            notes = (*passed.notes, *step_notes(method.order, window, before), *upper.notes)
             result = HypergradientResult(
                 upper.loss, hypergradient, None, notes=notes, upper_aux=upper.aux
             )

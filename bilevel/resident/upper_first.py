@@ -136,7 +136,7 @@ def _differentiated(
         window.problem, method.route, passed, point.lower_params, upper_params, direction
     )
     del direction, v
-    notes = (*passed.notes, *step_notes(method.order, point.optimizer_state))
+    notes = (*passed.notes, *step_notes(method.order, window, point.optimizer_state))
     if upper is None:
         return take(window, point, passed), HypergradientResult(None, product, after, notes=notes)
     with torch.no_grad():

@@ -10,14 +10,18 @@ import torch
 from bilevel import (
     SGD,
     Adam,
+    Adamax,
     AdamW,
     Auto,
+    BilevelProblem,
+    BilevelSolver,
     CentralDifference,
     Dot,
     Ghost,
     Jvp,
     OneStep,
     PerExample,
+    RAdam,
     Reverse,
     WarmupCosine,
     tree,
@@ -210,3 +214,47 @@ def test_direction_decay_averages_v_with_bias_correction(order):
     assert int(direction.updates) == 3
     corrected = tree.scale(1.0 / (1.0 - rho**3), direction.average)
     assert relative(corrected, average) <= 1e-12
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "blind"),
+    [
+        (Adam(0.1), True),
+        (Adam(0.1, eps=1.0), False),
+        (RAdam(0.1), False),
+        (Adamax(0.1), True),
+        (SGD(0.1, momentum=0.9), False),
+    ],
+    ids=str,
+)
+def test_the_note_on_a_cold_step_is_there_where_its_derivative_is_near_zero(optimizer, blind):
+    """Beside the derivative of SGD's step at the same rate, ten times as large at least."""
+    x = torch.linspace(-1.0, 1.0, 6, dtype=torch.float64).reshape(3, 2)
+    problem = BilevelProblem(
+        lambda t, p, b: (p["a"].exp() * (b @ t["w"] - 1.0).square()).mean(),
+        lambda t, p, b: (b @ t["w"]).square().mean(),
+    )
+
+    def stepped(optimizer):
+        solver = BilevelSolver(problem, optimizer, SGD(1.0), OneStep())
+        theta = {"w": torch.ones(2, dtype=torch.float64)}
+        return solver.step(solver.init(theta, {"a": torch.zeros(3).double()}), [x], x)[1]
+
+    info, plain = stepped(optimizer), stepped(SGD(0.1))
+    assert any("cold" in note for note in info.notes) == blind
+    assert (float(info.hypergradient_norm) < 0.1 * float(plain.hypergradient_norm)) == blind
+
+
+def test_learned_numbers_are_not_near_zero_from_a_cold_state():
+    x = torch.linspace(-1.0, 1.0, 6, dtype=torch.float64).reshape(3, 2)
+    problem = BilevelProblem(
+        lambda t, p, b: (b @ t["w"] - 1.0).square().mean(),
+        lambda t, p, b: (b @ t["w"]).square().mean(),
+    )
+    solver = BilevelSolver(
+        problem, Adam(0.1), SGD(1.0), OneStep(), hyperparameters=lambda p: {"lr": p["log"].exp()}
+    )
+    state = solver.init({"w": torch.ones(2).double()}, {"log": torch.tensor(-2.0).double()})
+    _, info = solver.step(state, [x], x)
+    assert not any("cold" in note for note in info.notes)
+    assert float(info.hypergradient_norm) > 0.01
