@@ -11,15 +11,11 @@ from torch.profiler import record_function
 Arguments = ParamSpec("Arguments")
 Result = TypeVar("Result")
 
-PARTS = (
-    "lower pass",
-    "lower update",
-    "upper gradient",
-    "mixed product",
-    "upper step",
-    "window through one graph",
-)
-"""What a profile (``torch.profiler.profile``) calls the parts of a step."""
+PARTS = ("lower pass", "lower update", "upper gradient", "mixed product", "upper step")
+"""What a profile (``torch.profiler.profile``) calls the parts of a step.
+
+A small window in one graph (``bilevel.hypergradients.one_graph``) is a part of its own.
+"""
 
 
 def part(name: str) -> Callable[[Callable[Arguments, Result]], Callable[Arguments, Result]]:

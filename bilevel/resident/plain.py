@@ -21,11 +21,11 @@ from bilevel.optimizers.elementwise import ElementwiseOptimizer
 from bilevel.optimizers.point import Leaves
 from bilevel.problem import Batch, Params
 from bilevel.resident.memory import owned
-from bilevel.resident.passes import step_pass
 from bilevel.resident.pieces import Gathered, Gathering, in_pieces
 from bilevel.resident.streamed import streamed_backward
 from bilevel.resident.update import group_names, step_, step_in_pieces_
 from bilevel.routes.dot import kept_backward, single_example, single_loss
+from bilevel.shards.step_passes import step_pass
 from bilevel.tree import Tree
 
 

@@ -37,7 +37,6 @@ from bilevel.optimizers.point import Leaves
 from bilevel.problem import Batch, Params
 from bilevel.resident.average import average_, without_
 from bilevel.resident.memory import owned
-from bilevel.resident.passes import norm_over_ranks, step_pass, upper_pass
 from bilevel.resident.pieces import Gathered, Gathering, in_pieces
 from bilevel.resident.plain import (
     Single,
@@ -51,6 +50,7 @@ from bilevel.resident.plain import (
 from bilevel.resident.streamed import streamed_upper_gradient
 from bilevel.resident.update import group_names, predict_, predict_in_pieces
 from bilevel.routes import Dot
+from bilevel.shards.step_passes import norm_over_ranks, step_pass, upper_pass
 from bilevel.tree import Tree
 
 

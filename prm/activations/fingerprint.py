@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from importlib.metadata import version
 from typing import Any
 
 import torch
@@ -20,14 +21,12 @@ def execution_facts(prm: PRM) -> dict[str, Any]:
     decide how sums are rounded, the device, the number of threads and the versions of torch and
     transformers.
     """
-    import transformers
-
     return {
         "config": _computing(json.loads(prm.model.config.to_json_string(use_diff=False))),
         "attention": str(prm.model.config._attn_implementation),
         "autocast": str(prm.autocast),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
+        "torch": version("torch"),
+        "transformers": version("transformers"),
         "device": _device(prm.device),
     }
 

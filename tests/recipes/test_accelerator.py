@@ -43,7 +43,6 @@ LISTED = {
     "bilevel/lower/guard.py:holds": {"resident average"},
     "bilevel/resident/plain.py:single_step": {"resident dot"},
     "bilevel/resident/plain.py:single_pass": {"resident dot"},
-    "bilevel/resident/update.py:_fused": {"resident dot"},
     "bilevel/resident/upper_first.py:<genexpr>": {"resident average"},
     "bilevel/solver.py:_upper_step": {"penalty", "unrolled", "resident dot", "resident average"},
     "bilevel/tree.py:on_host": {"penalty", "unrolled", "resident dot", "resident average"},

@@ -281,7 +281,7 @@ def test_rank_0_alone_prints(ran, outputs):
 
 
 def test_too_few_micro_batches_and_commands_of_one_process_are_refused(ran, outputs):
-    assert statuses(ran / "of two", 0) == [0] * 16 + [2, 2, 143]
+    assert statuses(ran / "of two", 0) == [0] * 17 + [2, 2, 143]
     assert "--accumulation 1: 2 processes need a micro-batch each per lower step" in outputs[0]
     assert "bilevel-prm env: WORLD_SIZE=2: this command runs in one process" in outputs[0]
     assert not (ran / "few" / "args.yaml").exists()

@@ -218,7 +218,7 @@ def test_a_window_visits_all_instances_that_its_hypergradient_sees():
         given = changed(options, hypergradient=name)
         found[name] = (
             differentiated_steps(given),
-            time_scale(given, make_weighting(given, 40, 0)).visits,
+            time_scale(given, make_weighting(given, 40, 0), 40, lambda: None).visits,
         )
     # Five upper steps, which see 2 or 8 of 40 rows each.
     assert found == {
