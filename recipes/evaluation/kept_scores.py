@@ -15,7 +15,7 @@ from prm.models.model import PRM
 from prm.tensor_cache import TensorCache, fingerprint_of
 from recipes.loading import Examples
 from recipes.options.base import ScoringOptions
-from recipes.options.flat import flat_options, flatten
+from recipes.options.flat import flat_options
 from recipes.options.train import TrainOptions
 from recipes.terminal import say
 
@@ -49,7 +49,7 @@ def initial_score_cache(
             initial model, of the training file and of its pictures.
         folder: The folder of the cache.
     """
-    values, scoring = flatten(options), flat_options(ScoringOptions)
+    scoring = [name for name in flat_options(ScoringOptions) if name not in NOT_SCORING]
     lines = hashlib.sha256(",".join(map(str, data.lines)).encode()).hexdigest()
     facts = {
         "model": identity["model"],
@@ -62,7 +62,7 @@ def initial_score_cache(
             for part in (prm.tokenizer, prm.image_processor)
         ],
         "image_processor": _processor(prm),
-        "options": {name: values[name] for name in scoring if name not in NOT_SCORING},
+        "options": {name: getattr(options, name) for name in scoring},
     }
     return TensorCache(folder, fingerprint_of(facts | execution_facts(prm)), say)
 
