@@ -9,7 +9,7 @@ from recipes.evidence.bench.race.model import Shape
 
 
 def test_figures_of_both_models(tmp_path, capsys, monkeypatch):
-    tiny = Shape("tiny", 1, 28, 56, 64, 500, 56, 40, 2)
+    tiny = Shape("tiny", 1, 28, 56, 64, 500, image=56, text=40, steps=2)
     monkeypatch.setattr(bench_frozen, "SHAPES", {"quarter": tiny})
     words = [
         "--layers",
