@@ -54,10 +54,12 @@ _CALLED_CORRECT = re.compile(
 )
 _ITEM = re.compile(r"[-•*]\s+(?=[(\[]?[A-J][)\]]?[.:]?(?:\s|$))")
 _DISPLAY = re.compile(r"\s*(?:\$\$(.+?)\$\$|\\\[(.+?)\\\])", re.DOTALL)
+_OPTION = r"[A-J](?:[.):,;&]|\s*$|\s+(?:and\b|or\b|&))"
+"""A letter that is set off as the one of an option is, and no article or subject of a sentence."""
 _REMARK = re.compile(
     r"[.;!?](?:\*{1,2}|\$)?\s+(?=(?:I hope|Note|This|That is|These|Therefore|So|Thus|Hence|Because|"
     r"Since|The|We|It|However|In|For|If|Let|Here|Please|Also|Explanation|Reason)\b)"
-    r"|(?<=[\d$})%°\]*])[.;!]\s+(?=[A-Z][a-z]*\b)|(?<=^[A-Z])[.!]\s+(?=[A-Z][a-z]*\b(?!\.))"
+    rf"|(?:(?<=[\d$}})%°\]*])[.;!]|(?<=^[A-Z])[.!])\s+(?!{_OPTION})(?=[A-Z][a-z]*\b(?!\.))"
     r"|(?<=[^\s,]),?\s++(?:because|since)\b"
 )
 
