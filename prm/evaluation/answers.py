@@ -41,7 +41,7 @@ from fractions import Fraction
 
 from prm.evaluation.brackets import OPENING, spans, split_outside
 from prm.evaluation.choices import choice
-from prm.evaluation.final_answer import without_remarks
+from prm.evaluation.final_answer import TAGS, without_remarks
 from prm.evaluation.latex import DOUBLE_STRUCK, FUNCTIONS, last_box, plain_text
 from prm.evaluation.letter_case import is_without_case, without_case
 from prm.evaluation.units import UNIT_SYMBOLS, unit_of
@@ -61,8 +61,7 @@ _LEAD = re.compile(
 )
 _DELIMITERS = (
     *(("$$", "$$"), ("$", "$"), (r"\(", r"\)"), (r"\[", r"\]")),
-    *(("<|begin_of_box|>", "<|end_of_box|>"), ("<answer>", "</answer>")),
-    *(("<final_answer>", "</final_answer>"), ("[ANSWER]", "[/ANSWER]")),
+    *TAGS,
     *(("**", "**"), ("*", "*"), ("__", "__"), ("`", "`"), ('"', '"'), ("“", "”"), ("'", "'")),
 )
 _INLINE = re.compile(

@@ -9,7 +9,8 @@ from prm.evaluation.choices import choice
 CHOICES = {
     "B": ["B", "b", "(B)", "[b]", "B.", "B:", "$B", "B) 12", "(B) 12 cm", "B. 12 cm", "B: the cat",
           "B - 12 cm", "B - none of these", "B (12 cm)", "B. vitamins A and C", "B. Point A",
-          "B) P(A)", "(B) Both (A) and (D)", "B. only A", "B: none of A, C and D", "B. vitamin C, vitamin D"],
+          "B) P(A)", "(B) Both (A) and (D)", "B. only A", "B: none of A, C and D",
+          "B. vitamin C, vitamin D"],
     "I": ["I", "(I)", "I.", "I. 12 cm", "I) 12", "(I) 12"],
     "Q": ["Q", "(Q)", "Q) 12 cm", "(Q) none"],
     "A,C": ["A,C", "C, A", "A and C", "A & C", "(A), (C)", "A; C", "AC", "(A)(C)", "A, and C"],
