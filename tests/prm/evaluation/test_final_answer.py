@@ -119,7 +119,7 @@ STATED = {
     "Answer:\n\\begin{equation}\\begin{pmatrix}1&2\\\\3&4\\end{pmatrix}\\end{equation}": (
         r"\begin{pmatrix}1&2\\3&4\end{pmatrix}"
     ),
-    "Answer:\n\\begin{pmatrix}\n1 \\\\\n2\n\\end{pmatrix}\nas said": r"\begin{pmatrix} 1 \\ 2 \end{pmatrix}",
+    "Answer:\n\\begin{pmatrix}\n1\n\\end{pmatrix}\nas said": r"\begin{pmatrix} 1 \end{pmatrix}",
     "Answer:\n\\begin{itemize}\n\\item 3\n\\item 4\n\\end{itemize}": "3, 4",
     "The answer is the following:\n\n$$7$$": "7",
     "The answer is shown below.\n\n5": "5",
