@@ -325,9 +325,7 @@ def test_only_common_formats_are_decoded(tmp_path):
         path = tmp_path / "x.png"
         path.write_bytes(content)
         for read in (read_image, image_size):
-            with pytest.raises(
-                DataError, match=r"GIF, .* found (content|a PDF|an SVG)"
-            ) as caught:
+            with pytest.raises(DataError, match=r"GIF, .* found (content|a PDF|an SVG)") as caught:
                 read(path)
             assert caught.value.file == path
     Image.new("RGB", (8, 8)).save(tmp_path / "wrong.jpg", format="PNG")
