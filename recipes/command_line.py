@@ -9,7 +9,7 @@ import argparse
 import sys
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from recipes.data_files.options import (
     ConvertOptions,
@@ -69,6 +69,11 @@ _KINDS: Mapping[str, Mapping[str, tuple[type, str]]] = {
 
 class _Parser(argparse.ArgumentParser):
     """Say in one line what is wrong; ``--help`` prints the usage."""
+
+    def _get_option_tuples(self, option_string: str) -> list[Any]:
+        """Return what an abbreviation can mean; ``--a_b`` and ``--a-b`` are one option."""
+        found = super()._get_option_tuples(option_string)
+        return list({match[1].replace("_", "-"): match for match in found}.values())
 
     def error(self, message: str) -> NoReturn:
         say(f"{self.prog}: {message}; see {self.prog} --help", error=True)

@@ -9,7 +9,7 @@ r"""Canonical forms of final answers: equal answers become equal strings, which 
 3. LaTeX becomes plain text by the rules of ``prm.evaluation.latex``: ``\frac{a}{b}`` is a/b,
    ``\text{x}`` x, ``\pi`` π, ``\leq`` ≤.
 4. Choices by the rules of ``prm.evaluation.choices``: "(b)", "B) 12 cm", "B - 12 cm" are "B";
-   "A and C" and "AC" are "A,C".
+   "A and C" and "AC" are "A,C"; "A. 5, C. 7" is neither.
 5. What is in front of "=" or "∈" is removed if it is a name: "x = 5", "f(x) = 5", "(p,q) = (3,2)",
    "x ∈ [2,5)". Several: "y=2, x=1" is "x=1, y=2".
 6. Numbers are exact: "3.50", "7/2", "3 1/2", "35e-1" are "7/2"; "1,234" is "1234"; "2 million" is
@@ -17,7 +17,7 @@ r"""Canonical forms of final answers: equal answers become equal strings, which 
 7. Units behind a number, known ones by their symbol: "12 centimetres" is "12 cm", "$3" is "3 $",
    "50 percent" is "50 %", "5 m per s" is "5 m/s". A single-letter unit needs a space ("5m" may be
    5·m). Other words of three letters or more are a unit too: "3 apples" is "3 apple". Units are
-   never converted.
+   never converted. A quotation mark behind a number (5") is no unit, and stays.
 8. Lists in brackets, or of numbers, element by element: "(1.0,2)" is "(1, 2)"; sets {...} in
    sorted order. So are matrices, and unions of intervals.
 9. Anything else: lower case where case has no meaning by ``prm.evaluation.letter_case`` ("Cat" is
@@ -41,8 +41,8 @@ from fractions import Fraction
 
 from prm.evaluation.brackets import OPENING, spans, split_outside
 from prm.evaluation.choices import choice
-from prm.evaluation.final_answer import without_remarks
-from prm.evaluation.latex import FUNCTIONS, last_box, plain_text
+from prm.evaluation.final_answer import TAGS, without_remarks
+from prm.evaluation.latex import DOUBLE_STRUCK, FUNCTIONS, last_box, plain_text
 from prm.evaluation.letter_case import is_without_case, without_case
 from prm.evaluation.units import UNIT_SYMBOLS, unit_of
 
@@ -54,18 +54,22 @@ _LONGEST_ANSWER = 2_000
 _DEEPEST_LIST = 20
 _SCALES = {"hundred": 10**2, "thousand": 10**3, "million": 10**6, "billion": 10**9}
 _LEAD = re.compile(
-    r"^(?:(?:so|thus|hence|therefore),?\s+)?(?:the\s+)?(?:final\s+|correct\s+|right\s+|best\s+)?"
-    r"(?:(?:answer|ans|result|option|choice)s?\s*(?:(?:is|are)\b\s*:?|:|=)|(?:option|choice)s?\s*:?)\s*",
+    r"^(?:(?:(?:so|thus|hence|therefore),?\s+)?(?:the\s+)?(?:final\s+|correct\s+|right\s+|best\s+)?"
+    r"(?:(?:answer|ans|result|option|choice)s?\s*(?:(?:is|are)\b\s*:?|:|=)|(?:option|choice)s?\s*:?)"
+    r"|(?:故|所以|因此)?(?:应|应该)?选(?:项|择)?:?(?=\s*[(\[]?[A-J](?![A-Za-z])))\s*",
     re.IGNORECASE,
 )
 _DELIMITERS = (
     *(("$$", "$$"), ("$", "$"), (r"\(", r"\)"), (r"\[", r"\]")),
+    *TAGS,
     *(("**", "**"), ("*", "*"), ("__", "__"), ("`", "`"), ('"', '"'), ("“", "”"), ("'", "'")),
 )
 _INLINE = re.compile(
     r"(?<!\\)\$(?=\S)([^$]*[^\s$\\])\$(?!\d)|(?<!\\)\$\s*(?=[-+\d])([^$A-Za-z]*\d)\s*\$(?!\d)|\\\((.*?)\\\)"
 )
 """Mathematics within a text; "$3 and $5" are amounts of money, by the spaces."""
+_STRUCK = re.compile(f"[{''.join(DOUBLE_STRUCK.values())}]")
+_OPTION_IN_BOLD = re.compile(r"\*\*([(\[]?[A-J][)\]]?[.:]?)\*\*")
 _SUPERSCRIPT = re.compile(r"(?<=[^\s¹²³⁰-⁹])[¹²³⁰-⁹⁺⁻ⁿⁱˣʸ]+(?![¹²³⁰-⁹⁺⁻ⁿⁱˣʸ⁄])")
 _WHOLE = r"(?:\d{1,3}(?:,\d{3})+|\d{1,3}(?: \d{3})+(?!\d| *\d*/)|\d+)"
 _PLAIN = rf"(?:{_WHOLE}(?:\.\d*)?|\.\d+)"
@@ -107,7 +111,9 @@ def answer_classes(
     """Return canonical answers of one question, with a missing unit filled in if unambiguous.
 
     "12" counts as "12 cm" if every candidate that gives 12 with a unit gives cm. If they give
-    several units, or none, it remains an answer of its own.
+    several units, or none, it remains an answer of its own. Likewise "x = 5" and "y = 5", which may
+    be two lines, are two where candidates give both, and "5" is a third; where they give one of
+    them, its name does not count.
 
     Args:
         answers: The answer of each candidate. None means that it has no answer.
@@ -123,12 +129,19 @@ def answer_classes(
     for value, unit in parsed:
         if value is not None and unit is not None:
             units.setdefault(value, set()).add(unit)
+    axes = [_axis(answer) for answer in answers]
+    named: dict[tuple[str | None, str | None], set[str]] = {}
+    for parts, axis in zip(parsed, axes, strict=True):
+        if axis is not None:
+            named.setdefault(parts, set()).add(axis)
     classes: list[str | None] = []
     as_given: dict[str, str] = {}
-    for answer, (value, unit) in zip(answers, parsed, strict=True):
+    for answer, (value, unit), axis in zip(answers, parsed, axes, strict=True):
         if value is None or answer is None:
             classes.append(None)
             continue
+        if axis is not None and len(named[value, unit]) > 1:
+            value = f"{axis}={value}"
         own = _join(value, unit)
         if unit is None and len(units.get(value, ())) == 1:
             (unit,) = units[value]
@@ -139,6 +152,14 @@ def answer_classes(
         return classes
     names = _joined(as_given, same)
     return [None if name is None else names[name] for name in classes]
+
+
+def _axis(answer: str | None) -> str | None:
+    """Return the coordinate that an answer gives the value of: y for "y = 5"."""
+    if answer is None or "=" not in answer or len(answer) > _LONGEST_ANSWER:
+        return None
+    match = re.match(r"([xyz])\s*=", plain_text(unwrapped(_unify(answer))))
+    return None if match is None else match[1]
 
 
 def _joined(as_given: dict[str, str], same: SameAnswer) -> dict[str, str]:
@@ -173,6 +194,7 @@ def _unify(text: str) -> str:
     text = re.sub(r"(?<=\d)(?=[¼-¾⅐-⅞]|[¹²³⁰-⁹]+⁄)", " ", text)  # 1½ is 1 1/2, not 11/2
     text = re.sub(r"(?<=[₀-₉])(?=\d)", " ", text)
     text = _SUPERSCRIPT.sub(lambda m: f"^{{{unicodedata.normalize('NFKC', m[0])}}}", text)
+    text = _STRUCK.sub(lambda m: rf"\mathbb{{{unicodedata.normalize('NFKC', m[0])}}}", text)
     text = unicodedata.normalize("NFKC", text).replace("\u2044", "/")
     return " ".join(re.sub("[\u2010-\u2015\u2212]", "-", text).split())
 
@@ -189,15 +211,20 @@ def unwrapped(text: str) -> str:
             if text.startswith(left) and text.endswith(right) and inner and left not in inner:
                 text = inner.strip()
         text = without_remarks(text).strip()
-        text = (
-            re.sub(r"(?<=\S)(?<![.;,\\])[.;,。．]+$|(?<=[^\W\d_]{3})!$", "", text)
-            .strip()
-            .strip('"')
-        )
+        text = re.sub(r"(?<=\S)(?<![.;,\\])[.;,。．]+$|(?<=[^\W\d_]{3})!$", "", text).strip()
+        text = _without_a_quote(text)
         text = _LEAD.sub("", text, count=1).strip() or text
         text = re.sub(r"^=\s*(?=\S)", "", text)
         text = _INLINE.sub(lambda m: m[1] or m[2] or m[3] or "", text)
+        text = _OPTION_IN_BOLD.sub(r"\1", text)
     return text
+
+
+def _without_a_quote(text: str) -> str:
+    """Remove a quotation mark without its partner; behind a number it means inches or seconds."""
+    if text.count('"') != 1 or re.search(r'[\d}]"$', text):
+        return text
+    return text.strip('"') or text
 
 
 def _parse_plain(text: str, depth: int = 0) -> tuple[str, str | None]:

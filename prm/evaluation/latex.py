@@ -51,6 +51,9 @@ _TYPED = {
     **{"·": "*", "⋅": "*", "∙": "*", "∗": "*", "÷": "/", "∣": "|", "∛": r"\sqrt[3]"},
 }
 """Symbols as they are typed without LaTeX."""
+DOUBLE_STRUCK = dict(zip("ABCDEFGHIJKLMNOPQRSTUVWXYZ", "𝔸𝔹ℂ𝔻𝔼𝔽𝔾ℍ𝕀𝕁𝕂𝕃𝕄ℕ𝕆ℙℚℝ𝕊𝕋𝕌𝕍𝕎𝕏𝕐ℤ", strict=True))
+r"""The letters of ``\mathbb``, which name sets and are not those of the plain alphabet."""
+_DOUBLE_STRUCK = re.compile(r"\\mathbb(?![A-Za-z])\s*(?:\{\s*([A-Z])\s*\}|([A-Z]))")
 FUNCTIONS = frozenset(
     (
         *("sin", "cos", "tan", "cot", "sec", "csc", "arcsin", "arccos", "arctan", "sinh", "cosh"),
@@ -125,6 +128,7 @@ def plain_text(text: str) -> str:
     )  # A separator of thousands.
     for typed, symbol in _TYPED.items():
         text = text.replace(typed, symbol)
+    text = _DOUBLE_STRUCK.sub(lambda m: DOUBLE_STRUCK[m[1] or m[2]], text)
     text = _LOG.sub(r"\1\2 \3", text)
     text = _ADJOINING.sub(r"\1", text)  # \text{a}\text{b c} is ab c.
     text = _MATRIX.sub(_matrix, text)

@@ -34,7 +34,7 @@ _NUMBER = re.compile(r"-?\d+(?:/\d+)?")
 _MATRIX = re.compile(r"(matrix|determinant|norm|array)\(")
 _NAME = re.compile(r"[^\W\d_]+")
 _CONSTANTS = frozenset({"π", "e", "i"})
-_SIGNS = "=<≤≠∈±∓!%°'∪∩|…→×"
+_SIGNS = "=<≤≠∈±∓!%°'\"∪∩|…→×"
 """Signs of which both answers must have as many."""
 _COSTLY = re.compile(r"\^\(?-?\d{4,}|\^[^+*/=,]*\^|\d{40,}")
 _NO_FORMULA = re.compile(

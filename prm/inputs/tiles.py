@@ -32,6 +32,18 @@ MOST_PIXELS = 80_000_000
 """The largest number of pixels by an image's header: a few bytes can claim gigabytes of pixels."""
 _MOST_CHUNKS = 100_000
 _ORIENTATION = 274  # EXIF tag, whose values 5 to 8 exchange width and height.
+_HEAD = 256
+_NO_PICTURES = {
+    **dict.fromkeys((b"<!doctype html", b"<html", b"<head"), "a web page (HTML)"),
+    **{b"<svg": "an SVG drawing", b"<?xml": "an SVG drawing, or other XML", b"%pdf": "a PDF file"},
+    **{b"version https://git-lfs": "a pointer of Git LFS in place of the file", b"{": "JSON"},
+    **{b"pk\x03\x04": "a ZIP archive", b"\x1f\x8b": "a file compressed by gzip"},
+}
+"""What files start with, in lower case, that are taken for pictures by their names."""
+_FILE_TYPES = {
+    **dict.fromkeys((b"avif", b"avis"), "an AVIF image"),
+    **dict.fromkeys((b"heic", b"heix", b"heif", b"hevc", b"mif1", b"msf1"), "a HEIC image"),
+}
 _DECODE_ERRORS = (
     OSError,
     SyntaxError,
@@ -122,6 +134,19 @@ def _nothing_behind_pixels(path: Path) -> bool:
     return False
 
 
+def _content(path: Path) -> str:
+    """Name the content of a file that is no picture of ``IMAGE_FORMATS``, by its first bytes."""
+    with opened(path) as file:
+        head = file.read(_HEAD)
+    if not head:
+        return "an empty file"
+    if head[4:8] == b"ftyp":
+        return _FILE_TYPES.get(head[8:12], "a video, or an image in a container of videos")
+    start = head.removeprefix(b"\xef\xbb\xbf").lstrip().lower()
+    kind = next((kind for sign, kind in _NO_PICTURES.items() if start.startswith(sign)), None)
+    return kind or "content of another kind"
+
+
 @contextmanager
 def _opened(path: Path) -> Iterator[Image.Image]:
     """Open an image by its header; every failure is raised as a ``DataError``."""
@@ -150,7 +175,7 @@ def _opened(path: Path) -> Iterator[Image.Image]:
     except UnidentifiedImageError as error:
         raise DataError(
             expected=f"an image file ({', '.join(IMAGE_FORMATS)})",
-            found="none of these by its content",
+            found=_content(path),
             file=path,
             remedy="replace or re-download the file, or convert it to PNG",
         ) from error

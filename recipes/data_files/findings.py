@@ -11,6 +11,7 @@ from typing import Any
 from prm.data.bad_rows import BadRows
 from prm.data.formats.visualprm import PLACEHOLDER_ID
 from prm.data.questions import Questions, digest, words_of
+from prm.evaluation.answers import canonical_answer
 from prm.schema import DataError, StepExample
 
 _NUMBERED = re.compile(r"<image[ _]?(\d+)>")
@@ -70,6 +71,7 @@ class Findings:
         self.image_mismatches = Tally()
         self.mixed_up_groups = Tally()
         self.unjudged = Tally()
+        self.contradictory_outcomes = Tally()
         self.image_rows = Tally()
         self.images: Counter[str] = Counter()
         self.lengths: list[int] = []
@@ -86,6 +88,7 @@ class Findings:
         self._questions = Questions()
         self._labels_of: dict[int, bytes] = {}
         self._contents: set[int] = set()
+        self._outcome_of: dict[int, bool] = {}
 
     def start(self, path: Path) -> None:
         """Continue with the next file."""
@@ -188,6 +191,10 @@ class Findings:
                 images != example.images and contents(images) != contents(example.images)
             ):
                 self.mixed_up_groups.add(location)
+        if example.correct is not None and (answer := canonical_answer(example.answer)):
+            key = digest((str(name), str(words), answer))
+            if self._outcome_of.setdefault(key, example.correct) != example.correct:
+                self.contradictory_outcomes.add(location)
         if example.correct is not None:
             self._groups[name] = self._groups.get(name, 0) | (1 if example.correct else 2)
 
@@ -237,6 +244,7 @@ class Findings:
             "image_count_mismatches": self.image_mismatches.count,
             "label_balance": dict(self.labels),
             "outcome_balance": dict(self.outcomes),
+            "contradictory_outcomes": self.contradictory_outcomes.count,
             "unjudged_rows": self.unjudged.count,
             "rows_of_another_question_in_group": self.mixed_up_groups.count,
             "groups": self.groups,

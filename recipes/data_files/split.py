@@ -17,7 +17,7 @@ from recipes.data_files.options import SplitOptions
 from recipes.options.base import MOST_ROWS
 from recipes.options.rules import check_together
 from recipes.options.values import OptionError, existing_file, shortened
-from recipes.run.files import check_writable, complete_directory
+from recipes.run.files import check_writable, complete_directory, refuse_other_kind
 from recipes.terminal import say
 
 REST = "rest"
@@ -55,6 +55,9 @@ def split(options: SplitOptions) -> Division:
     for there in (out, skipped_path(out)):
         if there.exists():
             raise OptionError(f"--out {there}: exists; remove it or give another name")
+    refuse_other_kind("--out", out)
+    if out.suffix.lower() in (".jsonl", ".json"):
+        raise OptionError(f"--out {out}: is a directory to make, with a file per part; name one")
     check_writable("--out", out)
     existing_file(options.file)
     check_together(options)

@@ -219,6 +219,12 @@ def _page(findings: Findings, options: ValidateOptions) -> str:
         "same steps as an earlier one, opposite labels",
         examples,
     )
+    add(
+        "contradictory outcomes",
+        findings.contradictory_outcomes,
+        "same answer to the same question as an earlier one, and `correct` is not the same",
+        examples,
+    )
     add("unjudged", findings.unjudged, "neither a label nor an outcome", examples)
     add(
         "mixed up groups",

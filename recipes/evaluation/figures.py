@@ -168,7 +168,9 @@ def step_figures(
             "per_domain": {name: _short(value) for name, value in bench.per_source.items()},
             "mean_over_domains": _short(bench.mean),
         }
-    figures["process_bench"] = _process_bench(candidates, rows, threshold)
+    figures["process_bench"], figures["process_bench_of_one_kind"] = _process_bench(
+        candidates, rows, threshold
+    )
     return figures
 
 
@@ -214,8 +216,12 @@ def _domains(candidates: Candidates) -> list[str]:
 
 def _process_bench(
     candidates: Candidates, rows: Sequence[Tensor], threshold: float
-) -> dict[str, Any] | None:
-    """Return ProcessBench per domain and its mean, None if no domain has both kinds."""
+) -> tuple[dict[str, Any] | None, dict[str, Any]]:
+    """Return ProcessBench per domain and its mean, and what there is of domains of one kind.
+
+    The former is None if no domain has solutions with an error and without. Of a domain of one kind
+    there are that kind's accuracy and number of solutions, and no F1.
+    """
     by_domain: dict[str, tuple[list[int], list[int]]] = {}
     for example, scores, is_truncated in zip(
         facts(candidates.data.examples), rows, candidates.is_truncated, strict=True
@@ -229,14 +235,22 @@ def _process_bench(
             labels.append(truth)
             judgements.append(predicted)
     per_domain: dict[str, Mapping[str, Any]] = {}
+    of_one_kind: dict[str, Any] = {}
     for name, (labels, judgements) in by_domain.items():
         if min(labels) < 0 <= max(labels):
             one = process_bench(labels, judgements)
             per_domain[name] = {field: _short(value) for field, value in one._asdict().items()}
+        else:
+            hits = sum(map(int.__eq__, labels, judgements))
+            of_one_kind[name] = {
+                "kind": "correct" if labels[0] < 0 else "erroneous",
+                "solutions": len(labels),
+                "accuracy": _short(hits / len(labels)),
+            }
     if not per_domain:
-        return None
+        return None, of_one_kind
     mean = sum(entry["f1"] for entry in per_domain.values()) / len(per_domain)
-    return {"mean_f1": _short(mean), "per_domain": per_domain}
+    return {"mean_f1": _short(mean), "per_domain": per_domain}, of_one_kind
 
 
 def _short(value: Any) -> Any:

@@ -26,6 +26,14 @@ from recipes.run.errors import WriteError
 from recipes.terminal import say, write_bytes
 
 STANDARD_OUTPUT = "-"
+_OTHER_KINDS = frozenset(
+    (
+        *(".gz", ".bz2", ".xz", ".zst", ".zip", ".7z", ".tar", ".tgz", ".parquet", ".arrow"),
+        *(".feather", ".csv", ".tsv", ".xls", ".xlsx", ".yaml", ".yml", ".pkl", ".pt", ".npz"),
+        *(".safetensors", ".db", ".sqlite"),
+    )
+)
+"""What names of files end with that are no text of JSON."""
 """The name of standard output in an option that names a file to write."""
 
 
@@ -159,6 +167,20 @@ class Output:
         say(f"{STANDARD_OUTPUT if self.path is None else self.path}: {text}", self.path is None)
 
 
+def refuse_other_kind(flag: str, path: Path) -> None:
+    """Refuse a name that says of a file of plain JSON that it is compressed, or a table.
+
+    Raises:
+        OptionError: The name ends so.
+    """
+    if path.suffix.lower() in _OTHER_KINDS:
+        plain = path.name[: -len(path.suffix)]
+        better = plain if Path(plain).suffix else f"{plain}.jsonl"
+        raise OptionError(
+            f"{flag} {path}: what is written is plain JSON, not {path.suffix}; name it {better}"
+        )
+
+
 def output_file(
     flag: str,
     name: str,
@@ -188,6 +210,7 @@ def output_file(
             raise OptionError(f"{flag} -: expected a file, not standard output; name one")
         return Output(None)
     path = Path(name)
+    refuse_other_kind(flag, path)
     check_writable(flag, path)
     if path.is_dir():
         raise OptionError(f"{flag} {name}: is a directory; name a file")

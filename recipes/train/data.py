@@ -13,6 +13,7 @@ from torch import Tensor
 
 from prm.data.bad_rows import BadRows
 from prm.data.json_rows import json_rows
+from prm.data.questions import words_of
 from prm.data.record_fields import Location
 from prm.data.store.outline import Facts
 from prm.digests import check_digest
@@ -112,12 +113,26 @@ def read_train_data(prm: PRM, options: TrainOptions) -> TrainData:
     )
 
 
-def _require_pairs(meta: Examples) -> None:
+def _require_pairs(meta: Data) -> None:
     """Say how many questions of the meta set have pairs of solutions to compare.
 
     Raises:
-        DataError: None has.
+        DataError: None has, or a group holds solutions of several questions.
     """
+    first: dict[str, tuple[list[str], int]] = {}
+    for example, line in zip(meta.examples, meta.lines, strict=True):
+        words = words_of(example.question)
+        group = str(example.group)
+        before, where = first.setdefault(group, (words, line))
+        if words != before:
+            raise DataError(
+                expected="solutions of one question in a group, which --loss-target pairs compares",
+                found=f"the group {group!r} with another question than on line {where}",
+                file=meta.path,
+                line=line,
+                field="group",
+                remedy="give every question a group of its own, or use --loss-target both",
+            )
     mixed, questions = mixed_questions(meta.facts)
     if not mixed:
         raise DataError(

@@ -358,10 +358,24 @@ def _benchmark_lines(steps: dict[str, Any], *, detailed: bool) -> list[str]:
                 f"{entry['correct']} correct solutions"
                 for name, entry in process["per_domain"].items()
             ]
-    first_errors_only = process is not None and not steps["labelled_after_an_error"]
+    alone = steps["process_bench_of_one_kind"] if detailed else {}
+    for name, entry in alone.items():
+        missing = "correct" if entry["kind"] == "erroneous" else "erroneous"
+        lines.append(
+            f"{'  ' if process else 'ProcessBench, '}{name}: no F1, as there is no {missing} "
+            f"solution; accuracy {entry['accuracy']:.3f} on {entry['solutions']} {entry['kind']} "
+            f"solution{'' if entry['solutions'] == 1 else 's'}"
+        )
+    first_errors_only = (process is not None or alone) and not steps["labelled_after_an_error"]
     if visual is not None and detailed and not first_errors_only:
         domains = ", ".join(f"{name} {value:.3f}" for name, value in visual["per_domain"].items())
         lines.append(
             f"VisualProcessBench macro F1: {visual['macro_f1']:.3f} over all steps ({domains})"
         )
+    if detailed and visual is None:
+        kind = "none is labelled"
+        if steps["labelled"]:
+            side = "right" if steps["right"] else "wrong"
+            kind = f"all {steps['labelled']} labelled ones are {side}"
+        lines.append(f"steps: no AUC and no macro F1: {kind}")
     return lines

@@ -123,3 +123,18 @@ def test_a_bare_number_joins_the_only_unit_given_to_it():
     ]  # fmt: skip
     assert answer_classes(["50", "50%", "0.5"]) == ["50 %", "50 %", "1/2"]
     assert answer_classes([]) == []
+
+
+def test_two_coordinates_of_one_value_are_two_answers_and_one_alone_is_the_value():
+    assert answer_classes(["x = 5", "y = 5", "$x=5$", "5"]) == ["x=5", "y=5", "x=5", "5"]
+    assert answer_classes(["x = 5", "5", "n = 5", "y = 6"]) == ["5", "5", "5", "6"]
+    assert answer_classes(["y = 2 cm", "x = 2 cm", "y = 2"]) == ["y=2 cm", "x=2 cm", "2 cm"]
+
+
+@pytest.mark.parametrize(("first", "second"), [("rises", "falls"), ("5", "7"), ("yes", "no")])
+@pytest.mark.parametrize(
+    "form", ["A. {}, B. {}", "(A) {} (B) {}", "A: {}; B: {}", "A) {} and B) {}"]
+)
+def test_texts_that_are_given_to_several_letters_are_not_exchanged(form, first, second):
+    one, other = form.format(first, second), form.format(second, first)
+    assert len({canonical_answer(text) for text in (one, other, "A", "B", "A, B")}) == 5

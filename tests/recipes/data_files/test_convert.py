@@ -141,3 +141,33 @@ def test_the_root_of_the_images_is_not_told_for_a_file_without_images(tmp_path, 
     source.write_text('{"prompt": "1+1?", "completions": ["2"], "labels": [true]}\n')
     assert convert(source, "--out", out) == 0
     assert capsys.readouterr().out == f"{out}: 1 examples\n"
+
+
+@pytest.mark.parametrize(
+    ("name", "better"),
+    [
+        ("x.jsonl.gz", "x.jsonl"),
+        ("x.parquet", "x.jsonl"),
+        ("x.JSON.ZST", "x.JSON"),
+        ("x.csv", "x.jsonl"),
+    ],
+)
+def test_a_name_that_promises_another_kind_of_file_is_refused(task, tmp_path, capsys, name, better):
+    source, out = task.data / "train.jsonl", tmp_path / name
+    commands = [
+        ["data", "convert", source, "--out", out],
+        ["data", "split", source, "--out", out, "--parts", "a=rest"],
+        ["data", "validate", source, "--json", out],
+    ]
+    for words in commands:
+        assert main([str(word) for word in words]) == 2
+        error = capsys.readouterr().err
+        assert "what is written is plain JSON, not" in error
+        assert error.rstrip().endswith(f"name it {better}")
+    assert not any(tmp_path.iterdir())
+
+
+def test_the_folder_of_the_parts_is_not_named_as_a_file(task, tmp_path, capsys):
+    words = ["data", "split", task.data / "train.jsonl", "--out", tmp_path / "x.jsonl"]
+    assert main([str(word) for word in [*words, "--parts", "a=rest"]]) == 2
+    assert "is a directory to make" in capsys.readouterr().err

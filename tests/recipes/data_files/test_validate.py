@@ -336,6 +336,22 @@ def test_a_group_with_two_questions_is_reported(tmp_path):
     assert "solutions of another question than the first of their group; at 2, 6" in text
 
 
+def test_one_answer_of_a_question_that_is_right_and_wrong_is_reported(tmp_path):
+    path = write(
+        tmp_path / "a.jsonl",
+        own(1, "+", group="g", question="One?", answer="1/2", correct=True),
+        own(2, "-", group="g", question="One?", answer="0.50", correct=False),
+        own(3, "-", group="g", question="One?", answer="3", correct=False),
+        own(4, "+", group="h", question="Another?", answer="3", correct=True),
+        own(5, "-", group="h", question="Another?", answer=None, correct=False),
+        own(6, "+", group="h", question="Another?", answer="3", correct=True),
+        own(7, "+", group="h", question="A third?", answer="3", correct=False),
+    )
+    text, found = validate(ValidateOptions(files=(str(path),)))
+    assert found["contradictory_outcomes"] == 1
+    assert "and `correct` is not the same; at 2\n" in text
+
+
 def test_a_leak_is_an_error_with_a_status_of_its_own(tmp_path, capsys):
     train = write(tmp_path / "train.jsonl", own(1, "+"))
     meta = write(tmp_path / "meta.jsonl", own(2, "+", question="Cafe\u0301  at 5?"))

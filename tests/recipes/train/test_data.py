@@ -9,7 +9,7 @@ import pytest
 from prm.data.bad_rows import BadRows
 from prm.schema import DataError, Step, StepExample
 from recipes.loading import Solutions
-from recipes.train.data import require
+from recipes.train.data import _require_pairs, require
 
 
 def data(examples: list[StepExample], *bad_rows: object) -> Solutions:
@@ -77,3 +77,19 @@ def test_examples_that_lack_something_are_left_out_on_request():
     assert (row.line, row.field, row.id) == (2, "steps[].label", "b")
     with pytest.raises(DataError, match=r"found 2 of 4 rows \(50.0 %\); the first is line 1"):
         require(data([unlabelled, FULL, unlabelled, FULL], "skip", 0.3), "labels")
+
+
+def test_pairs_are_not_taken_of_a_group_with_two_questions():
+    groups = [("g", "One?", True), ("h", "One?", False), ("g", "one? ", False), ("g", "Two?", True)]
+    rows = [
+        example(question=question, group=group, correct=correct)
+        for group, question, correct in groups
+    ]
+    _require_pairs(data(rows[:3]))
+    with pytest.raises(DataError) as error:
+        _require_pairs(data(rows))
+    assert str(error.value) == (
+        "train.jsonl:4: field group: expected solutions of one question in a group, which "
+        "--loss-target pairs compares, found the group 'g' with another question than on line 1; "
+        "give every question a group of its own, or use --loss-target both"
+    )

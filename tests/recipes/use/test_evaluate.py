@@ -188,6 +188,26 @@ def test_process_bench_is_evaluated_as_it_is_published(judge):
     assert strict["steps"]["process_bench"]["per_domain"]["gsm8k"]["accuracy_correct"] == 0.0
 
 
+def test_process_bench_of_one_kind_of_solution_has_an_accuracy_and_a_reason(judge):
+    scores = [[0.9, 0.2], [0.9, 0.9], [0.9, 0.2], [0.9], [0.4]]
+    pairs = list(zip(PROCESS_BENCH, scores, strict=True))
+    wrong = [(row, values) for row, values in pairs if row["label"] >= 0]
+    fine = [(row, values) for row, values in pairs if row["label"] < 0]
+    found, said = judge(*map(list, zip(*wrong, strict=True)))
+    assert found["steps"]["process_bench"] is None
+    assert found["steps"]["process_bench_of_one_kind"]["math"] == {
+        "kind": "erroneous", "solutions": 1, "accuracy": 0.0
+    }  # fmt: skip
+    assert "ProcessBench, math: no F1, as there is no correct solution; accuracy 0.000 on 1" in said
+    assert "VisualProcessBench" not in said
+    found, said = judge(*map(list, zip(*fine, strict=True)))
+    assert found["steps"]["process_bench_of_one_kind"]["math"] == {
+        "kind": "correct", "solutions": 2, "accuracy": 0.5
+    }  # fmt: skip
+    assert "math: no F1, as there is no erroneous solution; accuracy 0.500 on 2 correct sol" in said
+    assert "steps: no AUC and no macro F1: all" in said
+
+
 def test_visual_process_bench_is_evaluated_as_it_is_published(judge):
     found, said = judge(VISUAL_PROCESS_BENCH, [[0.9, 0.9, 0.8], [0.2, 0.1, 0.3]])
     # Of five labelled steps: right ones .9 .8 .2, wrong ones .9 .3; the neutral one is left out.

@@ -987,3 +987,53 @@ def test_the_mark_of_a_picture_behind_question_is_no_part_of_it(tmp_path):
     turns = [human("Question: <image>\nHow many?\nProcess: a<prm>\nb<prm>"), gpt([1.0, 0.0])]
     (example,) = read(tmp_path, row | {"conversations": turns})
     assert example.question == "How many?"
+
+
+STEPS = [{"text": "s", "label": "+"}, {"text": "t", "label": "-"}]
+BARE = [{"text": "s"}, {"text": "t"}]
+
+
+@pytest.mark.parametrize(
+    ("steps", "more", "field"),
+    [
+        (STEPS, {"labels": [0, 1]}, "labels[0]"),
+        (STEPS, {"labels": [True, True]}, "labels[1]"),
+        (STEPS, {"labels": ["+", "-", "-"]}, "labels"),
+        (BARE, {"labels": [1, 0]}, "labels"),
+        (STEPS, {"first_error": 1}, "first_error"),
+        (STEPS, {"first_error": 0}, "first_error"),
+        (STEPS, {"first_error": -1}, "first_error"),
+        (STEPS, {"first_error": 3}, "first_error"),
+        (STEPS, {"first_error": "2"}, "first_error"),
+        (STEPS[:1], {"first_error": 1}, "first_error"),
+    ],
+)
+def test_a_second_source_of_labels_may_not_contradict_the_steps(tmp_path, steps, more, field):
+    error = first_error(tmp_path, {"id": "a", "question": "q", "steps": steps, **more})
+    assert error.field == field
+    if steps is not BARE and "labels" not in more:
+        row = {"prompt": "q", "completions": [step["text"] for step in steps]}
+        row["labels"] = [step["label"] == "+" for step in steps]
+        assert first_error(tmp_path, row | more).field == field
+
+
+@pytest.mark.parametrize(
+    ("steps", "more"),
+    [
+        (STEPS, {"labels": [1, 0], "first_error": 2}),
+        (STEPS, {"labels": ["+", "-"]}),
+        (STEPS, {"labels": [1, -1]}),
+        (STEPS, {"labels": [None, 0.25]}),
+        (STEPS, {"labels": ["geometry", "easy"]}),
+        (STEPS, {"labels": None, "first_error": None}),
+        (BARE, {"labels": [None, None], "first_error": 1}),
+        (STEPS[:1], {"first_error": 0}),
+        (STEPS[:1], {"first_error": -1}),
+        ([STEPS[0], BARE[1]], {"first_error": 2}),
+    ],
+)
+def test_a_second_source_of_labels_that_agrees_is_kept(tmp_path, steps, more):
+    row = {"id": "a", "question": "q", "steps": steps, **more}
+    (example,) = read(tmp_path, row)
+    assert labels(example) == [{"+": 1.0, "-": 0.0}.get(step.get("label")) for step in steps]
+    assert example.extra == more
