@@ -47,9 +47,9 @@ def test_rows_are_written_as_they_come():
 
 
 def test_a_case_that_takes_too_long_is_cut_and_the_next_are_measured():
-    rows, written = run(["dot", "jvp", "floor"], Limits(120.0, 1.0, 60.0))
+    rows, written = run(["dot", "jvp", "floor"], Limits(120.0, 4.0, 60.0))
     assert [row["status"] for row in rows] == ["measured", "cut", "measured"]
-    assert rows[1]["limit"] == 1.0
+    assert rows[1]["limit"] == 4.0
     assert "seconds" not in rows[1]
     assert written[1][1][1]["status"] == "cut"
     assert written[0][0] != written[2][0]  # by another process
