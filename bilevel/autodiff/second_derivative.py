@@ -35,12 +35,12 @@ def has_second_derivative(loss: Tensor, inputs: Iterable[Tensor]) -> bool:
         loss: A tensor with its graph, which is looked at node by node.
         inputs: Where to stop.
     """
-    pending = [loss.grad_fn]
+    pending = [] if loss.grad_fn is None else [loss.grad_fn]
     seen: set[Any] = {None, loss.grad_fn, *[tensor.grad_fn for tensor in inputs]}
     while pending:
         node: Any = pending.pop()
-        if node is None or not _is_suitable(node):
-            return node is None
+        if not _is_suitable(node):
+            return False
         for following, _ in node.next_functions:
             if following not in seen:
                 seen.add(following)

@@ -26,11 +26,11 @@ from bilevel.autodiff.torch_private import foreach_norm
 from bilevel.hypergradients.base import HypergradientResult, Taken
 from bilevel.lower.connected_step import connected_update, connects
 from bilevel.lower.kept_graph import is_small
-from bilevel.lower.lower_pass import LowerPass, unused_parameters
+from bilevel.lower.lower_pass import LowerPass, are_constant, unused_parameters
 from bilevel.lower.micro_batch import LossTerms, MicroBatch, loss_terms
 from bilevel.lower.route import Route
 from bilevel.lower.steps import LowerSteps, Point, Window, take_steps
-from bilevel.problem import Batch, Params, detached, is_separable, upper_value
+from bilevel.problem import Batch, detached, upper_value
 from bilevel.profiling import part
 from bilevel.tree import Tree
 
@@ -87,10 +87,11 @@ def _taken(window: Window, upper_batch: Batch, route: Route, constant: int) -> T
             if number == last:
                 random = random_state.capture(params)
             terms = loss_terms(problem, params, upper_params, batch)
-            if not (
-                terms.size
-                and _depends_on(upper_params, window, terms)
-                and has_second_derivative(terms.loss, tree.leaves(params))
+            weights = [] if terms.weights is None else [terms.weights]
+            if (
+                not terms.size
+                or are_constant(problem, weights, upper_params)
+                or not has_second_derivative(terms.loss, tree.leaves(params))
             ):
                 return None
             grads = gradients([terms.loss], params, create_graph=True)
@@ -117,13 +118,6 @@ def _taken(window: Window, upper_batch: Batch, route: Route, constant: int) -> T
     return LowerSteps(end, (*before.passes, *passes)), HypergradientResult(
         loss.detach(), total, None, notes=ignored_lower(params, v), upper_aux=detached(aux)
     )
-
-
-def _depends_on(upper_params: Params, window: Window, terms: LossTerms) -> bool:
-    """Return whether weights that are a function of φ alone have a graph to it, if there is a φ."""
-    if terms.weights is None or not is_separable(window.problem):
-        return True
-    return terms.weights.requires_grad or not tree.leaves(upper_params)
 
 
 def _norms(grads: Sequence[Tree]) -> Sequence[Tensor]:

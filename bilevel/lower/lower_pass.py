@@ -205,12 +205,18 @@ def _over_ranks(
 def remarked(context: PassContext, passed: LowerPass) -> LowerPass:
     """Return the pass with remarks on what has no effect."""
     remarks = [*unused_parameters(context.lower_params, passed.grads)]
-    if is_separable(context.problem):
-        weights = [micro.weights for micro in passed.micro_batches if micro.weights is not None]
-        constant = weights and not any(weight.requires_grad for weight in weights)
-        if constant and any(leaf.requires_grad for leaf in tree.leaves(context.upper_params)):
-            remarks.append(_CONSTANT_WEIGHTS)
+    weights = [micro.weights for micro in passed.micro_batches if micro.weights is not None]
+    if are_constant(context.problem, weights, context.upper_params):
+        remarks.append(_CONSTANT_WEIGHTS)
     return replace(passed, remarks=tuple(remarks)) if remarks else passed
+
+
+def are_constant(problem: Problem, weights: Sequence[Tensor], upper_params: Params) -> bool:
+    """Return whether weights that are a function of φ alone have no graph to a φ that moves."""
+    if not is_separable(problem) or not weights:
+        return False
+    moves = any(leaf.requires_grad for leaf in tree.leaves(upper_params))
+    return moves and not any(weight.requires_grad for weight in weights)
 
 
 def unused_parameters(lower_params: Params, grads: Tree) -> tuple[str, ...]:
@@ -220,8 +226,8 @@ def unused_parameters(lower_params: Params, grads: Tree) -> tuple[str, ...]:
         return ()
     if not used:
         return (_IGNORES_PARAMETERS,)
-    names = tree.flatten(lower_params)
-    first = next(name for name in names if name not in tree.flatten(grads))
+    with_gradient = tree.flatten(grads).keys()
+    first = next(name for name in tree.names(lower_params) if name not in with_gradient)
     return (_IGNORES_SOME.format(len(everything) - len(used), len(everything), first),)
 
 

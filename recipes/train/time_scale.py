@@ -317,7 +317,7 @@ def _shortcomings(
         ("--upper-warmup", options.upper.warmup, upper.steps, upper.schedule),
     )
     for flag, warmup, count, schedule in levels:
-        rates = [schedule(step) for step in range(count)] if warmup else []
+        rates = (schedule(step) for step in range(count if warmup else 0))
         idle = len([*takewhile(lambda rate: rate == 0.0, rates)])
         if idle and idle >= _IDLE_SHARE * count:
             enough = math.floor(idle / _IDLE_SHARE) + 1
