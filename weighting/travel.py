@@ -17,7 +17,7 @@ most that a consistent hypergradient can do; one that changes its mind does less
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
@@ -63,17 +63,26 @@ class NetTravel:
             by_noise: Whether each step pushes in a random direction of its own (normal, the same
                 for every call) in place of s.
         """
+        return self._travelled(self._shares_of(steps), peak, by_noise=by_noise)
+
+    def in_a_step(self, peak: float) -> float:
+        """Return how far the raw weight of an example travels, at most, in one step at the peak."""
+        return self._travelled([1.0], peak)
+
+    def _shares_of(self, steps: int) -> list[float]:
+        """Return the sum of the shares of the steps that a simulated one stands for, for each."""
         simulated = min(steps, _SIMULATED_STEPS)
         edges = [round(steps * step / simulated) for step in range(simulated + 1)]
-        rates = [
-            peak * sum(self.shares(step) for step in range(low, high))
-            for low, high in pairwise(edges)
-        ]
-        optimizer = self.optimizer(lambda count: rates[min(int(count), simulated - 1)])
+        return [sum(map(self.shares, range(low, high))) for low, high in pairwise(edges)]
+
+    def _travelled(self, shares: Sequence[float], peak: float, *, by_noise: bool = False) -> float:
+        """Return the distance of simulated steps with these shares of the peak rate."""
+        rates = [peak * share for share in shares]
+        optimizer = self.optimizer(lambda count: rates[min(int(count), len(rates) - 1)])
         params: Params = {name: leaf.detach().double() for name, leaf in self.params.items()}
         start, direction, state = self._raw(params), self._direction, optimizer.init(params)
         generator = torch.Generator().manual_seed(0)
-        for _ in range(simulated):
+        for _ in rates:
             if by_noise:
                 direction = torch.randn(len(start), generator=generator, dtype=torch.float64)
             found = self._pulled_back(params, direction)
@@ -118,15 +127,18 @@ class NetTravel:
         Found by halving, since the distance is not proportional to it. Two digits, so that a
         resumed run, or one with other threads, finds the same. 0 if no rate moves the weights.
         """
-        low = high = target / max(sum(self.shares(step) for step in range(steps)), 1e-12)
+        shares = self._shares_of(steps)
+        low = high = target / max(sum(shares), 1e-12)
         doublings = 0
-        while self.distance(steps, low) > target and doublings < _DOUBLINGS:
+        while self._travelled(shares, low) > target and doublings < _DOUBLINGS:
             low, doublings = low / 2.0, doublings + 1
-        while self.distance(steps, high) < target:
+        while self._travelled(shares, high) < target:
             high, doublings = high * 2.0, doublings + 1
             if doublings > _DOUBLINGS:
                 return 0.0
         for _ in range(_HALVINGS + doublings):
             middle = math.sqrt(low * high)
-            low, high = (middle, high) if self.distance(steps, middle) < target else (low, middle)
+            low, high = (
+                (middle, high) if self._travelled(shares, middle) < target else (low, middle)
+            )
         return float(f"{math.sqrt(low * high):.2g}")

@@ -201,7 +201,7 @@ def match_net(
     return replace(
         _scale(upper, to_bound, upper_lr, travel.distance(upper.steps, upper_lr)),
         by_noise=travel.distance(upper.steps, upper_lr, by_noise=True),
-        in_a_step=replace(travel, shares=lambda _: 1.0).distance(1, upper_lr),
+        in_a_step=travel.in_a_step(upper_lr),
     )
 
 
