@@ -370,7 +370,7 @@ class BilevelSolver(Generic[Lower, Upper, BatchT]):
                 taken, _ = take_window(window.at(new.upper_params), self.hypergradient)
         elif upper_batch is not None:
             new, notes = _without_upper_step(state)
-        return _moved(new, taken, len(window.batches)), self._infos(taken, upper, notes)
+        return _moved(new, taken, len(window.batches)), self._infos(taken, upper, notes, guard)
 
     def window_at(self, state: BilevelState[Lower, Upper], batches: LowerBatches[BatchT]) -> Window:
         """Return the lower steps that ``advance`` would take from this state, before they are.
@@ -500,19 +500,29 @@ class BilevelSolver(Generic[Lower, Upper, BatchT]):
             memory=result.memory,
             upper_steps=state.upper_steps + 1,
         )
-        if size or not tree.leaves(state.upper_params):
+        everything, reached = tree.leaves(state.upper_params), tree.leaves(found)
+        if everything and not size:
+            return taken, (ZERO if reached else _NO_INFLUENCE,)
+        if len(reached) == len(everything):
             return taken, ()
-        return taken, (ZERO if tree.leaves(found) else _NO_INFLUENCE,)
+        with_gradient = tree.flatten(found).keys()
+        first = next(name for name in tree.names(state.upper_params) if name not in with_gradient)
+        missing = len(everything) - len(reached)
+        return taken, (_NO_INFLUENCE_OF_SOME.format(missing, len(everything), first),)
 
     @torch.no_grad()
     def _infos(
-        self, taken: LowerSteps, upper: HypergradientResult | None, notes: tuple[str, ...]
+        self,
+        taken: LowerSteps,
+        upper: HypergradientResult | None,
+        notes: tuple[str, ...],
+        guard: Guard = LOOKS,
     ) -> tuple[StepInfo, ...]:
         """Return what is known of the steps; of the upper step with the last of them."""
         norms = [passed.grad_norm for passed in taken.passes]
         clipped = _clipped(self.lower_optimizer, norms)
         infos = [
-            _lower_info(passed, clipped[index], index in taken.skipped)
+            _lower_info(passed, clipped[index], index in taken.skipped, guard)
             for index, passed in enumerate(taken.passes)
         ]
         last = infos[-1]
@@ -556,6 +566,10 @@ def _without_upper_step(
 
 
 _STEP_SKIPPED = "the lower gradient was not finite: θ and its optimizer were left as they are"
+_LOWER_LOSS_NOT_FINITE = (
+    "the lower loss was not finite, but its gradient was, and the step was taken: does an example "
+    "have no part in it (torch.where), or does its gradient miss a term?"
+)
 _NO_UPPER_STEP = "no upper step: a lower step of its window was left out"
 _NOT_FINITE = "the hypergradient was not finite: φ and its optimizer were left as they are"
 _LOSS_NOT_FINITE = (
@@ -569,14 +583,22 @@ _NO_INFLUENCE = (
     "the upper parameters have no influence on the upper loss: the losses or weights have no graph "
     "to them (no_grad, detach, other tensors), or the upper loss has none to the lower parameters"
 )
+_NO_INFLUENCE_OF_SOME = (
+    "the upper loss does not depend on {} of the {} upper parameters ({!r}, ...), which stay as "
+    "they are: not used, detached, or computed under no_grad"
+)
 
 
 def _owned(leaf: Tensor) -> Tensor:
     return leaf.detach().clone()
 
 
-def _lower_info(passed: LowerPass, clipped: Tensor, skipped: bool) -> StepInfo:
-    figures = passed.figures()
+def _lower_info(passed: LowerPass, clipped: Tensor, skipped: bool, guard: Guard) -> StepInfo:
+    figures, notes = passed.figures(), passed.remarks
+    if skipped:
+        notes = (*notes, _STEP_SKIPPED)
+    elif guard.usual is None and not math.isfinite(figures.loss):
+        notes = (*notes, _LOWER_LOSS_NOT_FINITE)
     return StepInfo(
         lower_loss=figures.loss,
         lower_grad_norm=passed.grad_norm,
@@ -586,7 +608,7 @@ def _lower_info(passed: LowerPass, clipped: Tensor, skipped: bool) -> StepInfo:
         upper_loss=None,
         hypergradient_norm=None,
         upper_clipped=None,
-        notes=(*passed.remarks, _STEP_SKIPPED) if skipped else passed.remarks,
+        notes=notes,
         lower_aux=tuple(micro.aux for micro in passed.micro_batches),
     )
 

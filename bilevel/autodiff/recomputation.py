@@ -41,6 +41,7 @@ def watched_backward(
 
     Raises:
         RecomputationError: A part was recomputed with other parameters.
+        RuntimeError: torch's own; with a note where the graph of the outputs was used up before.
     """
     try:
         with _Watch() as watch:
@@ -54,6 +55,10 @@ def watched_backward(
     except CheckpointError as error:
         found = f"other tensors than in the forward pass ({str(error).splitlines()[0]})"
         raise RecomputationError(_REFUSAL.format(found)) from error
+    except RuntimeError as error:
+        if "backward through the graph a second time" in str(error):
+            error.add_note(_USED_UP)
+        raise
     if watch.parameters:
         used = _leaves(outputs)
         foreign = [leaf for key, leaf in watch.parameters.items() if key not in used]
@@ -68,6 +73,11 @@ _REFUSAL = (
     "functional_call gives the parameters, it has put the module's own back by then; call the "
     "module by f = bilevel.functional(module), f(params, ...), whose calls can be recomputed, or "
     "switch checkpointing off"
+)
+
+_USED_UP = (
+    "The loss was differentiated before it was returned: leave .backward() to the solver, and take "
+    "gradients within a loss by torch.autograd.grad(..., create_graph=True)."
 )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -65,12 +65,15 @@ def tapped_backward(
         reason = run.tracker.refusal(size, run.owners, context.guard)
     if size > 1 and reason is None:
         key = verification.known(problem.verdicts, size, run.tracker.shapes)
-        if key not in problem.verdicts:
+        verdict = problem.verdicts.get(key)
+        if verification.due(verdict):
             del run  # Its memory is free for the measurement.
-            problem.verdicts.update(_measured(context, batch, random, key))
+            verdict = _measured(context, batch, random, verdict)
             with random_state.rewound_to(random, context.lower_params):
                 run = _forward(context, batch, entries_limit)
-        reason = problem.verdicts.get(key)
+        if verdict is not None:
+            reason, uses = verdict
+            problem.verdicts[key] = reason, uses + 1
     if reason is not None and refusing is not None:
         raise _refusal(refusing, reason)
     if size <= 1 or reason is not None:
@@ -166,9 +169,13 @@ def _again(
 
 
 def _measured(
-    context: PassContext, batch: Batch, random: RandomState, key: Hashable
-) -> verification.Verdicts:
-    """Return the verdict on the rules for this batch under the key; none without finite numbers."""
+    context: PassContext,
+    batch: Batch,
+    random: RandomState,
+    before: verification.Verdict | None,
+) -> verification.Verdict | None:
+    """Return the verdict on the rules for this batch; that of before without finite numbers."""
+    uses = 0 if before is None else before[1]
     here = context.lower_params
     steps = verification.displacement(here)
     length = tree.norm(steps)
@@ -182,7 +189,7 @@ def _measured(
         weights = verification.uneven(run.losses)
         grads, reason = _weighted(run, weights, direction, False)
         if reason is not None:
-            return {key: reason}
+            return reason, uses
         assert run.taps.dots is not None
         dtypes = {run.losses.dtype, *(output.dtype for output in run.tracker.outputs)}
         found = [*_filled(grads, params), (weights * run.taps.dots).sum()]
@@ -195,8 +202,8 @@ def _measured(
         eps = verification.rounding(dtypes, losses.device)
         off = verification.distance(found, [*plain, tree.vdot(plain, direction)], eps)
         if not math.isnan(off):
-            return {key: _DIFFERS.format(off) if off else None}
-    return {}
+            return (_DIFFERS.format(off) if off else None), uses
+    return before
 
 
 _DIFFERS = (

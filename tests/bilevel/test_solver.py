@@ -17,11 +17,14 @@ from bilevel import (
     CentralDifference,
     Dot,
     Ghost,
+    Implicit,
     Jvp,
     LazyRowAdam,
     OneStep,
     PerExample,
     Reverse,
+    ReweightingProblem,
+    Unrolled,
     WarmupCosine,
     tree,
 )
@@ -244,6 +247,68 @@ def test_upper_parameters_without_influence_stay():
     assert torch.equal(state.upper_params["scale"], case.upper_params["scale"])
     assert not torch.equal(state.upper_params["table"], case.upper_params["table"])  # direct term
     assert info.hypergradient_norm > 0.0
+
+
+@pytest.mark.parametrize(
+    "method", [OneStep(), Unrolled(), Implicit(stationarity_tolerance=None)], ids=repr
+)
+def test_an_upper_parameter_without_influence_is_named(method):
+    problem = ReweightingProblem(
+        lambda lower, batch: ((batch @ lower["w"]) ** 2, None),
+        lambda upper, batch, _: torch.sigmoid(upper["raw"]) + 0.0 * upper["bias"].detach(),
+        lambda lower, upper, batch: (batch @ lower["w"]).sum(),
+    )
+    upper = {"bias": torch.zeros(()), "raw": torch.tensor([0.3, -0.2])}
+    solver = BilevelSolver(problem, SGD(0.1), SGD(0.1), method)
+    batch = torch.tensor([[1.0, 2.0], [0.5, -1.0]])
+    state, info = solver.step(solver.init({"w": torch.ones(2)}, upper), [batch], batch)
+    (note,) = [note for note in info.notes if "upper parameters" in note]
+    assert "1 of the 2 upper parameters ('bias', ...)" in note
+    assert torch.equal(state.upper_params["bias"], upper["bias"])
+    assert not torch.equal(state.upper_params["raw"], upper["raw"])
+
+
+@pytest.mark.parametrize("method", [OneStep(), Unrolled(), OneStep(Dot())], ids=repr)
+def test_a_loss_that_is_not_finite_though_its_gradient_is_is_named(method):
+    """The gradient is that of the other examples: the step is theirs."""
+
+    def losses(lower, batch):
+        values = batch @ lower["w"]
+        return torch.where(batch[:, 0] > 0, values**2, torch.nan), None
+
+    problem = ReweightingProblem(
+        losses, lambda upper, batch, _: upper["raw"][: len(batch)], lambda t, *_: t["w"].sum()
+    )
+    single = method == OneStep(Dot())
+    batches = [torch.tensor([[-1.0, 1.0], [0.5, -1.0]])]
+    if single:
+        batches = [batches[0][:1], batches[0][1:]]
+    solver = BilevelSolver(problem, SGD(0.1), SGD(0.1), method, accumulation=len(batches))
+    state = solver.init({"w": torch.ones(2)}, {"raw": torch.ones(2)})
+    new, info = solver.step(state, batches, batches[0])
+    assert info.lower_loss.isnan()
+    assert [note for note in info.notes if note.startswith("the lower loss was not finite, but")]
+    slope = 0.5 * 2 * (0.5 - 1.0) * torch.tensor([0.5, -1.0])  # mean over two, one without a part
+    assert torch.allclose(new.lower_params["w"], 1.0 - 0.1 * slope)
+    assert new.lower_skipped == 0
+
+
+@pytest.mark.parametrize(
+    "method", [OneStep(), Unrolled(), Implicit(stationarity_tolerance=None)], ids=repr
+)
+def test_a_loss_that_calls_backward_is_told_what_to_do(method):
+    def lower_loss(lower, upper, batch):
+        loss = (upper["scale"].exp() * batch @ lower["w"]).square().mean()
+        loss.backward()
+        return loss
+
+    problem = BilevelProblem(lower_loss, lambda t, *_: t["w"].sum())
+    solver = BilevelSolver(problem, SGD(0.1), SGD(0.1), method)
+    state, batch = solver.init({"w": torch.ones(2)}, {"scale": torch.zeros(())}), torch.ones(3, 2)
+    with pytest.raises(RuntimeError, match="a second time") as caught:
+        solver.step(state, [batch], batch)
+    (note,) = caught.value.__notes__
+    assert "leave .backward() to the solver" in note
 
 
 @pytest.mark.parametrize(
