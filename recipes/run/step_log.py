@@ -96,6 +96,8 @@ def figures_of(info: StepInfo) -> dict[str, float]:
         figures["upper_loss"] = float(info.upper_loss)
     if info.hypergradient_norm is not None:
         figures["hypergradient_norm"] = float(info.hypergradient_norm)
+    if isinstance(info.upper_aux, Mapping):
+        figures |= {name: float(value) for name, value in info.upper_aux.items()}
     return figures | {f"hypergradient/{name}": float(v) for name, v in info.figures.items()}
 
 

@@ -77,7 +77,7 @@ class StepLogging:
         every: The number of steps between log lines. A line holds the means over them.
         learning_rates: The schedules to log, by name.
         progress_bar: Whether the progress bar is shown.
-        on_line: A function that is called with the step after each line is in the log.
+        on_line: Functions that are called with the step after each line is in the log.
         profile: The number of steps that are profiled, after the first; see
             ``recipes.profiling``.
     """
@@ -85,7 +85,7 @@ class StepLogging:
     every: int
     learning_rates: Mapping[str, Callable[[int], float]] = field(default_factory=dict)
     progress_bar: bool = False
-    on_line: Callable[[int], None] | None = None
+    on_line: Sequence[Callable[[int], None]] = ()
     profile: int = 0
 
 
@@ -348,8 +348,8 @@ def log_steps(
             if run.writes:
                 append_line(run.log, unlogged.line(training.title, step, skipped, rates))
             unlogged = Unlogged({})
-            if logging.on_line is not None:
-                logging.on_line(step)
+            for told in logging.on_line:
+                told(step)
     return replace(progress, unlogged=unlogged)
 
 

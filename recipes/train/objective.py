@@ -123,13 +123,24 @@ class Objective:
 
     def upper_loss(self, lower: Params, upper: Params, batch: Batch) -> Tensor:
         """Return the mean meta loss of aggregated scores against the outcomes, a scalar."""
+        loss, _ = self.upper_loss_and_scores(lower, upper, batch)
+        return loss
+
+    def upper_loss_and_scores(
+        self, lower: Params, upper: Params, batch: Batch
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return the meta loss; the mean score of the solutions, and the share of right ones."""
         logits = step_logits(self.prm, lower, batch, full_vocab=self.full_vocab)
         scores = solution_scores(
             logits, batch["step_mask"], self.aggregation, full_vocab=self.full_vocab
         )
+        aux = {
+            "meta/score": scores[..., 0].mean(),
+            "meta/right": batch["correct"].to(scores).mean(),
+        }
         if self.loss_target == "pairs":
-            return pair_loss(scores[..., 0], batch["correct"], batch["group"])
-        return outcome_loss(scores, batch["correct"], self.loss_target).mean()
+            return pair_loss(scores[..., 0], batch["correct"], batch["group"]), aux
+        return outcome_loss(scores, batch["correct"], self.loss_target).mean(), aux
 
     def upper_size(self, batch: Batch) -> int:
         """Return over how many terms the meta loss of a batch is a mean: solutions, or pairs."""
@@ -146,6 +157,6 @@ class Objective:
         return ReweightingProblem(
             per_example_loss=self.per_example_loss,
             weights=self.weights,
-            upper_loss=self.upper_loss,
+            upper_loss=self.upper_loss_and_scores,
             rows=row_owners,
         )

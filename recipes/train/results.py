@@ -120,6 +120,8 @@ def print_summary(results: Mapping[str, Any], directory: Path) -> None:
                 "warning: the labels alone nearly explain the weights, so that these hardly tell "
                 "right from wrong ones. Compare with --features that leave labels out"
             )
+    for text in results.get("signs", {}).values():
+        print(f"\nwarning: {text}")
     print_troubles(results["troubles"])
     parts = ", ".join(f"{name.replace('_', ' ')} {s:.0f}" for name, s in results["seconds"].items())
     print(f"\nseconds: {parts}\nrun directory: {directory}")

@@ -62,6 +62,7 @@ from recipes.train.make_solver import (
 )
 from recipes.train.objective import Objective, Solver, State
 from recipes.train.results import evaluate_all, print_summary, row_name, save_trained
+from recipes.train.signs import log_lines, signs, watcher
 from recipes.train.time_scale import print_time_scale, time_scale
 from recipes.train.weight_report import (
     final_weights,
@@ -138,6 +139,7 @@ def run_training(options: TrainOptions, logged: Callable[[int], None] | None = N
         keeping = Keeping(prm, options, cache_folder(options, run.directory))
         keeping.check([lower_examples(options, data), *([] if data.meta is None else [data.meta])])
         clock.lap("set_up")
+        title = row_name(options)
         draw, lower_batch = _lower_level(task, initial)
         training = Training(
             solver,
@@ -152,13 +154,16 @@ def run_training(options: TrainOptions, logged: Callable[[int], None] | None = N
                 ),
                 options.lower.steps,
             ),
-            title=row_name(options),
+            title=title,
             on_trouble=options.run.on_trouble,
             upper_batch=_upper_level(task, keeping),
             weighting=objective.weighting,
         )
+        on_line = [] if logged is None else [logged]
+        if run.writes:
+            on_line.append(watcher(run.log, title, options.lower.steps))
         logging = StepLogging(
-            options.run.log_every, rates, options.run.progress, logged, options.run.profile
+            options.run.log_every, rates, options.run.progress, on_line, options.run.profile
         )
         end = train(run, training, logging)
         clock.lap("train")
@@ -166,6 +171,8 @@ def run_training(options: TrainOptions, logged: Callable[[int], None] | None = N
             save_trained(prm, end.state.lower_params, options, run.directory, writes=run.writes)
             results: dict[str, Any] = {"rows": {}, "seed": options.seed}
             results["troubles"] = dict(end.seen.counts)
+            lines = log_lines(run.log, title) if run.writes else []
+            results["signs"] = dict(signs(lines, options.lower.steps))
             micro_batches = options.lower.steps * options.lower.accumulation
             visits = count_visits(draw, micro_batches, len(lower_examples(options, data)))
             results |= _report_weights(task, end.state, initial, visits, run)

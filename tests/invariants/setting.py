@@ -66,7 +66,7 @@ def by_loop(setup, order):
         with torch.no_grad():
             at, _ = setup.optimizer.update(grads, setup.state, setup.lower)
     ahead = tree.map(lambda leaf: leaf.detach().requires_grad_(), at)
-    loss = problem.upper_loss(ahead, setup.upper, setup.meta)
+    loss, _ = problem.upper_loss(ahead, setup.upper, setup.meta)
     found = torch.autograd.grad(loss, ahead.values(), materialize_grads=True)
     v = dict(zip(names, found, strict=True))
     with torch.no_grad():
