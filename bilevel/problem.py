@@ -74,9 +74,9 @@ class ReweightingProblem(Generic[Lower, Upper, BatchT]):
             have the size of the batch, is refused as one where examples influence each other is.
 
     Where examples of a micro-batch influence each other's losses (batch normalisation in training
-    mode, contrastive terms), ``Ghost`` and ``PerExample`` do not apply: they measure it on the
-    first step, for new shapes and again at the 8th, 64th, ... batch of the same shapes, and refuse;
-    ``Auto`` takes another route.
+    mode, contrastive terms), ``Ghost`` and ``PerExample`` do not apply: they know the operations
+    that join rows, measure the others on the first step, for new shapes and again at the 8th, 64th,
+    ... batch of the same shapes, and refuse; ``Auto`` takes another route.
     """
 
     per_example_loss: Callable[[Lower, BatchT], tuple[Float[Tensor, " batch"], Any]]

@@ -62,7 +62,7 @@ def tapped_backward(
     run = _forward(context, batch, entries_limit)
     size, reason = len(run.losses), None
     if size > 1:
-        reason = run.tracker.refusal(size, run.owners, context.guard)
+        reason = run.tracker.refusal(run.losses, run.owners, context.guard)
     if size > 1 and reason is None:
         key = verification.known(problem.verdicts, size, run.tracker.shapes)
         verdict = problem.verdicts.get(key)

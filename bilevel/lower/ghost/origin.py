@@ -18,6 +18,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from bilevel.lower.ghost.mixing import Mixture, joined
+
 # Set on tensors between operations; a table of them by identity would keep all of them alive.
 _ATTRIBUTE = "_bilevel_origin"
 
@@ -26,12 +28,14 @@ class Origin(IntEnum):
     """What is known of a tensor; of several, what is known of them together is the largest.
 
     ``CONSTANT``: it is not computed from the batch. ``EXAMPLES``: it is, and no operation in sight
-    has put its rows into another order. ``REORDERED``: one has.
+    has put its rows into another order. ``REORDERED``: one has. ``MIXED``: one has computed entries
+    from several rows, with a graph (``mixing``).
     """
 
     CONSTANT = 0
     EXAMPLES = 1
     REORDERED = 2
+    MIXED = 3
 
 
 class Origins:
@@ -47,6 +51,7 @@ class Origins:
         self._run = object()  # Marks of an earlier run, on a tensor that a module keeps, are void.
         self._known = dict.fromkeys(map(id, self._given), Origin.EXAMPLES)
         self._default = Origin.CONSTANT if self._given else Origin.EXAMPLES
+        self.mixtures: list[Mixture] = []
 
     def of(self, tensor: Tensor) -> Origin:
         """Return the origin of a tensor.
@@ -71,6 +76,12 @@ class Origins:
         mark = getattr(tensor, _ATTRIBUTE, None)
         known = mark is not None or id(tensor) in self._known or not tensor.is_leaf
         return known and self.of(tensor) is not Origin.CONSTANT
+
+    def _moves(self, value: Any) -> bool:
+        """Return whether a value has rows of the batch, with a graph to the parameters."""
+        if not isinstance(value, Tensor) or not value.requires_grad or not value.dim():
+            return False
+        return self.of(value) is not Origin.CONSTANT
 
     @property
     def shapes(self) -> list[tuple[int, ...]]:
@@ -123,6 +134,11 @@ class Origins:
             origin = Origin.REORDERED if moved else origin
         elif origin is Origin.REORDERED and self._only_filled(arguments, named, written):
             origin = Origin.EXAMPLES
+        if torch.is_grad_enabled() and (
+            mixture := joined(self._moves, function, arguments, named, result)
+        ):
+            self.mixtures.append(mixture)
+            origin = Origin.MIXED
         self.mark(written, origin)
         if isinstance(written, Tensor) and arguments and written is arguments[0]:
             self.mark(written._base, origin)  # written in place, into a view

@@ -103,7 +103,7 @@ class Tracker(TorchFunctionMode):
             for item in value if type(value) in (list, tuple) else (value,):
                 if id(item) in self._known:
                     hit = True
-                elif isinstance(item, Tensor) and origin is not Origin.REORDERED:
+                elif isinstance(item, Tensor) and origin is not Origin.MIXED:
                     origin = max(origin, self._origins.of(item))
         if hit and torch.is_grad_enabled():
             result = self._handle(func, args, kwargs)
@@ -220,17 +220,18 @@ class Tracker(TorchFunctionMode):
     # For the pass that runs the loss.
 
     def refusal(
-        self, batch_size: int, owners: Mapping[int, Tensor], guard: Guard = LOOKS
+        self, losses: Tensor, owners: Mapping[int, Tensor], guard: Guard = LOOKS
     ) -> str | None:
         """Return why products per example cannot be computed, or None if they can.
 
         Args:
-            batch_size: The number of examples.
+            losses: Those of the examples, [batch].
             owners: The example of each row, by the number of rows.
             guard: Who decides what depends on values.
         """
         if self._reasons:
             return self._reasons[0]
+        batch_size = len(losses)
         for size, owner in owners.items():
             if owner.shape != (size,):
                 return f"rows: expected owners of shape ({size},), found {tuple(owner.shape)}"
@@ -253,6 +254,18 @@ class Tracker(TorchFunctionMode):
                 return (
                     f"{self._describe_output(output)}, whose rows are those of the batch in "
                     "another order, by an index, a sort or a flip; leave them in the batch's order"
+                )
+        of_losses = self.origin(losses)
+        if of_losses is Origin.REORDERED:
+            return (
+                "the losses are those of the batch in another order, by an index, a sort or a "
+                "flip; leave them in the batch's order"
+            )
+        for mixture in self._origins.mixtures if of_losses is Origin.MIXED else ():
+            if mixture.joins(batch_size, owners):
+                return (
+                    f"examples may influence each other: {mixture.name!r} joins the rows of the "
+                    "batch (batch statistics, pairs, a sum over examples)"
                 )
         return None
 
