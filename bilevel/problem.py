@@ -75,8 +75,8 @@ class ReweightingProblem(Generic[Lower, Upper, BatchT]):
 
     Where examples of a micro-batch influence each other's losses (batch normalisation in training
     mode, contrastive terms), ``Ghost`` and ``PerExample`` do not apply: they know the operations
-    that join rows, measure the others on the first step, for new shapes and again at the 8th, 64th,
-    ... batch of the same shapes, and refuse; ``Auto`` takes another route.
+    that join rows, measure the others on the first step and for new shapes, and refuse; ``Auto``
+    takes another route.
     """
 
     per_example_loss: Callable[[Lower, BatchT], tuple[Float[Tensor, " batch"], Any]]
@@ -86,11 +86,10 @@ class ReweightingProblem(Generic[Lower, Upper, BatchT]):
     rows: Callable[[BatchT], Mapping[int, Int[Tensor, " rows"]]] | None = None
 
     @cached_property
-    def verdicts(self) -> dict[Hashable, tuple[str | None, int]]:
+    def verdicts(self) -> dict[Hashable, str | None]:
         """What was measured of the per-example rules on this problem, by shapes.
 
-        None where they are right, or why they are not; and the number of batches since. Filled by
-        the routes that use the rules.
+        None where they are right, or why they are not. Filled by the routes that use them.
         """
         return {}
 

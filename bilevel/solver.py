@@ -597,7 +597,8 @@ def _lower_info(passed: LowerPass, clipped: Tensor, skipped: bool, guard: Guard)
     figures, notes = passed.figures(), passed.remarks
     if skipped:
         notes = (*notes, _STEP_SKIPPED)
-    elif guard.usual is None and not math.isfinite(figures.loss):
+    elif guard.usual is None and figures.loss.is_cpu and not math.isfinite(figures.loss):
+        # On a device that would be one more wait.
         notes = (*notes, _LOWER_LOSS_NOT_FINITE)
     return StepInfo(
         lower_loss=figures.loss,

@@ -33,13 +33,14 @@ class Auto(PlainBackward):
 
     For a ``ReweightingProblem`` with detached features: ``Dot`` for single examples, else ``Ghost``
     (order upper-first) or ``PerExample`` (lower-first), if there is a rule for each use that the
-    model makes of a parameter and the weighted gradient is autograd's own. That is measured on
-    the first step, for new shapes and now and then (``bilevel.lower.ghost.verification``).
-    Otherwise, and for every other problem, ``Jvp`` or, if a torch operation has no forward-mode
-    derivative, ``Reverse``; ``StepInfo.notes`` says which and why. ``Reverse`` at once where
-    derivatives of the gradient in θ and in φ are wanted together: both take as long there, and
-    ``Jvp`` (forward over reverse) takes more memory, and on small problems, whose lower pass keeps
-    its graph for it (``bilevel.lower.kept_graph``).
+    model makes of a parameter and the weighted gradient is autograd's own. An operation that joins
+    rows of the batch is known (``bilevel.lower.ghost.mixing``), the rest is measured, on the first
+    step and for new shapes (``bilevel.lower.ghost.verification``). Otherwise, and for every other
+    problem, ``Jvp`` or, if a torch operation has no forward-mode derivative, ``Reverse``;
+    ``StepInfo.notes`` says which and why. ``Reverse`` at once where derivatives of the gradient in
+    θ and in φ are wanted together: both take as long there, and ``Jvp`` (forward over reverse)
+    takes more memory, and on small problems, whose lower pass keeps its graph for it
+    (``bilevel.lower.kept_graph``).
     """
 
     def backward_pass(self, context: PassContext, total: GradientSum) -> BackwardPass:

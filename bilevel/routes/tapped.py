@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -65,15 +65,12 @@ def tapped_backward(
         reason = run.tracker.refusal(run.losses, run.owners, context.guard)
     if size > 1 and reason is None:
         key = verification.known(problem.verdicts, size, run.tracker.shapes)
-        verdict = problem.verdicts.get(key)
-        if verification.due(verdict):
+        if key not in problem.verdicts:
             del run  # Its memory is free for the measurement.
-            verdict = _measured(context, batch, random, verdict)
+            problem.verdicts.update(_measured(context, batch, random, key))
             with random_state.rewound_to(random, context.lower_params):
                 run = _forward(context, batch, entries_limit)
-        if verdict is not None:
-            reason, uses = verdict
-            problem.verdicts[key] = reason, uses + 1
+        reason = problem.verdicts.get(key)
     if reason is not None and refusing is not None:
         raise _refusal(refusing, reason)
     if size <= 1 or reason is not None:
@@ -169,13 +166,9 @@ def _again(
 
 
 def _measured(
-    context: PassContext,
-    batch: Batch,
-    random: RandomState,
-    before: verification.Verdict | None,
-) -> verification.Verdict | None:
-    """Return the verdict on the rules for this batch; that of before without finite numbers."""
-    uses = 0 if before is None else before[1]
+    context: PassContext, batch: Batch, random: RandomState, key: Hashable
+) -> verification.Verdicts:
+    """Return the verdict on the rules for this batch under the key; none without finite numbers."""
     here = context.lower_params
     steps = verification.displacement(here)
     length = tree.norm(steps)
@@ -189,7 +182,7 @@ def _measured(
         weights = verification.uneven(run.losses)
         grads, reason = _weighted(run, weights, direction, False)
         if reason is not None:
-            return reason, uses
+            return {key: reason}
         assert run.taps.dots is not None
         dtypes = {run.losses.dtype, *(output.dtype for output in run.tracker.outputs)}
         found = [*_filled(grads, params), (weights * run.taps.dots).sum()]
@@ -202,8 +195,8 @@ def _measured(
         eps = verification.rounding(dtypes, losses.device)
         off = verification.distance(found, [*plain, tree.vdot(plain, direction)], eps)
         if not math.isnan(off):
-            return (_DIFFERS.format(off) if off else None), uses
-    return before
+            return {key: _DIFFERS.format(off) if off else None}
+    return {}
 
 
 _DIFFERS = (

@@ -251,10 +251,14 @@ def next_steps(
             # The warning is also among the notes of every step that it concerns, which are logged.
             warnings.simplefilter("ignore", StationarityWarning)
             if guard is LOOKS:
-                return training.solver.advance(state, lower, upper)
-            return training.solver.advance(state, lower, upper, guard=guard)
+                state, infos = training.solver.advance(state, lower, upper)
+            else:
+                state, infos = training.solver.advance(state, lower, upper, guard=guard)
     except (ValueError, RankError) as error:
         raise StepError(f"{training.title}, step {first}: {error}") from error
+    if ranks.ranks > 1:  # What the meta loss returns beside it is of the part of one rank.
+        infos = tuple(info._replace(upper_aux=None) for info in infos)
+    return state, infos
 
 
 @part("data")

@@ -188,8 +188,11 @@ def assert_close(run: Path, other: Path, tolerance: float, steps: int = STEPS) -
     for line, same in zip(
         read_lines(run / "log.jsonl"), read_lines(other / "log.jsonl"), strict=True
     ):
-        assert line.keys() == same.keys()
-        for name, value in line.items():
+        # Of several ranks the scores of meta solutions are not logged: each knows those of its part.
+        shared = line.keys() & same.keys()
+        assert {name for name in line.keys() ^ same.keys() if not name.startswith("meta/")} == set()
+        for name in shared:
+            value = line[name]
             close = pytest.approx(value, rel=1e-3) if isinstance(value, float) else value
             assert same[name] == close, name
 

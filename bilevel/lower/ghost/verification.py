@@ -10,7 +10,7 @@ even if examples influence each other.
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Iterable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from typing import TypeAlias
 
 import torch
@@ -20,14 +20,8 @@ from torch import Tensor
 from bilevel import tree
 from bilevel.tree import Tree
 
-# What was found, by shapes: None where the gradients agree, or why the rules cannot be used; and
-# how many batches of these shapes there were since the first.
-Verdict: TypeAlias = tuple[str | None, int]
-Verdicts: TypeAlias = dict[Hashable, Verdict]
-
-# The gradients are compared again at the 8th, 64th, 512th ... batch of the same shapes: examples
-# may begin to influence each other later, once a margin between them is passed.
-AGAIN = 8
+# What was found, by shapes: None where the gradients agree, or why the rules cannot be used.
+Verdicts: TypeAlias = dict[Hashable, str | None]
 
 # So many different shapes are measured on their own. From then on shapes are measured if other
 # sizes than before are equal to each other, for a batch of texts has a new length every time.
@@ -37,17 +31,7 @@ _GOLDEN = 0.6180339887498949
 _OFF_CPU_EPS = 2.0**-10  # TF32, which other devices may compute float32 in
 
 
-def due(verdict: Verdict | None) -> bool:
-    """Return whether the gradients are to be compared for the next batch of these shapes."""
-    if verdict is None:
-        return True
-    reason, uses = verdict
-    return reason is None and uses + 1 == AGAIN ** round(math.log(uses + 1, AGAIN))
-
-
-def known(
-    verdicts: Mapping[Hashable, object], batch_size: int, shapes: Sequence[tuple[int, ...]]
-) -> Hashable:
+def known(verdicts: Verdicts, batch_size: int, shapes: Sequence[tuple[int, ...]]) -> Hashable:
     """Return the key under which the verdict on these shapes is, or will be.
 
     Args:

@@ -217,8 +217,8 @@ class Mlp(nn.Module):
 class _Trusted(dict):
     """Verdicts that are all good: what the routes measure themselves is switched off."""
 
-    def get(self, key, default=None):
-        return None, 1
+    def __contains__(self, key):
+        return True
 
 
 def trusted(case):

@@ -114,8 +114,8 @@ def test_a_step_that_fails_halfway_is_not_saved(task, tmp_path, monkeypatch):
             raise OSError("disk of the meta set is gone")
         return original(self, lower, upper, batch)
 
-    original = Objective.upper_loss
-    monkeypatch.setattr(Objective, "upper_loss", upper_loss)
+    original = Objective.upper_loss_and_scores
+    monkeypatch.setattr(Objective, "upper_loss_and_scores", upper_loss)
     options = task.train(tmp_path / "run", execution="resident", save_every=1, **SINGLE)
     with pytest.raises(Exception, match="After a step that was not completed: the state is in"):
         run_training(options)

@@ -106,7 +106,17 @@ def test_results(task, runs, kind):
     results = json.loads((runs(kind) / "results.json").read_text())
     weighted = kind in ("net", "table", "domain")
     own = KINDS[kind][1]
-    keys = {"rows", "ci95", "n_questions", "seed", "seconds", "step_auc", "step_macro_f1", "dev"}
+    keys = {
+        "rows",
+        "ci95",
+        "n_questions",
+        "seed",
+        "seconds",
+        "signs",
+        "step_auc",
+        "step_macro_f1",
+        "dev",
+    }
     keys |= {"troubles"}
     assert set(results) == keys | (
         {"sources", "weight_auc", "weight_label_correlation"} if weighted else set()
