@@ -188,7 +188,7 @@ def assert_close(run: Path, other: Path, tolerance: float, steps: int = STEPS) -
     for line, same in zip(
         read_lines(run / "log.jsonl"), read_lines(other / "log.jsonl"), strict=True
     ):
-        # Of several ranks the scores of meta solutions are not logged: each knows those of its part.
+        # Several ranks do not log scores of meta solutions: each knows those of its part.
         shared = line.keys() & same.keys()
         assert {name for name in line.keys() ^ same.keys() if not name.startswith("meta/")} == set()
         for name in shared:
