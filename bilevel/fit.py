@@ -78,9 +78,12 @@ def fit(
             ends for one of them.
 
     Raises:
+        TypeError: ``steps`` is no whole number, or ``callbacks`` no list of functions.
         ValueError: There are no batches, or an iterator ended before the last step.
     """
     _require_count("fit", "steps", steps)
+    if not isinstance(callbacks, Sequence) or not all(callable(one) for one in callbacks):
+        raise TypeError(f"fit: callbacks must be a list of functions of a step, got {callbacks!r}")
     check_source("lower_batches", lower_batches)
     check_source("upper_batches", upper_batches)
     lower, upper = (
@@ -179,11 +182,23 @@ def load_checkpoint(path: str | os.PathLike[str], example: TreeT) -> TreeT:
         example: A state of the same structure: ``solver.init(...)``.
 
     Raises:
-        ValueError: The file is of another problem or optimizer.
+        FileNotFoundError: There is no such file.
+        ValueError: The file is no complete one of ``checkpoint``, or of another problem or
+            optimizer.
     """
-    named = torch.load(path, weights_only=True)
-    torch.set_rng_state(named.pop(_RANDOM))
-    return tree.unflatten(named, example)
+    try:
+        named = torch.load(path, weights_only=True)
+        random = named.pop(_RANDOM)
+    except FileNotFoundError:
+        raise
+    except Exception as error:  # torch has many, and its words are of its own format
+        raise ValueError(
+            f"{os.fspath(path)}: expected a whole file of bilevel.fit.checkpoint, found none "
+            f"({type(error).__name__}); it was cut, or written by something else"
+        ) from error
+    state = tree.unflatten(named, example)
+    torch.set_rng_state(random)
+    return state
 
 
 def early_stop(
@@ -258,5 +273,7 @@ def _replace(path: Path, named: Mapping[str, torch.Tensor]) -> None:
 
 
 def _require_count(owner: str, field: str, value: int) -> None:
+    if not isinstance(value, int):
+        raise TypeError(f"{owner}: {field} must be a whole number, got {value!r}")
     if value < 1:
         raise ValueError(f"{owner}: {field} must be at least 1, got {value}")

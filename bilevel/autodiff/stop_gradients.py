@@ -23,6 +23,7 @@ from bilevel.autodiff import equivalents
 from bilevel.autodiff.torch_private import (
     SET_GRAD_MODE,
     forward_gradients_are_on,
+    moves_forward,
     set_forward_gradients,
     transform_is_active,
 )
@@ -37,6 +38,7 @@ Constant: TypeAlias = Tensor | float | list[Any]
 
 # Each access makes another object of these, equal to the last.
 _DATA = Tensor.data.__get__  # type: ignore[attr-defined]
+_REQUIRES_GRAD = Tensor.requires_grad.__get__  # type: ignore[attr-defined]
 _WRITING_DATA = frozenset([Tensor.data.__set__])  # type: ignore[attr-defined]
 _DETACHING = frozenset([Tensor.detach_, torch.detach_])
 _WRITING = _WRITING_DATA | _DETACHING
@@ -59,6 +61,8 @@ def call_without_tangents(
         if _switches(*args):
             set_forward_gradients(*args)
         return func(*args, **kwargs)
+    if func == _REQUIRES_GRAD:  # So that a loss which asks goes the way that it went before.
+        return func(*args, **kwargs) or moves_forward(args[0])
     if func is Tensor.register_hook:
         raise NotImplementedError("forward-mode derivatives do not see Tensor.register_hook")
     if func == _DATA:  # In forward over reverse ``.data`` loses one of the two derivatives.

@@ -13,6 +13,8 @@ from contextlib import AbstractContextManager
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from torch._functorch.pyfunctorch import temporarily_pop_interpreter_stack
+from torch.autograd import forward_ad
 
 # Releases of torch under which the tests have passed.
 TRIED = ("2.13",)
@@ -20,7 +22,11 @@ TRIED = ("2.13",)
 # The private functions of torch that this module calls.
 NAMES = (
     "torch._softmax_backward_data",
+    "torch._C._functorch.get_unwrapped",
+    "torch._C._functorch.is_functorch_wrapped_tensor",
+    "torch._C._functorch.maybe_current_level",
     "torch._C._functorch.peek_interpreter_stack",
+    "torch._functorch.pyfunctorch.temporarily_pop_interpreter_stack",
     "torch._C._set_grad_enabled",
     "torch._C._set_fwd_grad_enabled",
     "torch._C._is_fwd_grad_enabled",
@@ -77,6 +83,25 @@ def softmax_tangent(
 def transform_is_active() -> bool:
     """Return whether a transform of ``torch.func`` (``vmap``, ``jvp``, ``grad``) is active."""
     return torch._C._functorch.peek_interpreter_stack() is not None
+
+
+def moves_forward(value: Tensor) -> bool:
+    """Return whether a tensor has a tangent, at whatever level of nested transforms.
+
+    False under ``torch.vmap``, which cannot unpack dual numbers.
+    """
+    try:
+        if forward_ad.unpack_dual(value).tangent is not None:
+            return True
+    except RuntimeError:
+        return False
+    functorch = torch._C._functorch
+    level = functorch.maybe_current_level()
+    if not functorch.is_functorch_wrapped_tensor(value) or level is None or level <= 1:
+        return False
+    below = functorch.get_unwrapped(value)
+    with temporarily_pop_interpreter_stack():
+        return moves_forward(below)
 
 
 def set_forward_gradients(on: bool) -> None:

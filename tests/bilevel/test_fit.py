@@ -122,6 +122,20 @@ def test_a_checkpoint_of_another_problem_is_refused(tmp_path) -> None:
         load_checkpoint(file, solver.init({"v": torch.zeros(3)}, {"rows": torch.zeros(ROWS)}))
 
 
+@pytest.mark.parametrize("content", ["cut", "text", "other", "empty"])
+def test_a_file_that_is_no_checkpoint_is_named(tmp_path, content) -> None:
+    path, state = tmp_path / "state.pt", {"w": torch.ones(2)}
+    torch.save(state, path)
+    written = {"cut": path.read_bytes()[:-100], "text": b"no zip", "empty": b""}
+    path.write_bytes(written.get(content, path.read_bytes()))
+    random = torch.get_rng_state()
+    with pytest.raises(ValueError, match=r"state\.pt: expected a whole file of bilevel\.fit"):
+        load_checkpoint(path, state)
+    assert torch.equal(torch.get_rng_state(), random)
+    with pytest.raises(FileNotFoundError):
+        load_checkpoint(tmp_path / "none.pt", state)
+
+
 def test_early_stopping_counts_the_times_that_a_figure_did_not_fall() -> None:
     values = iter([3.0, 2.0, None, 2.5, 1.95, float("nan"), 1.0])
     stop = early_stop(lambda step: next(values), patience=3, least=0.1)
@@ -187,3 +201,17 @@ def test_batches_that_end_too_early_are_named(lower, upper, message) -> None:
 def test_counts_below_one_are_refused(call, message) -> None:
     with pytest.raises(ValueError, match=message):
         call()
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"steps": 2.5}, "fit: steps must be a whole number, got 2.5"),
+        ({"steps": 2, "callbacks": [3]}, "fit: callbacks must be a list of functions"),
+        ({"steps": 2, "callbacks": print}, "fit: callbacks must be a list of functions"),
+    ],
+)
+def test_wrong_kinds_are_refused(given, message) -> None:
+    solver = make()
+    with pytest.raises(TypeError, match=message):
+        fit(solver, start(solver), *loaders(), **given)

@@ -227,10 +227,19 @@ def test_hooks_and_scaled_gradients_are_named_instead_of_ignored():
         y.register_hook(lambda grad: -grad)
         return y.sum()
 
+    def reversed_if_wanted(x):
+        y = x * 2
+        if y.requires_grad:  # as in the pass that is differentiated
+            y.register_hook(lambda grad: -grad)
+        return y.sum()
+
     def scaled(x):
         return functional.embedding(tokens, x, scale_grad_by_freq=True).sum()
 
-    for loss, message in ((reversed_gradient, "register_hook"), (scaled, "leave the option out")):
+    for loss, message in (
+        *((reversed_gradient, "register_hook"), (reversed_if_wanted, "register_hook")),
+        (scaled, "leave the option out"),
+    ):
 
         def within(x, loss=loss):
             with forward_mode_loss():

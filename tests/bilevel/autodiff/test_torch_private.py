@@ -24,6 +24,7 @@ from bilevel.autodiff.torch_private import (
     foreach_sqrt,
     function_modes_off,
     fused_adamw_,
+    moves_forward,
     overlaps_itself,
     run_backward,
     softmax_tangent,
@@ -48,6 +49,26 @@ def test_the_names_exist(name):
     for part in name.split(".")[1:]:
         found = getattr(found, part)
     assert callable(found)
+
+
+def test_a_tangent_is_seen_through_a_transform_within():
+    seen = []
+
+    def loss(lower, upper):
+        lower_image, upper_image = torch.tanh(lower), upper * 2
+        values = (lower_image, upper_image, torch.ones(3) * 2, lower_image.detach())
+        seen.append([moves_forward(value) for value in values])
+        return (lower_image * upper_image).sum()
+
+    at, along = torch.ones(3), torch.ones(3)
+    torch.func.jvp(lambda lower: loss(lower, at), (at,), (along,))
+    for wanted in (0, 1, (0, 1)):
+        gradient = torch.func.grad(loss, wanted)
+        torch.func.jvp(lambda lower, gradient=gradient: gradient(lower, at), (at,), (along,))
+    assert seen == [[True, False, False, False]] * 4
+    torch.func.vmap(lambda row: seen.append(moves_forward(row)) or row)(torch.ones(2, 3))
+    assert seen[-1] is False
+    assert not moves_forward(at)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
