@@ -88,7 +88,7 @@ _ASSIGNMENT = re.compile(
     rf"|(\(\s*{_NAME}(?:\s*,\s*{_NAME})+\s*\))\s*=\s*(\([^=<>≤≥≠∈]+\))"
 )
 _ROUNDED = re.compile(
-    rf"(?:(?:approximately|approx\.?|about|roughly|around|circa|大约|约)\s*|(?:(?-i:{_NAME})\s*)?≈\s*)"
+    r"(?:(?:approximately|approx\.?|about|roughly|around|circa|大约|约)\s*|(?:(?-i:[A-Za-df-hj-z])\s*)?≈\s*)"
     r"(?P<behind>\S.*)|(?P<before>.*\S)\s*\((?:approximately|approx\.?|rounded[^()]*)\)",
     re.IGNORECASE,
 )
@@ -161,9 +161,9 @@ def answer_classes(
 
 def _axis(answer: str | None) -> str | None:
     """Return the coordinate that an answer gives the value of: y for "y = 5"."""
-    if answer is None or "=" not in answer or len(answer) > _LONGEST_ANSWER:
+    if answer is None or not re.search("=|≈|approx", answer) or len(answer) > _LONGEST_ANSWER:
         return None
-    match = re.match(r"([xyz])\s*=", plain_text(unwrapped(_unify(answer))))
+    match = re.match(r"([xyz])\s*[=≈]", plain_text(unwrapped(_unify(answer))))
     return None if match is None else match[1]
 
 

@@ -160,7 +160,7 @@ def final_answer(text: str) -> str | None:
     for match in _CALLED_CORRECT.finditer(text):
         found.append((match.end() - 1, match[1] or match[2]))
     if concluded := _CONCLUDED.search(text):
-        found.append((concluded.start(1), concluded[1]))
+        found.append((concluded.start(1), " and ".join(re.findall("[A-J]", concluded[1]))))
     # A box inside a statement stands behind its start, and so is the answer.
     _, answer = max(found, key=lambda one: one[0])
     return _bare(without_remarks(answer or remark)) or None
