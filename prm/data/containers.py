@@ -33,7 +33,7 @@ _MARKS = {
     **dict.fromkeys((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE), "UTF-16"),
 }
 """Byte order marks; that of UTF-32, little end first, starts with the one of UTF-16."""
-_ZEROS = {
+_ZEROS: dict[tuple[bool, ...], str] = {
     **{(False, True, True, True): "UTF-32LE", (True, True, True, False): "UTF-32BE"},
     **{(False, True, False, True): "UTF-16LE", (True, False, True, False): "UTF-16BE"},
 }
@@ -158,8 +158,8 @@ def unlike_rows(start: bytes) -> Unlike | None:
             return Unlike(f"a {name} byte order mark", _TO_UTF8.format(name))
     if content := content_of(start[:LOOK]):
         return Unlike(content.name, content.remedy or _TO_JSON)
-    if name := _ZEROS.get(tuple(not byte for byte in start[:4])):
-        return Unlike(f"{name[:6]} without a mark", _TO_UTF8.format(name))
+    if unmarked := _ZEROS.get(tuple(not byte for byte in start[:4])):
+        return Unlike(f"{unmarked[:6]} without a mark", _TO_UTF8.format(unmarked))
     if b"\0" in start[:64] and not start.lstrip().startswith((b"{", b"[")):
         return Unlike("binary data", _TO_JSON)
     if _COLUMNS.match(start):
