@@ -16,11 +16,14 @@ TRUNCATED = ".truncated.jsonl"
 _HINT = "mend it, or leave such rows out with --on-bad-row skip"
 
 
-def bad_rows_of(options: Any, path: Path) -> BadRows:
-    """Return what takes the bad rows of a file, by ``on_bad_row`` and ``max_bad_rows``."""
+def bad_rows_of(options: Any, path: Path, tell: Callable[[str], None] | None = None) -> BadRows:
+    """Return what takes the bad rows of a file, by ``on_bad_row`` and ``max_bad_rows``.
+
+    ``tell`` takes notes on what is passed over beside the rows.
+    """
     if options.on_bad_row == "refuse":
-        return BadRows(path, hint=_HINT)
-    return BadRows(path, "skip", options.max_bad_rows)
+        return BadRows(path, hint=_HINT, tell=tell)
+    return BadRows(path, "skip", options.max_bad_rows, tell=tell)
 
 
 def report_bad_rows(several: Iterable[BadRows], output: Path, tell: Callable[[str], None]) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -28,6 +28,7 @@ from recipes.bad_rows import bad_rows_of
 from recipes.options.base import LoaderOptions, PlacementOptions, PrmOptions
 from recipes.options.groups import LoraSettings
 from recipes.options.values import OptionError, existing_file, launched_precision
+from recipes.terminal import say
 from weighting import row_index
 
 EMBEDDED_BASE = Path(__file__).parent / "assets" / "base"
@@ -287,7 +288,7 @@ def read_solutions(options: LoaderOptions, path: str) -> Solutions:
         DataError: A record cannot be used.
     """
     file = existing_file(path)
-    bad = bad_rows_of(options, file)
+    bad = bad_rows_of(options, file, partial(say, error=True))
     examples, _ = store_examples(
         file,
         options.image_root,
@@ -313,7 +314,7 @@ def read_examples(
         DataError: A record cannot be used.
     """
     file = existing_file(path)
-    bad = bad_rows_of(options, file)
+    bad = bad_rows_of(options, file, partial(say, error=True))
     collator = _collator(prm, options, too_long or options.too_long)
     examples, faults = store_examples(
         file,

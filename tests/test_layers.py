@@ -53,7 +53,7 @@ LAYERS = {
         ("audit", "fit", "resident"),
     ),
     "prm": (
-        ("data_urls",),
+        ("data_urls", "signatures"),
         ("schema", "names", "files"),
         ("losses", "aggregations", "evaluation", "inputs", "digests"),
         ("data", "models", "tensor_cache"),

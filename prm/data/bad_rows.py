@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -73,6 +73,7 @@ class BadRows:
         most: The largest share of the rows that "skip" leaves out; a single row always may be, if
             the share is not 0.
         hint: The remedy of a refused error that has none.
+        tell: Takes notes on what is passed over beside the rows.
     """
 
     def __init__(
@@ -81,8 +82,9 @@ class BadRows:
         on_bad_row: OnBadRow = "refuse",
         most: float = MOST,
         hint: str | None = None,
+        tell: Callable[[str], None] | None = None,
     ) -> None:
-        self.path = path
+        self.path, self.tell = path, tell
         self.rows = 0
         self.left_out: list[BadRow] = []
         self.truncated: list[Truncated] = []

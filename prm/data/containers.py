@@ -7,6 +7,7 @@ Parquet and Arrow files, as Hugging Face data sets have them. All are read in pi
 from __future__ import annotations
 
 import bz2
+import codecs
 import datetime
 import decimal
 import gzip
@@ -19,24 +20,24 @@ from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import IO, Any, NamedTuple, Protocol, runtime_checkable
 
+from prm.signatures import LOOK, content_of
+
 ROWS_AT_ONCE = 64
 """How many rows of a table are held at once; with pictures each may take megabytes."""
 
 _PACKED_AT_ONCE = 2**12  # little, because a few bytes can hold thousands of times as many
-_UNPACK = "unpack it, and name the file of rows in it"
-_DOWNLOAD = "download the file itself"
-_KINDS = {
-    b"PK\x03\x04": ("a ZIP archive", _UNPACK),
-    b"7z\xbc\xaf": ("a 7z archive", _UNPACK),
-    b"\x89HDF": ("an HDF5 file", "convert it to one JSON object per line"),
-    b"SQLite format 3": ("an SQLite data base", "convert it to one JSON object per line"),
-    b"\x93NUMPY": ("a NumPy array", "convert it to one JSON object per line"),
-    b"version https://git-lfs": ("a pointer of Git LFS in place of the file", "run git lfs pull"),
-    b"<": ("a page of HTML or XML", _DOWNLOAD),
-    b"\xff\xfe": ("a UTF-16 byte order mark", "save the file as UTF-8"),
-    b"\xfe\xff": ("a UTF-16 byte order mark", "save the file as UTF-8"),
+_TO_JSON = "convert it to one JSON object per line"
+_TO_UTF8 = "save the file as UTF-8, for example by: iconv -f {} -t UTF-8"
+_MARKS = {
+    **dict.fromkeys((codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE), "UTF-32"),
+    **dict.fromkeys((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE), "UTF-16"),
 }
-_TAR_AT, _TAR = 257, b"ustar"
+"""Byte order marks; that of UTF-32, little end first, starts with the one of UTF-16."""
+_ZEROS: dict[tuple[bool, ...], str] = {
+    **{(False, True, True, True): "UTF-32LE", (True, True, True, False): "UTF-32BE"},
+    **{(False, True, False, True): "UTF-16LE", (True, False, True, False): "UTF-16BE"},
+}
+"""Which of the first four bytes of JSON are zero (RFC 4627, section 3)."""
 _TABLE_SIGNS = {b"PAR1": "parquet", b"ARROW1": "arrow file", b"\xff\xff\xff\xff": "arrow stream"}
 _COLUMNS = re.compile(rb"[^{\[\n]*[,\t;][^{\[\n]*\r?\n[^{\[]")
 
@@ -150,21 +151,23 @@ class _Checked(io.RawIOBase):
 
 def unlike_rows(start: bytes) -> Unlike | None:
     """Return what text is that begins with ``start``, if it is none of JSON."""
-    for sign, kind in _KINDS.items():
-        if start.startswith(sign):
-            return Unlike(*kind)
-    if start[_TAR_AT:].startswith(_TAR):
-        return Unlike("a tar archive", _UNPACK)
-    if b"\0" in start[:64]:
-        if start[1:64:2].strip(b"\0") == b"" or start[0:64:2].strip(b"\0") == b"":
-            return Unlike("UTF-16 without a mark", "save the file as UTF-8")
-        return Unlike("binary data", "convert it to one JSON object per line")
+    if not start:
+        return None
+    for mark, name in _MARKS.items():
+        if start.startswith(mark):
+            return Unlike(f"a {name} byte order mark", _TO_UTF8.format(name))
+    if content := content_of(start[:LOOK]):
+        return Unlike(content.name, content.remedy or _TO_JSON)
+    if unmarked := _ZEROS.get(tuple(not byte for byte in start[:4])):
+        return Unlike(f"{unmarked[:6]} without a mark", _TO_UTF8.format(unmarked))
+    if b"\0" in start[:64] and not start.lstrip().startswith((b"{", b"[")):
+        return Unlike("binary data", _TO_JSON)
     if _COLUMNS.match(start):
         first = start.splitlines()[0].decode("utf-8", "replace").strip()
         shown = first if len(first) <= 60 else first[:57] + "..."
         return Unlike(
             f"a table of separated values (CSV, TSV) with the first line {shown!r}",
-            "convert it to one JSON object per line, for example by pandas: "
+            f"{_TO_JSON}, for example by pandas: "
             "read_csv(...).to_json(..., orient='records', lines=True)",
         )
     return None

@@ -185,12 +185,26 @@ def _decode_line(raw: bytes) -> Any:
             found = "several rows, with a carriage return alone at their ends"
             remedy = "save the file with line feeds as line ends"
             raise _Refused("one JSON object per line", found, remedy) from error
-        raise _Refused("JSON", f"{error.msg} at column {error.colno}", remedy) from error
+        raise _malformed(error, f"column {error.colno}", remedy) from error
     except RecursionError as error:
         raise _Refused("JSON", " ".join(str(error).split()), remedy) from error
     if _SURROGATE.search(text):
         _refuse_surrogates(value)
     return value
+
+
+def _malformed(error: json.JSONDecodeError, place: str, remedy: str) -> _Refused:
+    """Return the mistake of malformed JSON; a control character, which nobody sees, is named."""
+    here = error.doc[error.pos : error.pos + 1]
+    if here != "\0" and not error.msg.startswith("Invalid control character"):
+        return _Refused("JSON", f"{error.msg.removesuffix(' at')} at {place}", remedy)
+    count = len(error.doc) - len(error.doc[error.pos :].lstrip("\0")) - error.pos
+    if count > 1:
+        cut_off = "write or copy the file again; it was cut off or damaged on its way"
+        return _Refused("JSON", f"{count:,} zero bytes (NUL) at {place}", cut_off)
+    name = "a zero byte (NUL)" if count else f"the control character {here!r}"
+    remedy = f"remove it, or write it as {json.dumps(here)[1:-1]} in a string"
+    return _Refused("JSON", f"{name} at {place}", remedy)
 
 
 class _Buffer:
@@ -239,7 +253,8 @@ class _Buffer:
                 cut_off = error.msg.startswith("Unterminated string")
                 cut_off = cut_off or error.pos >= len(self.text) - _TAIL
                 if self.ended or not cut_off:
-                    raise _Refused("JSON", error.msg, self._remedy) from error
+                    place = f"character {error.pos - self.position + 1} of the row"
+                    raise _malformed(error, place, self._remedy) from error
             except RecursionError as error:
                 raise _Refused("JSON", " ".join(str(error).split())) from error
             else:
@@ -288,7 +303,8 @@ def _array_rows(file: Reader, path: Path) -> Iterator[tuple[int, Any | DataError
                 value = buffer.value()
                 mark = buffer.peek()
                 if mark not in ("]", ","):
-                    found = repr(mark) if mark else "the end of the file"
+                    names = {"": "the end of the file", "\0": "a zero byte (NUL)"}
+                    found = names.get(mark, repr(mark))
                     raise _Refused("',' or ']' behind the row", found, "complete the array")
                 yield row, value.at(path, row) if isinstance(value, _Refused) else value
                 buffer.position += 1

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import json
 from array import array
-from collections.abc import Iterable, Iterator, MutableSequence, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableSequence, Sequence
 from dataclasses import dataclass, replace
-from itertools import chain
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from prm.data.bad_rows import BadRows
-from prm.data.formats.table import FORMATS, Format, detect, format_named
+from prm.data.formats.table import FORMATS, UNKNOWN, Format, detect, format_named
 from prm.data.image_files import ImageFiles
 from prm.data.interned import Interned
 from prm.data.json_rows import Span, spanned_rows
+from prm.data.nested import held_rows, refuse_nested
 from prm.data.record_fields import Location, image_field
 from prm.data.records import parse_record, to_record
 from prm.files import write_lines
@@ -49,7 +50,11 @@ class Row:
 
 
 def iter_rows(
-    path: str | Path, image_root: str | Path | None = None, *, format: str = "auto"
+    path: str | Path,
+    image_root: str | Path | None = None,
+    *,
+    format: str = "auto",
+    tell: Callable[[str], None] | None = None,
 ) -> Iterator[Row | DataError]:
     """Yield every record of a file, or a ``DataError`` instead of a record that is wrong.
 
@@ -57,14 +62,16 @@ def iter_rows(
     others, if there are any.
 
     The file is JSONL, one JSON array, a table or another form that ``json_rows`` reads, and is not
-    held whole. One object that is no record, but holds lists of them, is read as these. Images are
-    neither opened nor looked for, and ids are not compared; ``checked_rows`` does both.
+    held whole. One object that is no record, but holds lists of them, is read as these (see
+    ``prm.data.nested``). Images are neither opened nor looked for, and ids are not compared;
+    ``checked_rows`` does both.
 
     Args:
         path: The file.
         image_root: Folder that image paths are relative to. None means the folder of ``path``.
         format: A name of ``prm.names.FORMAT_NAMES``. "auto" means the format that the first
             record looks like. Records of several formats in one file are errors.
+        tell: Takes a note on what is passed over beside the rows.
 
     Raises:
         FileNotFoundError: ``path`` does not exist.
@@ -73,8 +80,9 @@ def iter_rows(
     path = Path(path)
     root = path.parent if image_root is None else Path(image_root)
     known: Format | None = None if format == "auto" else format_named(format)
+    set_by = "--format names"
     unknown: DataError | None = None
-    for line, record, span in _unfolded(spanned_rows(path), known):
+    for line, record, span in _unfolded(path, root, known, tell):
         if isinstance(record, DataError):
             yield record
             continue
@@ -82,17 +90,20 @@ def iter_rows(
         location = Location(root, path, line, errors)
         if known is None:
             try:
+                refuse_nested(record, location, _is_record(None))
                 known = detect(record, location)
+                set_by = f"line {line} has"
             except DataError as error:
-                unknown = unknown or error
-                yield _shortened(error, unknown)
+                if error.expected.startswith(UNKNOWN):
+                    unknown = unknown or error
+                yield error if unknown is None else _shortened(error, unknown)
                 continue
         try:
             if not isinstance(record, dict):
                 location.refuse(None, "a JSON object", record, "write one object per line")
             examples = known.read(record, location)
         except DataError as error:
-            yield error
+            yield _of_another_format(error, record, known, set_by)
             continue
         yield from errors
         if examples or not errors:
@@ -100,32 +111,51 @@ def iter_rows(
 
 
 def _unfolded(
-    rows: Iterator[tuple[int, Any, Span | None]], known: Format | None
+    path: Path, root: Path, known: Format | None, tell: Callable[[str], None] | None
 ) -> Iterator[tuple[int, Any, Span | None]]:
-    """Yield the rows; in place of one object that holds lists of records, those records."""
-    formats = FORMATS if known is None else (known,)
-    for line, record, span in rows:
-        if line == 1 and _holds_records(record) and not any(f.matches(record) for f in formats):
-            for number, inner in enumerate(chain.from_iterable(record.values()), start=1):
-                yield number, inner, None
+    """Yield the rows; in place of a first object that holds rows, those rows."""
+    rows = spanned_rows(path)
+    start = list(islice(rows, 2))
+    if start and not isinstance(start[0][1], DataError):
+        line, record, _ = start[0]
+        location, alone = Location(root, path, line), len(start) == 1
+        try:
+            held = held_rows(record, location, _is_record(known), tell, alone=alone)
+        except DataError as error:
+            start[0] = line, error, None
         else:
-            yield line, record, span
+            if held is not None:
+                start[:1] = [(number, inner, None) for number, inner in enumerate(held, start=1)]
+    yield from start
+    yield from rows
 
 
-def _holds_records(record: object) -> bool:
-    return (
-        isinstance(record, dict)
-        and any(record.values())
-        and all(isinstance(held, list) for held in record.values())
-        and all(isinstance(inner, dict) for held in record.values() for inner in held)
-    )
+def _is_record(known: Format | None) -> Callable[[Mapping[str, Any]], bool]:
+    """Return what tells whether an object looks like a record of ``known``, or of any format."""
+    formats = FORMATS if known is None else (known,)
+    return lambda record: any(format.matches(record) for format in formats)
+
+
+def _of_another_format(error: DataError, record: object, known: Format, set_by: str) -> DataError:
+    """Return an error that says what set the format, if its row does not look like that format."""
+    if not isinstance(record, dict) or known.matches(record):
+        return error
+    remedies = [error.remedy] if error.remedy else []
+    format = f"{set_by} the format {known.name} ({known.keys})"
+    others = [f"{other.name} ({other.keys})" for other in FORMATS if other.matches(record)]
+    if others:
+        remedies = [f"{format}, and this row looks like {' or '.join(others)}"]
+        remedies += ["write each format to a file of its own"]
+    else:
+        remedies += [format]
+    return error.copy(remedy="; ".join(remedies))
 
 
 def _shortened(error: DataError, first: DataError) -> DataError:
     """Return an error without what the first of its kind has listed already."""
     if error is first or error.expected != first.expected:
         return error
-    return error.copy(expected=f"a record of a known format, as listed for line {first.line}")
+    return error.copy(expected=f"{UNKNOWN}, as listed for line {first.line}")
 
 
 def checked_rows(
@@ -161,7 +191,7 @@ def checked_rows(
     first_lines = array("q")
     before: int | None = 0
     bad.rows = 0
-    for row in iter_rows(path, root, format=format):
+    for row in iter_rows(path, root, format=format, tell=bad.tell):
         bad.rows += row.line != before  # the errors of candidates come before their row
         before = row.line
         if isinstance(row, DataError):

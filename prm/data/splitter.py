@@ -42,19 +42,35 @@ _FENCE = re.compile(r"[ \t]*(?:```|~~~)")
 _CONTINUES = re.compile(r"[ \t]|[-*+•][ \t]")
 _CHINESE = {digit: value for value, digit in enumerate("一二三四五六七八九", start=1)}
 _SENTENCE_END = re.compile(r"[.!?。！？;；…][\"'”’)\]]*$")
-_GOES_ON = re.compile(r"(?:[,，、(\[{=≤≥×÷]|\s[+*/-])$")
+_GOES_ON = re.compile(
+    r"(?:[,，、(\[{=≤≥×÷]|\s[+*/-]|\b(?:an|and|are|as|at|by|equals|for|from|is|of|or|than|that|the|to|"
+    r"was|were|when|where|which|with))$"
+)
 _WORD = re.compile(r"[^\W\d_]{2}")
 _ATTACHED = re.compile(r"[ \t]|[-*+•|][ \t]|[=)\]}&]|```|~~~")
-_DISPLAY = re.compile(r"\\[\[\]]|\$\$|\\(?:begin|end)\b")
+_DISPLAY = re.compile(r"(?<!\\)(?:\\[\[\]]|\$\$|\\(?:begin|end)\b)")
+_FORMULA = re.compile(
+    r"(?<!\\)(?:\\[\[\]]|\$\$|\\(?:begin|end)\{(?:equation|align|alignat|aligned|array|cases|"
+    r"displaymath|eqnarray|flalign|gather|gathered|math|multline|smallmatrix|split|tabular|"
+    r"[pbBvV]?matrix)\*?\})"
+)
+_OPENS = re.compile(r"\s*+(?:\\\[|\$\$|\\begin\{)|.*(?:\\\[|\$\$|\\begin\{\w+\*?\})\s*$")
+"""A line that a displayed formula starts or ends: of "A costs $$5" the signs are money."""
 
 
 @dataclass(frozen=True)
 class _Line:
-    """One line of a text: its start, its text, and whether a fence makes it code."""
+    """One line of a text.
+
+    Attributes:
+        start: Where it starts.
+        text: The line itself.
+        inside: Whether it goes on with code between fences, or with a displayed formula.
+    """
 
     start: int
     text: str
-    code: bool
+    inside: bool
 
 
 def split_steps(text: str) -> list[str]:
@@ -85,7 +101,7 @@ def split_steps(text: str) -> list[str]:
         cuts |= {cut for cut in _paragraphs(behind) if not _CONTINUES.match(text, cut)}
     else:
         cuts = set(_paragraphs(lines) or _single_lines(lines))
-    cuts |= {line.start for line in lines if not line.code and _ANSWER.match(line.text)}
+    cuts |= {line.start for line in lines if not line.inside and _ANSWER.match(line.text)}
     return _cut(text, sorted(cuts))
 
 
@@ -104,12 +120,31 @@ def solution_steps(text: str) -> list[str]:
 
 def _lines(text: str) -> list[_Line]:
     lines, start, code = [], 0, False
-    for part in text.split("\n"):
+    parts = text.split("\n")
+    formula = _in_formula(parts)
+    for number, part in enumerate(parts):
         fence = bool(_FENCE.match(part))
-        lines.append(_Line(start, part, code))
+        lines.append(_Line(start, part, code or number in formula))
         code ^= fence
         start += len(part) + 1
     return lines
+
+
+def _in_formula(parts: Sequence[str]) -> set[int]:
+    """Return which lines go on with a displayed formula that ends in one of them or later.
+
+    A formula that is never closed ends with its own line, so that it does not hold the rest.
+    """
+    inside: set[int] = set()
+    first = depth = 0
+    for number, part in enumerate(parts):
+        before, depth = depth, _depth(part, depth, _FORMULA)
+        if not before:
+            first = number + 1
+            depth = depth if _OPENS.match(part) else 0
+        elif not depth:
+            inside.update(range(first, number + 1))
+    return inside
 
 
 def _headings(lines: Sequence[_Line]) -> list[int]:
@@ -150,7 +185,7 @@ def _items(lines: Sequence[_Line]) -> list[int]:
     starts: list[int] = []
     margin = 0
     for line in lines:
-        match = None if line.code else _ITEM.match(line.text)
+        match = None if line.inside else _ITEM.match(line.text)
         if match is None or int(match[2]) != len(starts) + 1:
             continue
         if not starts:
@@ -167,9 +202,9 @@ def _paragraphs(lines: Sequence[_Line], until: int | None = None) -> list[int]:
     for line in lines:
         if until is not None and line.start >= until:
             break
-        if line.text.strip() and blank and not line.code:
+        if line.text.strip() and blank and not line.inside:
             starts.append(line.start)
-        blank = not line.text.strip() and not line.code
+        blank = not line.text.strip() and not line.inside
     return starts
 
 
@@ -186,7 +221,7 @@ def _single_lines(lines: Sequence[_Line]) -> list[int]:
         ended = bool(_SENTENCE_END.search(before))
         attached = before.endswith((":", "：")) or _ATTACHED.match(after)
         formula = depth > 0 or (not ended and _DISPLAY.match(after))
-        if not before or not after or line.code or attached or formula:
+        if not before or not after or line.inside or attached or formula:
             continue
         if _GOES_ON.search(before) or (not ended and _WORD.match(after) and after[0].islower()):
             return []
@@ -194,10 +229,10 @@ def _single_lines(lines: Sequence[_Line]) -> list[int]:
     return starts
 
 
-def _depth(text: str, depth: int) -> int:
+def _depth(text: str, depth: int, signs: re.Pattern[str] = _DISPLAY) -> int:
     """Return how many displayed formulas are open behind ``text``."""
-    for sign in _DISPLAY.findall(text):
-        closes = sign in ("\\]", "\\end") or (sign == "$$" and depth > 0)
+    for sign in signs.findall(text):
+        closes = sign.startswith(("\\]", "\\end")) or (sign == "$$" and depth > 0)
         depth = max(0, depth - 1) if closes else depth + 1
     return depth
 

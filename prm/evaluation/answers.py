@@ -87,6 +87,11 @@ _ASSIGNMENT = re.compile(
     rf"({_NAME})(?:\([^()=]*\))?\s*(?:=|∈\s*(?=[(\[{{]))\s*([^=<>≤≥≠∈]+)"
     rf"|(\(\s*{_NAME}(?:\s*,\s*{_NAME})+\s*\))\s*=\s*(\([^=<>≤≥≠∈]+\))"
 )
+_ROUNDED = re.compile(
+    r"(?:(?:approximately|approx\.?|about|roughly|around|circa|大约|约)\s*|(?:(?-i:[A-Za-df-hj-z])\s*)?≈\s*)"
+    r"(?P<behind>\S.*)|(?P<before>.*\S)\s*\((?:approximately|approx\.?|rounded[^()]*)\)",
+    re.IGNORECASE,
+)
 _DAYTIME = re.compile(r"(?<=\d)\s*([ap])\.\s?m\b\.?", re.IGNORECASE)
 _OPERATORS = re.compile(r"\s*([-+*×/^=<>(),|:;≤≥≠∈∪∩±!'{}\[\]])\s*")
 _TOKEN = re.compile(r"\d+(?:\.\d+)?|[Ͱ-Ͽ]|[^\W\d_Ͱ-Ͽ]+|\S")
@@ -156,9 +161,9 @@ def answer_classes(
 
 def _axis(answer: str | None) -> str | None:
     """Return the coordinate that an answer gives the value of: y for "y = 5"."""
-    if answer is None or "=" not in answer or len(answer) > _LONGEST_ANSWER:
+    if answer is None or not re.search("=|≈|approx", answer) or len(answer) > _LONGEST_ANSWER:
         return None
-    match = re.match(r"([xyz])\s*=", plain_text(unwrapped(_unify(answer))))
+    match = re.match(r"([xyz])\s*[=≈]", plain_text(unwrapped(_unify(answer))))
     return None if match is None else match[1]
 
 
@@ -237,7 +242,8 @@ def _parse_plain(text: str, depth: int = 0) -> tuple[str, str | None]:
         text = (assigned[2] or assigned[4]).strip()
         if not depth and (letters := choice(text)) is not None:
             return letters, None
-    quantity = _quantity(text)
+    rounded = _ROUNDED.fullmatch(text)
+    quantity = _quantity((rounded["behind"] or rounded["before"]) if rounded else text)
     if quantity is not None:
         return quantity
     if re.fullmatch(r"(?:the )?(?:empty|null) set", text, re.IGNORECASE):

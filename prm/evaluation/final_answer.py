@@ -7,8 +7,8 @@ Five kinds of statement are known; the last one in the text counts:
    "Ans:", and as a heading over the answer;
 3. ``#### ...`` as in GSM8K, unless it is a heading of Markdown;
 4. "A: ..." as the last line;
-5. "Option B is correct.", "B is the correct answer." and, at the end, "Therefore, (B)." as a
-   sentence.
+5. "Option B is correct.", "B is the correct answer." and, at the end, "Therefore, (B).", "Hence,
+   options B and D." or "We choose B." as a sentence.
 
 What stands in ``<answer>...</answer>`` or another tag of ``TAGS`` is all that counts.
 
@@ -32,15 +32,21 @@ TAGS = (
 """What models are told, or trained, to put around an answer."""
 # The quantifiers are possessive, so that a long run of white space is matched in linear time.
 _GAP = r"[ \t]*+(?:\*{1,2}+[ \t]*+)?"
+_VALUE = r"(?=[ \t]*+(?:(?:option|choice)[ \t]+)?[-+$\\(\[*]*+(?:\.?\d|(?-i:[A-Jb-h])\b|[a-z]+\{))"
+"""A number, a letter of a choice or a command of LaTeX is next."""
 _STATED = re.compile(
-    rf"(?:\b(?:answers?|ans|antwort|réponse|respuesta|risposta)|ответ|答案|答え|정답){_GAP}[:：=]"
+    rf"(?:\b(?:answers?|ans|antwort|réponse|respuesta|risposta|resposta)|ответ|答案|答え|정답){_GAP}[:：=]"
+    rf"|\banswers?{_GAP}(?:->|=>|[→⇒⟹])"
+    rf"|\b(?:antwort|réponse|respuesta|risposta|resposta)[ \t]+(?:ist|est|es|è|é)\b{_VALUE}"
+    rf"|^[ \t]*+\*\*(?:the[ \t]+)?final[ \t]+answer\*\*[ \t]++{_VALUE}"
     r"|\bans\.(?=[ \t])"
     rf"|\banswers?{_GAP}(?:to[ \t](?:the|this)[ \t]\w{{1,20}}{_GAP})?(?:is|are)\b{_GAP}[:：]?"
-    rf"|\b(?:answers?{_GAP}(?:would|should|must|will)[ \t]be|final[ \t]answer[ \t]of)\b"
-    r"(?=[ \t]*+[-+$\\(\[*]*+(?:\.?\d|[A-J]\b|[a-z]+\{))"
+    rf"|\b(?:answers?{_GAP}(?:would|should|must|will)[ \t]be|final[ \t]answer[ \t]of)\b{_VALUE}"
     r"|答案[是为][:：]?"
-    rf"|\b(?:correct|right|best)[ \t](?:option|choice)s?{_GAP}(?:(?:is|are)\b{_GAP}[:：]?|[:：=])"
-    r"|(?:(?:故|因此|所以|应|应该)[ \t]*+选(?:择|项)?|正确选项[是为]?|^[ \t]*+选)[ \t]*+[:：]?"
+    rf"|\b(?:correct|right|best)[ \t](?:answer[ \t])?(?:option|choice)s?{_GAP}"
+    rf"(?:(?:is|are)\b{_GAP}[:：]?|[:：=])|\bfinal[ \t](?:option|choice)s?{_GAP}[:：=]"
+    r"|(?:(?:故|因此|所以|应|应该|本题|此题)[ \t]*+选(?:择|项)?|正确选项[是为]?|^[ \t]*+选)"
+    r"[ \t]*+[:：]?"
     r"(?=[ \t]*+[(（\[]?[A-J](?![A-Za-z]))"
     r"|^[ \t]*+(?:#{1,6}+[ \t]*+)?\*{0,2}+(?:final[ \t]+)?answer\*{0,2}+[ \t]*+$",
     re.IGNORECASE | re.MULTILINE,
@@ -80,9 +86,14 @@ _CALLED_CORRECT = re.compile(
     r"(?:answer|option|choice))[ \t]*+(?=[.!\n]|\Z)",
     re.IGNORECASE,
 )
+_SO = r"(?:so|thus|hence|therefore)\b,?[ \t]+"
+_WE_CHOOSE = r"(?:we|I)[ \t]+(?:choose|select|pick)[ \t]+"
+_OPTIONS = r"(?:the[ \t]+)?(?:option|choice|answer)s?[ \t]+"
+_LETTERS = r"[(\[]?(?-i:[A-J])[)\]]?(?:(?:,|,?[ \t]+and)[ \t]+[(\[]?(?-i:[A-J])[)\]]?)*"
 _CONCLUDED = re.compile(
-    r"(?:^|[.!?。]\s|\n)[ \t]*+(?:so|thus|hence|therefore)\b,?[ \t]+"
-    r"\**[(\[]([A-J])[)\]]\**[.!]?\s*\Z",
+    r"(?:^|[.!?。]\s|\n)[ \t]*+"
+    rf"(?:(?:{_SO})?{_WE_CHOOSE}(?:{_OPTIONS})?|{_SO}(?:{_OPTIONS}|(?=\**[(\[])))"
+    rf"\**({_LETTERS})\**[.!]?\s*\Z",
     re.IGNORECASE,
 )
 _ITEM = re.compile(r"[-•*]\s+(?=[(\[]?[A-J][)\]]?[.:]?(?:\s|$))")
@@ -149,7 +160,7 @@ def final_answer(text: str) -> str | None:
     for match in _CALLED_CORRECT.finditer(text):
         found.append((match.end() - 1, match[1] or match[2]))
     if concluded := _CONCLUDED.search(text):
-        found.append((concluded.start(1), concluded[1]))
+        found.append((concluded.start(1), " and ".join(re.findall("[A-J]", concluded[1]))))
     # A box inside a statement stands behind its start, and so is the answer.
     _, answer = max(found, key=lambda one: one[0])
     return _bare(without_remarks(answer or remark)) or None

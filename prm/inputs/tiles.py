@@ -22,6 +22,7 @@ from torch import Tensor
 from prm.data_urls import is_embedded, opened, picture_key
 from prm.inputs.tokens import ImageTokens
 from prm.schema import DataError
+from prm.signatures import LOOK, beginning, content_of
 
 CACHE_BYTES = 256 * 2**20
 """The default limit of a cache of image inputs in bytes."""
@@ -32,18 +33,6 @@ MOST_PIXELS = 80_000_000
 """The largest number of pixels by an image's header: a few bytes can claim gigabytes of pixels."""
 _MOST_CHUNKS = 100_000
 _ORIENTATION = 274  # EXIF tag, whose values 5 to 8 exchange width and height.
-_HEAD = 256
-_NO_PICTURES = {
-    **dict.fromkeys((b"<!doctype html", b"<html", b"<head"), "a web page (HTML)"),
-    **{b"<svg": "an SVG drawing", b"<?xml": "an SVG drawing, or other XML", b"%pdf": "a PDF file"},
-    **{b"version https://git-lfs": "a pointer of Git LFS in place of the file", b"{": "JSON"},
-    **{b"pk\x03\x04": "a ZIP archive", b"\x1f\x8b": "a file compressed by gzip"},
-}
-"""What files start with, in lower case, that are taken for pictures by their names."""
-_FILE_TYPES = {
-    **dict.fromkeys((b"avif", b"avis"), "an AVIF image"),
-    **dict.fromkeys((b"heic", b"heix", b"heif", b"hevc", b"mif1", b"msf1"), "a HEIC image"),
-}
 _DECODE_ERRORS = (
     OSError,
     SyntaxError,
@@ -58,6 +47,7 @@ _DECODE_ERRORS = (
     struct.error,
     zlib.error,
 )
+_REPLACE = "replace or re-download the file"
 _WITH_ALPHA = ("LA", "La", "PA", "RGBA", "RGBa")
 _STRAIGHT = {"La": "LA", "RGBa": "RGBA"}  # from premultiplied alpha
 _8_BITS = ("1", "L", "P", "RGB", "RGBX", "CMYK", "YCbCr", "HSV", "LAB", *_WITH_ALPHA)
@@ -134,19 +124,6 @@ def _nothing_behind_pixels(path: Path) -> bool:
     return False
 
 
-def _content(path: Path) -> str:
-    """Name the content of a file that is no picture of ``IMAGE_FORMATS``, by its first bytes."""
-    with opened(path) as file:
-        head = file.read(_HEAD)
-    if not head:
-        return "an empty file"
-    if head[4:8] == b"ftyp":
-        return _FILE_TYPES.get(head[8:12], "a video, or an image in a container of videos")
-    start = head.removeprefix(b"\xef\xbb\xbf").lstrip().lower()
-    kind = next((kind for sign, kind in _NO_PICTURES.items() if start.startswith(sign)), None)
-    return kind or "content of another kind"
-
-
 @contextmanager
 def _opened(path: Path) -> Iterator[Image.Image]:
     """Open an image by its header; every failure is raised as a ``DataError``."""
@@ -173,12 +150,7 @@ def _opened(path: Path) -> Iterator[Image.Image]:
         pixels = re.search(r"\d+ pixels", str(error))
         raise _too_large(path, pixels[0] if pixels else "more") from error
     except UnidentifiedImageError as error:
-        raise DataError(
-            expected=f"an image file ({', '.join(IMAGE_FORMATS)})",
-            found=_content(path),
-            file=path,
-            remedy="replace or re-download the file, or convert it to PNG",
-        ) from error
+        raise _no_picture(path) from error
     except _DECODE_ERRORS as error:
         raise _unreadable(path, error) from error
 
@@ -340,11 +312,31 @@ def _too_large(path: Path, found: str) -> DataError:
     )
 
 
+def _no_picture(path: Path) -> DataError:
+    """Return the error of a file that is no picture of ``IMAGE_FORMATS``, named by its start."""
+    with opened(path) as file:
+        start = file.read(LOOK)
+    content, text = content_of(start), beginning(start)
+    if content is None:
+        found = "content of another kind" if text is None else f"text that begins with {text}"
+        remedy = f"{_REPLACE}, or convert it to PNG"
+    elif content.name.removeprefix("a ").removesuffix(" image") in IMAGE_FORMATS:
+        found, remedy = f"a damaged file that starts as {content.name}", _REPLACE
+    else:
+        found, remedy = content.name, content.remedy or "convert it to PNG"
+    return DataError(
+        expected=f"an image file ({', '.join(IMAGE_FORMATS)})",
+        found=found,
+        file=path,
+        remedy=remedy,
+    )
+
+
 def _unreadable(path: Path, error: BaseException) -> DataError:
     reason = " ".join(str(error).split()) or type(error).__name__
     return DataError(
         expected="a complete, readable image",
         found=reason,
         file=path,
-        remedy="replace or re-download the file",
+        remedy=_REPLACE,
     )

@@ -52,7 +52,7 @@ def convert(options: ConvertOptions) -> Written:
     output_file("--out", options.out, overwrite=options.overwrite, inputs=inputs, streams=False)
     out = Path(options.out)
     written = Written()
-    bad = bad_rows_of(options, Path(options.file))
+    bad = bad_rows_of(options, Path(options.file), say)
     image_root = root_of(options, options.file)
     if options.to == "prm-jsonl":
         examples = examples_of(options, options.file, bad)

@@ -57,6 +57,7 @@ class Findings:
     def __init__(self, *, compared: bool = False) -> None:
         self.files: list[Path] = []
         self.formats: list[str] = []
+        self.notes: list[str] = []
         self.rows = 0
         self.examples = 0
         self.steps = 0
@@ -70,6 +71,7 @@ class Findings:
         self.duplicate_ids = Tally()
         self.image_mismatches = Tally()
         self.mixed_up_groups = Tally()
+        self.groups_alike = Tally()
         self.unjudged = Tally()
         self.contradictory_outcomes = Tally()
         self.image_rows = Tally()
@@ -84,6 +86,7 @@ class Findings:
         self._names_at: dict[int, int] = {}
         self._rows_with_id = 0
         self._groups: dict[int, int] = {}
+        self._group_spelt: dict[int, int] = {}
         self._question_of: dict[int, tuple[int, tuple[Path, ...]]] = {}
         self._questions = Questions()
         self._labels_of: dict[int, bytes] = {}
@@ -185,6 +188,10 @@ class Findings:
             name = digest((str(words), *map(str, example.images)))
         else:
             name = digest((example.group,))
+            if name not in self._question_of:
+                folded = digest(words_of(example.group))
+                if self._group_spelt.setdefault(folded, name) != name:
+                    self.groups_alike.add(location)
             first, images = self._question_of.setdefault(name, (words, example.images))
             contents = self._questions.contents
             if words != first or (
@@ -247,6 +254,7 @@ class Findings:
             "contradictory_outcomes": self.contradictory_outcomes.count,
             "unjudged_rows": self.unjudged.count,
             "rows_of_another_question_in_group": self.mixed_up_groups.count,
+            "groups_alike": self.groups_alike.count,
             "groups": self.groups,
             "mixed_groups": self.mixed_groups,
             **({"tokens": spread(self.lengths)} if self.lengths else {}),

@@ -62,7 +62,7 @@ def split(options: SplitOptions) -> Division:
     existing_file(options.file)
     check_together(options)
     groups = _Groups()
-    bad = bad_rows_of(options, Path(options.file))
+    bad = bad_rows_of(options, Path(options.file), say)
     for example in examples_of(options, options.file, bad):
         groups.add(example)
     groups.join_equal_pictures()

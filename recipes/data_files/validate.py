@@ -91,7 +91,7 @@ def _scan(
     images = ImageFiles(root, allow_outside=options.allow_outside_images, check=options.images)
     format, rows = "unknown", findings.rows
     bad = bad_rows_of(options, path) if options.on_bad_row == "skip" else None
-    for row in iter_rows(path, root, format=options.format):
+    for row in iter_rows(path, root, format=options.format, tell=findings.notes.append):
         if isinstance(row, DataError):
             findings.row(row.line or 0, None)
             findings.mistake(row)
@@ -194,6 +194,7 @@ def _page(findings: Findings, options: ValidateOptions) -> str:
     files = ", ".join(f"{printable(path)} ({name})" for path, name in named)
     rows, examples = findings.rows, findings.examples
     lines = [f"{files}: {rows:,} rows, {examples:,} solutions, {findings.steps:,} steps"]
+    lines += [f"  {printable(note)}" for note in findings.notes]
 
     def add(name: str, tally: Tally | int, text: str, of: int = 0) -> None:
         count = tally if isinstance(tally, int) else tally.count
@@ -231,6 +232,11 @@ def _page(findings: Findings, options: ValidateOptions) -> str:
         findings.mixed_up_groups,
         "solutions of another question than the first of their group",
         examples,
+    )
+    add(
+        "groups alike",
+        findings.groups_alike,
+        "groups that are another one but for case, white space or Unicode form; they count as two",
     )
     images = findings.images
     add("images", images["checked"], f"different files named, checked: {options.images}")

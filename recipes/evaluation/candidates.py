@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from prm.aggregations import AGGREGATIONS, Aggregation
+from prm.data.questions import words_of
 from prm.data.store.examples import facts
 from prm.data.store.outline import Facts
 from prm.evaluation.answers import SameAnswer, answer_classes
@@ -85,6 +86,23 @@ class Candidates:
     def mixed(self) -> int:
         """The number of questions with right and with wrong candidates."""
         return int(sum(0 < share < 1 for share in self.pass_at_one))
+
+    @property
+    def contradictory(self) -> int:
+        """The number of questions with one answer that is right here and wrong there."""
+        count = 0
+        for rows, votes in zip(self.groups, self.votes, strict=True):
+            outcomes = {pair for pair in zip(votes, self.correct(rows), strict=True) if pair[0]}
+            count += len(outcomes) > len({vote for vote, _ in outcomes})
+        return count
+
+    @property
+    def groups_alike(self) -> int:
+        """The number of groups whose name is another one's but for case, white space and such."""
+        if not self.groups:
+            return 0
+        names = {str(one.group) for one in self.data.facts}
+        return len(names) - len({tuple(words_of(name)) for name in names})
 
     @cached_property
     def questions(self) -> list[int]:

@@ -86,6 +86,8 @@ def all_figures(
         "n_truncated": sum(candidates.is_truncated),
         "n_without_answer": sum(vote is None for votes in candidates.votes for vote in votes),
         "n_questions_without_vote": sum(not any(votes) for votes in candidates.votes),
+        "n_contradictory_questions": candidates.contradictory,
+        "n_groups_alike": candidates.groups_alike,
         "aggregation": choice.aggregation,
         "threshold": choice.threshold,
         "tie": tie,

@@ -37,14 +37,27 @@ def check_directory(options: Any) -> None:
     """Find out before a run loads anything whether its directory is free and can be written.
 
     Raises:
-        OptionError: It holds a run or other files. The message says how an unfinished run goes on.
+        OptionError: It holds a run or other files, or one to resume that is complete. The message
+            says how an unfinished run goes on.
         WriteError: It cannot be written.
     """
     path = Path(options.output_dir)
     if options.run.resume is None:
         path = free_directory(path, options.on_existing)
         _refuse_existing(path, options)
+    else:
+        refuse_complete(path)
     check_writable("--output-dir", path / "args.yaml")
+
+
+def refuse_complete(path: Path) -> None:
+    """Refuse to resume the run in ``path`` if it is complete.
+
+    Raises:
+        OptionError: It has its results.
+    """
+    if (path / "results.json").exists():
+        raise OptionError(f"--resume {path}: the run is complete, it has its results.json")
 
 
 def describe_run(path: Path, options: Any) -> None:

@@ -22,13 +22,14 @@ from bilevel.resident.solver import is_consumed
 from recipes.options.flat import flat_options, flatten
 from recipes.options.parse import changed, first_folder, to_yaml
 from recipes.options.train import LowerOptions
-from recipes.options.values import OptionError, resume_point
+from recipes.options.values import resume_point
 from recipes.ranks import ranks_here
 from recipes.run.checkpoints import Checkpoints, Progress
 from recipes.run.directory import (
     describe_run,
     free_directory,
     make_directory,
+    refuse_complete,
     resume_command,
 )
 from recipes.run.errors import RunError, WriteError
@@ -219,10 +220,8 @@ def _opened(
         with locked(directory):
             if options.run.resume is None:
                 describe_run(directory, options)
-            elif (directory / "results.json").exists():
-                raise OptionError(
-                    f"--resume {directory}: the run is complete, it has its results.json"
-                )
+            else:
+                refuse_complete(directory)
             checkpoints = Checkpoints(
                 directory / "checkpoints",
                 every=options.run.save_every,

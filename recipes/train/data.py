@@ -13,7 +13,7 @@ from torch import Tensor
 
 from prm.data.bad_rows import BadRows
 from prm.data.json_rows import json_rows
-from prm.data.questions import words_of
+from prm.data.questions import Questions
 from prm.data.record_fields import Location
 from prm.data.store.outline import Facts
 from prm.digests import check_digest
@@ -119,32 +119,37 @@ def _require_pairs(meta: Data) -> None:
     Raises:
         DataError: None has, or a group holds solutions of several questions.
     """
-    first: dict[str, tuple[list[str], int]] = {}
+    questions = Questions()
+    first: dict[str, tuple[int, int]] = {}
     for example, line in zip(meta.examples, meta.lines, strict=True):
-        words = words_of(example.question)
-        group = str(example.group)
-        before, where = first.setdefault(group, (words, line))
-        if words != before:
+        question = questions.key(example)
+        before, where = first.setdefault(str(example.group), (question, line))
+        if question != before:
             raise DataError(
                 expected="solutions of one question in a group, which --loss-target pairs compares",
-                found=f"the group {group!r} with another question than on line {where}",
+                found=f"the group {example.group!r} with another question than on line {where}",
                 file=meta.path,
                 line=line,
                 field="group",
                 remedy="give every question a group of its own, or use --loss-target both",
             )
-    mixed, questions = mixed_questions(meta.facts)
+    mixed, groups = mixed_questions(meta.facts)
+    distinct = len({question for question, _ in first.values()})
+    of, remedy = f"{groups:,} questions", "sample more solutions of each question"
+    if distinct < groups:
+        of = f"{groups:,} groups, which have {distinct:,} different questions"
+        remedy = "give all solutions of a question one group, since pairs are of one group"
     if not mixed:
         raise DataError(
             expected="questions with both a right and a wrong solution, which --loss-target pairs "
             "compares",
-            found=f"none among {questions:,} questions with {len(meta):,} solutions",
+            found=f"none among {of} with {len(meta):,} solutions",
             file=meta.path,
-            remedy="sample more solutions of each question, or use --loss-target both",
+            remedy=f"{remedy}, or use --loss-target both",
         )
-    if len(mixed) < questions:
+    if len(mixed) < groups or distinct < groups:
         say(
-            f"{meta.path}: {len(mixed):,} of {questions:,} questions have right and wrong "
+            f"{meta.path}: {len(mixed):,} of {of}{',' * (distinct < groups)} have right and wrong "
             "solutions; --loss-target pairs uses these alone"
         )
 

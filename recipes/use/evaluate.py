@@ -332,6 +332,16 @@ def _selection_notes(results: dict[str, Any]) -> list[str]:
             f"{cut} of {results['n_solutions']} solutions are longer than the model's context, and "
             "judged by their first steps alone"
         )
+    if several := results["n_contradictory_questions"]:
+        notes.append(
+            f"{several} of {questions} questions have one answer that is right in one candidate "
+            "and wrong in another"
+        )
+    if alike := results["n_groups_alike"]:
+        notes.append(
+            f"{alike} of {questions} groups are another one but for case, white space or Unicode "
+            "form, and count as questions of their own; `bilevel-prm data validate` says where"
+        )
     if without := results["n_without_answer"]:
         empty = results["n_questions_without_vote"]
         votes = ""

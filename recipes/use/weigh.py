@@ -136,7 +136,8 @@ def _by_examples(options: WeighOptions, saved: _Saved) -> tuple[Solutions, Tenso
     refuse_given(
         options,
         WeighOptions.ASKS_MODEL,
-        f"{{flags}}: no effect with a {type(weighting).__name__}, which asks no model; leave out",
+        f"{{flags}}: no effect with the weighting {type(weighting).__name__}, which asks no model; "
+        "leave out",
     )
     data = read_solutions(options, options.file)
     if "labels" in weighting.reads:

@@ -374,7 +374,7 @@ def test_a_meta_file_without_pairs_is_refused_before_the_run_begins(task, train,
     assert train("--meta-file", str(alone), "--loss-target", "pairs") == 1
     line = said()
     assert f"{alone}: expected questions with both a right and a wrong solution" in line
-    assert "found none among 12 questions with 12 solutions" in line
+    assert "found none among 12 groups, which have 6 different questions with 12 solutions" in line
     assert not (tmp_path / "run").exists()
 
 

@@ -23,6 +23,8 @@ from prm.data.record_fields import Location, Words
 from prm.names import FORMAT_NAMES, FormatName
 from prm.schema import StepExample
 
+UNKNOWN = "a record of a known format"
+"""What the error of a record of no format begins with."""
 _BRACKET = re.compile(r"\[[^\[\]{}]*\]|\{[^\[\]{}]*\}")
 
 
@@ -211,7 +213,7 @@ def detect(record: object, location: Location) -> Format:
     matching = [format for format in FORMATS if format.matches(record)]
     if len(matching) == 1:
         return matching[0]
-    keys = Words("the keys " + (", ".join(map(repr, list(record)[:12])) or "of an empty object"))
+    keys = Words(_shown_keys(record))
     if matching:
         names = [format.name for format in matching]
         location.refuse(
@@ -221,7 +223,19 @@ def detect(record: object, location: Location) -> Format:
             f"name the format ({', '.join(names)}), or remove the keys of the others",
         )
     known = "; ".join(f"{format.name} ({format.keys})" for format in FORMATS)
-    location.refuse(None, f"a record of a known format: {known}", keys, _advice(record))
+    location.refuse(None, f"{UNKNOWN}: {known}", keys, _advice(record))
+
+
+def _shown_keys(record: Mapping[str, Any]) -> str:
+    """Return the keys of a record, and those of the objects that its lists hold."""
+    if not record:
+        return "the keys of an empty object"
+    shown = "the keys " + ", ".join(map(repr, list(record)[:12]))
+    for key, held in list(record.items())[:12]:
+        if isinstance(held, list) and held and isinstance(held[0], dict):
+            inner = ", ".join(map(repr, list(held[0])[:6]))
+            shown += f"; {key!r} holds {len(held):,} objects with {inner or 'no key'}"
+    return shown
 
 
 def _advice(record: Mapping[str, Any]) -> str:

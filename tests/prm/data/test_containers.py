@@ -120,13 +120,25 @@ UNLIKE = {
     "zip": (zip_of(LINES), "a ZIP archive", "unpack it"),
     "tar": (tar_of(LINES), "a tar archive", "unpack it"),
     "tar.gz": (gzip.compress(tar_of(LINES)), "a tar archive", "unpack it"),
-    "utf-16": (LINES.decode().encode("utf-16"), "a UTF-16 byte order mark", "as UTF-8"),
-    "utf-16-le": (LINES.decode().encode("utf-16-le"), "UTF-16 without a mark", "as UTF-8"),
-    "utf-16-be": (LINES.decode().encode("utf-16-be"), "UTF-16 without a mark", "as UTF-8"),
+    "utf-16": (LINES.decode().encode("utf-16"), "a UTF-16 byte order mark", "-f UTF-16 "),
+    "utf-16-le": (LINES.decode().encode("utf-16-le"), "UTF-16 without a mark", "-f UTF-16LE "),
+    "utf-16-be": (LINES.decode().encode("utf-16-be"), "UTF-16 without a mark", "-f UTF-16BE "),
+    "utf-16, far letters": (
+        '{"\u6f22\u5b57": 1}\n'.encode("utf-16-le"), "UTF-16 without a mark", "-f UTF-16LE ",
+    ),
+    "utf-32": (LINES.decode().encode("utf-32"), "a UTF-32 byte order mark", "-f UTF-32 "),
+    "utf-32-le": (LINES.decode().encode("utf-32-le"), "UTF-32 without a mark", "-f UTF-32LE "),
+    "utf-32-be": (LINES.decode().encode("utf-32-be"), "UTF-32 without a mark", "-f UTF-32BE "),
+    "utf-32-be, a mark": (
+        ("\ufeff" + LINES.decode()).encode("utf-32-be"), "a UTF-32 byte order mark", "-f UTF-32 ",
+    ),
+    "utf-16 in gzip": (
+        gzip.compress(LINES.decode().encode("utf-16")), "a UTF-16 byte order mark", "-f UTF-16 ",
+    ),
     "lfs": (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "Git LFS", "git lfs"),
-    "html": (b"<!DOCTYPE html>\n<html>\n</html>\n", "a page of HTML", "download"),
+    "html": (b"<!DOCTYPE html>\n<html>\n</html>\n", "a web page (HTML)", "download"),
     "binary": (bytes(range(256)) * 9, "binary data", "JSON object per line"),
-}
+}  # fmt: skip
 
 
 @pytest.mark.parametrize(("content", "found", "remedy"), UNLIKE.values(), ids=UNLIKE)

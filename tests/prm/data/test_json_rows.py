@@ -171,6 +171,56 @@ def test_halves_of_characters_are_named_and_whole_ones_read(tmp_path, array):
     assert (key.line, key.found) == (3, "a lone surrogate in '\\ude00'")
 
 
+ZEROS = {
+    "one in a string": (b'{"a": "x\0y"}', "a zero byte (NUL) at column 9", r"\u0000"),
+    "one behind a key": (b'{"a":\0 1}', "a zero byte (NUL) at column 6", "remove it"),
+    "a row of them": (b"\0" * 512, "512 zero bytes (NUL) at column 1", "write or copy the file"),
+    "some behind a row": (b'{"a": 1}\0\0\0', "3 zero bytes (NUL) at column 9", "cut off"),
+    "another control character": (
+        b'{"a": "x\x07y"}', r"the control character '\x07' at column 9", r"\u0007",
+    ),
+    "a tab": (b'{"a": "x\ty"}', r"the control character '\t' at column 9", r"write it as \t in"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("name", "first"),
+    # A file that starts with zero bytes is no text at all: see the containers.
+    [
+        (name, first)
+        for name in ZEROS
+        for first in (True, False)
+        if not (first and "row of" in name)
+    ],
+)
+def test_bytes_that_nobody_sees_are_named_at_their_column(tmp_path, name, first):
+    raw, found, remedy = ZEROS[name]
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes((b"" if first else b'{"a": 0}\n') + raw + b'\n{"b": 2}\n')
+    *_, (line, error), last = json_rows(path)
+    assert (line, error.line, error.expected) == (2 - first, 2 - first, "JSON")
+    assert error.found == found
+    assert remedy in error.remedy
+    assert last == (3 - first, {"b": 2})
+
+
+@pytest.mark.parametrize(
+    ("raw", "row", "found"),
+    [
+        (b'[{"a": 1}, {"a": "x\0y"}]', 2, "a zero byte (NUL) at character 9 of the row"),
+        (b'[{"a": 1}\0\0\0', 1, "a zero byte (NUL)"),
+        (b'[{"a": 1}, \0\0\0', 2, "3 zero bytes (NUL) at character 1 of the row"),
+        (b'[{"a": 1}, {"a": "x\ny"}]', 2, r"the control character '\n' at character 9 of the row"),
+        (b'{"a":\n"x\0y"}', 1, "a zero byte (NUL) at character 9 of the row"),
+    ],
+)
+def test_they_are_named_in_an_array_and_in_objects_over_several_lines(tmp_path, raw, row, found):
+    path = tmp_path / "rows.json"
+    path.write_bytes(raw)
+    *_, (last, error) = json_rows(path)
+    assert (last, error.line, error.found) == (row, row, found)
+
+
 def test_invalid_utf8_in_an_array_is_named(tmp_path):
     path = tmp_path / "rows.json"
     path.write_bytes(b'[{"a": "\xff"}]')

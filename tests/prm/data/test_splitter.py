@@ -82,6 +82,30 @@ CASES = {
         ["We add the eggs of the\nfirst day. Then\nNext we stop."],
     ),
     "a formula that an editor broke": ("x = 3 +\n4\nSo 7.", ["x = 3 +\n4\nSo 7."]),
+    "a blank line in a displayed formula": (
+        "So\n$$\nx = 1\n\ny = 2\n$$\n\nThus 3.", ["So\n$$\nx = 1\n\ny = 2\n$$", "Thus 3."]
+    ),
+    "a blank line in brackets": (
+        "So \\[\nx = 1\n\n1. y\n\n2. z\n\\]\n\nThus 3.",
+        ["So \\[\nx = 1\n\n1. y\n\n2. z\n\\]", "Thus 3."],
+    ),
+    "a blank line in an environment": (
+        "a\n\n\\begin{align*}\nx &= 1 \\\\[2pt]\n\ny &= 2\n\\end{align*}\n\nb",
+        ["a", "\\begin{align*}\nx &= 1 \\\\[2pt]\n\ny &= 2\n\\end{align*}", "b"],
+    ),
+    "a formula that is never closed": ("$$\nx = 1\n\ny = 2\n\nz", ["$$\nx = 1", "y = 2", "z"]),
+    "dollars of money": ("A costs $$5 now.\n\nB costs $$6.", ["A costs $$5 now.", "B costs $$6."]),
+    "a list of steps in LaTeX": (
+        "\\begin{enumerate}\n\\item a\n\n\\item b\n\\end{enumerate}",
+        ["\\begin{enumerate}\n\\item a", "\\item b\n\\end{enumerate}"],
+    ),
+    "decimals at line starts": (
+        "The value is\n3.5 and\n4.5 m", ["The value is\n3.5 and\n4.5 m"]
+    ),
+    "decimals that are steps": ("x is 5\n3.5*2 = 7\n7.5 > 7", ["x is 5", "3.5*2 = 7", "7.5 > 7"]),
+    "decimals that count up": (
+        "We have\n\n1.5 m and\n2.5 m\n\nin all.", ["We have", "1.5 m and\n2.5 m", "in all."]
+    ),
     "tag alone": ("[Reasoning]\n", []),
     "nothing": (" \n ", []),
 }  # fmt: skip
@@ -145,7 +169,8 @@ def test_chinese_numerals_count_steps():
 PIECES = st.sampled_from(
     ["Step 1:", "Step 2:", "step 3", "1. ", "2. ", "3) ", "4、", "3.5", "x = 4. ", "\n", "\n\n",
      " ", "Answer: ", "**", "### ", "[Reasoning]", "```", "\r\n", "\t", "- a", "\x0b", "\u2028",
-     "Step 4:", "第1步：", "Schritt 2:", "   1. ", "So ", "so ", ",", "\\[", "\\]", "$$", "#### 2"]
+     "Step 4:", "第1步：", "Schritt 2:", "   1. ", "So ", "so ", ",", "\\[", "\\]", "$$", "#### 2",
+     "\n$$\n", "\\begin{align}", "\\end{align}", "\n\\[\n", " and\n"]
 )  # fmt: skip
 
 

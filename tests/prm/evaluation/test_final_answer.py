@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from prm.evaluation.answers import canonical_answer
+from prm.evaluation.answers import answer_classes, canonical_answer
 from prm.evaluation.final_answer import final_answer, without_remarks
 
 STATED = {
@@ -165,6 +165,108 @@ def test_a_final_answer_is_found(text, answer):
 @pytest.mark.parametrize("text", NOT_STATED)
 def test_where_none_is_stated_there_is_none(text):
     assert final_answer(text) is None
+
+
+# Written, with three more that are not joined, before the rules that join them.
+SAME_ANSWER = [
+    ("Therefore, the answer must be (B).", "B"),
+    ("Thus the correct answer choice is C.", "C"),
+    ("So, my final choice: D", "D"),
+    ("My answer: 7", "7"),
+    ("Final answer -> 12", "12"),
+    ("We add.\n**Final Answer** 12", "12"),
+    ("Hence B is the right option.", "B"),
+    ("Therefore, option (C).", "C"),
+    ("Hence, options B and D.", "B, D"),
+    ("So the right answers are A, C.", "A and C"),
+    ("因此正确选项是 B。", "B"),
+    ("所以选择 C", "C"),
+    ("本题选D。", "D"),
+    ("故正确答案为 A", "A"),
+    ("Die Antwort ist B.", "B"),
+    ("La respuesta es C.", "C"),
+    ("La réponse est 12.", "12"),
+    ("Thus <|begin_of_box|>\\frac{1}{2}<|end_of_box|>", "0.5"),
+    ("Work.\n<final_answer>\nB\n</final_answer>", "B"),
+    ("<|begin_of_box|>(B) 12 cm<|end_of_box|>", "B"),
+    ("The answer is approximately 5.2.", "5.2"),
+    ("Answer: 5 (approximately)", "5"),
+    ("Answer: approx. 3.14", "3.14"),
+    ("Answer: about 40 degrees", "40 degrees"),
+    ("So \\boxed{\\approx 5.2}", "5.2"),
+    ("The final answer is below:\n\n8", "8"),
+    ("So we choose (B).", "B"),
+    ("Therefore, I choose option D.", "D"),
+    ("The correct answer: option A.", "A"),
+    ("Thus, the answer would be option (C).", "C"),
+    ("Therefore, the correct choice is:\n\n(B)", "B"),
+]
+OTHER_ANSWER = [
+    ("Therefore, (B) is too small, so (C).", "B"),
+    ("So (B) and (C) remain.", "B"),
+    ("We choose A = 5 as the base.", "A"),
+    ("The answer is not (B).", "B"),
+    ("Correct choice: not B", "B"),
+    ("So the correct options are A and C.", "A"),
+    ("故不选 C。", "C"),
+    ("因此排除选项 B", "B"),
+    ("The answer is about the area.", "area"),
+    ("Answer: about 40", "41"),
+    ("Answer: approximately 5.2", "5.21"),
+    ("Answer: 5 (approximately 5.2)", "5.2"),
+    ("Answer: between 3 and 5", "3 and 5"),
+    ("Answer: more than 5", "5"),
+    ("Answer: at least 5", "5"),
+    ("Answer: almost 5", "5"),
+    ("Answer: around the corner", "the corner"),
+    ("Answer: B, C", "B"),
+    ("Answer: B, 12 cm", "12 cm"),
+    ("Answer: C, D major", "C"),
+    ("Answer: A, 5, B", "A"),
+    ("So the options are A, B, C and D.", "A, B, C, D"),
+    ("The possible choices: A, B, C, D.\nAnswer: C", "A, B, C, D"),
+    ("<final_answer>5</final_answer>", "55"),
+    ("Die Antwort ist nicht B.", "B"),
+    ("La respuesta es correcta.", "correcta"),
+    ("So we choose (B) or (C).", "B"),
+    ("Hence, options B and D are wrong.", "B, D"),
+    ("Option B is correct if x > 0.", "B"),
+    ("Therefore, option (C) is wrong.", "C"),
+    ("本题不选D。", "D"),
+    ("Answer: ≈ 5 cm", "5 m"),
+    ("Therefore, I choose not to use option D.", "D"),
+    ("We choose B because A was excluded, but B fails. So C is the correct answer.", "B"),
+    ("The answer is about 5 times 3.", "5"),
+    ("Answer: approximately equal", "equal"),
+]
+
+# Behind the rules, aimed at them.
+SAME_ANSWER += [("Answer: $x \\approx 5.2$", "x = 5.2"), ("Answer: 5 (rounded to one digit)", "5")]
+OTHER_ANSWER += [
+    ("Answer: π ≈ 3.14", "3.14"),
+    ("Answer: e ≈ 2.718", "2.718"),
+    ("Answer: √27 ≈ 5.196", "5.196"),
+    ("Answer: not ≈ 5", "5"),
+    ("Answer: x ≈ 5", "y ≈ 5"),
+    ("Answer: about 5 or 6", "5"),
+    ("Answer: about half", "half"),
+    ("The answer should be a number.", "A"),
+    ("La respuesta es a partir de 5.", "A"),
+    ("We choose A and B are left.", "A"),
+    ("Therefore, the answer A or B.", "A"),
+]
+
+
+@pytest.mark.parametrize(("text", "answer"), SAME_ANSWER)
+def test_a_conclusion_votes_with_its_answer(text, answer):
+    stated, given = answer_classes([final_answer(text), answer])
+    assert stated == given is not None
+
+
+@pytest.mark.parametrize(("text", "answer"), OTHER_ANSWER)
+def test_other_conclusions_do_not(text, answer):
+    stated, given = answer_classes([final_answer(text), answer])
+    assert stated != given
 
 
 def test_sentences_behind_an_answer_are_removed_and_decimals_are_not():

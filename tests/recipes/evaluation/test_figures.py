@@ -207,6 +207,23 @@ def test_a_candidate_without_an_answer_has_no_vote():
     assert (entry["difference"], entry["better"], entry["worse"]) == (0.0, 0, 0)
 
 
+def test_questions_of_one_answer_right_and_wrong_are_counted_and_groups_spelt_alike():
+    rows = [
+        ("q1", "sum", "5 cm", True, [(1, 0.9)]),
+        ("q1", "sum", r"\boxed{5}", False, [(1, 0.6)]),  # the same, for a vote
+        ("q1", "sum", "6", False, [(1, 0.6)]),
+        ("q2", "sum", "3", True, [(1, 0.5)]),
+        ("q2", "sum", None, True, [(1, 0.5)]),
+        ("q2", "sum", None, False, [(1, 0.5)]),  # no answer contradicts none
+        (" Q1", "sum", "7", False, [(1, 0.5)]),
+    ]
+    found = all_figures(*candidates(rows), Choice("mean", 0.5), "expected", "prm")
+    assert (found["n_questions"], found["n_contradictory_questions"]) == (3, 1)
+    assert found["n_groups_alike"] == 1
+    plain = all_figures(*candidates(), Choice("mean", 0.5), "expected", "prm")
+    assert (plain["n_contradictory_questions"], plain["n_groups_alike"]) == (0, 0)
+
+
 def test_without_any_answer_there_is_no_majority_to_beat():
     rows = [(question, domain, None, *rest) for question, domain, _, *rest in ROWS]
     found = all_figures(*candidates(rows), Choice("mean", 0.5), "expected", "prm")

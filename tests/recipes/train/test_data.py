@@ -79,6 +79,33 @@ def test_examples_that_lack_something_are_left_out_on_request():
         require(data([unlabelled, FULL, unlabelled, FULL], "skip", 0.3), "labels")
 
 
+def test_questions_in_several_groups_are_counted_where_pairs_are_missing(capsys):
+    rows = [example(question=f"q{n // 2}", group=f"{n}", correct=n % 2 == 0) for n in range(6)]
+    with pytest.raises(DataError) as error:
+        _require_pairs(data(rows))
+    assert str(error.value) == (
+        "train.jsonl: expected questions with both a right and a wrong solution, which "
+        "--loss-target pairs compares, found none among 6 groups, which have 3 different questions "
+        "with 6 solutions; give all solutions of a question one group, since pairs are of one "
+        "group, or use --loss-target both"
+    )
+    mixed = [example(question="q0", group="0", correct=False), *rows]
+    _require_pairs(data(mixed))
+    assert "1 of 6 groups, which have 3 different questions, have" in capsys.readouterr().out
+
+
+def test_pairs_of_one_question_have_its_pictures_too(tmp_path):
+    for name, content in (("a", b"1"), ("same", b"1"), ("other", b"2")):
+        (tmp_path / name).write_bytes(content)
+    rows = [
+        example(group="g", correct=correct, images=(tmp_path / name,))
+        for name, correct in (("a", True), ("same", False), ("other", False))
+    ]
+    _require_pairs(data(rows[:2]))
+    with pytest.raises(DataError, match="the group 'g' with another question than on line 1"):
+        _require_pairs(data(rows))
+
+
 def test_pairs_are_not_taken_of_a_group_with_two_questions():
     groups = [("g", "One?", True), ("h", "One?", False), ("g", "one? ", False), ("g", "Two?", True)]
     rows = [

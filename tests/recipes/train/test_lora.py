@@ -68,7 +68,7 @@ def test_peft_loads_the_adapter_beside_the_first_model(task, tmp_path):
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
 
-def test_a_run_with_adapters_resumes_bit_for_bit(task, tmp_path):
+def test_a_run_with_adapters_resumes_bit_for_bit(task, tmp_path, monkeypatch):
     options = task.train(tmp_path / "whole", lora_rank=2, save_every=2, keep_checkpoints=0)
     whole = run_training(options)
     shutil.copytree(whole, tmp_path / "cut")
@@ -80,6 +80,9 @@ def test_a_run_with_adapters_resumes_bit_for_bit(task, tmp_path):
     )
     file = "adapter/adapter_model.safetensors"
     assert (cut / file).read_bytes() == (whole / file).read_bytes()
+    monkeypatch.setattr(
+        "recipes.train.training._model", None
+    )  # it is told before anything is loaded
     with pytest.raises(OptionError, match=r"--resume .*: the run is complete"):
         run_training(changed(options, output_dir=str(cut), resume=str(cut)))
 

@@ -287,6 +287,18 @@ def test_it_says_that_no_question_is_mixed(judge):
     assert "best-of-N accuracy" not in said
 
 
+def test_it_says_that_one_answer_is_right_and_wrong_and_that_groups_are_spelt_alike(judge):
+    rows = [
+        {"id": f"{group}{n}", "question": "How many?", "steps": [{"text": "x"}], "group": group,
+         "answer": "12 cm" if n else "12", "correct": n > 0}
+        for group in ("g", "g ") for n in range(2)
+    ]  # fmt: skip
+    found, said = judge(rows, [[0.5]] * 4)
+    assert (found["n_contradictory_questions"], found["n_groups_alike"]) == (2, 1)
+    assert "2 of 2 questions have one answer that is right in one candidate and wrong" in said
+    assert "1 of 2 groups are another one but for case, white space or Unicode form" in said
+
+
 def test_letters_up_to_ten_options_vote_together(judge):
     texts = ["Option I", "(I)", "I. 12 cm", "A", "(A)"]
     rows = [

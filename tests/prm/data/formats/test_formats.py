@@ -46,6 +46,40 @@ def test_every_format_has_a_record_here():
     assert tuple(GOOD) == FORMAT_NAMES
 
 
+@pytest.mark.parametrize("first", GOOD)
+def test_a_row_of_another_format_than_the_first_row_is_told_so(tmp_path, first):
+    others = [name for name in GOOD if name != first]
+    rows = list(iter_rows(write(tmp_path, GOOD[first], *(GOOD[name] for name in others))))
+    assert rows[0].format == first
+    for line, (row, name) in enumerate(zip(rows[1:], others, strict=True), start=2):
+        assert isinstance(row, DataError)
+        assert row.line == line
+        assert row.remedy.startswith(f"line 1 has the format {first} (")
+        assert f", and this row looks like {name} (" in row.remedy
+        assert row.remedy.endswith("write each format to a file of its own")
+
+
+def test_a_row_of_another_format_than_the_named_one_is_told_so(tmp_path):
+    error = first_error(tmp_path, GOOD["stepwise"], format="prm-jsonl")
+    assert (error.field, error.found) == ("id", "nothing")
+    assert error.remedy.startswith(
+        "--format names the format prm-jsonl (id, question, steps: [{text, label}]), and this row "
+        "looks like stepwise (prompt, completions, labels); "
+    )
+
+
+def test_a_row_of_no_format_keeps_its_error_and_names_the_row_that_set_the_format(tmp_path):
+    lacking = {key: value for key, value in GOOD["stepwise"].items() if key != "completions"}
+    lacking["completion"] = []
+    path = write(tmp_path, {"a": 1}, GOOD["stepwise"], lacking)
+    *_, error = iter_rows(path)
+    assert (error.line, error.field, error.found) == (3, "completions", "nothing")
+    assert error.remedy == (
+        "rename 'completion' to 'completions'; "
+        "line 2 has the format stepwise (prompt, completions, labels)"
+    )
+
+
 def test_every_name_has_its_reader_in_the_order_of_the_names():
     assert tuple(format.name for format in FORMATS) == FORMAT_NAMES
 
