@@ -63,9 +63,9 @@ def report_truncated(several: Iterable[BadRows], output: Path, tell: Callable[[s
 
 def truncated_path(output: Path) -> Path:
     """Return the path of the list of what was cut, beside an output."""
-    return output.with_name(output.name + TRUNCATED)
+    return output.parent / (output.name + TRUNCATED)
 
 
 def skipped_path(output: Path) -> Path:
     """Return the path of the list of what was left out, beside an output."""
-    return output.with_name(output.name + SKIPPED)
+    return output.parent / (output.name + SKIPPED)

@@ -93,9 +93,11 @@ def root_of(options: FileOptions, file: str) -> Path:
 def check_folder(flag: str, path: str) -> None:
     """Refuse a file to write whose folder does not exist, before anything is read.
 
+    Of a symbolic link it is the folder of what it points to.
+
     Raises:
         OptionError: The folder does not exist.
     """
-    folder = Path(path).parent
+    folder = (Path(path).resolve() if Path(path).is_symlink() else Path(path)).parent
     if not folder.is_dir():
         raise OptionError(f"{flag} {path}: no such folder {folder}; make it first")

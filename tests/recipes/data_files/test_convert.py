@@ -83,6 +83,14 @@ def test_any_format_trains_the_same_model(task, tmp_path):
     assert len(set(names)) == 18
 
 
+def test_a_link_into_a_folder_that_is_not_there_makes_none(task, tmp_path, capsys):
+    link = tmp_path / "link.jsonl"
+    link.symlink_to(tmp_path / "nowhere" / "x.jsonl")
+    assert convert(f"{task.data}/train.jsonl", "--out", str(link)) == 2
+    assert f"no such folder {tmp_path / 'nowhere'}; make it first" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == [link]
+
+
 @pytest.mark.parametrize(
     ("words", "status", "message"),
     [

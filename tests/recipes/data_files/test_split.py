@@ -155,7 +155,7 @@ def test_the_seed_decides(source, tmp_path):
     assert drawn[0] == drawn[1] != drawn[2]
 
 
-def test_mistakes_leave_nothing_behind(source, tmp_path, capsys):
+def test_mistakes_leave_nothing_behind(source, tmp_path, capsys, monkeypatch):
     out = tmp_path / "parts"
     for parts, message in (("a=99", "99 asked for, the file has 40"), ("a", "expected name=")):
         assert split(source, out, parts) == 2
@@ -164,6 +164,11 @@ def test_mistakes_leave_nothing_behind(source, tmp_path, capsys):
     out.mkdir()
     assert split(source, out, "a=1") == 2
     assert "exists; remove it" in capsys.readouterr().err
+    monkeypatch.chdir(source.parent)
+    before = sorted(source.parent.rglob("*"))
+    assert split(source, Path(), "a=1") == 2
+    assert "--out .: exists; remove it" in capsys.readouterr().err
+    assert sorted(source.parent.rglob("*")) == before
 
 
 def file_of(path: Path, *rows: dict) -> Path:
