@@ -15,7 +15,9 @@ from prm.data.record_fields import Location, Words
 IsRecord = Callable[[Mapping[str, Any]], bool]
 """Whether an object looks like a record of a format that is expected."""
 _DEEPEST, _MOST, _SHOWN = 4, 100, 5
-_BY_RECORDS = "by pandas: read_json(...).to_json(..., orient='records', lines=True)"
+_BY_RECORDS = (
+    "write it row by row, by pandas: read_json(...).to_json(..., orient='records', lines=True)"
+)
 
 
 def held_rows(
