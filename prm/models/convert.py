@@ -21,7 +21,7 @@ from torch import Tensor
 
 from prm.files import atomic_write
 from prm.models.internvl_layout import Layout, is_tied, layout_of, native_config
-from prm.models.native import MOST_TILES
+from prm.models.native import MOST_TILES, write_processor_config
 from prm.models.untrusted import (
     ModelError,
     check_counts,
@@ -102,6 +102,7 @@ def convert_internvl(source: str | Path, target: str | Path) -> dict[str, int]:
         native.save_pretrained(unfinished)
         tokenizer.save_pretrained(unfinished)
         images.save_pretrained(unfinished)
+        write_processor_config(unfinished, native, images)
         if (source / "generation_config.json").is_file():
             shutil.copyfile(
                 source / "generation_config.json", unfinished / "generation_config.json"
