@@ -16,8 +16,10 @@ from typing import Any
 from prm.conventions import Conventions
 from prm.models.model import PRM
 
-ASKED = ("system_prompt", "context", "max_patches", "probability")
-READ = ("aggregation", "threshold")
+OF_ANSWERS = ("probability", "aggregation", "threshold")
+"""Options of the answers of a model, which not every command has."""
+
+_ASKED = ("system_prompt", "context", "max_patches", "probability")
 _MAX_PATCHES = 6
 _SHOWN = 100
 
@@ -51,7 +53,7 @@ def agreed(
         asked = replace(own, context="plus")
     differ = [
         name
-        for name in ASKED
+        for name in _ASKED
         if name in given and given[name] not in (getattr(own, name), getattr(asked, name))
     ]
     if differ:

@@ -26,7 +26,7 @@ from prm.names import Recomputed, TooLong
 from prm.placement import Placement, resolve
 from prm.schema import DataError, StepExample
 from recipes.bad_rows import bad_rows_of
-from recipes.conventions import ASKED, READ, agreed
+from recipes.conventions import OF_ANSWERS, agreed
 from recipes.options.base import OF_MODEL, LoaderOptions, PlacementOptions, PrmOptions
 from recipes.options.groups import LoraSettings
 from recipes.options.values import OptionError, existing_file, launched_precision
@@ -277,11 +277,16 @@ def asked(options: PrmOptions, prm: PRM, name: str | None = None) -> Conventions
     Raises:
         OptionError: An option contradicts the conventions of the model.
     """
-    values = {field: getattr(options, field, None) for field in (*ASKED, *READ)}
+    values = {
+        "system_prompt": options.system_prompt,
+        "context": options.context,
+        "max_patches": options.max_patches,
+        **{name: getattr(options, name, None) for name in OF_ANSWERS},
+    }
     try:
         return agreed(
             prm,
-            {field: value for field, value in values.items() if value is not None},
+            {name: value for name, value in values.items() if value is not None},
             Path(name or options.model) / FILE,
             trains=options.TRAINS,
             hides_labels=options.HIDES_LABELS,
