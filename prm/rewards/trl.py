@@ -21,6 +21,8 @@ from prm.scorer import Judgement, Pictures, Scorer
 Rewards = list[float | None]
 
 _IMAGE_COLUMNS = ("images", "image")
+_ADDED = ("completion_ids", "trainer_state", "log_extra", "log_metric", "environments")
+"""What TRL passes beside the columns of the data set."""
 
 
 def grpo_reward(
@@ -79,7 +81,7 @@ def _rows(
     """Return the question, the solution and the pictures of every completion."""
     for name in (question, images):
         if name is not None and name not in columns:
-            known = ", ".join(map(repr, columns)) or "none"
+            known = ", ".join(repr(each) for each in columns if each not in _ADDED) or "none"
             raise ValueError(f"expected a column {name!r} in the data set, found {known}")
     asked = [question_of(prompt) for prompt in prompts]
     questions = [text for text, _ in asked] if question is None else list(columns[question])
