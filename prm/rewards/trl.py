@@ -32,8 +32,8 @@ def grpo_reward(
 
     A blank completion has the reward 0. One that cannot be judged (it imitates the chat template,
     or with ``too_long="refuse"`` is longer than the reward model's context) has the reward None,
-    which TRL leaves out, and a warning says why. The share of these is logged as ``prm/unjudged``,
-    that of completions whose first steps alone were judged as ``prm/truncated``, and the table of
+    which TRL leaves out, and a warning says why. The share of these is logged as ``process_reward/unjudged``,
+    that of completions whose first steps alone were judged as ``process_reward/truncated``, and the table of
     completions has the column ``prm_truncated``.
 
     Args:
@@ -112,8 +112,8 @@ def _rewards(
             stacklevel=3,
         )
     if (log_metric := columns.get("log_metric")) is not None:
-        log_metric("prm/unjudged", len(refused) / len(judged))
-        log_metric("prm/truncated", sum(cut) / len(judged))
+        log_metric("process_reward/unjudged", len(refused) / len(judged))
+        log_metric("process_reward/truncated", sum(cut) / len(judged))
     if (log_extra := columns.get("log_extra")) is not None:
         log_extra("prm_truncated", cut)
     return rewards

@@ -13,8 +13,11 @@ import torch
 import yaml
 
 from prm.conventions import FILE, Conventions, read_conventions
+from prm.data.reader import read_jsonl
 from prm.evaluation.step_benchmarks import best_threshold
 from prm.models.model import load_prm
+from prm.scorer import Scorer
+from prm.scoring import score_examples
 from recipes import commands
 from recipes.embedded.vocabulary import SYSTEM_PROMPT
 from recipes.loading import asked as asked_by
@@ -131,8 +134,6 @@ def test_the_threshold_is_the_best_on_the_development_set(run, task):
     data = read_examples(prm, options, options.data.dev_file)
     truth, predicted = [], []
     for row in data.encoded:
-        from prm.scoring import score_examples
-
         (scores,) = score_examples(prm, params, [row], data.collator, 1)
         for step, score in zip(row.example.steps, scores.tolist(), strict=True):
             if step.label is not None:
@@ -179,6 +180,35 @@ def test_commands_need_the_folder_alone(alone, task, tmp_path, capsys):
         assert commands.run("evaluate", evaluate) == 0
         found = json.loads(figures.read_text())
         assert (found["aggregation"], found["threshold"]) == ("min", own.threshold)
+
+
+@pytest.mark.parametrize("size", [2, 7])
+def test_a_program_gets_the_bits_of_the_command(alone, task, tmp_path, size):
+    """Of several windows of batches, and of one."""
+    options = ScoreOptions(
+        model=str(alone),
+        file=str(task.data / "test.jsonl"),
+        output=str(tmp_path / "a.jsonl"),
+        eval_batch_size=size,
+        tokens_per_batch=700,
+    )
+    assert commands.run("score", options) == 0
+    rows = read_scores(Path(options.output))
+    scorer = Scorer.from_pretrained(alone, batch_size=size, tokens_per_batch=700)
+    examples = list(read_jsonl(options.file))
+    solutions = [[step.text for step in example.steps] for example in examples]
+    images = [example.images for example in examples]
+    judged = scorer.judge([example.question for example in examples], solutions, images)
+    assert [one.step_scores for one in judged] == [row.step_scores for row in rows]
+    assert [one.score for one in judged] == [row.scores["min"] for row in rows]
+    first = [n for n, row in enumerate(rows) if row.group == rows[0].group]
+    order = scorer.rank(examples[0].question, [solutions[n] for n in first], images[0])
+    scores = [judged[n].score for n in first]
+    assert [scores[n] for n in order] == pytest.approx(sorted(scores, reverse=True), abs=1e-6)
+    defaults = ScoreOptions(file="x", output="y")
+    usual = Scorer(scorer.prm)
+    assert usual.batch_size == defaults.eval_batch_size
+    assert usual.tokens_per_batch == defaults.tokens_per_batch
 
 
 @pytest.mark.parametrize("command", ["score", "evaluate"])

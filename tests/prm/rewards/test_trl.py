@@ -40,8 +40,8 @@ def test_rewards_are_the_scores_of_the_completions(scorer, expected, make):
     plain, logged = called(reward, [QUESTION] * 3, SOLUTIONS)
     assert plain == expected
     assert logged == {
-        "prm/unjudged": 0,
-        "prm/truncated": 0,
+        "process_reward/unjudged": 0,
+        "process_reward/truncated": 0,
         "prm_truncated": [False] * 3,
     }
     prompts = [said("reply in words", "system") + said(QUESTION, "user")] * 3
@@ -82,8 +82,8 @@ def test_completions_that_cannot_be_judged_have_no_reward(scorer):
     (first,) = scorer.score([QUESTION], ["is"])
     assert found[3] == pytest.approx(first[0], abs=1e-6)
     assert logged == {
-        "prm/unjudged": 0.25,
-        "prm/truncated": 0.25,
+        "process_reward/unjudged": 0.25,
+        "process_reward/truncated": 0.25,
         "prm_truncated": [False, False, False, True],
     }
 
