@@ -32,9 +32,9 @@ def grpo_reward(
 
     A blank completion has the reward 0. One that cannot be judged (it imitates the chat template,
     or with ``too_long="refuse"`` is longer than the reward model's context) has the reward None,
-    which TRL leaves out, and a warning says why. The share of these is logged as ``process_reward/unjudged``,
-    that of completions whose first steps alone were judged as ``process_reward/truncated``, and the table of
-    completions has the column ``prm_truncated``.
+    which TRL leaves out, and a warning says why. The share of these is logged as
+    ``process_reward/unjudged``, that of completions whose first steps alone were judged as
+    ``process_reward/truncated``, and the table of completions has the column ``prm_truncated``.
 
     Args:
         scorer: The reward model. ``too_long="truncate"`` gives long completions a reward, too.
