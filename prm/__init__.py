@@ -13,6 +13,9 @@ from typing import TYPE_CHECKING, Any
 # The one list of public names. Type checkers follow these imports (``as`` marks a re-export); at
 # run time nothing of them is executed: ``_homes`` reads from them where each name is defined.
 if TYPE_CHECKING:
+    from prm.conventions import Conventions as Conventions
+    from prm.conventions import read_conventions as read_conventions
+    from prm.conventions import write_conventions as write_conventions
     from prm.data.reader import checked_rows as checked_rows
     from prm.data.reader import iter_rows as iter_rows
     from prm.data.reader import read_examples as read_examples
@@ -69,6 +72,8 @@ if TYPE_CHECKING:
     from prm.schema import DataError as DataError
     from prm.schema import Step as Step
     from prm.schema import StepExample as StepExample
+    from prm.scorer import Judgement as Judgement
+    from prm.scorer import Scorer as Scorer
     from prm.scoring import StepScores as StepScores
     from prm.scoring import aggregate as aggregate
     from prm.scoring import score_examples as score_examples

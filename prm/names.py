@@ -20,6 +20,10 @@ Context = Literal["plus", "gold", "masked"]
 step's gold label ("-" below 0.5; "+" where there is none), or the tokenizer's padding token, which
 carries no information."""
 
+Probability = Literal["labels", "vocabulary"]
+"""The softmax that a step score is read from: over the two labels or, as in DreamPRM-1.5, over the
+whole vocabulary."""
+
 LossTarget = Literal["both", "+"]
 """The scores that the upper-level loss compares with the outcome; see
 ``prm.losses.outcome_loss``."""

@@ -27,6 +27,10 @@ from prm.inputs.transfer import moved
 from prm.inputs.workers import ordered_map
 from prm.models.model import PRM, step_logits
 
+WINDOW = 8
+"""Number of batches of the largest size whose solutions are sorted by length together, so that the
+scores of a file are written in its order, and the same by every caller."""
+
 
 def step_scores(
     step_logits: Float[Tensor, "*batch steps 2"], *, full_vocab: bool = False

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from prm.conventions import FILE, Conventions
 from prm.data.bad_rows import BadRows
 from prm.data.store.encoded import EncodedExamples, located
 from prm.data.store.examples import StoredExamples, facts, store_examples
@@ -25,7 +26,8 @@ from prm.names import Recomputed, TooLong
 from prm.placement import Placement, resolve
 from prm.schema import DataError, StepExample
 from recipes.bad_rows import bad_rows_of
-from recipes.options.base import LoaderOptions, PlacementOptions, PrmOptions
+from recipes.conventions import OF_ANSWERS, agreed
+from recipes.options.base import OF_MODEL, LoaderOptions, PlacementOptions, PrmOptions
 from recipes.options.groups import LoraSettings
 from recipes.options.values import OptionError, existing_file, launched_precision
 from recipes.terminal import say
@@ -160,6 +162,7 @@ class Fault:
 
 
 Data = TypeVar("Data", bound=Examples | Solutions)
+AnyOptions = TypeVar("AnyOptions", bound=PrmOptions)
 
 
 def usable(data: Data, fault: Callable[[Facts], Fault | None]) -> Data:
@@ -219,18 +222,22 @@ def load_model(
     freeze: Sequence[str] = (),
     path: str | None = None,
     placement: Placement | None = None,
+    conventions: Conventions | None = None,
 ) -> tuple[PRM, dict[str, Tensor]]:
     """Load a model, and return it with its trainable parameters by name.
+
+    Its conventions are those by which the command asks it (``asked``).
 
     Args:
         options: The options of the command.
         freeze: The parts that are not trained.
         path: The value of ``--init-from``, None for ``--model``.
         placement: Where it computes. None means the CPU in float32.
+        conventions: How it is asked. None means by ``asked``.
 
     Raises:
         OptionError: There is no such model, it is damaged, it or its chat template cannot judge
-            steps, or ``freeze`` names no part of it.
+            steps, an option contradicts its conventions, or ``freeze`` names no part of it.
     """
     placement = placement or Placement()
     name = path if path is not None else options.model
@@ -241,7 +248,10 @@ def load_model(
         )
     try:
         prm = placement.load(EMBEDDED_BASE if name == "embedded" else name)
-        _collator(prm, options)  # refuses chat templates before data are read
+        prm = replace(prm, conventions=conventions or asked(options, prm, name))
+        prm.collator()  # refuses chat templates before data are read
+    except OptionError:
+        raise
     except (OSError, ValueError) as error:
         flag = "--model" if path is None else "--init-from"
         where = " (no folder here, looked up on the hub)" if is_hub_name(name) else ""
@@ -255,6 +265,43 @@ def load_model(
     except ValueError as error:
         raise OptionError(f"--{error}") from error
     return prm, {name: tensor.clone() for name, tensor in trainable.items()}
+
+
+def asked(options: PrmOptions, prm: PRM, name: str | None = None) -> Conventions:
+    """Return how a command asks a model; see ``recipes.conventions``.
+
+    Args:
+        options: The options of the command. One that is None was not given.
+        prm: The model.
+        name: Its folder, or its name on a hub. None means that of ``--model``.
+
+    Raises:
+        OptionError: An option contradicts the conventions of the model.
+    """
+    values = {
+        "system_prompt": options.system_prompt,
+        "context": options.context,
+        "max_patches": options.max_patches,
+        **{name: getattr(options, name, None) for name in OF_ANSWERS},
+    }
+    try:
+        return agreed(
+            prm,
+            {name: value for name, value in values.items() if value is not None},
+            Path(name or options.model) / FILE,
+            trains=options.TRAINS,
+            hides_labels=options.HIDES_LABELS,
+        )
+    except ValueError as error:
+        raise OptionError(str(error)) from error
+
+
+def filled(options: AnyOptions, conventions: Conventions) -> AnyOptions:
+    """Return options in which those of the prompt that were not given are the model's."""
+    values = {name: getattr(conventions, name) for name in OF_MODEL}
+    if values["system_prompt"] == SYSTEM_PROMPT:
+        values["system_prompt"] = options.system_prompt  # the library's stays unwritten
+    return replace(options, **values)
 
 
 def adapted(
@@ -370,9 +417,4 @@ def cut(data: Data, steps: Mapping[int, int]) -> Data:
 
 
 def _collator(prm: PRM, options: PrmOptions, too_long: TooLong = "refuse") -> Collator:
-    return prm.collator(
-        too_long=too_long,
-        context=options.context,
-        system_prompt=SYSTEM_PROMPT if options.system_prompt is None else options.system_prompt,
-        max_patches=options.max_patches,
-    )
+    return replace(prm, conventions=asked(options, prm)).collator(too_long=too_long)

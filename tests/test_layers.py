@@ -56,8 +56,11 @@ LAYERS = {
         ("data_urls", "signatures"),
         ("schema", "names", "files"),
         ("losses", "aggregations", "evaluation", "inputs", "digests"),
+        ("conventions",),
         ("data", "models", "tensor_cache"),
         ("activations", "placement", "scoring"),
+        ("scorer",),
+        ("rewards",),
     ),
     "weighting": (
         ("bounds", "files", "heuristics", "normalise"),
@@ -66,7 +69,7 @@ LAYERS = {
         ("store",),
     ),
     "recipes": (
-        ("bad_rows", "options", "stopping", "tensor_file", "terminal"),
+        ("bad_rows", "conventions", "options", "stopping", "tensor_file", "terminal"),
         ("ranks",),
         ("run", "loading", "profiling"),
         ("frozen",),

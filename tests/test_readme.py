@@ -39,6 +39,11 @@ def blocks_of(text: str) -> str:
     return "\n".join(parts[2::4]).replace("\\\n", " ")
 
 
+def snippets(page: str) -> list[str]:
+    """The blocks of Python of a page."""
+    return re.findall(r"```python\n(.*?)```", PAGES[page], re.DOTALL)
+
+
 def spans_of(text: str) -> list[str]:
     """Code spans of a page, line breaks in them as spaces."""
     prose = re.sub(r"^```.*?^```", "", text, flags=re.MULTILINE | re.DOTALL)
@@ -56,7 +61,7 @@ def rows_of(page: str, header: str) -> list[list[str]]:
 
 
 def test_core_snippet_runs_and_its_audit_agrees():
-    (snippet,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    _, snippet = snippets("README.md")
     namespace: dict = {}
     exec(compile(snippet, "README.md", "exec"), namespace)
     assert namespace["info"].weights.shape == (64,)
@@ -83,8 +88,7 @@ def test_core_snippet_runs_and_its_audit_agrees():
 
 def test_readme_is_one_page():
     assert len(README.splitlines()) <= 150
-    (snippet,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-    assert len(snippet.splitlines()) <= 20
+    assert all(len(snippet.splitlines()) <= 20 for snippet in snippets("README.md"))
 
 
 def parse(words: list[str]) -> None:
@@ -458,6 +462,7 @@ def test_a_users_files_become_selected_answers(task, tmp_path, monkeypatch):
     for command in commands:
         words = [str(task.model) if word.startswith("OpenGVLab/") else word for word in command]
         assert main([*words, *added.get(words[0], [])]) == 0, " ".join(words)
+    run_snippets(task, tmp_path)
     scores, selected = lines_of(tmp_path / "scores.jsonl"), lines_of(tmp_path / "selected.jsonl")
     asked = dict.fromkeys(row["group"] for row in candidates)
     assert [row["group"] for row in selected] == list(asked)
@@ -465,6 +470,25 @@ def test_a_users_files_become_selected_answers(task, tmp_path, monkeypatch):
         among = {r["id"]: r["scores"]["mean"] for r in scores if r["group"] == best["group"]}
         assert best["score"] == max(among.values()) == among[best["id"]]
         assert best["tied"] == [name for name, score in among.items() if score == best["score"]]
+
+
+def run_snippets(task, folder: Path) -> None:
+    """The snippet for programs in the README, and those of the page on them, in their order."""
+    (folder / "sheets").mkdir(exist_ok=True)
+    shutil.copy(next(task.data.rglob("*.png")), folder / "sheets" / "17.png")
+    namespace: dict = {}
+    for code in (snippets("README.md")[0], *snippets("docs/programs.md")):
+        exec(compile(code, "docs/programs.md", "exec"), namespace)
+    scorer, solutions, outputs = (namespace[n] for n in ("scorer", "solutions", "outputs"))
+    asked, images = [namespace["question"]] * 2, [namespace["images"]] * 2
+    assert [len(steps) for steps in namespace["step_scores"]] == [2, 2]
+    assert namespace["best"] in solutions
+    first, second = (one.score for one in scorer.judge(asked, solutions, images))
+    assert namespace["rewards"] == pytest.approx([first, second], abs=1e-6)
+    assert namespace["score"] == pytest.approx(first, abs=1e-6)
+    assert namespace["result"]["score"] == pytest.approx(first, abs=1e-6)
+    (unseen,) = namespace["steps"]
+    assert unseen == scorer.score(asked, [output.split("\n\n") for output in outputs])
 
 
 def test_the_check_with_real_weights_is_the_one_that_was_written():

@@ -19,9 +19,10 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from prm.conventions import FILE, read_conventions, write_conventions
 from prm.files import atomic_write
 from prm.models.internvl_layout import Layout, is_tied, layout_of, native_config
-from prm.models.native import MOST_TILES
+from prm.models.native import MOST_TILES, write_processor_config
 from prm.models.untrusted import (
     ModelError,
     check_counts,
@@ -67,7 +68,8 @@ def convert_internvl(source: str | Path, target: str | Path) -> dict[str, int]:
 
     Args:
         source: Folder with ``config.json``, ``*.safetensors`` and the tokenizer's files
-            (``tokenizer.json``, or for Qwen ``vocab.json`` and ``merges.txt``).
+            (``tokenizer.json``, or for Qwen ``vocab.json`` and ``merges.txt``). The original layout
+            does not say how a reward model is asked; a ``prm.json`` that was added to it is taken.
         target: The folder to write, which must be missing or empty. It appears only when complete.
 
     Returns:
@@ -76,6 +78,7 @@ def convert_internvl(source: str | Path, target: str | Path) -> dict[str, int]:
     Raises:
         FileNotFoundError: A file is missing in ``source``.
         FileExistsError: ``target`` is not empty.
+        DataError: A ``prm.json`` in ``source`` is damaged.
         ModelError: ``source`` is not such a checkpoint, a file is damaged, or a tensor is missing,
             unknown, duplicate, not finite, or of another shape than the configuration states. It
             is a ``ValueError``.
@@ -96,16 +99,20 @@ def convert_internvl(source: str | Path, target: str | Path) -> dict[str, int]:
         expected = _expected_shapes(native)
     _check(layout, shards, expected, tied=tied)
     images = _image_processor(config, native)
+    asked = read_conventions(source / FILE) if (source / FILE).is_file() else None
     with atomic_write(target) as unfinished:
         unfinished.mkdir(parents=True)
         count, native.dtype = _write_weights(layout, shards, unfinished, drop_head=tied)
         native.save_pretrained(unfinished)
         tokenizer.save_pretrained(unfinished)
         images.save_pretrained(unfinished)
+        write_processor_config(unfinished, native, images)
         if (source / "generation_config.json").is_file():
             shutil.copyfile(
                 source / "generation_config.json", unfinished / "generation_config.json"
             )
+        if asked is not None:
+            write_conventions(unfinished / FILE, asked)
         write_digests(unfinished)
     return count
 

@@ -6,8 +6,9 @@ import inspect
 import re
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from types import EllipsisType
 from typing import Any, Literal
 
 import torch
@@ -15,17 +16,25 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from prm.conventions import FILE, Conventions, write_conventions
 from prm.files import atomic_write
 from prm.inputs.collate import Collator
 from prm.inputs.image_inputs import image_inputs, image_tokens
-from prm.inputs.prompt import SYSTEM_PROMPT, PromptEncoder
+from prm.inputs.prompt import PromptEncoder
 from prm.inputs.tiles import CACHE_BYTES
 from prm.inputs.tokens import ImageTokens, label_tokens
 from prm.models.activation_checkpointing import checkpointed
 from prm.models.adapters import merged
 from prm.models.boundary import FROZEN_STATES, Boundary, going_on
 from prm.models.chat_templates import check_terminates
-from prm.models.native import load_config, load_image_processor, load_model, load_tokenizer
+from prm.models.native import (
+    load_config,
+    load_conventions,
+    load_image_processor,
+    load_model,
+    load_tokenizer,
+    write_processor_config,
+)
 from prm.models.no_waits import attention_mask, count_image_tokens_on_cpu_only
 from prm.models.untrusted import ModelError, reading
 from prm.models.weight_files import write_digests
@@ -42,7 +51,8 @@ _TARGETS = frozenset({"labels"})  # Some base models would take these entries of
 class PRM:
     """A process reward model, whose parameters are passed separately, as a dict by name.
 
-    ``autocast``, ``activation_checkpointing`` and ``boundary`` are set by ``dataclasses.replace``.
+    ``autocast``, ``activation_checkpointing``, ``boundary`` and ``conventions`` are set by
+    ``dataclasses.replace``.
 
     Attributes:
         model: An ``AutoModelForImageTextToText`` or ``AutoModelForCausalLM``. Its own parameters do
@@ -60,6 +70,8 @@ class PRM:
             those in front of the language model are.
         boundary: Where the frozen front of the model ends, if its activations are kept. A batch
             that holds them (``prm.activations.batches``) is computed from there.
+        conventions: How the model was trained to be asked; ``save_prm`` writes them beside it. None
+            means that its folder does not say.
     """
 
     model: Any
@@ -71,6 +83,12 @@ class PRM:
     autocast: torch.dtype | None = None
     activation_checkpointing: bool | Literal["vision"] = False
     boundary: Boundary | None = None
+    conventions: Conventions | None = None
+
+    @property
+    def usage(self) -> Conventions:
+        """How the model is asked: by its own conventions, or else by the library's defaults."""
+        return self.conventions or Conventions(plus_id=self.plus_id, minus_id=self.minus_id)
 
     @property
     def device(self) -> torch.device:
@@ -81,8 +99,8 @@ class PRM:
     def collator(
         self,
         *,
-        context: Context = "plus",
-        system_prompt: str | None = SYSTEM_PROMPT,
+        context: Context | None = None,
+        system_prompt: str | EllipsisType | None = ...,
         max_patches: int | None = None,
         max_length: int | Literal["model"] | None = "model",
         too_long: TooLong = "refuse",
@@ -90,14 +108,15 @@ class PRM:
         domains: Mapping[str, int] | None = None,
         cache_bytes: int = CACHE_BYTES,
     ) -> Collator:
-        """Return a ``Collator`` for this model.
+        """Return a ``Collator`` for this model, by its ``usage`` unless told otherwise.
 
         Args:
             context: The content of earlier assistant slots (``prm.names.Context``). Use the same to
-                train and to score.
-            system_prompt: The text of the system turn. None means no system turn.
+                train and to score. None means the model's own.
+            system_prompt: The text of the system turn. None means no system turn, and ``...`` the
+                model's own.
             max_patches: The largest number of tiles per image, without the thumbnail, in units of
-                256 tokens. None means the image processor's number.
+                256 tokens. None means the model's own, or else the image processor's number.
             max_length: The longest accepted sequence in tokens. None means any length, and "model"
                 the number of positions of the model.
             too_long: What a longer one leads to: an error, or that as many whole steps as fit are
@@ -109,14 +128,17 @@ class PRM:
         Raises:
             ValueError: The tokenizer, its template or the image processor is not supported.
         """
+        usage = self.usage
         if max_length == "model":
             text_config = self.model.config.get_text_config()
             max_length = getattr(text_config, "max_position_embeddings", None)
         prompt = PromptEncoder(
             self.tokenizer,
             image_tokens=self.image_tokens,
-            context=context,
-            system_prompt=system_prompt,
+            context=usage.context if context is None else context,
+            system_prompt=(
+                usage.system_prompt if isinstance(system_prompt, EllipsisType) else system_prompt
+            ),
             max_length=max_length,
             too_long=too_long,
             chat_template=getattr(self.image_processor, "chat_template", None),
@@ -124,7 +146,9 @@ class PRM:
         images = None
         if self.image_processor is not None:
             images = image_inputs(
-                self.image_processor, max_patches=max_patches, cache_bytes=cache_bytes
+                self.image_processor,
+                max_patches=usage.max_patches if max_patches is None else max_patches,
+                cache_bytes=cache_bytes,
             )
         accepted = inspect.signature(self.model.base_model.forward).parameters
         names = [name for name in TOKEN_TYPES if name in accepted]
@@ -159,6 +183,8 @@ def load_prm(
         ModelError: The checkpoint cannot be used as a process reward model: tensors are missing,
             left over, of another shape or not finite, a file is damaged or has changed since it was
             written here, or the model is of another kind. It is a ``ValueError``.
+        DataError: The conventions beside the model are damaged, of a newer version, or not those of
+            its tokenizer.
     """
     from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
     from transformers.models.auto.modeling_auto import (
@@ -193,7 +219,8 @@ def load_prm(
         attn_implementation=attn_implementation,
     )
     with reading(f"the model in {name}"):
-        return make_prm(model.to(device), tokenizer, image_processor)
+        prm = make_prm(model.to(device), tokenizer, image_processor)
+    return replace(prm, conventions=load_conventions(name, prm.plus_id, prm.minus_id))
 
 
 def is_hub_name(name: str) -> bool:
@@ -236,7 +263,7 @@ def save_prm(prm: PRM, params: Mapping[str, Tensor], directory: str | Path) -> N
     """Write a folder that plain transformers ``from_pretrained`` loads; adapters are merged.
 
     The folder also holds ``model.sha256``, the digests of the weights and the tokenizer, which
-    ``load_prm`` compares.
+    ``load_prm`` compares, and ``prm.json``, the conventions of the model if it has any.
 
     Args:
         prm: The model, its tokenizer and its image processor.
@@ -262,6 +289,9 @@ def save_prm(prm: PRM, params: Mapping[str, Tensor], directory: str | Path) -> N
         prm.tokenizer.save_pretrained(unfinished)
         if prm.image_processor is not None:
             prm.image_processor.save_pretrained(unfinished)
+            write_processor_config(unfinished, prm.model.config, prm.image_processor)
+        if prm.conventions is not None:
+            write_conventions(unfinished / FILE, prm.conventions)
         write_digests(unfinished)
         _check_saved_tokenizer(prm.tokenizer, unfinished)
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from prm.conventions import FILE, Conventions, read_conventions
 from prm.inputs.tiles import MOST_PIXELS
 from prm.models.untrusted import (
     ModelError,
@@ -26,6 +28,7 @@ from prm.models.weight_files import (
     unchanged,
     weight_files,
 )
+from prm.schema import DataError
 
 _ALTERNATIVES = {
     "internvl_chat": (
@@ -170,6 +173,54 @@ def load_image_processor(name: str, tokenizer: Any, config: Any) -> Any:
             "processor has an image_token"
         )
     return processor
+
+
+def load_conventions(name: str, plus_id: int, minus_id: int) -> Conventions | None:
+    """Return the conventions of a checkpoint, None if it does not say.
+
+    Args:
+        name: The folder, or the name on a hub.
+        plus_id: The token id of "+" in its tokenizer.
+        minus_id: The token id of "-" in its tokenizer.
+
+    Raises:
+        DataError: They are damaged, of a newer version, or name other label tokens.
+    """
+    path = _found(name, FILE)
+    if path is None:
+        return None
+    conventions = read_conventions(path)
+    found = (conventions.plus_id, conventions.minus_id)
+    if found != (plus_id, minus_id):
+        raise DataError(
+            expected=f'the ids of the tokenizer, {{"+": {plus_id}, "-": {minus_id}}}',
+            found=f'{{"+": {found[0]}, "-": {found[1]}}}',
+            file=path,
+            field="labels",
+            remedy="use the tokenizer and the conventions of one model",
+        )
+    return conventions
+
+
+def write_processor_config(folder: Path, config: Any, images: Any) -> None:
+    """Write what ``AutoProcessor`` needs to know beside an image processor that stands alone.
+
+    Without the number of tokens of a tile the processor of InternVL takes 256, whatever the model.
+    """
+    from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
+
+    tokens = getattr(config, "image_seq_length", None)
+    if (
+        tokens is None
+        or hasattr(images, "image_processor")
+        or type(config) not in PROCESSOR_MAPPING
+    ):
+        return
+    content = {
+        "image_seq_length": tokens,
+        "processor_class": PROCESSOR_MAPPING[type(config)].__name__,
+    }
+    (folder / "processor_config.json").write_text(json.dumps(content, indent=2) + "\n")
 
 
 def _check_tiles(name: str, images: Any, config: Any) -> None:

@@ -10,7 +10,6 @@ from prm.data.reader import Row, image_errors, iter_rows
 from prm.data.stepwise_writer import read_weights
 from prm.data_urls import shown
 from prm.inputs.collate import EncodedExample
-from prm.inputs.prompt import SYSTEM_PROMPT
 from prm.inputs.tiles import image_size
 from prm.schema import DataError, StepExample
 from recipes.data_files.options import InspectOptions
@@ -33,11 +32,7 @@ def inspect(options: InspectOptions) -> str:
     row, example = _find(path, options)
     set_up(options)
     prm, _ = load_model(options)
-    collator = prm.collator(
-        context=options.context,
-        system_prompt=SYSTEM_PROMPT if options.system_prompt is None else options.system_prompt,
-        max_patches=options.max_patches,
-    )
+    collator = prm.collator()
     encoded = collator.encode(example)
     lines = [f"{printable(path)}:{row.line} ({row.format})", *_fields(example, options, encoded)]
     lines += _steps(encoded, collator.prompt.tokenizer)

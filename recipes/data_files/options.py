@@ -53,8 +53,12 @@ class ValidateFlags(FileOptions):
     model: str | None = option(
         None, "count tokens and tiles for this model ('embedded', a directory or hub name)"
     )
-    max_patches: int = option(
-        6, "at most this many tiles per image, when counting them", least=1, most=256
+    max_patches: int | None = option(
+        None,
+        "at most this many tiles per image, when counting them (default: as the model was trained, "
+        "or else 6)",
+        least=1,
+        most=256,
     )
 
 

@@ -151,8 +151,8 @@ def _check(
 def _measure(options: ValidateOptions) -> Measure:
     from recipes.loading import load_model
 
-    prm, _ = load_model(PrmOptions(model=str(options.model)))
-    collator = prm.collator(max_patches=options.max_patches)
+    asked = PrmOptions(model=str(options.model), max_patches=options.max_patches)
+    collator = load_model(asked)[0].collator()
 
     def measure(example: StepExample) -> tuple[int, int]:
         encoded = collator.encode(example)

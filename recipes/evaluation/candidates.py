@@ -19,6 +19,7 @@ from prm.data.store.outline import Facts
 from prm.evaluation.answers import SameAnswer, answer_classes
 from prm.evaluation.metrics import bootstrap_interval, macro_f1, roc_auc
 from prm.evaluation.select import best_of_n, self_consistency, weighted_vote
+from prm.evaluation.step_benchmarks import best_threshold
 from prm.models.model import PRM
 from prm.names import TieRule
 from prm.scoring import StepScores, aggregate
@@ -176,11 +177,13 @@ class Evaluation:
         selected: Whether the selected candidate is right, per question.
         step_auc: The AUC of step scores against step labels, None without labels of both kinds.
         step_macro_f1: The macro F1 at threshold 0.5, None without labels of both kinds.
+        threshold: The threshold of the best macro F1, None without labels of both kinds.
     """
 
     selected: np.ndarray
     step_auc: float | None
     step_macro_f1: float | None
+    threshold: float | None
 
 
 def read_candidates(prm: PRM, options: LoaderOptions, path: str) -> Candidates:
@@ -253,6 +256,7 @@ def evaluate(
         selected=candidates.best(solution_scores_of(rows, AGGREGATIONS[options.aggregation])),
         step_auc=float(roc_auc(truth, predicted)) if has_both else None,
         step_macro_f1=float(macro_f1(truth, predicted > 0.5)) if has_both else None,
+        threshold=best_threshold(truth, predicted)[0] if has_both else None,
     )
 
 

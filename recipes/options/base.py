@@ -29,6 +29,9 @@ MOST_THREADS = 1024
 MOST_NUMBER = 10**6
 """Of learning rates, weights and other numbers that float32 holds with their squares."""
 
+OF_MODEL = ("system_prompt", "context", "max_patches")
+"""Options that are the model's where they are not given (``recipes.conventions``)."""
+
 _ranks = count()
 
 
@@ -135,6 +138,10 @@ class PrmOptions:
     """
 
     ONLY_WITH: ClassVar[Mapping[Condition, tuple[str, ...]]] = {}
+    TRAINS: ClassVar[bool] = False
+    """Whether the command trains the model, and so sets how it is asked."""
+    HIDES_LABELS: ClassVar[bool] = False
+    """Whether the labels of the rows that are judged must not reach the model."""
 
     model: str = option(
         "embedded",
@@ -148,11 +155,20 @@ class PrmOptions:
         on_resume="path",
     )
     allow_outside_images: bool = option(False, "take images outside the image root, too")
-    system_prompt: str | None = option(None, "system turn (default: the library's instruction)")
-    context: Context = option(
-        "plus", "what stands in the label slots of earlier steps, in training and in scoring"
+    system_prompt: str | None = option(
+        None, "system turn (default: the model's, or else the library's instruction)"
     )
-    max_patches: int = option(6, "at most this many tiles per image", least=1, most=256)
+    context: Context | None = option(
+        None,
+        "what stands in the label slots of earlier steps, in training and in scoring (default: as "
+        "the model was trained, or else plus)",
+    )
+    max_patches: int | None = option(
+        None,
+        "at most this many tiles per image (default: as the model was trained, or else 6)",
+        least=1,
+        most=256,
+    )
     threads: int = option(
         0, "CPU threads of torch (0: all cores)", least=0, most=MOST_THREADS, on_resume="free"
     )
@@ -255,8 +271,9 @@ class LoaderOptions(ReadOptions, PrmOptions):
 class ScoringOptions(LoaderOptions):
     """Options of every command that scores whole solutions."""
 
-    aggregation: AggregationName = option(
-        "mean", "how the step scores of a solution become its score"
+    aggregation: AggregationName | None = option(
+        None,
+        "how the step scores of a solution become its score (default: the model's, or else mean)",
     )
     eval_batch_size: int = option(
         64, "most solutions per forward pass when scoring", least=1, most=MOST_EXAMPLES

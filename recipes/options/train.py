@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from prm.names import LossTarget, Recomputed
+from prm.names import AggregationName, LossTarget, Probability, Recomputed
 from recipes.options import conditions
 from recipes.options.base import (
     MOST_ROWS,
@@ -43,6 +43,8 @@ from recipes.options.groups import (
 class LowerOptions(LoaderOptions):
     """Options of every run, for the training of the process reward model itself."""
 
+    TRAINS: ClassVar[bool] = True
+
     train_file: str = option(..., "JSONL with step labels", on_resume="file")
     output_dir: str = option(..., "run directory; must not hold a run yet", on_resume="free")
     on_existing: Literal["refuse", "number"] = option(
@@ -59,7 +61,7 @@ class LowerOptions(LoaderOptions):
         on_resume="free",
     )
     frozen: FrozenSettings = group(FrozenSettings)
-    probability: Literal["labels", "vocabulary"] = option(
+    probability: Probability = option(
         "labels",
         "softmax of the losses of both levels and of scores, over the two labels or, as in "
         "DreamPRM-1.5, over the whole vocabulary",
@@ -87,6 +89,9 @@ class TrainOptions(LowerOptions, ScoringOptions):
         conditions.FROM_MODEL: ("model",),
     }
 
+    aggregation: AggregationName = option(
+        "mean", "how the step scores of a solution become its score"
+    )
     init_from: str | None = option(
         None, "model directory of a cold start; default: start from --model", on_resume="path"
     )

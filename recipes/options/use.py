@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
-from prm.names import DrawRule, TieRule
+from prm.names import DrawRule, Probability, TieRule
 from recipes.options.base import (
     MOST_EXAMPLES,
     MOST_NUMBER,
@@ -21,7 +21,7 @@ from recipes.options.base import (
 
 _PROBABILITY = (
     "softmax that a step's score is read from, over the two labels or, as in DreamPRM-1.5, over "
-    "the whole vocabulary"
+    "the whole vocabulary (default: as the model was trained, or else labels)"
 )
 
 
@@ -72,6 +72,8 @@ BY_SEED = _by("weighting", "small-loss", "random")
 class ScoreOptions(LoaderOptions):
     """Score every step of every candidate of a file, and write the scores during the run."""
 
+    HIDES_LABELS: ClassVar[bool] = True
+
     file: str = option(..., "JSONL of solutions")
     output: str = option(
         ...,
@@ -79,7 +81,7 @@ class ScoreOptions(LoaderOptions):
         "go on behind them",
     )
     overwrite: bool = option(False, "begin an existing --output anew")
-    probability: Literal["labels", "vocabulary"] = option("labels", _PROBABILITY)
+    probability: Probability | None = option(None, _PROBABILITY)
     eval_batch_size: int = option(
         64, "most solutions per forward pass", least=1, most=MOST_EXAMPLES
     )
@@ -93,7 +95,11 @@ class SelectOptions(ReadOptions):
     scores: str = option(..., "scores.jsonl of `score`")
     output: str = option(..., "JSONL to write, one line a question; -: to standard output")
     overwrite: bool = option(False, "replace an existing --output")
-    aggregation: str = option("mean", "which of the scores of a line decides")
+    aggregation: str | None = option(
+        None,
+        "which of the scores of a line decides (default: the model's, as beside the scores, or "
+        "else mean)",
+    )
     tie: DrawRule = option("random", "which of several best candidates is taken")
     seed: int = option(0, "fixes the draw among tied candidates", least=0, most=MOST_SEED)
 
@@ -102,6 +108,7 @@ class SelectOptions(ReadOptions):
 class EvaluateOptions(ScoringOptions):
     """Score a file of candidates with a model and select the best of each question."""
 
+    HIDES_LABELS: ClassVar[bool] = True
     ONLY_WITH: ClassVar[Mapping[Condition, tuple[str, ...]]] = {
         CHOSEN_BY_HAND: ("aggregation",),
         MODEL_ASKED: (
@@ -129,9 +136,9 @@ class EvaluateOptions(ScoringOptions):
     baseline_scores: str | None = option(
         None, "scores.jsonl of another model for --file, to compare with"
     )
-    threshold: float = option(
-        0.5,
-        "a step whose score exceeds it is judged right",
+    threshold: float | None = option(
+        None,
+        "a step whose score exceeds it is judged right (default: the model's, or else 0.5)",
         least=0,
         most=1,
         only_with=CHOSEN_BY_HAND,
@@ -144,9 +151,7 @@ class EvaluateOptions(ScoringOptions):
         "which answers vote together: those of one form as text; or also those that math-verify "
         "shows to be equal by algebra (needs the extra `math`)",
     )
-    probability: Literal["labels", "vocabulary"] = option(
-        "labels", _PROBABILITY, only_with=MODEL_ASKED
-    )
+    probability: Probability | None = option(None, _PROBABILITY, only_with=MODEL_ASKED)
     meta_file: str | None = option(
         None,
         "meta set that the model's training weights were learned on, which --file must not share "

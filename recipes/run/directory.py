@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from prm.files import UNFINISHED
+from recipes.options.base import OF_MODEL
 from recipes.options.flat import flat_options, flatten
 from recipes.options.parse import command_of, saved_options, to_yaml
 from recipes.options.rules import words_of
@@ -82,6 +83,16 @@ def resume_command(names: Collection[str], path: Path) -> str:
     return shlex.join(["bilevel-prm", command_of(names), "--resume", str(path)])
 
 
+def run_of(directory: str) -> dict[str, Any]:
+    """Return the options of the run that holds a folder; none without an ``args.yaml``.
+
+    Raises:
+        OptionError: The ``args.yaml`` cannot be read.
+    """
+    run = Path(directory).parent
+    return saved_options(run) if (run / "args.yaml").is_file() else {}
+
+
 def _refuse_existing(path: Path, options: Any) -> None:
     """Refuse a directory for a new run that holds something.
 
@@ -120,7 +131,7 @@ def _differences(there: Mapping[str, Any], options: Any) -> tuple[list[str], lis
     for name, entry in entries.items():
         now, then = values[name], there.get(name, entry.default)
         then = tuple(then) if isinstance(then, list) else then
-        same = now == then
+        same = now == then or (now is None and name in OF_MODEL)
         if entry.path and isinstance(then, str) and isinstance(now, str):
             same = os.path.abspath(now) == os.path.abspath(then)
         if same or name in ("output_dir", "on_existing", "resume"):

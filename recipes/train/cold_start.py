@@ -19,7 +19,14 @@ from pathlib import Path
 from bilevel import ResidentSolver
 from prm.aggregations import AGGREGATIONS
 from recipes.frozen import Keeping, at_boundary, cache_folder
-from recipes.loading import adapted, load_model, placement_of, read_examples, set_up
+from recipes.loading import (
+    adapted,
+    filled,
+    load_model,
+    placement_of,
+    read_examples,
+    set_up,
+)
 from recipes.options.rules import check_together
 from recipes.options.train import ColdStartOptions
 from recipes.ranks import ranks_here
@@ -58,6 +65,7 @@ def run_cold_start(options: ColdStartOptions) -> Path:
     set_up(options)
     placement = placement_of(options.placement, options.activation_checkpointing)
     prm, lower = load_model(options, options.lower.freeze, placement=placement)
+    options = filled(options, prm.usage)
     if options.lora.rank:
         lower = adapted(prm, options.lora, options.lower.freeze, placement)
     prm = at_boundary(prm, lower, options)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
+from prm.conventions import FILE, write_conventions
 from prm.models.adapters import save_adapter
 from prm.models.model import PRM, save_prm
 from recipes.evaluation.candidates import evaluate, report_of, values_of
@@ -76,6 +78,8 @@ def evaluate_all(
 ) -> dict[str, Any]:
     """Score every file of candidates, and write ``<file>_questions.jsonl``.
 
+    The conventions of the saved model get the threshold that is best on the development set.
+
     Returns:
         Their entries of ``results.json``: the test set at the top level, others under their names.
     """
@@ -83,6 +87,9 @@ def evaluate_all(
     results: dict[str, Any] = {"sanity_check": True} if options.data.sanity_check else {}
     for name, candidates in data.evaluations.items():
         evaluation = evaluate(prm, lower, candidates, options)
+        if name == "dev" and evaluation.threshold is not None and (directory / "model").is_dir():
+            chosen = replace(prm.usage, threshold=evaluation.threshold)
+            write_conventions(directory / "model" / FILE, chosen)
         values = values_of(candidates, evaluation, row)
         report = report_of(candidates, evaluation, values)
         results |= report if name == "test" else {name: report}

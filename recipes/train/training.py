@@ -20,7 +20,7 @@ from prm.placement import Placement
 from recipes.evaluation.candidates import step_scores_of
 from recipes.evaluation.kept_scores import initial_score_cache, kept_scores
 from recipes.frozen import Keeping, at_boundary, cache_folder
-from recipes.loading import adapted, load_model, placement_of, set_up
+from recipes.loading import adapted, filled, load_model, placement_of, set_up
 from recipes.options.rules import check_together
 from recipes.options.train import TrainOptions
 from recipes.ranks import ranks_here
@@ -120,6 +120,7 @@ def run_training(options: TrainOptions, logged: Callable[[int], None] | None = N
     set_up(options)
     placement = placement_of(options.placement, options.activation_checkpointing)
     prm, lower = _model(options, placement)
+    options = filled(options, prm.usage)
     prm = at_boundary(prm, lower, options)
     data = read_train_data(prm, options)
     refuse_other_bad_rows(options, data.bad)

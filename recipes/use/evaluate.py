@@ -41,15 +41,16 @@ from recipes.loading import (
 from recipes.options.rules import check_together
 from recipes.options.use import EvaluateOptions
 from recipes.options.values import OptionError
+from recipes.run.directory import run_of
 from recipes.run.files import json_text, list_beside, output_file
 from recipes.terminal import say
-from recipes.use.model_run import note_differences, run_of
 from recipes.use.scores_file import (
     ScoredSolution,
     is_of_file,
     numbered_scores,
     read_settings,
     scores_for,
+    use_of,
 )
 
 
@@ -61,7 +62,6 @@ class _Judge:
 
     @cached_property
     def loaded(self) -> tuple[PRM, dict[str, Tensor]]:
-        note_differences(self.options, self.options.model)
         return load_model(self.options, placement=placement_of(self.options.placement))
 
     def read(self, path: str, scores: str | None) -> Candidates:
@@ -77,8 +77,21 @@ class _Judge:
         if scores is not None:
             return _read_rows(self.options, Path(scores), candidates)
         assert isinstance(data, Examples)
-        full_vocab = self.options.probability == "vocabulary"
+        full_vocab = self.loaded[0].usage.probability == "vocabulary"
         return scores_of(*self.loaded, data, self.options, full_vocab=full_vocab)
+
+    def choice(self) -> Choice:
+        """Return the aggregation and threshold of the options, or else of the model."""
+        options = self.options
+        if options.scores is not None:
+            aggregation, threshold = use_of(Path(options.scores))
+        else:
+            usage = self.loaded[0].usage
+            aggregation, threshold = usage.aggregation, usage.threshold
+        return Choice(
+            options.aggregation or aggregation,
+            threshold if options.threshold is None else options.threshold,
+        )
 
 
 def run_evaluate(options: EvaluateOptions) -> dict[str, Any]:
@@ -90,7 +103,7 @@ def run_evaluate(options: EvaluateOptions) -> dict[str, Any]:
         DataError: A record, or a line of scores, cannot be used.
         OSError: The output cannot be written.
     """
-    if not 0 <= options.threshold <= 1:
+    if options.threshold is not None and not 0 <= options.threshold <= 1:
         raise OptionError(f"--threshold: expected a number in [0, 1], found {options.threshold}")
     check_together(options)
     set_up(options)
@@ -116,7 +129,7 @@ def run_evaluate(options: EvaluateOptions) -> dict[str, Any]:
     _check_what_the_file_has(options, candidates)
     dev = None if options.dev is None else judge.read(options.dev, options.dev_scores)
     tuned_on = _tuned_on(options, candidates, dev)
-    choice = Choice(options.aggregation, options.threshold)
+    choice = judge.choice()
     if dev is not None:
         choice = choose_on_dev(dev, judge.rows(dev, options.dev_scores), options.tie)
         if choice.dev and not choice.dev["accuracy"] and choice.dev["step_macro_f1"] is None:

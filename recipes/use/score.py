@@ -15,10 +15,9 @@ from torch import Tensor
 
 from prm.aggregations import AGGREGATIONS
 from prm.digests import check_digest, digest_path, write_digest
-from prm.inputs.prompt import SYSTEM_PROMPT
 from prm.models.model import PRM
 from prm.schema import DataError, StepExample
-from prm.scoring import aggregate
+from prm.scoring import WINDOW, aggregate
 from recipes.bad_rows import report_bad_rows, report_truncated, skipped_path, truncated_path
 from recipes.evaluation.scoring import score_rows
 from recipes.loading import load_model, placement_of, read_examples, set_up
@@ -29,8 +28,8 @@ from recipes.run.files import named, output_file, write_json, write_text
 from recipes.run.identity import digest_file, digest_model
 from recipes.run.lock import locked
 from recipes.terminal import progress_bar, say
-from recipes.use.model_run import note_differences
 from recipes.use.scores_file import (
+    USE,
     ScoredSolution,
     complete_lines,
     read_settings,
@@ -39,8 +38,6 @@ from recipes.use.scores_file import (
 
 _FORMAT = 1
 _SOLUTIONS = "solutions"
-_WINDOW = 8
-"""Number of batches that are sorted by length and written together, in the order of the data."""
 
 
 def run_score(options: ScoreOptions) -> Path:
@@ -63,7 +60,6 @@ def run_score(options: ScoreOptions) -> Path:
 
 def _score(options: ScoreOptions, output: Path) -> None:
     set_up(options)
-    note_differences(options, options.model)
     prm, params = load_model(options, placement=placement_of(options.placement))
     data = read_examples(prm, options, options.file)
     settings = settings_of(prm, options) | {_SOLUTIONS: len(data)}
@@ -73,7 +69,7 @@ def _score(options: ScoreOptions, output: Path) -> None:
     report_bad_rows([data.bad], skipped_path(output), say)
     report_truncated([data.bad], truncated_path(output), say)
     started = time.perf_counter()
-    window = _WINDOW * options.eval_batch_size
+    window = WINDOW * options.eval_batch_size
     done = ranks_here().numbers(done)[0]  # the others write a copy that nobody reads
     # An incomplete window is scored again as a whole, so that its batches are the same.
     first = done // window * window if done < len(data) else len(data)
@@ -91,7 +87,7 @@ def _score(options: ScoreOptions, output: Path) -> None:
                 data.collator,
                 options.eval_batch_size,
                 bar,
-                full_vocab=options.probability == "vocabulary",
+                full_vocab=prm.usage.probability == "vocabulary",
                 workers=options.workers,
                 tokens_per_batch=options.tokens_per_batch,
             )
@@ -145,18 +141,21 @@ def settings_of(prm: PRM, options: ScoreOptions) -> dict[str, Any]:
     """Return what determines the scores: model, preprocessing, data, prompt, and the arithmetic.
 
     Batch size and threads change the last bits only and are left out. The content of the images is
-    not read; the data name them by path.
+    not read; the data name them by path. ``use`` is how the model's scores are used, which changes
+    none of them.
     """
+    usage = prm.usage
     return {
         "format": _FORMAT,
         "model": {"path": options.model, "sha256": digest_judge(prm)},
         "file": {"path": options.file, "sha256": digest_file(options.file)},
-        "system_prompt": SYSTEM_PROMPT if options.system_prompt is None else options.system_prompt,
-        "context": options.context,
-        "max_patches": options.max_patches,
-        "probability": options.probability,
+        "system_prompt": usage.system_prompt,
+        "context": usage.context,
+        "max_patches": usage.max_patches,
+        "probability": usage.probability,
         **({} if options.too_long == "refuse" else {"too_long": options.too_long}),
         "precision": placement_of(options.placement).precision,
+        USE: {"aggregation": usage.aggregation, "threshold": usage.threshold},
     }
 
 
@@ -198,7 +197,7 @@ def _begin(
     differ = [
         name
         for name in dict.fromkeys((*settings, "too_long"))
-        if name != _SOLUTIONS and _decisive(settings, name) != _decisive(earlier, name)
+        if name not in (_SOLUTIONS, USE) and _decisive(settings, name) != _decisive(earlier, name)
     ]
     if differ:
         values = "; ".join(f"{name}: {_shown(earlier, name)}" for name in differ)

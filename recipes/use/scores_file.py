@@ -21,14 +21,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, NoReturn
 
+from prm.conventions import Conventions
 from prm.data.bad_rows import BadRows
 from prm.data.interned import Interned
 from prm.data.json_rows import json_line
 from prm.digests import check_digest, digest_path
+from prm.names import AggregationName
 from prm.schema import DataError
 from recipes.options.values import OptionError
 from recipes.run.files import note_unchecked
 from recipes.run.identity import digest_file
+
+USE = "use"
+"""The key of the settings under which aggregation and threshold of the model stand."""
 
 _BLOCK = 2**20
 _REMEDY = "write the file with `bilevel-prm score`"
@@ -92,14 +97,38 @@ def read_settings(scores: Path) -> Mapping[str, Any]:
         settings = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
         raise DataError(expected="JSON", found=str(error), file=path) from error
-    if not isinstance(settings, dict) or not isinstance(settings.get("model", {}), dict):
+    if not isinstance(settings, dict) or not all(
+        isinstance(settings.get(name, {}), dict) for name in ("model", USE)
+    ):
         raise DataError(
-            expected='a JSON object with an object "model"',
+            expected=f'a JSON object with objects "model" and "{USE}"',
             found=type(settings).__name__,
             file=path,
             remedy="write scores and settings with `bilevel-prm score`",
         )
     return settings
+
+
+def use_of(scores: Path) -> tuple[AggregationName, float]:
+    """Return the aggregation and the threshold of the model that made a scores file.
+
+    They are "mean" and 1/2 if the settings beside the file do not name them.
+
+    Raises:
+        DataError: The settings name others than there are.
+    """
+    use = {"aggregation": "mean", "threshold": 0.5, **read_settings(scores).get(USE, {})}
+    try:
+        read = Conventions(plus_id=0, minus_id=1, **use)
+    except (TypeError, ValueError) as error:
+        raise DataError(
+            expected="aggregation and threshold of the model",
+            found=str(error),
+            file=settings_path(scores),
+            field=USE,
+            remedy="write scores and settings with `bilevel-prm score`",
+        ) from error
+    return read.aggregation, read.threshold
 
 
 def read_scores(path: Path) -> list[ScoredSolution]:

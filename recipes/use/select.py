@@ -11,7 +11,7 @@ from recipes.bad_rows import bad_rows_of, report_bad_rows
 from recipes.options.use import SelectOptions
 from recipes.options.values import OptionError, did_you_mean
 from recipes.run.files import list_beside, output_file
-from recipes.use.scores_file import ScoredSolution, numbered_scores
+from recipes.use.scores_file import ScoredSolution, numbered_scores, use_of
 
 
 def run_select(options: SelectOptions) -> None:
@@ -35,6 +35,7 @@ def run_select(options: SelectOptions) -> None:
     )
     listed = list_beside(options, output.path)
     bad = bad_rows_of(options, scores)
+    aggregation = options.aggregation or use_of(scores)[0]
     questions: dict[str, list[ScoredSolution]] = {}
     for line, row in numbered_scores(scores, bad):
         if row.group is None:
@@ -47,13 +48,13 @@ def run_select(options: SelectOptions) -> None:
                 remedy="give the candidates the field group and score them again",
             )
             bad.add(error, row.id)
-        elif options.aggregation not in row.scores:
-            there = ", ".join(row.scores) + did_you_mean(options.aggregation, row.scores)
+        elif aggregation not in row.scores:
+            there = ", ".join(row.scores) + did_you_mean(aggregation, row.scores)
             if options.on_bad_row == "refuse":
                 raise OptionError(
-                    f"--aggregation {options.aggregation}: line {line} of {scores} has {there}"
+                    f"--aggregation {aggregation}: line {line} of {scores} has {there}"
                 )
-            field = f"scores.{options.aggregation}"
+            field = f"scores.{aggregation}"
             error = DataError(expected="a number", found=there, file=scores, line=line, field=field)
             bad.add(error, row.id)
         else:
@@ -64,7 +65,7 @@ def run_select(options: SelectOptions) -> None:
     lines = []
     several = 0
     for group, rows in questions.items():
-        values = [row.scores[options.aggregation] for row in rows]
+        values = [row.scores[aggregation] for row in rows]
         winner, tied = best_candidate(values, tie=options.tie, seed=f"{options.seed} {group}")
         best = rows[winner]
         several += len(tied) > 1
@@ -87,7 +88,7 @@ def run_select(options: SelectOptions) -> None:
         report_bad_rows([bad], listed, output.say)
     cut = sum(row.steps is not None for rows in questions.values() for row in rows)
     output.say(
-        f"{len(lines)} questions, best {options.aggregation} of "
+        f"{len(lines)} questions, best {aggregation} of "
         f"{sum(map(len, questions.values()))} candidates; {several} ties settled by {options.tie!r}"
         + (f"; {cut} candidates are judged by their first steps alone" if cut else "")
     )

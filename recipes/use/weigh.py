@@ -10,6 +10,8 @@ from typing import Any
 from torch import Tensor
 
 from prm.aggregations import AGGREGATIONS
+from prm.conventions import Conventions
+from prm.inputs.prompt import SYSTEM_PROMPT
 from prm.schema import DataError
 from recipes.bad_rows import report_bad_rows, report_truncated, truncated_path
 from recipes.evaluation.candidates import step_scores_of
@@ -24,9 +26,11 @@ from recipes.loading import (
     set_up,
     tokenised,
 )
+from recipes.options.base import OF_MODEL, flag_of
 from recipes.options.rules import check_together, refuse_given
 from recipes.options.use import WeighOptions
 from recipes.options.values import OptionError
+from recipes.run.directory import run_of
 from recipes.run.files import list_beside, output_file
 from recipes.terminal import say
 from recipes.train.bounded_weights import WEIGHTINGS
@@ -39,7 +43,6 @@ from recipes.train.weight_report import (
     reads_examples_alone,
     weight_lines,
 )
-from recipes.use.model_run import prompt_differences, run_of
 from recipes.use.weigh_rules import rule_weights
 from weighting import Weighting, load_weighting, reads_model
 
@@ -150,14 +153,9 @@ def _by_examples(options: WeighOptions, saved: _Saved) -> tuple[Solutions, Tenso
 def _by_model(options: WeighOptions, saved: _Saved) -> tuple[Examples, Tensor, Tensor]:
     """Return examples, weights, raw weights by a weighting of tokens or step scores."""
     weighting = saved.weighting
-    differ = prompt_differences(options, saved.directory)
-    if differ:
-        raise OptionError(
-            f"{'; '.join(differ)}: the net has learned from what the model says to the run's "
-            "prompt; give the same"
-        )
     features, uses_reference = _features(saved)
     prm, model_params = load_model(options, placement=placement_of(options.placement))
+    _check_prompt(prm.usage, saved.directory)
     data = read_examples(prm, options, options.file)
     data = require(data, "labels")
     data = _check_rows(options, saved, data)
@@ -173,9 +171,24 @@ def _by_model(options: WeighOptions, saved: _Saved) -> tuple[Examples, Tensor, T
         scores, _ = step_scores_of(prm, model_params, data, options)
     reference = None
     if objective.reads_reference:
-        reference = _reference_scores(options, saved.directory, data)
+        reference = _reference_scores(options, saved.directory, data, prm.usage)
     batches = model_batches(objective, data, scores, reference, options.eval_batch_size)
     return data, *weighting.file_weights(saved.params, batches)
+
+
+def _check_prompt(usage: Conventions, directory: str) -> None:
+    """Refuse a model that is asked otherwise than in the run of the net."""
+    run = run_of(directory)
+    differ = []
+    for name in (name for name in OF_MODEL if name in run):
+        then, now = run[name], getattr(usage, name)
+        if now != (SYSTEM_PROMPT if name == "system_prompt" and then is None else then):
+            differ.append(f"{flag_of(name)} {now} (the run: {then})")
+    if differ:
+        raise OptionError(
+            f"{'; '.join(differ)}: the net has learned from what the model says to the run's "
+            "prompt; give the same, or the model of the run"
+        )
 
 
 def _features(saved: _Saved) -> tuple[tuple[str, ...], bool]:
@@ -191,8 +204,13 @@ def _features(saved: _Saved) -> tuple[tuple[str, ...], bool]:
         ) from error
 
 
-def _reference_scores(options: WeighOptions, directory: str, data: Examples) -> Tensor:
-    """Return the step scores of the initial model of the run, [examples, steps]."""
+def _reference_scores(
+    options: WeighOptions, directory: str, data: Examples, usage: Conventions
+) -> Tensor:
+    """Return the step scores of the initial model of the run, [examples, steps].
+
+    It is asked as the trained model is (``usage``), as it was in training.
+    """
     name = options.reference_model
     if name is None:
         run = run_of(directory)
@@ -204,7 +222,9 @@ def _reference_scores(options: WeighOptions, directory: str, data: Examples) -> 
         )
     try:
         prm, params = load_model(
-            replace(options, model=name), placement=placement_of(options.placement)
+            replace(options, model=name),
+            placement=placement_of(options.placement),
+            conventions=usage,
         )
     except OptionError as error:
         raise OptionError(f"--reference-model {name}: {error}") from error

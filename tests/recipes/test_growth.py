@@ -201,7 +201,7 @@ def test_a_training_row_takes_two_hundred_bytes(task, tmp_path):
 
 def test_scoring_takes_no_more_memory_for_more_rows(task, tmp_path, monkeypatch):
     """Beyond the outline of the file: a window of rows is held. The model costs time only."""
-    monkeypatch.setattr(recipes.use.score, "_WINDOW", 1)
+    monkeypatch.setattr(recipes.use.score, "WINDOW", 1)
     monkeypatch.setattr(
         recipes.use.score,
         "score_rows",

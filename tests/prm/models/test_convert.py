@@ -10,6 +10,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForImageTextToText
 
+from prm.conventions import FILE, Conventions, write_conventions
 from prm.models.convert import convert_internvl
 from prm.models.internvl_layout import Layout
 from prm.models.model import load_prm
@@ -45,9 +46,14 @@ def test_a_converted_folder_judges_steps_with_an_image(tmp_path):
     config, model, tokenizer = make_original("qwen2")
     state = {name: value.to(torch.bfloat16) for name, value in state_of(model).items()}
     target = tmp_path / "new"
-    convert_internvl(write_original(tmp_path / "old", config, state, tokenizer), target)
+    source = write_original(tmp_path / "old", config, state, tokenizer)
+    plus, minus = (tokenizer.convert_tokens_to_ids(label) for label in "+-")
+    asked = Conventions(plus_id=plus, minus_id=minus, context="gold", max_patches=12)
+    write_conventions(source / FILE, asked)
+    convert_internvl(source, target)
     assert json.loads((target / "config.json").read_text())["dtype"] == "bfloat16"
     prm = load_prm(target)
+    assert prm.conventions == asked
     image = tmp_path / "image.png"
     Image.new("RGB", (112, 56), (200, 30, 30)).save(image)
     steps = (Step("one", 1.0), Step("two", 0.0))

@@ -49,13 +49,15 @@ def _recording(options: Any, seen: set[str]) -> Any:
 def read_only_what_is_used(monkeypatch) -> None:
     """Take from training and cold start what looks at every option without using one.
 
-    These are the files that keep the options of a run, and the check of what was given.
+    These are the files that keep the options of a run, the check of what was given, and the copy in
+    which those of the prompt are the model's.
     """
     monkeypatch.setattr(recipes.run.directory, "to_yaml", lambda options: "")
     monkeypatch.setattr(recipes.run.directory, "flatten", lambda options: {})
     monkeypatch.setattr(recipes.run.resume, "identity", _identity)
     for module in (recipes.train.training, recipes.train.cold_start):
         monkeypatch.setattr(module, "check_together", lambda options: None)
+        monkeypatch.setattr(module, "filled", lambda options, conventions: options)
 
 
 def not_read(kind: type[Any], *seen: set[str]) -> set[str]:

@@ -37,7 +37,7 @@ from recipes.options.use import (
     SelectOptions,
     WeighOptions,
 )
-from recipes.options.values import OptionError
+from recipes.options.values import OptionError, element
 from recipes.run.directory import free_directory
 from recipes.train.bounded_weights import make_bound, make_weighting
 from recipes.train.cold_start import run_cold_start
@@ -73,9 +73,9 @@ BASE = train_options(train_file="t", output_dir="o", batch_size=4, steps=20, upp
 
 
 def choices(name: str) -> tuple[str, ...]:
-    hint = flat_options(TrainOptions)[name].hint
-    assert get_origin(hint) is Literal
-    return get_args(hint)
+    kind, _ = element(flat_options(TrainOptions)[name].hint)
+    assert get_origin(kind) is Literal
+    return get_args(kind)
 
 
 def read_attributes() -> Iterator[str]:
@@ -194,7 +194,7 @@ def test_weigh_reads_what_it_does_not_refuse(task, tmp_path, recording, by):
 
 def test_every_choice_is_tested_below():
     entries = flat_options(TrainOptions).values()
-    found = {entry.name for entry in entries if get_origin(entry.hint) is Literal}
+    found = {entry.name for entry in entries if get_origin(element(entry.hint)[0]) is Literal}
     assert found == {
         "activation_checkpointing",
         "aggregation",

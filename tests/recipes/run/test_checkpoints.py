@@ -99,7 +99,7 @@ def test_an_interrupted_run_is_the_uninterrupted_one(
         params = "weighting/params.safetensors"
         assert (run / params).read_bytes() == (whole / params).read_bytes()
     assert resolve(TrainOptions, {"config": str(run / "args.yaml")}) == replace(
-        options, output_dir=str(run)
+        options, output_dir=str(run), context="plus", max_patches=6
     )
 
 

@@ -111,22 +111,6 @@ def test_scores_of_changed_solutions_are_refused(task, scores, tmp_path, capsys)
     assert "one per step, found 4; score this file again" in capsys.readouterr().err
 
 
-def test_another_prompt_than_the_runs_is_said(task, tmp_path, capsys):
-    run = tmp_path / "run"
-    run.mkdir()
-    (run / "model").symlink_to(task.model)
-    (run / "args.yaml").write_text("context: gold\nsystem_prompt: judge\nmax_patches: 6\n")
-    options = ScoreOptions(
-        model=str(run / "model"),
-        file=str(task.data / "dev.jsonl"),
-        output=str(tmp_path / "scores.jsonl"),
-        system_prompt="judge",
-    )
-    assert commands.run("score", options) == 0
-    said = capsys.readouterr().err
-    assert f"note: {run / 'args.yaml'} has another prompt: --context plus (the run: gold)\n" in said
-
-
 PROCESS_BENCH = [
     {"id": "gsm8k-0", "generator": "m", "problem": "1+1?", "steps": ["1+1=2", "So 3"],
      "final_answer_correct": False, "label": 1},

@@ -79,7 +79,7 @@ def test_vocabulary_probabilities_are_smaller(options):
 
 @pytest.mark.parametrize("cut", [0, 7, -40])
 def test_an_interrupted_file_is_continued_to_the_same_bytes(options, monkeypatch, capsys, cut):
-    monkeypatch.setattr(recipes.use.score, "_WINDOW", 2)  # 6 of the 20 candidates
+    monkeypatch.setattr(recipes.use.score, "WINDOW", 2)  # 6 of the 20 candidates
     whole = run_score(options("whole.jsonl")).read_bytes()
     calls = []
 
@@ -151,7 +151,7 @@ def test_scores_that_are_no_numbers_are_named(options, monkeypatch, capsys):
 
 def test_an_interrupted_file_is_not_selected_from(options, monkeypatch, capsys, tmp_path):
     """Of the 20 candidates 6 are there: the last question has 2 of its 4."""
-    monkeypatch.setattr(recipes.use.score, "_WINDOW", 2)
+    monkeypatch.setattr(recipes.use.score, "WINDOW", 2)
     calls = []
 
     def interrupted(*args, **more):
@@ -227,7 +227,7 @@ def test_two_processes_do_not_write_one_file(options, capsys, tmp_path):
 
 def test_a_full_disk_is_said_and_what_was_scored_is_gone_on_with(options, monkeypatch, capsys):
     whole = run_score(options("whole.jsonl")).read_bytes()
-    monkeypatch.setattr(recipes.use.score, "_WINDOW", 2)
+    monkeypatch.setattr(recipes.use.score, "WINDOW", 2)
     fsync, calls = os.fsync, []
 
     def full(handle):

@@ -231,7 +231,7 @@ def test_what_a_weighting_has_no_row_for_is_named(weigh, part, capsys, name, cha
             {"model": "x", "context": "gold"},
             "--context, --model: no effect with a",
         ),
-        ("net", {"system_prompt": "judge"}, "learned from what the model says to the run's prompt"),
+        ("net", {"system_prompt": "judge"}, "--system-prompt judge: "),
         ("net", {"reference_model": "./none"}, "--reference-model ./none: --model ./none: expect"),
         ("net", {"file": "./none.jsonl"}, "./none.jsonl: no such file"),
         ("table", {"file": "./none.jsonl"}, "./none.jsonl: no such file"),

@@ -1,0 +1,1 @@
+"""A trained reward model in the form in which other projects call one."""

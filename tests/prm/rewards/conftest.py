@@ -1,0 +1,32 @@
+"""A scorer of a tiny model with random weights, which the tests of all callers share."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from prm.conventions import Conventions
+from prm.scorer import Scorer
+from tests.prm.tiny import SYSTEM, internvl, save_image
+
+
+@pytest.fixture(scope="session")
+def scorer() -> Scorer:
+    """It judges at most 100 tokens, and cuts what is longer."""
+    prm = internvl(dtype=torch.float32)
+    prm.model.config.get_text_config().max_position_embeddings = 100
+    own = Conventions(
+        plus_id=prm.plus_id,
+        minus_id=prm.minus_id,
+        system_prompt=SYSTEM,
+        max_patches=3,
+        aggregation="min",
+    )
+    return Scorer(replace(prm, conventions=own), too_long="truncate")
+
+
+@pytest.fixture(scope="session")
+def picture(tmp_path_factory):
+    return save_image(tmp_path_factory.mktemp("pictures") / "wide.png", 60, 60, seed=1)
