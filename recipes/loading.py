@@ -218,6 +218,8 @@ def load_model(
     freeze: Sequence[str] = (),
     path: str | None = None,
     placement: Placement | None = None,
+    *,
+    cloned: bool = True,
 ) -> tuple[PRM, dict[str, Tensor]]:
     """Load a model, and return it with its trainable parameters by name.
 
@@ -226,6 +228,7 @@ def load_model(
         freeze: The parts that are not trained.
         path: The value of ``--init-from``, None for ``--model``.
         placement: Where it computes. None means the CPU in float32.
+        cloned: Whether the parameters are apart from the model's own.
 
     Raises:
         OptionError: There is no such model, it is damaged, it or its chat template cannot judge
@@ -253,6 +256,8 @@ def load_model(
         placement.check_trained(trainable, prm)
     except ValueError as error:
         raise OptionError(f"--{error}") from error
+    if not cloned:
+        return prm, trainable
     return prm, {name: tensor.clone() for name, tensor in trainable.items()}
 
 

@@ -69,7 +69,7 @@ LAYERS = {
         ("bad_rows", "options", "stopping", "tensor_file", "terminal"),
         ("ranks",),
         ("run", "loading", "profiling"),
-        ("frozen",),
+        ("frozen", "sharding"),
         ("data_files", "evaluation", "problems"),
         ("train",),
         ("embedded", "use"),
