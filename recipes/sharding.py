@@ -12,17 +12,16 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from bilevel import Collective, ShardedModule, sharded
 from bilevel.replicas import apart
 from prm.models.boundary import language_layers
 from prm.models.model import PRM, save_state, step_head
 from prm.placement import Placement
-from recipes.loading import adapted, load_model
+from recipes.loading import adapted, load_model, placement_of
 from recipes.options.train import LowerOptions, TrainOptions
 from recipes.options.values import OptionError
 from recipes.ranks import group_of_one, ranks_here
@@ -46,9 +45,10 @@ class Trained:
     digest: str = ""
 
     @property
-    def identified(self) -> Any:
+    def identified(self) -> nn.Module | str:
         """The model, or its digest, for the identity of the run."""
-        return self.prm.model if self.shards is None else self.digest
+        model: nn.Module = self.prm.model
+        return model if self.shards is None else self.digest
 
 
 def load_trained(options: LowerOptions, placement: Placement, path: str | None = None) -> Trained:
@@ -115,10 +115,17 @@ def over_shards(options: LowerOptions) -> Iterator[None]:
 
     Over shards an error of the body is told to no other process: these may be in an exchange of
     parameters, and end when this one does.
+
+    Raises:
+        OptionError: As ``check_sharding``.
+        bilevel.RankError: Another process has failed before.
     """
     if options.sharding == "none":
         yield
         return
+    ranks = ranks_here()
+    check_sharding(options, placement_of(options.placement), ranks)
+    ranks.numbers(0)  # so far all can be told
     with group_of_one(), apart():
         yield
 

@@ -26,7 +26,7 @@ from recipes.ranks import ranks_here
 from recipes.run.directory import check_directory
 from recipes.run.files import write_json
 from recipes.run.resume import open_run
-from recipes.sharding import check_sharding, load_trained, over_shards
+from recipes.sharding import load_trained, over_shards
 from recipes.train.batches import (
     COLD_START,
     ahead,
@@ -51,19 +51,18 @@ def run_cold_start(options: ColdStartOptions) -> Path:
     Returns:
         The run directory.
     """
+    check_together(options)
+    if ranks_here().rank == 0:
+        check_directory(options)
     with over_shards(options):
         return _run_cold_start(options)
 
 
 def _run_cold_start(options: ColdStartOptions) -> Path:
     started = time.perf_counter()
-    check_together(options)
     ranks = ranks_here()
-    if ranks.rank == 0:
-        check_directory(options)
     set_up(options)
     placement = placement_of(options.placement, options.activation_checkpointing)
-    check_sharding(options, placement, ranks)
     loaded = load_trained(options, placement)
     lower = loaded.lower
     prm = at_boundary(loaded.prm, lower, options)

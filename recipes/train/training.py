@@ -29,7 +29,7 @@ from recipes.run.errors import RunError
 from recipes.run.files import write_json
 from recipes.run.identity import digest_model
 from recipes.run.resume import Run, open_run
-from recipes.sharding import Trained, check_sharding, load_trained, over_shards
+from recipes.sharding import Trained, load_trained, over_shards
 from recipes.train.batches import (
     Draw,
     ahead,
@@ -114,18 +114,17 @@ def run_training(options: TrainOptions, logged: Callable[[int], None] | None = N
     Returns:
         The run directory.
     """
+    check_together(options)
+    if ranks_here().rank == 0:
+        check_directory(options)
     with over_shards(options):
         return _run_training(options, logged)
 
 
 def _run_training(options: TrainOptions, logged: Callable[[int], None] | None) -> Path:
     clock, ranks = _Clock(), ranks_here()
-    check_together(options)
-    if ranks.rank == 0:
-        check_directory(options)
     set_up(options)
     placement = placement_of(options.placement, options.activation_checkpointing)
-    check_sharding(options, placement, ranks)
     trained = load_trained(options, placement, options.init_from)
     lower = trained.lower
     prm = at_boundary(trained.prm, lower, options)

@@ -1,8 +1,7 @@
 """Commands over shards, in float64: ranks that are forked from one process, which imports once.
 
-``python -m tests.recipes.shard_commands FOLDER`` reads ``FOLDER/phases.json``: for each phase a
-list of commands, with the number of their ranks. Exit statuses and what was printed are left in
-``FOLDER``.
+``python -m tests.recipes.shard_commands FOLDER`` runs the commands of ``FOLDER/commands.json`` one
+after the other, each on its number of ranks. Exit statuses and what was printed are left there.
 """
 
 from __future__ import annotations
@@ -11,6 +10,7 @@ import json
 import os
 import signal
 import sys
+import traceback
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,9 +27,6 @@ from prm.placement import Placement
 from recipes.__main__ import main as run_command
 from recipes.run.errors import StepError
 from recipes.train import training
-
-MOST = 3
-"""Ranks of a phase, of which a command may take fewer."""
 
 
 def in_float64() -> None:
@@ -50,6 +47,13 @@ def in_float64() -> None:
         found: Tensor = self.weight * (hidden * scale)
         return found
 
+    weights = training.final_weights
+
+    def final_weights(options: Any, objective: Any, state: Any, *others: Any) -> Any:
+        upper = {name: value.float() for name, value in state.upper_params.items()}
+        return weights(options, objective, state._replace(upper_params=upper), *others)
+
+    training.final_weights = final_weights  # scores of a file are float32
     prm.placement.load_prm = load
     Placement.params = params
     Qwen2RMSNorm.forward = norm
@@ -70,42 +74,41 @@ def fault_at(step: int, rank: int, number: int) -> None:
     training.run_training = partial(_RUN, logged=logged)
 
 
-def rank_of(rank: int, commands: list[dict[str, Any]], folder: Path) -> None:
-    """Run the commands of a phase as one of its ranks."""
+def run(rank: int, command: dict[str, Any], folder: Path) -> None:
+    """Run a command as one of its ranks."""
     with (folder / f"output-{rank}.txt").open("a") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
-    for command in commands:
-        ranks = command["ranks"]
-        if rank >= ranks:
-            continue
-        os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1"}
-        os.environ["MASTER_PORT"] = str(command["port"])
-        fault_at(*command.get("fault", (-1, -1, signal.SIGTERM)))
-        print(f"## {' '.join(command['arguments'])}", flush=True)
-        status = run_command(command["arguments"])
-        with (folder / f"statuses-{rank}.txt").open("a") as file:
-            file.write(f"{command['name']} {status}\n")
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(command["ranks"])}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(command["port"])}
+    fault_at(*command.get("fault", (-1, -1, signal.SIGTERM)))
+    print(f"## {' '.join(command['arguments'])}", flush=True)
+    status = run_command(command["arguments"])
+    with (folder / f"statuses-{rank}.txt").open("a") as file:
+        file.write(f"{command['name']} {status}\n")
 
 
-def main(folder: Path) -> int:
-    """Run the phases one after the other."""
+def forked(rank: int, command: dict[str, Any], folder: Path) -> int:
+    """Start a rank, and return the number of its process."""
+    child = os.fork()
+    if not child:
+        try:
+            run(rank, command, folder)
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            sys.stdout.flush()
+            os._exit(0)
+    return child
+
+
+def main(folder: Path) -> None:
+    """Run all commands."""
     in_float64()
-    for commands in json.loads((folder / "phases.json").read_text()):
-        children = []
-        for rank in range(MOST):
-            child = os.fork()
-            if not child:
-                try:
-                    rank_of(rank, commands, folder)
-                finally:
-                    sys.stdout.flush()
-                    os._exit(0)
-            children.append(child)
-        for child in children:
+    for command in json.loads((folder / "commands.json").read_text()):
+        for child in [forked(rank, command, folder) for rank in range(command["ranks"])]:
             os.waitpid(child, 0)
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main(Path(sys.argv[1])))
+    main(Path(sys.argv[1]))

@@ -108,7 +108,7 @@ def ran(task, tmp_path_factory) -> Path:
     def go_on(name: str) -> list[str]:
         return ["train", "--resume", folder / name]
 
-    first = [
+    commands = [
         command("3 to 2", 3, training(task, folder / "3 to 2", **full), **stop(1, signal.SIGTERM)),
         command("3 to 2", 2, go_on("3 to 2")),
         command("2 to 1", 2, training(task, folder / "2 to 1", **full), **stop(0, signal.SIGTERM)),
@@ -119,25 +119,21 @@ def ran(task, tmp_path_factory) -> Path:
     ]
     for name, more in WEIGHTINGS.items():
         alone = training(task, folder / f"{name} alone", **more)
-        first.append(command("alone", 1, alone))
+        commands.append(command("alone", 1, alone))
         if name != "net":
             shared = training(task, folder / f"{name} shared", sharding="full", **more)
-            first.append(command(name, 2, shared))
-    first += [
+            commands.append(command(name, 2, shared))
+    commands += [
         command("alone", 1, cold(task, folder / "cold alone")),
         command("cold", 2, cold(task, folder / "cold shared", sharding="full")),
         command("wrong", 2, training(task, folder / "wrong", **full | {"accumulation": 3})),
+        command(
+            "killed", 2, training(task, folder / "killed", **full), **stop(1, signal.SIGKILL, 3)
+        ),
+        command("killed", 2, go_on("killed")),
+        command("error", 2, training(task, folder / "error", **full), **stop(1, 0, 3)),
     ]
-    killed = training(task, folder / "killed", **full)
-    phases = [
-        first,
-        [command("killed", 2, killed, **stop(1, signal.SIGKILL, 3))],
-        [
-            command("killed", 2, go_on("killed")),
-            command("error", 2, training(task, folder / "error", **full), **stop(1, 0, 3)),
-        ],
-    ]
-    (folder / "phases.json").write_text(json.dumps(phases))
+    (folder / "commands.json").write_text(json.dumps(commands))
     done = subprocess.run(
         [sys.executable, "-m", "tests.recipes.shard_commands", str(folder)],
         cwd=ROOT,
@@ -176,12 +172,10 @@ def assert_alike(run: Path, other: Path, tolerance: float = 1e-12) -> None:
         for line, same in zip(read_lines(run / name), read_lines(other / name), strict=True):
             assert line.keys() == same.keys()
             for key, value in line.items():
-                close = pytest.approx(value, rel=1e-7) if isinstance(value, float) else value
+                close = pytest.approx(value, rel=1e-9) if isinstance(value, float) else value
                 assert same[key] == close, (name, key)
     results = [json.loads((one / "results.json").read_text()) for one in (run, other)]
-    for result in results:
-        del result["seconds"]
-    assert results[0] == pytest.approx(results[1], rel=1e-6) or results[0] == results[1]
+    assert results[0] | {"seconds": 0} == results[1] | {"seconds": 0}
 
 
 @pytest.mark.parametrize("name", ["3 to 2", "2 to 1", "1 to 2", "whole"])
@@ -210,11 +204,12 @@ def test_a_signal_leaves_one_complete_checkpoint_of_all_shards(ran):
 
 
 def test_a_checkpoint_is_in_shards(ran):
-    files = sorted(path.name for path in (ran / "whole/checkpoints/step-4/shards").iterdir())
-    assert files[-1] == "seal.json"
-    assert len(files) == 3  # one of each rank
-    held = [load_file(ran / "whole/checkpoints/step-4/shards" / name) for name in files[:2]]
-    assert all(sum(leaf.numel() for leaf in one.values()) > 0 for one in held)
+    """Each rank has written a file, of a part of θ, its moments and the average."""
+    folder = ran / "whole/checkpoints/step-4/shards"
+    sealed = json.loads((folder / "seal.json").read_text())["files"]
+    held = [sum(leaf.numel() for leaf in load_file(folder / name).values()) for name in sealed]
+    assert len(held) == 2
+    assert min(held) > 0.4 * sum(held)
 
 
 def test_a_killed_rank_ends_the_others_and_the_run_resumes_bit_for_bit(ran):
