@@ -114,11 +114,13 @@ def group_of_one() -> Iterator[None]:
     if distributed.is_initialized():
         yield
         return
-    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
-    try:
-        yield
-    finally:
-        leave()
+    with tempfile.TemporaryDirectory() as folder:
+        there = f"file://{folder}/ranks"
+        distributed.init_process_group("gloo", init_method=there, rank=0, world_size=1)
+        try:
+            yield
+        finally:
+            leave()
 
 
 @contextmanager

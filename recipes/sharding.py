@@ -21,11 +21,11 @@ from bilevel.replicas import apart
 from prm.models.boundary import language_layers
 from prm.models.model import PRM, save_state, step_head
 from prm.placement import Placement
+from prm.tensor_cache import digest_tensors
 from recipes.loading import adapted, load_model, placement_of
 from recipes.options.train import LowerOptions, TrainOptions
 from recipes.options.values import OptionError
 from recipes.ranks import group_of_one, ranks_here
-from recipes.run.identity import digest_model
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class Trained:
         prm: The model.
         lower: The trained parameters by name, θ.
         shards: What the model is in parts, None if each process has all of it.
-        digest: The digest of the whole model then, known to rank 0.
+        digest: The digest of the whole model then (``recipes.run.identity``), known to rank 0.
     """
 
     prm: PRM
@@ -69,7 +69,7 @@ def load_trained(options: LowerOptions, placement: Placement, path: str | None =
             lower = adapted(prm, options.lora, freeze, placement)
         return Trained(prm, lower)
     prm, own = load_model(options, freeze, path, placement, cloned=False)
-    digest = digest_model(prm.model) if ranks_here().rank == 0 else ""
+    digest = digest_tensors(prm.model.state_dict()) if ranks_here().rank == 0 else ""
     names = list(own)
     del own  # which would hold the whole model
     prm, shards = spread(prm, names)
@@ -101,12 +101,13 @@ def check_sharding(options: LowerOptions, placement: Placement, ranks: Collectiv
             f"--sharding full --accumulation {accumulation}: the {count} processes need as many "
             f"micro-batches each; give a multiple of {count}"
         )
-    learned = isinstance(options, TrainOptions) and options.weighting.kind != "none"
-    if learned and options.upper.meta_batch_size < count:
-        raise OptionError(
-            f"--sharding full --meta-batch-size {options.upper.meta_batch_size}: each of the "
-            f"{count} processes needs a solution at least; give {count} or more"
-        )
+    if isinstance(options, TrainOptions) and options.weighting.kind != "none":
+        size = options.upper.meta_batch_size
+        if size < count:
+            raise OptionError(
+                f"--sharding full --meta-batch-size {size}: each of the {count} processes needs a "
+                f"solution at least; give {count} or more"
+            )
 
 
 @contextmanager

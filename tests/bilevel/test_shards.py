@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -199,29 +200,20 @@ def test_a_module_is_read_whole_tensor_by_tensor_tied_ones_once():
 
 
 @pytest.mark.usefixtures("group")
-def test_an_error_over_shards_is_told_to_nobody():
+@pytest.mark.parametrize(("over_shards", "told"), [(True, []), (False, ["OSError: gone"])])
+def test_an_error_over_shards_is_told_to_nobody(monkeypatch, over_shards, told):
     """The others may stand in an exchange of parameters, where a word would be taken for one."""
-    shards = Shards(sharded(shard_cases.spread(CASE, 1)))
-    sent = []
-    with (
-        pytest.MonkeyPatch.context() as patch,
-        pytest.raises(OSError, match="gone") as caught,
-        shards.replicas.together(),
-    ):
-        patch.setattr(Replicas, "_fail", lambda self, reason: sent.append(reason))
-        with shards.together():
+    shards, sent = Shards(sharded(shard_cases.spread(CASE, 1))), []
+    monkeypatch.setattr(Replicas, "_fail", lambda self, reason: sent.append(reason))
+
+    def fail():
+        with shards.replicas.together(), shards.together() if over_shards else nullcontext():
             raise OSError("gone")
-    assert sent == []
-    assert is_apart(caught.value)
-    with (
-        pytest.MonkeyPatch.context() as patch,
-        pytest.raises(OSError, match="told") as caught,
-        shards.replicas.together(),
-    ):
-        patch.setattr(Replicas, "_fail", lambda self, reason: sent.append(reason))
-        raise OSError("told")
-    assert sent == ["OSError: told"]
-    assert not is_apart(caught.value)
+
+    with pytest.raises(OSError, match="gone") as caught:
+        fail()
+    assert sent == told
+    assert is_apart(caught.value) == over_shards
 
 
 @pytest.mark.usefixtures("group")
