@@ -169,13 +169,18 @@ def save_spread(prm: PRM, f: ShardedModule, directory: Path, *, writes: bool) ->
     """
     directory.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".model-", dir=directory.parent) as folder:
-        state: dict[str, Tensor] = {}
+        files: dict[Path, list[str]] = {}
         for number, (names, leaf) in enumerate(f.whole()):
-            if not writes:
-                continue
-            file = Path(folder) / f"{number}.safetensors"
-            save_file({"leaf": leaf.contiguous()}, file)
-            mapped = load_file(file)["leaf"]
-            state |= {name.removeprefix("model."): mapped for name in names}
+            if writes:
+                file = Path(folder) / f"{number}.safetensors"
+                save_file({"leaf": leaf.contiguous()}, file)
+                files[file] = names
         if writes:
+            # Mapped at the end: what is kept between large tensors breaks up the freed memory.
+            mapped = {file: load_file(file)["leaf"] for file in files}
+            state = {
+                name.removeprefix("model."): mapped[file]
+                for file, names in files.items()
+                for name in names
+            }
             save_state(prm, state, directory)

@@ -126,7 +126,6 @@ def ran(task, tmp_path_factory) -> Path:
     commands += [
         command("alone", 1, cold(task, folder / "cold alone")),
         command("cold", 2, cold(task, folder / "cold shared", sharding="full")),
-        command("wrong", 2, training(task, folder / "wrong", **full | {"accumulation": 3})),
         command(
             "killed", 2, training(task, folder / "killed", **full), **stop(1, signal.SIGKILL, 3)
         ),
@@ -228,11 +227,6 @@ def test_an_error_of_one_rank_ends_all_and_is_said_by_it(ran):
     assert "rank 1: bilevel-prm train: a picture is gone" in printed(ran, 1)
     newest = ran / "error" / "checkpoints"
     assert [path.name for path in newest.iterdir()] == ["step-2"]
-
-
-def test_unequal_numbers_of_micro_batches_are_refused(ran):
-    assert statuses(ran, 0, "wrong") == statuses(ran, 1, "wrong") == [2]
-    assert "--sharding full --accumulation 3: the 2 processes need as many" in printed(ran, 0)
 
 
 OTHERS = {
