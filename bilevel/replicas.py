@@ -318,6 +318,22 @@ class Replicas:
         return total.view(target.shape).to(target.dtype)
 
 
+@contextmanager
+def apart() -> Iterator[None]:
+    """Run the body; an error in it is told to no other rank: they may be where none listens."""
+    try:
+        yield
+    except Exception as error:
+        if not _is_known(error):
+            error.__dict__["_apart"] = True
+        raise
+
+
+def is_apart(error: BaseException | None) -> bool:
+    """Return whether an error left a rank apart from the others, which its process has to end."""
+    return any("_apart" in one.__dict__ for one in causes(error))
+
+
 def called(exchange: Callable[[], T]) -> T:
     """Return what an exchange of ``torch.distributed`` does.
 
@@ -341,8 +357,8 @@ class _Header(NamedTuple):
 
 
 def _is_known(error: BaseException | None) -> bool:
-    """Return whether the other ranks know of an error: it is theirs, or they were told."""
-    return any(
+    """Return whether there is nothing to tell: an error is theirs, or told, or cannot be."""
+    return is_apart(error) or any(
         isinstance(one, RankError) or "_told_other_ranks" in one.__dict__ for one in causes(error)
     )
 

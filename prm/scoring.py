@@ -194,7 +194,8 @@ def score_part(
         batch_size: The largest number of examples per forward pass.
         part: Which of the parts.
         parts: Into how many parts the batches are dealt, one after the other. A batch is the same
-            whatever their number, and so are the bits of the scores.
+            whatever their number, and so are the bits of the scores. With a model that is spread
+            over processes each has a part, and as many batches, the last of all twice if need be.
         full_vocab: Whether probabilities are over the whole vocabulary, as in DreamPRM-1.5, instead
             of over the two labels. The score is then softmax(z)₊, and "+" and "-" do not sum to 1.
         workers: The number of processes that prepare batches ahead; see ``prm.inputs.workers``.
@@ -213,12 +214,15 @@ def score_part(
     held = list(encoded) if len(encoded) <= MOST_HELD else encoded
     shapes = _shapes(held, workers)
     scores: StepScores | None = None
-    dealt = token_batches(
+    whole = token_batches(
         shapes[:, 0],
         batch_size,
         tokens_per_batch,
         shapes[:, 2] * vision_tokens_per_tile(prm.model.config),
-    )[part::parts]
+    )
+    dealt = whole[part::parts]
+    if prm.spread is not None and len(dealt) * parts < len(whole):
+        dealt.append(whole[-1])  # All processes call such a model, or none gets an answer.
     batches = ordered_map(
         lambda number: collator(_rows(held, dealt[number])), range(len(dealt)), workers
     )

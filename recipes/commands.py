@@ -19,8 +19,16 @@ from recipes.options.use import (
     SelectOptions,
     WeighOptions,
 )
-from recipes.ranks import is_first, lost, over_ranks, ranks_here, say_aloud, several_ranks
-from recipes.run.errors import RunError, reported
+from recipes.ranks import (
+    is_first,
+    leave,
+    lost,
+    over_ranks,
+    ranks_here,
+    say_aloud,
+    several_ranks,
+)
+from recipes.run.errors import RunError, left_apart, reported
 from recipes.run.files import new_directory
 from recipes.run.show import RunsListOptions, RunsShowOptions, list_runs, show_run
 from recipes.terminal import say
@@ -55,8 +63,11 @@ def _over_ranks(name: str, options: Any) -> int:
                 interrupted.append(error)
                 return None
             except Exception as error:
-                if lost(error) and not is_first():
+                alone = left_apart(error)
+                if (lost(error) or alone) and not is_first():
                     say_aloud(f"{title}: {error}")
+                if alone:
+                    leave()
                 raise
 
         status = reported(title, command)

@@ -223,6 +223,8 @@ def load_model(
     path: str | None = None,
     placement: Placement | None = None,
     conventions: Conventions | None = None,
+    *,
+    cloned: bool = True,
 ) -> tuple[PRM, dict[str, Tensor]]:
     """Load a model, and return it with its trainable parameters by name.
 
@@ -234,6 +236,7 @@ def load_model(
         path: The value of ``--init-from``, None for ``--model``.
         placement: Where it computes. None means the CPU in float32.
         conventions: How it is asked. None means by ``asked``.
+        cloned: Whether the parameters are apart from the model's own.
 
     Raises:
         OptionError: There is no such model, it is damaged, it or its chat template cannot judge
@@ -264,6 +267,8 @@ def load_model(
         placement.check_trained(trainable, prm)
     except ValueError as error:
         raise OptionError(f"--{error}") from error
+    if not cloned:
+        return prm, trainable
     return prm, {name: tensor.clone() for name, tensor in trainable.items()}
 
 

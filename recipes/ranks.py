@@ -61,7 +61,8 @@ def is_first() -> bool:
 def over_ranks(command: str) -> Iterator[Path | None]:
     """Join the ranks that run a command while the body runs.
 
-    At its end all wait for each other, unless the body is interrupted or a process is gone.
+    At its end all wait for each other, unless the body is interrupted, has left, or a process is
+    gone.
 
     Yields:
         A folder for what this rank would write, None for rank 0 and a process alone.
@@ -90,10 +91,36 @@ def over_ranks(command: str) -> Iterator[Path | None]:
         else:
             with tempfile.TemporaryDirectory() as folder:
                 yield Path(folder)
-        with suppress(RankError):
-            ranks_here().numbers(0)  # until rank 0 has saved: whoever ends first ends the others
+        if distributed.is_initialized():
+            with suppress(RankError):
+                ranks_here().numbers(0)  # until rank 0 has saved: who ends first ends the others
     finally:
+        leave()
+
+
+def leave() -> None:
+    """Leave the ranks of the command, if there are any."""
+    from torch import distributed
+
+    if distributed.is_initialized():
         distributed.destroy_process_group()
+
+
+@contextmanager
+def group_of_one() -> Iterator[None]:
+    """Let a process that is alone be a group of ``torch.distributed`` while the body runs."""
+    from torch import distributed
+
+    if distributed.is_initialized():
+        yield
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        there = f"file://{folder}/ranks"
+        distributed.init_process_group("gloo", init_method=there, rank=0, world_size=1)
+        try:
+            yield
+        finally:
+            leave()
 
 
 @contextmanager

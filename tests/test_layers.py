@@ -72,7 +72,7 @@ LAYERS = {
         ("bad_rows", "conventions", "options", "stopping", "tensor_file", "terminal"),
         ("ranks",),
         ("run", "loading", "profiling"),
-        ("frozen",),
+        ("frozen", "sharding"),
         ("data_files", "evaluation", "problems"),
         ("train",),
         ("embedded", "use"),

@@ -28,7 +28,8 @@ from bilevel.replicas import called
 from bilevel.shards.module import ShardedModule
 from bilevel.tree import TreeT
 
-_SEAL = "seal.json"
+SEAL = "seal.json"
+"""Name of the file that holds the digests of the others."""
 
 
 def save_shards(path: Path, module: ShardedModule, state: Any) -> None:
@@ -120,7 +121,7 @@ def load_shards(path: Path, module: ShardedModule, state: TreeT) -> TreeT:
     from torch.distributed.checkpoint import state_dict_loader
     from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
 
-    sealed = json.loads((path / _SEAL).read_text(encoding="utf-8")).get("files", {})
+    sealed = json.loads((path / SEAL).read_text(encoding="utf-8")).get("files", {})
     found = _gathered(_digests(path, module.group), module.group)
     changed = sorted(n for n in {*found, *sealed} if found.get(n) != sealed.get(n))
     if changed:
@@ -180,7 +181,7 @@ def _write(
     files = _gathered(_digests(unfinished, group), group)
     if dist.get_rank(group) == 0:
         text = json.dumps({"files": files}, indent=1, sort_keys=True)
-        (unfinished / _SEAL).write_text(text + "\n", encoding="utf-8")
+        (unfinished / SEAL).write_text(text + "\n", encoding="utf-8")
         unfinished.rename(path)
     _agree(group)
 
@@ -199,7 +200,7 @@ def _as_os_error(path: Path) -> Iterator[None]:
 
 def _digests(folder: Path, group: dist.ProcessGroup) -> dict[str, str]:
     """Return the digests of this rank's share of the files, which all ranks see."""
-    names = sorted(file.name for file in folder.iterdir() if file.name != _SEAL)
+    names = sorted(file.name for file in folder.iterdir() if file.name != SEAL)
     found = {}
     for name in names[dist.get_rank(group) :: dist.get_world_size(group)]:
         with (folder / name).open("rb") as file:

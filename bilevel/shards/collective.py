@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, TypeVar
 
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from bilevel import tree
 from bilevel.collective import Mean
-from bilevel.replicas import Replicas
+from bilevel.replicas import Replicas, apart
 from bilevel.shards.module import ShardedModule
 from bilevel.tree import Tree, TreeT
 
@@ -111,8 +111,8 @@ class Shards:
         return self.replicas.upper_examples(batch)
 
     def together(self) -> AbstractContextManager[None]:
-        """Return a context that does nothing: see the class."""
-        return nullcontext()
+        """Return a context whose errors are not told to the other ranks: see the class."""
+        return apart()
 
     @torch.no_grad()
     def norm(self, values: Tree) -> Float[Tensor, ""]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -114,6 +114,19 @@ class ShardedModule:
     def gathered(self, state: TreeT) -> TreeT:
         """Return a state with whole tensors in place of the shards; every rank must ask for it."""
         return tree.map(_whole, self.distributed(state))
+
+    @torch.no_grad()
+    def whole(self) -> Iterator[tuple[list[str], Tensor]]:
+        """Yield each tensor of the module's state dict whole, one after the other, with its names.
+
+        Every rank must take all of them. No more than one is held: copy what is to stay.
+        """
+        self._reshard()
+        named: dict[int, tuple[list[str], Tensor]] = {}
+        for name, leaf in self.module.state_dict(keep_vars=True).items():
+            named.setdefault(id(leaf), ([], leaf))[0].append(name)
+        for names, leaf in named.values():
+            yield names, _whole(leaf.detach())
 
     def _dtensor(self, name: str, shard: Tensor) -> Tensor:
         from torch.distributed.tensor import DTensor

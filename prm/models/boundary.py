@@ -67,7 +67,7 @@ def find_boundary(model: Any, trained: Mapping[str, Tensor]) -> Boundary | None:
     if not in_vision(model, touched):
         layers = _independent_layers(model, trained)
         if layers:
-            behind = [*_prefixes(model, _layers(model)[layers:]), *_heads(model)]
+            behind = [*_prefixes(model, language_layers(model)[layers:]), *_heads(model)]
             front = _front(tensors, touched, behind)
             return Boundary("layers", layers, front)
         return Boundary("image features", 0, tuple(vision)) if vision else None
@@ -106,7 +106,7 @@ def frozen_states(model: Any, boundary: Boundary, inputs: Mapping[str, Tensor]) 
             features = base.get_image_features(**inputs, return_dict=True).pooler_output
             return features if isinstance(features, Tensor) else torch.cat(tuple(features))
         if boundary.place == "layers":
-            last = _layers(model)[boundary.layers - 1]
+            last = language_layers(model)[boundary.layers - 1]
             return _output_of(last, lambda: base(**inputs, use_cache=False))
         return _output_of(
             _tower(model), lambda: base.get_image_features(**inputs, return_dict=True)
@@ -149,7 +149,7 @@ def _stand_ins(
         return [(model.base_model, "get_image_features", features)]
     if boundary.place == "vision tower":
         return [(_tower(model), "forward", tower)]
-    *first, last = _layers(model)[: boundary.layers]
+    *first, last = language_layers(model)[: boundary.layers]
     return [*((layer, "forward", passed_on) for layer in first), (last, "forward", stored)]
 
 
@@ -185,7 +185,7 @@ def _output_of(module: nn.Module, run: Callable[[], Any]) -> Tensor:
 
 def _independent_layers(model: Any, trained: Mapping[str, Tensor]) -> int:
     """Return how many first layers of the language model do not depend on trained parameters."""
-    layers = _layers(model)
+    layers = language_layers(model)
     depends: list[bool] = []
 
     def note(_: nn.Module, __: Any, output: Any) -> None:
@@ -206,7 +206,7 @@ def _independent_layers(model: Any, trained: Mapping[str, Tensor]) -> int:
     return next((count for count, one in enumerate(depends) if one), len(depends))
 
 
-def _layers(model: Any) -> list[nn.Module]:
+def language_layers(model: Any) -> list[nn.Module]:
     """Return the layers of the language model in their order."""
     layers = getattr(model.get_decoder(), "layers", None)
     return list(layers) if isinstance(layers, nn.ModuleList) else []

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -51,7 +51,7 @@ _TARGETS = frozenset({"labels"})  # Some base models would take these entries of
 class PRM:
     """A process reward model, whose parameters are passed separately, as a dict by name.
 
-    ``autocast``, ``activation_checkpointing``, ``boundary`` and ``conventions`` are set by
+    ``autocast``, ``activation_checkpointing``, ``boundary``, ``conventions`` and ``spread`` are set by
     ``dataclasses.replace``.
 
     Attributes:
@@ -72,6 +72,8 @@ class PRM:
             that holds them (``prm.activations.batches``) is computed from there.
         conventions: How the model was trained to be asked; ``save_prm`` writes them beside it. None
             means that its folder does not say.
+        spread: ``step_head`` of this model as a function of parameters, batch and rows, if it is
+            spread over processes (``bilevel.sharded``). All of them call it together.
     """
 
     model: Any
@@ -84,6 +86,9 @@ class PRM:
     activation_checkpointing: bool | Literal["vision"] = False
     boundary: Boundary | None = None
     conventions: Conventions | None = None
+    spread: (
+        Callable[[Mapping[str, Tensor], Mapping[str, Tensor], list[int] | None], Tensor] | None
+    ) = None
 
     @property
     def usage(self) -> Conventions:
@@ -278,14 +283,30 @@ def save_prm(prm: PRM, params: Mapping[str, Tensor], directory: str | Path) -> N
             tokenizer as a different one.
     """
     directory = Path(directory)
-    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
-        raise FileExistsError(f"{directory} exists and is not empty; remove it or choose another")
+    _check_empty(directory)
     state = {name: value.cpu() for name, value in prm.model.state_dict().items()}
     for name, aliases in _named_tensors(prm.model, params).items():
         for alias in aliases:
             state[alias] = params[name].detach().to(state[alias])
+    save_state(prm, merged(prm.model, state), directory)
+
+
+def save_state(prm: PRM, state: Mapping[str, Tensor], directory: str | Path) -> None:
+    """Write such a folder with the tensors of a whole state dict, of which it makes no copy.
+
+    Args:
+        prm: The model, whose own tensors are not read.
+        state: What ``prm.model.state_dict()`` is, without adapters.
+        directory: As of ``save_prm``.
+
+    Raises:
+        FileExistsError: ``directory`` is not empty.
+        ValueError: transformers would load the saved tokenizer as a different one.
+    """
+    directory = Path(directory)
+    _check_empty(directory)
     with atomic_write(directory) as unfinished:
-        prm.model.save_pretrained(unfinished, state_dict=merged(prm.model, state))
+        prm.model.save_pretrained(unfinished, state_dict=dict(state))
         prm.tokenizer.save_pretrained(unfinished)
         if prm.image_processor is not None:
             prm.image_processor.save_pretrained(unfinished)
@@ -294,6 +315,11 @@ def save_prm(prm: PRM, params: Mapping[str, Tensor], directory: str | Path) -> N
             write_conventions(unfinished / FILE, prm.conventions)
         write_digests(unfinished)
         _check_saved_tokenizer(prm.tokenizer, unfinished)
+
+
+def _check_empty(directory: Path) -> None:
+    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
+        raise FileExistsError(f"{directory} exists and is not empty; remove it or choose another")
 
 
 def split_parameters(model: nn.Module, freeze: Sequence[str] = ()) -> tuple[Params, Params]:
@@ -362,18 +388,28 @@ def step_logits(
     keep_all = not (prm.activation_checkpointing and torch.is_grad_enabled())
     vision_only = prm.activation_checkpointing == "vision"
     recomputed = nullcontext() if keep_all else checkpointed(prm.model, vision_only=vision_only)
+    rows = labels if label_rows else None
     with _from_boundary(prm, batch), recomputed:
-        logits: Tensor = functional_call(
-            _StepHead(prm.model, labels if label_rows else None, prm.autocast),
-            {f"model.{name}": value for name, value in params.items()},
-            (batch,),
-        )
+        if prm.spread is not None:  # functional_call would not reach its parameters
+            logits = prm.spread(params, batch, rows)
+        else:
+            named = {f"model.{name}": value for name, value in params.items()}
+            logits = functional_call(step_head(prm), named, (batch, rows))
     wide = torch.promote_types(logits.dtype, torch.float32)
     if logits.shape[-1] == len(labels):
         return logits.to(wide)
     if full_vocab:
         logits = logits.log_softmax(-1, dtype=wide)
     return torch.stack([logits[..., label] for label in labels], dim=-1).to(wide)
+
+
+def step_head(prm: PRM) -> nn.Module:
+    """Return the module ``(batch, rows) -> logits`` at the label positions, [batch, steps, vocab].
+
+    Its parameters are those of ``prm.model``, under ``model.``. With ``rows`` the logits are those
+    of these rows of the vocabulary alone, if the head is a plain linear layer.
+    """
+    return _StepHead(prm.model, prm.autocast)
 
 
 def body_autocast(model: Any, dtype: torch.dtype | None) -> AbstractContextManager[Any]:
@@ -396,15 +432,12 @@ def _from_boundary(prm: PRM, batch: Mapping[str, Tensor]) -> AbstractContextMana
 class _StepHead(nn.Module):
     """The base model and the head at the label positions, as a module for ``functional_call``."""
 
-    def __init__(
-        self, model: Any, rows: list[int] | None = None, autocast: torch.dtype | None = None
-    ) -> None:
+    def __init__(self, model: Any, autocast: torch.dtype | None) -> None:
         super().__init__()
         self.model = model
-        self.rows = rows
         self.autocast = autocast
 
-    def forward(self, batch: Mapping[str, Tensor]) -> Tensor:
+    def forward(self, batch: Mapping[str, Tensor], rows: list[int] | None) -> Tensor:
         base = self.model.base_model
         accepted = inspect.signature(base.forward).parameters
         inputs: dict[str, Any] = {
@@ -418,10 +451,10 @@ class _StepHead(nn.Module):
         head = self.model.get_output_embeddings()
         if self.autocast is not None:
             read = read.to(self.model.dtype)  # In bfloat16, with 8 bits, many scores would tie.
-        if self.rows is not None and type(head) is nn.Linear:
+        if rows is not None and type(head) is nn.Linear:
             wide = torch.promote_types(read.dtype, torch.float32)
-            bias = None if head.bias is None else head.bias[self.rows].to(wide)
-            weight = head.weight[self.rows].to(wide)
+            bias = None if head.bias is None else head.bias[rows].to(wide)
+            weight = head.weight[rows].to(wide)
             return nn.functional.linear(read.to(wide), weight, bias)  # [batch, steps, 2]
         logits: Tensor = head(read)  # [batch, steps, vocab]
         return logits

@@ -35,6 +35,50 @@ class Contradiction:
     remedy: str
 
 
+def words_of(name: str, value: Any) -> list[str]:
+    """Return an option with its value as the words of the command line."""
+    flag = flag_of(name)
+    if isinstance(value, bool):
+        return [flag if value else flag.replace("--", "--no-", 1)]
+    if isinstance(value, tuple):
+        return [flag, *map(str, value)]
+    return [flag, "none" if value is None else str(value)]
+
+
+_PROVEN_IN_SHARDS: Mapping[str, tuple[Any, ...]] = {
+    "hypergradient": ("one-step",),
+    "order": ("upper-first",),
+    "route": ("auto", "dot"),
+    "upper_gradient_every": (1,),
+    "rollback": (False,),
+    "batch_size": (1,),
+    "loss_target": ("both", "+"),
+    "lower_data": ("train",),
+    "weights_file": (None,),
+    "execution": ("auto", "resident"),
+    "on_trouble": ("raise",),
+    "lora_rank": (0,),
+    "frozen_activations": ("none",),
+    "activation_checkpointing": ("none",),
+    "device": ("auto", "cpu"),
+    "precision": ("auto", "float32"),
+}
+"""The values of options for which steps over shards have been shown to be those of one process."""
+
+
+def _unproven_in_shards(name: str, proven: tuple[Any, ...]) -> Contradiction:
+    """Return the rule that ``--sharding full`` goes with certain values of an option alone."""
+    instead = " or ".join(" ".join(words_of(name, value)) for value in proven)
+    return Contradiction(
+        lambda given: (
+            given.sharding != "none"
+            and getattr(given, name, proven[0]) not in proven  # if it has one
+        ),
+        ("sharding", name),
+        f"not shown to be right over shards: use {instead}, or --sharding none",
+    )
+
+
 _LOWER_CONTRADICTIONS = (
     Contradiction(
         lambda given: (
@@ -48,6 +92,7 @@ _LOWER_CONTRADICTIONS = (
         ("on_trouble", "save_every"),
         "rollback returns to a checkpoint: use --save-every 1 or more, or --on-trouble skip",
     ),
+    *(_unproven_in_shards(name, proven) for name, proven in _PROVEN_IN_SHARDS.items()),
 )
 
 _SECOND_ORDER = ("unrolled", "implicit")
@@ -202,13 +247,3 @@ def check_together(options: Any) -> None:
 
 def _spelled(values: Mapping[str, Any], names: Sequence[str], between: str) -> str:
     return between.join(" ".join(words_of(name, values[name])) for name in names)
-
-
-def words_of(name: str, value: Any) -> list[str]:
-    """Return an option with its value as the words of the command line."""
-    flag = flag_of(name)
-    if isinstance(value, bool):
-        return [flag if value else flag.replace("--", "--no-", 1)]
-    if isinstance(value, tuple):
-        return [flag, *map(str, value)]
-    return [flag, "none" if value is None else str(value)]

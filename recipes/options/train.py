@@ -60,6 +60,11 @@ class LowerOptions(LoaderOptions):
         "vision tower, or all; the same bits, less memory, more time",
         on_resume="free",
     )
+    sharding: Literal["none", "full"] = option(
+        "none",
+        "full: each process that torchrun starts holds a part of the parameters, gradient and "
+        "moments (FSDP2, FULL_SHARD), for models that do not fit; none: all of them",
+    )
     frozen: FrozenSettings = group(FrozenSettings)
     probability: Probability = option(
         "labels",

@@ -7,6 +7,10 @@
 * ``run.json``: n, the identity of the run (options, digests of model and data), what happened since
   the last line of ``log.jsonl``, and the troubles so far.
 
+Of a run over shards (``--sharding full``) every rank writes its part: the state is in ``shards/``
+(``bilevel.save_shards``), whose seal is sealed again by ``run.json``, and the random states are in
+``random.safetensors``. It goes on with any number of processes.
+
 The order of the data, the schedules and the visits are functions of the step and are not stored. A
 checkpoint is either complete or absent (``recipes.run.files.complete_directory``). The oldest
 checkpoints are removed only after the new one is complete.
@@ -21,7 +25,7 @@ import hashlib
 import json
 import re
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -31,8 +35,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from bilevel import BilevelState, tree
+from bilevel import BilevelState, Replicas, ShardedModule, load_shards, save_shards, tree
 from bilevel.autodiff.random_state import RandomState
+from bilevel.shards.checkpoint import SEAL
 from recipes.options.values import OptionError
 from recipes.run.errors import WriteError
 from recipes.run.files import (
@@ -50,6 +55,7 @@ from recipes.tensor_file import write_tensors
 _LOWER_SKIPPED = "lower_skipped"
 
 _STATE, _RUN = "state.safetensors", "run.json"
+_SHARDS, _RANDOM = "shards", "random.safetensors"
 
 
 @dataclass(frozen=True)
@@ -79,12 +85,25 @@ class Checkpoints:
         keep: The number of newest checkpoints to keep. With 0, all are kept. The newest checkpoint
             that was due is always kept.
         identity: The identity of the run (``recipes.run.identity``).
+        shards: What θ is a part of on this rank, None if it is whole. Then every rank saves and
+            loads, and rank 0 alone knows the directory and the identity.
     """
 
     directory: Path
     every: int
     keep: int
     identity: Mapping[str, Any]
+    shards: ShardedModule | None = None
+
+    @property
+    def _first(self) -> bool:
+        """Whether this rank writes what is not in shards."""
+        return self.shards is None or self._ranks.rank == 0
+
+    @property
+    def _ranks(self) -> Replicas:
+        assert self.shards is not None
+        return Replicas(group=self.shards.group)
 
     def due(self, before: int, after: int) -> bool:
         """Return whether a multiple of ``every`` lies in the steps ``before`` + 1 to ``after``."""
@@ -109,9 +128,11 @@ class Checkpoints:
         """
         path = self.directory / f"step-{int(progress.state.lower_steps)}"
         try:
-            if not path.is_dir():
+            if self.shards is not None:
+                self._write_shards(path, progress, due)
+            elif not path.is_dir():
                 self._write(path, progress, due)
-            if self.keep:
+            if self.keep and self._first:
                 complete = self._complete()
                 stays = {*complete[-self.keep :], next(self._due(), path)}
                 for old in complete:
@@ -125,15 +146,34 @@ class Checkpoints:
         remove_unfinished(self.directory, "step-*")
         with complete_directory(path) as unfinished:
             digest = write_tensors(unfinished / _STATE, _tensors(progress))
-            content = {
-                "step": int(progress.state.lower_steps),
-                "due": due,
-                "identity": self.identity,
-                "unlogged": asdict(progress.unlogged),
-                "seen": asdict(progress.seen),
-            }
-            content["sha256"] = _seal(digest, content)
-            write_text(unfinished / _RUN, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+            self._write_run(unfinished, progress, due, digest)
+
+    def _write_run(self, unfinished: Path, progress: Progress, due: bool, digest: str) -> None:
+        content = {
+            "step": int(progress.state.lower_steps),
+            "due": due,
+            "identity": self.identity,
+            "unlogged": asdict(progress.unlogged),
+            "seen": asdict(progress.seen),
+        }
+        content["sha256"] = _seal(digest, content)
+        write_text(unfinished / _RUN, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+
+    def _write_shards(self, path: Path, progress: Progress, due: bool) -> None:
+        """Write a checkpoint, every rank its shards, unless rank 0 sees that there is one."""
+        assert self.shards is not None
+        with ExitStack() as stack:
+            unfinished = None
+            if self._first and not path.is_dir():
+                remove_unfinished(self.directory, "step-*")
+                unfinished = stack.enter_context(complete_directory(path))
+            unfinished = self._ranks.objects(unfinished)[0]
+            if unfinished is None:
+                return
+            save_shards(unfinished / _SHARDS, self.shards, progress.state)
+            if self._first:
+                write_tensors(unfinished / _RANDOM, _of_generators(progress.random))
+                self._write_run(unfinished, progress, due, _digest_of(unfinished))
 
     def newest(self) -> Path | None:
         """Return the newest complete checkpoint, if any."""
@@ -178,7 +218,7 @@ class Checkpoints:
         """
         with _readable(path):
             run = json.loads((path / _RUN).read_text(encoding="utf-8"))
-            if run.pop("sha256") != _seal(digest_file(path / _STATE), run):
+            if run.pop("sha256") != _seal(_digest_of(path), run):
                 raise ValueError("something in it is not as it was written")
             different = differences(run["identity"], self.identity)
         if different:
@@ -187,12 +227,33 @@ class Checkpoints:
                 "options and files, or start a new run in another directory"
             )
         with _readable(path):
+            told = Unlogged(**run["unlogged"]), Seen(**run["seen"])
+            if self.shards is not None:
+                random = _generators(load_file(path / _RANDOM), example)
+                return Progress(self.load_shards(path, example), random, *told)
             tensors = load_file(path / _STATE)
             try:
                 state, random = _levels_and_random(tensors, example, in_place)
             except ValueError as error:
                 raise OptionError(f"--resume: {path}: {error}") from error
-            return Progress(state, random, Unlogged(**run["unlogged"]), Seen(**run["seen"]))
+            return Progress(state, random, *told)
+
+    def load_shards(
+        self, path: Path | None, state: BilevelState[Any, Any]
+    ) -> BilevelState[Any, Any]:
+        """Read a state over shards in place; all ranks call this, and rank 0 names the checkpoint.
+
+        Args:
+            path: The checkpoint that rank 0 found good; None: there is none, or another rank calls.
+            state: A state of this run.
+
+        Raises:
+            ValueError: The shards are not as they were written, or those of another model.
+            OSError: They cannot be read.
+        """
+        assert self.shards is not None
+        told = self._ranks.objects(path)[0]
+        return state if told is None else load_shards(told / _SHARDS, self.shards, state)
 
     def _due(self) -> Iterator[Path]:
         """Yield the directories of complete checkpoints that were due, newest first."""
@@ -205,6 +266,14 @@ class Checkpoints:
         """Return the directories of complete checkpoints, oldest first."""
         paths = [p for p in self.directory.glob("step-*") if re.fullmatch(r"step-\d+", p.name)]
         return sorted(paths, key=_steps)
+
+
+def _digest_of(path: Path) -> str:
+    """Return the SHA-256 of the state's file, or over shards of the files that stand for it."""
+    if not (path / _SHARDS).is_dir():
+        return digest_file(path / _STATE)
+    files = (path / _SHARDS / SEAL, path / _RANDOM)
+    return hashlib.sha256("".join(map(digest_file, files)).encode()).hexdigest()
 
 
 def _seal(digest: str, content: Mapping[str, Any]) -> str:
@@ -238,18 +307,29 @@ def _steps(path: Path) -> int:
 
 
 def _tensors(progress: Progress) -> dict[str, Tensor]:
-    random = {"cpu": progress.random.cpu} | {str(d): s for d, s in progress.random.devices}
     state = tree.flatten(progress.state)
     if (
         not progress.state.lower_skipped
     ):  # as in checkpoints of version 0.1, which has no such count
         del state[_LOWER_SKIPPED]
-    parts = {"state": state, "random": random}
+    parts = {"state": state, "random": _of_generators(progress.random)}
     return {
         f"{part}/{name}": tensor
         for part, tensors in parts.items()
         for name, tensor in tensors.items()
     }
+
+
+def _of_generators(random: RandomState) -> dict[str, Tensor]:
+    return {"cpu": random.cpu} | {str(device): state for device, state in random.devices}
+
+
+def _generators(tensors: Mapping[str, Tensor], example: BilevelState[Any, Any]) -> RandomState:
+    random = {name: tensor.clone() for name, tensor in tensors.items()}
+    cpu = random.pop("cpu")
+    here = {str(leaf.device) for leaf in tree.leaves(example)}  # the run may have moved
+    devices = {torch.device(name): state for name, state in random.items() if name in here}
+    return RandomState(cpu, tuple(devices.items()))
 
 
 def _levels_and_random(
@@ -266,8 +346,4 @@ def _levels_and_random(
         example,
         tree.unflatten(parts["state"], example),
     )
-    random = {name: tensor.clone() for name, tensor in parts["random"].items()}
-    cpu = random.pop("cpu")
-    here = {str(leaf.device) for leaf in tree.leaves(example)}  # the run may have moved
-    devices = {torch.device(name): state for name, state in random.items() if name in here}
-    return state, RandomState(cpu, tuple(devices.items()))
+    return state, _generators(parts["random"], example)

@@ -46,6 +46,18 @@ class Stopped(RunError):
         self.status = status
 
 
+def are_agreed(error: Exception) -> bool:
+    """Return whether all ranks of a run raise an error, after the same step."""
+    return isinstance(error, Stopped | NonFiniteError)
+
+
+def left_apart(error: Exception) -> bool:
+    """Return whether the other ranks do not know of an error, and cannot be told."""
+    from bilevel.replicas import is_apart
+
+    return is_apart(error) and not are_agreed(error)
+
+
 def reported(title: str, command: Callable[[], int | None], *, saves: bool = False) -> int:
     """Run a command and return its exit status, 0 if it returns none.
 

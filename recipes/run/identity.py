@@ -25,6 +25,7 @@ _ADDED: Mapping[str, Any] = {
     "lora_rank": 0,
     "lora_targets": [],
     "precision": "float32",
+    "sharding": "none",
     "tokens_per_batch": 2**16,
     "too_long": "refuse",
     "upper_gradient_every": 1,
@@ -37,7 +38,7 @@ _AT_ONCE = 16
 
 def identity(
     options: LowerOptions,
-    model: torch.nn.Module,
+    model: torch.nn.Module | str,
     pictures: Mapping[str, Iterable[Path]] = MappingProxyType({}),
 ) -> dict[str, Any]:
     """Return a run's options, and digests of its initial model and of the files it trains on.
@@ -49,7 +50,7 @@ def identity(
 
     Args:
         options: The options of the run.
-        model: The model before the first step.
+        model: The model before the first step, or its digest, as no process may have all of it.
         pictures: The pictures of the files, by the flat name of the option.
     """
     entries, values = flat_options(type(options)), flatten(options)
@@ -61,7 +62,7 @@ def identity(
         "options": {k: list(v) if isinstance(v, tuple) else v for k, v in same.items()},
         "files": {name: digest_file(path) for name, path in files.items() if path is not None},
         "pictures": {name: digest_pictures(paths) for name, paths in pictures.items()},
-        "model": digest_model(model),
+        "model": model if isinstance(model, str) else digest_model(model),
     }
 
 

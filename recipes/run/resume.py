@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 
-from bilevel import Alone, BilevelState, Collective, RankError
+from bilevel import Alone, BilevelState, Collective, RankError, ShardedModule
 from bilevel.autodiff.random_state import RandomState, capture
 from bilevel.resident.solver import is_consumed
 from recipes.options.flat import flat_options, flatten
@@ -32,7 +32,7 @@ from recipes.run.directory import (
     refuse_complete,
     resume_command,
 )
-from recipes.run.errors import RunError, WriteError
+from recipes.run.errors import RunError, WriteError, are_agreed
 from recipes.run.files import remove_unfinished, write_json, write_text
 from recipes.run.identity import identity
 from recipes.run.lock import locked
@@ -76,6 +76,15 @@ class Run:
         """The path of the log, ``log.jsonl``."""
         return self.directory / "log.jsonl"
 
+    def save(self, progress: Progress) -> None:
+        """Save the state; all ranks call this after the same step.
+
+        Raises:
+            WriteError: As ``Checkpoints.save``.
+        """
+        if self.writes or self.checkpoints.shards is not None:
+            self.checkpoints.save(progress)
+
     def before_trouble(self) -> Progress:
         """Return the state for ``--on-trouble rollback``.
 
@@ -91,8 +100,13 @@ class Run:
             back = self.checkpoints.load(path, self.start.state, in_place=self.in_place)
         return of_first(back, self.ranks, self.in_place)
 
-    def keep(self, progress: Progress) -> str:
+    def keep(self, progress: Progress, *, together: bool = False) -> str:
         """Save the state, whether or not a checkpoint is due.
+
+        Args:
+            progress: The state.
+            together: Whether all ranks are here after the same step. Otherwise a state over shards
+                cannot be saved.
 
         Returns:
             A sentence on where the state is and how to resume. If the state cannot be written, the
@@ -100,7 +114,8 @@ class Run:
             is not written.
         """
         steps, failed = int(progress.state.lower_steps), ""
-        if steps > 0 and self.writes:
+        saves = self.writes if self.checkpoints.shards is None else together
+        if steps > 0 and saves:
             try:
                 self.checkpoints.save(progress, due=False)
             except WriteError as error:
@@ -129,7 +144,7 @@ class Run:
         """Save ``progress``, and return the error with a sentence on that and on how to resume."""
         if isinstance(error, WriteError):  # another attempt would fail, too
             return WriteError(f"{error}; {self._kept()}")
-        kept = self.keep(progress)
+        kept = self.keep(progress, together=are_agreed(error))
         if isinstance(error, RunError):
             return type(error)(f"{error}. After {_steps(progress)}: {kept}")
         if isinstance(error, OSError | SafetensorError | RankError):
@@ -138,17 +153,22 @@ class Run:
         return error
 
 
-def of_first(progress: Progress, ranks: Collective, in_place: bool) -> Progress:
+def of_first(
+    progress: Progress, ranks: Collective, in_place: bool, in_shards: bool = False
+) -> Progress:
     """Return the progress of rank 0, with the generators of devices as they are on this rank.
 
     Args:
         progress: That of this rank.
         ranks: The ranks of the run.
         in_place: Whether the state is read into the tensors of ``progress``.
+        in_shards: Whether each rank has read its part of the state.
     """
     if ranks.ranks == 1:
         return progress
-    state = (ranks.adopt if in_place else ranks.first)(progress.state)
+    state = progress.state
+    if not in_shards:
+        state = (ranks.adopt if in_place else ranks.first)(state)
     random = RandomState(ranks.first(progress.random.cpu), progress.random.devices)
     unlogged, seen = ranks.objects((progress.unlogged, progress.seen))[0]
     return Progress(state, random, unlogged, seen)
@@ -157,28 +177,35 @@ def of_first(progress: Progress, ranks: Collective, in_place: bool) -> Progress:
 @contextmanager
 def open_run(
     options: LowerOptions,
-    model: torch.nn.Module,
+    model: torch.nn.Module | str,
     state: BilevelState[Any, Any],
     pictures: Mapping[str, Iterable[Path]] = MappingProxyType({}),
     *,
     in_place: bool = False,
+    shards: ShardedModule | None = None,
 ) -> Iterator[Run]:
     """Open a run on all ranks of the command: see ``_opened``, which rank 0 goes through.
 
-    The others get its state and command, and a directory of their own.
+    The others get its state and command, and a directory of their own. With ``shards`` they read
+    their own parts of a checkpoint.
     """
     ranks = ranks_here()
     with ExitStack() as stack:
         if ranks.rank == 0:
-            run = stack.enter_context(_opened(options, model, state, pictures, in_place))
+            opened = _opened(options, model, state, pictures, in_place, shards)
+            with ranks.together():  # where the others wait for what rank 0 has found
+                run = stack.enter_context(opened)
         else:
             directory = Path(stack.enter_context(TemporaryDirectory()))
-            checkpoints = Checkpoints(directory, every=options.run.save_every, keep=0, identity={})
+            every = options.run.save_every
+            checkpoints = Checkpoints(directory, every, keep=0, identity={}, shards=shards)
             beginning = Progress(state, capture(state.lower_params))
+            if shards is not None and options.run.resume is not None:
+                checkpoints.load_shards(None, state)
             run = Run("", directory, checkpoints, beginning, beginning)
         if ranks.ranks > 1:
             command = ranks.objects(run.command)[0]
-            start = of_first(run.start, ranks, in_place)
+            start = of_first(run.start, ranks, in_place, shards is not None)
             run = replace(run, command=command, start=start, ranks=ranks)
         yield replace(run, in_place=in_place)
 
@@ -186,10 +213,11 @@ def open_run(
 @contextmanager
 def _opened(
     options: LowerOptions,
-    model: torch.nn.Module,
+    model: torch.nn.Module | str,
     state: BilevelState[Any, Any],
     pictures: Mapping[str, Iterable[Path]],
     in_place: bool,
+    shards: ShardedModule | None,
 ) -> Iterator[Run]:
     """Open a run, and lock its directory while the body runs.
 
@@ -200,10 +228,11 @@ def _opened(
 
     Args:
         options: The options of the run.
-        model: The model before the first step.
+        model: The model before the first step, or its digest.
         state: The state before the first step.
         pictures: The pictures of the files that it trains on, by the flat name of the option.
         in_place: Whether a checkpoint is read into the tensors of ``state``.
+        shards: What θ is a part of on each rank, if it is not whole.
 
     Raises:
         OptionError: The directory of a new run is not empty, another process works in it, the run
@@ -227,6 +256,7 @@ def _opened(
                 every=options.run.save_every,
                 keep=options.run.keep_checkpoints,
                 identity=identity(options, model, pictures),
+                shards=shards,
             )
             start = beginning
             if options.run.resume is not None:
@@ -254,6 +284,8 @@ def _resumed(
     start = beginning
     if path is not None:
         start = checkpoints.load(path, beginning.state, in_place=in_place)
+    elif checkpoints.shards is not None:
+        checkpoints.load_shards(None, beginning.state)
     where = "no complete checkpoint: from the beginning"
     if path is not None:
         where = f"resumed after {_steps(start)} of {options.lower.steps} lower steps"

@@ -19,20 +19,14 @@ from pathlib import Path
 from bilevel import ResidentSolver
 from prm.aggregations import AGGREGATIONS
 from recipes.frozen import Keeping, at_boundary, cache_folder
-from recipes.loading import (
-    adapted,
-    filled,
-    load_model,
-    placement_of,
-    read_examples,
-    set_up,
-)
+from recipes.loading import filled, placement_of, read_examples, set_up
 from recipes.options.rules import check_together
 from recipes.options.train import ColdStartOptions
 from recipes.ranks import ranks_here
 from recipes.run.directory import check_directory
 from recipes.run.files import write_json
 from recipes.run.resume import open_run
+from recipes.sharding import load_trained, over_shards
 from recipes.train.batches import (
     COLD_START,
     ahead,
@@ -57,18 +51,22 @@ def run_cold_start(options: ColdStartOptions) -> Path:
     Returns:
         The run directory.
     """
-    started = time.perf_counter()
     check_together(options)
-    ranks = ranks_here()
-    if ranks.rank == 0:
+    if ranks_here().rank == 0:
         check_directory(options)
+    with over_shards(options):
+        return _run_cold_start(options)
+
+
+def _run_cold_start(options: ColdStartOptions) -> Path:
+    started = time.perf_counter()
+    ranks = ranks_here()
     set_up(options)
     placement = placement_of(options.placement, options.activation_checkpointing)
-    prm, lower = load_model(options, options.lower.freeze, placement=placement)
-    options = filled(options, prm.usage)
-    if options.lora.rank:
-        lower = adapted(prm, options.lora, options.lower.freeze, placement)
-    prm = at_boundary(prm, lower, options)
+    loaded = load_trained(options, placement)
+    options = filled(options, loaded.prm.usage)
+    lower = loaded.lower
+    prm = at_boundary(loaded.prm, lower, options)
     data = require(read_examples(prm, options, options.train_file), "labels")
     refuse_other_bad_rows(options, {"train": data.bad})
     drawn = cold_start_rows(options, len(data))
@@ -82,11 +80,14 @@ def run_cold_start(options: ColdStartOptions) -> Path:
     )
     trained = sum(leaf.numel() for leaf in lower.values())
     plain = make_plain_solver(options, objective.problem(), trained)
-    solver = over_ranks(plain, ranks, objective.upper_size)
+    solver = over_ranks(plain, ranks, objective.upper_size, loaded.shards)
     batch = train_batch(lower_draw(options, drawn), data)
     start, pictures = begin(solver, prm, lower, {}), {"train_file": data.pictures}
     in_place = isinstance(solver, ResidentSolver)
-    with open_run(options, prm.model, start, pictures, in_place=in_place) as run:
+    opened = open_run(
+        options, loaded.identified, start, pictures, in_place=in_place, shards=loaded.shards
+    )
+    with opened as run:
         keep_bad_rows(run.directory, {"train": data.bad})
         keeping = Keeping(prm, options, cache_folder(options, run.directory))
         keeping.check([data])
@@ -113,7 +114,14 @@ def run_cold_start(options: ColdStartOptions) -> Path:
         end = train(run, training, logging)
         directory = run.directory
         with run.keeping(end):
-            saved = save_trained(prm, end.state.lower_params, options, directory, writes=run.writes)
+            saved = save_trained(
+                prm,
+                end.state.lower_params,
+                options,
+                directory,
+                writes=run.writes,
+                shards=loaded.shards,
+            )
             seconds = round(time.perf_counter() - started, 2)
             rows = len(drawn)
             results = {"rows": {}, "examples": rows, "seed": options.seed}

@@ -156,8 +156,8 @@ def train(run: Run, training: Training, logging: StepLogging) -> Progress:
                         raise _stuck(training, progress)
                     if not settled.usual:
                         looks_until = int(progress.state.lower_steps) + logging.every
-                if run.writes and run.checkpoints.due(first, _taken(progress, late)):
-                    run.checkpoints.save(progress)
+                if run.checkpoints.due(first, _taken(progress, late)):
+                    run.save(progress)
             except Exception as error:
                 if late is not None:
                     unread, late = late, None
@@ -360,7 +360,9 @@ def log_steps(
 def _stopped(run: Run, training: Training, progress: Progress, signal: signals.Signals) -> Stopped:
     """Save the state, and return the error that ends a run after a signal to stop."""
     after = f"after {int(progress.state.lower_steps)} of {training.steps} lower steps"
-    text = f"{training.title}: stopped by {signal.name} {after}; {run.keep(progress)}"
+    text = (
+        f"{training.title}: stopped by {signal.name} {after}; {run.keep(progress, together=True)}"
+    )
     return Stopped(text, 128 + signal)
 
 

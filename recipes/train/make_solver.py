@@ -20,6 +20,8 @@ from bilevel import (
     Projected,
     Replicas,
     ResidentSolver,
+    ShardedModule,
+    Shards,
     WarmupCosine,
 )
 from bilevel.optimizers.schedule import Constant, StepDecay
@@ -167,11 +169,14 @@ def _executed(options: LowerOptions, solver: Solver, trained: int) -> Solver:
         OptionError: It asks for something that a step in place does not do.
     """
     chosen, method = options.lower.execution, solver.hypergradient
-    if chosen == "functional" or (chosen == "auto" and trained < RESIDENT_FROM):
+    in_shards = options.sharding != "none"
+    if chosen == "functional" or (chosen == "auto" and trained < RESIDENT_FROM and not in_shards):
         return solver
     wanted = {field.name: getattr(solver, field.name) for field in fields(solver)}
     # Auto comes to the same for single examples.
-    if options.lower.batch_size == 1 and method == OneStep(Auto()):
+    if in_shards and isinstance(method, OneStep):
+        wanted["hypergradient"] = replace(method, route=Dot())
+    elif options.lower.batch_size == 1 and method == OneStep(Auto()):
         wanted["hypergradient"] = OneStep(Dot())
     for found in _not_in_place(replace(solver, **wanted)):
         if chosen == "auto":
@@ -195,23 +200,33 @@ def begin(solver: Solver, prm: PRM, lower: dict[str, Tensor], upper: dict[str, T
 
     Of a resident solver θ is the model's own memory from now on, and there is no other copy of it.
     """
-    if isinstance(solver, ResidentSolver):
+    if isinstance(solver, ResidentSolver) and prm.spread is None:
         for name, leaf in lower.items():
             prm.model.get_parameter(name).data = leaf
     return solver.init(lower, upper)
 
 
-def over_ranks(solver: Solver, ranks: Collective, upper_size: Callable[[Any], int]) -> Solver:
+def over_ranks(
+    solver: Solver,
+    ranks: Collective,
+    upper_size: Callable[[Any], int],
+    shards: ShardedModule | None = None,
+) -> Solver:
     """Return the solver of a rank, which takes its share of the micro-batches of a step.
 
     Args:
         solver: The solver of one process.
         ranks: The ranks of the run.
         upper_size: The number of terms in the mean of the meta loss, for a part of a meta batch.
+        shards: The parts of the model, if it is spread over the ranks.
 
     Raises:
         OptionError: A rank would have no micro-batch, or the hypergradient does not run on several.
     """
+    if shards is not None:
+        part = share(solver.accumulation, ranks.rank, ranks.ranks)
+        collective: Collective = Shards(shards, upper_size)
+        return replace(solver, accumulation=len(part), collective=collective)
     if not isinstance(ranks, Replicas):
         return solver
     here, count = solver.accumulation, ranks.ranks

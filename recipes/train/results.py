@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
+from bilevel import ShardedModule
 from prm.conventions import FILE, write_conventions
 from prm.models.adapters import save_adapter
 from prm.models.model import PRM, save_prm
@@ -17,6 +18,7 @@ from recipes.evaluation.candidates import evaluate, report_of, values_of
 from recipes.evaluation.table import SANITY_CHECK, results_table
 from recipes.options.train import LowerOptions, TrainOptions
 from recipes.run.files import write_text
+from recipes.sharding import save_spread
 from recipes.train.bounded_weights import WEIGHTINGS
 from recipes.train.data import TrainData
 
@@ -30,6 +32,7 @@ def save_trained(
     directory: Path,
     *,
     writes: bool = True,
+    shards: ShardedModule | None = None,
 ) -> Path:
     """Write the trained model to ``model``, and adapters to ``adapter``, as ``--lora-save`` says.
 
@@ -39,10 +42,14 @@ def save_trained(
         options: The options of the run.
         directory: The run directory.
         writes: Whether this process does; the others of a run over ranks do not.
+        shards: The parts of the model, if it is spread over the ranks, which all call this then.
 
     Returns:
         The directory that was written; of two the model's.
     """
+    if shards is not None:
+        save_spread(prm, shards, directory / "model", writes=writes)
+        return directory / "model"
     if not writes:
         alone = options.lora.rank and options.lora.save == "adapter"
         return directory / ("adapter" if alone else "model")

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from bilevel import BilevelProblem, Collective, ResidentSolver
+from bilevel import BilevelProblem, Collective, ResidentSolver, ShardedModule
 from prm.aggregations import AGGREGATIONS
 from prm.inputs.collate import Batch
 from prm.models.model import PRM
@@ -20,7 +20,7 @@ from prm.placement import Placement
 from recipes.evaluation.candidates import step_scores_of
 from recipes.evaluation.kept_scores import initial_score_cache, kept_scores
 from recipes.frozen import Keeping, at_boundary, cache_folder
-from recipes.loading import adapted, filled, load_model, placement_of, set_up
+from recipes.loading import filled, placement_of, set_up
 from recipes.options.rules import check_together
 from recipes.options.train import TrainOptions
 from recipes.ranks import ranks_here
@@ -29,6 +29,7 @@ from recipes.run.errors import RunError
 from recipes.run.files import write_json
 from recipes.run.identity import digest_model
 from recipes.run.resume import Run, open_run
+from recipes.sharding import Trained, load_trained, over_shards
 from recipes.train.batches import (
     Draw,
     ahead,
@@ -86,6 +87,7 @@ class _Task:
     data: TrainData
     objective: Objective
     ranks: Collective
+    shards: ShardedModule | None
 
 
 class _Method(NamedTuple):
@@ -113,23 +115,37 @@ def run_training(options: TrainOptions, logged: Callable[[int], None] | None = N
     Returns:
         The run directory.
     """
-    clock, ranks = _Clock(), ranks_here()
     check_together(options)
-    if ranks.rank == 0:
+    if ranks_here().rank == 0:
         check_directory(options)
+    with over_shards(options):
+        return _run_training(options, logged)
+
+
+def _run_training(options: TrainOptions, logged: Callable[[int], None] | None) -> Path:
+    clock, ranks = _Clock(), ranks_here()
     set_up(options)
     placement = placement_of(options.placement, options.activation_checkpointing)
-    prm, lower = _model(options, placement)
-    options = filled(options, prm.usage)
-    prm = at_boundary(prm, lower, options)
+    trained = load_trained(options, placement, options.init_from)
+    options = filled(options, trained.prm.usage)
+    lower = trained.lower
+    prm = at_boundary(trained.prm, lower, options)
     data = read_train_data(prm, options)
     refuse_other_bad_rows(options, data.bad)
     objective = _objective(options, prm, data)
-    task = _Task(options, placement, data, objective, ranks)
+    task = _Task(options, placement, data, objective, ranks, trained.shards)
     solver, upper, rates = _method(task, lower)
     start = begin(solver, prm, lower, upper)
     in_place = isinstance(solver, ResidentSolver)
-    with open_run(options, prm.model, start, data.pictures, in_place=in_place) as run:
+    opened = open_run(
+        options,
+        trained.identified,
+        start,
+        data.pictures,
+        in_place=in_place,
+        shards=trained.shards,
+    )
+    with opened as run:
         keep_bad_rows(run.directory, data.bad)
         initial = None
         if objective.reads_reference:
@@ -169,7 +185,14 @@ def run_training(options: TrainOptions, logged: Callable[[int], None] | None = N
         end = train(run, training, logging)
         clock.lap("train")
         with run.keeping(end):
-            save_trained(prm, end.state.lower_params, options, run.directory, writes=run.writes)
+            save_trained(
+                prm,
+                end.state.lower_params,
+                options,
+                run.directory,
+                writes=run.writes,
+                shards=trained.shards,
+            )
             results: dict[str, Any] = {"rows": {}, "seed": options.seed}
             results["troubles"] = dict(end.seen.counts)
             lines = log_lines(run.log, title) if run.writes else []
@@ -183,14 +206,6 @@ def run_training(options: TrainOptions, logged: Callable[[int], None] | None = N
             write_json(run.directory / "results.json", results)
     print_summary(results, run.directory)
     return run.directory
-
-
-def _model(options: TrainOptions, placement: Placement) -> tuple[PRM, dict[str, Tensor]]:
-    """Return the model before the first step, and the parameters that are trained."""
-    prm, lower = load_model(options, options.lower.freeze, options.init_from, placement)
-    if options.lora.rank:
-        lower = adapted(prm, options.lora, options.lower.freeze, placement)
-    return prm, lower
 
 
 def _report_weights(
@@ -228,15 +243,19 @@ def _initial_model(task: _Task, run: Run) -> tuple[PRM, Mapping[str, Tensor]]:
     options = task.options
     with torch.random.fork_rng():
         torch.manual_seed(options.seed)
-        prm, lower = _model(options, task.placement)
+        trained = load_trained(options, task.placement, options.init_from)
     # Rank 0 alone knows what the run began with, and tells the others.
-    if run.writes and digest_model(prm.model) != run.checkpoints.identity["model"]:
+    if run.writes and _digest(trained) != run.checkpoints.identity["model"]:
         flag = "--model" if options.init_from is None else "--init-from"
         raise RunError(
             f"{flag} {options.init_from or options.model}: changed since the run began, so that "
             "the initial losses are not known; put it back, or resume with --no-initial-loss"
         )
-    return prm, lower
+    return trained.prm, trained.lower
+
+
+def _digest(trained: Trained) -> str:
+    return digest_model(trained.prm.model) if trained.shards is None else trained.digest
 
 
 class _Clock:
@@ -339,7 +358,8 @@ def _first_examples(task: _Task, lower: Mapping[str, Tensor]) -> Batch:
 def _method(task: _Task, lower: Mapping[str, Tensor]) -> _Method:
     """Return the method, its solver being that of this rank."""
     made = _method_of_all(task, lower)
-    return made._replace(solver=over_ranks(made.solver, task.ranks, task.objective.upper_size))
+    upper_size = task.objective.upper_size
+    return made._replace(solver=over_ranks(made.solver, task.ranks, upper_size, task.shards))
 
 
 def _method_of_all(task: _Task, lower: Mapping[str, Tensor]) -> _Method:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -25,6 +26,7 @@ from bilevel import (
     Jvp,
     OneStep,
     PerExample,
+    Replicas,
     ResidentSolver,
     Shards,
     Unrolled,
@@ -37,6 +39,7 @@ from bilevel import (
     sharded,
     tree,
 )
+from bilevel.replicas import is_apart
 from tests.bilevel import shard_cases, shard_checkpoints
 from tests.rank_processes import run_ranks
 
@@ -179,6 +182,38 @@ def test_what_is_not_proven_over_shards_is_refused_by_name(method, sentence):
 def test_a_solver_that_hands_parameters_over_is_refused():
     with pytest.raises(ValueError, match=r"Shards joins shards .* choose ResidentSolver"):
         started(kind=BilevelSolver)
+
+
+@pytest.mark.usefixtures("group")
+def test_a_module_is_read_whole_tensor_by_tensor_tied_ones_once():
+    whole = shard_cases.model_of(CASE).state_dict()
+    read = list(sharded(shard_cases.spread(CASE, 1)).whole())
+    assert {name: tuple(names) for names, _ in read for name in names} == {
+        name: ("embedding.weight", "tied.weight")
+        if name in ("embedding.weight", "tied.weight")
+        else (name,)
+        for name in whole
+    }
+    for names, leaf in read:
+        assert type(leaf) is torch.Tensor
+        assert torch.equal(leaf, whole[names[0]])
+
+
+@pytest.mark.usefixtures("group")
+@pytest.mark.parametrize(("over_shards", "told"), [(True, []), (False, ["OSError: gone"])])
+def test_an_error_over_shards_is_told_to_nobody(monkeypatch, over_shards, told):
+    """The others may stand in an exchange of parameters, where a word would be taken for one."""
+    shards, sent = Shards(sharded(shard_cases.spread(CASE, 1))), []
+    monkeypatch.setattr(Replicas, "_fail", lambda self, reason: sent.append(reason))
+
+    def fail():
+        with shards.replicas.together(), shards.together() if over_shards else nullcontext():
+            raise OSError("gone")
+
+    with pytest.raises(OSError, match="gone") as caught:
+        fail()
+    assert sent == told
+    assert is_apart(caught.value) == over_shards
 
 
 @pytest.mark.usefixtures("group")

@@ -202,6 +202,7 @@ def test_every_choice_is_tested_below():
         "bound",
         "context",
         "execution",  # in tests/recipes/train/test_execution.py
+        "sharding",  # in tests/recipes/test_sharding.py
         "frozen_activations",  # in tests/recipes/test_frozen.py
         "hypergradient",
         "linear_solver",
