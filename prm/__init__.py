@@ -69,11 +69,11 @@ if TYPE_CHECKING:
     from prm.names import Context as Context
     from prm.names import LossTarget as LossTarget
     from prm.names import TieRule as TieRule
+    from prm.rewards.scorer import Judgement as Judgement
+    from prm.rewards.scorer import Scorer as Scorer
     from prm.schema import DataError as DataError
     from prm.schema import Step as Step
     from prm.schema import StepExample as StepExample
-    from prm.scorer import Judgement as Judgement
-    from prm.scorer import Scorer as Scorer
     from prm.scoring import StepScores as StepScores
     from prm.scoring import aggregate as aggregate
     from prm.scoring import score_examples as score_examples

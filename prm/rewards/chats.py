@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from prm.scorer import Picture
+from prm.rewards.scorer import Picture
 
 Message = Mapping[str, Any]
 Chat = Sequence[Message]

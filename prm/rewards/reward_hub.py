@@ -17,8 +17,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from prm.rewards.chats import Chat, question_of, solution_of
+from prm.rewards.scorer import Judgement, Pictures, Scorer
 from prm.schema import DataError
-from prm.scorer import Judgement, Pictures, Scorer
 
 SEPARATOR = "\n\n"
 

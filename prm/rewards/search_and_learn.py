@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from prm.scorer import Scorer
+from prm.rewards.scorer import Scorer
 
 
 class SearchAndLearnPRM:

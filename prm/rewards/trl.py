@@ -15,8 +15,8 @@ from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
 from prm.rewards.chats import Chat, question_of, solution_of
+from prm.rewards.scorer import Judgement, Pictures, Scorer
 from prm.schema import DataError
-from prm.scorer import Judgement, Pictures, Scorer
 
 Rewards = list[float | None]
 

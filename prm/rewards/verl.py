@@ -12,8 +12,8 @@ import asyncio
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any
 
+from prm.rewards.scorer import Judgement, Pictures, Scorer
 from prm.schema import DataError
-from prm.scorer import Judgement, Pictures, Scorer
 
 _Waiting = tuple[str, str, Pictures, "asyncio.Future[Judgement | DataError]"]
 

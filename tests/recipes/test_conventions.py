@@ -16,7 +16,7 @@ from prm.conventions import FILE, Conventions, read_conventions
 from prm.data.reader import read_jsonl
 from prm.evaluation.step_benchmarks import best_threshold
 from prm.models.model import load_prm
-from prm.scorer import Scorer
+from prm.rewards.scorer import Scorer
 from prm.scoring import score_examples
 from recipes import commands
 from recipes.embedded.vocabulary import SYSTEM_PROMPT

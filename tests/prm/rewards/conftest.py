@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from prm.conventions import Conventions
-from prm.scorer import Scorer
+from prm.rewards.scorer import Scorer
 from tests.prm.tiny import SYSTEM, internvl, save_image
 
 

@@ -13,8 +13,8 @@ from PIL import Image
 
 from prm.conventions import Conventions
 from prm.models.model import PRM, load_prm, save_prm, step_logits
+from prm.rewards.scorer import Scorer
 from prm.schema import DataError, Step, StepExample
-from prm.scorer import Scorer
 from tests.prm.tiny import SYSTEM, internvl, save_image
 
 STEPS = ["one plus two is three", "three plus one is four", "four is two plus two"]
