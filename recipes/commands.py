@@ -170,7 +170,7 @@ def _data_embedded(options: DataOptions) -> None:
 
 def _data_pretrain_base(options: PretrainOptions) -> None:
     from recipes.embedded.pretrain import pretrain_base
-    from recipes.loading import set_up
+    from recipes.models.loading import set_up
 
     _quiet()
     new_directory("--out", options.out)

@@ -80,7 +80,7 @@ USES = ("cold-start", "score", "evaluate", "weigh", "small-loss")
 
 def main(out: str, directory: str, *names: str) -> None:
     """Run scenarios, and write what was noted to ``out``."""
-    import recipes.loading
+    import recipes.models.loading
     import recipes.run.identity
     from prm.placement import Placement
 
@@ -92,7 +92,7 @@ def main(out: str, directory: str, *names: str) -> None:
             Path(out).write_text(json.dumps(noted))
             continue
         placement = Placement() if name == ON_CPU else Placement(accelerator.device())
-        recipes.loading.resolve = lambda *_, p=placement: p
+        recipes.models.loading.resolve = lambda *_, p=placement: p
         recipes.run.identity.resolve = lambda *_, p=placement: p
         folder = Path(directory) / name.replace(" ", "-")
         noted[name] = _noted(lambda f=folder, n=name: _scenario(task, f, n))

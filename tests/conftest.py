@@ -38,7 +38,7 @@ SLOW = (
     *("tests/recipes/run/test_faults.py", "tests/recipes/test_stopping.py"),
     *("tests/recipes/test_accelerator.py",),
     *("tests/recipes/test_cli.py", "tests/recipes/test_ranks.py"),
-    *("tests/recipes/train/test_hypergradients.py",),
+    *("tests/recipes/method/test_hypergradients.py",),
     *("tests/recipes/train/test_threads.py", "tests/recipes/train/test_training.py"),
     *("tests/recipes/train/test_workers.py",),
     *("tests/recipes/use", "tests/test_readme.py"),

@@ -34,7 +34,7 @@ from bilevel import (
 )
 from bilevel.lower.guard import LOOKS, Guard, Late
 from prm.placement import Placement
-from recipes.loading import load_model
+from recipes.models.loading import load_model
 from recipes.train.batches import lower_draw, meta_batch, train_batch, upper_draw
 from recipes.train.data import read_train_data
 from recipes.train.training import _objective

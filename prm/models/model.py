@@ -51,8 +51,8 @@ _TARGETS = frozenset({"labels"})  # Some base models would take these entries of
 class PRM:
     """A process reward model, whose parameters are passed separately, as a dict by name.
 
-    ``autocast``, ``activation_checkpointing``, ``boundary``, ``conventions`` and ``spread`` are set by
-    ``dataclasses.replace``.
+    ``autocast``, ``activation_checkpointing``, ``boundary``, ``conventions`` and ``spread`` are set
+    by ``dataclasses.replace``.
 
     Attributes:
         model: An ``AutoModelForImageTextToText`` or ``AutoModelForCausalLM``. Its own parameters do

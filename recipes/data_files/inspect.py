@@ -13,7 +13,7 @@ from prm.inputs.collate import EncodedExample
 from prm.inputs.tiles import image_size
 from prm.schema import DataError, StepExample
 from recipes.data_files.options import InspectOptions
-from recipes.loading import load_model, set_up
+from recipes.models.loading import load_model, set_up
 from recipes.options.values import OptionError, existing_file
 from recipes.run.files import note_unchecked
 from recipes.terminal import printable

@@ -149,7 +149,7 @@ def _check(
 
 
 def _measure(options: ValidateOptions) -> Measure:
-    from recipes.loading import load_model
+    from recipes.models.loading import load_model
 
     asked = PrmOptions(model=str(options.model), max_patches=options.max_patches)
     collator = load_model(asked)[0].collator()

@@ -24,7 +24,7 @@ from prm.models.model import PRM
 from prm.names import TieRule
 from prm.scoring import StepScores, aggregate
 from recipes.evaluation.scoring import score_rows
-from recipes.loading import (
+from recipes.models.loading import (
     Examples,
     Fault,
     Solutions,

@@ -13,7 +13,7 @@ from torch import Tensor
 from prm.activations.fingerprint import execution_facts
 from prm.models.model import PRM
 from prm.tensor_cache import TensorCache, fingerprint_of
-from recipes.loading import Examples
+from recipes.models.loading import Examples
 from recipes.options.base import ScoringOptions
 from recipes.options.flat import flat_options
 from recipes.options.train import TrainOptions

@@ -31,10 +31,10 @@ from prm.inputs.collate import Batch
 from prm.models.boundary import find_boundary
 from prm.models.model import PRM, split_parameters
 from recipes.evidence.bench.race.model import SHAPES, make_race
+from recipes.method.objective import Objective
 from recipes.run.errors import reported
 from recipes.run.files import check_writable, write_json
 from recipes.run.provenance import environment, machine
-from recipes.train.objective import Objective
 
 LAYERS = 30
 _VOCABULARY = 49_152

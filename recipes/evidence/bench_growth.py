@@ -22,7 +22,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from recipes.loading import load_model
+from recipes.models.loading import load_model
 from recipes.options.parse import train_options
 from recipes.options.use import ScoreOptions
 from recipes.run.errors import reported

@@ -30,7 +30,7 @@ MOST_NUMBER = 10**6
 """Of learning rates, weights and other numbers that float32 holds with their squares."""
 
 OF_MODEL = ("system_prompt", "context", "max_patches")
-"""Options that are the model's where they are not given (``recipes.conventions``)."""
+"""Options that are the model's where they are not given (``recipes.models.conventions``)."""
 
 _ranks = count()
 

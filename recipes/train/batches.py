@@ -20,7 +20,7 @@ from prm.data.store.outline import Facts
 from prm.inputs.collate import Batch
 from prm.inputs.workers import ordered_map
 from prm.schema import StepExample
-from recipes.loading import Examples
+from recipes.models.loading import Examples
 from recipes.options.train import LowerOptions, TrainOptions
 from recipes.ranks import share
 

@@ -18,15 +18,16 @@ from pathlib import Path
 
 from bilevel import ResidentSolver
 from prm.aggregations import AGGREGATIONS
-from recipes.frozen import Keeping, at_boundary, cache_folder
-from recipes.loading import filled, placement_of, read_examples, set_up
+from recipes.method.make_solver import begin, lower_schedule, make_plain_solver, over_ranks
+from recipes.method.objective import Objective
+from recipes.models.frozen import Keeping, at_boundary, cache_folder
+from recipes.models.loading import filled, placement_of, read_examples, set_up
 from recipes.options.rules import check_together
 from recipes.options.train import ColdStartOptions
 from recipes.ranks import ranks_here
 from recipes.run.directory import check_directory
 from recipes.run.files import write_json
 from recipes.run.resume import open_run
-from recipes.sharding import load_trained, over_shards
 from recipes.train.batches import (
     COLD_START,
     ahead,
@@ -38,9 +39,8 @@ from recipes.train.batches import (
 )
 from recipes.train.data import keep_bad_rows, refuse_other_bad_rows, require
 from recipes.train.loop import StepLogging, Training, train
-from recipes.train.make_solver import begin, lower_schedule, make_plain_solver, over_ranks
-from recipes.train.objective import Objective
 from recipes.train.results import print_troubles, save_trained
+from recipes.train.sharding import load_trained, over_shards
 
 
 def run_cold_start(options: ColdStartOptions) -> Path:

@@ -22,13 +22,13 @@ from prm.schema import DataError
 from recipes.bad_rows import SKIPPED, TRUNCATED, report_bad_rows, report_truncated
 from recipes.evaluation.candidates import Candidates, read_candidates
 from recipes.evaluation.leaks import find_leak, refuse_leak
-from recipes.loading import Data, Examples, Fault, Solutions, read_examples, usable
+from recipes.method.bounded_weights import WEIGHTINGS
+from recipes.models.loading import Data, Examples, Fault, Solutions, read_examples, usable
 from recipes.options.train import LowerOptions, TrainOptions
 from recipes.options.values import OptionError, resume_point
 from recipes.run.files import note_unchecked
 from recipes.terminal import say
 from recipes.train.batches import mixed_questions
-from recipes.train.bounded_weights import WEIGHTINGS
 
 _MOST = float(torch.finfo(torch.float32).max)
 

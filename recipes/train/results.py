@@ -16,11 +16,11 @@ from prm.models.adapters import save_adapter
 from prm.models.model import PRM, save_prm
 from recipes.evaluation.candidates import evaluate, report_of, values_of
 from recipes.evaluation.table import SANITY_CHECK, results_table
+from recipes.method.bounded_weights import WEIGHTINGS
 from recipes.options.train import LowerOptions, TrainOptions
 from recipes.run.files import write_text
-from recipes.sharding import save_spread
-from recipes.train.bounded_weights import WEIGHTINGS
 from recipes.train.data import TrainData
+from recipes.train.sharding import save_spread
 
 _EXPLAINED = 0.8  # rank correlation from which on labels explain the weights
 

@@ -19,8 +19,22 @@ from prm.models.model import PRM
 from prm.placement import Placement
 from recipes.evaluation.candidates import step_scores_of
 from recipes.evaluation.kept_scores import initial_score_cache, kept_scores
-from recipes.frozen import Keeping, at_boundary, cache_folder
-from recipes.loading import filled, placement_of, set_up
+from recipes.method.bounded_weights import make_weighting
+from recipes.method.hypergradients import upper_gradient_every
+from recipes.method.make_solver import (
+    begin,
+    logged_upper_rate,
+    lower_schedule,
+    make_plain_solver,
+    make_solver,
+    over_ranks,
+    scheduled_upper_optimizer,
+    upper_schedule,
+)
+from recipes.method.objective import Objective, Solver, State
+from recipes.method.time_scale import print_time_scale, time_scale
+from recipes.models.frozen import Keeping, at_boundary, cache_folder
+from recipes.models.loading import filled, placement_of, set_up
 from recipes.options.rules import check_together
 from recipes.options.train import TrainOptions
 from recipes.ranks import ranks_here
@@ -29,7 +43,6 @@ from recipes.run.errors import RunError
 from recipes.run.files import write_json
 from recipes.run.identity import digest_model
 from recipes.run.resume import Run, open_run
-from recipes.sharding import Trained, load_trained, over_shards
 from recipes.train.batches import (
     Draw,
     ahead,
@@ -41,7 +54,6 @@ from recipes.train.batches import (
     train_batch,
     upper_draw,
 )
-from recipes.train.bounded_weights import make_weighting
 from recipes.train.data import (
     TrainData,
     keep_bad_rows,
@@ -49,22 +61,10 @@ from recipes.train.data import (
     read_train_data,
     refuse_other_bad_rows,
 )
-from recipes.train.hypergradients import upper_gradient_every
 from recipes.train.loop import StepLogging, Training, train
-from recipes.train.make_solver import (
-    begin,
-    logged_upper_rate,
-    lower_schedule,
-    make_plain_solver,
-    make_solver,
-    over_ranks,
-    scheduled_upper_optimizer,
-    upper_schedule,
-)
-from recipes.train.objective import Objective, Solver, State
 from recipes.train.results import evaluate_all, print_summary, row_name, save_trained
+from recipes.train.sharding import Trained, load_trained, over_shards
 from recipes.train.signs import log_lines, signs, watcher
-from recipes.train.time_scale import print_time_scale, time_scale
 from recipes.train.weight_report import (
     final_weights,
     initial_losses,

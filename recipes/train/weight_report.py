@@ -19,11 +19,11 @@ from prm.files import write_lines
 from prm.losses import step_cross_entropy
 from prm.schema import StepExample
 from recipes.evaluation.candidates import step_scores_of
-from recipes.loading import Examples, Solutions
+from recipes.method.objective import Objective, State
+from recipes.models.loading import Examples, Solutions
 from recipes.options.train import TrainOptions
 from recipes.run.files import note_unchecked
 from recipes.train.data import TrainData, lower_examples
-from recipes.train.objective import Objective, State
 from weighting import EXAMPLE_KEYS, Weighting, reads_model, save_weighting
 
 _SAVED = ("config.json", "ids.json", "params.safetensors")

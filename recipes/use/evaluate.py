@@ -26,7 +26,7 @@ from recipes.evaluation.dev_choice import Choice, choose_on_dev
 from recipes.evaluation.figures import all_figures
 from recipes.evaluation.leaks import find_leak, refuse_leak
 from recipes.evaluation.table import SANITY_CHECK, results_table
-from recipes.loading import (
+from recipes.models.loading import (
     Examples,
     Fault,
     Solutions,

@@ -20,7 +20,7 @@ from prm.schema import DataError, StepExample
 from prm.scoring import WINDOW, aggregate
 from recipes.bad_rows import report_bad_rows, report_truncated, skipped_path, truncated_path
 from recipes.evaluation.scoring import score_rows
-from recipes.loading import load_model, placement_of, read_examples, set_up
+from recipes.models.loading import load_model, placement_of, read_examples, set_up
 from recipes.options.use import ScoreOptions
 from recipes.options.values import OptionError
 from recipes.ranks import ranks_here

@@ -15,7 +15,9 @@ from prm.inputs.prompt import SYSTEM_PROMPT
 from prm.schema import DataError
 from recipes.bad_rows import report_bad_rows, report_truncated, truncated_path
 from recipes.evaluation.candidates import step_scores_of
-from recipes.loading import (
+from recipes.method.bounded_weights import WEIGHTINGS
+from recipes.method.objective import Objective
+from recipes.models.loading import (
     Data,
     Examples,
     Solutions,
@@ -33,9 +35,7 @@ from recipes.options.values import OptionError
 from recipes.run.directory import run_of
 from recipes.run.files import list_beside, output_file
 from recipes.terminal import say
-from recipes.train.bounded_weights import WEIGHTINGS
 from recipes.train.data import require
-from recipes.train.objective import Objective
 from recipes.train.weight_report import (
     check_weighting,
     example_batch,

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from recipes.evaluation.candidates import step_scores_of
-from recipes.loading import (
+from recipes.models.loading import (
     Examples,
     Solutions,
     load_model,

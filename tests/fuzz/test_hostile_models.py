@@ -10,7 +10,7 @@ import torch
 
 from prm.models.model import save_prm, step_logits
 from prm.models.weight_files import DIGESTS
-from recipes.loading import load_model
+from recipes.models.loading import load_model
 from recipes.options.base import PrmOptions
 from recipes.options.values import OptionError
 from tests.fuzz.hostile_models import CHANGES, SAME, WITH_DIGESTS

@@ -14,7 +14,7 @@ from bilevel import (
 )
 from prm.aggregations import AGGREGATIONS
 from prm.models.model import split_parameters
-from recipes.train.objective import Objective
+from recipes.method.objective import Objective
 from tests.invariants.setting import (
     Setup,
     double,

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from bilevel import AdamW, tree
-from recipes.train.objective import Objective
+from recipes.method.objective import Objective
 from tests.bilevel.run_window import run_step
 
 

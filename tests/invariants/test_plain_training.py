@@ -10,7 +10,7 @@ import torch
 from bilevel import AdamW, WarmupCosine, tree
 from prm.losses import step_cross_entropy
 from prm.models.model import load_prm, save_prm, split_parameters, step_logits
-from recipes.loading import read_examples
+from recipes.models.loading import read_examples
 from recipes.train.batches import epoch_order
 from recipes.train.training import run_training
 from tests.tiny_task import FORWARD_MODE, model_bits, read_lines

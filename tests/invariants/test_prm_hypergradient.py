@@ -11,8 +11,8 @@ from torch import Tensor
 from bilevel import AdamW, BilevelSolver, Ghost, Jvp, OneStep, PerExample, tree
 from prm.aggregations import AGGREGATIONS
 from prm.models.model import load_prm, split_parameters
-from recipes.loading import read_examples
-from recipes.train.objective import Objective
+from recipes.method.objective import Objective
+from recipes.models.loading import read_examples
 from tests.invariants.setting import Setup, by_loop, by_route, distance, double
 from tests.tiny_task import FORWARD_MODE, altered
 from weighting import Clip, InstanceNet, InstanceTable, Sigmoid

@@ -18,7 +18,7 @@ from prm.inputs.prompt import PromptEncoder
 from recipes.__main__ import main
 from recipes.embedded.vocabulary import SYSTEM_PROMPT
 from recipes.evaluation.candidates import step_scores_of
-from recipes.loading import load_model, read_examples
+from recipes.models.loading import load_model, read_examples
 from recipes.options.parse import changed
 from recipes.options.use import ScoreOptions
 from recipes.run.errors import RunError, StepError

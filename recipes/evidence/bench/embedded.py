@@ -37,14 +37,14 @@ from prm.aggregations import AGGREGATIONS
 from prm.inputs.collate import Batch
 from recipes.embedded.build import Sizes, build
 from recipes.evidence.bench.measure import keep_freed_memory
-from recipes.loading import load_model
+from recipes.method.make_solver import lower_optimizer
+from recipes.method.objective import Objective, Solver, State
+from recipes.models.loading import load_model
 from recipes.options.parse import changed, resolve
 from recipes.options.train import TrainOptions
 from recipes.run.files import check_writable, write_json
 from recipes.run.provenance import environment
 from recipes.train.data import read_train_data
-from recipes.train.make_solver import lower_optimizer
-from recipes.train.objective import Objective, Solver, State
 from weighting import InstanceTable
 
 _WARM_UP = 3

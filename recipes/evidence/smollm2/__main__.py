@@ -39,7 +39,7 @@ from recipes.evaluation.candidates import (
 from recipes.evidence.smollm2.game24 import FILE, Sizes, write_parts
 from recipes.evidence.smollm2.position import auc_by_position, position_scores
 from recipes.evidence.smollm2.weights import gguf_file, write_model
-from recipes.loading import read_solutions
+from recipes.models.loading import read_solutions
 from recipes.options.base import LoaderOptions
 from recipes.options.parse import cold_start_options, to_yaml, train_options
 from recipes.options.train import ColdStartOptions, LowerOptions, TrainOptions

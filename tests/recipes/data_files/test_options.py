@@ -54,7 +54,7 @@ def test_every_option_is_read(kind):
                 read |= {node.attr} if node.value.id == "options" else set()
     named = {"meta", "test"}  # by getattr, in validate.py
     shared = {f.name for kind in (PrmOptions, ReadOptions) for f in fields(kind)}
-    # recipes.loading and recipes.bad_rows read the rest of these.
+    # recipes.models.loading and recipes.bad_rows read the rest of these.
     assert {f.name for f in fields(KINDS[kind])} <= read | named | shared
 
 

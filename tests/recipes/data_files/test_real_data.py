@@ -18,7 +18,7 @@ from prm.scoring import score_examples
 from recipes.__main__ import main
 from recipes.data_files.options import ValidateOptions
 from recipes.data_files.validate import validate
-from recipes.loading import EMBEDDED_BASE
+from recipes.models.loading import EMBEDDED_BASE
 
 SHARED = Path(__file__).parents[4] / "shared" / "data"
 

@@ -19,7 +19,7 @@ from recipes.evaluation.candidates import (
     step_scores_of,
     summary,
 )
-from recipes.loading import load_model
+from recipes.models.loading import load_model
 from recipes.train.results import print_summary
 from recipes.train.weight_report import label_correlation, weight_report
 from tests.tiny_task import altered

@@ -12,7 +12,7 @@ from prm.schema import DataError, Step, StepExample
 from recipes.evaluation.candidates import Candidates, candidates_or_steps, tie_together
 from recipes.evaluation.dev_choice import Choice, choose_on_dev
 from recipes.evaluation.figures import all_figures
-from recipes.loading import Solutions
+from recipes.models.loading import Solutions
 
 # question, domain, answer, right, (label, score) of each step
 ROWS = [

@@ -13,8 +13,8 @@ import torch
 import recipes.train.training
 from prm.models.model import load_prm
 from recipes.evaluation.kept_scores import NOT_SCORING, initial_score_cache, kept_scores
-from recipes.frozen import CACHE
-from recipes.loading import read_examples
+from recipes.models.frozen import CACHE
+from recipes.models.loading import read_examples
 from recipes.options.base import ScoringOptions
 from recipes.options.flat import flat_options
 from recipes.options.parse import changed

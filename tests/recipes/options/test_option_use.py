@@ -24,7 +24,17 @@ from prm.placement import Placement
 from recipes import commands
 from recipes.embedded.vocabulary import SYSTEM_PROMPT
 from recipes.evaluation.table import NAMES
-from recipes.loading import placement_of, read_examples
+from recipes.method.bounded_weights import make_bound, make_weighting
+from recipes.method.make_solver import (
+    lower_schedule,
+    make_solver,
+    scheduled_upper_optimizer,
+    upper_optimizer,
+    upper_schedule,
+)
+from recipes.method.objective import Objective
+from recipes.method.time_scale import time_scale
+from recipes.models.loading import placement_of, read_examples
 from recipes.options.embedded import CompareOptions, DataOptions, PretrainOptions
 from recipes.options.flat import flat_options, flatten
 from recipes.options.parse import changed, train_options
@@ -39,18 +49,8 @@ from recipes.options.use import (
 )
 from recipes.options.values import OptionError, element
 from recipes.run.directory import free_directory
-from recipes.train.bounded_weights import make_bound, make_weighting
 from recipes.train.cold_start import run_cold_start
-from recipes.train.make_solver import (
-    lower_schedule,
-    make_solver,
-    scheduled_upper_optimizer,
-    upper_optimizer,
-    upper_schedule,
-)
-from recipes.train.objective import Objective
 from recipes.train.results import row_name
-from recipes.train.time_scale import time_scale
 from recipes.train.training import run_training
 from tests.recipes.options.recorded import not_read, read_only_what_is_used, recorded, where_read
 from tests.tiny_task import FORWARD_MODE
@@ -202,8 +202,8 @@ def test_every_choice_is_tested_below():
         "bound",
         "context",
         "execution",  # in tests/recipes/train/test_execution.py
-        "sharding",  # in tests/recipes/test_sharding.py
-        "frozen_activations",  # in tests/recipes/test_frozen.py
+        "sharding",  # in tests/recipes/train/test_sharding.py
+        "frozen_activations",  # in tests/recipes/models/test_frozen.py
         "hypergradient",
         "linear_solver",
         "loss_target",

@@ -10,9 +10,9 @@ import pytest
 
 from prm.aggregations import AGGREGATIONS, logit_mean
 from recipes.embedded.vocabulary import SYSTEM_PROMPT
+from recipes.method.bounded_weights import make_weighting
 from recipes.options.parse import changed, resolve
 from recipes.options.train import ColdStartOptions, TrainOptions
-from recipes.train.bounded_weights import make_weighting
 from recipes.train.cold_start import run_cold_start
 from recipes.train.training import run_training
 from tests.tiny_task import read_lines

@@ -14,12 +14,12 @@ import torch
 from safetensors.torch import load_file
 
 from bilevel import Dot, Ghost, Implicit, OneStep, ResidentSolver, Unrolled
+from recipes.method.objective import Objective
 from recipes.run.errors import NonFiniteError
 from recipes.run.late import all_one, are_possible
 from recipes.run.trouble import largest_norm
 from recipes.train import loop
 from recipes.train.cold_start import run_cold_start
-from recipes.train.objective import Objective
 from recipes.train.training import run_training
 from tests.tiny_task import model_bits, read_lines
 from weighting import InstanceTable

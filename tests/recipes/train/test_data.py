@@ -8,7 +8,7 @@ import pytest
 
 from prm.data.bad_rows import BadRows
 from prm.schema import DataError, Step, StepExample
-from recipes.loading import Solutions
+from recipes.models.loading import Solutions
 from recipes.train.data import _require_pairs, require
 
 

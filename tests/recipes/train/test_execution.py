@@ -11,14 +11,14 @@ from safetensors.torch import load_file
 
 from bilevel import BilevelSolver, Dot, OneStep, ResidentSolver, StepInfo
 from prm.aggregations import AGGREGATIONS
+from recipes.method.bounded_weights import make_weighting
+from recipes.method.make_solver import RESIDENT_FROM, make_plain_solver, make_solver
+from recipes.method.objective import Objective
 from recipes.options.parse import train_options
 from recipes.options.values import OptionError
 from recipes.run.errors import NonFiniteError
 from recipes.train import loop
-from recipes.train.bounded_weights import make_weighting
 from recipes.train.cold_start import run_cold_start
-from recipes.train.make_solver import RESIDENT_FROM, make_plain_solver, make_solver
-from recipes.train.objective import Objective
 from recipes.train.training import run_training
 from tests.tiny_task import model_bits, read_lines
 

@@ -13,10 +13,10 @@ from torch import Tensor
 
 from recipes import commands
 from recipes.embedded.vocabulary import SYSTEM_PROMPT
+from recipes.method.bounded_weights import WEIGHTINGS, Registration
 from recipes.options.choices import DomainOptions
 from recipes.options.train import TrainOptions
 from recipes.options.use import WeighOptions
-from recipes.train.bounded_weights import WEIGHTINGS, Registration
 from recipes.train.training import run_training
 from tests.tiny_task import read_lines
 from weighting import Bound, Sigmoid, load_weighting

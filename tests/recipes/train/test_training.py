@@ -20,7 +20,7 @@ from prm.schema import Step, StepExample
 from prm.scoring import score_examples, step_scores
 from recipes.__main__ import main
 from recipes.evaluation.candidates import step_scores_of
-from recipes.loading import load_model, read_examples
+from recipes.models.loading import load_model, read_examples
 from recipes.options.parse import changed, resolve
 from recipes.options.train import ColdStartOptions, TrainOptions
 from recipes.run.errors import WriteError

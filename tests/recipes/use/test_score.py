@@ -20,7 +20,7 @@ from recipes import commands
 from recipes.__main__ import main
 from recipes.embedded.vocabulary import SYSTEM_PROMPT
 from recipes.evaluation.scoring import score_rows
-from recipes.loading import load_model, read_examples
+from recipes.models.loading import load_model, read_examples
 from recipes.options.use import ScoreOptions, SelectOptions
 from recipes.run.lock import locked
 from recipes.use.score import all_aggregates, run_score

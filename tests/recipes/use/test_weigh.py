@@ -12,7 +12,7 @@ import torch
 from prm.models.model import load_prm
 from recipes import commands
 from recipes.embedded.vocabulary import SYSTEM_PROMPT
-from recipes.loading import read_examples
+from recipes.models.loading import read_examples
 from recipes.options.use import WeighOptions
 from recipes.train.training import run_training
 from tests.tiny_task import read_lines
@@ -255,7 +255,7 @@ def test_a_net_far_from_its_run_needs_the_initial_model_named(runs, weigh, tmp_p
 
 def test_example_features_are_those_of_the_batch(task, tmp_path):
     from prm.aggregations import AGGREGATIONS
-    from recipes.train.objective import Objective
+    from recipes.method.objective import Objective
 
     options = task.train(tmp_path)
     data = read_examples(load_prm(task.model), options, options.train_file)

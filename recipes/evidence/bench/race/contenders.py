@@ -15,7 +15,7 @@ from bilevel.tree import Tree, TreeT
 from prm.inputs.collate import Batch
 from recipes.evidence.bench.race.model import Race
 from recipes.evidence.bench.race.original import MAX_NORM, Adamw, Original
-from recipes.train.objective import State
+from recipes.method.objective import State
 
 ORIGINAL, FLOOR, DOT, GHOST = "original", "floor", "resident dot", "resident ghost"
 

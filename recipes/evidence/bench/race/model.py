@@ -16,7 +16,7 @@ from bilevel import OptimizerState, tree
 from prm.aggregations import AGGREGATIONS
 from prm.inputs.collate import Batch
 from prm.models.model import PRM, split_parameters
-from recipes.train.objective import Objective
+from recipes.method.objective import Objective
 from weighting import Clip, InstanceTable
 
 PLUS_ID, MINUS_ID = 10, 12

@@ -15,7 +15,7 @@ from prm.activations.stores import DiskStore, MemoryStore, Store
 from prm.models.boundary import find_boundary
 from prm.models.model import PRM
 from prm.tensor_cache import TensorCache
-from recipes.loading import Examples
+from recipes.models.loading import Examples
 from recipes.options.train import LowerOptions
 from recipes.options.values import OptionError
 from recipes.terminal import say

@@ -26,7 +26,7 @@ from prm.names import Recomputed, TooLong
 from prm.placement import Placement, resolve
 from prm.schema import DataError, StepExample
 from recipes.bad_rows import bad_rows_of
-from recipes.conventions import OF_ANSWERS, agreed
+from recipes.models.conventions import OF_ANSWERS, agreed
 from recipes.options.base import OF_MODEL, LoaderOptions, PlacementOptions, PrmOptions
 from recipes.options.groups import LoraSettings
 from recipes.options.values import OptionError, existing_file, launched_precision
@@ -273,7 +273,7 @@ def load_model(
 
 
 def asked(options: PrmOptions, prm: PRM, name: str | None = None) -> Conventions:
-    """Return how a command asks a model; see ``recipes.conventions``.
+    """Return how a command asks a model; see ``recipes.models.conventions``.
 
     Args:
         options: The options of the command. One that is None was not given.

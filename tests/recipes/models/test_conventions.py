@@ -20,8 +20,8 @@ from prm.rewards.scorer import Scorer
 from prm.scoring import score_examples
 from recipes import commands
 from recipes.embedded.vocabulary import SYSTEM_PROMPT
-from recipes.loading import asked as asked_by
-from recipes.loading import filled, load_model, read_examples
+from recipes.models.loading import asked as asked_by
+from recipes.models.loading import filled, load_model, read_examples
 from recipes.options.base import PrmOptions
 from recipes.options.parse import saved_options
 from recipes.options.use import EvaluateOptions, ScoreOptions, SelectOptions, WeighOptions

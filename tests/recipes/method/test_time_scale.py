@@ -7,9 +7,8 @@ import math
 import pytest
 import torch
 
-from recipes.options.parse import train_options
-from recipes.train.bounded_weights import make_weighting
-from recipes.train.time_scale import (
+from recipes.method.bounded_weights import make_weighting
+from recipes.method.time_scale import (
     UpperMovement,
     distance_to_lower_bound,
     match_time_scale,
@@ -17,6 +16,7 @@ from recipes.train.time_scale import (
     row_travel,
     time_scale,
 )
+from recipes.options.parse import train_options
 from weighting import Clip, LeakyReLU, Sigmoid, Softplus
 
 

@@ -28,12 +28,12 @@ from bilevel.optimizers.schedule import Constant, StepDecay
 from bilevel.problem import Problem
 from bilevel.resident.scope import outside
 from prm.models.model import PRM
+from recipes.method.hypergradients import make_hypergradient
+from recipes.method.objective import Objective, Solver, State
 from recipes.options.choices import ImplicitOptions, OneStepOptions, PenaltyOptions, UnrolledOptions
 from recipes.options.train import LowerOptions, TrainOptions
 from recipes.options.values import OptionError, blaming
 from recipes.ranks import several_ranks, share
-from recipes.train.hypergradients import make_hypergradient
-from recipes.train.objective import Objective, Solver, State
 
 RESIDENT_FROM = 100_000_000
 """Trained parameters from which on ``--execution auto`` takes steps in place.

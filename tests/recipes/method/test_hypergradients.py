@@ -17,13 +17,13 @@ from bilevel import (
     Penalty,
     Unrolled,
 )
+from recipes.method.bounded_weights import make_weighting
+from recipes.method.hypergradients import differentiated_steps, make_hypergradient
+from recipes.method.time_scale import time_scale
 from recipes.options.parse import changed, resolve, train_options
 from recipes.options.rules import check_together
 from recipes.options.train import TrainOptions
 from recipes.options.values import OptionError
-from recipes.train.bounded_weights import make_weighting
-from recipes.train.hypergradients import differentiated_steps, make_hypergradient
-from recipes.train.time_scale import time_scale
 from recipes.train.training import run_training
 from tests.recipes.options.recorded import where_read
 from tests.tiny_task import FORWARD_MODE, model_bits, read_lines

@@ -22,7 +22,7 @@ from prm.models.boundary import language_layers
 from prm.models.model import PRM, save_state, step_head
 from prm.placement import Placement
 from prm.tensor_cache import digest_tensors
-from recipes.loading import adapted, load_model, placement_of
+from recipes.models.loading import adapted, load_model, placement_of
 from recipes.options.train import LowerOptions, TrainOptions
 from recipes.options.values import OptionError
 from recipes.ranks import group_of_one, ranks_here

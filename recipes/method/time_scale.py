@@ -30,11 +30,11 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from itertools import takewhile
 
+from recipes.method.hypergradients import differentiated_steps
+from recipes.method.make_solver import lower_schedule, upper_schedule, upper_steps
 from recipes.options.choices import NoWeighting
 from recipes.options.train import TrainOptions
 from recipes.options.values import OptionError, blaming
-from recipes.train.hypergradients import differentiated_steps
-from recipes.train.make_solver import lower_schedule, upper_schedule, upper_steps
 from weighting import Bound, NetTravel, Weighting
 
 REACH_OF_THE_BOUND = 1.0

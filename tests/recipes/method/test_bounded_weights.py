@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
+from recipes.method.bounded_weights import WEIGHTINGS, make_weighting
 from recipes.options.parse import changed, train_options
 from recipes.options.values import OptionError
-from recipes.train.bounded_weights import WEIGHTINGS, make_weighting
 from weighting import KINDS, Clip, InstanceNet, InstanceTable, Sigmoid
 
 OPTIONS = train_options(train_file="t", output_dir="o")

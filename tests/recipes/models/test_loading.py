@@ -10,7 +10,7 @@ import pytest
 
 from recipes.__main__ import main
 from recipes.embedded.vocabulary import SYSTEM_PROMPT
-from recipes.loading import load_model, read_examples
+from recipes.models.loading import load_model, read_examples
 from recipes.options.base import LoaderOptions
 from recipes.train.cold_start import run_cold_start
 from recipes.train.training import run_training

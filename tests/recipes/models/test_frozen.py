@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 import prm.activations.batches
-from recipes.frozen import CACHE
+from recipes.models.frozen import CACHE
 from recipes.options.parse import changed
 from recipes.options.values import OptionError
 from recipes.train.cold_start import run_cold_start

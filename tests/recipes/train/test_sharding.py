@@ -25,7 +25,7 @@ from recipes.options.parse import changed
 from recipes.options.rules import _PROVEN_IN_SHARDS, words_of
 from recipes.options.train import TrainOptions
 from recipes.options.values import OptionError
-from recipes.sharding import check_sharding
+from recipes.train.sharding import check_sharding
 from recipes.train.training import run_training
 from tests.rank_processes import ROOT, SECONDS, environment
 from tests.recipes.rank_commands import free_port

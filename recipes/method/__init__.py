@@ -1,0 +1,1 @@
+"""What a training run optimizes, and by what: objective, weights, hypergradient, solver, rates."""
