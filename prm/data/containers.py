@@ -15,7 +15,7 @@ import io
 import lzma
 import re
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import IO, Any, NamedTuple, Protocol, runtime_checkable
@@ -65,6 +65,10 @@ class Unlike(NamedTuple):
 
 class Damaged(Exception):
     """Packed data cannot be unpacked further."""
+
+
+class Repeated(Exception):
+    """A table has two columns, or an object in it two fields, of the name that is the text."""
 
 
 @contextmanager
@@ -191,6 +195,7 @@ def table_rows(path: Path, kind: str) -> Iterator[dict[str, Any]]:
 
     Raises:
         ModuleNotFoundError: pyarrow is not installed.
+        Repeated: A name occurs twice, and a row could hold one of the two alone.
         Damaged: The file is damaged or ends too early.
     """
     try:
@@ -203,16 +208,43 @@ def table_rows(path: Path, kind: str) -> Iterator[dict[str, Any]]:
             if kind == "parquet":
                 batches = parquet.ParquetFile(file).iter_batches(ROWS_AT_ONCE)
             elif kind == "arrow stream":
-                batches = ipc.open_stream(file)
+                batches = _stream_batches(file, ipc.open_stream)
             else:
                 reader = ipc.open_file(file)
                 batches = map(reader.get_batch, range(reader.num_record_batches))
             for batch in batches:
+                _refuse_repeated(batch.schema)
                 for start in range(0, batch.num_rows, ROWS_AT_ONCE):
                     for row in batch.slice(start, ROWS_AT_ONCE).to_pylist():
                         yield {k: _plain(v) for k, v in row.items() if v is not None}
     except (pyarrow.ArrowException, OSError) as error:
         raise Damaged(" ".join(str(error).split())) from error
+
+
+def _stream_batches(file: Any, open_stream: Callable[[Any], Any]) -> Iterator[Any]:
+    """Yield the batches of one stream or of several in a row, each up to its end mark.
+
+    Arrow's own reader ends with the first stream, and takes the end of the file for its end mark.
+    """
+    while file.tell() < file.size():
+        stream = open_stream(file)
+        while True:
+            before = file.tell()
+            try:
+                batch = stream.read_next_batch()
+            except StopIteration:
+                break
+            yield batch
+        if file.tell() == before:
+            raise Damaged("an Arrow stream that ends before its end mark")
+
+
+def _refuse_repeated(fields: Iterable[Any]) -> None:
+    names = [field.name for field in fields]
+    if len(set(names)) < len(names):
+        raise Repeated(next(name for name in names if names.count(name) > 1))
+    for field in fields:
+        _refuse_repeated([field.type.field(number) for number in range(field.type.num_fields)])
 
 
 def _plain(value: Any) -> Any:

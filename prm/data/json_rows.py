@@ -16,7 +16,15 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
-from prm.data.containers import Damaged, Reader, table_kind, table_rows, unlike_rows, unpacked
+from prm.data.containers import (
+    Damaged,
+    Reader,
+    Repeated,
+    table_kind,
+    table_rows,
+    unlike_rows,
+    unpacked,
+)
 from prm.schema import DataError
 
 _MARK = b"\xef\xbb\xbf"
@@ -103,6 +111,8 @@ def spanned_rows(path: Path) -> Iterator[tuple[int, Any | DataError, Span | None
     except Damaged as error:
         refused = _Refused("a complete file", f"{error}", "download or pack the file again")
         yield last + 1, refused.at(path, last + 1), None
+    except Repeated as error:
+        yield 1, _repeated(str(error), "table").at(path, 1), None
 
 
 def _text_rows(file: Reader, path: Path) -> Iterator[tuple[int, Any | DataError, Span | None]]:
@@ -349,8 +359,12 @@ def _no_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(record) < len(pairs):
         keys = [key for key, _ in pairs]
         twice = next(key for key in keys if keys.count(key) > 1)
-        raise _Refused("every key once", f"{twice!r} twice in one object", "keep one of the two")
+        raise _repeated(twice, "object")
     return record
+
+
+def _repeated(name: str, inside: str) -> _Refused:
+    return _Refused("every key once", f"{name!r} twice in one {inside}", "keep one of the two")
 
 
 def _no_constant(name: str) -> NoReturn:

@@ -1,14 +1,15 @@
 """What the same question is: the same words, and pictures of the same content.
 
-Case, white space, the Unicode form, full and half width, and invisible characters of the words do
-not count, nor do the paths of the pictures. Every check for a question on two sides asks this
-module: a division of a file, a comparison of files, and the refusal of a test set that something
-was tuned on.
+Case, white space, the Unicode form, the font, full and half width, invisible characters and the
+mark of a picture among the words do not count, nor do the paths of the pictures. Every check for a
+question on two sides asks this module: a division of a file, a comparison of files, and the refusal
+of a test set that something was tuned on. What a model reads stays as it is.
 """
 
 from __future__ import annotations
 
 import hashlib
+import re
 import unicodedata
 from collections.abc import Iterable, Sequence
 from functools import lru_cache
@@ -17,27 +18,41 @@ from pathlib import Path
 from prm.data_urls import opened
 from prm.schema import StepExample
 
-_SAME_CHARACTER = ("<wide>", "<narrow>", "<compat>")
-"""Kinds of Unicode's equivalents that are one character to a reader, unlike 2² and 22."""
-# Soft hyphen, zero-width space and joiners, directional marks, word joiner, byte order mark.
-_INVISIBLE = dict.fromkeys(
-    map(ord, "\u00ad\u200b\u200c\u200d\u200e\u200f\u2060\ufeff"),
+_MORE_THAN_A_FORM = ("<super>", "<sub>", "<fraction>", "<circle>", "<square>")
+"""Kinds of Unicode's equivalents that say more than the plain characters: 2² is not 22."""
+_IGNORED = re.compile(
+    "[\u034f\u115f\u1160\u17b4\u17b5\u180b-\u180d\u180f\u3164\ufe00-\ufe0f\uffa0\U000e0100-\U000e01ef]"
 )
+"""What nobody sees beyond the categories Cc and Cf, variation selectors above all: the rest of
+Unicode's Default_Ignorable_Code_Point (DerivedCoreProperties.txt)."""
+_UNSEEN_ASCII = {code: None for code in (*range(32), 127) if not chr(code).isspace()}
+_MARK = "<image>"
 
 
 def words_of(text: str) -> list[str]:
     """Return the words of a text by which a repeated one is recognised."""
     if text.isascii():
-        return text.lower().split()
-    folded = "".join(map(_usual, unicodedata.normalize("NFD", text))).casefold()
-    return unicodedata.normalize("NFC", folded).translate(_INVISIBLE).split()
+        folded = text.lower().translate(_UNSEEN_ASCII)
+    else:
+        usual = "".join(map(_usual, unicodedata.normalize("NFD", text))).casefold()
+        folded = unicodedata.normalize("NFC", "".join(map(_seen, usual)))
+    return folded.replace(_MARK, " ").split()
 
 
 @lru_cache(maxsize=4096)
 def _usual(character: str) -> str:
-    if unicodedata.decomposition(character).startswith(_SAME_CHARACTER):
+    """Return what a character is another form of: fullwidth, a ligature, of another font."""
+    kind = unicodedata.decomposition(character)
+    if kind.startswith("<") and not kind.startswith(_MORE_THAN_A_FORM):
         return unicodedata.normalize("NFKC", character)
     return character
+
+
+@lru_cache(maxsize=4096)
+def _seen(character: str) -> str:
+    """Return a character, or nothing for one that nobody sees."""
+    unseen = unicodedata.category(character) in ("Cc", "Cf") and not character.isspace()
+    return "" if unseen or _IGNORED.match(character) else character
 
 
 def digest(texts: Iterable[str]) -> int:

@@ -183,13 +183,14 @@ class Location:
         if isinstance(value, dict):
             return self._image_object(value, field)
         path = self.text(value, field)
-        if path.startswith(PREFIX):
+        scheme = path[:8].lower()  # a scheme is of either case (RFC 3986, section 3.1)
+        if scheme.startswith(PREFIX):
             try:
-                return embedded(url_content(path))
+                return embedded(url_content(path[len(PREFIX) :]))
             except ValueError as error:
                 self._not_base64(field, error)
-        if path.startswith(_FILE_SCHEME):
-            path = unquote(path.removeprefix(_FILE_SCHEME))
+        if scheme.startswith(_FILE_SCHEME):
+            path = unquote(path[len(_FILE_SCHEME) :])
         elif _SCHEME.match(path):
             remedy = "download the picture and name its path; nothing is fetched from the network"
             self.refuse(field, 'the path of an image, or a "data:" URL', path, remedy)

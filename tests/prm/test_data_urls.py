@@ -38,6 +38,7 @@ def test_every_way_of_writing_a_picture_is_the_same_picture(content):
     location = Location(Path("/images"))
     ways = [
         f"data:image/png;base64,{plain}",
+        f"DATA:Image/PNG;BASE64,{plain}",
         f"data:;base64,{plain.replace('+', '%2B').replace('/', '%2F')}",
         {"bytes": content, "path": None},
         {"bytes": plain, "path": "a.png"},
@@ -48,7 +49,8 @@ def test_every_way_of_writing_a_picture_is_the_same_picture(content):
 
 def test_a_file_url_and_an_object_with_a_path_are_paths():
     location = Location(Path("/images"))
-    assert location.image("file:///a/b%20c.png", "image") == Path("/a/b c.png")
+    for scheme in ("file", "File"):
+        assert location.image(f"{scheme}:///a/b%20c.png", "image") == Path("/a/b c.png")
     assert location.image({"bytes": None, "path": "x.png"}, "image") == Path("/images/x.png")
 
 

@@ -24,6 +24,12 @@ def test_case_space_and_unicode_form_do_not_count(text):
 
 
 APART = [("x^2", "x2"), ("x\u00b2", "x2"), ("1 0", "10"), ("a-b", "ab"), ("5", "-5")]
+APART += [
+    ("½", "1/2"),
+    ("①", "1"),
+    ("<image 1> or <image 2>", "<image 2> or <image 1>"),
+    ("<b>", "b"),
+]
 
 
 @pytest.mark.parametrize(("first", "second"), APART)
@@ -31,12 +37,40 @@ def test_what_may_mean_something_else_is_not_the_same(first, second):
     assert words_of(first) != words_of(second)
 
 
-SAME = [("１＋１＝？", "1+1=?"), ("ﬁnd x", "find x"), ("ｱ", "ア"), ("Which\u3000one", "which one")]
+SAME = [
+    ("１＋１＝？", "1+1=?"),
+    ("ﬁnd x", "find x"),
+    ("ｱ", "ア"),
+    ("Which\u3000one", "which one"),
+    ("𝑥 = 𝟏?", "x = 1?"),
+    ("𝛂 + ℎ", "α + h"),
+    ("\ufe8e\ufedf", "\u0627\u0644"),  # Arabic letters in the form of their place
+    ("<image> Q", "Q"),
+    ("<image>\n\nQ", "Q\n<image>"),
+    ("What is é <image>?", "What is é ?"),
+]
 
 
 @pytest.mark.parametrize(("first", "second"), SAME)
-def test_full_and_half_width_and_ligatures_are_the_same(first, second):
+def test_other_forms_of_a_character_and_marks_of_pictures_are_the_same(first, second):
     assert words_of(first) == words_of(second)
+
+
+UNSEEN = [0x00, 0x7F, 0xAD, 0x34F, 0x61C, 0x180E, 0x200B, 0x200D, 0x202A, 0x202E, 0x2061, 0x2064]
+UNSEEN += [0x2066, 0x2069, 0xFE00, 0xFE0F, 0xFEFF, 0xE0041, 0xE0100, 0xE01EF]
+
+
+@pytest.mark.parametrize("code", UNSEEN)
+@pytest.mark.parametrize("word", ["word", "wörd"])
+def test_what_nobody_sees_does_not_count(code, word):
+    unseen = chr(code)
+    assert words_of(f"{unseen}a {word[:2]}{unseen}{word[2:]}{unseen}") == ["a", word]
+
+
+def test_what_is_seen_counts():
+    for code in range(0x3000):
+        if unicodedata.category(chr(code))[0] in "NPS" or chr(code).isalpha():
+            assert words_of(chr(code)) or code in (0x115F, 0x1160), hex(code)
 
 
 def test_pictures_count_by_content_and_order(tmp_path):
@@ -45,9 +79,12 @@ def test_pictures_count_by_content_and_order(tmp_path):
     shutil.copy(tmp_path / "a", tmp_path / "copy")
     key = Questions().key
 
-    def of(*names):
+    def of(*names, question="See?"):
         images = tuple(tmp_path / name for name in names)
-        return key(StepExample("x", "See?", images, (Step("s"),)))
+        return key(StepExample("x", question, images, (Step("s"),)))
+
+    for question in ("<image> See?", "See?<image>", "See\ufe0f?\u2069"):
+        assert of("a", question=question) == of("a")
 
     assert of("a", "b") == of("copy", "b")
     assert len({of("a"), of("b"), of("a", "b"), of("b", "a"), of(), of("gone")}) == 6
