@@ -10,7 +10,7 @@ import zipfile
 
 import pyarrow
 import pytest
-from pyarrow import parquet
+from pyarrow import feather, parquet
 
 from prm.data import containers
 from prm.data.json_rows import json_rows
@@ -95,6 +95,73 @@ def test_cut_tables_are_named(tmp_path, kind):
     *_, (_, error) = json_rows(path)
     assert isinstance(error, DataError)
     assert error.expected == "a complete file"
+
+
+def stream_of(rows: list[dict]) -> bytes:
+    """An Arrow stream with three rows a batch."""
+    file = io.BytesIO()
+    table = pyarrow.Table.from_pylist(rows)
+    with pyarrow.ipc.new_stream(file, table.schema) as writer:
+        writer.write_table(table, max_chunksize=3)
+    return file.getvalue()
+
+
+def test_all_streams_of_a_file_are_read(tmp_path):
+    path = tmp_path / "rows.arrow"
+    others = [{"id": name, "extra": 1} for name in "xyz"]
+    path.write_bytes(stream_of(ROWS[:7]) + stream_of(others) + stream_of(ROWS[7:8]))
+    assert [value for _, value in json_rows(path)] == [*ROWS[:7], *others, ROWS[7]]
+
+
+END_MARK = b"\xff\xff\xff\xff\0\0\0\0"
+WHOLE = stream_of([{"n": -1}, {"n": 0}])  # its last batch ends with bits of its end mark
+CUT = {
+    "without its end mark": WHOLE.removesuffix(END_MARK),
+    "the second without its end mark": WHOLE + WHOLE.removesuffix(END_MARK),
+    "within the end mark": WHOLE[:-4],
+    "with other bytes behind": WHOLE + b"junk" * 9,
+    "with zeros behind": WHOLE + bytes(64),
+}
+
+
+@pytest.mark.parametrize("content", CUT.values(), ids=CUT)
+def test_a_stream_that_does_not_end_where_it_should_is_named_behind_its_rows(tmp_path, content):
+    path = tmp_path / "rows.arrow"
+    path.write_bytes(content)
+    *rows, (line, error) = json_rows(path)
+    assert [value for _, value in rows] in ([{"n": -1}, {"n": 0}], [{"n": -1}, {"n": 0}] * 2)
+    assert isinstance(error, DataError)
+    assert (error.file, error.line, error.expected) == (path, len(rows) + 1, "a complete file")
+    assert line == error.line
+
+
+def test_a_stream_that_is_cut_between_two_batches_is_named(tmp_path):
+    path = tmp_path / "rows.arrow"
+    file = io.BytesIO()
+    table = pyarrow.Table.from_pylist(ROWS[:4])
+    with pyarrow.ipc.new_stream(file, table.schema) as writer:
+        writer.write_table(table.slice(0, 2))
+        cut = file.tell()
+        writer.write_table(table.slice(2))
+    path.write_bytes(file.getvalue()[:cut])
+    assert len([row for row in iter_rows(path) if not isinstance(row, DataError)]) == 2
+    with pytest.raises(DataError, match="Arrow stream that ends before its end mark"):
+        read_examples(path)
+
+
+@pytest.mark.parametrize("write", [parquet.write_table, feather.write_feather])
+@pytest.mark.parametrize("inside", [False, True])
+def test_a_name_of_two_columns_or_fields_is_refused_as_in_json(tmp_path, write, inside):
+    columns = [pyarrow.array(["a"]), pyarrow.array(["b"])]
+    table = pyarrow.Table.from_arrays(columns, ["question", "question"])
+    if inside:
+        struct = pyarrow.StructArray.from_arrays(columns, ["question", "question"])
+        table = pyarrow.table({"held": pyarrow.array([[]], pyarrow.list_(struct.type))})
+    write(table, tmp_path / "x")
+    ((line, error),) = json_rows(tmp_path / "x")
+    assert isinstance(error, DataError)
+    assert (line, error.line, error.expected) == (1, 1, "every key once")
+    assert "'question' twice" in error.found
 
 
 def zip_of(data: bytes) -> bytes:
