@@ -17,10 +17,12 @@ from prm.data.interned import Interned
 from prm.data.json_rows import Span, spanned_rows
 from prm.data.nested import held_rows, refuse_nested
 from prm.data.record_fields import Location, image_field
-from prm.data.records import parse_record, to_record
+from prm.data.records import to_record
 from prm.files import write_lines
 from prm.names import ImageCheck
 from prm.schema import DataError, StepExample
+
+_OWN = format_named("prm-jsonl")
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,7 +103,7 @@ def iter_rows(
         try:
             if not isinstance(record, dict):
                 location.refuse(None, "a JSON object", record, "write one object per line")
-            examples = known.read(record, location)
+            examples = known.examples(record, location)
         except DataError as error:
             yield _of_another_format(error, record, known, set_by)
             continue
@@ -361,7 +363,7 @@ def write_jsonl(
 
 def _to_line(example: StepExample, root: Path, ids: set[str], path: Path, line: int) -> str:
     record = to_record(example, root)
-    if parse_record(record, root, file=path, line=line) != example:
+    if _OWN.examples(record, Location(root, path, line)) != (example,):
         raise DataError(
             expected="an example that reads back as it was written",
             found=f"example {example.id!r}, whose keys of 'extra' or image paths do not",

@@ -19,7 +19,7 @@ from typing import Any, NoReturn
 from urllib.parse import unquote
 
 from prm.data_urls import PREFIX, decoded, embedded, url_content
-from prm.schema import DataError, Step
+from prm.schema import DataError
 
 FIELDS = ("id", "question", "images", "steps", "domain", "answer", "correct", "group")
 """Fields of the project's own records; every other key of a record is kept in ``extra``."""
@@ -283,36 +283,6 @@ def extra_of(record: Mapping[str, Any], used: Sequence[str], **more: Any) -> dic
         if key not in used
     }
     return {**kept, **{key: value for key, value in more.items() if value is not None}}
-
-
-def agree_with_first_error(
-    record: Mapping[str, Any], steps: Sequence[Step], location: Location
-) -> None:
-    """Refuse a field ``first_error`` that contradicts the labels of the steps.
-
-    It is the number of the first wrong step, counted from 1; 0, -1 or null if there is none. A step
-    without a label, or with a soft one, contradicts nothing.
-
-    Raises:
-        DataError: A step before it is wrong, it is right, or there is no such step.
-    """
-    error = record.get("first_error")
-    labels = [step.label for step in steps]
-    if error is None or all(label is None for label in labels):
-        return
-    if isinstance(error, bool) or not isinstance(error, int) or not -1 <= error <= len(steps):
-        expected = f"the number of the first wrong step, 1 to {len(steps)}, or 0 if none is wrong"
-        location.refuse("first_error", expected, error)
-    wrong = labels.index(0.0) + 1 if 0.0 in labels else 0
-    none = error <= 0
-    if (wrong and (none or wrong < error)) or (not none and labels[error - 1] == 1.0):
-        first = f"step {wrong} is the first wrong one" if wrong else "no step is wrong"
-        location.refuse(
-            "first_error",
-            "the number of the first wrong step by the labels, counted from 1, or 0 if none is",
-            Words(f"first_error {error}, and labels in which {first}"),
-            "correct one of the two, or rename 'first_error' if it means something else",
-        )
 
 
 @lru_cache(maxsize=1024)  # the same few keys come with every row

@@ -2,49 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from prm.data.record_fields import (
-    FIELDS,
-    Location,
-    Words,
-    agree_with_first_error,
-    describe,
-    near_field,
-)
+from prm.data.record_fields import FIELDS, Location, Words, near_field
 from prm.data_urls import is_embedded, to_url
 from prm.schema import Step, StepExample
 
 STEP_FIELDS = ("text", "label")
-_SIDES: Mapping[Any, float | None] = {"+": 1.0, "-": 0.0, -1: None}
-"""-1 is "wrong" to some and "not judged" to others, and so contradicts nothing."""
-_ONE_SOURCE = "leave one of the two out, or correct it"
-
-
-def parse_record(
-    record: object, image_root: Path, *, file: Path | None = None, line: int | None = None
-) -> StepExample:
-    """Check a decoded JSON value and convert it to an example.
-
-    Image paths are relative to ``image_root``; the reader checks whether the images exist.
-
-    Raises:
-        DataError: A field is wrong; the error names ``file``, ``line`` and the field.
-    """
-    return parse(record, Location(image_root, file, line))
 
 
 def parse(record: object, location: Location) -> StepExample:
-    """Convert a record as ``parse_record`` does, at a given location."""
+    """Check a decoded JSON value and convert it to an example.
+
+    The reader checks whether the images exist, and whether other fields contradict the labels.
+
+    Raises:
+        DataError: A field is wrong; the error names file, line and the field.
+    """
     if not isinstance(record, dict):
         location.refuse(None, "a JSON object", record, "write one object per line")
     _check_keys(record, FIELDS, "", location, extra_allowed=True)
     location.need(record, "id", "question", "steps")
     steps = _steps(record["steps"], location)
-    _compare_labels(record, steps, location)
-    agree_with_first_error(record, steps, location)
     return StepExample(
         id=location.text(record["id"], "id"),
         question=location.text(record["question"], "question"),
@@ -133,31 +114,6 @@ def _steps(value: object, location: Location) -> tuple[Step, ...]:
         text = location.text(step["text"], f"{field}.text")
         steps.append(Step(text, location.label(step.get("label"), f"{field}.label")))
     return tuple(steps)
-
-
-def _compare_labels(record: Mapping[str, Any], steps: Sequence[Step], location: Location) -> None:
-    """Refuse a list ``labels`` that contradicts the labels of the steps, or would be lost."""
-    given = record.get("labels")
-    if not isinstance(given, list) or not given or not all(map(_is_label, given)):
-        return
-    if len(given) != len(steps):
-        lengths = Words(f"{len(given)} for {len(steps)} steps")
-        location.refuse("labels", "as many labels as steps", lengths, _ONE_SOURCE)
-    own = [step.label for step in steps]
-    if all(label is None for label in own) and any(label is not None for label in given):
-        found = Words("labels beside them, which would not be read")
-        location.refuse("labels", 'the label of each step in it, as "label"', found, _ONE_SOURCE)
-    for number, (label, other) in enumerate(zip(own, given, strict=True)):
-        side = _SIDES.get(other, other)
-        if label in (0.0, 1.0) and side in (0.0, 1.0) and label != side:
-            found = Words(f"{describe(other)}, and the label {_sign(label)!r} in steps[{number}]")
-            location.refuse(f"labels[{number}]", "the label that the step has", found, _ONE_SOURCE)
-
-
-def _is_label(value: object) -> bool:
-    if value is None or value in ("+", "-"):
-        return True
-    return isinstance(value, bool | int | float) and (value == -1 or 0 <= value <= 1)
 
 
 def _sign(label: float | None) -> str | float | None:

@@ -23,6 +23,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from prm.data.formats.agreement import one_of
 from prm.data.formats.marked import marked_steps
 from prm.data.formats.turns import drop_numbered, question_text
 from prm.data.json_rows import json_rows
@@ -97,7 +98,7 @@ def read_rlhflow(record: Mapping[str, Any], location: Location) -> tuple[StepExa
     Raises:
         DataError: A field is wrong; the error names it (``label[3]``).
     """
-    values = "labels" if "labels" in record else "label"
+    values = one_of(record, ("label", "labels"), location)
     location.need(record, "prompt", "answers", values)
     question = location.text(record["prompt"], "prompt")
     texts, right = _judged(record, "answers", values, location)

@@ -15,6 +15,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from prm.data.formats.agreement import agree_with_counts
 from prm.data.record_fields import Location, domain_key, extra_of
 from prm.data.splitter import solution_steps
 from prm.evaluation.final_answer import final_answer
@@ -48,9 +49,10 @@ def read_train(record: Mapping[str, Any], location: Location) -> tuple[StepExamp
     accuracy = location.label(record["accuracy"], "accuracy")
     if accuracy is None:
         location.refuse("accuracy", "a number in [0, 1]", None)
+    score, times = record.get("score"), record.get("times")
+    agree_with_counts(("accuracy", accuracy), ("score", score), ("times", times), location)
     raw = location.name(record, "id")
     sid = location.name(record, "sid")
-    times = record.get("times")
     steps = (*(Step(text) for text in texts[:-1]), Step(texts[-1], accuracy))
     named = raw if sid is None or raw is None else f"{raw}-{sid}"
     return (

@@ -24,6 +24,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from prm.data.formats.agreement import one_of
 from prm.data.formats.turns import cut_question, drop_placeholders, opening_question
 from prm.data.record_fields import Location, Words, domain_key, extra_of
 from prm.data.splitter import last_first_step
@@ -32,7 +33,7 @@ from prm.schema import Step, StepExample
 _SHEPHERD = re.compile(r"(?<![^\W\d_])ки(?![^\W\d_])")  # no part of a Russian word
 _MARKS = (_SHEPHERD, re.compile("<prm>"), re.compile("<extra_0>"), re.compile(r"\n{5,}"))
 _TEXTS = ("input", "text")
-_VALUES = ("value", "values", "labels", "label")
+VALUES = ("value", "values", "labels", "label")
 _ASKED = re.compile(r"\s*Question:[ \t]*")
 _PROCESS = re.compile(r"\n[ \t]*+Process:[ \t]*")
 
@@ -47,7 +48,7 @@ def matches_math_shepherd(record: Mapping[str, Any]) -> bool:
 def matches_openrlhf(record: Mapping[str, Any]) -> bool:
     """Whether the record is a text and a list of labels."""
     text = any(isinstance(record.get(name), str) for name in _TEXTS)
-    values = [name for name in _VALUES if name in record]
+    values = [name for name in VALUES if name in record]
     listed = bool(values) and (values[0] == "value" or isinstance(record[values[0]], list))
     return text and listed and "add" not in record
 
@@ -89,8 +90,8 @@ def read_openrlhf(record: Mapping[str, Any], location: Location) -> tuple[StepEx
     Raises:
         DataError: A field is wrong; the error names it (``value[3]``).
     """
-    field = next((name for name in _TEXTS if name in record), _TEXTS[0])
-    values = next((name for name in _VALUES if name in record), _VALUES[0])
+    field = one_of(record, _TEXTS, location)
+    values = next((name for name in VALUES if name in record), VALUES[0])
     location.need(record, field, values)
     pieces = _pieces(location.text(record[field], field))
     asked = location.optional_text(record, "question")

@@ -17,6 +17,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from prm.data.formats.agreement import agree_with_counts
 from prm.data.formats.turns import question_text
 from prm.data.record_fields import Location, Words, domain_key, extra_of
 from prm.schema import Step, StepExample
@@ -55,6 +56,10 @@ def read_visualprm_raw(record: Mapping[str, Any], location: Location) -> tuple[S
         if all(step.get(name) is not None for name in _COUNTS):
             counts = [step[name] for name in _COUNTS]
             label = location.label(counts, f"{field}.num_mc_correct")
+            share, right, total = (
+                (f"{field}.{name}", step.get(name)) for name in ("score", *_COUNTS)
+            )
+            agree_with_counts(share, right, total, location)
             trials.append(counts[1])
         else:
             label = location.label(step.get("score"), f"{field}.score")

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from prm.data.formats.turns import question_text
-from prm.data.record_fields import Location, Words, agree_with_first_error, extra_of
+from prm.data.record_fields import Location, Words, extra_of
 from prm.schema import Step, StepExample
 
 _USED = ("id", "prompt", "completions", "labels", "images", "image", "domain", "group")
@@ -32,7 +32,6 @@ def read(record: Mapping[str, Any], location: Location) -> tuple[StepExample, ..
     images = location.images(record, "images", "image")
     question = question_text(record, "prompt", len(images), location)
     steps = labelled_steps(record, "completions", "labels", location)
-    agree_with_first_error(record, steps, location)
     return (
         StepExample(
             id=location.own_id(record, (question, *(step.text for step in steps))),

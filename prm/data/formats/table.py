@@ -19,6 +19,7 @@ from prm.data.formats import (
     stepwise,
     visualprm,
 )
+from prm.data.formats.agreement import agree
 from prm.data.record_fields import Location, Words
 from prm.names import FORMAT_NAMES, FormatName
 from prm.schema import StepExample
@@ -37,12 +38,26 @@ class Format:
         keys: The keys of its records, for messages.
         matches: Tells whether a record looks like this format.
         read: Returns the examples of a record, or raises ``DataError``.
+        labels: Fields that may hold the labels of its steps, the one that is read first; None in a
+            format without labels, or with several solutions a record.
     """
 
     name: FormatName
     keys: str
     matches: Callable[[Mapping[str, Any]], bool]
     read: Callable[[Mapping[str, Any], Location], tuple[StepExample, ...]]
+    labels: tuple[str, ...] | None = None
+
+    def examples(self, record: Mapping[str, Any], location: Location) -> tuple[StepExample, ...]:
+        """Return the examples of a record.
+
+        Raises:
+            DataError: A field is wrong, or contradicts another one; the error names them.
+        """
+        examples = self.read(record, location)
+        if len(examples) == 1:
+            agree(record, examples[0], self.labels, location)
+        return examples
 
 
 def _matches_own(record: Mapping[str, Any]) -> bool:
@@ -57,13 +72,22 @@ def _read_own(record: Mapping[str, Any], location: Location) -> tuple[StepExampl
 
 
 FORMATS: tuple[Format, ...] = (
-    Format("prm-jsonl", "id, question, steps: [{text, label}]", _matches_own, _read_own),
-    Format("visualprm", "conversations: [{from, value}]", visualprm.matches, visualprm.read),
+    Format(
+        "prm-jsonl", "id, question, steps: [{text, label}]", _matches_own, _read_own, ("steps",)
+    ),
+    Format(
+        "visualprm",
+        "conversations: [{from, value}]",
+        visualprm.matches,
+        visualprm.read,
+        ("conversations",),
+    ),
     Format(
         "visualprm-raw",
         "question, steps_with_score: [{step, score, num_mc_correct, num_mc_total}]",
         rollouts.matches_visualprm_raw,
         rollouts.read_visualprm_raw,
+        ("steps_with_score",),
     ),
     Format(
         "dreamprm-test",
@@ -76,27 +100,33 @@ FORMATS: tuple[Format, ...] = (
         "input, add, accuracy",
         dreamprm.matches_train,
         dreamprm.read_train,
+        ("accuracy",),
     ),
     Format("dreamprm-meta", "input, true_false", dreamprm.matches_meta, dreamprm.read_meta),
-    Format("stepwise", "prompt, completions, labels", stepwise.matches, stepwise.read),
-    Format("messages", "messages: [{role, content}]", messages.matches, messages.read),
+    Format("stepwise", "prompt, completions, labels", stepwise.matches, stepwise.read, ("labels",)),
+    Format(
+        "messages", "messages: [{role, content}]", messages.matches, messages.read, ("messages",)
+    ),
     Format(
         "processbench",
         "id, problem, steps: [text], label",
         first_error.matches_processbench,
         first_error.read_processbench,
+        ("label",),
     ),
     Format(
         "visualprocessbench",
         "question, response: {steps, process_correctness}",
         judged.matches_visualprocessbench,
         judged.read_visualprocessbench,
+        ("response",),
     ),
     Format(
         "mathcheck",
         "id, question, steps: [text], labels",
         first_error.matches_mathcheck,
         first_error.read_mathcheck,
+        ("labels",),
     ),
     Format(
         "mathcheck-candidates",
@@ -115,25 +145,35 @@ FORMATS: tuple[Format, ...] = (
         "input, label: text, task",
         marked.matches_math_shepherd,
         marked.read_math_shepherd,
+        ("label",),
     ),
     Format(
         "openrlhf",
         "input or text, value: [label]",
         marked.matches_openrlhf,
         marked.read_openrlhf,
+        marked.VALUES,
     ),
-    Format("openr", "question, process, labels", marked.matches_openr, marked.read_openr),
+    Format(
+        "openr",
+        "question, process, labels",
+        marked.matches_openr,
+        marked.read_openr,
+        ("labels", "label"),
+    ),
     Format(
         "mm-prm",
         "conversations: [{from: human, value}, {from: gpt, value: [label]}]",
         marked.matches_mm_prm,
         marked.read_mm_prm,
+        ("conversations",),
     ),
     Format(
         "rlhflow",
         "conversations: [{role, content}]",
         messages.matches_rlhflow,
         messages.read_rlhflow,
+        ("conversations",),
     ),
     Format(
         "rlhflow-candidates",
@@ -158,6 +198,7 @@ FORMATS: tuple[Format, ...] = (
         "modified_question, modified_process, error_steps",
         judged.matches_prmbench,
         judged.read_prmbench,
+        ("error_steps",),
     ),
     Format(
         "mr-ben",
@@ -165,12 +206,14 @@ FORMATS: tuple[Format, ...] = (
         "Model_Solution_First_Error_Step",
         first_error.matches_mr_ben,
         first_error.read_mr_ben,
+        ("Model_Solution_First_Error_Step",),
     ),
     Format(
         "big-bench-mistake",
         "input, steps: [text], mistake_index, target",
         first_error.matches_big_bench_mistake,
         first_error.read_big_bench_mistake,
+        ("mistake_index",),
     ),
     Format(
         "mathcheck-checklist",

@@ -10,7 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from prm.data.reader import iter_rows, read_jsonl, write_jsonl
-from prm.data.records import parse_record
+from prm.data.record_fields import Location
+from prm.data.records import parse
 from prm.schema import DataError, Step, StepExample
 from tests.prm.tiny import save_image
 
@@ -268,7 +269,7 @@ def test_nothing_is_written_that_cannot_be_read(tmp_path, change, words):
 
 def test_data_error_survives_pickling():
     with pytest.raises(DataError) as caught:
-        parse_record(3, Path("."), file=Path("f"), line=7)
+        parse(3, Location(Path("."), Path("f"), 7))
     copy = pickle.loads(pickle.dumps(caught.value))
     assert str(copy) == str(caught.value)
     assert copy.line == 7

@@ -930,6 +930,7 @@ def test_an_ambiguous_record_lists_its_candidates(tmp_path):
     assert "visualprm or stepwise" in error.expected
     assert "name the format (visualprm, stepwise)" in error.remedy
     assert len(read(tmp_path, both, format="stepwise")) == 1
+    del both["labels"]  # of four steps, where the conversation has two
     assert len(read(tmp_path, both, format="visualprm")) == 1
 
 
