@@ -15,6 +15,8 @@ from prm.data.record_fields import Location, Words
 IsRecord = Callable[[Mapping[str, Any]], bool]
 """Whether an object looks like a record of a format that is expected."""
 _DEEPEST, _MOST, _SHOWN = 4, 100, 5
+_SETS = {"train", "training", "dev", "val", "valid", "validation", "eval", "test", "testing"}
+"""Names of lists that are apart on purpose."""
 _BY_RECORDS = (
     "write it row by row, by pandas: read_json(...).to_json(..., orient='records', lines=True)"
 )
@@ -31,14 +33,18 @@ def held_rows(
     """Return the rows that an object holds, None if it is itself a row or unknown.
 
     It holds rows if each of its fields is a list of objects, or, as the only object of a file, if
-    one of them is a list of records; what its other fields hold is not read, and ``tell`` is told.
+    one of them is a list of records. ``tell`` is told of several lists that become one set, and of
+    other fields, which are not read.
 
     Raises:
-        DataError: It is a table by columns, or holds records elsewhere; the error says where.
+        DataError: It is a table by columns, or holds records elsewhere, or sets that are kept
+            apart, such as "train" and "test"; the error says where.
     """
     if isinstance(record, dict) and not is_record(record):
         lists = {key: held for key, held in record.items() if _holds_objects(held)}
         if lists and all(held == [] or key in lists for key, held in record.items()):
+            if len(lists) > 1:
+                _tell_several(lists, location, tell)
             return [inner for held in lists.values() for inner in held]
         named = [name for name, held in lists.items() if is_record(held[0])]
         if alone and named and len(list(_paths(record, is_record))) == 1:
@@ -51,6 +57,20 @@ def held_rows(
     return None
 
 
+def _tell_several(
+    lists: Mapping[str, list[Any]], location: Location, tell: Callable[[str], None] | None
+) -> None:
+    """Say that several lists of rows are read as one set; refuse those of a division."""
+    if any(name.lower() in _SETS for name in lists):
+        paths = [f"{_step(name, '')}[]" for name in lists]
+        _refuse_paths(paths, location)
+    if tell is not None:
+        names = ", ".join(map(repr, list(lists)[:_SHOWN])) + (
+            ", ..." if len(lists) > _SHOWN else ""
+        )
+        tell(f"{location.file}: the rows of {len(lists):,} lists ({names}) are read as one set")
+
+
 def refuse_nested(record: object, location: Location, is_record: IsRecord) -> None:
     """Refuse an object that is no row but a table by columns, or holds records inside.
 
@@ -61,8 +81,20 @@ def refuse_nested(record: object, location: Location, is_record: IsRecord) -> No
         return
     _refuse_columns(record, location, is_record)
     if not is_record(record) and (paths := list(_paths(record, is_record))):
-        found = f"one object with rows at {', '.join(paths[:_SHOWN])}"
-        _refuse(location, found, f"write them to a file alone, for example by: jq -c '{paths[0]}'")
+        _refuse_paths(paths, location)
+
+
+def refuse_empty(record: object, location: Location, is_record: IsRecord) -> None:
+    """Refuse an object that is no row but holds lists without a row.
+
+    Raises:
+        DataError: It is one.
+    """
+    if isinstance(record, dict) and record and all(held == [] for held in record.values()):
+        names = ", ".join(map(repr, list(record)[:_SHOWN]))
+        if not is_record(record):
+            remedy = "check that the file was written completely"
+            location.refuse(None, "at least one row", Words(f"empty lists ({names})"), remedy)
 
 
 def _refuse_columns(record: Mapping[str, Any], location: Location, is_record: IsRecord) -> None:
@@ -80,6 +112,11 @@ def _refuse_columns(record: Mapping[str, Any], location: Location, is_record: Is
     else:
         return
     _refuse(location, found, _BY_RECORDS)
+
+
+def _refuse_paths(paths: list[str], location: Location) -> NoReturn:
+    found = f"one object with rows at {', '.join(paths[:_SHOWN])}"
+    _refuse(location, found, f"write them to a file alone, for example by: jq -c '{paths[0]}'")
 
 
 def _refuse(location: Location, found: str, remedy: str) -> NoReturn:

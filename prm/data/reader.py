@@ -15,7 +15,7 @@ from prm.data.formats.table import FORMATS, UNKNOWN, Format, detect, format_name
 from prm.data.image_files import ImageFiles
 from prm.data.interned import Interned
 from prm.data.json_rows import Span, spanned_rows
-from prm.data.nested import held_rows, refuse_nested
+from prm.data.nested import held_rows, refuse_empty, refuse_nested
 from prm.data.record_fields import Location, image_field
 from prm.data.records import to_record
 from prm.files import write_lines
@@ -93,6 +93,7 @@ def iter_rows(
         if known is None:
             try:
                 refuse_nested(record, location, _is_record(None))
+                refuse_empty(record, location, _is_record(None))
                 known = detect(record, location)
                 set_by = f"line {line} has"
             except DataError as error:

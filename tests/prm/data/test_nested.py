@@ -56,7 +56,21 @@ def test_without_other_fields_there_is_nothing_to_note(tmp_path):
     assert not notes
 
 
+def test_several_lists_that_become_one_set_are_noted(tmp_path):
+    path, notes = write(tmp_path, {"u": ROWS[:1], "v": ROWS[1:], "w": []}), []
+    assert len(list(iter_rows(path, tell=notes.append))) == 3
+    assert notes == [f"{path}: the rows of 2 lists ('u', 'v') are read as one set"]
+
+
+@pytest.mark.parametrize("content", [{"data": []}, {"train": [], "test": []}])
+def test_lists_without_rows_are_named(tmp_path, content):
+    error = refused(write(tmp_path, content))
+    assert error.expected == "at least one row"
+    assert error.found == f"empty lists ({', '.join(map(repr, content))})"
+
+
 INSIDE = {
+    "a division": ({"train": ROWS, "Test": ROWS[:1]}, ".train[], .Test[]", ".train[]"),
     "two sets": ({"train": ROWS, "test": ROWS[:1], "version": 1}, ".train[], .test[]", ".train[]"),
     "deeper": ({"data": {"rows": ROWS}, "version": 1}, ".data.rows[]", ".data.rows[]"),
     "as the Hub's server answers": (
