@@ -38,6 +38,9 @@ _NESTED = 2
 _GAP = r"[ \t]*+(?:\*{1,2}+[ \t]*+)?"
 _ANSWER = re.compile(_HEAD + rf"(?:(?:final[ \t]+)?answer|答案){_GAP}[:：]", re.I)
 _TAG = re.compile(r"\s*\[reasoning\][ \t]*\n?", re.IGNORECASE)
+_QUOTE = re.compile(r" {0,3}(?:>[ \t]?)+")
+_BLANK = " \t\r\n\f\v>"
+"""What a step may not consist of alone: white space and marks of a quotation."""
 _FENCE = re.compile(r"[ \t]*(?:```|~~~)")
 _CONTINUES = re.compile(r"[ \t]|[-*+•][ \t]")
 _CHINESE = {digit: value for value, digit in enumerate("一二三四五六七八九", start=1)}
@@ -64,7 +67,7 @@ class _Line:
 
     Attributes:
         start: Where it starts.
-        text: The line itself.
+        text: The line itself, without the marks of a quotation (">") in front of it.
         inside: Whether it goes on with code between fences, or with a displayed formula.
     """
 
@@ -121,12 +124,13 @@ def solution_steps(text: str) -> list[str]:
 def _lines(text: str) -> list[_Line]:
     lines, start, code = [], 0, False
     parts = text.split("\n")
-    formula = _in_formula(parts)
-    for number, part in enumerate(parts):
+    bare = [_QUOTE.sub("", part, count=1) if _QUOTE.match(part) else part for part in parts]
+    formula = _in_formula(bare)
+    for number, part in enumerate(bare):
         fence = bool(_FENCE.match(part))
         lines.append(_Line(start, part, code or number in formula))
         code ^= fence
-        start += len(part) + 1
+        start += len(parts[number]) + 1
     return lines
 
 
@@ -244,7 +248,7 @@ def _cut(text: str, cuts: Sequence[int]) -> list[str]:
         held += text[start:end]
         # White space or the tag alone belongs to the next step.
         tag = _TAG.match(held)
-        if held[tag.end() if tag else 0 :].strip():
+        if held[tag.end() if tag else 0 :].strip(_BLANK).strip():
             steps.append(held)
             held = ""
     if held and steps:

@@ -14,6 +14,9 @@ _SEPARATED = re.compile(r"[(\[]?[A-J][)\]]?(?:\s*(?:,|;|&|\band\b|,\s*and\b)\s*[
 _JOINED = re.compile(r"[A-H]{2,8}|(?:\([A-J]\)){2,}")
 _JOINED_WORDS = frozenset({"AD", "AH", "BE", "EH", "ACE", "AGE", "BEG"})
 _WITH_TEXT = re.compile(r"(?:[(\[]([A-Z])[)\]][.:]?|([A-Z])\)|([A-J])[.:])\s+(\S.*)", re.DOTALL)
+_NOT_ANOTHER = re.compile(
+    r"[(\[]?([A-J])[)\]]?(?:,\s*not|\s+\(not)\s+[(\[]?[A-J][)\]]?(?:(?:,|,?\s+or)\s+[(\[]?[A-J][)\]]?)*\)?"
+)
 _INITIALS = re.compile(r"[A-Z]\.\s*[A-Z]\.")
 _DASH_AND_TEXT = re.compile(r"([A-J])\s+-\s+(.*[A-Za-z]{2}.*)", re.DOTALL)
 _IN_BRACKETS = re.compile(r"([A-J])\s+\(([^()]*[A-Za-z]{2}[^()]*)\)")
@@ -37,6 +40,7 @@ def choice(text: str) -> str | None:
     - A letter and the text of the option: "(K) 12 cm", "K) 12 cm"; of the letters to J also
       "B. 12 cm" (but not initials: "J. K. Rowling"), "B (12 cm)" and "B - 12 cm", if a word stands
       behind the dash and no formula: "B - 12" is a difference.
+    - A letter and others that are ruled out: "C, not D"; without the comma it may be a formula.
 
     A text that holds, or is, other letters is none of an option ("A. 5, C. 7", "A. 5 and C",
     "A. B and C", the ratio "A: B"), unless it says so: "D. Both A and B".
@@ -51,6 +55,9 @@ def choice(text: str) -> str | None:
         return ",".join(sorted(set(re.findall("[A-J]", text))))
     if (match := _WITH_TEXT.fullmatch(text)) and not _INITIALS.match(text):
         return None if _names_others(match[4]) else match[1] or match[2] or match[3]
+    match = _NOT_ANOTHER.fullmatch(text)
+    if match:
+        return match[1]
     match = _DASH_AND_TEXT.fullmatch(text) or _IN_BRACKETS.fullmatch(text)
     if match and not _FORMULA.search(match[2]) and not _names_others(match[2]):
         return match[1]

@@ -113,6 +113,10 @@ def _closing(text: str) -> dict[int, int]:
     return closing
 
 
+_OPTION = re.compile(r"\s*\(?[A-J]\)\s+")
+"""The letter of an option in front of its text: no factor of the fraction behind."""
+
+
 def plain_text(text: str) -> str:
     r"""Convert the LaTeX of an answer to plain text.
 
@@ -237,7 +241,8 @@ def _repeating(match: re.Match[str]) -> str:
 
 
 def _fraction(match: re.Match[str]) -> str:
-    before = (match[1] or "").rstrip()
+    option = match[1] if _OPTION.fullmatch(match.string, 0, match.end(1)) else ""
+    before = "" if option else (match[1] or "").rstrip()
     above = (match[2] if match[2] is not None else match[3] or "").strip()
     below = _factor(match[4] if match[4] is not None else match[5] or "")
     if re.search(r"(?<=.)[-+±]|[=<>≤≥≠,]", above):
@@ -250,7 +255,7 @@ def _fraction(match: re.Match[str]) -> str:
         return f"^({quotient})"
     if before.isdigit() and above.isdigit() and below.isdigit():
         return f"{before} {quotient}"  # A mixed number.
-    return f"{before}*{quotient}" if before else quotient
+    return f"{before}*{quotient}" if before else option + quotient
 
 
 def _factor(text: str) -> str:

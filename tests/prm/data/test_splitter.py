@@ -14,6 +14,11 @@ CASES = {
         ["Let us see.", "Step 1: Read.\n   - a\n\nstill step 1", "Step 2: Add.", "Final answer: 7"],
     ),
     "headings": ("### Step 1: a\nb\n\n**Step 2:** c", ["### Step 1: a\nb", "**Step 2:** c"]),
+    "quoted": ("> Step 1: a\n> more\n>> Step 2: b", ["> Step 1: a\n> more", ">> Step 2: b"]),
+    "quoted with empty lines": (">\n> 1. a\n>\n> 2. b\n>", [">\n> 1. a\n>", "> 2. b\n>"]),
+    "quoted paragraphs": ("> a\n>\n> b\n\nc", ["> a\n>", "> b", "c"]),
+    "a quoted formula": ("> \\[\n> z\n>\n> \\]\n>\n> c", ["> \\[\n> z\n>\n> \\]\n>", "> c"]),
+    "an inequality over two lines": ("we have x\n> 5 and y\nso z", ["we have x\n> 5 and y\nso z"]),
     "in one line": (
         "Step 1: a. Step 2: b, as in Step 1: c. Step 3: d",
         ["Step 1: a.", "Step 2: b, as in Step 1: c.", "Step 3: d"],

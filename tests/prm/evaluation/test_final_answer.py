@@ -242,7 +242,26 @@ OTHER_ANSWER = [
 
 # Behind the rules, aimed at them.
 SAME_ANSWER += [("Answer: $x \\approx 5.2$", "x = 5.2"), ("Answer: 5 (rounded to one digit)", "5")]
+SAME_ANSWER += [
+    ("So the final answer is (B) $\\frac{1}{2}$.", "B"),
+    ("Answer: $(C) \\frac{1}{2}$", "C"),
+    ("Answer: \\text{(D) } \\dfrac{3}{4}", "D"),
+    ("Answer: B) \\frac{1}{2}", "B"),
+    ("I think the answer is C, not D.", "C"),
+    ("The answer is (A) (not B or C).", "A"),
+]
 OTHER_ANSWER += [
+    ("Answer: (B)\\frac{1}{2}", "B"),  # without a space it is a product
+    ("Answer: (x) \\frac{1}{2}", "1/2"),
+    ("Answer: (K) \\frac{1}{2}", "1/2"),
+    ("Answer: A (B) \\frac{1}{2}", "B"),
+    ("Answer: not C, D", "D"),
+    ("Answer: C, not D", "D"),
+    ("Answer: C, not 5", "C"),
+    ("Answer: A not B", "A"),
+    ("Answer: A and not B", "A"),
+    ("Answer: A, but not only B", "A"),
+    ("Answer: x, not y", "x"),
     ("Answer: π ≈ 3.14", "3.14"),
     ("Answer: e ≈ 2.718", "2.718"),
     ("Answer: √27 ≈ 5.196", "5.196"),
