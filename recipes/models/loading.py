@@ -33,7 +33,7 @@ from recipes.options.values import OptionError, existing_file, launched_precisio
 from recipes.terminal import say
 from weighting import row_index
 
-EMBEDDED_BASE = Path(__file__).parent / "assets" / "base"
+EMBEDDED_BASE = Path(__file__).parents[1] / "assets" / "base"
 _AT_ONCE = 256
 
 

@@ -112,7 +112,8 @@ def once(options: Any, run: Callable[[Any], Path]) -> None:
     if (directory / "results.json").is_file():
         there = yaml.safe_load((directory / "args.yaml").read_text(encoding="utf-8"))
         asked = yaml.safe_load(to_yaml(options))
-        if any(there[name] != asked[name] for name in there.keys() & asked.keys()):
+        given = {name for name, value in asked.items() if value is not None}  # else the model's
+        if any(there[name] != asked[name] for name in there.keys() & given):
             raise FileExistsError(
                 f"{directory} holds a run of other options; remove it or name another --work-dir"
             )

@@ -81,7 +81,7 @@ def test_a_run_with_adapters_resumes_bit_for_bit(task, tmp_path, monkeypatch):
     file = "adapter/adapter_model.safetensors"
     assert (cut / file).read_bytes() == (whole / file).read_bytes()
     monkeypatch.setattr(
-        "recipes.train.training._model", None
+        "recipes.train.training.load_trained", None
     )  # it is told before anything is loaded
     with pytest.raises(OptionError, match=r"--resume .*: the run is complete"):
         run_training(changed(options, output_dir=str(cut), resume=str(cut)))
