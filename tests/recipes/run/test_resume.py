@@ -60,7 +60,7 @@ def test_the_same_command_names_what_goes_on_before_anything_is_loaded(
 ):
     run, whole = interrupted
     with monkeypatch.context() as patch:
-        patch.setattr(recipes.train.training, "load_model", None)
+        patch.setattr(recipes.train.training, "load_trained", None)
         assert again(run) == 2
     line = last_line(capsys)
     assert line == (

@@ -459,7 +459,7 @@ def test_a_directory_that_cannot_be_written_is_said_before_the_model_is_loaded(
     task, tmp_path, monkeypatch
 ):
     (tmp_path / "file").write_text("mine")
-    monkeypatch.setattr(recipes.train.training, "load_model", None)
+    monkeypatch.setattr(recipes.train.training, "load_trained", None)
     with pytest.raises(WriteError, match=r"cannot be written \(Not a directory\)"):
         run_training(task.train(tmp_path / "file" / "run"))
     assert (tmp_path / "file").read_text() == "mine"
