@@ -229,7 +229,7 @@ def test_what_a_weighting_has_no_row_for_is_named(weigh, part, capsys, name, cha
         (
             "table",
             {"model": "x", "context": "gold"},
-            "--context, --model: no effect with a",
+            "--context, --model: no effect with the weighting InstanceTable",
         ),
         ("net", {"system_prompt": "judge"}, "--system-prompt judge: "),
         ("net", {"reference_model": "./none"}, "--reference-model ./none: --model ./none: expect"),
