@@ -95,13 +95,13 @@ def test_ways_of_ten_steps(monkeypatch):
 
     setup = embedded.make_setup(2, 8)
     calls = {"upper": 0}
-    original = type(setup.objective).upper_loss
+    original = type(setup.objective).upper_loss_and_scores
 
     def counting(self, *arguments):
         calls["upper"] += 1
         return original(self, *arguments)
 
-    monkeypatch.setattr(type(setup.objective), "upper_loss", counting)
+    monkeypatch.setattr(type(setup.objective), "upper_loss_and_scores", counting)
     found = {}
     for name, run in ways(setup, (1, 10)).items():
         calls["upper"] = 0
