@@ -500,15 +500,13 @@ class BilevelSolver(Generic[Lower, Upper, BatchT]):
             memory=result.memory,
             upper_steps=state.upper_steps + 1,
         )
-        everything, reached = tree.leaves(state.upper_params), tree.leaves(found)
-        if everything and not size:
-            return taken, (ZERO if reached else _NO_INFLUENCE,)
-        if len(reached) == len(everything):
+        count = len(tree.leaves(state.upper_params))
+        if count and not size:
+            return taken, (ZERO if tree.leaves(found) else _NO_INFLUENCE,)
+        missing = tree.missing(found, state.upper_params)
+        if not missing:
             return taken, ()
-        with_gradient = tree.flatten(found).keys()
-        first = next(name for name in tree.names(state.upper_params) if name not in with_gradient)
-        missing = len(everything) - len(reached)
-        return taken, (_NO_INFLUENCE_OF_SOME.format(missing, len(everything), first),)
+        return taken, (_NO_INFLUENCE_OF_SOME.format(len(missing), count, missing[0]),)
 
     @torch.no_grad()
     def _infos(

@@ -209,6 +209,14 @@ def flatten(tree: Tree) -> dict[str, Tensor]:
     return dict(zip(names(tree), optree.tree_leaves(tree), strict=True))
 
 
+def missing(part: Tree, whole: Tree) -> list[str]:
+    """Return the paths of the leaves of ``whole`` that are None in ``part``, in leaf order."""
+    if len(leaves(part)) == len(leaves(whole)):
+        return []
+    there = flatten(part).keys()
+    return [name for name in names(whole) if name not in there]
+
+
 def unflatten(named: Mapping[str, Tensor], example: TreeT) -> TreeT:
     """Rebuild the tree that ``flatten`` took apart.
 

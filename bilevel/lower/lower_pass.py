@@ -221,14 +221,12 @@ def are_constant(problem: Problem, weights: Sequence[Tensor], upper_params: Para
 
 def unused_parameters(lower_params: Params, grads: Tree) -> tuple[str, ...]:
     """Return a remark if the lower loss, with these gradients, does not depend on all of θ."""
-    everything, used = tree.leaves(lower_params), tree.leaves(grads)
-    if len(used) == len(everything):
+    missing, count = tree.missing(grads, lower_params), len(tree.leaves(lower_params))
+    if not missing:
         return ()
-    if not used:
+    if len(missing) == count:
         return (_IGNORES_PARAMETERS,)
-    with_gradient = tree.flatten(grads).keys()
-    first = next(name for name in tree.names(lower_params) if name not in with_gradient)
-    return (_IGNORES_SOME.format(len(everything) - len(used), len(everything), first),)
+    return (_IGNORES_SOME.format(len(missing), count, missing[0]),)
 
 
 _IGNORES_SOME = (

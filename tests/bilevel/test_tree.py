@@ -100,6 +100,12 @@ def test_names_are_paths() -> None:
     assert len(tree.names(example, none_is_leaf=True)) == 4
 
 
+def test_missing_names_are_those_of_leaves_that_are_none_in_the_part() -> None:
+    assert tree.missing(A, B) == ["nested/1"]
+    assert tree.missing(B, B) == []
+    assert tree.missing({"w": None, "nested": [None, None]}, B) == ["nested/0", "nested/1", "w"]
+
+
 def test_ambiguous_names_are_refused() -> None:
     with pytest.raises(ValueError, match=r"'a/b' twice.*rename the dict key"):
         tree.names({"a/b": values(1.0), "a": {"b": values(2.0)}})

@@ -143,10 +143,13 @@ def _statistics(moves: Moves, input: Any, *arguments: Any, **named: Any) -> Size
     return (len(input),) if training and moves(input) else NONE
 
 
-def _named(*names: str) -> list[Any]:
-    owners = (torch, Tensor, functional, torch.linalg)
+def functions(*names: str, owners: Sequence[Any] = (torch, Tensor)) -> list[Any]:
+    """Return torch's functions and methods of these names; ``torch.float`` is a dtype, not one."""
     found = [getattr(owner, name, None) for name in names for owner in owners]
     return [function for function in found if callable(function)]
+
+
+_named = partial(functions, owners=(torch, Tensor, functional, torch.linalg))
 
 
 def _checks() -> dict[Any, Callable[..., Sizes]]:

@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from bilevel.lower.ghost import arithmetic, layers
-from bilevel.lower.ghost.origin import functions
+from bilevel.lower.ghost.mixing import functions
 
 Handler: TypeAlias = Callable[..., Any]
 

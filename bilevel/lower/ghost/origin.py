@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from bilevel.lower.ghost.mixing import Mixture, joined
+from bilevel.lower.ghost.mixing import Mixture, functions, joined
 
 # Set on tensors between operations; a table of them by identity would keep all of them alive.
 _ATTRIBUTE = "_bilevel_origin"
@@ -176,13 +176,6 @@ def tensors_in(value: Any, seen: set[int] | None = None) -> Iterator[Tensor]:
         items = value
     for item in items:
         yield from tensors_in(item, seen)
-
-
-def functions(*names: str) -> list[Any]:
-    """Return torch's functions and methods of these names; ``torch.float`` is a dtype, not one."""
-    owners = [torch, Tensor]
-    found = [getattr(owner, name, None) for name in names for owner in owners]
-    return [function for function in found if callable(function)]
 
 
 def _indexes(origins: Origins, tensor: Tensor, key: Any) -> bool:
