@@ -17,8 +17,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from prm.rewards.chats import Chat, question_of, solution_of
-from prm.rewards.scorer import Judgement, Pictures, Scorer
-from prm.schema import DataError
+from prm.rewards.scorer import Judgement, Pictures, Scorer, all_judged
 
 SEPARATOR = "\n\n"
 
@@ -153,12 +152,7 @@ def _judged(
     solutions = [
         [step for step in solution_of(chat[-1:]).split(separator) if step.strip()] for chat in chats
     ]
-    found = []
-    for judged in scorer.judge(questions, solutions, pictures):
-        if isinstance(judged, DataError):
-            raise judged
-        found.append(judged)
-    return found
+    return all_judged(scorer.judge(questions, solutions, pictures))
 
 
 def _plain(message: Any) -> Mapping[str, Any]:

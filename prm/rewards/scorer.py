@@ -184,12 +184,8 @@ class Scorer:
             DataError: A solution cannot be judged; the error names it (``solutions[3]``).
             ValueError: The lists differ in length.
         """
-        found = []
-        for judged in self.judge(questions, solutions, images):
-            if isinstance(judged, DataError):
-                raise judged
-            found.append(list(judged.step_scores))
-        return found
+        judged = all_judged(self.judge(questions, solutions, images))
+        return [list(one.step_scores) for one in judged]
 
     def judge(
         self,
@@ -281,12 +277,8 @@ class Scorer:
         self, question: str, solutions: Sequence[Solution], images: Pictures
     ) -> list[float]:
         count = len(solutions)
-        scores = []
-        for judged in self.judge([question] * count, solutions, [images] * count):
-            if isinstance(judged, DataError):
-                raise judged
-            scores.append(judged.score)
-        return scores
+        judged = all_judged(self.judge([question] * count, solutions, [images] * count))
+        return [one.score for one in judged]
 
     def _fresh_collator(self) -> Collator:
         """Return a collator that reads picture files anew, which may have changed since."""
@@ -320,6 +312,20 @@ class Scorer:
                     remedy="the model's parameters are not finite, or overflow in use",
                 )
         return scores
+
+
+def all_judged(found: Sequence[Judgement | DataError]) -> list[Judgement]:
+    """Return the judgements of ``Scorer.judge``, all of them.
+
+    Raises:
+        DataError: A solution cannot be judged: the first such error.
+    """
+    judgements = []
+    for one in found:
+        if isinstance(one, DataError):
+            raise one
+        judgements.append(one)
+    return judgements
 
 
 _UNJUDGED = DataError(expected="a judgement", found="none")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import MethodType
 
@@ -30,6 +31,7 @@ from transformers.models.qwen2_5_vl import modeling_qwen2_5_vl
 from transformers.models.qwen2_vl import modeling_qwen2_vl
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
+from prm.conventions import Conventions
 from prm.models.model import PRM, make_prm
 from prm.schema import Step, StepExample
 
@@ -271,6 +273,18 @@ def qwen2_5_vl(
     config = Qwen2_5_VLConfig(**parts, attn_implementation=attention)
     model = Qwen2_5_VLForConditionalGeneration(config).to(dtype)
     return make_prm(model, tokenizer, patch_processor())
+
+
+def told(prm: PRM) -> PRM:
+    """The model with conventions of its own, none of them the library's default."""
+    own = Conventions(
+        plus_id=prm.plus_id,
+        minus_id=prm.minus_id,
+        system_prompt=SYSTEM,
+        max_patches=3,
+        aggregation="min",
+    )
+    return replace(prm, conventions=own)
 
 
 def in_float64(prm: PRM, patch: pytest.MonkeyPatch) -> PRM:

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import pytest
 import torch
 
-from prm.conventions import Conventions
 from prm.rewards.scorer import Scorer
-from tests.prm.tiny import SYSTEM, internvl, save_image
+from tests.prm.tiny import internvl, save_image, told
 
 
 @pytest.fixture(scope="session")
@@ -17,14 +14,7 @@ def scorer() -> Scorer:
     """It judges at most 100 tokens, and cuts what is longer."""
     prm = internvl(dtype=torch.float32)
     prm.model.config.get_text_config().max_position_embeddings = 100
-    own = Conventions(
-        plus_id=prm.plus_id,
-        minus_id=prm.minus_id,
-        system_prompt=SYSTEM,
-        max_patches=3,
-        aggregation="min",
-    )
-    return Scorer(replace(prm, conventions=own), too_long="truncate")
+    return Scorer(told(prm), too_long="truncate")
 
 
 @pytest.fixture(scope="session")

@@ -11,11 +11,10 @@ import pytest
 import torch
 from PIL import Image
 
-from prm.conventions import Conventions
 from prm.models.model import PRM, load_prm, save_prm, step_logits
 from prm.rewards.scorer import Scorer
 from prm.schema import DataError, Step, StepExample
-from tests.prm.tiny import SYSTEM, internvl, save_image
+from tests.prm.tiny import SYSTEM, internvl, save_image, told
 
 STEPS = ["one plus two is three", "three plus one is four", "four is two plus two"]
 QUESTION = "what is one plus two"
@@ -24,15 +23,8 @@ QUESTION = "what is one plus two"
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     prm = internvl(dtype=torch.float32)
-    own = Conventions(
-        plus_id=prm.plus_id,
-        minus_id=prm.minus_id,
-        system_prompt=SYSTEM,
-        max_patches=3,
-        aggregation="min",
-    )
     path = tmp_path_factory.mktemp("scorer") / "model"
-    save_prm(replace(prm, conventions=own), {}, path)
+    save_prm(told(prm), {}, path)
     return path
 
 
