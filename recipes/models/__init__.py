@@ -1,1 +1,1 @@
-"""The model that a command computes with: loaded, asked, kept in parts or by its frozen front."""
+"""The model that a command computes with: loaded, asked, and its frozen front kept."""

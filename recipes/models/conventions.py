@@ -15,6 +15,8 @@ from typing import Any
 
 from prm.conventions import Conventions
 from prm.models.model import PRM
+from recipes.options.base import flag_of
+from recipes.options.values import shortened
 
 OF_ANSWERS = ("probability", "aggregation", "threshold")
 """Options of the answers of a model, which not every command has."""
@@ -57,8 +59,12 @@ def agreed(
         if name in given and given[name] not in (getattr(own, name), getattr(asked, name))
     ]
     if differ:
-        told = ", ".join(f"--{name.replace('_', '-')} {_shown(given[name])}" for name in differ)
-        says = ", ".join(f"{name}: {_shown(_json(getattr(own, name)))}" for name in differ)
+        told = ", ".join(
+            f"{flag_of(name)} {shortened(str(given[name]), _SHOWN)}" for name in differ
+        )
+        says = ", ".join(
+            f"{name}: {shortened(_json(getattr(own, name)), _SHOWN)}" for name in differ
+        )
         raise ValueError(
             f"{told}: {path} says {says}, as the model was trained; leave the option out, or "
             "change the file to use the model otherwise on purpose"
@@ -68,8 +74,3 @@ def agreed(
 
 def _json(value: Any) -> str:
     return json.dumps(value, ensure_ascii=False)
-
-
-def _shown(value: object) -> str:
-    text = str(value)
-    return text if len(text) <= _SHOWN else f"{text[: _SHOWN - 3]}..."

@@ -64,9 +64,9 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
     return f"; did you mean {nearest[0]!r}?" if nearest else ""
 
 
-def shortened(text: str) -> str:
-    """Return ``text`` shortened for a message."""
-    return text if len(text) <= _SHOWN else text[: _SHOWN - 3] + "..."
+def shortened(text: str, most: int = _SHOWN) -> str:
+    """Return ``text`` shortened to at most so many characters, for a message."""
+    return text if len(text) <= most else text[: most - 3] + "..."
 
 
 def resume_point(resume: str) -> tuple[Path, int | None]:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from bilevel import StepInfo
 from recipes.run.errors import WriteError
-from recipes.run.trouble import Trouble, added
+from recipes.run.trouble import Trouble, added, beside_upper_loss
 from weighting import effective_sample_size
 
 _NOTES_PER_LINE = 5
@@ -96,8 +96,7 @@ def figures_of(info: StepInfo) -> dict[str, float]:
         figures["upper_loss"] = float(info.upper_loss)
     if info.hypergradient_norm is not None:
         figures["hypergradient_norm"] = float(info.hypergradient_norm)
-    if isinstance(info.upper_aux, Mapping):
-        figures |= {name: float(value) for name, value in info.upper_aux.items()}
+    figures |= {name: float(value) for name, value in beside_upper_loss(info).items()}
     return figures | {f"hypergradient/{name}": float(v) for name, v in info.figures.items()}
 
 

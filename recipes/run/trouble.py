@@ -142,7 +142,7 @@ def to_read(
     for number, info in enumerate(infos):
         values = {name: getattr(info, name) for name in _READ}
         values |= {f"figures/{name}": value for name, value in info.figures.items()}
-        values |= {f"aux/{name}": value for name, value in _aux(info).items()}
+        values |= {f"aux/{name}": value for name, value in beside_upper_loss(info).items()}
         there = {name: value for name, value in values.items() if isinstance(value, Tensor)}
         read |= {f"{number}/{name}": value for name, value in there.items()}
     return read
@@ -154,7 +154,7 @@ def as_read(found: Mapping[str, Tensor], infos: Sequence[StepInfo]) -> Reading:
     def on_host(number: int, info: StepInfo) -> StepInfo:
         values: dict[str, Any] = {name: found.get(f"{number}/{name}") for name in _READ}
         figures = {n: found.get(f"{number}/figures/{n}", v) for n, v in info.figures.items()}
-        aux = {n: found.get(f"{number}/aux/{n}", v) for n, v in _aux(info).items()}
+        aux = {n: found.get(f"{number}/aux/{n}", v) for n, v in beside_upper_loss(info).items()}
         return info._replace(**values, figures=figures, upper_aux=aux or info.upper_aux)
 
     read_infos = tuple(on_host(number, info) for number, info in enumerate(infos))
@@ -163,8 +163,8 @@ def as_read(found: Mapping[str, Tensor], infos: Sequence[StepInfo]) -> Reading:
     return Reading(read_infos, finite, at_bound)
 
 
-def _aux(info: StepInfo) -> Mapping[str, Any]:
-    """Return what the upper loss returned beside it, by name."""
+def beside_upper_loss(info: StepInfo) -> Mapping[str, Any]:
+    """Return what the upper loss returned beside its value, by name; nothing without names."""
     return info.upper_aux if isinstance(info.upper_aux, Mapping) else {}
 
 

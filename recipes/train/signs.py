@@ -1,9 +1,9 @@
 """Signs, in the log of a run, that its method does not do what it should.
 
 No single step shows them: an upper loss that does not fall, weights that stand at their bounds
-early, a model whose scores leave the outcomes behind. Each is compared between the first and the
-last third of the upper steps so far, with the scatter of the lines between as its error, and is
-told once, at a quarter, a half, three quarters and the end of the run.
+early, a model whose scores leave the outcomes behind. Losses and scores are compared between the
+first and the last third of the upper steps so far, with the scatter of their lines as the error.
+Each sign is told once, at a quarter, a half, three quarters or the end of the run.
 """
 
 from __future__ import annotations
