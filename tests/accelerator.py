@@ -16,15 +16,16 @@ from __future__ import annotations
 
 import sys
 from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
-from types import FrameType
+from types import CodeType, FrameType
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.backend_registration import (
     _DummyBackendModule,
     _setup_privateuseone_for_python_backend,
@@ -117,16 +118,16 @@ class Accelerator(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        self._note(func, args, kwargs)
-        return computed(func, args, kwargs)
+        tensors = [*tensors_of(args), *tensors_of(kwargs.values())]
+        self._note(func, args, kwargs, tensors)
+        return _computed(func, args, kwargs, tensors)
 
     def of(self, kind: str) -> Counter[str]:
         """Return how often each place caused an event of a kind."""
         return Counter(event.place for event in self.events if event.kind == kind)
 
-    def _note(self, func: Any, args: Any, kwargs: Any) -> None:
+    def _note(self, func: Any, args: Any, kwargs: Any, tensors: Sequence[Tensor]) -> None:
         name = func.overloadpacket.__name__
-        tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         there = [tensor for tensor in tensors if isinstance(tensor, Pretended)]
         here = [t for t in tensors if not isinstance(t, Pretended) and t.dim() > 0]
         if name in MOVES:
@@ -153,7 +154,10 @@ class Accelerator(TorchDispatchMode):
 
 def computed(func: Any, args: Any, kwargs: Any) -> Any:
     """Return the result of an operation, computed on the CPU, on the device where it belongs."""
-    tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+    return _computed(func, args, kwargs, [*tensors_of(args), *tensors_of(kwargs.values())])
+
+
+def _computed(func: Any, args: Any, kwargs: Any, tensors: Sequence[Tensor]) -> Any:
     device = kwargs.get("device")
     if device is not None:
         kwargs = {**kwargs, "device": torch.device("cpu")}
@@ -162,18 +166,39 @@ def computed(func: Any, args: Any, kwargs: Any) -> Any:
         pretended = isinstance(args[0], Pretended)
     else:
         pretended = any(isinstance(tensor, Pretended) for tensor in tensors)
-    plain_args, plain_kwargs = tree_map(_values, args), tree_map(_values, kwargs)
-    result = func(*plain_args, **plain_kwargs)
-    given = {id(tensor.values): tensor for tensor in tensors if isinstance(tensor, Pretended)}
+    plain = {name: _mapped(_values, value) for name, value in kwargs.items()}
+    result = func(*_mapped(_values, args), **plain)
     if not pretended:
         return result
+    given = {id(tensor.values): tensor for tensor in tensors if isinstance(tensor, Pretended)}
 
     def wrapped(leaf: Any) -> Any:
         if not isinstance(leaf, Tensor):
             return leaf
         return given[id(leaf)] if id(leaf) in given else Pretended(leaf)
 
-    return tree_map(wrapped, result)
+    return _mapped(wrapped, result)
+
+
+def tensors_of(values: Any) -> Iterator[Tensor]:
+    """The tensors among what an operation takes, which it nests in lists and tuples alone.
+
+    There are hundreds of thousands of operations, and torch's pytrees take longer than they do.
+    """
+    for value in values:
+        if isinstance(value, Tensor):
+            yield value
+        elif isinstance(value, list | tuple):
+            yield from tensors_of(value)
+
+
+def _mapped(function: Callable[[Any], Any], value: Any) -> Any:
+    """What an operation takes or returns, with every leaf mapped."""
+    if isinstance(value, list):
+        return [_mapped(function, one) for one in value]
+    if isinstance(value, tuple):
+        return tuple([_mapped(function, one) for one in value])
+    return function(value)
 
 
 def _values(leaf: Any) -> Any:
@@ -197,14 +222,23 @@ def _cause(frame: FrameType | None) -> tuple[str, int]:
     """Return the innermost function of the project on the stack; of libraries their own, too."""
     outside = ""
     while frame is not None:
-        file = frame.f_code.co_filename
-        if file.startswith(PACKAGES) and frame.f_code.co_name not in MODES:
-            name = f"{Path(file).relative_to(ROOT)}:{frame.f_code.co_name}"
-            return name + outside, frame.f_lineno
-        if "/transformers/" in file and not outside:
-            outside = f" <- {Path(file).stem}.{frame.f_code.co_name}"
+        own, others = _names(frame.f_code)
+        if own:
+            return own + outside, frame.f_lineno
+        outside = outside or others
         frame = frame.f_back
     return f"?{outside}", 0
+
+
+@cache
+def _names(code: CodeType) -> tuple[str, str]:
+    """The name of a function if it is of the project, and if it is of transformers."""
+    file = code.co_filename
+    if file.startswith(PACKAGES) and code.co_name not in MODES:
+        return f"{Path(file).relative_to(ROOT)}:{code.co_name}", ""
+    if "/transformers/" in file:
+        return "", f" <- {Path(file).stem}.{code.co_name}"
+    return "", ""
 
 
 class _Backend(_DummyBackendModule):

@@ -15,9 +15,8 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch.utils._pytree import tree_leaves
 
-from tests.accelerator import NAME, Accelerator, Pretended, _cause
+from tests.accelerator import NAME, Accelerator, Pretended, _cause, tensors_of
 
 STRETCH, MOST_STRETCHES = 65_536, 320
 MOST_TENSORS = {1: 110, 2: 64, 3: 48, 4: 36, 5: 30}
@@ -78,8 +77,8 @@ class Launches(Accelerator):
         self.launched: Counter[str] = Counter()
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        tensors = tree_leaves((args, kwargs or {}))
-        there = any(isinstance(tensor, Pretended) for tensor in tensors)
+        taken = (*args, *(kwargs or {}).values())
+        there = any(isinstance(tensor, Pretended) for tensor in tensors_of(taken))
         made = (kwargs or {}).get("device")
         if there or (made is not None and torch.device(made).type == NAME):
             place, _ = _cause(sys._getframe(1))
