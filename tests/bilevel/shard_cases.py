@@ -1,12 +1,11 @@
 """Runs whose θ lies in shards on several ranks, or whole in one process.
 
-``python -m tests.bilevel.shard_cases FOLDER STORE RANK RANKS`` takes them as one of the ranks, and
-leaves what it found in ``FOLDER``.
+``main``, which ``tests.rank_processes.fork_ranks`` calls, takes them as one of the ranks, and
+leaves what it found in a folder.
 """
 
 from __future__ import annotations
 
-import sys
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -318,7 +317,7 @@ def joined(store: str, rank: int, ranks: int) -> None:
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
 
 
-def main(store: str, rank: int, ranks: int, folder: Path) -> None:
+def main(folder: Path, store: str, rank: int, ranks: int) -> None:
     """Take every run as one of the ranks, and save what was found."""
     joined(store, rank, ranks)
     found = {}
@@ -337,7 +336,3 @@ def main(store: str, rank: int, ranks: int, folder: Path) -> None:
         }
     torch.save(found, folder / f"{ranks}-{rank}.pt")
     distributed.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main(sys.argv[2], int(sys.argv[3]), int(sys.argv[4]), Path(sys.argv[1]))

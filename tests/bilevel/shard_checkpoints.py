@@ -1,12 +1,11 @@
 """A run over shards that is saved, or goes on from what other numbers of ranks have saved.
 
-``python -m tests.bilevel.shard_checkpoints FOLDER STORE RANK RANKS``: in a folder named ``saved``
-it takes the first steps and saves; in another, beside it, it goes on from each of the former.
+``main`` takes the first steps and saves in a folder named ``saved``; in another, beside it, it goes
+on from each of the former. ``tests.rank_processes.fork_ranks`` calls it.
 """
 
 from __future__ import annotations
 
-import sys
 import threading
 from pathlib import Path
 from typing import Any
@@ -99,7 +98,3 @@ def main(folder: Path, store: str, rank: int, ranks: int) -> None:
             state = solver.init(f.module_params, phi)
             torch.save(found, folder / f"{by}-{ranks}-{rank}.pt")
     distributed.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]), int(sys.argv[4]))

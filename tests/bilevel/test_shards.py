@@ -41,7 +41,7 @@ from bilevel import (
 )
 from bilevel.replicas import is_apart
 from tests.bilevel import shard_cases, shard_checkpoints
-from tests.rank_processes import run_ranks
+from tests.rank_processes import fork_ranks, run_ranks
 
 CASES = shard_cases.cases()
 RUNS = [(ranks, name) for ranks in (2, 3) for name in CASES]
@@ -56,9 +56,8 @@ PARAMETERS = sum(
 def found(tmp_path_factory):
     """What each rank of 2, and each of 3, found."""
     folder, result = tmp_path_factory.mktemp("shards"), {}
+    fork_ranks("tests.bilevel.shard_cases", folder, 2, 3)
     for ranks in (2, 3):
-        for status, output in run_ranks("tests.bilevel.shard_cases", ranks, folder):
-            assert status == 0, output
         result[ranks] = [torch.load(folder / f"{ranks}-{rank}.pt") for rank in range(ranks)]
     return result
 
@@ -306,9 +305,7 @@ def saved(tmp_path_factory):
     """A folder with what 1, 2 and 3 ranks have saved, before and while they went on."""
     folder = tmp_path_factory.mktemp("checkpoints")
     (folder / "saved").mkdir()
-    for ranks in (1, 2, 3):
-        for status, output in run_ranks("tests.bilevel.shard_checkpoints", ranks, folder / "saved"):
-            assert status == 0, output
+    fork_ranks("tests.bilevel.shard_checkpoints", folder / "saved", 1, 2, 3)
     return folder
 
 
@@ -317,9 +314,7 @@ def resumed(saved):
     """What ranks found that went on from what others saved, by the numbers of both."""
     folder, found = saved / "resumed", {}
     folder.mkdir()
-    for ranks in (1, 2):
-        for status, output in run_ranks("tests.bilevel.shard_checkpoints", ranks, folder):
-            assert status == 0, output
+    fork_ranks("tests.bilevel.shard_checkpoints", folder, 1, 2)
     for ranks in (1, 2):
         for by in (1, 2, 3):
             found[by, ranks] = torch.load(folder / f"{by}-{ranks}-0.pt")
