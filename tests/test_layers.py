@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterator
+from functools import cache
 from importlib import resources
 from pathlib import Path
 
@@ -80,6 +81,8 @@ LAYERS = {
 }
 """Modules and folders of a package, lowest first: each imports only what stands above its line."""
 
+Documented = ast.Module | ast.FunctionDef | ast.ClassDef
+
 MOST_MODULES = 12
 MOST_FLOORS = 8
 
@@ -88,21 +91,30 @@ def name_of(path: Path) -> str:
     return str(path.relative_to(ROOT))
 
 
+@cache
+def imports_of(path: Path) -> tuple[ast.Import | ast.ImportFrom, ...]:
+    """The imports of a module, wherever in it, which is parsed once for all tests."""
+    nodes = ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+    return tuple(node for node in nodes if isinstance(node, ast.Import | ast.ImportFrom))
+
+
 def imported(path: Path) -> Iterator[str]:
     """Top-level packages that a module imports, wherever in it."""
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+    for node in imports_of(path):
         if isinstance(node, ast.Import):
             yield from (alias.name.partition(".")[0] for alias in node.names)
-        elif isinstance(node, ast.ImportFrom):
+        else:
             assert node.level == 0, f"{path}: relative import"
             assert node.module is not None
             yield node.module.partition(".")[0]
 
 
-@pytest.mark.parametrize("path", MODULES, ids=name_of)
-def test_layers_import_what_they_may(path):
-    package = path.relative_to(ROOT).parts[0]
-    assert set(imported(path)) <= {package, *ALLOWED[package], *sys.stdlib_module_names}
+def test_layers_import_what_they_may():
+    wrong = {}
+    for path in MODULES:
+        package = path.relative_to(ROOT).parts[0]
+        wrong[path] = {*imported(path)} - {package, *ALLOWED[package], *sys.stdlib_module_names}
+    assert {name_of(path): names for path, names in wrong.items() if names} == {}
 
 
 def rooms_of(folder: Path) -> dict[str, set[str]]:
@@ -123,10 +135,10 @@ def rooms_of(folder: Path) -> dict[str, set[str]]:
 
 def modules_imported(path: Path) -> Iterator[str]:
     """Dotted names that a module imports, wherever in it; of ``from a import b`` also ``a.b``."""
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+    for node in imports_of(path):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
-        elif isinstance(node, ast.ImportFrom) and node.module is not None:
+        elif node.module is not None:
             yield from (f"{node.module}.{alias.name}" for alias in node.names)
 
 
@@ -181,11 +193,10 @@ def test_tests_mirror_the_packages():
 HELPERS = [path for path in (ROOT / "tests").rglob("*.py") if path.name.startswith("test_")]
 
 
-@pytest.mark.parametrize("path", HELPERS, ids=name_of)
-def test_no_test_module_is_imported(path):
+def test_no_test_module_is_imported():
     """What several test modules share lies in a helper module, not in one of them."""
-    for module in modules_imported(path):
-        assert not re.search(r"\btests\b.*\.test_", module), module
+    found = [(name_of(path), module) for path in HELPERS for module in modules_imported(path)]
+    assert [pair for pair in found if re.search(r"\btests\b.*\.test_", pair[1])] == []
 
 
 def test_the_check_sees_imports_inside_functions(tmp_path):
@@ -194,41 +205,50 @@ def test_the_check_sees_imports_inside_functions(tmp_path):
     assert set(imported(module)) == {"torch", "prm"}
 
 
-def loaded(code: str) -> set[str]:
-    """Which of the heavy packages are loaded after ``code``."""
+def loaded(*codes: str) -> list[set[str]]:
+    """Which of the heavy packages are loaded after each code, of one process."""
     heavy = ["torch", "transformers", "PIL", "numpy", "sklearn", "prm", "weighting", "recipes"]
-    code += f"\nimport sys; print(*(m for m in {heavy} if m in sys.modules))"
+    tell = f"import sys; print('## loaded', *(m for m in {heavy} if m in sys.modules))"
+    code = "".join(f"{code}\n{tell}\n" for code in codes)
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    return set(done.stdout.splitlines()[-1].split())
+    lines = [line.split() for line in done.stdout.splitlines()]
+    return [set(words[2:]) for words in lines if words[:2] == ["##", "loaded"]]
 
 
 def test_the_core_loads_alone():
-    assert not loaded("import bilevel") & {"transformers", "PIL", "prm", "weighting", "recipes"}
-    assert not loaded("import weighting") & {"transformers", "PIL", "prm", "recipes"}
+    first, both = loaded("import bilevel", "import weighting")
+    assert not first & {"transformers", "PIL", "prm", "weighting", "recipes"}
+    assert not both & {"transformers", "PIL", "prm", "recipes"}
+    assert "weighting" in both
 
 
 def test_help_and_options_load_nothing_heavy():
     names = {"recipes", "prm"}  # of prm its list of names alone, without torch
-    assert loaded("import recipes.options.train") == names
     helps = "from recipes.__main__ import main\n"
     commands = ["train", "cold-start", "score", "select", "evaluate", "weigh", "compare"]
     for command in (*([name] for name in commands), ["data", "embedded"]):
         helps += f"try: main({[*command, '--help']})\nexcept SystemExit: pass\n"
-    assert loaded(helps) == names
+    assert loaded("import recipes.options.train", helps) == [names, names]
 
 
-@pytest.mark.parametrize("path", MODULES, ids=name_of)
-def test_public_things_are_documented(path):
+def public_things(path: Path) -> Iterator[tuple[str, Documented]]:
+    """A module, and its public functions, classes and their methods, by name."""
     module = ast.parse(path.read_text(encoding="utf-8"))
     if path.name != "__init__.py" or module.body:
-        assert ast.get_docstring(module), path
+        yield name_of(path), module
     kinds = (ast.FunctionDef, ast.ClassDef)
     for node in module.body:
         if isinstance(node, kinds) and not node.name.startswith("_"):
-            assert ast.get_docstring(node), f"{path}: {node.name}"
+            yield f"{name_of(path)}: {node.name}", node
             for member in node.body if isinstance(node, ast.ClassDef) else ():
                 if isinstance(member, ast.FunctionDef) and not member.name.startswith("_"):
-                    assert ast.get_docstring(member), f"{path}: {node.name}.{member.name}"
+                    yield f"{name_of(path)}: {node.name}.{member.name}", member
+
+
+def test_public_things_are_documented():
+    things = [thing for path in MODULES for thing in public_things(path)]
+    assert [name for name, node in things if not ast.get_docstring(node)] == []
+    assert len(things) > len(MODULES)
 
 
 @pytest.fixture(scope="module")
