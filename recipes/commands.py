@@ -28,6 +28,7 @@ from recipes.ranks import (
     say_aloud,
     several_ranks,
 )
+from recipes.report.options import WeightsOptions
 from recipes.run.errors import RunError, left_apart, reported
 from recipes.run.files import new_directory
 from recipes.run.show import RunsListOptions, RunsShowOptions, list_runs, show_run
@@ -141,6 +142,12 @@ def _weigh(options: WeighOptions) -> None:
     run_weigh(options)
 
 
+def _weights(options: WeightsOptions) -> None:
+    from recipes.report.weights_page import run_weights
+
+    run_weights(options)
+
+
 def _convert_model(options: ConvertModelOptions) -> None:
     from recipes.use.convert_model import run_convert_model
 
@@ -204,6 +211,7 @@ _COMMANDS: Mapping[str, Callable[[Any], int | None]] = {
     "select": _select,
     "evaluate": _evaluate,
     "weigh": _weigh,
+    "weights": _weights,
     "convert-model": _convert_model,
     "compare": _compare,
     "env": _env,

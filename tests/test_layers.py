@@ -71,7 +71,7 @@ LAYERS = {
         ("bad_rows", "options", "profiling", "stopping", "tensor_file", "terminal"),
         ("ranks", "models"),
         ("run", "evaluation", "method"),
-        ("data_files", "problems", "train"),
+        ("data_files", "problems", "report", "train"),
         ("embedded", "use"),
         ("commands",),
         ("command_line",),
