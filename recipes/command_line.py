@@ -32,7 +32,7 @@ from recipes.options.use import (
 )
 from recipes.options.values import OptionError, did_you_mean, shortened
 from recipes.ranks import silent_unless_first
-from recipes.report.options import WeightsFlags, WeightsOptions
+from recipes.report.options import ReportFlags, ReportOptions, WeightsFlags, WeightsOptions
 from recipes.run.provenance import PACKAGE, version_of
 from recipes.run.show import RunsListOptions, RunsShowOptions
 from recipes.terminal import say, standard_streams
@@ -64,6 +64,7 @@ _RUN_COMMANDS = {
 }
 _LOOKS: Mapping[str, tuple[type, type, str | None, str]] = {
     "weights": (WeightsOptions, WeightsFlags, None, "the weights of a run: shown, or for others"),
+    "report": (ReportOptions, ReportFlags, "+", "one page on runs, with figures"),
 }
 """Commands that name runs by position: options, flags among them, how many runs, help."""
 _KINDS: Mapping[str, Mapping[str, tuple[type, str]]] = {

@@ -42,3 +42,23 @@ class WeightsOptions(WeightsFlags):
     """``WeightsFlags`` and the run."""
 
     directory: str = option(..., "run directory")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReportFlags:
+    """Write one page of HTML on runs: results, weights, examples, training, troubles, cost."""
+
+    output: str = option(
+        "report.html", "page to write; its figures go into a folder beside it as PNG, too"
+    )
+    overwrite: bool = option(False, "replace an existing --output")
+    data: str | None = option(
+        None, "the file that the run trained on, if it is not where the args.yaml says"
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReportOptions(ReportFlags):
+    """``ReportFlags`` and the runs."""
+
+    directories: tuple[str, ...] = option(..., "run directories")
