@@ -268,8 +268,8 @@ def weight_against_loss(weights: RunWeights, name: str) -> Picture | None:
         figure,
         f"{name}-weight-loss",
         "Weight against initial loss",
-        "Each point is an example. A falling cloud says that examples which the initial model found "
-        f"wrong were weighted down.{shapes}{more}",
+        "Each point is an example. A falling cloud says that examples of large initial loss were "
+        f"weighted down.{shapes}{more}",
     )
 
 

@@ -19,6 +19,7 @@ from recipes.options.values import OptionError
 from recipes.report.run_files import data_file, lines_of, run_options
 from recipes.report.run_weights import RunWeights, read_run_weights
 from recipes.report.shown_examples import ShownExample, shown_examples
+from recipes.run.files import EXTREMES
 from recipes.run.show import json_object, run_state
 
 _SHOWN_OPTIONS = (
@@ -227,10 +228,6 @@ def _examples(
         return shown_examples(weights, file, scores)
     except DataError as error:
         return f"{error}."
-
-
-EXTREMES = "extreme_weights.jsonl"
-"""Step scores of the examples of highest and lowest weight (``recipes.train.extremes``)."""
 
 
 def names_of(directories: Sequence[Path]) -> list[str]:

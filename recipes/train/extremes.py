@@ -14,8 +14,8 @@ from prm.models.model import PRM
 from recipes.evaluation.candidates import step_scores_of
 from recipes.models.loading import Examples
 from recipes.options.train import TrainOptions
+from recipes.run.files import EXTREMES
 
-EXTREMES = "extreme_weights.jsonl"
 _EITHER_END = 6
 
 

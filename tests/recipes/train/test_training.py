@@ -33,6 +33,7 @@ from weighting import Clip, DomainTable, InstanceNet, InstanceTable, Sigmoid, lo
 COLD = {"args.yaml", "env.json", "log.jsonl", "model", "results.json"}
 ALWAYS = COLD | {"test_questions.jsonl", "dev_questions.jsonl"}
 ALWAYS |= {"weights.jsonl", "weights.jsonl.sha256"}
+WEIGHTED = {"weighting", "cache", "extreme_weights.jsonl"}
 KINDS = {
     "net": ({"weighting": "net"}, "instance_net"),
     "table": ({"weighting": "table", "bound": "clip"}, "instance_table"),
@@ -97,7 +98,7 @@ def test_run_directory_holds_what_the_contract_says(runs, kind):
     run = runs(kind)
     weighted = kind in ("net", "table", "domain")
     files = {path.name for path in run.iterdir()}
-    assert files == ALWAYS | ({"weighting", "cache"} if weighted else set())
+    assert files == ALWAYS | (WEIGHTED if weighted else set())
     assert not list(run.rglob("*.unfinished"))
     assert check_digest(run / "weights.jsonl")
     environment = json.loads((run / "env.json").read_text())
@@ -119,6 +120,8 @@ def test_results(task, runs, kind):
         "signs",
         "step_auc",
         "step_macro_f1",
+        "best_of_k",
+        "pass_at_k",
         "dev",
     }
     keys |= {"troubles"}
