@@ -11,7 +11,7 @@ import io
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -72,7 +72,7 @@ def results(runs: Sequence[RunNumbers], file: str) -> Picture | None:
                 name = f"{name}\n{plain(runs[place].name, 36)}"
             rows.append((name, place if model else -1, row.mean, row.low, row.high))
     rows.sort(key=lambda row: row[1] >= 0)
-    figure, axes = _axes(0.42 * len(rows) + 1.0)
+    figure, axes = _axes(0.42 * len(rows) + 1.0, grid="x")
     for height, (_, place, mean, low, high) in enumerate(reversed(rows)):
         colour = "#333333" if place < 0 else _COLOURS[place % len(_COLOURS)]
         mark = "|" if place < 0 else _MARKS[place % len(_MARKS)]
@@ -87,14 +87,13 @@ def results(runs: Sequence[RunNumbers], file: str) -> Picture | None:
     axes.set_yticks(range(len(rows)), [row[0] for row in reversed(rows)])
     axes.set_ylim(-0.6, len(rows) - 0.4)
     axes.set_xlabel("share of questions with a right answer selected, and 95 % interval")
-    axes.grid(axis="x", alpha=0.4)
     questions = parts[0][1].questions
     return _picture(
         figure,
         f"results-{file}",
         f"Best-of-N accuracy, {file} set",
         f"Means over {questions:,} questions; lines are 95 % bootstrap intervals over questions. "
-        "Bars without a shape belong to selectors that use no model; the oracle (pass@N) is what "
+        "Small bars belong to selectors that use no model; the oracle (pass@N) is what "
         "no selector can exceed.",
     )
 
@@ -179,7 +178,7 @@ def seconds(runs: Sequence[RunNumbers]) -> Picture | None:
     if not timed:
         return None
     parts = list(dict.fromkeys(part for run in timed for part in run.seconds))
-    figure, axes = _axes(0.45 * len(timed) + 1.3)
+    figure, axes = _axes(0.45 * len(timed) + 1.3, grid="x")
     starts = np.zeros(len(timed))
     for n, part in enumerate(parts):
         lengths = np.array([run.seconds.get(part, 0.0) for run in timed])
@@ -206,7 +205,7 @@ def weights_by(weights: RunWeights, kind: str, name: str) -> Picture:
     groups = weights.groups.get(kind, {"all examples": np.arange(len(weights.ids))})
     ranked = sorted(groups.items(), key=lambda item: -len(item[1]))
     shown = sorted(ranked[:_MOST_GROUPS], key=lambda item: -weights.weight[item[1]].mean())
-    figure, several = _axes(max(0.78 * len(shown) + 0.7, 2.6), len(shown), shared_y=False)
+    figure, several = _axes(max(0.78 * len(shown) + 0.7, 2.6), len(shown), grid="")
     low, high = float(weights.weight.min()), float(weights.weight.max())
     edges = np.linspace(low, high if high > low else low + 1, _BINS + 1)
     for axes, (group, rows) in zip(np.atleast_1d(several), shown, strict=True):
@@ -325,15 +324,16 @@ def _style(n: int, mark: bool = False) -> dict[str, Any]:
     return {**style, "marker": _MARKS[n % len(_MARKS)]} if mark else style
 
 
-def _axes(height: float, rows: int = 1, *, shared_y: bool = True) -> tuple[Any, Any]:
+def _axes(height: float, rows: int = 1, *, grid: Literal["x", "y", ""] = "y") -> tuple[Any, Any]:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(_WIDTH, height), layout="constrained")
+    figure.get_layout_engine().set(w_pad=0.1, h_pad=0.06)  # inches
     several = figure.subplots(rows, sharex=True)
     for axes in np.atleast_1d(several):
         axes.spines[["top", "right"]].set_visible(False)
-        if shared_y:
-            axes.grid(axis="y", alpha=0.3)
+        if grid:
+            axes.grid(axis=grid, alpha=0.3)
         axes.set_axisbelow(True)
     return figure, several
 

@@ -207,9 +207,9 @@ def _weights(directory: Path, args: Mapping[str, Any], data: str | None) -> RunW
     try:
         weights = read_run_weights(directory, data_file(args, data))
     except OptionError as error:
-        return f"{error}."
+        return str(error)
     if args.get("weighting") == "none" and weights.weight.min() == weights.weight.max():
-        return "The run learned no weights (--weighting none): all examples count the same."
+        return "the run learned no weights (--weighting none): all examples count the same"
     return weights
 
 
@@ -219,15 +219,15 @@ def _examples(
     if isinstance(weights, str):
         return weights
     if weights.weight.min() == weights.weight.max():
-        return "All weights are equal."
+        return "all weights are equal"
     file = data_file(args, data)
     if not file.path.is_file():
-        return f"The data file {file.path} is not there any more; give --data."
+        return f"the data file {file.path} is not there any more; give --data"
     try:
         scores = {str(e.get("id")): e for e in lines_of(directory / EXTREMES)}
         return shown_examples(weights, file, scores)
     except DataError as error:
-        return f"{error}."
+        return str(error)
 
 
 def names_of(directories: Sequence[Path]) -> list[str]:

@@ -13,13 +13,14 @@ from PIL import Image
 
 from prm.data_urls import is_embedded
 from prm.inputs.tiles import read_image
-from prm.schema import StepExample
+from prm.schema import DataError, StepExample
 from recipes.report.run_files import DataFile
 from recipes.report.run_weights import RunWeights
 
 SHOWN = 6
 """Examples shown at either end."""
 _MOST_PIXELS = 480  # of the longer side of a picture on the page
+_LEAST_PIXELS = 160  # below which a picture is shown larger
 _MOST_PICTURES = 4
 _MOST_TEXT = 2_000
 
@@ -150,7 +151,8 @@ def _pictures(images: Sequence[Path]) -> tuple[tuple[str, ...], tuple[str, ...]]
             found.append(_small(image))
         except (OSError, ValueError) as error:
             named = "a picture in the row" if is_embedded(image) else image.name
-            without.append(f"{named}: not shown ({type(error).__name__})")
+            reason = error.found if isinstance(error, DataError) else type(error).__name__
+            without.append(f"{named}: not shown ({reason})")
     if len(images) > _MOST_PICTURES:
         without.append(f"{len(images) - _MOST_PICTURES} more pictures: not shown")
     return tuple(found), tuple(without)
@@ -158,6 +160,10 @@ def _pictures(images: Sequence[Path]) -> tuple[tuple[str, ...], tuple[str, ...]]
 
 def _small(image: Path) -> str:
     small = read_image(image).convert("RGB")
+    if max(small.size) < _LEAST_PIXELS:
+        times = _LEAST_PIXELS // max(small.size) + 1
+        larger = (small.width * times, small.height * times)
+        small = small.resize(larger, Image.Resampling.NEAREST)
     small.thumbnail((_MOST_PIXELS, _MOST_PIXELS), Image.Resampling.LANCZOS)
     buffer = io.BytesIO()
     small.save(buffer, "PNG")
