@@ -130,4 +130,4 @@ def test_nothing_is_overwritten_unasked(run, data, tmp_path, capsys):
     assert annotated(run, target, "--overwrite") == 0
     assert main(["weights", str(run), "--export", str(tmp_path / "w.xlsx")]) == 2
     assert main(["weights", str(run), "--column", "w"]) == 2
-    assert "--column w: no effect without --annotate" in capsys.readouterr().err
+    assert "no effect without --annotate" in capsys.readouterr().err

@@ -155,6 +155,33 @@ def test_results(task, runs, kind):
         assert 0 <= results["weight_auc"] <= 1
 
 
+def test_extremes_have_the_scores_of_the_saved_model(task, runs):
+    run = runs("table")
+    weights = {row["id"]: row["weight"] for row in read_lines(run / "weights.jsonl")}
+    found = read_lines(run / "extreme_weights.jsonl")
+    ordered = sorted(weights.values(), reverse=True)
+    assert [row["weight"] for row in found] == ordered[:6] + ordered[::-1][:6]
+    assert all(weights[row["id"]] == row["weight"] for row in found)
+    options = options_of(run)
+    prm, params = load_model(replace(options, model=str(run / "model"), init_from=None))
+    data = read_examples(prm, options, options.train_file)
+    scores, mask = step_scores_of(prm, params, data, options)
+    index = data.index()
+    for row in found:
+        own = scores[index[row["id"]]][mask[index[row["id"]]]]
+        assert row["step_scores"] == pytest.approx(own.tolist(), abs=1e-6)
+        assert row["initial_scores"] != row["step_scores"]
+
+
+def test_best_of_k_ends_at_the_rows(runs):
+    for part in ("test", "dev"):
+        results = json.loads((runs("net") / "results.json").read_text())
+        results = results if part == "test" else results["dev"]
+        assert results["best_of_k"][-1] == pytest.approx(results["rows"]["instance_net"], abs=1e-4)
+        assert results["best_of_k"][0] == pytest.approx(results["rows"]["pass@1"], abs=1e-4)
+        assert results["pass_at_k"][-1] == pytest.approx(results["rows"]["pass@4"], abs=1e-4)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_log_says_what_happened_at_each_step(runs, kind):
     log = read_lines(runs(kind) / "log.jsonl")
