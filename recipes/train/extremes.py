@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -52,7 +53,7 @@ def write_extremes(
     def lines() -> Iterator[str]:
         for place, (row, example) in enumerate(zip(rows, chosen.facts, strict=True)):
             steps = int(mask[place].sum())
-            entry = {"id": example.id, "weight": weights[row].item()}
+            entry: dict[str, Any] = {"id": example.id, "weight": weights[row].item()}
             entry["step_scores"] = scores[place, :steps].tolist()
             if initial is not None:
                 entry["initial_scores"] = initial[row, :steps].tolist()

@@ -163,7 +163,7 @@ def test_extremes_have_the_scores_of_the_saved_model(task, runs):
     assert [row["weight"] for row in found] == ordered[:6] + ordered[::-1][:6]
     assert all(weights[row["id"]] == row["weight"] for row in found)
     options = options_of(run)
-    prm, params = load_model(replace(options, model=str(run / "model"), init_from=None))
+    prm, params = load_model(options, path=str(run / "model"))
     data = read_examples(prm, options, options.train_file)
     scores, mask = step_scores_of(prm, params, data, options)
     index = data.index()
