@@ -32,6 +32,7 @@ from recipes.options.use import (
 )
 from recipes.options.values import OptionError, did_you_mean, shortened
 from recipes.ranks import silent_unless_first
+from recipes.report.options import ReportFlags, ReportOptions, WeightsFlags, WeightsOptions
 from recipes.run.provenance import PACKAGE, version_of
 from recipes.run.show import RunsListOptions, RunsShowOptions
 from recipes.terminal import say, standard_streams
@@ -61,6 +62,11 @@ _RUN_COMMANDS = {
     "show": (RunsShowOptions, "where a run stands, and how to go on"),
     "list": (RunsListOptions, "all runs below a folder (default: runs)"),
 }
+_LOOKS: Mapping[str, tuple[type, type, str | None, str]] = {
+    "weights": (WeightsOptions, WeightsFlags, None, "the weights of a run: shown, or for others"),
+    "report": (ReportOptions, ReportFlags, "+", "one page on runs, with figures"),
+}
+"""Commands that name runs by position: options, flags among them, how many runs, help."""
 _KINDS: Mapping[str, Mapping[str, tuple[type, str]]] = {
     "data": _DATA_COMMANDS | _FILE_COMMANDS,
     "runs": _RUN_COMMANDS,
@@ -103,6 +109,12 @@ def make_parser() -> argparse.ArgumentParser:
     for name, (options, text) in _COMMANDS.items():
         command = commands.add_parser(name, help=text, description=text)
         build_parser(command, options)
+        command.set_defaults(options=options)
+    for name, (options, flags, many, text) in _LOOKS.items():
+        command = commands.add_parser(name, help=text, description=text)
+        directory = "directory" if many is None else "directories"
+        command.add_argument(directory, metavar="RUN", nargs=many, help="run directory")
+        build_parser(command, flags, preset=False)
         command.set_defaults(options=options)
     about = "versions, devices and commit, for a bug report"
     commands.add_parser("env", help=about, description=about).set_defaults(options=EnvOptions)
@@ -166,7 +178,7 @@ def _run(arguments: Sequence[str]) -> int:
 
 def _unknown_command(arguments: Sequence[str]) -> str:
     """Return the error text for a command that there is not, with the nearest; else nothing."""
-    known = [*_COMMANDS, "env", *_KINDS]
+    known = [*_COMMANDS, *_LOOKS, "env", *_KINDS]
     nested = [f"{name} {kind}" for name, kinds in _KINDS.items() for kind in kinds]
     for word in arguments:
         if word.startswith("-"):

@@ -28,6 +28,7 @@ from recipes.ranks import (
     say_aloud,
     several_ranks,
 )
+from recipes.report.options import ReportOptions, WeightsOptions
 from recipes.run.errors import RunError, left_apart, reported
 from recipes.run.files import new_directory
 from recipes.run.show import RunsListOptions, RunsShowOptions, list_runs, show_run
@@ -108,10 +109,13 @@ def _cold_start(options: Any) -> None:
 
 
 def _train(options: Any) -> None:
+    from recipes.report.page import report_at_end
     from recipes.train.training import run_training
 
     _quiet()
-    run_training(options)
+    directory = run_training(options)
+    if is_first():
+        report_at_end(directory)
 
 
 def _score(options: ScoreOptions) -> None:
@@ -139,6 +143,18 @@ def _weigh(options: WeighOptions) -> None:
 
     _quiet()
     run_weigh(options)
+
+
+def _report(options: ReportOptions) -> None:
+    from recipes.report.page import run_report
+
+    run_report(options)
+
+
+def _weights(options: WeightsOptions) -> None:
+    from recipes.report.weights_page import run_weights
+
+    run_weights(options)
 
 
 def _convert_model(options: ConvertModelOptions) -> None:
@@ -204,6 +220,8 @@ _COMMANDS: Mapping[str, Callable[[Any], int | None]] = {
     "select": _select,
     "evaluate": _evaluate,
     "weigh": _weigh,
+    "weights": _weights,
+    "report": _report,
     "convert-model": _convert_model,
     "compare": _compare,
     "env": _env,

@@ -38,6 +38,7 @@ ALLOWED = {
     "recipes": {
         *(*CORE, "torch", "torchopt", "optree", "transformers", "tokenizers", "safetensors"),
         *("PIL", "numpy", "sklearn", "yaml", "tqdm", "filelock"),
+        *("jinja2", "matplotlib", "pyarrow"),
     },
 }
 
@@ -72,7 +73,7 @@ LAYERS = {
         ("bad_rows", "options", "profiling", "stopping", "tensor_file", "terminal"),
         ("ranks", "models"),
         ("run", "evaluation", "method"),
-        ("data_files", "problems", "train"),
+        ("data_files", "problems", "report", "train"),
         ("embedded", "use"),
         ("commands",),
         ("command_line",),
@@ -272,7 +273,7 @@ def declared() -> set[str]:
     setup.read(ROOT / "setup.cfg", encoding="utf-8")
     extras = setup["options.extras_require"]
     lines = setup["options"]["install_requires"]
-    lines += "".join(extras[name] for name in ("demo", "peft", "math", "datasets"))
+    lines += "".join(extras[name] for name in ("demo", "peft", "math", "datasets", "report"))
     return {re.split("[<>=!~]", line)[0] for line in lines.split()}
 
 
@@ -293,6 +294,7 @@ def test_wheel_holds_presets_types_and_the_base_model(wheel_files):
     expected = {f"{package}/py.typed" for package in PACKAGES}
     expected |= {name_of(path) for path in (ROOT / "recipes" / "presets").glob("*.yaml")}
     expected |= {name_of(path) for path in (ROOT / "recipes" / "assets" / "base").iterdir()}
+    expected.add("recipes/report/page.html.j2")
     assert data == expected
     assert "recipes/presets/train-net.yaml" in data
     assert "recipes/assets/base/model.safetensors" in data

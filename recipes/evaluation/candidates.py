@@ -178,12 +178,14 @@ class Evaluation:
         step_auc: The AUC of step scores against step labels, None without labels of both kinds.
         step_macro_f1: The macro F1 at threshold 0.5, None without labels of both kinds.
         threshold: The threshold of the best macro F1, None without labels of both kinds.
+        scores: The score of every solution, [solutions].
     """
 
     selected: np.ndarray
     step_auc: float | None
     step_macro_f1: float | None
     threshold: float | None
+    scores: Tensor
 
 
 def read_candidates(prm: PRM, options: LoaderOptions, path: str) -> Candidates:
@@ -252,11 +254,13 @@ def evaluate(
     rows = [steps[there] for steps, there in zip(scores, mask, strict=True)]
     truth, predicted = judged_steps(candidates, rows)
     has_both = truth.any() and not truth.all()
+    solutions = solution_scores_of(rows, AGGREGATIONS[options.aggregation])
     return Evaluation(
-        selected=candidates.best(solution_scores_of(rows, AGGREGATIONS[options.aggregation])),
+        selected=candidates.best(solutions),
         step_auc=float(roc_auc(truth, predicted)) if has_both else None,
         step_macro_f1=float(macro_f1(truth, predicted > 0.5)) if has_both else None,
         threshold=best_threshold(truth, predicted)[0] if has_both else None,
+        scores=solutions,
     )
 
 

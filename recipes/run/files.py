@@ -25,6 +25,8 @@ from recipes.options.values import OptionError
 from recipes.run.errors import WriteError
 from recipes.terminal import say, write_bytes
 
+EXTREMES = "extreme_weights.jsonl"
+"""Step scores of a run's examples of highest and lowest weight (``recipes.train.extremes``)."""
 STANDARD_OUTPUT = "-"
 _OTHER_KINDS = frozenset(
     (

@@ -82,7 +82,7 @@ def run_state(directory: Path) -> RunState:
     working = at_work(directory)
     args = read_yaml(directory / "args.yaml")
     kind = command_of(args)
-    results = _json_object(directory / "results.json")
+    results = json_object(directory / "results.json")
     line = _last_line(directory / "log.jsonl")
     logged = (line or {}).get("step", 0)
     state: State = "stopped"
@@ -100,7 +100,7 @@ def run_state(directory: Path) -> RunState:
         checkpoint=_newest_checkpoint(directory / "checkpoints"),
         resume=None if state == "complete" else resume_command(args, directory),
         results=None if results is None else results.get("rows", {}),
-        environment=_json_object(directory / "env.json") or {},
+        environment=json_object(directory / "env.json") or {},
     )
 
 
@@ -163,7 +163,7 @@ def _short(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
-def _json_object(path: Path) -> dict[str, Any] | None:
+def json_object(path: Path) -> dict[str, Any] | None:
     """Return the object in a JSON file, or None without a file or a complete object in it."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))

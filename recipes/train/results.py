@@ -15,6 +15,7 @@ from prm.conventions import FILE, write_conventions
 from prm.models.adapters import save_adapter
 from prm.models.model import PRM, save_prm
 from recipes.evaluation.candidates import evaluate, report_of, values_of
+from recipes.evaluation.figures import curves
 from recipes.evaluation.table import SANITY_CHECK, results_table
 from recipes.method.bounded_weights import WEIGHTINGS
 from recipes.options.train import LowerOptions, TrainOptions
@@ -99,6 +100,7 @@ def evaluate_all(
             write_conventions(directory / "model" / FILE, chosen)
         values = values_of(candidates, evaluation, row)
         report = report_of(candidates, evaluation, values)
+        report |= curves(candidates, evaluation.scores)
         results |= report if name == "test" else {name: report}
         lines = [
             json.dumps(

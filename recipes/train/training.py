@@ -61,6 +61,7 @@ from recipes.train.data import (
     read_train_data,
     refuse_other_bad_rows,
 )
+from recipes.train.extremes import write_extremes
 from recipes.train.loop import StepLogging, Training, train
 from recipes.train.results import evaluate_all, print_summary, row_name, save_trained
 from recipes.train.sharding import Trained, load_trained, over_shards
@@ -230,6 +231,9 @@ def _report_weights(
     if objective.weighting is None:
         return {}
     write_weighting(directory / "weighting", objective, state.upper_params, data)
+    first = None if initial is None else initial.scores
+    lower = state.lower_params
+    write_extremes(directory, objective.prm, lower, examples, weights, first, options)
     correlation = label_correlation(examples, weights)
     return {"weight_label_correlation": correlation} | weight_report(examples, weights)
 

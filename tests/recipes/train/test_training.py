@@ -33,6 +33,7 @@ from weighting import Clip, DomainTable, InstanceNet, InstanceTable, Sigmoid, lo
 COLD = {"args.yaml", "env.json", "log.jsonl", "model", "results.json"}
 ALWAYS = COLD | {"test_questions.jsonl", "dev_questions.jsonl"}
 ALWAYS |= {"weights.jsonl", "weights.jsonl.sha256"}
+WEIGHTED = {"weighting", "cache", "extreme_weights.jsonl"}
 KINDS = {
     "net": ({"weighting": "net"}, "instance_net"),
     "table": ({"weighting": "table", "bound": "clip"}, "instance_table"),
@@ -97,7 +98,7 @@ def test_run_directory_holds_what_the_contract_says(runs, kind):
     run = runs(kind)
     weighted = kind in ("net", "table", "domain")
     files = {path.name for path in run.iterdir()}
-    assert files == ALWAYS | ({"weighting", "cache"} if weighted else set())
+    assert files == ALWAYS | (WEIGHTED if weighted else set())
     assert not list(run.rglob("*.unfinished"))
     assert check_digest(run / "weights.jsonl")
     environment = json.loads((run / "env.json").read_text())
@@ -119,6 +120,8 @@ def test_results(task, runs, kind):
         "signs",
         "step_auc",
         "step_macro_f1",
+        "best_of_k",
+        "pass_at_k",
         "dev",
     }
     keys |= {"troubles"}
@@ -150,6 +153,33 @@ def test_results(task, runs, kind):
     if weighted:
         assert set(results["sources"]) == {"verified", "judge", "rollout", "crowd", "imported"}
         assert 0 <= results["weight_auc"] <= 1
+
+
+def test_extremes_have_the_scores_of_the_saved_model(task, runs):
+    run = runs("table")
+    weights = {row["id"]: row["weight"] for row in read_lines(run / "weights.jsonl")}
+    found = read_lines(run / "extreme_weights.jsonl")
+    ordered = sorted(weights.values(), reverse=True)
+    assert [row["weight"] for row in found] == ordered[:6] + ordered[::-1][:6]
+    assert all(weights[row["id"]] == row["weight"] for row in found)
+    options = options_of(run)
+    prm, params = load_model(options, path=str(run / "model"))
+    data = read_examples(prm, options, options.train_file)
+    scores, mask = step_scores_of(prm, params, data, options)
+    index = data.index()
+    for row in found:
+        own = scores[index[row["id"]]][mask[index[row["id"]]]]
+        assert row["step_scores"] == pytest.approx(own.tolist(), abs=1e-6)
+        assert row["initial_scores"] != row["step_scores"]
+
+
+def test_best_of_k_ends_at_the_rows(runs):
+    for part in ("test", "dev"):
+        results = json.loads((runs("net") / "results.json").read_text())
+        results = results if part == "test" else results["dev"]
+        assert results["best_of_k"][-1] == pytest.approx(results["rows"]["instance_net"], abs=1e-4)
+        assert results["best_of_k"][0] == pytest.approx(results["rows"]["pass@1"], abs=1e-4)
+        assert results["pass_at_k"][-1] == pytest.approx(results["rows"]["pass@4"], abs=1e-4)
 
 
 @pytest.mark.parametrize("kind", KINDS)

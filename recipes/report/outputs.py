@@ -1,0 +1,54 @@
+"""Files that ``weights`` and ``report`` write, and the extras that they need for it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from prm.files import atomic_write
+from recipes.options.values import OptionError
+from recipes.run.files import check_writable
+
+
+@contextmanager
+def new_output(
+    flag: str, name: str, *, overwrite: bool, inputs: Sequence[Path] = ()
+) -> Iterator[Path]:
+    """Yield a temporary name for a file, which gets its own when the body has written it.
+
+    Raises:
+        OptionError: The file exists, is a folder, or is one of ``inputs``, which are never
+            replaced.
+        OSError: It cannot be written. An older file is unchanged.
+    """
+    path = Path(name)
+    if path.is_dir():
+        raise OptionError(f"{flag} {name}: is a directory; name a file")
+    for other in inputs:
+        if path.exists() and other.exists() and path.samefile(other):
+            raise OptionError(f"{flag} {name}: is a file that is read; name another")
+    if path.exists() and not overwrite:
+        raise OptionError(
+            f"{flag} {name}: exists; remove it, give another name, or give --overwrite"
+        )
+    check_writable(flag, path)
+    with atomic_write(path) as unfinished:
+        yield unfinished
+
+
+def pyarrow_for(what: str) -> Any:
+    """Return the module ``pyarrow``.
+
+    Raises:
+        ModuleNotFoundError: It is not installed; the message names the extra.
+    """
+    try:
+        import pyarrow
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            f"{what} is written by pyarrow, which is not installed: "
+            "pip install 'bilevel-prm[datasets]'"
+        ) from error
+    return pyarrow

@@ -1,0 +1,139 @@
+"""The page of a report: self-contained, escaped, and whole in a browser of any width."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import sys
+from html.parser import HTMLParser
+
+import pytest
+
+from recipes.__main__ import main
+from recipes.report.page import report_at_end
+from tests.recipes.report.run_directory import HOSTILE, write_data, write_run
+
+
+@pytest.fixture
+def runs(tmp_path):
+    data = write_data(tmp_path / "data")
+    young = {"weights.jsonl": None, "results.json": None, "extreme_weights.jsonl": None}
+    return [
+        str(write_run(tmp_path / "runs" / "whole$x$", data)),
+        str(write_run(tmp_path / "runs" / "young", data, **young)),
+    ]
+
+
+@pytest.fixture
+def drawn():
+    pytest.importorskip("matplotlib", reason="the extra `report` is not installed")
+
+
+class Page(HTMLParser):
+    """What a page holds: ids, targets of links, sources of pictures, names of elements."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.ids: set[str] = set()
+        self.links: list[str] = []
+        self.sources: list[str] = []
+        self.tags: set[str] = set()
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.add(tag)
+        for name, value in attrs:
+            if name == "id":
+                self.ids.add(value)
+            if name == "href":
+                self.links.append(value)
+            if name == "src":
+                self.sources.append(value)
+
+
+def test_without_the_extra_the_command_says_which_and_a_run_ends_quietly(
+    runs, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    output = tmp_path / "report.html"
+    assert main(["report", *runs, "--output", str(output)]) == 1
+    assert "pip install 'bilevel-prm[report]'" in capsys.readouterr().err
+    report_at_end(tmp_path / "runs" / "young")
+    assert capsys.readouterr().out == capsys.readouterr().err == ""
+    assert not list(tmp_path.glob("report*"))
+
+
+def test_runs_are_named_once_and_exist(runs, tmp_path, drawn, capsys):
+    output = ["--output", str(tmp_path / "r.html")]
+    assert main(["report", runs[0], runs[0], *output]) == 2
+    assert main(["report", *runs, "--data", "x", *output]) == 2
+    assert main(["report", str(tmp_path / "nothing"), *output]) == 2
+    assert not (tmp_path / "r.html").exists()
+
+
+def test_the_page_is_whole_and_holds_no_code_of_the_data(runs, tmp_path, drawn, capsys):
+    output = tmp_path / "r.html"
+    assert main(["report", *runs, "--output", str(output)]) == 0
+    text = output.read_text(encoding="utf-8")
+    page = Page(text)
+    assert "script" not in page.tags
+    assert HOSTILE not in text
+    assert "what is 2 &amp; $x$?" in text
+    assert all(source.startswith("data:image/png;base64,") for source in page.sources)
+    assert page.links
+    assert {link.removeprefix("#") for link in page.links} <= page.ids
+    assert not re.search(r"(?:src|href)=\"(?!data:|#)|@import|url\(", text)
+    drawn_figures = sorted(path.name for path in (tmp_path / "r_figures").iterdir())
+    assert drawn_figures == [
+        "best-of-k.png", "losses.png", "results-test.png", "run-1-weight-loss.png",
+        "run-1-weights-domain.png", "run-1-weights-source.png", "seconds.png", "trajectories.png",
+    ]  # fmt: skip
+    assert "Not shown: " in text
+    assert main(["report", *runs, "--output", str(output)]) == 2
+    assert "exists; remove it" in capsys.readouterr().err
+
+
+def test_a_run_at_its_end_has_its_report(runs, drawn, tmp_path, capsys):
+    directory = tmp_path / "runs" / "whole$x$"
+    report_at_end(directory)
+    assert capsys.readouterr().out == f"report: {directory / 'report.html'}\n"
+    assert (directory / "report.html").is_file()
+
+
+def test_a_browser_shows_every_section_at_two_widths(runs, tmp_path, drawn):
+    """``CHROMIUM`` names the browser, if it is not on the path; ``SCREENSHOTS`` keeps pictures."""
+    api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+    names = (os.environ.get("CHROMIUM", ""), "chromium", "chromium-browser", "google-chrome")
+    browser = next(filter(None, (shutil.which(name) for name in names if name)), None)
+    if browser is None:
+        pytest.skip("no Chromium on the path, and none named by CHROMIUM")
+    output = tmp_path / "r.html"
+    assert main(["report", *runs, "--output", str(output)]) == 0
+    asked: list[str] = []
+    with api.sync_playwright() as playwright:
+        chromium = playwright.chromium.launch(executable_path=browser, args=["--no-sandbox"])
+        for width in (1280, 420):
+            page = chromium.new_page(viewport={"width": width, "height": 900})
+            page.on("request", lambda request: asked.append(request.url))
+            page.on("console", lambda message: asked.append(message.text))
+            page.goto(output.as_uri())
+            assert page.evaluate("document.documentElement.scrollWidth") <= width
+            broken = "[...document.images].filter(i => !i.naturalWidth).length"
+            assert page.evaluate(broken) == 0
+            for number in range(page.locator("nav a").count()):
+                link = page.locator("nav a").nth(number)
+                link.click()
+                target = page.locator(link.get_attribute("href"))
+                assert target.bounding_box()["y"] < 900
+            for number in range(page.locator("details").count()):
+                part = page.locator("details").nth(number)
+                was = part.evaluate("part => part.open")
+                part.locator("summary").click()
+                assert part.evaluate("part => part.open") != was
+                if was:
+                    part.locator("summary").click()
+            folder = os.environ.get("SCREENSHOTS", str(tmp_path))
+            page.screenshot(path=f"{folder}/report-{width}.png", full_page=True)
+        chromium.close()
+    assert [url for url in asked if not url.startswith("data:")] == [output.as_uri()] * 2
