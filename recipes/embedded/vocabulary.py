@@ -11,6 +11,8 @@ from typing import Any
 from recipes.embedded.sheets import CELLS, SHEET_PIXELS
 
 SYSTEM_PROMPT = "judge each step of the solution"
+ROW_ENDS = ("from the top", "from the bottom")
+"""What a document says of the end that it counts rows from, the first as in a spreadsheet."""
 CHAT_TEMPLATE = (
     "{% for message in messages %}"
     "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
@@ -31,6 +33,7 @@ def vocabulary() -> list[str]:
     """Return all tokens in the order of their ids."""
     words = [*SPECIAL, *_WORDS.split(), *CELLS, *(f"{cell}=" for cell in CELLS)]
     words += [str(number) for number in range(60)]
+    words += " ".join(ROW_ENDS).split()
     return list(dict.fromkeys(words))
 
 
