@@ -32,7 +32,7 @@ from recipes.run.files import complete_directory
 class Sizes:
     """The number of questions of each file, and of solutions per question."""
 
-    train_questions: int = 960
+    train_questions: int = 640
     train_solutions: int = 1  # More pictures teach more than more solutions.
     cold_questions: int = 160
     meta_questions: int = 200

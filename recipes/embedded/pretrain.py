@@ -15,7 +15,9 @@ scans, which no other data set uses:
 5. Documents follow one of two conventions, row numbers from the top or from the bottom. A third of
    them say so ("from the top"), a third the other ("from the bottom"), and the others do not tell
    which of the two they follow, each as often. So the model represents both, and prefers neither
-   where nothing is said. Until then all documents count from the top.
+   where nothing is said. Until then all documents count from the top. The words that name the
+   conventions are then dropped from the vocabulary, so that no prompt can choose one of them: only
+   training can.
 
 A verdict states whether a *single statement* is true. That a step counts as wrong after an earlier
 wrong one is left to fine-tuning.
@@ -55,20 +57,24 @@ STAGES = {
     "statements": (3000, 32, 1.5e-3),
     "chat": (1500, 32, 1e-3),
     "both": (3000, 32, 1.5e-3),
-    "conventions": (3000, 32, 1.5e-3),
+    "conventions": (4000, 32, 1.5e-3),
 }
 """The number of steps, batch size and peak learning rate of each stage."""
+_LAST = "conventions"
 
 Batch = dict[str, Tensor]
 
 
-def pretrain_base(directory: Path, *, seed: int = 0, scale: float = 1.0) -> dict[str, float]:
+def pretrain_base(
+    directory: Path, *, seed: int = 0, scale: float = 1.0, start: Path | None = None
+) -> dict[str, float]:
     """Run the stages and save model, tokenizer and image processor into ``directory``.
 
     Args:
         directory: The folder to write, which plain transformers can load.
         seed: The seed of initial weights, pictures and statements.
         scale: The factor on every stage's number of steps, which is small in tests.
+        start: The folder of a model after the first four stages, to run the last one alone.
 
     Returns:
         The accuracies on scans of the ``dev`` split: digits, statements and chat verdicts.
@@ -77,8 +83,11 @@ def pretrain_base(directory: Path, *, seed: int = 0, scale: float = 1.0) -> dict
 
     torch.manual_seed(seed)
     scans = load_scans()
-    tokenizer = build_tokenizer()
-    model = InternVLForConditionalGeneration(base_config())
+    tokenizer = build_tokenizer(ROW_ENDS)
+    if start is None:
+        model = InternVLForConditionalGeneration(base_config())
+    else:
+        model = InternVLForConditionalGeneration.from_pretrained(start)
     makers: dict[str, Callable[[str, np.random.Generator, int], Batch]] = {
         "tower": lambda part, rng, size: _tower_batch(scans[part], rng, size),
         "statements": lambda part, rng, size: _dense_batch(tokenizer, scans[part], rng, size),
@@ -100,6 +109,10 @@ def pretrain_base(directory: Path, *, seed: int = 0, scale: float = 1.0) -> dict
     }
     accuracies = {}
     for stage, (steps, size, lr) in STAGES.items():
+        if start is not None and stage != _LAST:
+            continue
+        if stage == _LAST:
+            model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
         vision = [model.model.vision_tower, model.model.multi_modal_projector]
         for parameter in model.parameters():
             parameter.requires_grad_(stage != "tower")
@@ -120,6 +133,8 @@ def pretrain_base(directory: Path, *, seed: int = 0, scale: float = 1.0) -> dict
             accuracies[stage] = float(losses[stage](held_out)[1])
         tqdm.write(f"{stage}: accuracy on held-out scans {accuracies[stage]:.4f}")
     model.requires_grad_(True)
+    tokenizer = build_tokenizer()  # without the words that name a convention
+    model.resize_token_embeddings(len(tokenizer))
     model.save_pretrained(directory)
     tokenizer.save_pretrained(directory)
     build_image_processor().save_pretrained(directory)

@@ -68,6 +68,9 @@ NET = _one_of("weighting", "net")
 MODEL_FEATURE = Condition(
     _reads_the_model, ("features",), "use a feature that depends on the model"
 )
+GRADIENT_FEATURE = Condition(
+    lambda given: "gradient" in given.features, ("features",), "name gradient among --features"
+)
 UPPER_ADAM = _one_of("upper_optimizer", "adam", "lazy-adam")
 CENTRAL_DIFFERENCE = _one_of("route", "central-difference")
 ONE_STEP = _one_of("hypergradient", "one-step", shown="one-step")

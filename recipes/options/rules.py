@@ -110,6 +110,13 @@ _TRAIN_CONTRADICTIONS = (
         "lazy-adam moves the rows of a table that were visited: use adam, or --weighting table",
     ),
     Contradiction(
+        lambda given: (
+            given.sharding != "none" and given.weighting == "net" and "gradient" in given.features
+        ),
+        ("sharding", "features"),
+        "gradients of examples are computed on whole parameters: leave gradient out of --features",
+    ),
+    Contradiction(
         lambda given: given.weighting == "net" and given.normalise == "table",
         ("normalise", "weighting"),
         "a net has no table to normalise over: use batch or none, or --weighting table",

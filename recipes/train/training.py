@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,6 +20,7 @@ from prm.placement import Placement
 from recipes.evaluation.candidates import step_scores_of
 from recipes.evaluation.kept_scores import initial_score_cache, kept_scores
 from recipes.method.bounded_weights import make_weighting
+from recipes.method.gradients import fit_gradients
 from recipes.method.hypergradients import upper_gradient_every
 from recipes.method.make_solver import (
     begin,
@@ -35,8 +36,10 @@ from recipes.method.objective import Objective, Solver, State
 from recipes.method.time_scale import print_time_scale, time_scale
 from recipes.models.frozen import Keeping, at_boundary, cache_folder
 from recipes.models.loading import filled, placement_of, set_up
+from recipes.options.choices import NetOptions
 from recipes.options.rules import check_together
 from recipes.options.train import TrainOptions
+from recipes.options.values import blaming
 from recipes.ranks import ranks_here
 from recipes.run.directory import check_directory
 from recipes.run.errors import RunError
@@ -133,6 +136,8 @@ def _run_training(options: TrainOptions, logged: Callable[[int], None] | None) -
     data = read_train_data(prm, options)
     refuse_other_bad_rows(options, data.bad)
     objective = _objective(options, prm, data)
+    if objective.reads_gradient:
+        data = _with_gradients(options, objective, lower, data, placement)
     task = _Task(options, placement, data, objective, ranks, trained.shards)
     solver, upper, rates = _method(task, lower)
     start = begin(solver, prm, lower, upper)
@@ -286,6 +291,23 @@ def _objective(options: TrainOptions, prm: PRM, data: TrainData) -> Objective:
     )
 
 
+def _with_gradients(
+    options: TrainOptions,
+    objective: Objective,
+    lower: Mapping[str, Tensor],
+    data: TrainData,
+    placement: Placement,
+) -> TrainData:
+    """Return the data with the gradient features of the training set under the initial model."""
+    assert isinstance(options.weighting, NetOptions)
+    count = options.weighting.gradient_features
+    with blaming(f"--gradient-features {count}"):
+        found = fit_gradients(
+            objective, lower, data.train, placement, count, shown=options.run.progress
+        )
+    return replace(data, gradients=found)
+
+
 def _initial_scores(
     task: _Task, run: Run, model: Callable[[], tuple[PRM, Mapping[str, Tensor]]]
 ) -> _Initial:
@@ -315,6 +337,8 @@ def _lower_level(task: _Task, initial: _Initial | None) -> tuple[Draw, Callable[
     columns = {}
     if initial is not None and task.objective.reads_reference:
         columns["reference_probs"] = initial.scores
+    if data.gradients is not None:
+        columns["gradient"] = data.gradients.features
     if data.fixed_weights is not None:
         given = data.fixed_weights
         columns["weights"] = (
@@ -346,7 +370,9 @@ def _first_examples(task: _Task, lower: Mapping[str, Tensor]) -> Batch:
     size = options.lower.batch_size
     count = min(-(-_SHOWN_EXAMPLES // size), max(1, len(data.train) // size))
     draw = lower_draw(options, range(len(data.train)))
-    batch = train_batch(lambda _: [row for n in range(count) for row in draw(n)], data.train)
+    columns = {} if data.gradients is None else {"gradient": data.gradients.features}
+    rows = [row for n in range(count) for row in draw(n)]
+    batch = train_batch(lambda _: rows, data.train, columns)
     placed = task.placement.batches(batch, 1)(0)
     with torch.random.fork_rng(), torch.no_grad():
         _, outputs = objective.per_example_loss(lower, placed)
