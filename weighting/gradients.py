@@ -82,10 +82,11 @@ def sketch(
 ) -> Float[Tensor, " width"]:
     """Return the count sketch of a gradient whose leaves are multiplied by ``scales``, in float32.
 
-    Each leaf is cut into pieces of ``width`` entries; each piece is turned round by a random shift,
-    multiplied by a random sign, and all are added. The expectation of the product of two sketches
-    is the product of the scaled gradients. The projection depends on names, order and sizes of the
-    leaves alone; it takes memory of the size of the largest leaf.
+    Each leaf is cut into pieces of ``width`` entries; the entries of each piece are multiplied by
+    random signs, those of their places and one of the piece, the piece is turned round by a random
+    shift, and all are added. The expectation of the product of two sketches
+    is the product of the scaled gradients. The projection depends on names and sizes of the leaves
+    alone; it takes memory of the size of the largest leaf.
 
     Raises:
         ValueError: The leaves are not those of ``scales``.
@@ -96,14 +97,15 @@ def sketch(
         )
     random = torch.Generator().manual_seed(_SEED)
     total = torch.zeros(width)
-    for name in scales:
+    of_places = torch.randint(2, (width,), generator=random) * 2 - 1
+    for name in sorted(scales):
         flat = gradient[name].detach().reshape(-1)
         pieces = -(-flat.numel() // width)
         shifts = torch.randint(width, (pieces, 1), generator=random)
         signs = torch.randint(2, (pieces, 1), generator=random) * 2 - 1
         places = ((torch.arange(width) + shifts) % width).reshape(-1)[: flat.numel()]
-        signed = (signs * scales[name]).expand(-1, width).reshape(-1)[: flat.numel()]
-        total.index_add_(0, places, flat.float().cpu() * signed)
+        factors = (scales[name] * signs * of_places).reshape(-1)[: flat.numel()]
+        total.index_add_(0, places, flat.float().cpu() * factors)
     return total
 
 
