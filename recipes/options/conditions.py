@@ -94,6 +94,10 @@ META_AND_TEST = Condition(
     ("weighting", "meta_file", "test_file"),
     "give --meta-file and --test-file",
 )
+DEV_NAMED = Condition(lambda given: given.dev_file is not None, ("dev_file",), "give --dev-file")
+EVALUATED = Condition(
+    lambda given: given.eval_every > 0, ("eval_every",), "use --eval-every 1 or more"
+)
 FROM_MODEL = Condition(
     lambda given: given.init_from is None, ("init_from",), "use --init-from none"
 )

@@ -59,6 +59,7 @@ _PROVEN_IN_SHARDS: Mapping[str, tuple[Any, ...]] = {
     "on_trouble": ("raise",),
     "lora_rank": (0,),
     "frozen_activations": ("none",),
+    "keep_best": (False,),
     "activation_checkpointing": ("none",),
     "device": ("auto", "cpu"),
     "precision": ("auto", "float32"),

@@ -64,6 +64,7 @@ from recipes.train.data import (
     read_train_data,
     refuse_other_bad_rows,
 )
+from recipes.train.dev_evaluation import best_of, dev_evaluation, remove_kept, selection
 from recipes.train.loop import StepLogging, Training, train
 from recipes.train.results import evaluate_all, print_summary, row_name, save_trained
 from recipes.train.sharding import Trained, load_trained, over_shards
@@ -135,6 +136,8 @@ def _run_training(options: TrainOptions, logged: Callable[[int], None] | None) -
     prm = at_boundary(trained.prm, lower, options)
     data = read_train_data(prm, options)
     refuse_other_bad_rows(options, data.bad)
+    title = row_name(options)
+    dev = dev_evaluation(options, prm, data.evaluations, title)
     objective = _objective(options, prm, data)
     if objective.reads_gradient:
         data = _with_gradients(options, objective, lower, data, placement)
@@ -151,6 +154,9 @@ def _run_training(options: TrainOptions, logged: Callable[[int], None] | None) -
         shards=trained.shards,
     )
     with opened as run:
+        if dev is not None:
+            with ranks.together():
+                dev.check(run)
         keep_bad_rows(run.directory, data.bad)
         initial = None
         if objective.reads_reference:
@@ -161,7 +167,6 @@ def _run_training(options: TrainOptions, logged: Callable[[int], None] | None) -
         keeping = Keeping(prm, options, cache_folder(options, run.directory))
         keeping.check([lower_examples(options, data), *([] if data.meta is None else [data.meta])])
         clock.lap("set_up")
-        title = row_name(options)
         draw, lower_batch = _lower_level(task, initial)
         training = Training(
             solver,
@@ -180,6 +185,7 @@ def _run_training(options: TrainOptions, logged: Callable[[int], None] | None) -
             on_trouble=options.run.on_trouble,
             upper_batch=_upper_level(task, keeping),
             weighting=objective.weighting,
+            dev=dev,
         )
         on_line = [] if logged is None else [logged]
         if run.writes:
@@ -190,25 +196,27 @@ def _run_training(options: TrainOptions, logged: Callable[[int], None] | None) -
         end = train(run, training, logging)
         clock.lap("train")
         with run.keeping(end):
-            save_trained(
-                prm,
-                end.state.lower_params,
-                options,
-                run.directory,
-                writes=run.writes,
-                shards=trained.shards,
-            )
+            save = partial(save_trained, prm, writes=run.writes, shards=trained.shards)
+            state, steps = end.state, options.lower.steps
             results: dict[str, Any] = {"rows": {}, "seed": options.seed}
+            if dev is not None:
+                kept = best_of(end.dev) if dev.keeps_best else end.dev[-1]
+                results["model_selection"] = selection(end.dev, kept)
+                if kept.step != steps:
+                    save(state.lower_params, options, run.directory / "last")
+                    state, steps = dev.chosen(run, state, end.dev), kept.step
+            save(state.lower_params, options, run.directory)
             results["troubles"] = dict(end.seen.counts)
             lines = log_lines(run.log, title) if run.writes else []
             results["signs"] = dict(signs(lines, options.lower.steps))
-            micro_batches = options.lower.steps * options.lower.accumulation
+            micro_batches = steps * options.lower.accumulation
             visits = count_visits(draw, micro_batches, len(lower_examples(options, data)))
-            results |= _report_weights(task, end.state, initial, visits, run)
-            results |= evaluate_all(prm, end.state.lower_params, data, options, run.directory)
+            results |= _report_weights(task, state, initial, visits, run)
+            results |= evaluate_all(prm, state.lower_params, data, options, run.directory)
             clock.lap("evaluate")
             results["seconds"] = clock.laps
             write_json(run.directory / "results.json", results)
+            remove_kept(run.directory)
     print_summary(results, run.directory)
     return run.directory
 
