@@ -35,7 +35,7 @@ class Sizes:
     train_questions: int = 640
     train_solutions: int = 1  # More pictures teach more than more solutions.
     cold_questions: int = 160
-    meta_questions: int = 200
+    meta_questions: int = 40
     meta_solutions: int = 4
     dev_questions: int = 150
     test_questions: int = 400
