@@ -191,7 +191,10 @@ def _data_pretrain_base(options: PretrainOptions) -> None:
     _quiet()
     new_directory("--out", options.out)
     set_up(options)
-    accuracies = pretrain_base(Path(options.out), seed=options.seed, scale=options.scale)
+    start = Path(options.start_from) if options.start_from is not None else None
+    accuracies = pretrain_base(
+        Path(options.out), seed=options.seed, scale=options.scale, start=start
+    )
     print(json.dumps(accuracies))
 
 

@@ -67,7 +67,10 @@ def progress_bar(title: str, total: int, done: int = 0, *, shown: bool = True) -
     from tqdm import tqdm  # imported here: --help need not
 
     disable = None if shown else True  # None: unless the stream is a terminal
-    return tqdm(desc=title, total=total, initial=done, disable=disable, dynamic_ncols=True)
+    # leave=None: a bar within another one vanishes when it is full.
+    return tqdm(
+        desc=title, total=total, initial=done, disable=disable, leave=None, dynamic_ncols=True
+    )
 
 
 def write_bytes(content: bytes) -> None:

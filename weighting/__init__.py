@@ -20,6 +20,13 @@ from weighting.features import (
     is_model_feature,
     step_features,
 )
+from weighting.gradients import (
+    SKETCH_WIDTH,
+    GradientFeatures,
+    example_gradients,
+    leaf_scales,
+    sketch,
+)
 from weighting.heuristics import balanced_information, keep_best
 from weighting.instance_net import InstanceNet
 from weighting.normalise import batch_mean_one, mean_one_over
@@ -33,9 +40,11 @@ __all__ = [
     "FEATURES",
     "KINDS",
     "MODEL_KEYS",
+    "SKETCH_WIDTH",
     "Bound",
     "Clip",
     "DomainTable",
+    "GradientFeatures",
     "InstanceNet",
     "InstanceTable",
     "LeakyReLU",
@@ -49,14 +58,17 @@ __all__ = [
     "batch_mean_one",
     "effective_sample_size",
     "example_features",
+    "example_gradients",
     "feature_count",
     "fraction_at_bound",
     "is_model_feature",
     "keep_best",
+    "leaf_scales",
     "load_weighting",
     "mean_one_over",
     "reads_model",
     "row_index",
     "save_weighting",
+    "sketch",
     "step_features",
 ]

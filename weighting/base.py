@@ -15,6 +15,7 @@ Keys of a batch that a weighting may read, each a tensor:
     ``attention_mask``   [batch, tokens] int64           1 for a token, 0 for padding
     ``step_probs``       [batch, steps] float            p("+") under the model as it is now
     ``reference_probs``  [batch, steps] float            p("+") under the initial model
+    ``gradient``         [batch, components] float       features of the gradient of its loss
     ``features``         [batch, steps, features] float  chosen step and example features
     ``feature_mask``     [batch, steps] bool             steps whose features count
     ===================  ==============================  =======================================

@@ -49,7 +49,7 @@ FEATURES: Mapping[str, Callable[[Tensor, Tensor], Tensor]] = {
 """Feature name -> function of (step probabilities of "+", labels in [0, 1])."""
 
 
-EXAMPLE_FEATURES = ("steps", "length", "domain")
+EXAMPLE_FEATURES = ("steps", "length", "domain", "gradient")
 """Names of features that all steps of an example share."""
 
 
@@ -58,16 +58,21 @@ def is_model_feature(name: str) -> bool:
     return name != "label" and name not in EXAMPLE_FEATURES
 
 
-def feature_count(names: Sequence[str], *, reference: bool = False, domains: int = 0) -> int:
+def feature_count(
+    names: Sequence[str], *, reference: bool = False, domains: int = 0, gradient: int = 0
+) -> int:
     """How many inputs a net on these features has: the width of ``batch_features``.
 
     Args:
-        names: Names of the features, one input each; "domain" has ``domains``.
+        names: Names of the features, one input each; "domain" has ``domains``, "gradient" has
+            ``gradient``.
         reference: A second input for each feature that depends on the model.
         domains: Number of domains.
+        gradient: Number of gradient features (``weighting.gradients``).
 
     Raises:
-        ValueError: A name that is not a feature; "domain" without domains.
+        ValueError: A name that is not a feature; "domain" without domains, "gradient" without a
+            number of them.
     """
     for name in names:
         if name not in FEATURES and name not in EXAMPLE_FEATURES:
@@ -75,8 +80,11 @@ def feature_count(names: Sequence[str], *, reference: bool = False, domains: int
             raise ValueError(f"expected among {known}; found {name!r}")
     if "domain" in names and domains < 1:
         raise ValueError("the feature 'domain' needs examples that all name their domain")
+    if "gradient" in names and gradient < 1:
+        raise ValueError(f"the feature 'gradient' needs 1 component or more; found {gradient}")
     twice = sum(map(is_model_feature, names)) if reference else 0
-    return len(names) + twice + (domains - 1 if "domain" in names else 0)
+    wide = (domains - 1 if "domain" in names else 0) + (gradient - 1 if "gradient" in names else 0)
+    return len(names) + twice + wide
 
 
 def batch_features(
@@ -89,8 +97,8 @@ def batch_features(
 
     Args:
         batch: Holds ``labels``, ``step_mask``, ``step_probs``; with ``reference`` also
-            ``reference_probs`` [batch, steps], p("+") under the initial model; ``attention_mask``
-            and ``domain`` where a feature is computed from them.
+            ``reference_probs`` [batch, steps], p("+") under the initial model; ``attention_mask``,
+            ``domain`` and ``gradient`` [batch, components] where a feature is computed from them.
         names: Names of the features, from ``FEATURES`` and ``EXAMPLE_FEATURES``.
         reference: Also give those that depend on the model under the initial model.
         domains: Number of domains.
@@ -112,6 +120,7 @@ def batch_features(
             length=batch["attention_mask"].sum(-1) if "attention_mask" in batch else None,
             domain=batch.get("domain"),
             domains=domains,
+            gradient=batch.get("gradient"),
         )
         features = torch.cat([features, shared.to(features.dtype)], dim=-1)
     return features, known
@@ -124,17 +133,20 @@ def example_features(
     length: Int64[Tensor, " batch"] | None = None,
     domain: Int64[Tensor, " batch"] | None = None,
     domains: int = 0,
+    gradient: Float[Tensor, "batch components"] | None = None,
 ) -> Float[Tensor, "batch steps width"]:
     """Features of each example, the same at each of its steps.
 
     Args:
         names: Names of the features, in order; those that are not in ``EXAMPLE_FEATURES`` are left
             out. ``steps``: log₁₀(1 + number of steps); ``length``: log₁₀(tokens) / 4, so that
-            10,000 tokens are 1; ``domain``: one column per domain, 1 in its own.
+            10,000 tokens are 1; ``domain``: one column per domain, 1 in its own; ``gradient``: the
+            columns of that argument.
         mask: Which steps exist.
         length: Tokens of each example.
         domain: Number of each example's domain.
         domains: How many domains there are.
+        gradient: Gradient features of each example (``weighting.gradients.GradientFeatures``).
 
     Raises:
         ValueError: A feature without the argument that it is computed from.
@@ -151,6 +163,10 @@ def example_features(
             if domain is None or domains < 1:
                 raise ValueError("the feature 'domain' needs the domain of each example")
             columns.append(torch.nn.functional.one_hot(domain, domains).to(torch.float32))
+        elif name == "gradient":
+            if gradient is None:
+                raise ValueError("the feature 'gradient' needs those of each example's gradient")
+            columns.append(gradient.to(mask.device, torch.float32))
     return torch.cat(columns, dim=-1)[:, None, :].expand(-1, mask.shape[-1], -1)
 
 

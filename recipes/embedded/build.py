@@ -21,31 +21,21 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from recipes.embedded.questions import (
-    FAMILIES,
-    Question,
-    Step,
-    answer,
-    draw_question,
-    judged_by,
-    solve,
-)
-from recipes.embedded.sheets import SPLITS, Scans, draw_sheet, load_scans
-from recipes.embedded.sources import SOURCES, TRANSPOSED, Mixture, judge, true_labels
-from recipes.embedded.student import Careless, Difficulty, draw_difficulty
+from recipes.embedded.questions import FAMILIES, Question, Step, answer, draw_question
+from recipes.embedded.sheets import SPLITS, Scans, draw_sheet, load_scans, renamed
+from recipes.embedded.sources import SOURCES, Mixture, judge, true_labels
+from recipes.embedded.student import Attempt, Difficulty, attempt, draw_difficulty
 from recipes.run.files import complete_directory
-
-IMPORTED_DOMAIN = "dots"
 
 
 @dataclass(frozen=True)
 class Sizes:
     """The number of questions of each file, and of solutions per question."""
 
-    train_questions: int = 960
+    train_questions: int = 640
     train_solutions: int = 1  # More pictures teach more than more solutions.
     cold_questions: int = 160
-    meta_questions: int = 200
+    meta_questions: int = 40
     meta_solutions: int = 4
     dev_questions: int = 150
     test_questions: int = 400
@@ -101,9 +91,12 @@ def _rng(seed: int, split: str) -> np.random.Generator:
     return np.random.default_rng([seed, SPLITS.index(split)])
 
 
-def _write_sheet(directory: Path, name: str, pixels: np.ndarray) -> str:
+def _write_sheet(
+    directory: Path, name: str, question: Question, scans: Scans, rng: np.random.Generator
+) -> str:
+    """Write the sheet on which the right convention, rows from the bottom, reads the values."""
     path = f"sheets/{name}.png"
-    Image.fromarray(pixels).save(directory / path)
+    Image.fromarray(draw_sheet(renamed(question.values), scans, rng)).save(directory / path)
     return path
 
 
@@ -159,28 +152,20 @@ def _labelled_rows(
     sources = np.repeat(SOURCES, np.diff(ends, prepend=0))
     rng.shuffle(sources)
     for number, source in enumerate(map(str, sources)):
-        drawn = draw_question(rng, FAMILIES[number % len(FAMILIES)])
-        image = _write_sheet(
-            directory,
-            f"{split}-{number:04d}",
-            draw_sheet(drawn.values, scans, rng, "dots" if source == "imported" else "digits"),
-        )
-        question = drawn
-        if source == "imported":
-            seen = {cell: drawn.values[TRANSPOSED[cell]] for cell in drawn.values}
-            question = Question(drawn.family, drawn.cells, seen)
+        question = draw_question(rng, FAMILIES[number % len(FAMILIES)])
+        image = _write_sheet(directory, f"{split}-{number:04d}", question, scans, rng)
         difficulty = draw_difficulty(question, rng)
         for solution in range(sizes.train_solutions):
-            steps, _ = solve(question, Careless(question, difficulty, rng))
-            labels = judge(source, question, steps, difficulty, mixture, rng)
-            truth = true_labels(judged_by(steps, drawn.values))
+            found = attempt(question, difficulty, rng)
+            labels = judge(source, question, found, mixture, rng)
+            truth = true_labels(found.steps)
             yield _row(
                 f"{split}-{number:04d}-{solution}",
                 question,
                 image,
-                steps,
+                found.steps,
                 labels,
-                domain=IMPORTED_DOMAIN if source == "imported" else question.family,
+                domain=question.family,
                 group=f"{split}-{number:04d}",
                 source=source,
                 wrong_labels=sum(a != b for a, b in zip(labels, truth, strict=True)),
@@ -189,8 +174,8 @@ def _labelled_rows(
 
 def _solutions(
     question: Question, difficulty: Difficulty, count: int, rng: np.random.Generator
-) -> list[tuple[tuple[Step, ...], int]]:
-    return [solve(question, Careless(question, difficulty, rng)) for _ in range(count)]
+) -> list[Attempt]:
+    return [attempt(question, difficulty, rng) for _ in range(count)]
 
 
 def _meta_rows(directory: Path, scans: Scans, sizes: Sizes, seed: int) -> Iterator[dict[str, Any]]:
@@ -201,23 +186,21 @@ def _meta_rows(directory: Path, scans: Scans, sizes: Sizes, seed: int) -> Iterat
         while True:
             question = draw_question(rng, FAMILIES[number % len(FAMILIES)])
             solutions = _solutions(question, draw_difficulty(question, rng), 24, rng)
-            right = [s for s in solutions if s[1] == answer(question)][:wanted]
-            wrong = [s for s in solutions if s[1] != answer(question)][:wanted]
+            right = [s for s in solutions if s.answer == answer(question)][:wanted]
+            wrong = [s for s in solutions if s.answer != answer(question)][:wanted]
             if len(right) == len(wrong) == wanted:
                 break
-        image = _write_sheet(
-            directory, f"meta-{number:04d}", draw_sheet(question.values, scans, rng)
-        )
-        for index, (steps, stated) in enumerate(right + wrong):
+        image = _write_sheet(directory, f"meta-{number:04d}", question, scans, rng)
+        for index, found in enumerate(right + wrong):
             yield _row(
                 f"meta-{number:04d}-{index}",
                 question,
                 image,
-                steps,
+                found.steps,
                 None,
                 domain=question.family,
-                answer=str(stated),
-                correct=stated == answer(question),
+                answer=str(found.answer),
+                correct=found.answer == answer(question),
                 group=f"meta-{number:04d}",
             )
 
@@ -228,19 +211,17 @@ def _candidate_rows(
     rng = _rng(seed, split)
     for number in range(questions):
         question = draw_question(rng, FAMILIES[number % len(FAMILIES)])
-        image = _write_sheet(
-            directory, f"{split}-{number:04d}", draw_sheet(question.values, scans, rng)
-        )
+        image = _write_sheet(directory, f"{split}-{number:04d}", question, scans, rng)
         difficulty = draw_difficulty(question, rng)
-        for index, (steps, stated) in enumerate(_solutions(question, difficulty, candidates, rng)):
+        for index, found in enumerate(_solutions(question, difficulty, candidates, rng)):
             yield _row(
                 f"{split}-{number:04d}-{index}",
                 question,
                 image,
-                steps,
-                true_labels(steps),
+                found.steps,
+                true_labels(found.steps),
                 domain=question.family,
-                answer=str(stated),
-                correct=stated == answer(question),
+                answer=str(found.answer),
+                correct=found.answer == answer(question),
                 group=f"{split}-{number:04d}",
             )

@@ -2,13 +2,14 @@
 
 Each seed has its own data set, test set included, its own cold start, and one run per row of the
 table. A complete run is not repeated, so an interrupted comparison resumes. Every row trains for
-the same number of lower steps with the same options.
+the same number of lower steps with the same options, and is there twice: with its last model, and,
+as ``<row>_dev_stopped``, with the model of the step that is best on the dev set (``--keep-best``).
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -16,7 +17,7 @@ import numpy as np
 
 from prm.digests import check_digest, write_digest
 from recipes.embedded.build import build
-from recipes.evaluation.table import comparison_table
+from recipes.evaluation.table import DEV_STOPPED, comparison_table
 from recipes.options.embedded import CompareOptions
 from recipes.options.parse import changed, resolve
 from recipes.options.train import ColdStartOptions, TrainOptions
@@ -27,6 +28,16 @@ from recipes.train.cold_start import run_cold_start
 from recipes.train.training import run_training
 
 _RESAMPLES = 10_000
+_KEPT_RESULTS = (
+    "weight_auc",
+    "sources",
+    "step_auc",
+    "step_macro_f1",
+    "seconds",
+    "dev",
+    "model_selection",
+)
+_EVAL_EVERY = 25  # lower steps
 _KEPT_WEIGHT = 0.5  # An instance with a higher weight counts as kept.
 
 Values = dict[str, np.ndarray]
@@ -61,12 +72,13 @@ def compare(options: CompareOptions) -> dict[str, Any]:
         for method in wanted:
             print(f"\nseed {seed}: {method}")
             directory = _METHODS[method](make)
-            values |= _questions(directory, method)
+            values |= _questions(make.last(directory), method)
+            if method in _STOPPED:
+                values |= _questions(directory, stopped_name(method))
             results = json.loads((directory / "results.json").read_text())
-            kept = ("weight_auc", "sources", "step_auc", "step_macro_f1", "seconds", "dev")
             details.setdefault(method, []).append(
                 {"seed": seed, "accuracy": results["rows"].get(_own_row(results))}
-                | {name: results[name] for name in kept if name in results}
+                | {name: results[name] for name in _KEPT_RESULTS if name in results}
             )
         per_seed.append(values)
     report = {**statistics(per_seed), "runs": details, "environment": environment()}
@@ -89,7 +101,8 @@ def statistics(per_seed: list[Values]) -> dict[str, Any]:
         The means ``rows`` and intervals ``ci95``, and ``difference`` and ``difference_ci95`` to
         ``no_selection`` on the same questions. If both rows exist and differ, also ``gap_closed`` =
         (row - no_selection) / (clean_oracle - no_selection), with its interval over the resamples
-        in which they differ.
+        in which they differ. Rows that are stopped on the dev set are compared with No Selection
+        and the ceiling that are stopped so.
     """
     names = list(per_seed[0])
     rng = np.random.default_rng(0)
@@ -115,22 +128,48 @@ def statistics(per_seed: list[Values]) -> dict[str, Any]:
             name: [round(float(np.mean(values[name])), 4) for values in per_seed] for name in names
         },
     }
-    if "no_selection" not in names:
-        return report
-    base, base_sample = mean["no_selection"], sample["no_selection"]
-    others = [name for name in names if name != "no_selection"]
-    report["difference"] = {name: round(mean[name] - base, 4) for name in others}
-    report["difference_ci95"] = {name: _interval(sample[name] - base_sample) for name in others}
-    if "clean_oracle" in names and mean["clean_oracle"] > base:
-        gap = mean["clean_oracle"] - base
-        gap_sample = sample["clean_oracle"] - base_sample
+    for base, ceiling, others in (
+        ("no_selection", "clean_oracle", [n for n in names if not n.endswith(DEV_STOPPED)]),
+        (
+            stopped_name("no_selection"),
+            stopped_name("clean_oracle"),
+            [name for name in names if name.endswith(DEV_STOPPED)],
+        ),
+    ):
+        if base in others:
+            others.remove(base)
+            for key, values in _compared(mean, sample, base, ceiling, others).items():
+                report.setdefault(key, {}).update(values)
+    return report
+
+
+def _compared(
+    mean: Mapping[str, float],
+    sample: Mapping[str, np.ndarray],
+    base: str,
+    ceiling: str,
+    others: Sequence[str],
+) -> dict[str, dict[str, Any]]:
+    """Return the differences to ``base``, and how much of its gap to ``ceiling`` is closed."""
+    low, low_sample = mean[base], sample[base]
+    found: dict[str, dict[str, Any]] = {
+        "difference": {name: round(mean[name] - low, 4) for name in others},
+        "difference_ci95": {name: _interval(sample[name] - low_sample) for name in others},
+    }
+    if ceiling in mean and mean[ceiling] > low:
+        gap, gap_sample = mean[ceiling] - low, sample[ceiling] - low_sample
         open_gap = gap_sample > 0  # A share of a gap of 0 is undefined.
-        report["gap_closed"] = {name: round((mean[name] - base) / gap, 3) for name in others}
-        report["gap_closed_ci95"] = {
-            name: _interval((sample[name] - base_sample)[open_gap] / gap_sample[open_gap])
+        found["gap_closed"] = {name: round((mean[name] - low) / gap, 3) for name in others}
+        found["gap_closed_ci95"] = {
+            name: _interval((sample[name] - low_sample)[open_gap] / gap_sample[open_gap])
             for name in others
         }
-    return report
+    return found
+
+
+def stopped_name(method: str) -> str:
+    """Return the name of a method's row with the model of the best dev step."""
+    return ("clean" if method == "clean_oracle" else method) + DEV_STOPPED
 
 
 def _interval(sample: np.ndarray) -> list[float]:
@@ -163,7 +202,13 @@ class _Maker:
         if (directory / "results.json").exists():
             return directory
         options = resolve(TrainOptions, {"config": preset})
-        files = {"dev_file": None, "test_file": str(data / "test.jsonl")}
+        stops = more.get("steps") != 0  # without a step there is nothing to choose
+        files = {
+            "dev_file": str(data / "dev.jsonl") if stops else None,
+            "test_file": str(data / "test.jsonl"),
+        }
+        if stops:
+            more = {"eval_every": _EVAL_EVERY, "keep_best": True, **more}
         trusted = options.data.meta_file is not None
         meta = {"meta_file": str(data / "meta.jsonl")} if trusted else {}
         own = changed(
@@ -180,6 +225,14 @@ class _Maker:
             },
         )
         return run_training(_gone_on_with(own))
+
+    def last(self, run: Path) -> Path:
+        """Return the run that has scored the test set with the last model of a run."""
+        if not (run / "last").is_dir():
+            return run
+        return self.run(
+            f"{run.name}-last", "baseline", steps=0, init_from=str(run / "last" / "model")
+        )
 
     def weights(self, run: Path) -> list[dict[str, Any]]:
         """Return the rows of a run's ``weights.jsonl``."""
@@ -236,9 +289,16 @@ _METHODS: Mapping[str, Callable[[_Maker], Path]] = {
         "baseline",
         lower_data="meta",
         meta_file=str(make.directory / "data" / "meta.jsonl"),
+        steps=80,
+        lower_lr=3e-4,  # rate and length chosen on the dev split, as those of the other rows
+        lower_warmup=0.05,
+        eval_every=10,
     ),
-    "stopped_early": lambda make: make.run("stopped-early", "baseline", init_from=None, steps=20),
+    "from_base": lambda make: make.run(
+        "from-base", "baseline", init_from=None, steps=60, lower_warmup=0.05, eval_every=5
+    ),
 }
+_STOPPED = frozenset(_METHODS) - {"cold_start"}
 
 
 def _own_row(results: Mapping[str, Any]) -> str:

@@ -16,6 +16,10 @@ from PIL import Image
 CELLS = ("A1", "A2", "B1", "B2")
 """The names of the cells in reading order: row letter and column number."""
 
+FROM_BOTTOM = {"A1": "B1", "A2": "B2", "B1": "A1", "B2": "A2"}
+"""The cell that a name means if rows are counted from the bottom, as on a chess board, by its name
+from the top, as in a spreadsheet. It is its own inverse."""
+
 CELL_PIXELS = 16
 SHEET_PIXELS = 2 * CELL_PIXELS
 SPLITS = ("base", "train", "meta", "dev", "test")
@@ -65,6 +69,11 @@ def load_scans() -> Mapping[str, Scans]:
         split: Scans(images[order[owner == i]], bunch.target[order[owner == i]])
         for i, split in enumerate(SPLITS)
     }
+
+
+def renamed(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the values by the names that the cells have if rows are counted from the other end."""
+    return {cell: values[FROM_BOTTOM[cell]] for cell in CELLS}
 
 
 def draw_sheet(

@@ -13,8 +13,8 @@ The sources deviate from it as sources of real data do:
   These are systematic false positives. A right step is sometimes labelled "-" because all
   completions failed.
 - ``crowd``: hurried annotators, a share of whose labels is flipped at random.
-- ``imported``: another corpus, whose cells are named column first (its A2 is our B1) and whose
-  sheets show dots instead of digits. Its labels are right by its own convention and wrong by ours.
+- ``guideline``: careful annotators who follow another guideline: they count rows from the top, and
+  the right answers count them from the bottom. Their labels are right by their own convention.
 """
 
 from __future__ import annotations
@@ -24,23 +24,23 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from recipes.embedded.questions import Question, Step, answer, stated_answer
-from recipes.embedded.student import Difficulty
+from recipes.embedded.questions import Question, Step, answer, judged_by
+from recipes.embedded.sheets import renamed
+from recipes.embedded.student import Attempt
 
-SOURCES = ("verified", "judge", "rollout", "crowd", "imported")
+SOURCES = ("verified", "judge", "rollout", "crowd", "guideline")
 _HARD = 0.3  # The judge misreads cells that the solver misreads with more than this chance.
-TRANSPOSED = {"A1": "A1", "A2": "B1", "B1": "A2", "B2": "B2"}
 
 
 @dataclass(frozen=True)
 class Mixture:
     """The shares of the sources in the training set, and the error rates of the bad ones."""
 
-    verified: float = 0.42
-    judge: float = 0.23
-    rollout: float = 0.16
-    crowd: float = 0.10
-    imported: float = 0.09
+    verified: float = 0.30
+    judge: float = 0.10
+    rollout: float = 0.08
+    crowd: float = 0.08
+    guideline: float = 0.44
     recovery: float = 0.95  # chance that completions recover from a wrong step
     failure: float = 0.3  # chance that all completions of a right step fail
     flip: float = 0.4  # chance that a crowd judgement is flipped
@@ -66,8 +66,7 @@ def true_labels(steps: Sequence[Step]) -> list[bool]:
 def judge(
     source: str,
     question: Question,
-    steps: Sequence[Step],
-    difficulty: Difficulty,
+    attempt: Attempt,
     mixture: Mixture,
     rng: np.random.Generator,
 ) -> list[bool]:
@@ -76,52 +75,44 @@ def judge(
     Args:
         source: One of ``SOURCES``.
         question: The question, with the right values.
-        steps: The solution.
-        difficulty: The difficulty of the question, which solver and judge share.
+        attempt: The solution.
         mixture: The error rates of the sources.
         rng: The generator of the labels' random errors.
     """
-    labels = true_labels(steps)
+    labels = true_labels(attempt.steps)
+    if source == "guideline":
+        return true_labels(judged_by(attempt.steps, renamed(question.values)))
     if source == "judge":
-        return _judge(question, steps, difficulty, mixture, rng)
+        return _judge(attempt, mixture, rng)
     if source == "rollout":
-        return _rollout(labels, question, steps, mixture, rng)
+        return _rollout(labels, attempt.answer == answer(question), mixture, rng)
     if source == "crowd":
         return [label ^ bool(rng.random() < mixture.flip) for label in labels]
     return labels
 
 
-def _judge(
-    question: Question,
-    steps: Sequence[Step],
-    difficulty: Difficulty,
-    mixture: Mixture,
-    rng: np.random.Generator,
-) -> list[bool]:
+def _judge(attempt: Attempt, mixture: Mixture, rng: np.random.Generator) -> list[bool]:
+    difficulty = attempt.difficulty
     seen = {
         cell: difficulty.taken_for[cell]
         if difficulty.misread[cell] > _HARD or rng.random() < mixture.blindness
         else value
-        for cell, value in question.values.items()
+        for cell, value in attempt.seen.values.items()
     }
     return [
         (step.true or bool(rng.random() < mixture.lenience))
         if step.reading is None
         else seen[step.reading[0]] == step.reading[1]
-        for step in steps
+        for step in attempt.steps
     ]
 
 
 def _rollout(
-    labels: list[bool],
-    question: Question,
-    steps: Sequence[Step],
-    mixture: Mixture,
-    rng: np.random.Generator,
+    labels: list[bool], is_right: bool, mixture: Mixture, rng: np.random.Generator
 ) -> list[bool]:
     # Whether completions recover is decided once per solution: the same policy continues each
     # prefix, so its successes go together.
-    recovers = stated_answer(steps) == answer(question) or rng.random() < mixture.recovery
+    recovers = is_right or rng.random() < mixture.recovery
     if all(labels):
         return [bool(rng.random() >= mixture.failure) for _ in labels]
     return [label or recovers for label in labels]

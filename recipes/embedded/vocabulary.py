@@ -6,11 +6,15 @@ step from that token to the picture. The chat template is ChatML, as for InternV
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from recipes.embedded.sheets import CELLS, SHEET_PIXELS
 
 SYSTEM_PROMPT = "judge each step of the solution"
+ROW_ENDS = ("from the top", "from the bottom")
+"""What a document of pretraining says of the end that it counts rows from, the first as in a
+spreadsheet. The words are no part of the finished vocabulary: no prompt can name a convention."""
 CHAT_TEMPLATE = (
     "{% for message in messages %}"
     "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
@@ -27,21 +31,26 @@ _WORDS = (
 )
 
 
-def vocabulary() -> list[str]:
-    """Return all tokens in the order of their ids."""
+def vocabulary(more: Sequence[str] = ()) -> list[str]:
+    """Return all tokens in the order of their ids, those of the phrases ``more`` last."""
     words = [*SPECIAL, *_WORDS.split(), *CELLS, *(f"{cell}=" for cell in CELLS)]
     words += [str(number) for number in range(60)]
+    words += " ".join(more).split()
     return list(dict.fromkeys(words))
 
 
-def build_tokenizer() -> Any:
-    """Return a word-level tokenizer, which splits at white space and has a token ``<unk>``."""
+def build_tokenizer(more: Sequence[str] = ()) -> Any:
+    """Return a word-level tokenizer, which splits at white space and has a token ``<unk>``.
+
+    Args:
+        more: Phrases whose words it knows too, with the last ids.
+    """
     from tokenizers import Tokenizer, decoders
     from tokenizers.models import WordLevel
     from tokenizers.pre_tokenizers import WhitespaceSplit
     from transformers import PreTrainedTokenizerFast
 
-    words = vocabulary()
+    words = vocabulary(more)
     core = Tokenizer(
         WordLevel({word: index for index, word in enumerate(words)}, unk_token="<unk>")
     )

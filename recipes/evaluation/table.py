@@ -19,13 +19,16 @@ NAMES = {
     "domain_table": "PRM: Domain Table",
     "fixed_weights": "PRM: given weights",
     "clean_oracle": "PRM: clean labels only (ceiling)",
+    "clean": "PRM: clean labels only (ceiling)",
     "shuffled_table": "control: Table's weights shuffled",
     "shuffled_net": "control: Net's weights shuffled",
     "small_loss": "control: small-loss filter",
     "meta_only": "control: fine-tuning on the meta set",
-    "stopped_early": "control: base model, 20 noisy steps",
+    "from_base": "control: No Selection from the base model",
 }
 """Labels of the rows of ``results.json`` in a table; pass@N rows are named by their N."""
+DEV_STOPPED = "_dev_stopped"
+"""Suffix of the name of a row whose model is that of the best step on the dev set."""
 SANITY_CHECK = "_sanity_check"
 """Suffix of the name of a row whose meta or dev set shares questions with the test set."""
 
@@ -49,7 +52,8 @@ def comparison_table(report: Mapping[str, Any]) -> str:
         "|---|---|---|---|---|---|",
     ]
     order = [name for name in NAMES if name in report["rows"]]
-    order += [name for name in report["rows"] if name not in NAMES]
+    order += [name for row in NAMES if (name := row + DEV_STOPPED) in report["rows"]]
+    order += [name for name in report["rows"] if name not in order]
     for name in order:
         low, high = report["ci95"][name]
         cells = [label_of(name), f"{report['rows'][name]:.3f}", f"[{low:.3f}, {high:.3f}]"]
@@ -66,6 +70,8 @@ def comparison_table(report: Mapping[str, Any]) -> str:
 
 def label_of(name: str) -> str:
     """Return the label of a row of ``results.json`` in a table."""
+    if name.endswith(DEV_STOPPED):
+        return f"{label_of(name.removesuffix(DEV_STOPPED))}, stopped on dev"
     if name.endswith(SANITY_CHECK):
         return f"{label_of(name.removesuffix(SANITY_CHECK))}, SANITY CHECK"
     return NAMES.get(name, f"{name} (oracle)" if name.startswith("pass@") else name)

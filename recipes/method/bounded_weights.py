@@ -80,7 +80,10 @@ def _instance_net(options: TrainOptions, instances: int, domains: int) -> Instan
     _check_batches(options, settings.centre or by_batch, "--normalise none --no-centre")
     with blaming("--features"):
         features = feature_count(
-            settings.features, reference=settings.reference_features, domains=domains
+            settings.features,
+            reference=settings.reference_features,
+            domains=domains,
+            gradient=settings.gradient_features,
         )
     return InstanceNet(
         features,

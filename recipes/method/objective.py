@@ -95,6 +95,11 @@ class Objective:
         return "reference_probs" in self.weighting.reads or (self.reads_features and self.reference)
 
     @property
+    def reads_gradient(self) -> bool:
+        """Whether it reads features of the examples' gradients, ``batch["gradient"]``."""
+        return self.reads_features and "gradient" in self.features
+
+    @property
     def reads_domain(self) -> bool:
         """Whether it reads domains, by itself or as a feature."""
         if self.weighting is None:

@@ -14,6 +14,7 @@ from recipes.options.conditions import (
     BOUND_HIGH,
     BOUND_LOW,
     CENTRAL_DIFFERENCE,
+    GRADIENT_FEATURE,
     IMPLICIT,
     MODEL_FEATURE,
     NET,
@@ -122,8 +123,16 @@ class NetOptions(_Prior, _Normalised, _Bounded):
     features: tuple[str, ...] = option(
         ("label", "p_label", "p_plus"),
         "inputs of Instance Net: of each step p_plus, p_minus, label, p_label, loss; of the "
-        "example steps (how many), length (tokens), domain",
+        "example steps (how many), length (tokens), domain, gradient (its loss's, projected)",
         only_with=(WEIGHTED, NET),
+    )
+    gradient_features: int = option(
+        32,
+        "principal components of the gradients of the examples' losses under the initial model "
+        "that Instance Net reads",
+        least=1,
+        most=1024,
+        only_with=(WEIGHTED, NET, GRADIENT_FEATURE),
     )
     reference_features: bool = option(
         True,

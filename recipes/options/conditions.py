@@ -68,6 +68,9 @@ NET = _one_of("weighting", "net")
 MODEL_FEATURE = Condition(
     _reads_the_model, ("features",), "use a feature that depends on the model"
 )
+GRADIENT_FEATURE = Condition(
+    lambda given: "gradient" in given.features, ("features",), "name gradient among --features"
+)
 UPPER_ADAM = _one_of("upper_optimizer", "adam", "lazy-adam")
 CENTRAL_DIFFERENCE = _one_of("route", "central-difference")
 ONE_STEP = _one_of("hypergradient", "one-step", shown="one-step")
@@ -90,6 +93,10 @@ META_AND_TEST = Condition(
     lambda given: has_meta_loss(given) and given.test_file is not None,
     ("weighting", "meta_file", "test_file"),
     "give --meta-file and --test-file",
+)
+DEV_NAMED = Condition(lambda given: given.dev_file is not None, ("dev_file",), "give --dev-file")
+EVALUATED = Condition(
+    lambda given: given.eval_every > 0, ("eval_every",), "use --eval-every 1 or more"
 )
 FROM_MODEL = Condition(
     lambda given: given.init_from is None, ("init_from",), "use --init-from none"

@@ -36,4 +36,7 @@ class PretrainOptions:
     out: str = option(..., "directory to write the model, tokenizer and image processor to")
     seed: int = option(0, "fixes initial weights and data", least=0, most=MOST_SEED)
     scale: float = option(1.0, "multiplies the number of steps of every stage", least=0, most=1000)
+    start_from: str | None = option(
+        None, "model after the first four stages, for the last one alone"
+    )
     threads: int = option(0, "CPU threads of torch (0: all cores)", least=0, most=MOST_THREADS)

@@ -8,6 +8,8 @@ from typing import Literal
 from recipes.options.base import MOST_EXAMPLES, MOST_NUMBER, MOST_STEPS, option
 from recipes.options.conditions import (
     CACHED,
+    DEV_NAMED,
+    EVALUATED,
     KEPT,
     LORA,
     LOWER_COSINE,
@@ -213,6 +215,22 @@ class TrustedData:
     )
     dev_file: str | None = option(
         None, "candidates that may be looked at while tuning", on_resume="free", path=True
+    )
+    eval_every: int = option(
+        0,
+        "lower steps between evaluations on --dev-file during training, each a line of log.jsonl; "
+        "also before the first step and after the last; 0: at the end alone",
+        least=0,
+        most=MOST_STEPS,
+        only_with=DEV_NAMED,
+        on_resume="free",
+    )
+    keep_best: bool = option(
+        False,
+        "end with model and weights of the evaluated step that has the highest best-of-N accuracy "
+        "on --dev-file, the earliest of several; the last model is in last/",
+        only_with=EVALUATED,
+        on_resume="free",
     )
     test_file: str | None = option(
         None, "candidates that are scored once, at the end", on_resume="free", path=True

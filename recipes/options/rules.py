@@ -59,6 +59,7 @@ _PROVEN_IN_SHARDS: Mapping[str, tuple[Any, ...]] = {
     "on_trouble": ("raise",),
     "lora_rank": (0,),
     "frozen_activations": ("none",),
+    "keep_best": (False,),
     "activation_checkpointing": ("none",),
     "device": ("auto", "cpu"),
     "precision": ("auto", "float32"),
@@ -108,6 +109,13 @@ _TRAIN_CONTRADICTIONS = (
         lambda given: given.upper_optimizer == "lazy-adam" and given.weighting in ("net", "domain"),
         ("upper_optimizer", "weighting"),
         "lazy-adam moves the rows of a table that were visited: use adam, or --weighting table",
+    ),
+    Contradiction(
+        lambda given: (
+            given.sharding != "none" and given.weighting == "net" and "gradient" in given.features
+        ),
+        ("sharding", "features"),
+        "gradients of examples are computed on whole parameters: leave gradient out of --features",
     ),
     Contradiction(
         lambda given: given.weighting == "net" and given.normalise == "table",

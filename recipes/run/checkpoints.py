@@ -5,7 +5,7 @@
 * ``state.safetensors``: the state of both levels (parameters, optimizers, the memory of the
   hypergradient, counts) and torch's random states;
 * ``run.json``: n, the identity of the run (options, digests of model and data), what happened since
-  the last line of ``log.jsonl``, and the troubles so far.
+  the last line of ``log.jsonl``, the troubles so far, and the scores of the dev set, if any.
 
 Of a run over shards (``--sharding full``) every rank writes its part: the state is in ``shards/``
 (``bilevel.save_shards``), whose seal is sealed again by ``run.json``, and the random states are in
@@ -24,11 +24,11 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError
@@ -58,6 +58,20 @@ _STATE, _RUN = "state.safetensors", "run.json"
 _SHARDS, _RANDOM = "shards", "random.safetensors"
 
 
+class DevScore(NamedTuple):
+    """The score of the dev set after a step (``recipes.train.dev_evaluation``).
+
+    Attributes:
+        step: The number of lower steps.
+        best_of_n: The best-of-N accuracy.
+        file: The SHA-256 of the dev set.
+    """
+
+    step: int
+    best_of_n: float
+    file: str
+
+
 @dataclass(frozen=True)
 class Progress:
     """The part of a run that changes from step to step.
@@ -67,12 +81,14 @@ class Progress:
         random: The random states of torch after the step.
         unlogged: The figures, notes and troubles since the last line of the log.
         seen: The troubles of the run so far.
+        dev: The scores of the dev set so far.
     """
 
     state: BilevelState[Any, Any]
     random: RandomState
     unlogged: Unlogged = Unlogged({})
     seen: Seen = Seen({})
+    dev: Sequence[DevScore] = ()
 
 
 @dataclass(frozen=True)
@@ -156,6 +172,8 @@ class Checkpoints:
             "unlogged": asdict(progress.unlogged),
             "seen": asdict(progress.seen),
         }
+        if progress.dev:
+            content["dev"] = [score._asdict() for score in progress.dev]
         content["sha256"] = _seal(digest, content)
         write_text(unfinished / _RUN, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
 
@@ -195,6 +213,10 @@ class Checkpoints:
             raise OptionError(f"--resume {path}: no complete checkpoint (there are: {there})")
         return path
 
+    def steps(self) -> list[int]:
+        """Return the steps of the complete checkpoints, in order."""
+        return [_steps(path) for path in self._complete()]
+
     def remove_after(self, steps: int) -> list[str]:
         """Remove the checkpoints after more than ``steps`` lower steps, and return their names."""
         later = [path for path in self._complete() if _steps(path) > steps]
@@ -227,7 +249,8 @@ class Checkpoints:
                 "options and files, or start a new run in another directory"
             )
         with _readable(path):
-            told = Unlogged(**run["unlogged"]), Seen(**run["seen"])
+            dev = tuple(DevScore(**score) for score in run.get("dev", ()))
+            told = Unlogged(**run["unlogged"]), Seen(**run["seen"]), dev
             if self.shards is not None:
                 random = _generators(load_file(path / _RANDOM), example)
                 return Progress(self.load_shards(path, example), random, *told)

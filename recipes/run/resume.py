@@ -170,8 +170,8 @@ def of_first(
     if not in_shards:
         state = (ranks.adopt if in_place else ranks.first)(state)
     random = RandomState(ranks.first(progress.random.cpu), progress.random.devices)
-    unlogged, seen = ranks.objects((progress.unlogged, progress.seen))[0]
-    return Progress(state, random, unlogged, seen)
+    told = ranks.objects((progress.unlogged, progress.seen, progress.dev))[0]
+    return Progress(state, random, *told)
 
 
 @contextmanager
@@ -292,7 +292,7 @@ def _resumed(
     if later := checkpoints.remove_after(int(start.state.lower_steps)):
         where += f"; removed {', '.join(later)}, which come again"
     cut_log(directory / "log.jsonl", int(start.state.lower_steps))
-    for written in ("model", "adapter"):
+    for written in ("model", "adapter", "last"):
         shutil.rmtree(directory / written, ignore_errors=True)
     remove_unfinished(directory, "*")
     if not (directory / "env.json").exists():

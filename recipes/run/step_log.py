@@ -68,7 +68,12 @@ class Unlogged:
         ):
             if what:
                 entry[name] = what
-        return json.dumps(entry, ensure_ascii=False)
+        return json_line(entry)
+
+
+def json_line(entry: Mapping[str, Any]) -> str:
+    """Return a line of the log, without its line break."""
+    return json.dumps(entry, ensure_ascii=False)
 
 
 def append_line(path: Path, line: str) -> None:

@@ -31,6 +31,7 @@ Draw: TypeAlias = Callable[[int], list[list[int]]]
 LOWER, UPPER, COLD_START = 1, 2, 3
 """Random streams of the run's seed; see ``stream_seed``."""
 
+_OF_STEPS = ("reference_probs",)  # columns [examples, steps]
 _EPOCH_STRIDE = 1_000_003  # keeps the seeds of (seed, epoch) pairs apart
 
 
@@ -97,7 +98,8 @@ def train_batch(
     Args:
         draw: The rows of every numbered micro-batch.
         data: The examples.
-        columns: Values of every example, [examples] or [examples, steps], that batches also hold.
+        columns: Values of every example, [examples, ...], that batches also hold; those of every
+            step, [examples, steps], are cut to the steps of the batch.
     """
 
     def batch(number: int) -> Batch:
@@ -106,7 +108,7 @@ def train_batch(
         steps = examples["step_mask"].shape[1]
         for name, values in columns.items():
             column = values[rows]
-            examples[name] = column[:, :steps] if column.dim() == 2 else column
+            examples[name] = column[:, :steps] if name in _OF_STEPS else column
         return examples
 
     return batch

@@ -23,6 +23,7 @@ from recipes.bad_rows import SKIPPED, TRUNCATED, report_bad_rows, report_truncat
 from recipes.evaluation.candidates import Candidates, read_candidates
 from recipes.evaluation.leaks import find_leak, refuse_leak
 from recipes.method.bounded_weights import WEIGHTINGS
+from recipes.method.gradients import Gradients
 from recipes.models.loading import Data, Examples, Fault, Solutions, read_examples, usable
 from recipes.options.train import LowerOptions, TrainOptions
 from recipes.options.values import OptionError, resume_point
@@ -43,6 +44,7 @@ class TrainData:
         evaluations: The files of candidates by name ("dev", "test").
         domains: The index of every domain of ``train``, empty if an example has no domain.
         fixed_weights: The weight of every row of ``train`` from a weights file, [train], or None.
+        gradients: The gradient features of ``train``, None if no weighting reads them.
     """
 
     train: Examples
@@ -50,6 +52,7 @@ class TrainData:
     evaluations: Mapping[str, Candidates]
     domains: Mapping[str, int]
     fixed_weights: Tensor | None
+    gradients: Gradients | None = None
 
     @property
     def pictures(self) -> dict[str, Iterator[Path]]:

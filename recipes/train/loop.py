@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal as signals
 import sys
+import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -39,6 +40,7 @@ from recipes.run.step_log import Unlogged, append_line
 from recipes.run.trouble import GIVE_UP, Trouble, find_troubles, read_steps
 from recipes.stopping import stop_requests
 from recipes.terminal import progress_bar
+from recipes.train.dev_evaluation import DevEvaluation
 from weighting import Weighting
 
 OnTrouble: TypeAlias = Literal["raise", "skip", "rollback"]
@@ -58,6 +60,7 @@ class Training:
         weighting: The weighting whose bound is checked, None without one.
         title: The name of the run, for the progress bar, the log and errors.
         on_trouble: What follows when a step is rejected; see ``recipes.run.trouble``.
+        dev: The evaluations during training, None without any.
     """
 
     solver: BilevelSolver[Any, Any, Batch]
@@ -67,6 +70,7 @@ class Training:
     on_trouble: OnTrouble
     upper_batch: Callable[[int], Batch] | None = None
     weighting: Weighting | None = None
+    dev: DevEvaluation | None = None
 
 
 @dataclass(frozen=True)
@@ -114,6 +118,9 @@ def train(run: Run, training: Training, logging: StepLogging) -> Progress:
     rolls_back = in_place and training.on_trouble == "rollback" and run.writes
     if rolls_back and run.checkpoints.newest() is None:
         run.checkpoints.save(progress)  # The state before the first step is not kept in memory.
+    with run.keeping(progress):
+        progress = evaluated(run, training, progress, None)
+    began, first_step = time.monotonic(), int(progress.state.lower_steps)
     with (
         stop_requests() as requested,
         progress_bar(
@@ -148,7 +155,8 @@ def train(run: Run, training: Training, logging: StepLogging) -> Progress:
                 stepped()
                 signal = _signal_of_any(run.ranks, requested())
                 after = _taken(progress, late)
-                if late is not None and (signal or _is_due(run, training, logging, first, after)):
+                is_due = _is_due(run, training, logging, first, after, progress)
+                if late is not None and (signal or is_due):
                     unread, late = late, None
                     settled = settle(progress, unread)
                     progress, ones = settled.progress, settled.all_one
@@ -156,6 +164,9 @@ def train(run: Run, training: Training, logging: StepLogging) -> Progress:
                         raise _stuck(training, progress)
                     if not settled.usual:
                         looks_until = int(progress.state.lower_steps) + logging.every
+                if late is None:
+                    pace = (time.monotonic() - began) / max(after - first_step, 1)
+                    progress = evaluated(run, training, progress, pace * (training.steps - after))
                 if run.checkpoints.due(first, _taken(progress, late)):
                     run.save(progress)
             except Exception as error:
@@ -181,10 +192,26 @@ def _taken(progress: Progress, late: LateSteps | None) -> int:
     return int((progress if late is None else late).state.lower_steps)
 
 
-def _is_due(run: Run, training: Training, logging: StepLogging, first: int, after: int) -> bool:
-    """Return whether the steps ``first`` + 1 to ``after`` are to be read: a line, a checkpoint."""
+def _is_due(
+    run: Run, training: Training, logging: StepLogging, first: int, after: int, progress: Progress
+) -> bool:
+    """Return whether the steps ``first`` + 1 to ``after`` are to be read.
+
+    They are for a line of the log, a checkpoint, or an evaluation since ``progress``.
+    """
     line = after // logging.every > first // logging.every or after >= training.steps
-    return line or run.checkpoints.due(first, after)
+    looks = training.dev is not None and training.dev.due(after, progress.dev)
+    return line or looks or run.checkpoints.due(first, after)
+
+
+def evaluated(
+    run: Run, training: Training, progress: Progress, seconds_left: float | None
+) -> Progress:
+    """Score the dev set if that is due, and return the run with its score."""
+    steps = int(progress.state.lower_steps)
+    if training.dev is None or not training.dev.due(steps, progress.dev):
+        return progress
+    return training.dev.taken(run, progress, seconds_left)
 
 
 def take_late(training: Training, late: LateSteps) -> LateSteps:

@@ -124,6 +124,13 @@ def print_summary(results: Mapping[str, Any], directory: Path) -> None:
         print(results_table(results))
         if results["step_auc"] is not None:
             print(f"step AUC {results['step_auc']:.3f}, macro F1 {results['step_macro_f1']:.3f}")
+    if (chosen := results.get("model_selection")) is not None:
+        best, last = chosen["best"], chosen["last"]
+        print(
+            f"\ndev best-of-N {best['best_of_n']:.4f} after step {best['step']}, the best, and "
+            f"{last['best_of_n']:.4f} after step {last['step']}, the last; the model is that of "
+            f"step {chosen['step']}"
+        )
     if "weight_auc" in results:
         print(f"\nAUC of the weights, right against wrong labels: {results['weight_auc']:.3f}")
         for source, entry in results["sources"].items():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,6 +20,7 @@ from prm.placement import Placement
 from recipes.evaluation.candidates import step_scores_of
 from recipes.evaluation.kept_scores import initial_score_cache, kept_scores
 from recipes.method.bounded_weights import make_weighting
+from recipes.method.gradients import fit_gradients
 from recipes.method.hypergradients import upper_gradient_every
 from recipes.method.make_solver import (
     begin,
@@ -35,8 +36,10 @@ from recipes.method.objective import Objective, Solver, State
 from recipes.method.time_scale import print_time_scale, time_scale
 from recipes.models.frozen import Keeping, at_boundary, cache_folder
 from recipes.models.loading import filled, placement_of, set_up
+from recipes.options.choices import NetOptions
 from recipes.options.rules import check_together
 from recipes.options.train import TrainOptions
+from recipes.options.values import blaming
 from recipes.ranks import ranks_here
 from recipes.run.directory import check_directory
 from recipes.run.errors import RunError
@@ -61,6 +64,7 @@ from recipes.train.data import (
     read_train_data,
     refuse_other_bad_rows,
 )
+from recipes.train.dev_evaluation import best_of, dev_evaluation, remove_kept, selection
 from recipes.train.extremes import write_extremes
 from recipes.train.loop import StepLogging, Training, train
 from recipes.train.results import evaluate_all, print_summary, row_name, save_trained
@@ -133,7 +137,11 @@ def _run_training(options: TrainOptions, logged: Callable[[int], None] | None) -
     prm = at_boundary(trained.prm, lower, options)
     data = read_train_data(prm, options)
     refuse_other_bad_rows(options, data.bad)
+    title = row_name(options)
+    dev = dev_evaluation(options, prm, data.evaluations, title)
     objective = _objective(options, prm, data)
+    if objective.reads_gradient:
+        data = _with_gradients(options, objective, lower, data, placement)
     task = _Task(options, placement, data, objective, ranks, trained.shards)
     solver, upper, rates = _method(task, lower)
     start = begin(solver, prm, lower, upper)
@@ -147,6 +155,9 @@ def _run_training(options: TrainOptions, logged: Callable[[int], None] | None) -
         shards=trained.shards,
     )
     with opened as run:
+        if dev is not None:
+            with ranks.together():
+                dev.check(run)
         keep_bad_rows(run.directory, data.bad)
         initial = None
         if objective.reads_reference:
@@ -157,7 +168,6 @@ def _run_training(options: TrainOptions, logged: Callable[[int], None] | None) -
         keeping = Keeping(prm, options, cache_folder(options, run.directory))
         keeping.check([lower_examples(options, data), *([] if data.meta is None else [data.meta])])
         clock.lap("set_up")
-        title = row_name(options)
         draw, lower_batch = _lower_level(task, initial)
         training = Training(
             solver,
@@ -176,6 +186,7 @@ def _run_training(options: TrainOptions, logged: Callable[[int], None] | None) -
             on_trouble=options.run.on_trouble,
             upper_batch=_upper_level(task, keeping),
             weighting=objective.weighting,
+            dev=dev,
         )
         on_line = [] if logged is None else [logged]
         if run.writes:
@@ -186,25 +197,27 @@ def _run_training(options: TrainOptions, logged: Callable[[int], None] | None) -
         end = train(run, training, logging)
         clock.lap("train")
         with run.keeping(end):
-            save_trained(
-                prm,
-                end.state.lower_params,
-                options,
-                run.directory,
-                writes=run.writes,
-                shards=trained.shards,
-            )
+            save = partial(save_trained, prm, writes=run.writes, shards=trained.shards)
+            state, steps = end.state, options.lower.steps
             results: dict[str, Any] = {"rows": {}, "seed": options.seed}
+            if dev is not None:
+                kept = best_of(end.dev) if dev.keeps_best else end.dev[-1]
+                results["model_selection"] = selection(end.dev, kept)
+                if kept.step != steps:
+                    save(state.lower_params, options, run.directory / "last")
+                    state, steps = dev.chosen(run, state, end.dev), kept.step
+            save(state.lower_params, options, run.directory)
             results["troubles"] = dict(end.seen.counts)
             lines = log_lines(run.log, title) if run.writes else []
             results["signs"] = dict(signs(lines, options.lower.steps))
-            micro_batches = options.lower.steps * options.lower.accumulation
+            micro_batches = steps * options.lower.accumulation
             visits = count_visits(draw, micro_batches, len(lower_examples(options, data)))
-            results |= _report_weights(task, end.state, initial, visits, run)
-            results |= evaluate_all(prm, end.state.lower_params, data, options, run.directory)
+            results |= _report_weights(task, state, initial, visits, run)
+            results |= evaluate_all(prm, state.lower_params, data, options, run.directory)
             clock.lap("evaluate")
             results["seconds"] = clock.laps
             write_json(run.directory / "results.json", results)
+            remove_kept(run.directory)
     print_summary(results, run.directory)
     return run.directory
 
@@ -290,6 +303,23 @@ def _objective(options: TrainOptions, prm: PRM, data: TrainData) -> Objective:
     )
 
 
+def _with_gradients(
+    options: TrainOptions,
+    objective: Objective,
+    lower: Mapping[str, Tensor],
+    data: TrainData,
+    placement: Placement,
+) -> TrainData:
+    """Return the data with the gradient features of the training set under the initial model."""
+    assert isinstance(options.weighting, NetOptions)
+    count = options.weighting.gradient_features
+    with blaming(f"--gradient-features {count}"):
+        found = fit_gradients(
+            objective, lower, data.train, placement, count, shown=options.run.progress
+        )
+    return replace(data, gradients=found)
+
+
 def _initial_scores(
     task: _Task, run: Run, model: Callable[[], tuple[PRM, Mapping[str, Tensor]]]
 ) -> _Initial:
@@ -319,6 +349,8 @@ def _lower_level(task: _Task, initial: _Initial | None) -> tuple[Draw, Callable[
     columns = {}
     if initial is not None and task.objective.reads_reference:
         columns["reference_probs"] = initial.scores
+    if data.gradients is not None:
+        columns["gradient"] = data.gradients.features
     if data.fixed_weights is not None:
         given = data.fixed_weights
         columns["weights"] = (
@@ -350,7 +382,9 @@ def _first_examples(task: _Task, lower: Mapping[str, Tensor]) -> Batch:
     size = options.lower.batch_size
     count = min(-(-_SHOWN_EXAMPLES // size), max(1, len(data.train) // size))
     draw = lower_draw(options, range(len(data.train)))
-    batch = train_batch(lambda _: [row for n in range(count) for row in draw(n)], data.train)
+    columns = {} if data.gradients is None else {"gradient": data.gradients.features}
+    rows = [row for n in range(count) for row in draw(n)]
+    batch = train_batch(lambda _: rows, data.train, columns)
     placed = task.placement.batches(batch, 1)(0)
     with torch.random.fork_rng(), torch.no_grad():
         _, outputs = objective.per_example_loss(lower, placed)

@@ -19,6 +19,7 @@ from prm.files import write_lines
 from prm.losses import step_cross_entropy
 from prm.schema import StepExample
 from recipes.evaluation.candidates import step_scores_of
+from recipes.method.gradients import GRADIENT_FILE, write_gradient_map
 from recipes.method.objective import Objective, State
 from recipes.models.loading import Examples, Solutions
 from recipes.options.train import TrainOptions
@@ -96,6 +97,7 @@ def model_batches(
     scores: Tensor | None,
     reference: Tensor | None,
     batch_size: int,
+    gradient: Tensor | None = None,
 ) -> Iterator[Mapping[str, Tensor]]:
     """Yield what a weighting reads of a file with tokens, and with step scores if it needs them.
 
@@ -105,12 +107,15 @@ def model_batches(
         scores: The step scores of the trained model, [examples, steps], or None if none are read.
         reference: The step scores of the initial model, [examples, steps], or None.
         batch_size: The number of examples in a batch.
+        gradient: The gradient features, [examples, features], or None.
     """
     for rows in torch.arange(len(data)).split(batch_size):
         batch = data.batch(rows.tolist())
         steps = batch["labels"].shape[1]
         if reference is not None:
             batch["reference_probs"] = reference[rows, :steps]
+        if gradient is not None:
+            batch["gradient"] = gradient[rows]
         outputs = {} if scores is None else {"step_probs": scores[rows, :steps]}
         yield objective.weighting_batch(batch, outputs)
 
@@ -146,7 +151,8 @@ def final_weights(
     scores = None
     if reads_model(weighting):
         scores, _ = step_scores_of(objective.prm, state.lower_params, train, options)
-    batches = model_batches(objective, train, scores, reference, options.eval_batch_size)
+    gradient = None if data.gradients is None else data.gradients.features
+    batches = model_batches(objective, train, scores, reference, options.eval_batch_size, gradient)
     return weighting.file_weights(params, batches)
 
 
@@ -196,6 +202,8 @@ def write_weighting(
     save_weighting(directory, weighting, {n: p.cpu() for n, p in params.items()}, names, extra)
     for name in _SAVED:
         write_digest(directory / name)
+    if data.gradients is not None:
+        write_gradient_map(directory, data.gradients.map)
 
 
 def check_weighting(directory: Path) -> None:
@@ -206,6 +214,8 @@ def check_weighting(directory: Path) -> None:
     """
     for name in _SAVED:
         check_digest(directory / name)
+    if (directory / GRADIENT_FILE).exists():
+        check_digest(directory / GRADIENT_FILE)
     if all((directory / name).is_file() for name in _SAVED):
         note_unchecked(directory / _SAVED[-1])
 

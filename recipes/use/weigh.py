@@ -5,17 +5,19 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
 from prm.aggregations import AGGREGATIONS
 from prm.conventions import Conventions
 from prm.inputs.prompt import SYSTEM_PROMPT
+from prm.models.model import PRM
 from prm.schema import DataError
 from recipes.bad_rows import report_bad_rows, report_truncated, truncated_path
 from recipes.evaluation.candidates import step_scores_of
 from recipes.method.bounded_weights import WEIGHTINGS
+from recipes.method.gradients import gradient_features, read_gradient_map
 from recipes.method.objective import Objective
 from recipes.models.loading import (
     Data,
@@ -169,10 +171,14 @@ def _by_model(options: WeighOptions, saved: _Saved) -> tuple[Examples, Tensor, T
     scores = None
     if reads_model(weighting):
         scores, _ = step_scores_of(prm, model_params, data, options)
-    reference = None
-    if objective.reads_reference:
-        reference = _reference_scores(options, saved.directory, data, prm.usage)
-    batches = model_batches(objective, data, scores, reference, options.eval_batch_size)
+    reference = gradient = None
+    if objective.reads_reference or objective.reads_gradient:
+        start = _reference(options, saved.directory, data, prm.usage)
+        if objective.reads_reference:
+            reference, _ = step_scores_of(start.prm, start.params, start.data, options)
+        if objective.reads_gradient:
+            gradient = _gradients(options, saved.directory, objective, start)
+    batches = model_batches(objective, data, scores, reference, options.eval_batch_size, gradient)
     return data, *weighting.file_weights(saved.params, batches)
 
 
@@ -204,10 +210,46 @@ def _features(saved: _Saved) -> tuple[tuple[str, ...], bool]:
         ) from error
 
 
-def _reference_scores(
-    options: WeighOptions, directory: str, data: Examples, usage: Conventions
+class _Reference(NamedTuple):
+    """The initial model of a run: the model, its parameters, and the file as it reads it."""
+
+    prm: PRM
+    params: Mapping[str, Tensor]
+    data: Examples
+
+
+def _gradients(
+    options: WeighOptions, directory: str, objective: Objective, start: _Reference
 ) -> Tensor:
-    """Return the step scores of the initial model of the run, [examples, steps].
+    """Return the gradient features of the file under the initial model, [examples, features].
+
+    The loss is that of the run.
+    """
+    try:
+        known = read_gradient_map(Path(directory))
+        run = run_of(directory)
+        trained = {name: value for name, value in start.params.items() if name in known.scales}
+        if len(trained) < len(known.scales):
+            raise ValueError(
+                f"expected a model with the {len(known.scales)} parameters that the run trained; "
+                f"found {len(trained)} of them"
+            )
+        of_start = replace(
+            objective,
+            prm=start.prm,
+            full_vocab=run.get("probability") == "vocabulary",
+            lower_loss=run.get("lower_loss") or objective.lower_loss,
+        )
+        placement = placement_of(options.placement)
+        return gradient_features(of_start, trained, start.data, placement, known)
+    except ValueError as error:
+        raise OptionError(f"--weighting {directory}: {error}") from error
+
+
+def _reference(
+    options: WeighOptions, directory: str, data: Examples, usage: Conventions
+) -> _Reference:
+    """Return the initial model of the run.
 
     It is asked as the trained model is (``usage``), as it was in training.
     """
@@ -234,8 +276,7 @@ def _reference_scores(
             f"--reference-model {name}: cannot judge {len(data) - len(tokens)} solutions that "
             "--model judges; leave them out of the file"
         )
-    scores, _ = step_scores_of(prm, params, tokens, options)
-    return scores
+    return _Reference(prm, params, tokens)
 
 
 def _check_rows(options: WeighOptions, saved: _Saved, data: Data) -> Data:

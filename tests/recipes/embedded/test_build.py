@@ -20,9 +20,9 @@ from recipes.embedded.questions import (
     solve,
     stated_answer,
 )
-from recipes.embedded.sheets import CELLS, PICTURES, SPLITS, draw_sheet, load_scans
+from recipes.embedded.sheets import CELLS, PICTURES, SPLITS, draw_sheet, load_scans, renamed
 from recipes.embedded.sources import SOURCES, Mixture, judge, true_labels
-from recipes.embedded.student import Careless, draw_difficulty
+from recipes.embedded.student import attempt, draw_difficulty
 
 SMALL = Sizes(
     train_questions=40,
@@ -79,6 +79,12 @@ def test_sheet_shows_each_value_in_its_own_cell(picture):
         assert (bright.flatten()[1:] == bright[1, 1]).all()
 
 
+def test_counting_from_the_other_end_swaps_rows_and_twice_is_nothing():
+    values = dict(zip(CELLS, (1, 2, 3, 4), strict=True))
+    assert renamed(values) == {"A1": 3, "A2": 4, "B1": 1, "B2": 2}
+    assert renamed(renamed(values)) == values
+
+
 def test_exact_solutions_are_right_and_have_five_steps():
     values = {"A1": 7, "A2": 2, "B1": 5, "B2": 9}
     texts = {}
@@ -114,21 +120,28 @@ def test_sources_err_as_they_say():
     seen = Counter()
     for _ in range(12_000):
         question = draw_question(rng)
-        difficulty = draw_difficulty(question, rng)
-        steps, stated = solve(question, Careless(question, difficulty, rng))
-        right, truth = stated == answer(question), true_labels(steps)
-        assert judge("verified", question, steps, difficulty, mixture, rng) == truth
-        crowd = judge("crowd", question, steps, difficulty, mixture, rng)
+        found = attempt(question, draw_difficulty(question, rng), rng)
+        steps, difficulty = found.steps, found.difficulty
+        right, truth = found.answer == answer(question), true_labels(steps)
+        assert judge("verified", question, found, mixture, rng) == truth
+        other = judge("guideline", question, found, mixture, rng)
+        for step, label in zip(steps, other, strict=True):
+            if step.reading is None:
+                assert label == step.true
+            else:
+                cell, value = step.reading
+                assert label == (question.values[{"A": "B", "B": "A"}[cell[0]] + cell[1]] == value)
+        crowd = judge("crowd", question, found, mixture, rng)
         seen["flipped"] += sum(a != b for a, b in zip(crowd, truth, strict=True))
         seen["steps"] += len(steps)
-        rollout = judge("rollout", question, steps, difficulty, mixture, rng)
+        rollout = judge("rollout", question, found, mixture, rng)
         if not all(truth):
             seen["wrong, right answer" if right else "wrong"] += 1
             seen["wrong, right answer, passed" if right else "wrong, passed"] += all(rollout)
         else:
             seen["right steps"] += len(steps)
             seen["right steps failed"] += rollout.count(False)
-        weak = judge("judge", question, steps, difficulty, mixture, rng)
+        weak = judge("judge", question, found, mixture, rng)
         for step, label in zip(steps, weak, strict=True):
             if step.reading is None:
                 seen["slips"] += not step.true
@@ -154,7 +167,7 @@ def test_candidates_err_together():
     for _ in range(300):
         question = draw_question(rng)
         difficulty = draw_difficulty(question, rng)
-        stated = [solve(question, Careless(question, difficulty, rng))[1] for _ in range(8)]
+        stated = [attempt(question, difficulty, rng).answer for _ in range(8)]
         right = stated.count(answer(question))
         mixed += 0 < right < 8
         wrong_majority += right > 0 and Counter(stated).most_common(1)[0][1] > right
@@ -164,7 +177,7 @@ def test_candidates_err_together():
 
 def test_files_hold_what_they_promise(data):
     directory, rows = data
-    assert {row["domain"] for row in rows["train"]} == {*FAMILIES, "dots"}
+    assert {row["domain"] for row in rows["train"]} == set(FAMILIES)
     assert {row["source"] for row in rows["train"]} == set(SOURCES)
     assert all(row["wrong_labels"] == 0 for row in rows["train"] if row["source"] == "verified")
     assert rows["clean"] == [row for row in rows["train"] if row["source"] == "verified"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,7 +13,9 @@ import yaml
 
 import recipes.embedded.compare
 import recipes.options.parse
+import recipes.train.dev_evaluation
 import recipes.train.loop
+import recipes.train.training
 from recipes.embedded.build import build
 from recipes.embedded.compare import compare, statistics
 from recipes.evaluation.table import NAMES
@@ -114,11 +117,14 @@ def tiny(task, tmp_path, monkeypatch):
         if "init_from" not in content:
             content["model"] = str(task.model)
         kept = shrunk if path.stem.startswith("train") else {"steps": 4, "batch_size": 6}
+        if "gradient_features" in content:
+            kept = kept | {"gradient_features": 4}
         text = yaml.safe_dump(content | kept)
         (tmp_path / "presets" / path.name).write_text(text)
+    sizes = replace(SIZES, dev_questions=12)  # some have right and wrong candidates
     monkeypatch.setattr(recipes.options.parse, "PRESETS", tmp_path / "presets")
     monkeypatch.setattr(
-        recipes.embedded.compare, "build", lambda at, *, seed: build(at, seed=seed, sizes=SIZES)
+        recipes.embedded.compare, "build", lambda at, *, seed: build(at, seed=seed, sizes=sizes)
     )
     monkeypatch.setattr(recipes.embedded.compare, "_RESAMPLES", 200)
     return CompareOptions(
@@ -136,27 +142,39 @@ def test_every_method_on_every_seed(tiny, tmp_path, monkeypatch, capsys):
     report = compare(tiny)
     methods = set(report["runs"])
     assert methods == set(tiny.methods) >= {"cold_start", "instance_net", "instance_table"}
-    assert set(report["rows"]) == methods | {"pass@1", "self_consistency", "pass@4"}
+    stopped = {f"{method}_dev_stopped" for method in methods - {"cold_start"}}
+    shared = {"pass@1", "self_consistency", "pass@4"}
+    assert set(report["rows"]) == methods | stopped | shared
+    assert set(report["difference"]) == (methods | stopped | shared) - {
+        "no_selection",
+        "no_selection_dev_stopped",
+    }
     assert methods <= set(NAMES)
     assert report == json.loads((tmp_path / "results" / "compare.json").read_text())
     assert "| PRM: No Selection |" in capsys.readouterr().out
     for method, runs in report["runs"].items():
         assert [run["seed"] for run in runs] == [0, 1]
         mean = sum(run["accuracy"] for run in runs) / 2
-        assert report["rows"][method] == pytest.approx(mean, abs=1e-4)
+        row = method if method == "cold_start" else f"{method}_dev_stopped"
+        assert report["rows"][row] == pytest.approx(mean, abs=1e-4)
     seeds = [tmp_path / "work" / f"seed-{seed}" for seed in (0, 1)]
     assert len({(seed / "data" / "test.jsonl").read_bytes() for seed in seeds}) == 2
     for seed in seeds:
         started = model_bits(seed / "cold-start")
         assert model_bits(seed / "cold-start-evaluated") == started
-        assert model_bits(seed / "no-selection") != started
+        for run in filter(Path.is_dir, seed.iterdir()):
+            check_rows_of(run, seed)
     # A second call finds everything done.
     monkeypatch.setattr(recipes.embedded.compare, "run_training", None)
     monkeypatch.setattr(recipes.embedded.compare, "run_cold_start", None)
     assert compare(tiny) == report
 
 
-def test_shuffled_weights_are_the_learned_ones_on_other_examples(tiny, tmp_path):
+def test_shuffled_weights_are_the_learned_ones_on_other_examples(tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr(recipes.train.training, "best_of", lambda scores: scores[-1])
+    monkeypatch.setattr(
+        recipes.train.dev_evaluation, "best_of", lambda scores: scores[-1]
+    )  # whose weights are not those of the start
     compare(replace(tiny, seeds=1, methods=("no_selection", "shuffled_table")))
     seed = tmp_path / "work" / "seed-0"
     learned = {row["id"]: row["weight"] for row in read_lines(seed / "table" / "weights.jsonl")}
@@ -190,6 +208,42 @@ def test_an_interrupted_comparison_goes_on(tiny, tmp_path, monkeypatch, where):
     for name in ("cold-start", "no-selection"):
         bits = [model_bits(tmp_path / at / "seed-0" / name) for at in ("whole", "work")]
         assert bits[0] == bits[1]
+
+
+def check_rows_of(run: Path, seed: Path) -> None:
+    """The row of the last model is that of ``last/`` where the best dev step is another."""
+    if not (run / "results.json").exists() or run.name.endswith("-last"):
+        return
+    chosen = json.loads((run / "results.json").read_text()).get("model_selection")
+    if chosen is None:
+        return
+    dev = [row for row in read_lines(run / "log.jsonl") if row["phase"] == "dev"]
+    top = max(row["best_of_n"] for row in dev)
+    assert chosen["step"] == next(row["step"] for row in dev if row["best_of_n"] == top)
+    scored = seed / f"{run.name}-last"
+    assert scored.exists() == (chosen["step"] != dev[-1]["step"])
+    if scored.exists():
+        assert model_bits(scored) == model_bits(run / "last")
+
+
+def test_stopped_rows_are_compared_with_stopped_rows():
+    """No Selection and ceiling of the same kind: each kind has a gap of its own."""
+    base = np.array([0.0, 1.0, 0.0, 1.0])
+    report = statistics(
+        [
+            {"no_selection": base, "instance_net": base + 0.1, "clean_oracle": base + 0.2}
+            | {"no_selection_dev_stopped": base + 1, "instance_net_dev_stopped": base + 1.3}
+            | {"clean_dev_stopped": base + 1.4}
+        ]
+    )
+    assert report["difference"] == {
+        "instance_net": 0.1,
+        "clean_oracle": 0.2,
+        "instance_net_dev_stopped": 0.3,
+        "clean_dev_stopped": 0.4,
+    }
+    assert report["gap_closed"]["instance_net"] == 0.5
+    assert report["gap_closed"]["instance_net_dev_stopped"] == 0.75
 
 
 class Killed(BaseException):

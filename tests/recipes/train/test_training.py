@@ -151,7 +151,7 @@ def test_results(task, runs, kind):
         right[entry["question"]] / 4 for entry in questions
     ]
     if weighted:
-        assert set(results["sources"]) == {"verified", "judge", "rollout", "crowd", "imported"}
+        assert set(results["sources"]) == {"verified", "judge", "rollout", "crowd", "guideline"}
         assert 0 <= results["weight_auc"] <= 1
 
 

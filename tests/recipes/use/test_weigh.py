@@ -18,14 +18,15 @@ from recipes.train.training import run_training
 from tests.tiny_task import read_lines
 from weighting import load_weighting
 
-FEATURES = ("label", "p_label", "steps", "length", "domain")
+FEATURES = ("label", "p_label", "steps", "length", "domain", "gradient")
 
 
 @pytest.fixture(scope="module")
 def runs(task, tmp_path_factory):
     """A run with a net on all kinds of features, one with a table, one with domains."""
     folder = tmp_path_factory.mktemp("runs")
-    more = {"net": {"features": FEATURES}, "table": {"bound": "clip"}, "domain": {}}
+    net = {"features": FEATURES, "gradient_features": 3}
+    more = {"net": net, "table": {"bound": "clip"}, "domain": {}}
     bounds = {"domain": {"bound": "softplus"}}
     return {
         name: run_training(
@@ -181,8 +182,8 @@ def test_a_saved_net_says_what_it_reads(task, runs):
     domains = list(dict.fromkeys(line["domain"] for line in lines))
     assert extra == {"features": list(FEATURES), "reference": True, "domains": domains}
     assert names == ()
-    # Label; twice p_label; number of steps, length; one column per domain.
-    assert net.features == params["hidden.0.weight"].shape[1] == 1 + 2 + 2 + len(domains)
+    # Label; twice p_label; number of steps, length; three of the gradient; one per domain.
+    assert net.features == params["hidden.0.weight"].shape[1] == 1 + 2 + 2 + 3 + len(domains)
 
 
 def test_a_net_weighs_examples_it_has_not_seen(runs, weigh, part):
