@@ -52,7 +52,7 @@ SAME = [
     ("What is é <image>?", "What is é ?"),
     ("<image 1> Q", "Q"),
     ("<image_1>Q <image_2>", "<image> Q <image>"),
-    ("What’s “x”?", "What's \"x\"?"),
+    ("What’s “x”?", 'What\'s "x"?'),
     ("−5 – x", "-5 - x"),
     ("f′(x) is x‑1", "f'(x) is x-1"),
 ]
