@@ -130,14 +130,19 @@ class BadRows:
         """
         lost = self.lost
         if lost > (max(1.0, self._most * self.rows) if self._most else 0.0):
-            first = self.left_out[0]
-            field = f", field {first.field}" if first.field else ""
             raise DataError(
                 expected=f"at most {self._most:.3g} of the rows to be left out",
-                found=f"{self._share()}; the first is line {first.line}{field}: {first.reason}",
+                found=f"{self._share()}; {self.first}",
                 file=self.path,
                 remedy="mend the file, or leave out more with --max-bad-rows",
             )
+
+    @property
+    def first(self) -> str:
+        """Return where the first row that was left out stands, and why it was."""
+        row = self.left_out[0]
+        field = f", field {row.field}" if row.field else ""
+        return f"the first is line {row.line}{field}: {row.reason}"
 
     def _share(self) -> str:
         lost = self.lost

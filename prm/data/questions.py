@@ -1,7 +1,8 @@
 """What the same question is: the same words, and pictures of the same content.
 
-Case, white space, the Unicode form, the font, full and half width, invisible characters and the
-mark of a picture among the words do not count, nor do the paths of the pictures. Every check for a
+Case, white space, the Unicode form, the font, full and half width, the kind of a quotation mark or
+dash, invisible characters and the marks of the pictures among the words do not count, nor do the
+paths of the pictures. Every check for a
 question on two sides asks this module: a division of a file, a comparison of files, and the refusal
 of a test set that something was tuned on. What a model reads stays as it is.
 """
@@ -26,7 +27,15 @@ _IGNORED = re.compile(
 """What nobody sees beyond the categories Cc and Cf, variation selectors above all: the rest of
 Unicode's Default_Ignorable_Code_Point (DerivedCoreProperties.txt)."""
 _UNSEEN_ASCII = {code: None for code in (*range(32), 127) if not chr(code).isspace()}
+_PLAIN_SIGN = {
+    **dict.fromkeys("‘’‚‛ʼ′", "'"),
+    **dict.fromkeys("“”„‟″", '"'),
+    **dict.fromkeys("‐‑‒–—―−", "-"),
+}
+"""What typography and keyboards write differently: ’ is ', and −5 is -5."""
 _MARK = "<image>"
+_NUMBERED_MARK = re.compile(r"<image[ _]?(\d{1,4})>")
+"""The mark of the first, second, ... picture, as of MMMU."""
 
 
 def words_of(text: str) -> list[str]:
@@ -36,12 +45,18 @@ def words_of(text: str) -> list[str]:
     else:
         usual = "".join(map(_usual, unicodedata.normalize("NFD", text))).casefold()
         folded = unicodedata.normalize("NFC", "".join(map(_seen, usual)))
-    return folded.replace(_MARK, " ").split()
+    folded = folded.replace(_MARK, " ")
+    numbers = _NUMBERED_MARK.findall(folded) if "<image" in folded else []
+    if numbers == [str(number) for number in range(1, len(numbers) + 1)]:
+        folded = _NUMBERED_MARK.sub(" ", folded)  # In another order the numbers say something.
+    return folded.split()
 
 
 @lru_cache(maxsize=4096)
 def _usual(character: str) -> str:
     """Return what a character is another form of: fullwidth, a ligature, of another font."""
+    if character in _PLAIN_SIGN:
+        return _PLAIN_SIGN[character]
     kind = unicodedata.decomposition(character)
     if kind.startswith("<") and not kind.startswith(_MORE_THAN_A_FORM):
         return unicodedata.normalize("NFKC", character)

@@ -216,11 +216,12 @@ def checked_rows(
             yield replace(row, examples=kept, numbers=tuple(usable))
     bad.check()
     if not ids:
+        why = f", all left out; {bad.first}" if bad.left_out else ""
         raise DataError(
             expected="at least one example",
-            found="an empty file" if not bad.rows else f"none in {bad.rows:,} rows",
+            found="an empty file" if not bad.rows else f"none in {bad.rows:,} rows{why}",
             file=path,
-            remedy="check that the file was written completely",
+            remedy="mend the file" if why else "check that the file was written completely",
         )
 
 

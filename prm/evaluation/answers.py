@@ -92,6 +92,8 @@ _ROUNDED = re.compile(
     r"(?P<behind>\S.*)|(?P<before>.*\S)\s*\((?:approximately|approx\.?|rounded[^()]*)\)",
     re.IGNORECASE,
 )
+_GOES_ON = re.compile(r"(?:[,;]\s*|\d\.\d+\s*)\.{3}$")
+"""A list or a decimal that does not end: 1, 2, 3, ... is not 1, 2, 3, nor 0.333... 0.333."""
 _DAYTIME = re.compile(r"(?<=\d)\s*([ap])\.\s?m\b\.?", re.IGNORECASE)
 _OPERATORS = re.compile(r"\s*([-+*×/^=<>(),|:;≤≥≠∈∪∩±!'{}\[\]])\s*")
 _TOKEN = re.compile(r"\d+(?:\.\d+)?|[Ͱ-Ͽ]|[^\W\d_Ͱ-Ͽ]+|\S")
@@ -210,13 +212,14 @@ def unwrapped(text: str) -> str:
     while text != before:
         before = text
         box = last_box(text)
-        text = text if box is None else box[1]
+        text = text if box is None else box[2]
         for left, right in _DELIMITERS:
             inner = text[len(left) : -len(right)]
             if text.startswith(left) and text.endswith(right) and inner and left not in inner:
                 text = inner.strip()
         text = without_remarks(text).strip()
-        text = re.sub(r"(?<=\S)(?<![.;,\\])[.;,。．]+$|(?<=[^\W\d_]{3})!$", "", text).strip()
+        if not _GOES_ON.search(text):
+            text = re.sub(r"(?<=\S)(?<![.;,\\])[.;,。．]+$|(?<=[^\W\d_]{3})!$", "", text).strip()
         text = _without_a_quote(text)
         text = _LEAD.sub("", text, count=1).strip() or text
         text = re.sub(r"^=\s*(?=\S)", "", text)

@@ -127,6 +127,14 @@ _REMARK = re.compile(
 )
 
 
+_END_MARK = re.compile(
+    r"(?:\s*(?:<[|｜](?!end_of_box)[\w▁.-]{1,40}[|｜]>|</?s>|<(?:eos|pad|end_of_turn)>"
+    r"|\[/?(?:INST|EOS|PAD|SEP)\]))+\s*\Z"
+)
+"""The tokens that a model ends its reply with, where they were not removed."""
+_IN_WORDS = re.compile(r"\\text(?:bf|it|rm|normal)?\{([^{}]*)\}")
+
+
 def final_answer(text: str) -> str | None:
     r"""Return the final answer of a solution, or else a reply of a single word; None without one.
 
@@ -135,12 +143,19 @@ def final_answer(text: str) -> str | None:
     """
     if tagged := _tagged(text):
         return final_answer(tagged) or _bare(without_remarks(tagged)) or None
+    text = _END_MARK.sub("", text)
+    for left, right in TAGS:
+        if left not in text:  # The prompt opened it.
+            text = text.rstrip().removesuffix(right)
+    text = _IN_WORDS.sub(lambda m: m[1] if _STATED.search(m[1]) else m[0], text)
     is_word = len(text.split()) == 1 and "boxed" not in text and not text.rstrip().endswith(":")
     found = [(-1, text.strip() if is_word else "")]
     if (box := last_box(text)) is not None:
-        found.append(box)
+        found.append((box[0], (final_answer(box[2]) if _STATED.search(box[2]) else "") or box[2]))
     remark = ""
     for match in reversed(list(_STATED.finditer(text))):
+        if box is not None and box[0] < match.start() < box[1]:
+            continue
         is_prose = match[0].rstrip(" \t*").lower().endswith(("is", "are", "be"))
         answer = _behind(text, match.end(), is_prose=is_prose)
         if is_prose and _REMARKED.match(answer):
@@ -206,8 +221,24 @@ def _behind(text: str, start: int, *, is_prose: bool) -> str:
     opened = text[text.rfind("\n", 0, start) + 1 : start].count('"') % 2
     if opened and line.count('"') % 2:
         line = line.partition('"')[0]
+    line = _within(text[text.rfind("\n", 0, start) + 1 : start], line)
     none = _ELSEWHERE.match(line) or (is_prose and _NO_ANSWER.match(line))
     return "" if none else line.lstrip(":： \t")
+
+
+def _within(before: str, line: str) -> str:
+    """Cut off a line where what stands around the statement ends: "(Answer: 5)", "$answer=5$"."""
+    dollar = re.search(r"(?<!\\)\$", line)
+    is_formula = len(re.findall(r"(?<!\\)\${1,2}", before)) % 2
+    if is_formula and dollar and dollar.start() and not line[dollar.end() :][:1].isdigit():
+        line = line[: dollar.start()]
+    opened = sum(map(before.count, "([")) - sum(map(before.count, ")]"))
+    depth = 0
+    for index, character in enumerate(line if opened > 0 else ""):
+        depth += (character in "([") - (character in ")]")  # [2, 5) is closed, too.
+        if depth < 0:
+            return line[:index]
+    return line
 
 
 def _typeset(text: str) -> str:

@@ -71,6 +71,14 @@ _SWITCH = r"\\(?:rm|bf|it|sf|tt|displaystyle|textstyle)"
 _NO_ARGUMENT = r"(?<![\\\w}\]^_])"
 """No command, exponent or index stands in front, of which a group would be an argument."""
 _BOX = re.compile(r"\\(?:boxed|f(?:rame)?box)(?![A-Za-z])\s*+(?:\{|([^\s$\\{]+))")
+_SIGN_OF_BOX = re.compile(
+    r"(?:(?P<formula>[=({\[≈≤≥≠<>&]|\\(?:approx|leq?|geq?|neq?|[(\[])(?![A-Za-z]))\s*"
+    r"|(?P<dollars>(?<!\$)\${1,2})\s*|(?:^|\n|[,:;]|(?<![A-Za-z\\])[A-Za-z]{2,}\s)\s*)"
+    r"(?P<sign>[-\u2010-\u2015\u2212±]|\\pm(?![A-Za-z]))(?P<gap>\s*)\$?\Z"
+)
+"""A sign in front of a box, and in front of that nothing to add to or to subtract from."""
+_LONGEST_SIGN = 24
+_LETTER = re.compile(r"\(?(?:\\text\w*\{)?\s*\(?[A-J]\)?\s*\}?\)?")
 _MATRIX = re.compile(
     r"(?P<open>(?:\\left\s*)?[(\[]\s*)?"
     r"\\begin\{(?P<kind>[pbBvV]?matrix|smallmatrix|array)\}\s*(?:\{[^{}]*\})?"
@@ -82,23 +90,38 @@ _MATRIX_KINDS = {"vmatrix": "determinant", "Vmatrix": "norm"}
 _REPEATING = re.compile(r"([-+]?)\s*(\d*)\.(\d*)\\overline\s*\{?(\d+)\}?")
 
 
-def last_box(text: str) -> tuple[int, str] | None:
-    r"""Return where the last closed ``\boxed{...}`` or ``\fbox{...}`` starts, and its content.
+def last_box(text: str) -> tuple[int, int, str] | None:
+    r"""Return start, end and content of the last closed ``\boxed{...}`` or ``\fbox{...}``.
 
     Braces are matched, escaped ones (``\{``) not counted; ``\boxed 7`` boxes one word. An empty box
-    and one that is never closed, as of a text that was cut off, do not count.
+    and one that is never closed, as of a text that was cut off, do not count. A sign in front of
+    the box belongs to its content: ``x = -\boxed{5}`` is -5, but ``7 - \boxed{5}`` holds 5.
     """
     boxes = list(_BOX.finditer(text))
     closing = _closing(text) if boxes else {}
     for box in reversed(boxes):
         start = box.end()
-        if box[1]:
-            content = box[1].rstrip(".,;")
-        else:
-            content = text[start : closing[start - 1]] if start - 1 in closing else ""
-        if content.strip():
-            return box.start(), content.strip()
+        end = start if box[1] else closing.get(start - 1, start)
+        content = (box[1].rstrip(".,;") if box[1] else text[start:end]).strip()
+        if content:
+            return box.start(), end, _signed(text, box.start(), content)
     return None
+
+
+def _signed(text: str, start: int, content: str) -> str:
+    """Return the content of a box with the sign that stands in front of it."""
+    begin = max(0, start - _LONGEST_SIGN)
+    found = _SIGN_OF_BOX.search(text[begin:start])
+    if found is None or (begin and not found.start()) or _LETTER.fullmatch(content):
+        return content
+    dollars = found["dollars"]
+    if dollars and text.count(dollars, 0, begin + found.start()) % 2:
+        return content  # They close a formula, from which the box is subtracted.
+    if found["gap"] and not (dollars or found["formula"]):
+        return content  # A dash of the sentence, or the mark of an item.
+    if re.search("[-+±=<>,]", content):
+        content = f"({content})"
+    return found["sign"] + content
 
 
 def _closing(text: str) -> dict[int, int]:
@@ -159,7 +182,7 @@ def plain_text(text: str) -> str:
         text = re.sub(rf"\\(?:{_FONTS})\s*{_GROUP}", r" \1 ", text)
         text = re.sub(
             rf"\\sqrt\s*\[([^\[\]{{}}]*)\]\s*(?:{_GROUP}|(\w))",
-            lambda m: f"root({m[1].strip()},{(m[2] or m[3]).strip()})",
+            lambda m: f"root({m[1].strip()},{(m[2] or m[3] or '').strip()})",
             text,
         )
         text = re.sub(

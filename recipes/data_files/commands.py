@@ -63,6 +63,9 @@ def data_split(options: SplitOptions) -> int:
     division = split(options)
     for name, (groups, rows) in division.parts.items():
         say(f"{options.out}/{name}.jsonl: {groups:,} groups, {rows:,} rows")
+    if division.left[1]:
+        groups, rows = division.left
+        say(f"{groups:,} groups, {rows:,} rows are in no part: a part of size 'rest' takes them")
     if division.joined:
         say(f"{division.joined:,} groups were joined with others that have the same question")
     if division.images:

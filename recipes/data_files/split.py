@@ -31,11 +31,13 @@ class Division:
         parts: The numbers of groups and rows of each part.
         joined: How many groups were joined with another because they share a question.
         images: Whether a row has an image.
+        left: The numbers of groups and rows that no part took.
     """
 
     parts: Mapping[str, tuple[int, int]]
     joined: int
     images: bool
+    left: tuple[int, int]
 
 
 def split(options: SplitOptions) -> Division:
@@ -85,7 +87,8 @@ def split(options: SplitOptions) -> Division:
             )
             written[part] = (len(mine), sum(rows[key] for key in mine))
     report_bad_rows([bad], skipped_path(out), say)
-    return Division(written, groups.joined(len(keys)), groups.images)
+    left = [rows[key] for key in keys if key not in part_of]
+    return Division(written, groups.joined(len(keys)), groups.images, (len(left), sum(left)))
 
 
 class _Groups:

@@ -89,7 +89,10 @@ def test_more_than_a_share_is_refused_and_a_single_row_never(tmp_path, most, wro
 
 def test_a_file_of_which_nothing_is_left_is_refused(tmp_path):
     path = write(tmp_path / "a.jsonl", own(1, " "))
-    with pytest.raises(DataError, match="at least one example, found none in 1 rows"):
+    why = (
+        r"found none in 1 rows, all left out; the first is line 1, field steps\[0\]\.text: expected"
+    )
+    with pytest.raises(DataError, match=why):
         list(checked_rows(path, bad_rows=BadRows(path, "skip", 1.0)))
 
 

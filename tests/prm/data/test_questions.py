@@ -29,6 +29,8 @@ APART += [
     ("①", "1"),
     ("<image 1> or <image 2>", "<image 2> or <image 1>"),
     ("<b>", "b"),
+    ("<image 2> Q", "Q"),
+    ("<image 1> and <image 1>", "<image> and <image>"),
 ]
 
 
@@ -48,6 +50,11 @@ SAME = [
     ("<image> Q", "Q"),
     ("<image>\n\nQ", "Q\n<image>"),
     ("What is é <image>?", "What is é ?"),
+    ("<image 1> Q", "Q"),
+    ("<image_1>Q <image_2>", "<image> Q <image>"),
+    ("What’s “x”?", 'What\'s "x"?'),
+    ("−5 – x", "-5 - x"),
+    ("f′(x) is x‑1", "f'(x) is x-1"),
 ]
 
 

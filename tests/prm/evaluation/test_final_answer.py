@@ -10,6 +10,22 @@ from prm.evaluation.answers import answer_classes, canonical_answer
 from prm.evaluation.final_answer import final_answer, without_remarks
 
 STATED = {
+    # within a box, brackets or a formula; behind it, marks of the end that a model writes
+    r"so \boxed{\text{Answer: } 5}": "5",
+    r"\boxed{\text{The answer is } 5}": "5",
+    r"$\text{The answer is } \frac{1}{2}$": r"\frac{1}{2}",
+    r"\textbf{Final Answer: B}": "B",
+    r"It costs $3, and the answer is $x$": "$x$",
+    "(Answer: 5)": "5",
+    "So (the answer is [2, 5)).": "[2, 5)",
+    "(a) Answer: (1, 2)": "(1, 2)",
+    "The answer is $-\\boxed{5}$.": "-5",
+    "Answer: 42</s>": "42",
+    "Answer: 42<|eot_id|>": "42",
+    "#### 42\n<end_of_turn>": "42",
+    "Therefore, (B).<｜end▁of▁sentence｜>": "B",
+    "the answer is 7</answer></s>": "7",
+    "<|begin_of_box|>7<|end_of_box|><|im_end|>": "7",
     # "Answer" with a colon, in emphasis, as a heading, in other languages
     "a\n\nAnswer: B": "B",
     "Answer: A\nno,\nFinal answer: **3.5**.": "3.5",

@@ -38,7 +38,38 @@ def test_a_formula_keeps_its_meaning(text, plain):
 
 
 def test_the_last_closed_box_counts():
-    assert last_box(r"\boxed{1} \fbox{\frac{1}{2}}") == (10, r"\frac{1}{2}")
-    assert last_box(r"\boxed{\}}") == (0, r"\}")
-    assert last_box(r"\boxed{1} \boxed{2") == (0, "1")
+    assert last_box(r"\boxed{1} \fbox{\frac{1}{2}}") == (10, 27, r"\frac{1}{2}")
+    assert last_box(r"\boxed{\}}") == (0, 9, r"\}")
+    assert last_box(r"\boxed{1} \boxed{2") == (0, 8, "1")
     assert last_box(r"\boxed{ } and \boxedset{3}") is None
+
+
+@pytest.mark.parametrize(
+    ("text", "content"),
+    {
+        r"-\boxed{5}": "-5",
+        r"$x = - \boxed{5}$": "-5",
+        r"$$-\boxed{x+1}$$": "-(x+1)",
+        r"it is −\boxed{5}": "−5",
+        r"Answer: $\pm\boxed{5}$": r"\pm5",
+        r"\[ -\boxed{5} \]": "-5",
+        # No sign: a difference, a dash, a bullet, a hyphen, an option.
+        r"$7 - \boxed{5} = 2$": "5",
+        r"$\frac{1}{2}-\boxed{5}$": "5",
+        r"f(x) -\boxed{5}": "5",
+        r"$x=7$ - \boxed{5}": "5",
+        r"$$x=7$$ -\boxed{5}": "5",
+        r"The answer - \boxed{5}": "5",
+        "so\n- \\boxed{5}": "5",
+        r"all-\boxed{5}": "5",
+        r"Answer -\boxed{B}": "B",
+    }.items(),
+)
+def test_a_sign_in_front_of_a_box_belongs_to_it(text, content):
+    box = last_box(text)
+    assert box is not None
+    assert box[2] == content
+
+
+def test_a_root_of_nothing_is_text():
+    assert plain_text(r"\sqrt[3]{}") == "root(3,)"

@@ -138,6 +138,13 @@ def test_parts_share_no_question_and_lose_no_row(source, tmp_path, capsys):
         places = [order.index(example.id) for example in part]
         assert places == sorted(places)
     assert f"{out}/dev.jsonl: 7 groups, {len(parts['dev'])} rows\n" in said
+    assert "in no part" not in said
+
+
+def test_rows_that_no_part_takes_are_counted(source, tmp_path, capsys):
+    assert split(source, tmp_path / "parts", "a=10", "b=25") == 0
+    taken = sum(len(part) for part in parts_of(tmp_path / "parts").values())
+    assert f"5 groups, {100 - taken} rows are in no part" in capsys.readouterr().out
 
 
 def test_sizes_in_rows_are_exact(source, tmp_path):
