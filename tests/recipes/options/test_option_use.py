@@ -125,11 +125,12 @@ def test_cold_start_reads_each_of_its_options(task, tmp_path, recording):
 @FORWARD_MODE
 def test_training_reads_each_of_its_options(task, tmp_path, recording):
     read = []
+    evaluated = {"dev_file": str(task.data / "dev.jsonl"), "eval_every": 4, "keep_best": True}
     implicit = {"hypergradient": "implicit", "solver_iterations": 1, "lower_weight_decay": 0.0}
     for name, more in (
         ("net", {"bound": "clip"}),
         ("table", {"weighting": "table", "bound": "clip"}),
-        ("none", {"weighting": "none", "frozen_activations": "disk"}),
+        ("none", {"weighting": "none", "frozen_activations": "disk", **evaluated}),
         ("implicit", implicit),
         ("penalty", {"hypergradient": "penalty"}),
         ("lora", {"lora_rank": 2, "weighting": "none", "steps": 1}),
