@@ -84,13 +84,18 @@ VARIANTS: dict[str, dict] = {
     "implicit": {"hypergradient": "implicit", "lower_weight_decay": 0},
     "rollback": {"rollback": True},
     "kept": {"loss_target": "pairs", "meta_batch_size": 8, "frozen_activations": "memory"},
-    "in place": {"execution": "resident", "order": "upper-first"},
+    "in place": {
+        **{"execution": "resident", "order": "upper-first"},
+        **{"eval_every": 2, "keep_best": True},
+    },
 }
 """Further runs, of the same length."""
 
 
 def variant(task, folder: Path, name: str) -> list[str]:
     more = {"save_every": STEPS, **VARIANTS[name]}
+    if "eval_every" in more:
+        more["dev_file"] = task.data / "dev.jsonl"
     return training(task, folder / name, **more)
 
 
