@@ -36,7 +36,7 @@ ALLOWED = {
     },
     "recipes": {
         *(*CORE, "torch", "torchopt", "optree", "transformers", "tokenizers", "safetensors"),
-        *("PIL", "numpy", "sklearn", "yaml", "tqdm", "filelock"),
+        *("PIL", "numpy", "sklearn", "yaml", "tqdm", "filelock", "fastapi", "uvicorn"),
     },
 }
 
@@ -72,7 +72,7 @@ LAYERS = {
         ("ranks", "models"),
         ("run", "evaluation", "method"),
         ("data_files", "problems", "train"),
-        ("embedded", "use"),
+        ("embedded", "serve", "use"),
         ("commands",),
         ("command_line",),
         ("__main__", "evidence"),
@@ -252,7 +252,7 @@ def declared() -> set[str]:
     setup.read(ROOT / "setup.cfg", encoding="utf-8")
     extras = setup["options.extras_require"]
     lines = setup["options"]["install_requires"]
-    lines += "".join(extras[name] for name in ("demo", "peft", "math", "datasets"))
+    lines += "".join(extras[name] for name in ("demo", "peft", "math", "datasets", "serve"))
     return {re.split("[<>=!~]", line)[0] for line in lines.split()}
 
 
