@@ -10,7 +10,7 @@ GAME24 := data/game24/candidates.jsonl
 
 .DEFAULT_GOAL := help
 .PHONY: help install train-net train-table train-domain baseline cold-start data results bench \
-	bench-scoring bench-validate bench-growth bench-frozen check-smollm2 \
+	bench-scoring bench-server bench-validate bench-growth bench-frozen check-smollm2 \
 	noisy-labels long-tail regularization learned-schedule \
 	chaos test test-quick fuzz soak docs lint format type clean-runs clean
 
@@ -79,6 +79,9 @@ bench: $(VENV)/installed-dev ## cost of every hypergradient route, side by side
 bench-scoring: $(VENV)/installed ## scoring beside the original's loop: speed and memory
 	$(VENV)/bin/python -m recipes.evidence.bench_scoring
 
+bench-server: $(VENV)/installed-dev ## the server under load: rate, latency, overload
+	$(VENV)/bin/python -m recipes.evidence.load_server
+
 bench-growth: $(VENV)/installed ## start of train and memory of score, up to a million rows
 	$(VENV)/bin/python -m recipes.evidence.bench_growth
 
@@ -103,7 +106,7 @@ test: $(VENV)/installed-dev ## run the tests
 test-quick: $(VENV)/installed-dev ## run the tests but for the slow ones: under 90 s on two cores
 	$(PYTEST) -m "not slow"
 
-fuzz: $(VENV)/installed-dev ## 10,000 malformed files of every format, other ones every time
+fuzz: $(VENV)/installed-dev ## 10,000 malformed files of every format, and requests, other ones every time
 	FUZZ_EXAMPLES=10000 FUZZ_OUTPUT=results/fuzz.json $(VENV)/bin/python -m pytest tests/fuzz
 
 soak: $(VENV)/installed ## 20,000 steps on a tiny model: does anything grow?

@@ -35,6 +35,7 @@ from recipes.ranks import silent_unless_first
 from recipes.report.options import ReportFlags, ReportOptions, WeightsFlags, WeightsOptions
 from recipes.run.provenance import PACKAGE, version_of
 from recipes.run.show import RunsListOptions, RunsShowOptions
+from recipes.serve.options import ParityOptions, ServeOptions
 from recipes.terminal import say, standard_streams
 
 _DESCRIPTION = "Train process reward models with instance weights learned by bilevel optimization."
@@ -45,6 +46,8 @@ _COMMANDS = {
     "select": (SelectOptions, "the best candidate of every question, from scores"),
     "evaluate": (EvaluateOptions, "how good selections and step scores are, with intervals"),
     "weigh": (WeighOptions, "weights of a trained weighting, or of a rule, for a file's examples"),
+    "serve": (ServeOptions, "answer requests to score over HTTP (extra `serve`)"),
+    "parity": (ParityOptions, "compare a running server's step scores with ours"),
     "convert-model": (ConvertModelOptions, "rewrite an InternVL checkpoint that needs own code"),
     "compare": (CompareOptions, "every method and control over several seeds, one table"),
 }

@@ -32,6 +32,7 @@ from recipes.report.options import ReportOptions, WeightsOptions
 from recipes.run.errors import RunError, left_apart, reported
 from recipes.run.files import new_directory
 from recipes.run.show import RunsListOptions, RunsShowOptions, list_runs, show_run
+from recipes.serve.options import ParityOptions, ServeOptions
 from recipes.terminal import say
 
 _SAVING = ("cold-start", "train", "score", "compare")
@@ -157,6 +158,20 @@ def _weights(options: WeightsOptions) -> None:
     run_weights(options)
 
 
+def _serve(options: ServeOptions) -> None:
+    from recipes.serve.server import run_serve
+
+    _quiet()
+    run_serve(options)
+
+
+def _parity(options: ParityOptions) -> int:
+    from recipes.serve.parity import run_parity
+
+    _quiet()
+    return run_parity(options)
+
+
 def _convert_model(options: ConvertModelOptions) -> None:
     from recipes.use.convert_model import run_convert_model
 
@@ -225,6 +240,8 @@ _COMMANDS: Mapping[str, Callable[[Any], int | None]] = {
     "weigh": _weigh,
     "weights": _weights,
     "report": _report,
+    "serve": _serve,
+    "parity": _parity,
     "convert-model": _convert_model,
     "compare": _compare,
     "env": _env,

@@ -37,7 +37,7 @@ ALLOWED = {
     },
     "recipes": {
         *(*CORE, "torch", "torchopt", "optree", "transformers", "tokenizers", "safetensors"),
-        *("PIL", "numpy", "sklearn", "yaml", "tqdm", "filelock"),
+        *("PIL", "numpy", "sklearn", "yaml", "tqdm", "filelock", "fastapi", "uvicorn"),
         *("jinja2", "matplotlib", "pyarrow"),
     },
 }
@@ -74,7 +74,7 @@ LAYERS = {
         ("ranks", "models"),
         ("run", "evaluation", "method"),
         ("data_files", "problems", "report", "train"),
-        ("embedded", "use"),
+        ("embedded", "serve", "use"),
         ("commands",),
         ("command_line",),
         ("__main__", "evidence"),
@@ -273,7 +273,8 @@ def declared() -> set[str]:
     setup.read(ROOT / "setup.cfg", encoding="utf-8")
     extras = setup["options.extras_require"]
     lines = setup["options"]["install_requires"]
-    lines += "".join(extras[name] for name in ("demo", "peft", "math", "datasets", "report"))
+    names = ("demo", "peft", "math", "datasets", "report", "serve")
+    lines += "".join(extras[name] for name in names)
     return {re.split("[<>=!~]", line)[0] for line in lines.split()}
 
 

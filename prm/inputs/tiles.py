@@ -107,6 +107,16 @@ def image_size(path: Path) -> tuple[int, int]:
     return (width, height) if turned else (height, width)
 
 
+def pixel_count(path: Path) -> int:
+    """Return the number of pixels that the header of an image claims; nothing is decoded.
+
+    Raises:
+        DataError: As ``image_size``.
+    """
+    with _opened(path) as image:
+        return int(image.width * image.height)
+
+
 def _nothing_behind_pixels(path: Path) -> bool:
     """Return whether only the end chunk follows the pixels of a PNG file, by its chunk headers."""
     behind = False
