@@ -41,7 +41,7 @@ def test_training_reads_neither_sources_nor_answers(task, tmp_path, weighting):
         assert (run / "weights.jsonl").read_bytes() == (plain / "weights.jsonl").read_bytes()
         # The report did notice, so the fields were really altered.
         reports = [json.loads((at / "results.json").read_text())["sources"] for at in (plain, run)]
-        assert set(reports[0]) == {"verified", "judge", "rollout", "crowd", "guideline"}
+        assert set(reports[0]) == {"verified", "judge", "crowd", "guideline"}  # 9 questions
         assert set(reports[1]) == {f"nobody-{place}" for place in range(18)}
 
 

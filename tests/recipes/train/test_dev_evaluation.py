@@ -156,7 +156,9 @@ def toy_run(directory, dev=()) -> Run:
 
 
 def toy_evaluation(*accuracies: float, keeps_best: bool = True) -> DevEvaluation:
-    found = [Evaluation(np.array([value]), None, None, None) for value in accuracies]
+    found = [
+        Evaluation(np.array([value]), None, None, None, torch.zeros(1)) for value in accuracies
+    ]
     return DevEvaluation(
         2, 9, keeps_best, "dev.jsonl", "digest", "toy", False, lambda params: found.pop(0)
     )

@@ -123,7 +123,7 @@ def test_a_fourth_weighting_trains_is_saved_and_weighs(task, tmp_path, name):
     assert [row["id"] for row in rows] == [example["id"] for example in examples]
     assert extra == {}
     if name == "label-table":
-        assert weighting == LabelTable(4)
+        assert weighting == LabelTable(3)
         assert names == tuple(dict.fromkeys(example["domain"] for example in examples))
         assert params["raw"].abs().min() > 0  # two upper steps have moved every domain
         raw = dict(zip(names, params["raw"].tolist(), strict=True))

@@ -240,6 +240,7 @@ OTHERS = {
     "route": "ghost",
     "upper_gradient_every": 2,
     "rollback": True,
+    "keep_best": True,
     "batch_size": 2,
     "loss_target": "pairs",
     "lower_data": "meta",
@@ -272,6 +273,8 @@ def test_what_is_not_proven_is_refused_before_the_model_is_loaded(tmp_path, caps
         "sharding": "full",
         name: OTHERS[name],
     }
+    if name == "keep_best":
+        options |= {"eval_every": 1, "dev_file": tmp_path / "none"}
     if name in UNWEIGHTED:
         options["weighting"] = "none"
         if name == "weights_file":

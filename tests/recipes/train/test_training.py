@@ -151,7 +151,7 @@ def test_results(task, runs, kind):
         right[entry["question"]] / 4 for entry in questions
     ]
     if weighted:
-        assert set(results["sources"]) == {"verified", "judge", "rollout", "crowd", "guideline"}
+        assert set(results["sources"]) == {"verified", "judge", "crowd", "guideline"}
         assert 0 <= results["weight_auc"] <= 1
 
 
@@ -232,7 +232,7 @@ def test_initial_loss_is_that_of_the_start(task, cold, runs):
     [
         ("net", InstanceNet(5, bound=Sigmoid(2.0))),
         ("table", InstanceTable(TRAINED, bound=Clip(0.0, 2.0))),
-        ("domain", DomainTable(4)),
+        ("domain", DomainTable(3)),
     ],
 )
 def test_weighting_loads_and_gives_the_listed_weights(task, runs, kind, expected):
