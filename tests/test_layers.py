@@ -212,6 +212,7 @@ def test_help_and_options_load_nothing_heavy():
     assert loaded("import recipes.options.train") == names
     helps = "from recipes.__main__ import main\n"
     commands = ["train", "cold-start", "score", "select", "evaluate", "weigh", "compare"]
+    commands += ["serve", "parity"]
     for command in (*([name] for name in commands), ["data", "embedded"]):
         helps += f"try: main({[*command, '--help']})\nexcept SystemExit: pass\n"
     assert loaded(helps) == names
