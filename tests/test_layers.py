@@ -227,6 +227,7 @@ def test_help_and_options_load_nothing_heavy():
     names = {"recipes", "prm"}  # of prm its list of names alone, without torch
     helps = "from recipes.__main__ import main\n"
     commands = ["train", "cold-start", "score", "select", "evaluate", "weigh", "compare"]
+    commands += ["serve", "parity"]
     for command in (*([name] for name in commands), ["data", "embedded"]):
         helps += f"try: main({[*command, '--help']})\nexcept SystemExit: pass\n"
     assert loaded("import recipes.options.train", helps) == [names, names]

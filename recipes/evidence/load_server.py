@@ -50,11 +50,13 @@ class Seen:
     Attributes:
         statuses: Their answers by HTTP status.
         latencies: Seconds of every request that got scores.
-        broken: Connections that ended without an answer.
+        refused: Requests that found nobody listening, and so were never taken.
+        broken: Requests that were sent and got no answer.
     """
 
     statuses: Counter[int] = field(default_factory=Counter)
     latencies: list[float] = field(default_factory=list)
+    refused: int = 0
     broken: int = 0
 
     def quantile(self, share: float) -> float:
@@ -119,6 +121,10 @@ def ask(port: int, requests: Sequence[bytes], clients: int, seconds: float) -> S
                 connection.request("POST", "/score", requests[row % len(requests)], _HEADERS)
                 answer = connection.getresponse()
                 json.loads(answer.read())
+            except ConnectionRefusedError:
+                with lock:
+                    seen.refused += 1
+                return
             except (OSError, http.client.HTTPException):
                 with lock:
                     seen.broken += 1
@@ -183,6 +189,7 @@ def round_of(port: int, requests: Sequence[bytes], clients: int, seconds: float)
 def ended(model: Path, requests: Sequence[bytes], clients: int, seconds: float) -> dict[str, Any]:
     """Return what becomes of requests when SIGTERM comes in the middle of a round."""
     with server(model) as (process, port):
+        ask(port, requests, clients, min(3.0, seconds))  # Warms up.
         timer = threading.Timer(seconds / 2, process.send_signal, (signal.SIGTERM,))
         timer.start()
         seen = ask(port, requests, clients, seconds)
@@ -190,7 +197,8 @@ def ended(model: Path, requests: Sequence[bytes], clients: int, seconds: float) 
     return {
         "clients": clients,
         "answers": {str(number): count for number, count in sorted(seen.statuses.items())},
-        "without_an_answer": seen.broken,
+        "found_nobody_listening": seen.refused,
+        "sent_without_an_answer": seen.broken,
         "exit_status": status,
     }
 
