@@ -110,15 +110,17 @@ class Service:
         started = time.perf_counter()
         status = 500  # where an error of the program leaves the handler
         try:
-            content = await self._scores(request)
+            response = _json(200, await self._scores(request))
             status = 200
-            return _json(200, content)
         except Refused as refused:
+            response = _refusal(refused)
             status = refused.status
-            return _refusal(refused)
         finally:
             self.metrics.answers[status] += 1
             self.metrics.seconds += time.perf_counter() - started
+        if self.is_closing:  # or the client sends its next request into a closed connection
+            response.headers["Connection"] = "close"
+        return response
 
     async def _scores(self, request: Request) -> Mapping[str, Any]:
         ends = asyncio.get_running_loop().time() + self.settings.seconds

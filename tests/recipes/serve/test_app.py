@@ -207,6 +207,7 @@ def test_a_closing_server_answers_what_is_inside(scorer):
         held.go.set()
         assert taken.result().status_code == 200
     assert late.status_code == 503
+    assert taken.result().headers["connection"] == late.headers["connection"] == "close"
     assert web.app.state.service.batcher.is_alive is False
 
 
