@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
+import threading
 from contextlib import nullcontext
 
 import pytest
@@ -394,14 +395,18 @@ def test_checkpoints_of_another_optimizer_are_refused(tmp_path):
 
 @VIEWS
 @pytest.mark.usefixtures("group")
-def test_a_folder_that_cannot_be_written_leaves_no_checkpoint(tmp_path):
+def test_a_folder_that_cannot_be_written_leaves_no_checkpoint(tmp_path, monkeypatch):
+    """The writer waits until its folder is gone: otherwise it may be ahead of this test."""
     _, state, f = started()
     (tmp_path / "file").write_text("")
     with pytest.raises(OSError, match="file"):
         save_shards(tmp_path / "file" / "state", f, state)
+    gone, write = threading.Event(), checkpoint._write
+    monkeypatch.setattr(checkpoint, "_write", lambda *given: (gone.wait(60), write(*given))[1])
     saving = saving_shards(tmp_path / "state", f, state)
     shutil.rmtree(tmp_path / ".state.unfinished")
     (tmp_path / ".state.unfinished").write_text("")
+    gone.set()
     with pytest.raises(OSError, match="unfinished"):
         saving.finish()
     assert not (tmp_path / "state").exists()

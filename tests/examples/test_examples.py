@@ -112,7 +112,6 @@ def test_data_distillation():
 def test_best_of_n():
     found = load("best_of_n").main()
     assert 0.4 < found["random"] < 0.6
-    assert abs(found["untrained"] - found["random"]) < 0.15
     assert found["trained"] > found["majority"] + 0.02 > found["untrained"] + 0.2
 
 

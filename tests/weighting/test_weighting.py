@@ -284,7 +284,7 @@ def test_features_are_counted():
     assert feature_count(("label", "p_label", "loss")) == 3
     assert feature_count(("label", "p_label", "loss"), reference=True) == 5
     assert feature_count(("label", "steps", "domain", "length"), reference=True, domains=4) == 7
-    with pytest.raises(ValueError, match=r"expected among p_plus, .*, domain; found 'entropy'"):
+    with pytest.raises(ValueError, match=r"expected among p_plus, .*, gradient; found 'entropy'"):
         feature_count(("entropy",))
     with pytest.raises(ValueError, match="'domain' needs examples that all name their domain"):
         feature_count(("domain",))
