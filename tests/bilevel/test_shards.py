@@ -41,6 +41,7 @@ from bilevel import (
     tree,
 )
 from bilevel.replicas import is_apart
+from bilevel.shards import checkpoint as shard_files
 from tests.bilevel import shard_cases, shard_checkpoints
 from tests.rank_processes import fork_ranks, run_ranks
 
@@ -401,8 +402,8 @@ def test_a_folder_that_cannot_be_written_leaves_no_checkpoint(tmp_path, monkeypa
     (tmp_path / "file").write_text("")
     with pytest.raises(OSError, match="file"):
         save_shards(tmp_path / "file" / "state", f, state)
-    gone, write = threading.Event(), checkpoint._write
-    monkeypatch.setattr(checkpoint, "_write", lambda *given: (gone.wait(60), write(*given))[1])
+    gone, write = threading.Event(), shard_files._write
+    monkeypatch.setattr(shard_files, "_write", lambda *given: (gone.wait(60), write(*given))[1])
     saving = saving_shards(tmp_path / "state", f, state)
     shutil.rmtree(tmp_path / ".state.unfinished")
     (tmp_path / ".state.unfinished").write_text("")

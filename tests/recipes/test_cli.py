@@ -105,8 +105,8 @@ def test_help_says_default_and_choices(capsys):
         (
             "trian",
             "bilevel-prm: unknown command 'trian'; did you mean 'train'?; expected cold-start, "
-            "train, score, select, evaluate, weigh, serve, parity, convert-model, compare, weights, "
-            "report, env, data, runs",
+            "train, score, select, evaluate, weigh, serve, parity, convert-model, compare, "
+            "weights, report, env, data, runs",
         ),
         (
             "data valdate x",
