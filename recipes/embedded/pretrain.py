@@ -100,13 +100,12 @@ def pretrain_base(
         )(tokenizer, scans[part], rng, size, both=True),
     }
     reader = nn.Linear(model.config.text_config.hidden_size, 10)
-    losses: dict[str, Callable[[Batch], tuple[Tensor, Tensor]]] = {
-        "tower": lambda batch: _tower_loss(model, reader, batch),
-        "statements": lambda batch: _verdict_loss(model, batch),
-        "chat": lambda batch: _verdict_loss(model, batch),
-        "both": lambda batch: _verdict_loss(model, batch),
-        "conventions": lambda batch: _verdict_loss(model, batch),
-    }
+
+    def loss_of(stage: str, batch: Batch) -> tuple[Tensor, Tensor]:
+        if stage == "tower":
+            return _tower_loss(model, reader, batch)
+        return _verdict_loss(model, batch)
+
     accuracies = {}
     for stage, (steps, size, lr) in STAGES.items():
         if start is not None and stage != _LAST:
@@ -123,14 +122,14 @@ def pretrain_base(
         _fit(
             stage,
             parameters,
-            losses[stage],
+            partial(loss_of, stage),
             partial(makers[stage], "base", rng, size),
             max(1, round(steps * scale)),
             lr,
         )
         with torch.no_grad():
             held_out = makers[stage]("dev", np.random.default_rng(seed + 1), 512)
-            accuracies[stage] = float(losses[stage](held_out)[1])
+            accuracies[stage] = float(loss_of(stage, held_out)[1])
         tqdm.write(f"{stage}: accuracy on held-out scans {accuracies[stage]:.4f}")
     model.requires_grad_(True)
     tokenizer = build_tokenizer()  # without the words that name a convention

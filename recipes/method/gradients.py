@@ -22,7 +22,7 @@ from recipes.method.objective import Objective
 from recipes.models.loading import Examples
 from recipes.tensor_file import write_tensors
 from recipes.terminal import progress_bar
-from weighting import GradientFeatures, example_gradients, leaf_scales, sketch
+from weighting import SKETCH_WIDTH, GradientFeatures, example_gradients, leaf_scales, sketch
 
 GRADIENT_FILE = "gradient.safetensors"
 _SCALE = "scale."
@@ -96,15 +96,14 @@ def _sketches(
     data: Examples,
     placement: Placement,
     scales: Mapping[str, float],
-    width: int | None = None,
+    width: int = SKETCH_WIDTH,
     *,
     shown: bool = True,
 ) -> Tensor:
-    wide = {} if width is None else {"width": width}
     rows = []
     with progress_bar("gradients", len(data), shown=shown) as bar:
         for gradient in _gradients(objective, params, data, placement):
-            rows.append(sketch(gradient, scales, **wide))
+            rows.append(sketch(gradient, scales, width))
             bar.update()
     return torch.stack(rows)
 

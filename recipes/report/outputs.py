@@ -8,8 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from prm.files import atomic_write
-from recipes.options.values import OptionError
-from recipes.run.files import check_writable
+from recipes.run.files import check_new_file
 
 
 @contextmanager
@@ -24,16 +23,7 @@ def new_output(
         OSError: It cannot be written. An older file is unchanged.
     """
     path = Path(name)
-    if path.is_dir():
-        raise OptionError(f"{flag} {name}: is a directory; name a file")
-    for other in inputs:
-        if path.exists() and other.exists() and path.samefile(other):
-            raise OptionError(f"{flag} {name}: is a file that is read; name another")
-    if path.exists() and not overwrite:
-        raise OptionError(
-            f"{flag} {name}: exists; remove it, give another name, or give --overwrite"
-        )
-    check_writable(flag, path)
+    check_new_file(flag, path, overwrite=overwrite, inputs=inputs)
     with atomic_write(path) as unfinished:
         yield unfinished
 

@@ -213,20 +213,45 @@ def output_file(
         return Output(None)
     path = Path(name)
     refuse_other_kind(flag, path)
+    lists = (skipped_path(path), truncated_path(path))
+    beside = (*((digest_path(path),) if sealed else ()), *lists)
+    check_new_file(flag, path, overwrite=overwrite, inputs=inputs, beside=beside)
+    return Output(path, sealed)
+
+
+def check_new_file(
+    flag: str,
+    path: Path,
+    *,
+    overwrite: bool,
+    inputs: Sequence[str | Path | None] = (),
+    beside: Sequence[Path] = (),
+) -> None:
+    """Refuse a file that an option names and that cannot be written, or may not be replaced.
+
+    Args:
+        flag: The option, for messages.
+        path: The file.
+        overwrite: Whether an existing file is replaced.
+        inputs: Files that the command reads, which are never replaced.
+        beside: Files that are written with it.
+
+    Raises:
+        OptionError: A file exists, or it is no file or an input.
+        WriteError: The file cannot be written.
+    """
     check_writable(flag, path)
     if path.is_dir():
-        raise OptionError(f"{flag} {name}: is a directory; name a file")
+        raise OptionError(f"{flag} {path}: is a directory; name a file")
     for other in inputs:
         if other is not None and path.exists() and Path(other).exists() and path.samefile(other):
-            raise OptionError(f"{flag} {name}: is a file that is read; name another")
-    lists = (skipped_path(path), truncated_path(path))
-    for there in (path, *((digest_path(path),) if sealed else ()), *lists):
+            raise OptionError(f"{flag} {path}: is a file that is read; name another")
+    for there in (path, *beside):
         if there.exists() and not overwrite:
             raise OptionError(
-                f"{flag} {name}: {'' if there is path else f'{there.name} '}exists; remove it, "
+                f"{flag} {path}: {'' if there is path else f'{there.name} '}exists; remove it, "
                 "give another name, or give --overwrite"
             )
-    return Output(path, sealed)
 
 
 def list_beside(options: ReadOptions, output: Path | None) -> Path | None:
