@@ -76,7 +76,8 @@ class Remote:
             with build_opener(ProxyHandler({})).open(request, timeout=self.seconds) as answer:
                 return json.loads(answer.read())
         except HTTPError as error:
-            said = error.read(_SHOWN).decode(errors="replace")
+            with error:  # an answer that was not read to its end keeps its connection open
+                said = error.read(_SHOWN).decode(errors="replace")
             raise RunError(f"{where}: answered {error.code} {error.reason}: {said}") from error
         except (URLError, TimeoutError, ConnectionError) as error:
             why = error.reason if isinstance(error, URLError) else error
