@@ -56,6 +56,7 @@ def test_a_signal_ends_the_server_when_all_is_answered(model):
         assert url.startswith("http://127.0.0.1:")
         first = post(url)
         found: list[dict] = []
+        refused: list[int] = []
         some = threading.Semaphore(0)
 
         def ask() -> None:
@@ -64,7 +65,7 @@ def test_a_signal_ends_the_server_when_all_is_answered(model):
                     found.append(post(url))
                 except urllib.error.HTTPError as error:
                     error.close()  # it holds the connection, and outlives the thread
-                    assert error.code == 503
+                    refused.append(error.code)
                     return
                 except OSError:  # the server does not listen any more
                     return
@@ -84,6 +85,7 @@ def test_a_signal_ends_the_server_when_all_is_answered(model):
         server.kill()
     assert server.returncode == 128 + signal.SIGTERM
     assert all(answer["steps"] == 1 for answer in (first, *found))
+    assert set(refused) <= {503}
     (last,) = said.splitlines()
     assert last.startswith("bilevel-prm serve: ended by SIGTERM; requests answered: ")
     counts = dict(reversed(part.split(" x ")) for part in last.split(": ")[-1].split(", "))
