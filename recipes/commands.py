@@ -186,7 +186,7 @@ def _env(options: EnvOptions) -> None:
 
 
 def _compare(options: Any) -> None:
-    from recipes.embedded.compare import compare
+    from recipes.comparison.compare import compare
 
     _quiet()
     compare(options)

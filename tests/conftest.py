@@ -32,7 +32,7 @@ SLOW = (
     *("tests/examples", "tests/fuzz", "tests/invariants"),
     *("tests/prm/inputs/test_workers.py", "tests/prm/models/test_families.py"),
     *("tests/prm/test_package.py",),
-    *("tests/recipes/data_files/test_validate.py", "tests/recipes/embedded/test_compare.py"),
+    *("tests/recipes/data_files/test_validate.py", "tests/recipes/comparison/test_compare.py"),
     *("tests/recipes/embedded/test_pretrain.py", "tests/recipes/evidence"),
     *("tests/recipes/problems", "tests/recipes/run/test_checkpoints.py"),
     *("tests/recipes/run/test_faults.py", "tests/recipes/test_stopping.py"),

@@ -11,13 +11,13 @@ import numpy as np
 import pytest
 import yaml
 
-import recipes.embedded.compare
+import recipes.comparison.compare
 import recipes.options.parse
 import recipes.train.dev_evaluation
 import recipes.train.loop
 import recipes.train.training
+from recipes.comparison.compare import compare, statistics
 from recipes.embedded.build import build
-from recipes.embedded.compare import compare, statistics
 from recipes.evaluation.table import NAMES
 from recipes.options.embedded import CompareOptions
 from recipes.options.parse import PRESETS
@@ -124,15 +124,17 @@ def tiny(task, tmp_path, monkeypatch):
     sizes = replace(SIZES, dev_questions=12)  # some have right and wrong candidates
     monkeypatch.setattr(recipes.options.parse, "PRESETS", tmp_path / "presets")
     monkeypatch.setattr(
-        recipes.embedded.compare, "build", lambda at, *, seed: build(at, seed=seed, sizes=sizes)
+        recipes.comparison.compare, "build", lambda at, *, seed: build(at, seed=seed, sizes=sizes)
     )
-    monkeypatch.setattr(recipes.embedded.compare, "_RESAMPLES", 200)
+    monkeypatch.setattr(recipes.comparison.compare, "_RESAMPLES", 200)
     return CompareOptions(
         output_dir=str(tmp_path / "results"),
         work_dir=str(tmp_path / "work"),
         seeds=2,
         # Without a ceiling: whether it is above No Selection here is chance.
-        methods=tuple(name for name in recipes.embedded.compare._METHODS if name != "clean_oracle"),
+        methods=tuple(
+            name for name in recipes.comparison.compare._METHODS if name != "clean_oracle"
+        ),
         threads=1,
         progress=False,
     )
@@ -165,8 +167,8 @@ def test_every_method_on_every_seed(tiny, tmp_path, monkeypatch, capsys):
         for run in filter(Path.is_dir, seed.iterdir()):
             check_rows_of(run, seed)
     # A second call finds everything done.
-    monkeypatch.setattr(recipes.embedded.compare, "run_training", None)
-    monkeypatch.setattr(recipes.embedded.compare, "run_cold_start", None)
+    monkeypatch.setattr(recipes.comparison.compare, "run_training", None)
+    monkeypatch.setattr(recipes.comparison.compare, "run_cold_start", None)
     assert compare(tiny) == report
 
 

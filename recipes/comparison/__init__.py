@@ -1,0 +1,1 @@
+"""The comparison of methods and controls on the embedded task over seeds."""
