@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import recipes.embedded.build
 from recipes.embedded.build import Sizes, build
 from recipes.embedded.questions import (
     FAMILIES,
@@ -20,7 +21,15 @@ from recipes.embedded.questions import (
     solve,
     stated_answer,
 )
-from recipes.embedded.sheets import CELLS, PICTURES, SPLITS, draw_sheet, load_scans, renamed
+from recipes.embedded.sheets import (
+    CELLS,
+    PICTURES,
+    SPLITS,
+    Scans,
+    draw_sheet,
+    load_scans,
+    renamed,
+)
 from recipes.embedded.sources import SOURCES, Mixture, judge, true_labels
 from recipes.embedded.student import attempt, draw_difficulty
 
@@ -197,6 +206,53 @@ def test_files_hold_what_they_promise(data):
     for row in rows["test"]:
         with Image.open(directory / row["images"][0]) as image:
             assert image.size == (32, 32)
+
+
+@pytest.mark.parametrize("name", ["train", "meta", "test"])
+def test_right_answers_count_rows_from_the_bottom(name, tmp_path, monkeypatch):
+    """With scans that are even areas, whose brightness is the digit, the pixels tell the values.
+
+    Row A is below row B then, and the right candidates and the verified labels read it so. Read
+    from the top instead, most of these sheets contradict them.
+    """
+    shades = np.arange(10, dtype=np.uint8)[:, None, None] * 20 + 40
+    even = Scans(np.broadcast_to(shades, (10, 8, 8)).astype(np.uint8), np.arange(10))
+    monkeypatch.setattr(recipes.embedded.build, "load_scans", lambda: dict.fromkeys(SPLITS, even))
+    build(tmp_path / "data", seed=5, sizes=SMALL)
+    lines = (tmp_path / "data" / f"{name}.jsonl").read_text().splitlines()
+    rows = [json.loads(line) for line in lines]
+    rows = [row for row in rows if row.get("correct") or row.get("source") == "verified"]
+    if name == "meta":  # without labels of steps; two mistakes seldom cancel in a sum
+        rows = [row for row in rows if row["domain"] == "sum"]
+    errors = {"bottom": [], "top": []}
+    for row in rows:
+        with Image.open(tmp_path / "data" / row["images"][0]) as image:
+            pixels = np.asarray(image, dtype=float)
+        readings = [
+            (step["text"][:2], int(step["text"].split()[-1]))
+            for step in row["steps"]
+            if step["text"][2:].startswith("= ") and step["label"] != "-"
+        ]
+        if not readings:
+            continue
+        expected = np.array([value * 20 + 40 for _, value in readings], dtype=float)
+        for end in errors:
+            found = [brightness(pixels, cell, end) for cell, _ in readings]
+            # The whole sheet is dimmed by one factor, the ratio of which is the best fit.
+            factor = np.dot(found, expected) / np.dot(expected, expected)
+            errors[end].append(np.abs(found - factor * expected).max())
+    fitting = {end: np.mean(np.array(found) < 12) for end, found in errors.items()}
+    assert len(errors["bottom"]) >= 4
+    assert fitting["bottom"] == 1
+    assert fitting["top"] < 0.5
+
+
+def brightness(pixels: np.ndarray, cell: str, end: str) -> float:
+    """The mean of the middle of a cell, with row A at the given end of the sheet."""
+    row = "AB".index(cell[0])
+    y = 16 * (1 - row if end == "bottom" else row) + 8
+    x = 16 * (int(cell[1]) - 1) + 8
+    return float(pixels[y - 2 : y + 2, x - 2 : x + 2].mean())
 
 
 def test_same_seed_same_bytes_and_no_overwriting(data, tmp_path):
