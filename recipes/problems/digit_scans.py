@@ -83,6 +83,22 @@ def with_wrong_labels(scans: Scans, share: float, generator: torch.Generator) ->
     return replace(scans, y=labels)
 
 
+def with_mistaken_classes(scans: Scans, share: float, generator: torch.Generator) -> Scans:
+    """Give a share of the rows of five random classes the label of another class each.
+
+    The five are mistaken for each other in a cycle, as by an annotator with another key:
+    ``round(share * rows of the class)`` of each, so that with a share above one half most labels of
+    these classes are wrong, and consistently so.
+    """
+    mistaken = torch.randperm(CLASSES, generator=generator)[: CLASSES // 2]
+    labels = scans.y.clone()
+    for digit, other in zip(mistaken.tolist(), mistaken.roll(1).tolist(), strict=True):
+        rows = (scans.y == digit).nonzero().squeeze(1)
+        order = torch.randperm(len(rows), generator=generator)
+        labels[rows[order[: round(share * len(rows))]]] = other
+    return replace(scans, y=labels)
+
+
 def long_tail(scans: Scans, imbalance: float, generator: torch.Generator) -> tuple[Scans, Tensor]:
     """Remove rows so that the class of rank k of ten keeps ``n · imbalance^(−k/9)``.
 

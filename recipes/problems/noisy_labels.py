@@ -11,7 +11,7 @@ import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -39,6 +39,7 @@ from recipes.problems.digit_scans import (
     joined,
     long_tail,
     read_splits,
+    with_mistaken_classes,
     with_wrong_labels,
 )
 from recipes.problems.report import check_options, mean_interval, percent, run_recipe, text_table
@@ -63,7 +64,14 @@ class NoisyLabelOptions:
     """Options of the command. Rates, steps and warm-up were chosen on dev rows of other seeds."""
 
     long_tail: bool = option(False, "rare classes with right labels, instead of wrong labels")
-    wrong_share: float = option(0.4, "share of the training labels that are wrong")
+    noise: Literal["spread", "classes"] = option(
+        "spread",
+        "wrong labels of all rows, any of the other nine; or of five classes, the same other class "
+        "each time",
+    )
+    wrong_share: float = option(
+        0.4, "share of the training labels (of those classes) that are wrong"
+    )
     imbalance: float = option(20.0, "long tail: rows of the fullest class per row of the rarest")
     seed: int = option(0, "the first seed", least=0)
     seeds: int = option(
@@ -123,7 +131,8 @@ def make_task(options: NoisyLabelOptions, seed: int) -> Task:
     splits = read_splits(generator)
     if options.long_tail:
         return Task(splits, *long_tail(splits.train, options.imbalance, generator))
-    return Task(splits, with_wrong_labels(splits.train, options.wrong_share, generator), None)
+    spoil = with_wrong_labels if options.noise == "spread" else with_mistaken_classes
+    return Task(splits, spoil(splits.train, options.wrong_share, generator), None)
 
 
 def rows_of(method: str, task: Task) -> Scans:
@@ -145,7 +154,7 @@ def weighting_of(method: str, scans: Scans, options: NoisyLabelOptions, seed: in
     if method == "meta_weight_net":
         return meta_weight_net(WarmupCosine(options.net_lr, 0, upper_steps), _generator(seed, 1))
     if method == "small_loss":
-        return small_loss(1 - options.wrong_share, options.filter_after)
+        return small_loss(float(scans.clean.double().mean()), options.filter_after)
     return inverse_frequency(scans.y) if method == "inverse_frequency" else uniform()
 
 
@@ -279,18 +288,19 @@ def _take_times(runs: Mapping[str, list[dict[str, Any]]], shares: Sequence[float
 
 
 def _summary(runs: Mapping[str, list[dict[str, Any]]]) -> dict[str, Any]:
-    """Return means over seeds with 95 % intervals, and those of differences to uniform weights."""
+    """Return means over seeds with 95 % intervals, and those of differences to two baselines."""
     rows: dict[str, Any] = {}
     for name, rows_of_name in runs.items():
         keys = [key for key, value in rows_of_name[0].items() if isinstance(value, float)]
         rows[name] = {key: mean_interval([run[key] for run in rows_of_name]) for key in keys}
-        if "uniform" in runs and name != "uniform":
-            rows[name]["minus_uniform"] = mean_interval(
-                [
-                    run["test"] - base["test"]
-                    for run, base in zip(rows_of_name, runs["uniform"], strict=True)
-                ]
-            )
+        for base in ("uniform", "meta_only"):
+            if base in runs and name != base:
+                rows[name][f"minus_{base}"] = mean_interval(
+                    [
+                        run["test"] - other["test"]
+                        for run, other in zip(rows_of_name, runs[base], strict=True)
+                    ]
+                )
     return rows
 
 

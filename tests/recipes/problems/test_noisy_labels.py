@@ -22,7 +22,13 @@ from recipes.problems.digit_reweighting import (
     small_loss,
     uniform,
 )
-from recipes.problems.digit_scans import joined, long_tail, read_splits, with_wrong_labels
+from recipes.problems.digit_scans import (
+    joined,
+    long_tail,
+    read_splits,
+    with_mistaken_classes,
+    with_wrong_labels,
+)
 from recipes.problems.noisy_labels import (
     TITLES,
     NoisyLabelOptions,
@@ -83,6 +89,26 @@ def test_wrong_labels_are_the_nine_others_alike():
     expected = counts.sum() / 9
     # χ² with 8 degrees of freedom: its 99.9 % quantile is 26.1.
     assert float(((counts[1:] - expected) ** 2 / expected).sum()) < 26.1
+
+
+@pytest.mark.parametrize("share", [0.3, 0.6])
+def test_mistaken_classes_go_around_a_cycle_of_five(share):
+    scans = read_splits(seeded()).train
+    spoilt = with_mistaken_classes(scans, share, seeded(3))
+    assert torch.equal(spoilt.true, scans.true)
+    taken_for = {}
+    for digit in range(10):
+        rows = spoilt.true == digit
+        wrong = spoilt.y[rows & ~spoilt.clean]
+        assert len(wrong) in (0, round(share * int(rows.sum())))
+        if len(wrong):
+            (taken_for[digit],) = wrong.unique().tolist()
+    assert len(taken_for) == 5
+    at = start = min(taken_for)
+    seen = {start}
+    while (at := taken_for[at]) != start:
+        seen.add(at)
+    assert seen == set(taken_for)
 
 
 def test_a_long_tail_falls_geometrically():
