@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from recipes.evaluation.beside import Beside
+
 NAMES = {
     "pass@1": "pass@1 (random candidate)",
     "self_consistency": "self-consistency (majority)",
@@ -17,13 +19,19 @@ NAMES = {
     "instance_table": "PRM: Instance Table",
     "instance_net": "PRM: Instance Net",
     "domain_table": "PRM: Domain Table",
+    "loss_net": "PRM: Net on the loss alone (Meta-Weight-Net)",
+    "table_sanity": "PRM: Table, meta set = dev set",
+    "net_sanity": "PRM: Net, meta set = dev set",
+    "all_data": "PRM: No Selection on four times the data",
     "fixed_weights": "PRM: given weights",
     "clean_oracle": "PRM: clean labels only (ceiling)",
     "clean": "PRM: clean labels only (ceiling)",
     "shuffled_table": "control: Table's weights shuffled",
     "shuffled_net": "control: Net's weights shuffled",
     "small_loss": "control: small-loss filter",
+    "bis": "control: Balanced-Information Score",
     "meta_only": "control: fine-tuning on the meta set",
+    "outcome_model": "control: outcome reward model of the meta set",
     "from_base": "control: No Selection from the base model",
 }
 """Labels of the rows of ``results.json`` in a table; pass@N rows are named by their N."""
@@ -33,15 +41,29 @@ SANITY_CHECK = "_sanity_check"
 """Suffix of the name of a row whose meta or dev set shares questions with the test set."""
 
 
-def results_table(results: Mapping[str, Any]) -> str:
-    """Return the accuracy of every row with its 95 % interval, in the order of ``NAMES``."""
+def results_table(results: Mapping[str, Any], beside: Beside | None = None) -> str:
+    """Return the accuracy of every row with its 95 % interval, in the order of ``NAMES``.
+
+    Args:
+        results: The ``results.json`` of a run.
+        beside: Rows of a comparison on the same test file, which are marked as such.
+    """
     intervals = results.get("ci95", {})
     lines = [f"{'best-of-N accuracy':<38}{'mean':>7}   95 % interval"]
-    order: Sequence[str] = [*(name for name in NAMES if name in results["rows"])]
-    order = [*order, *(name for name in results["rows"] if name not in NAMES)]
+    others = {} if beside is None else beside.rows
+    rows = {**others, **results["rows"]}
+    order: Sequence[str] = [*(name for name in NAMES if name in rows)]
+    order = [*order, *(name for name in rows if name not in NAMES)]
     for name in order:
-        low, high = intervals.get(name, (float("nan"), float("nan")))
-        lines.append(f"{label_of(name):<38}{results['rows'][name]:>7.3f}   [{low:.3f}, {high:.3f}]")
+        line = f"{label_of(name):<38}{rows[name]:>7.3f}"
+        if name in results["rows"]:
+            low, high = intervals.get(name, (float("nan"), float("nan")))
+            line += f"   [{low:.3f}, {high:.3f}]"
+        else:
+            line += "   *"
+        lines.append(line)
+    if beside is not None:
+        lines.append(f"* last model of another run on the same test file: {beside.source}")
     return "\n".join(lines)
 
 
@@ -64,6 +86,30 @@ def comparison_table(report: Mapping[str, Any]) -> str:
             cells += ["", ""]
         closed = report.get("gap_closed", {}).get(name)
         cells.append(f"{100 * closed:.0f} %" if closed is not None else "")
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def settings_table(report: Mapping[str, Any]) -> str:
+    """Return the settings of a comparison as a Markdown table, each below the row it varies.
+
+    Accuracies are of models stopped on dev; the row with the usual value is on the same seeds.
+    """
+    lines = [
+        "| varied | value | row | accuracy | minus the usual | 95 % interval | last model |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for setting in report["settings"].values():
+        low, high = setting["difference_ci95"]
+        cells = [
+            setting["group"],
+            setting["value"],
+            label_of(setting["of"]),
+            f"{setting['accuracy']:.3f}",
+            f"{setting['difference']:+.3f}",
+            f"[{low:+.3f}, {high:+.3f}]",
+            f"{setting['last']:.3f}",
+        ]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 

@@ -95,6 +95,9 @@ META_AND_TEST = Condition(
     "give --meta-file and --test-file",
 )
 DEV_NAMED = Condition(lambda given: given.dev_file is not None, ("dev_file",), "give --dev-file")
+TEST_NAMED = Condition(
+    lambda given: given.test_file is not None, ("test_file",), "give --test-file"
+)
 EVALUATED = Condition(
     lambda given: given.eval_every > 0, ("eval_every",), "use --eval-every 1 or more"
 )

@@ -17,6 +17,7 @@ from recipes.options.conditions import (
     META_AND_TEST,
     META_LOSS,
     SAVED,
+    TEST_NAMED,
     UPPER_ADAM,
     UPPER_COSINE,
     UPPER_STEP,
@@ -234,6 +235,14 @@ class TrustedData:
     )
     test_file: str | None = option(
         None, "candidates that are scored once, at the end", on_resume="free", path=True
+    )
+    compare_with: str | None = option(
+        None,
+        "compare.json that `bilevel-prm compare` wrote: its rows on the same test file stand in "
+        "the printed table beside this run's",
+        only_with=TEST_NAMED,
+        on_resume="free",
+        path=True,
     )
     sanity_check: bool = option(
         False,

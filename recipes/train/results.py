@@ -14,6 +14,7 @@ from bilevel import ShardedModule
 from prm.conventions import FILE, write_conventions
 from prm.models.adapters import save_adapter
 from prm.models.model import PRM, save_prm
+from recipes.evaluation.beside import Beside
 from recipes.evaluation.candidates import evaluate, report_of, values_of
 from recipes.evaluation.figures import curves
 from recipes.evaluation.table import SANITY_CHECK, results_table
@@ -117,11 +118,13 @@ def evaluate_all(
     return results
 
 
-def print_summary(results: Mapping[str, Any], directory: Path) -> None:
-    """Print the ``results.json`` of a complete run."""
+def print_summary(
+    results: Mapping[str, Any], directory: Path, beside: Beside | None = None
+) -> None:
+    """Print the ``results.json`` of a complete run, with rows of others on the same test file."""
     if results["rows"]:
         print(f"\n{results['n_questions']} test questions")
-        print(results_table(results))
+        print(results_table(results, beside))
         if results["step_auc"] is not None:
             print(f"step AUC {results['step_auc']:.3f}, macro F1 {results['step_macro_f1']:.3f}")
     if (chosen := results.get("model_selection")) is not None:

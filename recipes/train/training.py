@@ -17,6 +17,7 @@ from prm.aggregations import AGGREGATIONS
 from prm.inputs.collate import Batch
 from prm.models.model import PRM
 from prm.placement import Placement
+from recipes.evaluation.beside import Beside, rows_beside
 from recipes.evaluation.candidates import step_scores_of
 from recipes.evaluation.kept_scores import initial_score_cache, kept_scores
 from recipes.method.bounded_weights import make_weighting
@@ -46,6 +47,7 @@ from recipes.run.errors import RunError
 from recipes.run.files import write_json
 from recipes.run.identity import digest_model
 from recipes.run.resume import Run, open_run
+from recipes.terminal import say
 from recipes.train.batches import (
     Draw,
     ahead,
@@ -137,6 +139,7 @@ def _run_training(options: TrainOptions, logged: Callable[[int], None] | None) -
     prm = at_boundary(trained.prm, lower, options)
     data = read_train_data(prm, options)
     refuse_other_bad_rows(options, data.bad)
+    beside = _beside(options)
     title = row_name(options)
     dev = dev_evaluation(options, prm, data.evaluations, title)
     objective = _objective(options, prm, data)
@@ -218,8 +221,19 @@ def _run_training(options: TrainOptions, logged: Callable[[int], None] | None) -
             results["seconds"] = clock.laps
             write_json(run.directory / "results.json", results)
             remove_kept(run.directory)
-    print_summary(results, run.directory)
+    print_summary(results, run.directory, beside)
     return run.directory
+
+
+def _beside(options: TrainOptions) -> Beside | None:
+    """Return the rows of ``--compare-with`` on the test file; if there are none, say so."""
+    path, test_file = options.data.compare_with, options.data.test_file
+    if path is None or test_file is None:
+        return None
+    found = rows_beside(path, test_file)
+    if found is None:
+        say(f"--compare-with {path}: no seed of it has the test file {test_file}")
+    return found
 
 
 def _report_weights(

@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
-from recipes.evaluation.table import NAMES, comparison_table, label_of, results_table
+from recipes.evaluation.table import (
+    NAMES,
+    comparison_table,
+    label_of,
+    results_table,
+    settings_table,
+)
 
 
 def test_results_table():
@@ -63,3 +69,18 @@ def test_labels():
     assert label_of("pass@16") == "pass@16 (oracle)"
     assert label_of("pass@1") == NAMES["pass@1"] == "pass@1 (random candidate)"
     assert label_of("something new") == "something new"
+
+
+def test_settings_table():
+    setting = {
+        "group": "bound",
+        "value": "none",
+        "of": "instance_table",
+        "accuracy": 0.75,
+        "last": 0.7,
+        "difference": -0.0551,
+        "difference_ci95": [-0.09, 0.001],
+    }
+    assert settings_table({"settings": {"table_bound_none": setting}}).splitlines()[2:] == [
+        "| bound | none | PRM: Instance Table | 0.750 | -0.055 | [-0.090, +0.001] | 0.700 |"
+    ]

@@ -276,7 +276,7 @@ def test_what_a_resumed_run_may_change():
     assert kinds["free"] == {
         *("resume", "output_dir", "on_existing", "progress", "threads", "workers"),
         *("log_every", "save_every", "keep_checkpoints", "on_trouble", "execution"),
-        *("eval_every", "keep_best"),
+        *("eval_every", "keep_best", "compare_with"),
         *("dev_file", "test_file", "sanity_check", "on_bad_row", "max_bad_rows"),
         "initial_loss",
         *(
