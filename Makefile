@@ -9,7 +9,7 @@ COLD := runs/cold-start
 GAME24 := data/game24/candidates.jsonl
 
 .DEFAULT_GOAL := help
-.PHONY: help install train-net train-table train-domain baseline cold-start data results bench \
+.PHONY: help install train-net train-table train-domain baseline cold-start data compare compare-quick bench \
 	bench-scoring bench-server bench-validate bench-growth bench-frozen check-smollm2 \
 	noisy-labels long-tail regularization learned-schedule \
 	chaos test test-quick fuzz soak docs lint format type clean-runs clean
@@ -43,7 +43,7 @@ data: $(DATA) ## write the embedded data set (once)
 cold-start: $(COLD) ## short supervised pass that the bilevel runs start from (once)
 
 train-net: $(COLD) ## the main job: Instance Net, bilevel training, evaluation
-	$(RUN) train --config train-net
+	$(RUN) train --config train-net --compare-with results/compare.json
 
 train-table: $(COLD) ## Instance Table
 	$(RUN) train --config train-table
@@ -54,11 +54,16 @@ train-domain: $(COLD) ## Domain Table
 baseline: $(COLD) ## No Selection: the same training with all weights 1
 	$(RUN) train --config baseline
 
-results: $(DATA) ## every row of the table in docs/results.md over several seeds (about two hours)
+compare: $(VENV)/installed ## every row and setting of docs/results.md over seeds; goes on after a kill
 	$(RUN) compare
+
+compare-quick: $(VENV)/installed ## the rows of the README for one seed: a quarter of an hour
+	$(RUN) compare --quick --output-dir runs/compare-quick
 
 noisy-labels: $(VENV)/installed ## another problem: learned weights for rows with wrong labels
 	$(VENV)/bin/python -m recipes.problems.noisy_labels --output results/noisy_labels.json
+	$(VENV)/bin/python -m recipes.problems.noisy_labels --noise classes --wrong-share 0.6 --seeds 8 \
+		--output results/class_noise.json
 
 long-tail: $(VENV)/installed ## the same for rare classes
 	$(VENV)/bin/python -m recipes.problems.noisy_labels --long-tail --output results/long_tail.json

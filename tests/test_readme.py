@@ -164,7 +164,7 @@ def test_make_targets_exist():
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
     code = blocks_of(EVERYTHING) + "\n" + "\n".join(spans_of(EVERYTHING))
     targets = set(re.findall(r"\bmake ([a-z0-9-]+)", code))
-    assert {"train-net", "test", "help", "docs", "results", "bench"} <= targets
+    assert {"train-net", "test", "help", "docs", "compare", "bench"} <= targets
     for target in targets:
         assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
 
@@ -201,10 +201,12 @@ def slug(heading: str) -> str:
 
 def test_results_are_those_that_were_written():
     """The table of the results is the one that `compare` made, digit for digit."""
-    from recipes.evaluation.table import comparison_table
+    from recipes.evaluation.table import comparison_table, settings_table
 
-    table = comparison_table(results("compare.json"))
+    report = results("compare.json")
+    table = comparison_table(report)
     assert table in PAGES["docs/results.md"]
+    assert settings_table(report) in PAGES["docs/results.md"]
     header, rule, *rows = table.splitlines()
     shown = README.split(f"{header}\n{rule}\n")[1].split("\n\n")[0].splitlines()
     assert len(shown) <= 8
@@ -383,7 +385,7 @@ def test_the_plan_past_one_machine_is_what_was_written():
 
 
 def test_other_problems_are_those_that_were_written():
-    """Accuracy, AUC and seconds of the rows with wrong labels and rare classes."""
+    """Accuracy, AUC and seconds of the rows with wrong labels, mistaken and rare classes."""
     from recipes.problems.noisy_labels import TITLES
 
     wrong, rare = (results(name)["rows"] for name in ("noisy_labels.json", "long_tail.json"))
@@ -398,11 +400,23 @@ def test_other_problems_are_those_that_were_written():
         assert cells[6] == digits(None if tail is None else 100 * tail["mean"], ".1f"), title
 
 
-def interval(found: dict | None) -> str:
+    mistaken = results("class_noise.json")["rows"]
+    shown = rows_of("docs/problems.md", "| method | mistaken classes")
+    assert [kinds[title] for title, *_ in shown] == list(mistaken)
+    for title, *cells in shown:
+        row = mistaken[kinds[title]]
+        assert cells == [
+            interval(row["test"]),
+            interval(row.get("minus_meta_only"), "+"),
+            digits(row.get("weight_auc", {}).get("mean"), ".3f"),
+        ]
+
+
+def interval(found: dict | None, sign: str = "") -> str:
     if found is None:
         return ""
     mean, low, high = (100 * found[key] for key in ("mean", "low", "high"))
-    return f"{mean:.1f} [{low:.1f}, {high:.1f}]"
+    return f"{mean:{sign}.1f} [{low:{sign}.1f}, {high:{sign}.1f}]"
 
 
 def test_faults_are_those_that_were_counted():

@@ -14,11 +14,18 @@ class CompareOptions:
     output_dir: str = option("results", "where compare.json is written")
     work_dir: str = option("runs/compare", "where data sets and runs of each seed are kept")
     seeds: int = option(
-        3, "seeds 0, 1, ...; each has its own data set, test set included", least=1, most=1000
+        5, "how many seeds; each has its own data set, test set included", least=1, most=1000
     )
-    methods: tuple[str, ...] = option((), "rows to compute; default: all")
-    threads: int = option(0, "CPU threads of torch (0: all cores)", least=0, most=MOST_THREADS)
-    progress: bool = option(True, "show progress bars")
+    first_seed: int = option(0, "the first of the seeds", least=0, most=MOST_SEED - 1000)
+    setting_seeds: int = option(
+        3, "how many of the seeds have the rows that vary one setting", least=0, most=1000
+    )
+    methods: tuple[str, ...] = option((), "rows and settings to compute; default: all")
+    quick: bool = option(False, "one seed and the rows of the README only")
+    jobs: int = option(
+        0, "runs side by side, each on one thread (0: as many as cores)", least=0, most=1000
+    )
+    progress: bool = option(True, "show how far it is")
 
 
 @dataclass(frozen=True, kw_only=True)

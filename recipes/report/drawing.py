@@ -72,7 +72,7 @@ def results(runs: Sequence[RunNumbers], file: str) -> Picture | None:
                 name = f"{name}\n{plain(runs[place].name, 36)}"
             rows.append((name, place if model else -1, row.mean, row.low, row.high))
     rows.sort(key=lambda row: row[1] >= 0)
-    figure, axes = _axes(0.42 * len(rows) + 1.0, grid="x")
+    figure, axes = blank_axes(0.42 * len(rows) + 1.0, grid="x")
     for height, (_, place, mean, low, high) in enumerate(reversed(rows)):
         colour = "#333333" if place < 0 else _COLOURS[place % len(_COLOURS)]
         mark = "|" if place < 0 else _MARKS[place % len(_MARKS)]
@@ -104,17 +104,17 @@ def best_of_k(runs: Sequence[RunNumbers]) -> Picture | None:
     curves = [(n, run, part) for n, run, part in curves if part.best_of_k]
     if not curves:
         return None
-    figure, axes = _axes(3.6)
+    figure, axes = blank_axes(3.6)
     for n, run, part in curves:
         ks = range(1, len(part.best_of_k) + 1)
-        axes.plot(ks, part.best_of_k, label=plain(run.name), **_style(n, mark=True))
+        axes.plot(ks, part.best_of_k, label=plain(run.name), **line_style(n, mark=True))
     oracle = curves[0][2].pass_at_k
     axes.plot(range(1, len(oracle) + 1), oracle, ":", color="#333333", label="oracle (pass@k)")
     axes.axhline(oracle[0], color="#333333", linewidth=0.8, label="random candidate")
     axes.set_xticks(range(1, len(oracle) + 1))
     axes.set_xlabel("candidates k")
     axes.set_ylabel("accuracy")
-    _legend(axes)
+    legend(axes)
     return _picture(
         figure,
         "best-of-k",
@@ -142,11 +142,11 @@ def trajectories(runs: Sequence[RunNumbers]) -> Picture | None:
     runs_with = [run for run in runs if "weights/ess" in run.log and not _constant(run)]
     if not runs_with:
         return None
-    figure, (above, below) = _axes(4.8, 2)
+    figure, (above, below) = blank_axes(4.8, 2)
     for n, run in enumerate(runs):
         if run not in runs_with:
             continue
-        style = _style(n)
+        style = line_style(n)
         low, high = run.log["weights/min"], run.log["weights/max"]
         smooth_low, smooth_high = _smooth(low.values), _smooth(high.values)
         above.fill_between(
@@ -161,7 +161,7 @@ def trajectories(runs: Sequence[RunNumbers]) -> Picture | None:
     below.set_ylabel("effective\nsample size, %")
     below.set_ylim(0, 105)
     below.set_xlabel("lower steps")
-    _legend(above)
+    legend(above)
     return _picture(
         figure,
         "trajectories",
@@ -178,7 +178,7 @@ def seconds(runs: Sequence[RunNumbers]) -> Picture | None:
     if not timed:
         return None
     parts = list(dict.fromkeys(part for run in timed for part in run.seconds))
-    figure, axes = _axes(0.45 * len(timed) + 1.3, grid="x")
+    figure, axes = blank_axes(0.45 * len(timed) + 1.3, grid="x")
     starts = np.zeros(len(timed))
     for n, part in enumerate(parts):
         lengths = np.array([run.seconds.get(part, 0.0) for run in timed])
@@ -205,7 +205,7 @@ def weights_by(weights: RunWeights, kind: str, name: str) -> Picture:
     groups = weights.groups.get(kind, {"all examples": np.arange(len(weights.ids))})
     ranked = sorted(groups.items(), key=lambda item: -len(item[1]))
     shown = sorted(ranked[:_MOST_GROUPS], key=lambda item: -weights.weight[item[1]].mean())
-    figure, several = _axes(max(0.78 * len(shown) + 0.7, 2.6), len(shown), grid="")
+    figure, several = blank_axes(max(0.78 * len(shown) + 0.7, 2.6), len(shown), grid="")
     low, high = float(weights.weight.min()), float(weights.weight.max())
     edges = np.linspace(low, high if high > low else low + 1, _BINS + 1)
     for axes, (group, rows) in zip(np.atleast_1d(several), shown, strict=True):
@@ -237,7 +237,7 @@ def weight_against_loss(weights: RunWeights, name: str) -> Picture | None:
     loss = weights.columns.get("initial_loss")
     if loss is None:
         return None
-    figure, axes = _axes(4.2)
+    figure, axes = blank_axes(4.2)
     groups = weights.groups.get("source") or weights.groups.get("domain") or {}
     kind = "source" if "source" in weights.groups else "domain"
     ranked = sorted(groups.items(), key=lambda item: -len(item[1]))[: len(_MARKS)]
@@ -259,7 +259,7 @@ def weight_against_loss(weights: RunWeights, name: str) -> Picture | None:
     axes.set_xlabel("loss under the initial model")
     axes.set_ylabel("weight")
     if ranked:
-        _legend(axes)
+        legend(axes)
     shapes = f" Shapes are the {kind}s." if ranked else ""
     left = len(groups) - len(ranked)
     more = f" The {left} smallest are not shown." if left > 0 else ""
@@ -290,13 +290,13 @@ def _over_steps(
     parts = [(key, label) for key, label in parts if any(key in run.log for run in runs)]
     if not parts:
         return None
-    figure, several = _axes(2.3 * len(parts) + 0.4, len(parts))
+    figure, several = blank_axes(2.3 * len(parts) + 0.4, len(parts))
     for axes, (key, label) in zip(np.atleast_1d(several), parts, strict=True):
         for n, run in enumerate(runs):
             if key in run.log:
-                _curve(axes, run.log[key], plain(run.name), _style(n))
+                _curve(axes, run.log[key], plain(run.name), line_style(n))
         axes.set_ylabel(label)
-    _legend(np.atleast_1d(several)[0])
+    legend(np.atleast_1d(several)[0])
     np.atleast_1d(several)[-1].set_xlabel("lower steps")
     return _picture(figure, name, title, caption)
 
@@ -315,7 +315,8 @@ def _smooth(values: Sequence[float]) -> Any:
     return (sums[high] - sums[low]) / (high - low)
 
 
-def _style(n: int, mark: bool = False) -> dict[str, Any]:
+def line_style(n: int, mark: bool = False) -> dict[str, Any]:
+    """Return colour, dashes and, if asked for, the mark of the n-th line of a figure."""
     style: dict[str, Any] = {
         "color": _COLOURS[n % len(_COLOURS)],
         "linestyle": _LINES[n % len(_LINES)],
@@ -324,7 +325,10 @@ def _style(n: int, mark: bool = False) -> dict[str, Any]:
     return {**style, "marker": _MARKS[n % len(_MARKS)]} if mark else style
 
 
-def _axes(height: float, rows: int = 1, *, grid: Literal["x", "y", ""] = "y") -> tuple[Any, Any]:
+def blank_axes(
+    height: float, rows: int = 1, *, grid: Literal["x", "y", ""] = "y"
+) -> tuple[Any, Any]:
+    """Return a figure of some height in inches, and its axes or those of each row."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(_WIDTH, height), layout="constrained")
@@ -338,7 +342,8 @@ def _axes(height: float, rows: int = 1, *, grid: Literal["x", "y", ""] = "y") ->
     return figure, several
 
 
-def _legend(axes: Any) -> None:
+def legend(axes: Any) -> None:
+    """Put the names of the lines to the right of the axes, if there are any."""
     _, labels = axes.get_legend_handles_labels()
     if labels:
         axes.legend(loc="upper left", bbox_to_anchor=(1.01, 1.0), frameon=False, handlelength=3)

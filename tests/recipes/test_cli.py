@@ -449,7 +449,7 @@ def test_embedded_data_is_not_overwritten(task, said):
 def test_compare_names_unknown_methods(said, tmp_path):
     words = ["compare", "--methods", "instance_net", "magic", "--work-dir", str(tmp_path / "work")]
     assert main(words) == 2
-    assert "--methods: unknown 'magic'; expected among cold_start, no_selection" in said()
+    assert "--methods: unknown 'magic'; expected among base, cold_start" in said()
     assert not (tmp_path / "work").exists()
 
 

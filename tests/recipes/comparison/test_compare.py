@@ -1,110 +1,33 @@
-"""Statistics over seeds: means, paired differences, and intervals against closed forms."""
+"""The comparison on the tiny model: every row as it is defined, resumption, several processes."""
 
 from __future__ import annotations
 
+import hashlib
 import json
-import math
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pytest
 import yaml
 
-import recipes.comparison.compare
+import recipes.comparison.rows
+import recipes.comparison.runs
+import recipes.comparison.statistics
 import recipes.options.parse
 import recipes.train.dev_evaluation
 import recipes.train.loop
 import recipes.train.training
-from recipes.comparison.compare import compare, statistics
-from recipes.embedded.build import build
+from recipes.comparison.compare import compare
+from recipes.comparison.rows import DATA, ROWS
+from recipes.comparison.settings import SETTINGS
 from recipes.evaluation.table import NAMES
 from recipes.options.embedded import CompareOptions
 from recipes.options.parse import PRESETS
+from recipes.options.values import OptionError
 from tests.tiny_task import SIZES, model_bits, read_lines
 
-Z = 1.959964
-
-
-def test_means_are_over_seeds_not_over_questions():
-    report = statistics(
-        [
-            {"pass@1": np.array([0.5, 0.5]), "no_selection": np.array([1.0, 0.0])},
-            {"pass@1": np.array([0.25] * 6), "no_selection": np.array([1.0] * 6)},
-        ]
-    )
-    assert report["seeds"] == 2
-    assert report["n_questions"] == [2, 6]
-    assert report["rows"] == {"pass@1": 0.375, "no_selection": 0.75}
-    assert report["per_seed"] == {"pass@1": [0.5, 0.25], "no_selection": [0.5, 1.0]}
-    assert report["difference"] == {"pass@1": -0.375}
-    assert "gap_closed" not in report
-
-
-def test_without_no_selection_there_is_nothing_to_compare_with():
-    report = statistics([{"instance_net": np.array([1.0, 0.0])}])
-    assert set(report) == {"seeds", "n_questions", "rows", "ci95", "per_seed"}
-
-
-def test_one_seed_is_the_bootstrap_over_questions():
-    """Binomial: the quantiles of a resampled mean of 0s and 1s are those of Binomial(n, p) / n."""
-    report = statistics([{"instance_net": np.array([1.0] * 30 + [0.0] * 70)}])
-    sizes = np.arange(101)
-    chance = np.array([math.comb(100, k) * 0.3**k * 0.7 ** (100 - k) for k in sizes]).cumsum()
-    exact = [int(np.searchsorted(chance, end)) / 100 for end in (0.025, 0.975)]
-    assert report["ci95"]["instance_net"] == pytest.approx(exact, abs=0.01)
-
-
-def test_variance_has_a_part_between_and_a_part_within_seeds():
-    """Var = (between + within / n) / S with S seeds of n questions, both parts of the sample."""
-    rng = np.random.default_rng(3)
-    means = rng.uniform(0.4, 0.6, 12)
-    per_seed = [{"no_selection": rng.normal(mean, 0.5, 40)} for mean in means]
-    found = [values["no_selection"] for values in per_seed]
-    between = np.var([values.mean() for values in found])
-    within = np.mean([values.var() for values in found])
-    spread = math.sqrt((between + within / 40) / 12)
-    low, high = statistics(per_seed)["ci95"]["no_selection"]
-    assert (high - low) / 2 == pytest.approx(Z * spread, rel=0.04)
-    assert (high + low) / 2 == pytest.approx(np.mean([v.mean() for v in found]), abs=0.1 * spread)
-
-
-def test_differences_are_paired():
-    """What a question contributes to both rows cancels; a constant shift has no interval."""
-    rng = np.random.default_rng(0)
-    base = [rng.integers(0, 2, 50).astype(float) for _ in range(3)]
-    report = statistics(
-        [
-            {"no_selection": values, "instance_net": values + 0.1, "clean_oracle": values + 0.4}
-            for values in base
-        ]
-    )
-    assert report["difference"] == {"instance_net": 0.1, "clean_oracle": 0.4}
-    assert report["difference_ci95"] == {"instance_net": [0.1, 0.1], "clean_oracle": [0.4, 0.4]}
-    assert report["gap_closed"] == {"instance_net": 0.25, "clean_oracle": 1.0}
-    assert report["gap_closed_ci95"] == {"instance_net": [0.25, 0.25], "clean_oracle": [1.0, 1.0]}
-    low, high = report["ci95"]["no_selection"]
-    assert high - low > 0.1
-
-
-def test_no_gap_to_close():
-    """A ceiling that is no higher than No Selection must not lose the report."""
-    alike = np.array([1.0, 0.0, 1.0])
-    report = statistics(
-        [{"no_selection": alike, "instance_net": np.ones(3), "clean_oracle": alike}]
-    )
-    assert report["difference"]["clean_oracle"] == 0.0
-    json.dumps(report, allow_nan=False)
-
-
-def test_constant_rows_have_no_interval_and_the_same_call_gives_the_same_report():
-    per_seed = [
-        {"no_selection": np.array([0.0, 1.0, 1.0]), "pass@8": np.ones(3)},
-        {"no_selection": np.array([1.0, 1.0, 0.0]), "pass@8": np.ones(3)},
-    ]
-    report = statistics(per_seed)
-    assert report["ci95"]["pass@8"] == [1.0, 1.0]
-    assert report == statistics(per_seed)
+ALONE = ("base", "cold_start")  # rows that train nothing
+VARIED = ("instance_table_meta_solutions_48", "instance_table_aggregation_last")
 
 
 @pytest.fixture
@@ -114,79 +37,137 @@ def tiny(task, tmp_path, monkeypatch):
     (tmp_path / "presets").mkdir()
     for path in PRESETS.glob("*.yaml"):
         content = yaml.safe_load(path.read_text())
-        if "init_from" not in content:
+        if "init_from" not in content:  # rows without a cold start have the shipped model
             content["model"] = str(task.model)
         kept = shrunk if path.stem.startswith("train") else {"steps": 4, "batch_size": 6}
-        if "gradient_features" in content:
-            kept = kept | {"gradient_features": 4}
         text = yaml.safe_dump(content | kept)
         (tmp_path / "presets" / path.name).write_text(text)
     sizes = replace(SIZES, dev_questions=12)  # some have right and wrong candidates
     monkeypatch.setattr(recipes.options.parse, "PRESETS", tmp_path / "presets")
-    monkeypatch.setattr(
-        recipes.comparison.compare, "build", lambda at, *, seed: build(at, seed=seed, sizes=sizes)
-    )
-    monkeypatch.setattr(recipes.comparison.compare, "_RESAMPLES", 200)
+    for name, drawn in DATA.items():
+        small = replace(drawn, sizes=sizes)
+        monkeypatch.setitem(recipes.comparison.runs.DATA, name, small)
+    short = {"steps": 4, "eval_every": 2}
+    few = {"gradient_features": 4}
+    for names, options in (
+        (("meta_only", "outcome_model", "from_base"), short),
+        (("instance_net", "net_sanity"), few),
+    ):
+        for name in names:
+            own = replace(ROWS[name], options={**ROWS[name].options, **options})
+            monkeypatch.setitem(recipes.comparison.rows.ROWS, name, own)
+    monkeypatch.setattr(recipes.comparison.statistics, "_RESAMPLES", 200)
     return CompareOptions(
         output_dir=str(tmp_path / "results"),
         work_dir=str(tmp_path / "work"),
-        seeds=2,
+        seeds=1,
+        setting_seeds=1,
         # Without a ceiling: whether it is above No Selection here is chance.
-        methods=tuple(
-            name for name in recipes.comparison.compare._METHODS if name != "clean_oracle"
-        ),
-        threads=1,
+        methods=(*(name for name in ROWS if name != "clean_oracle"), *VARIED),
+        jobs=1,
         progress=False,
     )
 
 
-def test_every_method_on_every_seed(tiny, tmp_path, monkeypatch, capsys):
+def test_every_row(tiny, tmp_path, monkeypatch, capsys):
     report = compare(tiny)
-    methods = set(report["runs"])
-    assert methods == set(tiny.methods) >= {"cold_start", "instance_net", "instance_table"}
-    stopped = {f"{method}_dev_stopped" for method in methods - {"cold_start"}}
+    rows = set(report["runs"])
+    assert rows == set(ROWS) - {"clean_oracle"}
+    stopped = {f"{row}_dev_stopped" for row in rows.difference(ALONE)}
     shared = {"pass@1", "self_consistency", "pass@4"}
-    assert set(report["rows"]) == methods | stopped | shared
-    assert set(report["difference"]) == (methods | stopped | shared) - {
+    assert set(report["rows"]) == rows | stopped | shared
+    assert set(report["difference"]) == (rows | stopped | shared) - {
         "no_selection",
         "no_selection_dev_stopped",
     }
-    assert methods <= set(NAMES)
+    assert rows <= set(NAMES)
     assert report == json.loads((tmp_path / "results" / "compare.json").read_text())
     assert "| PRM: No Selection |" in capsys.readouterr().out
-    for method, runs in report["runs"].items():
-        assert [run["seed"] for run in runs] == [0, 1]
-        mean = sum(run["accuracy"] for run in runs) / 2
-        row = method if method == "cold_start" else f"{method}_dev_stopped"
+    for name, runs in report["runs"].items():
+        assert [run["seed"] for run in runs] == [0]
+        mean = runs[0]["accuracy"]
+        row = name if name in ALONE else f"{name}_dev_stopped"
         assert report["rows"][row] == pytest.approx(mean, abs=1e-4)
-    seeds = [tmp_path / "work" / f"seed-{seed}" for seed in (0, 1)]
-    assert len({(seed / "data" / "test.jsonl").read_bytes() for seed in seeds}) == 2
-    for seed in seeds:
-        started = model_bits(seed / "cold-start")
-        assert model_bits(seed / "cold-start-evaluated") == started
-        for run in filter(Path.is_dir, seed.iterdir()):
-            check_rows_of(run, seed)
-    # A second call finds everything done.
-    monkeypatch.setattr(recipes.comparison.compare, "run_training", None)
-    monkeypatch.setattr(recipes.comparison.compare, "run_cold_start", None)
-    assert compare(tiny) == report
+        assert report["best_of_k"][name][3] == pytest.approx(mean, abs=2e-4)  # all 4 candidates
+        assert report["best_of_k"][name][0] == pytest.approx(report["rows"]["pass@1"], abs=2e-4)
+    seed = tmp_path / "work" / "seed-0"
+    assert model_bits(seed / "rows" / "cold_start") == model_bits(seed / "cold" / "data")
+    for run in (seed / "rows").iterdir():
+        check_rows_of(run)
+    check_settings(report, seed)
+    # A second call finds everything done, in other processes, too.
+    monkeypatch.setattr(recipes.comparison.runs, "run_training", None)
+    monkeypatch.setattr(recipes.comparison.runs, "run_cold_start", None)
+    again = compare(replace(tiny, jobs=2))
+    assert again == report
 
 
-def test_shuffled_weights_are_the_learned_ones_on_other_examples(tiny, tmp_path, monkeypatch):
+def test_each_seed_has_data_of_its_own(tiny, tmp_path):
+    report = compare(replace(tiny, seeds=2, first_seed=3, methods=("no_selection",)))
+    tests = [(tmp_path / "work" / f"seed-{n}" / "data" / "test.jsonl").read_bytes() for n in (3, 4)]
+    digests = {
+        str(n): hashlib.sha256(text).hexdigest() for n, text in zip((3, 4), tests, strict=True)
+    }
+    assert report["test_sha256"] == digests
+    assert len(set(digests.values())) == 2
+    runs = report["runs"]["no_selection"]
+    assert [run["seed"] for run in runs] == [3, 4]
+    mean = sum(run["accuracy"] for run in runs) / 2
+    assert report["rows"]["no_selection_dev_stopped"] == pytest.approx(mean, abs=1e-4)
+
+
+def check_settings(report, seed: Path) -> None:
+    """Each differs from its row in what it names, and is compared on the same questions."""
+    assert set(report["settings"]) == set(VARIED)
+    base = report["runs"]["instance_table"][0]["accuracy"]
+    for setting in report["settings"].values():
+        assert setting["of"] == "instance_table"
+        assert setting["per_seed"] == [setting["accuracy"]]
+        assert setting["difference"] == pytest.approx(setting["accuracy"] - base, abs=1e-4)
+    kept = {
+        name: yaml.safe_load((seed / "rows" / name / "args.yaml").read_text())
+        for name in ("instance_table", *VARIED)
+    }
+    usual = kept.pop("instance_table")
+    differing = {
+        name: {key for key in usual if key != "output_dir" and usual[key] != options[key]}
+        for name, options in kept.items()
+    }
+    assert differing == {VARIED[0]: {"meta_file"}, VARIED[1]: {"aggregation"}}
+
+
+def test_given_weights_follow_from_learned_ones(tiny, tmp_path, monkeypatch):
     monkeypatch.setattr(recipes.train.training, "best_of", lambda scores: scores[-1])
     monkeypatch.setattr(
         recipes.train.dev_evaluation, "best_of", lambda scores: scores[-1]
     )  # whose weights are not those of the start
-    compare(replace(tiny, seeds=1, methods=("no_selection", "shuffled_table")))
+    names = ("no_selection", "shuffled_table", "small_loss", "bis")
+    compare(replace(tiny, seeds=1, methods=names))
     seed = tmp_path / "work" / "seed-0"
-    learned = {row["id"]: row["weight"] for row in read_lines(seed / "table" / "weights.jsonl")}
-    dealt = {row["id"]: row["weight"] for row in read_lines(seed / "shuffled-table-weights.jsonl")}
-    assert sorted(dealt.values()) == sorted(learned.values())
-    assert dealt != learned
-    assert list(dealt) == list(learned)
+    entries = read_lines(seed / "rows" / "instance_table" / "weights.jsonl")
+    learned = {row["id"]: row["weight"] for row in entries}
+    given = {
+        name: {row["id"]: row["weight"] for row in read_lines(seed / "weights" / f"{name}.jsonl")}
+        for name in names[1:]
+    }
+    assert all(list(weights) == list(learned) for weights in given.values())
+    assert sorted(given["shuffled_table"].values()) == sorted(learned.values())
+    assert given["shuffled_table"] != learned
+    kept = sum(weight > 0.5 for weight in learned.values())
+    assert kept > 0
+    losses = {row["id"]: row["initial_loss"] for row in entries}
+    shares = {
+        row["id"]: sum(step["label"] == "+" for step in row["steps"]) / len(row["steps"])
+        for row in read_lines(seed / "data" / "train.jsonl")
+    }
+    mixed = {name: share * (1 - share) for name, share in shares.items()}
+    for name, rank in (("small_loss", {k: -v for k, v in losses.items()}), ("bis", mixed)):
+        assert sum(given[name].values()) == kept
+        best = sorted(rank, key=lambda key: -rank[key])[:kept]  # of equal ones the first
+        assert {key for key, weight in given[name].items() if weight} == set(best)
 
 
-@pytest.mark.parametrize("where", ["cold-start", "no-selection"])
+@pytest.mark.parametrize("where", ["cold/data", "rows/no_selection"])
 def test_an_interrupted_comparison_goes_on(tiny, tmp_path, monkeypatch, where):
     """A run that was killed after its second step is resumed, and the numbers are the same."""
     small = replace(tiny, seeds=1, methods=("cold_start", "no_selection"))
@@ -207,12 +188,33 @@ def test_an_interrupted_comparison_goes_on(tiny, tmp_path, monkeypatch, where):
     found = compare(small)
     assert found["rows"] == whole["rows"]
     assert found["per_seed"] == whole["per_seed"]
-    for name in ("cold-start", "no-selection"):
+    for name in ("cold/data", "rows/no_selection"):
         bits = [model_bits(tmp_path / at / "seed-0" / name) for at in ("whole", "work")]
         assert bits[0] == bits[1]
 
 
-def check_rows_of(run: Path, seed: Path) -> None:
+def test_unknown_rows_are_refused(tiny):
+    with pytest.raises(OptionError, match="--methods: unknown 'nett'; expected among base, cold"):
+        compare(replace(tiny, methods=("nett",)))
+
+
+def test_settings_name_rows_and_data_sets_that_exist():
+    assert {setting.of for setting in SETTINGS.values()} <= set(ROWS)
+    assert not set(SETTINGS) & set(ROWS)
+    for row in (*ROWS.values(), *(setting.row for setting in SETTINGS.values())):
+        assert {name.partition("/")[0] for name in (row.train, row.meta)} <= set(DATA)
+        assert row.start is None or row.start in DATA
+
+
+def test_every_share_of_corruption_is_exact():
+    for share in (20, 40, 60):
+        mixture = DATA[f"noise-{share}"].mixture
+        assert mixture.verified == pytest.approx(1 - share / 100)
+        assert mixture.shares().sum() == pytest.approx(1)
+        assert mixture.guideline / mixture.judge == pytest.approx(4.4)
+
+
+def check_rows_of(run: Path) -> None:
     """The row of the last model is that of ``last/`` where the best dev step is another."""
     if not (run / "results.json").exists() or run.name.endswith("-last"):
         return
@@ -222,30 +224,10 @@ def check_rows_of(run: Path, seed: Path) -> None:
     dev = [row for row in read_lines(run / "log.jsonl") if row["phase"] == "dev"]
     top = max(row["best_of_n"] for row in dev)
     assert chosen["step"] == next(row["step"] for row in dev if row["best_of_n"] == top)
-    scored = seed / f"{run.name}-last"
+    scored = run.with_name(f"{run.name}-last")
     assert scored.exists() == (chosen["step"] != dev[-1]["step"])
     if scored.exists():
         assert model_bits(scored) == model_bits(run / "last")
-
-
-def test_stopped_rows_are_compared_with_stopped_rows():
-    """No Selection and ceiling of the same kind: each kind has a gap of its own."""
-    base = np.array([0.0, 1.0, 0.0, 1.0])
-    report = statistics(
-        [
-            {"no_selection": base, "instance_net": base + 0.1, "clean_oracle": base + 0.2}
-            | {"no_selection_dev_stopped": base + 1, "instance_net_dev_stopped": base + 1.3}
-            | {"clean_dev_stopped": base + 1.4}
-        ]
-    )
-    assert report["difference"] == {
-        "instance_net": 0.1,
-        "clean_oracle": 0.2,
-        "instance_net_dev_stopped": 0.3,
-        "clean_dev_stopped": 0.4,
-    }
-    assert report["gap_closed"]["instance_net"] == 0.5
-    assert report["gap_closed"]["instance_net_dev_stopped"] == 0.75
 
 
 class Killed(BaseException):

@@ -1,0 +1,154 @@
+"""The run directories of one seed: its data sets, cold starts, and a run for each row.
+
+What is complete is not repeated, and a run that was begun is resumed.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from prm.digests import check_digest, write_digest
+from recipes.comparison.rows import DATA, ROWS, Entries, GivenWeights, Row
+from recipes.embedded.build import build
+from recipes.options.parse import changed, resolve
+from recipes.options.train import ColdStartOptions, TrainOptions
+from recipes.run.files import write_text
+from recipes.train.cold_start import run_cold_start
+from recipes.train.training import run_training
+
+_EVAL_EVERY = 25  # lower steps
+
+Run = TypeVar("Run", ColdStartOptions, TrainOptions)
+
+
+@dataclass(frozen=True)
+class Seed:
+    """Where the data and runs of a seed are kept.
+
+    Attributes:
+        number: The seed.
+        directory: The folder.
+        threads: CPU threads of torch.
+    """
+
+    number: int
+    directory: Path
+    threads: int = 1
+
+    def data(self, name: str) -> Path:
+        """Return the folder of a data set of ``DATA``, which is written unless it is there."""
+        directory = self.directory / name
+        if not directory.exists():
+            drawn = DATA[name]
+            build(directory, seed=self.number, sizes=drawn.sizes, mixture=drawn.mixture)
+        return directory
+
+    def cold_start(self, data: str) -> Path:
+        """Return the run directory of the cold start on a data set."""
+        directory = self.directory / "cold" / data
+        if not (directory / "results.json").exists():
+            options = changed(
+                resolve(ColdStartOptions, {"config": "cold-start"}),
+                train_file=str(self.data(data) / "cold-start.jsonl"),
+                output_dir=str(directory),
+                **self._common(),
+            )
+            run_cold_start(_gone_on_with(options))
+        return directory
+
+    def row(self, name: str, row: Row) -> Path:
+        """Return the run directory of a row, with the model of its best step on the dev set."""
+        directory = self.directory / "rows" / name
+        if (directory / "results.json").exists():
+            return directory
+        options = resolve(TrainOptions, {"config": row.preset})
+        more: dict[str, Any] = {"test_file": str(self.data("data") / "test.jsonl")}
+        if row.trains:
+            dev = str(self.data("data") / "dev.jsonl")
+            more |= {"dev_file": dev, "eval_every": _EVAL_EVERY, "keep_best": True}
+        else:
+            more["dev_file"] = None
+        reads_meta = options.data.meta_file is not None or row.options.get("lower_data") == "meta"
+        if reads_meta:
+            more["meta_file"] = str(self._file(row.meta))
+        if row.weights is not None:
+            more["weights_file"] = str(self._weights(name, row.weights, row.train))
+        start = None if row.start is None else str(self.cold_start(row.start) / "model")
+        own = changed(
+            options,
+            train_file=str(self._file(row.train)),
+            init_from=start,
+            output_dir=str(directory),
+            on_existing="refuse",
+            **self._common(),
+            **(more | dict(row.options)),
+        )
+        return run_training(_gone_on_with(own))
+
+    def last(self, name: str) -> Path:
+        """Return the run that has scored the test set with the last model of a row."""
+        run = self.directory / "rows" / name
+        if not (run / "last").is_dir():
+            return run
+        directory = run.with_name(f"{name}-last")
+        if not (directory / "results.json").exists():
+            kept = resolve(TrainOptions, {"config": str(run / "args.yaml")})
+            run_training(
+                changed(
+                    resolve(TrainOptions, {"config": "baseline"}),
+                    train_file=str(self._file("data/train")),
+                    dev_file=None,
+                    test_file=str(self.data("data") / "test.jsonl"),
+                    init_from=str(run / "last" / "model"),
+                    aggregation=kept.aggregation,
+                    output_dir=str(directory),
+                    on_existing="refuse",
+                    steps=0,
+                    **self._common(),
+                )
+            )
+        return directory
+
+    def _common(self) -> dict[str, Any]:
+        # On the CPU, whose figures are to be the same on every machine.
+        return {"seed": self.number, "threads": self.threads, "device": "cpu", "progress": False}
+
+    def _file(self, name: str) -> Path:
+        data, _, file = name.partition("/")
+        return self.data(data) / f"{file}.jsonl"
+
+    def _weights(self, name: str, given: GivenWeights, train: str) -> Path:
+        """Return the file of a row's fixed weights, made from what another row has learned."""
+        learned = _weights_of(self.row(given.of, ROWS[given.of]))
+        rows = [json.loads(line) for line in self._file(train).read_text().splitlines()]
+        weights = given.rule(learned, rows, self.number)
+        file = self.directory / "weights" / f"{name}.jsonl"
+        file.parent.mkdir(exist_ok=True)
+        lines = [
+            json.dumps({"id": entry["id"], "weight": weight})
+            for entry, weight in zip(learned, weights, strict=True)
+        ]
+        write_text(file, "\n".join(lines) + "\n")
+        write_digest(file)
+        return file
+
+
+def _weights_of(run: Path) -> Entries:
+    check_digest(run / "weights.jsonl")
+    return [json.loads(line) for line in (run / "weights.jsonl").read_text().splitlines()]
+
+
+def _gone_on_with(options: Run) -> Run:
+    """Return the options of a run that resumes it, if it was begun already and interrupted."""
+    begun = Path(options.output_dir)
+    return changed(options, resume=str(begun)) if (begun / "args.yaml").exists() else options
+
+
+def results_of(run: Path) -> Mapping[str, Any]:
+    """Return the ``results.json`` of a complete run."""
+    found: Mapping[str, Any] = json.loads((run / "results.json").read_text())
+    return found
