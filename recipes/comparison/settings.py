@@ -82,6 +82,8 @@ def _all() -> Iterator[tuple[str, Setting]]:
         },
     }
     yield from _varied("hypergradient", "instance_table", differences)
+    stale = {str(n): {"order": "upper-first", "upper_gradient_every": n} for n in (1, 2, 5, 10)}
+    yield from _varied("upper gradient every", "instance_table", stale)
     targets = {"both": {"loss_target": "both"}, "+ alone": {"loss_target": "+"}}
     yield from _varied("loss target", "instance_table", targets)
     by = {name: {"aggregation": name} for name in ("min", "last", "product")}
