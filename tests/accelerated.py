@@ -31,11 +31,14 @@ ones. Before that a run looks at the first step, and at two from where its weigh
 MANY = 100
 """Leaves whose norm a device takes together."""
 
-LAUNCHING = ("dot", "dot, upper-first", "ghost", "floor")
-"""Contenders whose kernels are counted."""
+LAUNCHING = {"dot": 1, "dot, upper-first": 1, "ghost": 8, "floor": 1}
+"""Contenders whose kernels are counted, and the examples of an iteration."""
 
 SMALLER = 1024
 """How many times as many entries the real model has as the one whose kernels are counted."""
+
+SHORT = 12
+"""Tokens from which a text counts as long there: more than label positions, fewer than a tile."""
 
 TRAININGS: dict[str, dict[str, Any]] = {
     "none": {"weighting": "none"},
@@ -203,10 +206,13 @@ def _race() -> list[float]:
 def _launches() -> list[float]:
     """Return the kernels of both passes of an InternVL3-1B, and what iterations start beside them.
 
-    The model has all its 733 tensors, with 1/32 of the widths, and so 1/1024 of the entries.
+    Of the passes those for 1 and for 8 examples come first.
+    The model has all its 733 tensors, with 1/32 of the widths, and so 1/1024 of the entries. Its
+    images and texts are short, and take the rules of long ones.
     """
     import bilevel.resident.parts
     import bilevel.resident.pieces
+    from bilevel.lower.ghost import rows, uses
     from recipes.evidence.bench.race.model import Shape
     from recipes.evidence.gpu import case
     from recipes.evidence.gpu.subject import iteration, race_at
@@ -215,19 +221,27 @@ def _launches() -> list[float]:
     torch.utils._foreach_utils._foreach_supported_types.append(accelerator.Pretended)
     bilevel.resident.pieces.ENTRIES //= SMALLER
     bilevel.resident.parts.DEVICE_ENTRIES //= SMALLER
+    rows.OFF_CPU_CHUNK_ENTRIES //= SMALLER
+    long, uses.FORM_OFF_CPU_FROM = uses.FORM_OFF_CPU_FROM, SHORT
     shape = Shape("1/32 width", 24, 28, 152, 32, vocabulary=4740, image=56, text=40)
     begun = _started(shape, accelerator.device())
     found: list[float] = []
-    for contender in (case.PASSES, *LAUNCHING):
+    own: dict[int, int] = {}
+    passes = [(case.PASSES, examples) for examples in sorted({*LAUNCHING.values()})]
+    for contender, examples in (*passes, *LAUNCHING.items()):
         race = race_at(begun, case.Case("step", contender, case.FULL_PRECISION))
         assert len(race.params) == 733
-        run = iteration(race, contender, race.batch(1, 1), race.batch(1, 2))
+        run = iteration(race, contender, race.batch(examples, 1), race.batch(examples, 2))
         run()
         with Launches(SMALLER) as counted:
             run()
-        found.append(counted.launched.total() - (found[0] if found else 0))
+        total = counted.launched.total()
+        found.append(total - own.get(examples, 0))
+        own.setdefault(examples, total)
     bilevel.resident.pieces.ENTRIES *= SMALLER
     bilevel.resident.parts.DEVICE_ENTRIES *= SMALLER
+    rows.OFF_CPU_CHUNK_ENTRIES *= SMALLER
+    uses.FORM_OFF_CPU_FROM = long
     return found
 
 

@@ -25,7 +25,7 @@ MOST_TENSORS = {1: 110, 2: 64, 3: 48, 4: 36, 5: 30}
 JOINED_AT_ONCE = 128
 """Tensors that one kernel of ``torch.cat`` takes (``Shape.cu``)."""
 
-FREE = ("empty", "new_empty", "detach", "lift_fresh", "_unsafe_view", "set_", "alias")
+FREE = ("empty", "new_empty", "detach", "lift_fresh", "_unsafe_view", "set_", "alias", "squeeze_")
 
 
 def multi_tensor(sizes: Sequence[int], lists: int) -> int:

@@ -51,8 +51,10 @@ class ResidentSolver(BilevelSolver[Lower, Upper, BatchT]):
 
     A step whose gradient is not finite is left out, and so is an upper step, as in
     ``BilevelSolver``: the loss and the norm of the gradient are looked at before θ moves. ``Adam``
-    and ``AdamW`` take torch's fused kernel, which rounds otherwise than ``update``; all other
-    optimizers take the same steps bit for bit.
+    and ``AdamW`` take torch's fused kernel, which rounds otherwise than ``update``. With all other
+    optimizers, in order upper-first, a run has the bits of ``BilevelSolver``'s where each parameter
+    has memory of its own: that one leaves small ones in blocks (``optimizers.buckets``), and matrix
+    products round by alignment. Lower-first the product is another one, ⟨(∂θ'/∂g) ∇ℓ, v⟩.
 
     ::
 

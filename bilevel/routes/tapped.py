@@ -183,7 +183,6 @@ def _measured(
         grads, reason = _weighted(run, weights, direction, False)
         if reason is not None:
             return {key: reason}
-        assert run.taps.dots is not None
         dtypes = {run.losses.dtype, *(output.dtype for output in run.tracker.outputs)}
         found = [*_filled(grads, params), (weights * run.taps.dots).sum()]
         del run, grads
@@ -216,7 +215,6 @@ def _products(
     def dots(direction: Tree) -> Float[Tensor, " batch"]:
         if keep:
             return taps.later_dots(_by_leaf(context.lower_params, direction))
-        assert taps.dots is not None
         return taps.dots
 
     return dots

@@ -61,7 +61,11 @@ class Tracked:
 
 
 _MARKER = (0, 1, 0, 1, 0, 1)
-Pending: TypeAlias = Callable[[Direction], Tensor | None]
+
+
+def at_once(dots: Tensor) -> bool:
+    """Return whether products are added use by use: not where each addition is a launch."""
+    return dots.is_cpu
 
 
 class Context:
@@ -75,14 +79,17 @@ class Context:
     def __init__(self, entries_limit: int, guard: Guard = LOOKS) -> None:
         self._guard = guard
         self.weights: Tensor | None = None
-        self.dots: Tensor | None = None
+        self._dots: Tensor | None = None
+        # By rows and precision: the weights of the rows, and products that are still to be added.
+        self._of_rows: dict[tuple[int, torch.dtype], Tensor] = {}
+        self._terms: dict[tuple[int, torch.dtype], list[Tensor]] = {}
         self._direction: Direction | None = None
         self._keep: int | None = None
         self._entries_limit = entries_limit
         self._all_one = False
         self._dropped: Tensor | None = None
         self._owners: Mapping[int, Tensor] = {}
-        self._pending: list[Pending] = []
+        self._pending: list[tuple[RowGradients, Tracked, int]] = []
 
     def weight(
         self,
@@ -112,15 +119,25 @@ class Context:
             gone = dropped(weights, losses.detach())
         self._all_one, any_gone = self._guard.weights((weights == 1.0).all(), gone.any())
         self._dropped = gone if any_gone else None
-        self.dots = weights.new_zeros(weights.shape, dtype=tree.wide_dtype(weights.dtype))
+        self._dots = weights.new_zeros(weights.shape, dtype=tree.wide_dtype(weights.dtype))
+        self._of_rows, self._terms = {}, {}
+
+    @property
+    def dots(self) -> Float[Tensor, " batch"]:
+        """The products that were recorded so far."""
+        assert self._dots is not None
+        for (rows, _), terms in self._terms.items():
+            total = torch.stack(terms).sum(0, dtype=self._dots.dtype)
+            self._dots += self._per_example(total, self._owners.get(rows))
+        self._terms = {}
+        return self._dots
 
     def later_dots(self, direction: Direction) -> Float[Tensor, " batch"]:
         """Return the products [batch] from the gradients that were kept, and release these."""
-        assert self.dots is not None
-        for pending in self._pending:
-            dots = pending(direction)
+        for row, entry, rows in self._pending:
+            dots = row.sums(None, entry.tangent(direction))[1]
             if dots is not None:
-                self.dots += dots
+                self._add(dots, rows)
         self._pending = []
         return self.dots
 
@@ -135,18 +152,15 @@ class Context:
         plain = use.gradients(b, saved) if self._all_one else None
         if plain is not None and self._keep is None and self._direction is None:
             return _cast(plain, entries)
-        owner = self._owners.get(len(b))
-        weights = None
-        if plain is None:
-            weights = (self.weights if owner is None else self.weights[owner]).to(b.dtype)
+        weights = self._weights_of(len(b), b.dtype) if plain is None else None
         result = []
         rows = use.row_gradients(b, saved, self._keep)
         for row, entry in zip(rows, entries, strict=True):
             weighted, dots = row.sums(weights, self._along(entry))
             if dots is not None:
-                self._add(dots, owner)
+                self._add(dots, len(b))
             if self._keep is not None:
-                self._pending.append(self._later(row, entry, owner))
+                self._pending.append((row, entry, len(b)))
             if weighted is not None:
                 result.append(weighted)
         return _cast(result if plain is None else plain, entries)
@@ -168,16 +182,23 @@ class Context:
     def _along(self, entry: Tracked) -> Tensor | None:
         return None if self._direction is None else entry.tangent(self._direction)
 
-    def _later(self, row: RowGradients, entry: Tracked, owner: Tensor | None) -> Pending:
-        def dots(direction: Direction) -> Tensor | None:
-            products = row.sums(None, entry.tangent(direction))[1]
-            return None if products is None else self._per_example(products, owner)
+    def _weights_of(self, rows: int, dtype: torch.dtype) -> Tensor:
+        """Return the weights of so many rows, which are put together once."""
+        key = rows, dtype
+        if key not in self._of_rows:
+            assert self.weights is not None
+            owner = self._owners.get(rows)
+            weights = self.weights if owner is None else self.weights[owner]
+            self._of_rows[key] = weights.to(dtype)
+        return self._of_rows[key]
 
-        return dots
-
-    def _add(self, dots: Tensor, owner: Tensor | None) -> None:
-        assert self.dots is not None
-        self.dots += self._per_example(dots, owner)
+    def _add(self, dots: Tensor, rows: int) -> None:
+        """Record the products of a use, which are added to those of the others, or later are."""
+        assert self._dots is not None
+        if at_once(dots):
+            self._dots += self._per_example(dots, self._owners.get(rows))
+        else:
+            self._terms.setdefault((rows, dots.dtype), []).append(dots)
 
     def _per_example(self, dots: Tensor, owner: Tensor | None) -> Tensor:
         if owner is None:

@@ -17,8 +17,10 @@ from bilevel import tree
 Sums: TypeAlias = tuple[Tensor | None, Tensor | None]
 
 # The number of entries of gradients that are formed at a time. They fit in a cache and in memory
-# that the allocator already holds. On a CPU, 2^18 to 2^22 were measured to be equally fast.
+# that the allocator already holds. On a CPU, 2^18 to 2^22 were measured to be equally fast. On a
+# device each chunk is four launches; these are 256 MB in float32.
 CHUNK_ENTRIES = 1 << 20
+OFF_CPU_CHUNK_ENTRIES = 1 << 26
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,7 +52,7 @@ def products(
 ) -> RowGradients:
     """Return gradients Σ_tokens left ⊗ right, [rows, m, n], formed for a few rows at a time."""
     shape = torch.Size([left.shape[2], right.shape[2]])
-    step = max(1, CHUNK_ENTRIES // shape.numel())
+    step = max(1, _most_entries(left) // shape.numel())
 
     def sums(weights: Tensor | None, direction: Tensor | None) -> Sums:
         weighted, dots = None, []
@@ -64,7 +66,7 @@ def products(
             if along is not None:
                 dots.append(flat.mv(along))
         weighted = None if weighted is None else weighted.reshape(shape)
-        return weighted, torch.cat(dots) if dots else None
+        return weighted, (torch.cat(dots) if len(dots) > 1 else dots[0]) if dots else None
 
     return RowGradients(sums)
 
@@ -107,6 +109,10 @@ def sum_tokens(rows: Float[Tensor, "rows ..."], inner: torch.Size) -> Float[Tens
     """Sum [rows, ..., *inner] over the dimensions that broadcast ``inner``, except the rows."""
     kept = rows.sum_to_size(len(rows), *[1] * (rows.dim() - 1 - len(inner)), *inner)
     return kept.reshape(len(rows), *inner)
+
+
+def _most_entries(like: Tensor) -> int:
+    return CHUNK_ENTRIES if like.is_cpu else OFF_CPU_CHUNK_ENTRIES
 
 
 def _vector(direction: Tensor, like: Tensor) -> Tensor:

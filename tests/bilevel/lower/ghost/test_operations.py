@@ -12,7 +12,7 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 from bilevel import SGD, Auto, Ghost, Jvp, OneStep, PerExample, Refusal, ReweightingProblem, tree
-from bilevel.lower.ghost import uses
+from bilevel.lower.ghost import context, uses
 from bilevel.lower.lower_pass import lower_pass
 from bilevel.routes import Route
 from tests.bilevel.run_window import run_step
@@ -481,6 +481,28 @@ def test_rows_that_are_not_the_batch_must_be_declared():
     examples = per_example_gradients(declared, params, batch)
     products = torch.stack([tree.vdot(gradient, direction) for gradient in examples]) / BATCH
     torch.testing.assert_close(dots, products, rtol=1e-11, atol=1e-13)
+
+
+@pytest.mark.parametrize(("route", "known"), [(Ghost(), True), (PerExample(), False)], ids=str)
+def test_products_of_all_uses_are_added_together_on_a_device(route, known, monkeypatch):
+    """Of rows that are the examples and of rows that are not; the weights are gathered once."""
+    monkeypatch.setattr(context, "at_once", lambda _: False)
+    params, batch = {"w": draw(SIZE, SIZE), "v": draw(SIZE), "u": draw(SIZE)}, batch_of()
+    owner = torch.arange(BATCH).repeat_interleave(STEPS)
+
+    def output(p, b):
+        rows = (b["x"].reshape(-1, SIZE) @ p["w"] * p["v"]).tanh() @ p["w"]
+        return rows.view(BATCH, STEPS, SIZE) * p["u"]
+
+    problem = problem_of(output, rows=lambda batch: {BATCH * STEPS: owner})
+    direction = random_like(params, 0)
+    grads, dots = weighted_pass(problem, params, batch, route, direction, known)
+    examples = per_example_gradients(problem, params, batch)
+    products = torch.stack([tree.vdot(gradient, direction) for gradient in examples]) / BATCH
+    torch.testing.assert_close(dots, products, rtol=1e-12, atol=1e-14)
+    for key in params:
+        expected = sum(w * g[key] for w, g in zip(WEIGHTS, examples, strict=True)) / BATCH
+        torch.testing.assert_close(grads[key], expected, rtol=1e-12, atol=1e-14)
 
 
 def test_declared_rows_that_cannot_be_told_from_the_batch_are_refused():
