@@ -29,6 +29,7 @@ from weighting.gradients import (
 )
 from weighting.heuristics import balanced_information, keep_best
 from weighting.instance_net import InstanceNet
+from weighting.labels import StepLabels
 from weighting.normalise import batch_mean_one, mean_one_over
 from weighting.store import KINDS, load_weighting, row_index, save_weighting
 from weighting.tables import DomainTable, InstanceTable
@@ -51,6 +52,7 @@ __all__ = [
     "NetTravel",
     "Sigmoid",
     "Softplus",
+    "StepLabels",
     "Unbounded",
     "Weighting",
     "balanced_information",

@@ -16,6 +16,7 @@ from recipes.options.conditions import (
     CENTRAL_DIFFERENCE,
     GRADIENT_FEATURE,
     IMPLICIT,
+    LABELS,
     MODEL_FEATURE,
     NET,
     NORMALISED,
@@ -165,14 +166,35 @@ class DomainOptions(_Featureless, _Bounded):
 
 
 @dataclass(frozen=True, kw_only=True)
+class LabelsOptions(_Featureless):
+    """Learned labels: a soft label for every step, which starts at the given one."""
+
+    kind: ClassVar[Literal["labels"]] = "labels"
+    weights_file: ClassVar[None] = None
+    lower_data: ClassVar[Literal["train"]] = "train"
+    normalise: ClassVar[Literal["none"]] = "none"
+    bound: ClassVar[Literal["sigmoid"]] = "sigmoid"
+
+    label_trust: float = option(
+        0.9,
+        "chance that a given label is right, which learned labels start from: 0.9 makes + 0.9 and "
+        "- 0.1; above 0.5 and below 1",
+        least=0.5,
+        most=1,
+        only_with=(WEIGHTED, LABELS),
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
 class NoWeighting(_Featureless, _Normalised, _Unlearned):
     """No weighting is learned: all weights are 1, or those of a file."""
 
     kind: ClassVar[Literal["none"]] = "none"
 
 
-WeightingOptions: TypeAlias = NetOptions | TableOptions | DomainOptions | NoWeighting
-LearnedOptions: TypeAlias = NetOptions | TableOptions | DomainOptions
+BoundedOptions: TypeAlias = NetOptions | TableOptions | DomainOptions
+LearnedOptions: TypeAlias = BoundedOptions | LabelsOptions
+WeightingOptions: TypeAlias = LearnedOptions | NoWeighting
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -293,7 +293,12 @@ def _objective(options: TrainOptions, prm: PRM, data: TrainData) -> Objective:
         prm,
         AGGREGATIONS[options.aggregation],
         options.loss_target,
-        make_weighting(options, len(data.train), len(data.domains)),
+        make_weighting(
+            options,
+            len(data.train),
+            len(data.domains),
+            max(len(example.labels) for example in data.train.facts),
+        ),
         options.weighting.features,
         options.weighting.reference_features,
         len(data.domains),
