@@ -17,6 +17,7 @@ NAMES = {
     "instance_table": "PRM: Instance Table",
     "instance_net": "PRM: Instance Net",
     "domain_table": "PRM: Domain Table",
+    "step_labels": "PRM: learned labels",
     "fixed_weights": "PRM: given weights",
     "clean_oracle": "PRM: clean labels only (ceiling)",
     "clean": "PRM: clean labels only (ceiling)",

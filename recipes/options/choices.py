@@ -13,6 +13,7 @@ from recipes.options.base import MOST_NUMBER, MOST_STEPS, option
 from recipes.options.conditions import (
     BOUND_HIGH,
     BOUND_LOW,
+    BOUNDED,
     CENTRAL_DIFFERENCE,
     GRADIENT_FEATURE,
     IMPLICIT,
@@ -61,21 +62,21 @@ class _Bounded:
         "sigmoid",
         "map from raw weights to weights; clip lets a weight that was pushed to an end come back, "
         "clamp (DreamPRM-1.5) does not",
-        only_with=WEIGHTED,
+        only_with=(WEIGHTED, BOUNDED),
     )
     bound_low: float = option(
         0.0,
         "lower end of the range",
         least=-MOST_NUMBER,
         most=MOST_NUMBER,
-        only_with=(WEIGHTED, BOUND_LOW),
+        only_with=(WEIGHTED, BOUNDED, BOUND_LOW),
     )
     bound_high: float = option(
         2.0,
         "upper end of the range",
         least=-MOST_NUMBER,
         most=MOST_NUMBER,
-        only_with=(WEIGHTED, BOUND_HIGH),
+        only_with=(WEIGHTED, BOUNDED, BOUND_HIGH),
     )
 
 

@@ -64,6 +64,7 @@ NORMALISED = Condition(
     "use --weighting net or table, or --weights-file",
     shown="net, table, weights file",
 )
+BOUNDED = _one_of("weighting", "net", "table", "domain", shown="net, table, domain")
 NET = _one_of("weighting", "net")
 LABELS = _one_of("weighting", "labels")
 MODEL_FEATURE = Condition(
