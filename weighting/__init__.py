@@ -27,7 +27,12 @@ from weighting.gradients import (
     leaf_scales,
     sketch,
 )
-from weighting.heuristics import balanced_information, keep_best
+from weighting.heuristics import (
+    balanced_information,
+    confident_labels,
+    keep_best,
+    tolerant_labels,
+)
 from weighting.instance_net import InstanceNet
 from weighting.labels import StepLabels
 from weighting.normalise import batch_mean_one, mean_one_over
@@ -58,6 +63,7 @@ __all__ = [
     "balanced_information",
     "batch_features",
     "batch_mean_one",
+    "confident_labels",
     "effective_sample_size",
     "example_features",
     "example_gradients",
@@ -73,4 +79,5 @@ __all__ = [
     "save_weighting",
     "sketch",
     "step_features",
+    "tolerant_labels",
 ]
