@@ -38,9 +38,9 @@ class StepLabels:
 
         ∂L/∂φ_is = −q_is (1 − q_is) z_is / (B |T_i|),   z = log p₊ − log p₋
 
-    so that ∂/∂φ_is ⟨∇_θ L, μ⟩ is a directional derivative of the logits z along μ: forward mode, one
-    pass for all steps of a batch. The products ⟨μ, ∇ℓ_i⟩ that the routes per example compute are one
-    number for all steps of an example, and say nothing of each.
+    so that ∂/∂φ_is ⟨∇_θ L, μ⟩ is a directional derivative of the logits z along μ: forward mode,
+    one pass for all steps of a batch. The products ⟨μ, ∇ℓ_i⟩ that the routes per example compute
+    are one number for all steps of an example, and say nothing of each.
 
     A weighting like the others, except that it has labels in place of weights. Where a weight of an
     example is wanted, it is how far its labels are where they were, its *agreement*::

@@ -280,6 +280,7 @@ _METHODS: Mapping[str, Callable[[_Maker], Path]] = {
     "instance_table": lambda make: make.run("table", "train-table"),
     "instance_net": lambda make: make.run("net", "train-net"),
     "domain_table": lambda make: make.run("domain", "train-domain"),
+    "step_labels": lambda make: make.run("labels", "train-labels"),
     "clean_oracle": lambda make: make.run("clean", "baseline", train="clean"),
     "shuffled_table": lambda make: _shuffled(make, "instance_table", "shuffled-table"),
     "shuffled_net": lambda make: _shuffled(make, "instance_net", "shuffled-net"),

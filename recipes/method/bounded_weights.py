@@ -79,9 +79,7 @@ def make_bound(settings: BoundedOptions) -> Bound:
     return bounds[settings.bound]()
 
 
-def _instance_net(
-    options: TrainOptions, instances: int, domains: int, steps: int
-) -> InstanceNet:
+def _instance_net(options: TrainOptions, instances: int, domains: int, steps: int) -> InstanceNet:
     settings = options.weighting
     assert isinstance(settings, NetOptions)
     bound = make_bound(settings)
@@ -115,9 +113,7 @@ def _instance_table(
     return InstanceTable(instances, settings.prior, bound, settings.normalise)
 
 
-def _domain_table(
-    options: TrainOptions, instances: int, domains: int, steps: int
-) -> DomainTable:
+def _domain_table(options: TrainOptions, instances: int, domains: int, steps: int) -> DomainTable:
     settings = options.weighting
     assert isinstance(settings, DomainOptions)
     bound = make_bound(settings)

@@ -177,9 +177,7 @@ def _executed(options: LowerOptions, solver: Solver, trained: int) -> Solver:
     if in_shards and isinstance(method, OneStep):
         wanted["hypergradient"] = replace(method, route=Dot())
     elif (
-        options.lower.batch_size == 1
-        and method == OneStep(Auto())
-        and is_separable(solver.problem)
+        options.lower.batch_size == 1 and method == OneStep(Auto()) and is_separable(solver.problem)
     ):
         wanted["hypergradient"] = OneStep(Dot())
     for found in _not_in_place(replace(solver, **wanted)):

@@ -13,7 +13,7 @@ from recipes.run.files import LABELS
 
 
 class MovedLabel(NamedTuple):
-    """The label of a step that was given and learned: the example's id, the step, counted from 1."""
+    """The given and the learned label of a step of an example; steps count from 1."""
 
     id: str
     step: int

@@ -78,5 +78,3 @@ def label_lines(report: Mapping[str, Any]) -> Iterator[str]:
     yield f"{report['turned_over']:,} of {report['steps']:,} step labels were turned over"
     for source, count in report.get("turned_over_by_source", {}).items():
         yield f"  {source:<12}{count:,}"
-
-

@@ -36,7 +36,7 @@ def refusal(given, make=train_options) -> str:
         (
             PLAIN | {"upper_lr": "0.06", "order": "lower-first", "rollback": True},
             "--upper-lr 0.06, --order lower-first, --rollback have no effect with "
-            "--weighting none: leave them out, or use --weighting net, table or domain",
+            "--weighting none: leave them out, or use --weighting net, table, domain or labels",
         ),
         (
             PLAIN | {"meta_file": "m", "meta_batch_size": 8},

@@ -99,7 +99,9 @@ class LengthOptions(DomainOptions):
 def registered(monkeypatch):
     entries = {
         "label-table": Registration(
-            LabelTable, "label_table", lambda options, instances, domains, steps: LabelTable(domains)
+            LabelTable,
+            "label_table",
+            lambda options, instances, domains, steps: LabelTable(domains),
         ),
         "length": Registration(
             LengthSlope, "length_slope", lambda options, instances, domains, steps: LengthSlope(100)

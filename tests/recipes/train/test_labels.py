@@ -67,7 +67,9 @@ def test_labels_are_written_as_the_weighting_has_them(options, run):
     assert results["labels"]["turned_over"] == turned
     assert sum(results["labels"]["turned_over_by_source"].values()) == turned
     weights = read_lines(run / "weights.jsonl")
-    moved = [abs(q - (0.1 + 0.8 * y)) for y, q in zip(rows[0]["given"], rows[0]["learned"], strict=True)]
+    moved = [
+        abs(q - (0.1 + 0.8 * y)) for y, q in zip(rows[0]["given"], rows[0]["learned"], strict=True)
+    ]
     assert weights[0]["weight"] == pytest.approx(1 - sum(moved) / len(moved), abs=1e-6)
 
 
@@ -101,6 +103,7 @@ def test_the_page_shows_the_labels_that_moved_most(options, run, capsys):
 
 def test_resumes_bit_for_bit(options, run, tmp_path, monkeypatch):
     again = changed(options, output_dir=str(tmp_path / "again"))
+
     def stop_after(step):
         if step == 3:
             raise KeyboardInterrupt
