@@ -69,7 +69,7 @@ def run_relabel(options: RelabelOptions) -> None:
         "--output",
         options.output,
         overwrite=options.overwrite,
-        inputs=(options.file, options.labels),
+        inputs=(options.file, options.labels if options.by == "learned" else None),
         streams=False,
     ).path
     assert out is not None

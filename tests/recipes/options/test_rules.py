@@ -41,7 +41,7 @@ def refusal(given, make=train_options) -> str:
         (
             PLAIN | {"meta_file": "m", "meta_batch_size": 8},
             "--meta-batch-size 8 has no effect with --weighting none: leave it out, or use "
-            "--weighting net, table or domain; --meta-file m has no effect with --weighting none "
+            "--weighting net, table, domain or labels; --meta-file m has no effect with --weighting none "
             "--lower-data train: leave it out, or use a weighting or --lower-data meta",
         ),
         (
