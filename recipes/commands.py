@@ -15,6 +15,7 @@ from recipes.options.use import (
     ConvertModelOptions,
     EnvOptions,
     EvaluateOptions,
+    RelabelOptions,
     ScoreOptions,
     SelectOptions,
     WeighOptions,
@@ -139,6 +140,13 @@ def _evaluate(options: EvaluateOptions) -> None:
     run_evaluate(options)
 
 
+def _relabel(options: RelabelOptions) -> None:
+    from recipes.use.relabel import run_relabel
+
+    _quiet()
+    run_relabel(options)
+
+
 def _weigh(options: WeighOptions) -> None:
     from recipes.use.weigh import run_weigh
 
@@ -238,6 +246,7 @@ _COMMANDS: Mapping[str, Callable[[Any], int | None]] = {
     "select": _select,
     "evaluate": _evaluate,
     "weigh": _weigh,
+    "relabel": _relabel,
     "weights": _weights,
     "report": _report,
     "serve": _serve,

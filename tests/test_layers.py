@@ -66,7 +66,7 @@ LAYERS = {
     "weighting": (
         ("bounds", "files", "heuristics", "normalise"),
         ("base",),
-        ("features", "gradients", "instance_net", "tables", "travel"),
+        ("features", "gradients", "instance_net", "labels", "tables", "travel"),
         ("store",),
     ),
     "recipes": (

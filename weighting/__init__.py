@@ -27,8 +27,14 @@ from weighting.gradients import (
     leaf_scales,
     sketch,
 )
-from weighting.heuristics import balanced_information, keep_best
+from weighting.heuristics import (
+    balanced_information,
+    confident_labels,
+    keep_best,
+    tolerant_labels,
+)
 from weighting.instance_net import InstanceNet
+from weighting.labels import StepLabels
 from weighting.normalise import batch_mean_one, mean_one_over
 from weighting.store import KINDS, load_weighting, row_index, save_weighting
 from weighting.tables import DomainTable, InstanceTable
@@ -51,11 +57,13 @@ __all__ = [
     "NetTravel",
     "Sigmoid",
     "Softplus",
+    "StepLabels",
     "Unbounded",
     "Weighting",
     "balanced_information",
     "batch_features",
     "batch_mean_one",
+    "confident_labels",
     "effective_sample_size",
     "example_features",
     "example_gradients",
@@ -71,4 +79,5 @@ __all__ = [
     "save_weighting",
     "sketch",
     "step_features",
+    "tolerant_labels",
 ]

@@ -22,9 +22,10 @@ from weighting.base import Params, Weighting
 from weighting.bounds import Bound, Clip, LeakyReLU, Sigmoid, Softplus, Unbounded
 from weighting.files import replacing, write_text
 from weighting.instance_net import InstanceNet
+from weighting.labels import StepLabels
 from weighting.tables import DomainTable, InstanceTable
 
-KINDS: tuple[type[Weighting], ...] = (InstanceTable, InstanceNet, DomainTable)
+KINDS: tuple[type[Weighting], ...] = (InstanceTable, InstanceNet, DomainTable, StepLabels)
 """The weightings of this package."""
 
 _FILES = ("config.json", "params.safetensors", "ids.json")

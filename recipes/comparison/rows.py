@@ -130,6 +130,7 @@ ROWS: Mapping[str, Row] = {
     "instance_table": TABLE,
     "instance_net": NET,
     "domain_table": Row(preset="train-domain"),
+    "step_labels": Row(preset="train-labels"),
     "loss_net": replace(NET, options={"features": ("loss",)}),
     "table_sanity": replace(TABLE, meta="data/dev"),
     "net_sanity": replace(NET, meta="data/dev"),

@@ -34,7 +34,7 @@ from recipes.models.loading import (
 )
 from recipes.options.base import LoaderOptions, ScoringOptions
 from recipes.options.train import TrainOptions
-from recipes.options.use import WeighOptions
+from recipes.options.use import RelabelOptions, WeighOptions
 from recipes.terminal import progress_bar
 
 
@@ -291,7 +291,7 @@ def step_scores_of(
     prm: PRM,
     params: Mapping[str, Tensor],
     data: Examples,
-    options: ScoringOptions | WeighOptions,
+    options: ScoringOptions | WeighOptions | RelabelOptions,
     *,
     full_vocab: bool = False,
 ) -> tuple[Tensor, Tensor]:
@@ -311,7 +311,7 @@ def scores_of(
     prm: PRM,
     params: Mapping[str, Tensor],
     data: Examples,
-    options: ScoringOptions | WeighOptions,
+    options: ScoringOptions | WeighOptions | RelabelOptions,
     *,
     full_vocab: bool = False,
     shown: bool = True,

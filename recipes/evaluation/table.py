@@ -23,6 +23,7 @@ NAMES = {
     "table_sanity": "PRM: Table, meta set = dev set",
     "net_sanity": "PRM: Net, meta set = dev set",
     "all_data": "PRM: No Selection on four times the data",
+    "step_labels": "PRM: learned labels",
     "fixed_weights": "PRM: given weights",
     "clean_oracle": "PRM: clean labels only (ceiling)",
     "clean": "PRM: clean labels only (ceiling)",

@@ -23,7 +23,13 @@ from dataclasses import dataclass
 
 import torch
 
-from recipes.options.choices import DomainOptions, LearnedOptions, NetOptions, TableOptions
+from recipes.options.choices import (
+    BoundedOptions,
+    DomainOptions,
+    LabelsOptions,
+    NetOptions,
+    TableOptions,
+)
 from recipes.options.train import TrainOptions
 from recipes.options.values import blaming
 from weighting import (
@@ -35,6 +41,7 @@ from weighting import (
     LeakyReLU,
     Sigmoid,
     Softplus,
+    StepLabels,
     Unbounded,
     Weighting,
     feature_count,
@@ -48,16 +55,16 @@ class Registration:
     Attributes:
         kind: Its class. A saved weighting is found by the name of the class.
         row: The row of ``results.json`` for a run with this weighting.
-        build: A function that builds it from the options and the numbers of instances and domains
-            in the training file.
+        build: A function that builds it from the options, the numbers of instances and domains in
+            the training file, and the most steps of an instance.
     """
 
     kind: type[Weighting]
     row: str
-    build: Callable[[TrainOptions, int, int], Weighting]
+    build: Callable[[TrainOptions, int, int, int], Weighting]
 
 
-def make_bound(settings: LearnedOptions) -> Bound:
+def make_bound(settings: BoundedOptions) -> Bound:
     """Return the bound that the options of a weighting name."""
     low, high = settings.bound_low, settings.bound_high
     bounds: dict[str, Callable[[], Bound]] = {
@@ -72,7 +79,7 @@ def make_bound(settings: LearnedOptions) -> Bound:
     return bounds[settings.bound]()
 
 
-def _instance_net(options: TrainOptions, instances: int, domains: int) -> InstanceNet:
+def _instance_net(options: TrainOptions, instances: int, domains: int, steps: int) -> InstanceNet:
     settings = options.weighting
     assert isinstance(settings, NetOptions)
     bound = make_bound(settings)
@@ -96,7 +103,9 @@ def _instance_net(options: TrainOptions, instances: int, domains: int) -> Instan
     )
 
 
-def _instance_table(options: TrainOptions, instances: int, domains: int) -> InstanceTable:
+def _instance_table(
+    options: TrainOptions, instances: int, domains: int, steps: int
+) -> InstanceTable:
     settings = options.weighting
     assert isinstance(settings, TableOptions)
     bound = make_bound(settings)
@@ -104,7 +113,7 @@ def _instance_table(options: TrainOptions, instances: int, domains: int) -> Inst
     return InstanceTable(instances, settings.prior, bound, settings.normalise)
 
 
-def _domain_table(options: TrainOptions, instances: int, domains: int) -> DomainTable:
+def _domain_table(options: TrainOptions, instances: int, domains: int, steps: int) -> DomainTable:
     settings = options.weighting
     assert isinstance(settings, DomainOptions)
     bound = make_bound(settings)
@@ -116,21 +125,32 @@ def _domain_table(options: TrainOptions, instances: int, domains: int) -> Domain
     return DomainTable(domains, bound)
 
 
+def _step_labels(options: TrainOptions, instances: int, domains: int, steps: int) -> StepLabels:
+    settings = options.weighting
+    assert isinstance(settings, LabelsOptions)
+    with blaming(f"--label-trust {settings.label_trust}"):
+        return StepLabels(instances, steps, settings.label_trust)
+
+
 WEIGHTINGS: dict[str, Registration] = {
     "net": Registration(InstanceNet, "instance_net", _instance_net),
     "table": Registration(InstanceTable, "instance_table", _instance_table),
     "domain": Registration(DomainTable, "domain_table", _domain_table),
+    "labels": Registration(StepLabels, "step_labels", _step_labels),
 }
 """All weightings that ``--weighting`` can name, except "none"."""
 
 
-def make_weighting(options: TrainOptions, instances: int, domains: int) -> Weighting | None:
+def make_weighting(
+    options: TrainOptions, instances: int, domains: int, steps: int = 1
+) -> Weighting | None:
     """Return the weighting that the options name, or None for "none".
 
     Args:
         options: The options of the run.
         instances: The number of examples of the training file.
         domains: The number of domains of the training file, 0 if an example has none.
+        steps: The most steps of an example of the training file.
 
     Raises:
         OptionError: The options contradict each other.
@@ -138,7 +158,7 @@ def make_weighting(options: TrainOptions, instances: int, domains: int) -> Weigh
     if options.weighting.kind == "none":
         return None
     with blaming(f"--weighting {options.weighting.kind}"):
-        return WEIGHTINGS[options.weighting.kind].build(options, instances, domains)
+        return WEIGHTINGS[options.weighting.kind].build(options, instances, domains, steps)
 
 
 def _check_batches(options: TrainOptions, compared: bool, remedy: str) -> None:

@@ -25,7 +25,7 @@ from bilevel import (
     WarmupCosine,
 )
 from bilevel.optimizers.schedule import Constant, StepDecay
-from bilevel.problem import Problem
+from bilevel.problem import Problem, is_separable
 from bilevel.resident.scope import outside
 from prm.models.model import PRM
 from recipes.method.hypergradients import make_hypergradient
@@ -176,7 +176,9 @@ def _executed(options: LowerOptions, solver: Solver, trained: int) -> Solver:
     # Auto comes to the same for single examples.
     if in_shards and isinstance(method, OneStep):
         wanted["hypergradient"] = replace(method, route=Dot())
-    elif options.lower.batch_size == 1 and method == OneStep(Auto()):
+    elif (
+        options.lower.batch_size == 1 and method == OneStep(Auto()) and is_separable(solver.problem)
+    ):
         wanted["hypergradient"] = OneStep(Dot())
     for found in _not_in_place(replace(solver, **wanted)):
         if chosen == "auto":

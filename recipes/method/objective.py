@@ -1,7 +1,8 @@
 """The bilevel problem of a process reward model and a weighting.
 
-Lower level: cross-entropy of the step labels per example, times the example's weight. Upper level:
-the aggregated step scores of a meta solution are compared with whether its answer is right.
+Lower level: cross-entropy of the step labels per example, times the example's weight, or of learned
+labels. Upper level: the aggregated step scores of a meta solution are compared with whether its
+answer is right.
 """
 
 from __future__ import annotations
@@ -13,14 +14,14 @@ from typing import Literal, TypeAlias
 import torch
 from torch import Tensor
 
-from bilevel import BilevelSolver, BilevelState, ReweightingProblem
+from bilevel import BilevelProblem, BilevelSolver, BilevelState, ReweightingProblem
 from prm.aggregations import Aggregation
 from prm.inputs.image_inputs import row_owners
 from prm.losses import outcome_loss, pair_loss, step_cross_entropy, step_squared_error
 from prm.models.model import PRM, step_logits
 from prm.names import LossTarget
 from prm.scoring import solution_scores, step_scores
-from weighting import Weighting, batch_features, batch_mean_one
+from weighting import StepLabels, Weighting, batch_features, batch_mean_one
 
 Params = Mapping[str, Tensor]
 Batch = Mapping[str, Tensor]
@@ -72,6 +73,18 @@ class Objective:
             losses = step_cross_entropy(logits, labels, mask, full_vocab=full)
         # Log-probabilities have the same difference as logits, so this is two-way in both cases.
         return losses, {"step_probs": step_scores(logits)}
+
+    def corrected_loss(self, lower: Params, upper: Params, batch: Batch) -> Tensor:
+        """Return the mean over the examples of their losses with learned labels, a scalar.
+
+            L = (1/B) Σ_i ℓ_i(θ; q_i(φ))
+
+        ℓ_i is ``per_example_loss`` with the labels q of ``StepLabels`` in place of those given.
+        """
+        assert isinstance(self.weighting, StepLabels)
+        learned = self.weighting.labels(upper, batch)
+        losses, _ = self.per_example_loss(lower, {**batch, "labels": learned})
+        return losses.mean()
 
     def weights(self, upper: Params, batch: Batch, features: Mapping[str, Tensor]) -> Tensor:
         """Return the weights of the examples of a batch, [batch]."""
@@ -134,7 +147,7 @@ class Objective:
     def upper_loss_and_scores(
         self, lower: Params, upper: Params, batch: Batch
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return the meta loss; the mean score of the solutions, and the share of right ones."""
+        """Return the meta loss, and for the log mean score, share of right ones, moved labels."""
         logits = step_logits(self.prm, lower, batch, full_vocab=self.full_vocab)
         scores = solution_scores(
             logits, batch["step_mask"], self.aggregation, full_vocab=self.full_vocab
@@ -143,6 +156,8 @@ class Objective:
             "meta/score": scores[..., 0].mean(),
             "meta/right": batch["correct"].to(scores).mean(),
         }
+        if isinstance(self.weighting, StepLabels):
+            aux |= self.weighting.moved(upper)
         if self.loss_target == "pairs":
             return pair_loss(scores[..., 0], batch["correct"], batch["group"]), aux
         return outcome_loss(scores, batch["correct"], self.loss_target).mean(), aux
@@ -157,8 +172,21 @@ class Objective:
         same = batch["group"][:, None] == batch["group"][None, :]
         return int((same & right[:, None] & ~right[None, :]).sum())
 
-    def problem(self) -> ReweightingProblem[Params, Params, Batch]:
-        """Return the bilevel problem over dicts of parameters."""
+    def problem(
+        self,
+    ) -> ReweightingProblem[Params, Params, Batch] | BilevelProblem[Params, Params, Batch]:
+        """Return the bilevel problem over dicts of parameters.
+
+        With learned labels it is a generic one. φ is inside the loss of every step, so that an
+        example has no weight to take out of it, and no single product ⟨μ, ∇ℓ_i⟩ that would serve
+        all of its steps.
+        """
+        if isinstance(self.weighting, StepLabels):
+            return BilevelProblem(
+                lower_loss=self.corrected_loss,
+                upper_loss=self.upper_loss_and_scores,
+                batch_size=lambda batch: len(batch["labels"]),
+            )
         return ReweightingProblem(
             per_example_loss=self.per_example_loss,
             weights=self.weights,

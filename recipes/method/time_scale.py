@@ -11,6 +11,9 @@ visited regularly, and its hypergradient always has the same sign. Dense Adam ke
 many steps after its visit, while its moments decay: 28 learning rates per visit after the first
 visits. Lazy Adam moves it on the visit alone, by one learning rate.
 
+The rows of learned labels are the labels of an example, and the distance is the way from one label
+to the other: a consistently bad label is just turned over.
+
 A network moves the weights of all examples with every parameter, so its travel is that of a
 simulated run on features of the run's own examples (``weighting.travel``).
 
@@ -35,7 +38,7 @@ from recipes.method.make_solver import lower_schedule, upper_schedule, upper_ste
 from recipes.options.choices import NoWeighting
 from recipes.options.train import TrainOptions
 from recipes.options.values import OptionError, blaming
-from weighting import Bound, NetTravel, Weighting
+from weighting import Bound, NetTravel, StepLabels, Weighting
 
 REACH_OF_THE_BOUND = 1.0
 _TOO_SHORT, _TOO_LONG = 0.25, 8.0
@@ -275,7 +278,11 @@ def time_scale(
     settings = options.weighting
     assert not isinstance(settings, NoWeighting)
     with blaming(f"--bound {settings.bound}"):
-        to_bound = distance_to_lower_bound(weighting.bound, weighting.start)
+        to_bound = (
+            weighting.turn
+            if isinstance(weighting, StepLabels)
+            else distance_to_lower_bound(weighting.bound, weighting.start)
+        )
     upper = UpperMovement(
         steps=upper_steps(options),
         schedule=upper_schedule(options, 1.0),

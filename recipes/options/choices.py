@@ -13,9 +13,11 @@ from recipes.options.base import MOST_NUMBER, MOST_STEPS, option
 from recipes.options.conditions import (
     BOUND_HIGH,
     BOUND_LOW,
+    BOUNDED,
     CENTRAL_DIFFERENCE,
     GRADIENT_FEATURE,
     IMPLICIT,
+    LABELS,
     MODEL_FEATURE,
     NET,
     NORMALISED,
@@ -60,21 +62,21 @@ class _Bounded:
         "sigmoid",
         "map from raw weights to weights; clip lets a weight that was pushed to an end come back, "
         "clamp (DreamPRM-1.5) does not",
-        only_with=WEIGHTED,
+        only_with=(WEIGHTED, BOUNDED),
     )
     bound_low: float = option(
         0.0,
         "lower end of the range",
         least=-MOST_NUMBER,
         most=MOST_NUMBER,
-        only_with=(WEIGHTED, BOUND_LOW),
+        only_with=(WEIGHTED, BOUNDED, BOUND_LOW),
     )
     bound_high: float = option(
         2.0,
         "upper end of the range",
         least=-MOST_NUMBER,
         most=MOST_NUMBER,
-        only_with=(WEIGHTED, BOUND_HIGH),
+        only_with=(WEIGHTED, BOUNDED, BOUND_HIGH),
     )
 
 
@@ -165,14 +167,35 @@ class DomainOptions(_Featureless, _Bounded):
 
 
 @dataclass(frozen=True, kw_only=True)
+class LabelsOptions(_Featureless):
+    """Learned labels: a soft label for every step, which starts at the given one."""
+
+    kind: ClassVar[Literal["labels"]] = "labels"
+    weights_file: ClassVar[None] = None
+    lower_data: ClassVar[Literal["train"]] = "train"
+    normalise: ClassVar[Literal["none"]] = "none"
+    bound: ClassVar[Literal["sigmoid"]] = "sigmoid"
+
+    label_trust: float = option(
+        0.9,
+        "chance that a given label is right, which learned labels start from: 0.9 makes + 0.9 and "
+        "- 0.1; above 0.5 and below 1",
+        least=0.5,
+        most=1,
+        only_with=(WEIGHTED, LABELS),
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
 class NoWeighting(_Featureless, _Normalised, _Unlearned):
     """No weighting is learned: all weights are 1, or those of a file."""
 
     kind: ClassVar[Literal["none"]] = "none"
 
 
-WeightingOptions: TypeAlias = NetOptions | TableOptions | DomainOptions | NoWeighting
-LearnedOptions: TypeAlias = NetOptions | TableOptions | DomainOptions
+BoundedOptions: TypeAlias = NetOptions | TableOptions | DomainOptions
+LearnedOptions: TypeAlias = BoundedOptions | LabelsOptions
+WeightingOptions: TypeAlias = LearnedOptions | NoWeighting
 
 
 @dataclass(frozen=True, kw_only=True)

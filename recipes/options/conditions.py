@@ -49,7 +49,7 @@ def _one_of(name: str, *values: str, shown: str | None = None) -> Condition:
     )
 
 
-WEIGHTED = Condition(is_weighted, ("weighting",), "use --weighting net, table or domain")
+WEIGHTED = Condition(is_weighted, ("weighting",), "use --weighting net, table, domain or labels")
 META_LOSS = Condition(
     has_meta_loss, ("weighting", "lower_data"), "use a weighting or --lower-data meta"
 )
@@ -64,7 +64,9 @@ NORMALISED = Condition(
     "use --weighting net or table, or --weights-file",
     shown="net, table, weights file",
 )
+BOUNDED = _one_of("weighting", "net", "table", "domain", shown="net, table, domain")
 NET = _one_of("weighting", "net")
+LABELS = _one_of("weighting", "labels")
 MODEL_FEATURE = Condition(
     _reads_the_model, ("features",), "use a feature that depends on the model"
 )

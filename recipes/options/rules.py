@@ -55,6 +55,7 @@ _PROVEN_IN_SHARDS: Mapping[str, tuple[Any, ...]] = {
     "loss_target": ("both", "+"),
     "lower_data": ("train",),
     "weights_file": (None,),
+    "weighting": ("table", "net", "domain", "none"),
     "execution": ("auto", "resident"),
     "on_trouble": ("raise",),
     "lora_rank": (0,),
@@ -97,6 +98,7 @@ _LOWER_CONTRADICTIONS = (
 )
 
 _SECOND_ORDER = ("unrolled", "implicit")
+_PER_EXAMPLE = ("dot", "ghost", "per-example")
 
 _TRAIN_CONTRADICTIONS = (
     Contradiction(
@@ -121,6 +123,12 @@ _TRAIN_CONTRADICTIONS = (
         lambda given: given.weighting == "net" and given.normalise == "table",
         ("normalise", "weighting"),
         "a net has no table to normalise over: use batch or none, or --weighting table",
+    ),
+    Contradiction(
+        lambda given: given.weighting == "labels" and given.route in _PER_EXAMPLE,
+        ("weighting", "route"),
+        "this route has one product for all steps of an example, and labels need one for each: use "
+        "auto, jvp, reverse or central-difference",
     ),
     Contradiction(
         lambda given: given.hypergradient == "implicit" and given.lower_weight_decay > 0,

@@ -21,6 +21,7 @@ from recipes.options.choices import (
     DomainOptions,
     HypergradientOptions,
     ImplicitOptions,
+    LabelsOptions,
     NetOptions,
     NoWeighting,
     OneStepOptions,
@@ -110,9 +111,16 @@ class TrainOptions(LowerOptions, ScoringOptions):
     data: TrustedData = group(TrustedData)
     weighting: WeightingOptions = variants(
         "net",
-        "Instance Net, Instance Table, Domain Table, or none: all weights 1 (No Selection)",
-        {"net": NetOptions, "table": TableOptions, "domain": DomainOptions, "none": NoWeighting},
-        listed=("none", "domain", "table", "net"),
+        "Instance Net, Instance Table, Domain Table, learned labels, or none: all weights 1 (No "
+        "Selection)",
+        {
+            "net": NetOptions,
+            "table": TableOptions,
+            "domain": DomainOptions,
+            "labels": LabelsOptions,
+            "none": NoWeighting,
+        },
+        listed=("none", "domain", "table", "labels", "net"),
     )
     upper: UpperLevel = group(UpperLevel, only_with=conditions.WEIGHTED)
     loss_target: Literal[LossTarget, "pairs"] = option(

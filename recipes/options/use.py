@@ -1,4 +1,4 @@
-"""Options of the commands around training: score, select, evaluate, weigh, convert-model."""
+"""Options of the commands around training: score, select, evaluate, weigh, relabel and others."""
 
 from __future__ import annotations
 
@@ -66,6 +66,9 @@ BY_BIS = _by("bis", shown="bis")
 BY_MODEL = _by("weighting", "small-loss")
 BY_REFERENCE = _by("weighting")
 BY_SEED = _by("weighting", "small-loss", "random")
+BY_LEARNED = _by("learned", shown="learned")
+BY_NAIT = _by("nait", shown="nait")
+BY_SCAN = _by("scan", shown="scan")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -209,6 +212,58 @@ class WeighOptions(LoaderOptions):
         64, "most solutions per forward pass", least=1, most=MOST_EXAMPLES, only_with=BY_MODEL
     )
     tokens_per_batch: int = tokens_per_batch(only_with=BY_MODEL)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RelabelOptions(LoaderOptions):
+    """Write a file with corrected step labels: learned ones of a run, or those of a rule."""
+
+    ONLY_WITH: ClassVar[Mapping[Condition, tuple[str, ...]]] = {
+        BY_NAIT: ("model", *_PROMPT, *_LENGTH, *_PLACEMENT, "workers", "seed"),
+    }
+
+    by: Literal["learned", "nait", "scan"] = option(
+        "learned",
+        "what corrects: --labels of a run; or a rule: the scores of --model where they are far "
+        "from a label (NAIT, arXiv 2601.12748), or labels of rollouts made soft before the first "
+        "failure (SCAN, arXiv 2509.16548)",
+    )
+    labels: str | None = option(
+        None, "labels.jsonl of a run with --weighting labels on this file", only_with=BY_LEARNED
+    )
+    threshold: float = option(
+        0.25,
+        "distance of score and label above which the score takes its place",
+        least=0,
+        most=1,
+        only_with=BY_NAIT,
+    )
+    confidence: str = option(
+        "self_confidence",
+        "field of a row with the share of the sampling model's solutions that are right",
+        only_with=BY_SCAN,
+    )
+    least_confidence: float = option(
+        0.75,
+        "rows of a lower confidence are left out",
+        least=0,
+        most=1,
+        only_with=BY_SCAN,
+    )
+    tolerance: int = option(
+        2,
+        "steps before the first failure whose labels become soft",
+        least=0,
+        most=MOST_EXAMPLES,
+        only_with=BY_SCAN,
+    )
+    file: str = option(..., "JSONL with step labels; for SCAN shares of completions")
+    output: str = option(..., "JSONL to write, in the project's format")
+    overwrite: bool = option(False, "replace an existing --output")
+    eval_batch_size: int = option(
+        64, "most solutions per forward pass", least=1, most=MOST_EXAMPLES, only_with=BY_NAIT
+    )
+    tokens_per_batch: int = tokens_per_batch(only_with=BY_NAIT)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -160,7 +160,7 @@ def page_content(runs: Sequence[RunNumbers]) -> dict[str, Any]:
     training = [
         drawing.losses(runs) or Missing("Losses of both levels", "no run has a log"),
         drawing.trajectories(runs)
-        or Missing("Weights over the steps", "no run here learned weights: all were 1 throughout"),
+        or Missing("Weights over the steps", "no run here learned weights of examples"),
     ]
     cost = [drawing.seconds(runs) or Missing("Time per part", "written when a run is complete")]
     return {

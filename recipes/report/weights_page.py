@@ -12,6 +12,7 @@ from recipes.report.annotate import annotate
 from recipes.report.export import export_table
 from recipes.report.options import WeightsOptions
 from recipes.report.run_files import data_file, files_read, run_options
+from recipes.report.run_labels import MovedLabel, moved_labels
 from recipes.report.run_weights import RunWeights, effective_share, histogram, read_run_weights
 from recipes.terminal import printable, say
 
@@ -49,7 +50,8 @@ def run_weights(options: WeightsOptions) -> None:
         left = left if counts.without else ""
         say(f"{options.annotate}: {counts.rows:,} rows, {counts.weighted:,} with weights{left}")
     if options.export is None and options.annotate is None:
-        for line in page(directory, weights, options.top):
+        labels = moved_labels(directory)
+        for line in (*page(directory, weights, options.top), *label_table(labels, options.top)):
             print(printable(line))
 
 
@@ -83,6 +85,22 @@ def page(directory: Path, weights: RunWeights, top: int) -> Iterator[str]:
         yield f"by source, by domain: not shown, {weights.absent}; give --data"
     yield ""
     yield from _bars(weights)
+
+
+def label_table(labels: Sequence[MovedLabel], top: int) -> Iterator[str]:
+    """Yield the lines on learned labels: how many were turned over, and which moved most."""
+    if not labels:
+        return
+    turned = sum(label.turned_over for label in labels)
+    yield ""
+    yield (
+        f"learned labels: {turned:,} of {len(labels):,} were turned over; a weight is 1 minus how "
+        "far the labels of the example moved, on average"
+    )
+    yield f"{'moved most':<10}{'given':>9}{'learned':>9}  step  id"
+    for place, label in enumerate(labels[:top], start=1):
+        figures = f"{label.given:>9.3g}{label.learned:>9.3f}{label.step:>6}"
+        yield f"{place:>10}{figures}  {label.id}"
 
 
 def _table(weights: RunWeights, title: str, rows: Sequence[int]) -> Iterator[str]:

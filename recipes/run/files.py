@@ -27,6 +27,8 @@ from recipes.terminal import say, write_bytes
 
 EXTREMES = "extreme_weights.jsonl"
 """Step scores of a run's examples of highest and lowest weight (``recipes.train.extremes``)."""
+LABELS = "labels.jsonl"
+"""Given and learned labels of a run that learns labels (``recipes.train.label_report``)."""
 STANDARD_OUTPUT = "-"
 _OTHER_KINDS = frozenset(
     (

@@ -22,6 +22,7 @@ from recipes.method.bounded_weights import WEIGHTINGS
 from recipes.options.train import LowerOptions, TrainOptions
 from recipes.run.files import write_text
 from recipes.train.data import TrainData
+from recipes.train.label_report import label_lines
 from recipes.train.sharding import save_spread
 
 _EXPLAINED = 0.8  # rank correlation from which on labels explain the weights
@@ -134,6 +135,8 @@ def print_summary(
             f"{last['best_of_n']:.4f} after step {last['step']}, the last; the model is that of "
             f"step {chosen['step']}"
         )
+    if (labels := results.get("labels")) is not None:
+        print("\n" + "\n".join(label_lines(labels)))
     if "weight_auc" in results:
         print(f"\nAUC of the weights, right against wrong labels: {results['weight_auc']:.3f}")
         for source, entry in results["sources"].items():

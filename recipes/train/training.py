@@ -44,7 +44,7 @@ from recipes.options.values import blaming
 from recipes.ranks import ranks_here
 from recipes.run.directory import check_directory
 from recipes.run.errors import RunError
-from recipes.run.files import write_json
+from recipes.run.files import LABELS, write_json
 from recipes.run.identity import digest_model
 from recipes.run.resume import Run, open_run
 from recipes.terminal import say
@@ -68,6 +68,7 @@ from recipes.train.data import (
 )
 from recipes.train.dev_evaluation import best_of, dev_evaluation, remove_kept, selection
 from recipes.train.extremes import write_extremes
+from recipes.train.label_report import label_report, learned_labels, write_labels
 from recipes.train.loop import StepLogging, Training, train
 from recipes.train.results import evaluate_all, print_summary, row_name, save_trained
 from recipes.train.sharding import Trained, load_trained, over_shards
@@ -80,7 +81,7 @@ from recipes.train.weight_report import (
     write_weighting,
     write_weights,
 )
-from weighting import NetTravel, mean_one_over
+from weighting import NetTravel, StepLabels, mean_one_over
 
 _SHOWN_EXAMPLES = 64  # on which a network's travel is found
 
@@ -258,11 +259,17 @@ def _report_weights(
     if objective.weighting is None:
         return {}
     write_weighting(directory / "weighting", objective, state.upper_params, data)
+    report = {}
+    if isinstance(objective.weighting, StepLabels):
+        labels = learned_labels(objective.weighting, state.upper_params, examples)
+        write_labels(directory / LABELS, examples, *labels)
+        report = label_report(examples, *labels)
     first = None if initial is None else initial.scores
     lower = state.lower_params
     write_extremes(directory, objective.prm, lower, examples, weights, first, options)
     correlation = label_correlation(examples, weights)
-    return {"weight_label_correlation": correlation} | weight_report(examples, weights)
+    report["weight_label_correlation"] = correlation
+    return report | weight_report(examples, weights)
 
 
 def _initial_model(task: _Task, run: Run) -> tuple[PRM, Mapping[str, Tensor]]:
@@ -307,7 +314,12 @@ def _objective(options: TrainOptions, prm: PRM, data: TrainData) -> Objective:
         prm,
         AGGREGATIONS[options.aggregation],
         options.loss_target,
-        make_weighting(options, len(data.train), len(data.domains)),
+        make_weighting(
+            options,
+            len(data.train),
+            len(data.domains),
+            max(len(example.labels) for example in data.train.facts),
+        ),
         options.weighting.features,
         options.weighting.reference_features,
         len(data.domains),

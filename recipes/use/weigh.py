@@ -33,7 +33,7 @@ from recipes.models.loading import (
 from recipes.options.base import OF_MODEL, flag_of
 from recipes.options.rules import check_together, refuse_given
 from recipes.options.use import WeighOptions
-from recipes.options.values import OptionError
+from recipes.options.values import OptionError, blaming
 from recipes.run.directory import run_of
 from recipes.run.files import list_beside, output_file
 from recipes.terminal import say
@@ -149,7 +149,8 @@ def _by_examples(options: WeighOptions, saved: _Saved) -> tuple[Solutions, Tenso
         data = require(data, "labels")
     data = _check_rows(options, saved, data)
     batch = example_batch(weighting, data.examples, saved.index, saved.domains)
-    return data, *weighting.file_weights(saved.params, [batch])
+    with blaming(f"--file {options.file}"):
+        return data, *weighting.file_weights(saved.params, [batch])
 
 
 def _by_model(options: WeighOptions, saved: _Saved) -> tuple[Examples, Tensor, Tensor]:

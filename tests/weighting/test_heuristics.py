@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from weighting import balanced_information, keep_best
+from weighting import balanced_information, confident_labels, keep_best, tolerant_labels
 
 NAN = math.nan
 
@@ -76,3 +76,40 @@ def test_what_cannot_be_ranked_is_refused():
         keep_best(torch.tensor([1.0, NAN]), 0.5)
     with pytest.raises(ValueError, match="2 scores and 1 groups"):
         keep_best(torch.ones(2), 0.5, ["a"])
+
+
+def test_labels_that_a_model_is_far_from_become_its_scores():
+    labels = torch.tensor([1.0, 1.0, 0.0, 0.0, 0.5, NAN])
+    scores = torch.tensor([0.75, 0.5, 0.25, 0.375, 0.125, 0.9])
+    found = confident_labels(labels, scores, 0.25)
+    expected = torch.tensor([1.0, 0.5, 0.0, 0.375, 0.125, NAN])
+    torch.testing.assert_close(found, expected, rtol=0, atol=0, equal_nan=True)
+    assert torch.equal(confident_labels(labels[:5], scores[:5], 1.0), labels[:5])
+    with pytest.raises(ValueError, match=r"threshold in \[0, 1\]; found 1.5"):
+        confident_labels(labels, scores, 1.5)
+
+
+def test_tolerant_labels_by_hand():
+    shares = torch.tensor(
+        [
+            [0.75, 0.5, 0.375, 0.25, 0.0, 0.25],  # the first failure is step 4, two before it soft
+            [0.5, 0.25, 0.125, 1.0, 0.75, 0.25],  # no failure
+            [0.0, 1.0, 1.0, 1.0, NAN, NAN],  # fails at once
+            [0.25, NAN, 0.9, 0.0, NAN, NAN],  # one step was not sampled, one is surer than SC
+        ]
+    )
+    confidence = torch.tensor([0.75, 0.5, 1.0, 0.75])
+    expected = torch.tensor(
+        [
+            [1.0, 1.0, 0.5, 1 / 3, 0.0, NAN],
+            [1.0, 1.0, 1.0, 1.0, 1.0, 1.0],
+            [0.0, NAN, NAN, NAN, NAN, NAN],
+            [1.0, NAN, 1.0, 0.0, NAN, NAN],
+        ]
+    )
+    torch.testing.assert_close(tolerant_labels(shares, confidence), expected, equal_nan=True)
+    hard = tolerant_labels(shares, confidence, 0)
+    assert hard[0, :5].tolist() == [1.0, 1.0, 1.0, 1.0, 0.0]
+    for wrong in (-1, 0):
+        with pytest.raises(ValueError, match=("confidences", "tolerance of 0")[-wrong]):
+            tolerant_labels(shares, confidence if wrong else confidence - 1, wrong)

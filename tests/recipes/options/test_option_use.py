@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import json
 import math
 from collections.abc import Iterator
 from dataclasses import fields, replace
@@ -14,6 +15,7 @@ import pytest
 import torch
 
 import recipes.use.evaluate
+import recipes.use.relabel
 import recipes.use.weigh
 from bilevel import SGD, AdamW, LazyRowAdam, OneStep, Projected, WarmupCosine
 from bilevel.optimizers.schedule import Constant, StepDecay
@@ -43,6 +45,7 @@ from recipes.options.train import ColdStartOptions, TrainOptions
 from recipes.options.use import (
     ConvertModelOptions,
     EvaluateOptions,
+    RelabelOptions,
     ScoreOptions,
     SelectOptions,
     WeighOptions,
@@ -53,8 +56,8 @@ from recipes.train.cold_start import run_cold_start
 from recipes.train.results import row_name
 from recipes.train.training import run_training
 from tests.recipes.options.recorded import not_read, read_only_what_is_used, recorded, where_read
-from tests.tiny_task import FORWARD_MODE
-from weighting import FEATURES, DomainTable, InstanceNet, InstanceTable, NetTravel
+from tests.tiny_task import FORWARD_MODE, altered, read_lines
+from weighting import FEATURES, DomainTable, InstanceNet, InstanceTable, NetTravel, StepLabels
 
 PACKAGE = Path(recipes.__file__).parent
 OPTIONS = [
@@ -64,6 +67,7 @@ OPTIONS = [
     DataOptions,
     EvaluateOptions,
     PretrainOptions,
+    RelabelOptions,
     ScoreOptions,
     SelectOptions,
     TrainOptions,
@@ -109,6 +113,7 @@ def recording(monkeypatch):
     """Options, and the set of those that have been read since."""
     read_only_what_is_used(monkeypatch)
     monkeypatch.setattr(recipes.use.evaluate, "check_together", lambda options: None)
+    monkeypatch.setattr(recipes.use.relabel, "check_together", lambda options: None)
     monkeypatch.setattr(recipes.use.weigh, "check_together", lambda options: None)
     monkeypatch.setattr(recipes.use.weigh, "refuse_given", lambda *_: None)
     return recorded
@@ -130,6 +135,7 @@ def test_training_reads_each_of_its_options(task, tmp_path, recording):
     for name, more in (
         ("net", {"bound": "clip"}),
         ("table", {"weighting": "table", "bound": "clip"}),
+        ("labels", {"weighting": "labels", "steps": 1, "test_file": None}),
         ("none", {"weighting": "none", "frozen_activations": "disk", **evaluated}),
         ("implicit", implicit),
         ("penalty", {"hypergradient": "penalty"}),
@@ -191,6 +197,31 @@ def test_weigh_reads_what_it_does_not_refuse(task, tmp_path, recording, by):
         refused |= set(WeighOptions.ASKS_MODEL)
     assert not refused & seen
     assert not_read(WeighOptions, seen) <= refused | {"seed"}
+
+
+@pytest.mark.parametrize("by", get_args(get_type_hints(RelabelOptions)["by"]))
+def test_relabel_reads_what_it_does_not_refuse(task, tmp_path, recording, by):
+    def confident(_, row):
+        return row | {"self_confidence": 1.0}
+
+    train = altered(task.data / "train.jsonl", tmp_path / "train.jsonl", confident)
+    given = {"file": str(train), "output": str(tmp_path / "new.jsonl"), "by": by}
+    given |= {"allow_outside_images": True}
+    if by == "learned":
+        signs = {"+": 1.0, "-": 0.0}
+        given["labels"] = str(tmp_path / "labels.jsonl")
+        lines = []
+        for row in read_lines(train):
+            labels = [signs[step["label"]] for step in row["steps"]]
+            lines.append(json.dumps({"id": row["id"], "given": labels, "learned": labels}) + "\n")
+        (tmp_path / "labels.jsonl").write_text("".join(lines))
+    given["model"] = str(task.model) if by == "nait" else RelabelOptions.model
+    options, seen = recording(RelabelOptions(**given))
+    assert commands.run("relabel", options) == 0
+    seen = seen - {"seed"}  # of every command: set_up
+    refused = set(unread(RelabelOptions, flatten(options)))
+    assert not refused & seen
+    assert not_read(RelabelOptions, seen) <= refused | {"seed"}
 
 
 def test_every_choice_is_tested_below():
@@ -277,8 +308,13 @@ def test_weightings(name, bound, normalise):
     if name == "none":
         assert weighting is None
         return
-    kind = {"net": InstanceNet, "table": InstanceTable, "domain": DomainTable}[name]
+    kinds = (InstanceNet, InstanceTable, DomainTable, StepLabels)
+    kind = dict(zip(("net", "table", "domain", "labels"), kinds, strict=True))[name]
     assert type(weighting) is kind
+    if name == "labels":
+        assert weighting == StepLabels(8, 1, 0.9)
+        assert time_scale(options, weighting, 8, lambda: None).to_bound == weighting.turn
+        return
     assert weighting.bound == make_bound(options.weighting)
     features = torch.randn(8, 3, weighting.features) if name == "net" else None
     read = {"features": features, "feature_mask": torch.ones(8, 3, dtype=torch.bool)}
@@ -522,6 +558,6 @@ def test_every_kind_of_run_has_a_row_of_its_own_name():
     rows = [row_name(where_read(BASE, weighting=name)) for name in choices("weighting")]
     rows += [row_name(where_read(BASE, weighting="none", lower_data="meta"))]
     rows += [row_name(where_read(BASE, weighting="none", weights_file="w"))]
-    assert len(set(rows)) == len(rows) == 6
+    assert len(set(rows)) == len(rows) == 7
     assert set(rows) <= set(NAMES)
     assert choices("lower_data") == ("train", "meta")

@@ -36,13 +36,13 @@ def refusal(given, make=train_options) -> str:
         (
             PLAIN | {"upper_lr": "0.06", "order": "lower-first", "rollback": True},
             "--upper-lr 0.06, --order lower-first, --rollback have no effect with "
-            "--weighting none: leave them out, or use --weighting net, table or domain",
+            "--weighting none: leave them out, or use --weighting net, table, domain or labels",
         ),
         (
             PLAIN | {"meta_file": "m", "meta_batch_size": 8},
             "--meta-batch-size 8 has no effect with --weighting none: leave it out, or use "
-            "--weighting net, table or domain; --meta-file m has no effect with --weighting none "
-            "--lower-data train: leave it out, or use a weighting or --lower-data meta",
+            "--weighting net, table, domain or labels; --meta-file m has no effect with "
+            "--weighting none --lower-data train: leave it out, or use a weighting or --lower-data meta",
         ),
         (
             NET | {"bound_low": 0.5},

@@ -99,10 +99,12 @@ class LengthOptions(DomainOptions):
 def registered(monkeypatch):
     entries = {
         "label-table": Registration(
-            LabelTable, "label_table", lambda options, instances, domains: LabelTable(domains)
+            LabelTable,
+            "label_table",
+            lambda options, instances, domains, steps: LabelTable(domains),
         ),
         "length": Registration(
-            LengthSlope, "length_slope", lambda options, instances, domains: LengthSlope(100)
+            LengthSlope, "length_slope", lambda options, instances, domains, steps: LengthSlope(100)
         ),
     }
     for name, entry in entries.items():
