@@ -17,7 +17,10 @@ from typing import Any
 
 PACKAGE = "bilevel-prm"
 _PACKAGES = ("torch", "transformers", "torchopt", "safetensors", "numpy", "pillow", "tokenizers")
-_EXTRAS = ("scikit-learn", "peft", "math-verify", "fastapi", "uvicorn", "gguf", "accelerate")
+_EXTRAS = (
+    *("scikit-learn", "peft", "math-verify", "fastapi", "uvicorn", "gguf", "accelerate"),
+    *("tensorboard", "trackio", "wandb"),
+)
 _BLOCK = 2**20
 _FILES = ("train_file", "meta_file", "dev_file", "test_file", "weights_file")
 _ROOT = Path(__file__).resolve().parents[2]
