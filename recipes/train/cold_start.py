@@ -39,7 +39,7 @@ from recipes.train.batches import (
 )
 from recipes.train.data import keep_bad_rows, refuse_other_bad_rows, require
 from recipes.train.loop import StepLogging, Training, train
-from recipes.train.results import print_troubles, save_trained
+from recipes.train.results import print_troubles, save_trained, write_card
 from recipes.train.sharding import load_trained, over_shards
 from recipes.train.trackers import check_trackers, tracked
 
@@ -132,6 +132,7 @@ def _run_cold_start(options: ColdStartOptions) -> Path:
             rows = len(drawn)
             results = {"rows": {}, "examples": rows, "seed": options.seed}
             results |= {"troubles": dict(end.seen.counts), "seconds": {"total": seconds}}
+            write_card(directory, results)
             write_json(directory / "results.json", results)
     print(f"cold start on {rows} of {len(data)} examples, {seconds:.0f} s: {saved}")
     print_troubles(end.seen.counts)

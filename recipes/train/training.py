@@ -67,7 +67,7 @@ from recipes.train.data import (
 from recipes.train.dev_evaluation import best_of, dev_evaluation, remove_kept, selection
 from recipes.train.extremes import write_extremes
 from recipes.train.loop import StepLogging, Training, train
-from recipes.train.results import evaluate_all, print_summary, row_name, save_trained
+from recipes.train.results import evaluate_all, print_summary, row_name, save_trained, write_card
 from recipes.train.sharding import Trained, load_trained, over_shards
 from recipes.train.signs import log_lines, signs, watcher
 from recipes.train.trackers import ALL_WEIGHTS, Tracking, check_trackers, tracked
@@ -220,6 +220,7 @@ def _run_training(options: TrainOptions, logged: Callable[[int], None] | None) -
             results |= evaluate_all(prm, state.lower_params, data, options, run.directory)
             clock.lap("evaluate")
             results["seconds"] = clock.laps
+            write_card(run.directory, results)
             write_json(run.directory / "results.json", results)
             remove_kept(run.directory)
     print_summary(results, run.directory)
