@@ -15,6 +15,7 @@ from recipes.options.use import (
     ConvertModelOptions,
     EnvOptions,
     EvaluateOptions,
+    PushOptions,
     ScoreOptions,
     SelectOptions,
     WeighOptions,
@@ -158,6 +159,12 @@ def _weights(options: WeightsOptions) -> None:
     run_weights(options)
 
 
+def _push(options: PushOptions) -> None:
+    from recipes.use.push import run_push
+
+    run_push(options)
+
+
 def _serve(options: ServeOptions) -> None:
     from recipes.serve.server import run_serve
 
@@ -240,6 +247,7 @@ _COMMANDS: Mapping[str, Callable[[Any], int | None]] = {
     "weigh": _weigh,
     "weights": _weights,
     "report": _report,
+    "push": _push,
     "serve": _serve,
     "parity": _parity,
     "convert-model": _convert_model,

@@ -38,7 +38,8 @@ ALLOWED = {
     "recipes": {
         *(*CORE, "torch", "torchopt", "optree", "transformers", "tokenizers", "safetensors"),
         *("PIL", "numpy", "sklearn", "yaml", "tqdm", "filelock", "fastapi", "uvicorn"),
-        *("jinja2", "matplotlib", "pyarrow", "trackio", "wandb"),
+        *("jinja2", "matplotlib", "pyarrow", "huggingface_hub"),
+        *("trackio", "wandb"),
     },
 }
 
