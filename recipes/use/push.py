@@ -133,8 +133,8 @@ def _uploaded(options: PushOptions, files: Mapping[str, Path]) -> str:
     except OptionError:
         raise
     except Exception as error:  # Those of the client and of the network have no common class.
-        told = " ".join(str(error).split())
-        raise RunError(f"--repo {options.repo}: {told}; no commit was made") from error
+        told = [" ".join(str(one).split()) for one in (error, error.__cause__) if one is not None]
+        raise RunError(f"--repo {options.repo}: {': '.join(told)}; no commit was made") from error
     return str(commit.commit_url)
 
 
@@ -145,7 +145,7 @@ def _prepared(api: Any, options: PushOptions, files: Mapping[str, Path]) -> None
         OptionError: They cannot.
     """
     if not api.repo_exists(options.repo):
-        api.create_repo(options.repo, private=options.private)
+        api.create_repo(options.repo, private=options.private or None)  # or as its owner has it
     elif options.private and not api.repo_info(options.repo).private:
         raise OptionError(
             f"--private: {options.repo} exists and is public; make it private on the Hub first, "

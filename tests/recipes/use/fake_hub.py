@@ -81,7 +81,8 @@ def _handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
 def _create(handler: Any, hub: Hub, body: bytes) -> None:
     asked = json.loads(body)
     name = "/".join(filter(None, (asked.get("organization"), asked["name"])))
-    hub.repos[name], hub.private[name] = {"main": {}}, bool(asked.get("private"))
+    assert "public" not in asked.values()
+    hub.repos[name], hub.private[name] = {"main": {}}, asked.get("visibility") == "private"
     handler.answer({"url": f"{hub.url}/{name}"})
 
 

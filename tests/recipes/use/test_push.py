@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import huggingface_hub
+from huggingface_hub import constants
 import pytest
 
 from prm.models.weight_files import DIGESTS
@@ -19,6 +20,8 @@ from recipes.train.training import run_training
 from tests.recipes.use.fake_hub import TOKEN, serving
 
 ROOT = Path(__file__).parents[3]
+# huggingface_hub 2.4 itself uploads by a form that its HTTP client would rather have otherwise.
+pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")
 
 
 @pytest.fixture(scope="module")
@@ -36,10 +39,10 @@ def hub(monkeypatch):
     monkeypatch.setenv("HF_TOKEN", TOKEN)
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     # What was read from the environment when the client was imported.
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_DISABLE_XET", True)
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     with serving() as hub:
-        monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", hub.url)
+        monkeypatch.setattr(constants, "ENDPOINT", hub.url)
         huggingface_hub.close_session()
         yield hub
         huggingface_hub.close_session()
