@@ -10,8 +10,8 @@ import sys
 from pathlib import Path
 
 import huggingface_hub
-from huggingface_hub import constants
 import pytest
+from huggingface_hub import constants
 
 from prm.models.weight_files import DIGESTS
 from recipes.__main__ import main
