@@ -248,7 +248,7 @@ def _command(args: Mapping[str, Any]) -> str:
         value = tuple(value) if isinstance(value, list) else value
         if name not in _OWN and value != entry.default:
             is_path = entry.path or name == "output_dir"
-            words += words_of(name, _short(value) if is_path and value is not None else value)
+            words += words_of(name, _short(str(value)) if is_path and value is not None else value)
     return printable(shlex.join(["bilevel-prm", command, *words]))
 
 

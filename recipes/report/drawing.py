@@ -327,7 +327,7 @@ def _style(n: int, mark: bool = False) -> dict[str, Any]:
 def _axes(height: float, rows: int = 1, *, grid: Literal["x", "y", ""] = "y") -> tuple[Any, Any]:
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(_WIDTH, height), layout="constrained")
+    figure: Any = Figure(figsize=(_WIDTH, height), layout="constrained")
     figure.get_layout_engine().set(w_pad=0.1, h_pad=0.06)  # inches
     several = figure.subplots(rows, sharex=True)
     for axes in np.atleast_1d(several):

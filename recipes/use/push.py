@@ -60,7 +60,7 @@ def check_repo(name: str) -> None:
     Raises:
         OptionError: It is not written ``org/name``, or the Hub allows no such name.
     """
-    from huggingface_hub.utils import validate_repo_id
+    from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]  # is public
 
     with blaming(f"--repo {name}"):
         if name.count("/") != 1:
