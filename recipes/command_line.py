@@ -26,6 +26,8 @@ from recipes.options.use import (
     ConvertModelOptions,
     EnvOptions,
     EvaluateOptions,
+    PushFlags,
+    PushOptions,
     RelabelOptions,
     ScoreOptions,
     SelectOptions,
@@ -70,6 +72,7 @@ _RUN_COMMANDS = {
 _LOOKS: Mapping[str, tuple[type, type, str | None, str]] = {
     "weights": (WeightsOptions, WeightsFlags, None, "the weights of a run: shown, or for others"),
     "report": (ReportOptions, ReportFlags, "+", "one page on runs, with figures"),
+    "push": (PushOptions, PushFlags, None, "upload the model of a run to the Hugging Face Hub"),
 }
 """Commands that name runs by position: options, flags among them, how many runs, help."""
 _KINDS: Mapping[str, Mapping[str, tuple[type, str]]] = {

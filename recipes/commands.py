@@ -15,6 +15,7 @@ from recipes.options.use import (
     ConvertModelOptions,
     EnvOptions,
     EvaluateOptions,
+    PushOptions,
     RelabelOptions,
     ScoreOptions,
     SelectOptions,
@@ -166,6 +167,12 @@ def _weights(options: WeightsOptions) -> None:
     run_weights(options)
 
 
+def _push(options: PushOptions) -> None:
+    from recipes.use.push import run_push
+
+    run_push(options)
+
+
 def _serve(options: ServeOptions) -> None:
     from recipes.serve.server import run_serve
 
@@ -249,6 +256,7 @@ _COMMANDS: Mapping[str, Callable[[Any], int | None]] = {
     "relabel": _relabel,
     "weights": _weights,
     "report": _report,
+    "push": _push,
     "serve": _serve,
     "parity": _parity,
     "convert-model": _convert_model,

@@ -38,7 +38,8 @@ ALLOWED = {
     "recipes": {
         *(*CORE, "torch", "torchopt", "optree", "transformers", "tokenizers", "safetensors"),
         *("PIL", "numpy", "sklearn", "yaml", "tqdm", "filelock", "fastapi", "uvicorn"),
-        *("jinja2", "matplotlib", "pyarrow"),
+        *("jinja2", "matplotlib", "pyarrow", "huggingface_hub"),
+        *("trackio", "wandb"),
     },
 }
 
@@ -274,7 +275,7 @@ def declared() -> set[str]:
     setup.read(ROOT / "setup.cfg", encoding="utf-8")
     extras = setup["options.extras_require"]
     lines = setup["options"]["install_requires"]
-    names = ("demo", "peft", "math", "datasets", "report", "serve")
+    names = ("demo", "peft", "math", "datasets", "report", "serve", "trackio", "wandb")
     lines += "".join(extras[name] for name in names)
     return {re.split("[<>=!~]", line)[0] for line in lines.split()}
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, TypeAlias
 
 from recipes.options.base import MOST_EXAMPLES, MOST_NUMBER, MOST_STEPS, option
 from recipes.options.conditions import (
@@ -22,6 +22,8 @@ from recipes.options.conditions import (
     UPPER_COSINE,
     UPPER_STEP,
 )
+
+Tracker: TypeAlias = Literal["tensorboard", "trackio", "wandb"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -194,6 +196,11 @@ class RunSettings:
         path=True,
     )
     progress: bool = option(True, "show a progress bar", on_resume="free")
+    report_to: tuple[Tracker, ...] = option(
+        (),
+        "trackers that get what log.jsonl says, and histograms of the weights; each is an extra",
+        on_resume="free",
+    )
     profile: int = option(
         0,
         "steps, behind the first, whose seconds and bytes are written to profile/, part by part "

@@ -100,7 +100,7 @@ def build_parser(
         elif get_origin(kind) is Literal:
             # Choices are compared by ``resolve``, whose error is one line with the nearest.
             choices = "{" + ",".join(map(str, get_args(kind))) + "}"
-            parser.add_argument(*flags, metavar=choices, **common)
+            parser.add_argument(*flags, nargs="*" if many else None, metavar=choices, **common)
         else:
             parser.add_argument(
                 *flags, nargs="*" if many else None, metavar=name.upper().split("_")[-1], **common

@@ -279,5 +279,24 @@ class ConvertModelOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
+class PushFlags:
+    """Upload model, weighting and card of a complete run to the Hugging Face Hub."""
+
+    repo: str = option(..., "repository on the Hub, org/name; created if it does not exist")
+    private: bool = option(False, "create it as a private one")
+    revision: str | None = option(
+        None, "branch to commit to, created if it does not exist (default: main)"
+    )
+    dry_run: bool = option(False, "say what would be uploaded, and end")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PushOptions(PushFlags):
+    """``PushFlags`` and the run."""
+
+    directory: str = option(..., "run directory")
+
+
+@dataclass(frozen=True, kw_only=True)
 class EnvOptions:
     """Print versions, devices and the commit for a bug report."""

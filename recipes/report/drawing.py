@@ -331,7 +331,7 @@ def blank_axes(
     """Return a figure of some height in inches, and its axes or those of each row."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(_WIDTH, height), layout="constrained")
+    figure: Any = Figure(figsize=(_WIDTH, height), layout="constrained")
     figure.get_layout_engine().set(w_pad=0.1, h_pad=0.06)  # inches
     several = figure.subplots(rows, sharex=True)
     for axes in np.atleast_1d(several):

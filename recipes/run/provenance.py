@@ -17,7 +17,10 @@ from typing import Any
 
 PACKAGE = "bilevel-prm"
 _PACKAGES = ("torch", "transformers", "torchopt", "safetensors", "numpy", "pillow", "tokenizers")
-_EXTRAS = ("scikit-learn", "peft", "math-verify", "fastapi", "uvicorn", "gguf", "accelerate")
+_EXTRAS = (
+    *("scikit-learn", "peft", "math-verify", "fastapi", "uvicorn", "gguf", "accelerate"),
+    *("tensorboard", "trackio", "wandb"),
+)
 _BLOCK = 2**20
 _FILES = ("train_file", "meta_file", "dev_file", "test_file", "weights_file")
 _ROOT = Path(__file__).resolve().parents[2]
@@ -119,18 +122,25 @@ def data_fingerprints(options: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
 
 
 def fingerprint(path: Path) -> dict[str, Any]:
-    """Return path, size, SHA-256 of the first and last MiB, and number of lines of a file."""
-    digest, lines = hashlib.sha256(), 0
+    """Return path, size, SHA-256 of all and of the first and last MiB, and lines of a file."""
+    digest, whole, lines = hashlib.sha256(), hashlib.sha256(), 0
     with path.open("rb") as file:
         first = last = block = file.read(_BLOCK)
         while block:
+            whole.update(block)
             lines += block.count(b"\n")
             last = (last + block)[-_BLOCK:] if block is not first else block
             block = file.read(_BLOCK)
         digest.update(first + last)
         size = file.tell()
     lines += size > 0 and not last.endswith(b"\n")
-    return {"path": str(path), "bytes": size, "sha256_of_ends": digest.hexdigest(), "lines": lines}
+    return {
+        "path": str(path),
+        "bytes": size,
+        "sha256": whole.hexdigest(),
+        "sha256_of_ends": digest.hexdigest(),
+        "lines": lines,
+    }
 
 
 def _git(root: Path, *words: str) -> str | None:

@@ -39,8 +39,9 @@ from recipes.train.batches import (
 )
 from recipes.train.data import keep_bad_rows, refuse_other_bad_rows, require
 from recipes.train.loop import StepLogging, Training, train
-from recipes.train.results import print_troubles, save_trained
+from recipes.train.results import print_troubles, save_trained, write_card
 from recipes.train.sharding import load_trained, over_shards
+from recipes.train.trackers import check_trackers, tracked
 
 
 def run_cold_start(options: ColdStartOptions) -> Path:
@@ -53,6 +54,7 @@ def run_cold_start(options: ColdStartOptions) -> Path:
     """
     check_together(options)
     if ranks_here().rank == 0:
+        check_trackers(options.run.report_to)
         check_directory(options)
     with over_shards(options):
         return _run_cold_start(options)
@@ -87,7 +89,7 @@ def _run_cold_start(options: ColdStartOptions) -> Path:
     opened = open_run(
         options, loaded.identified, start, pictures, in_place=in_place, shards=loaded.shards
     )
-    with opened as run:
+    with opened as run, tracked(run, options) as tracking:
         keep_bad_rows(run.directory, {"train": data.bad})
         keeping = Keeping(prm, options, cache_folder(options, run.directory))
         keeping.check([data])
@@ -109,7 +111,11 @@ def _run_cold_start(options: ColdStartOptions) -> Path:
         )
         rates = {"lower_lr": lower_schedule(options)}
         logging = StepLogging(
-            options.run.log_every, rates, options.run.progress, profile=options.run.profile
+            options.run.log_every,
+            rates,
+            options.run.progress,
+            [tracking.follow],
+            options.run.profile,
         )
         end = train(run, training, logging)
         directory = run.directory
@@ -126,6 +132,7 @@ def _run_cold_start(options: ColdStartOptions) -> Path:
             rows = len(drawn)
             results = {"rows": {}, "examples": rows, "seed": options.seed}
             results |= {"troubles": dict(end.seen.counts), "seconds": {"total": seconds}}
+            write_card(directory, results)
             write_json(directory / "results.json", results)
     print(f"cold start on {rows} of {len(data)} examples, {seconds:.0f} s: {saved}")
     print_troubles(end.seen.counts)

@@ -81,7 +81,8 @@ class StepLogging:
         every: The number of steps between log lines. A line holds the means over them.
         learning_rates: The schedules to log, by name.
         progress_bar: Whether the progress bar is shown.
-        on_line: Functions that are called with the step after each line is in the log.
+        on_line: Functions that are called after each line is in the log, with the step and the
+            learned weights of its examples, None if none are learned or the step was rejected.
         profile: The number of steps that are profiled, after the first; see
             ``recipes.profiling``.
     """
@@ -89,7 +90,7 @@ class StepLogging:
     every: int
     learning_rates: Mapping[str, Callable[[int], float]] = field(default_factory=dict)
     progress_bar: bool = False
-    on_line: Sequence[Callable[[int], None]] = ()
+    on_line: Sequence[Callable[[int, Tensor | None], None]] = ()
     profile: int = 0
 
 
@@ -367,6 +368,7 @@ def log_steps(
         WriteError: The log cannot be written.
     """
     progress, unlogged = judged.progress, judged.progress.unlogged
+    learned = training.weighting is not None
     last = int(progress.state.lower_steps)
     for step, info in enumerate(judged.infos, last + 1 - len(judged.infos)):
         unlogged = unlogged if judged.rejected else unlogged.after(info)
@@ -380,7 +382,7 @@ def log_steps(
                 append_line(run.log, unlogged.line(training.title, step, skipped, rates))
             unlogged = Unlogged({})
             for told in logging.on_line:
-                told(step)
+                told(step, info.weights if learned and not judged.rejected else None)
     return replace(progress, unlogged=unlogged)
 
 

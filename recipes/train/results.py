@@ -16,11 +16,14 @@ from prm.models.adapters import save_adapter
 from prm.models.model import PRM, save_prm
 from recipes.evaluation.beside import Beside
 from recipes.evaluation.candidates import evaluate, report_of, values_of
+from recipes.evaluation.card import CARD, model_card
 from recipes.evaluation.figures import curves
 from recipes.evaluation.table import SANITY_CHECK, results_table
 from recipes.method.bounded_weights import WEIGHTINGS
+from recipes.options.parse import saved_options
 from recipes.options.train import LowerOptions, TrainOptions
 from recipes.run.files import write_text
+from recipes.run.show import json_object
 from recipes.train.data import TrainData
 from recipes.train.label_report import label_lines
 from recipes.train.sharding import save_spread
@@ -117,6 +120,25 @@ def evaluate_all(
         ]
         write_text(directory / f"{name}_questions.jsonl", "\n".join(lines) + "\n")
     return results
+
+
+def write_card(directory: Path, results: Mapping[str, Any]) -> None:
+    """Write the model card into ``model``, if this process has written that.
+
+    Args:
+        directory: The run directory, complete but for ``results.json``.
+        results: What that will hold.
+
+    Raises:
+        OSError: It cannot be written. An older one is unchanged.
+    """
+    model = directory / "model"
+    if not model.is_dir():
+        return
+    files = {name: json_object(model / name) or {} for name in ("config.json", FILE)}
+    environment = json_object(directory / "env.json") or {}
+    args = saved_options(directory)
+    write_text(model / CARD, model_card(directory.name, args, environment, results, files))
 
 
 def print_summary(

@@ -123,7 +123,7 @@ def log_lines(log: Path, title: str) -> list[Mapping[str, Any]]:
     return [line for line in lines if line["phase"] == title]
 
 
-def watcher(log: Path, title: str, steps: int) -> Callable[[int], None]:
+def watcher(log: Path, title: str, steps: int) -> Callable[[int, object], None]:
     """Return a function of the step that tells each sign once, at the quarters of the run.
 
     Args:
@@ -134,7 +134,7 @@ def watcher(log: Path, title: str, steps: int) -> Callable[[int], None]:
     told: set[str] = set()
     due = [step for quarter in (1, 2, 3) if (step := quarter * steps // 4)]
 
-    def watch(step: int) -> None:
+    def watch(step: int, _: object) -> None:
         if not due or step < due[0] or step >= steps:
             return
         while due and due[0] <= step:

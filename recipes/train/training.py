@@ -70,9 +70,10 @@ from recipes.train.dev_evaluation import best_of, dev_evaluation, remove_kept, s
 from recipes.train.extremes import write_extremes
 from recipes.train.label_report import label_report, learned_labels, write_labels
 from recipes.train.loop import StepLogging, Training, train
-from recipes.train.results import evaluate_all, print_summary, row_name, save_trained
+from recipes.train.results import evaluate_all, print_summary, row_name, save_trained, write_card
 from recipes.train.sharding import Trained, load_trained, over_shards
 from recipes.train.signs import log_lines, signs, watcher
+from recipes.train.trackers import ALL_WEIGHTS, Tracking, check_trackers, tracked
 from recipes.train.weight_report import (
     final_weights,
     initial_losses,
@@ -125,6 +126,7 @@ def run_training(options: TrainOptions, logged: Callable[[int], None] | None = N
     """
     check_together(options)
     if ranks_here().rank == 0:
+        check_trackers(options.run.report_to)
         check_directory(options)
     with over_shards(options):
         return _run_training(options, logged)
@@ -158,7 +160,7 @@ def _run_training(options: TrainOptions, logged: Callable[[int], None] | None) -
         in_place=in_place,
         shards=trained.shards,
     )
-    with opened as run:
+    with opened as run, tracked(run, options) as tracking:
         if dev is not None:
             with ranks.together():
                 dev.check(run)
@@ -192,7 +194,9 @@ def _run_training(options: TrainOptions, logged: Callable[[int], None] | None) -
             weighting=objective.weighting,
             dev=dev,
         )
-        on_line = [] if logged is None else [logged]
+        on_line: list[Callable[[int, Tensor | None], None]] = [tracking.follow]
+        if logged is not None:
+            on_line.append(lambda step, _: logged(step))
         if run.writes:
             on_line.append(watcher(run.log, title, options.lower.steps))
         logging = StepLogging(
@@ -216,10 +220,11 @@ def _run_training(options: TrainOptions, logged: Callable[[int], None] | None) -
             results["signs"] = dict(signs(lines, options.lower.steps))
             micro_batches = steps * options.lower.accumulation
             visits = count_visits(draw, micro_batches, len(lower_examples(options, data)))
-            results |= _report_weights(task, state, initial, visits, run)
+            results |= _report_weights(task, state, initial, visits, run, tracking)
             results |= evaluate_all(prm, state.lower_params, data, options, run.directory)
             clock.lap("evaluate")
             results["seconds"] = clock.laps
+            write_card(run.directory, results)
             write_json(run.directory / "results.json", results)
             remove_kept(run.directory)
     print_summary(results, run.directory, beside)
@@ -243,6 +248,7 @@ def _report_weights(
     initial: _Initial | None,
     visits: Tensor,
     run: Run,
+    tracking: Tracking,
 ) -> dict[str, Any]:
     """Write the weights and the weighting of a trained run, and return the results on them."""
     directory = run.directory
@@ -258,6 +264,7 @@ def _report_weights(
     write_weights(directory / "weights.jsonl", examples, columns)
     if objective.weighting is None:
         return {}
+    tracking.histogram(int(state.lower_steps), ALL_WEIGHTS, weights)
     write_weighting(directory / "weighting", objective, state.upper_params, data)
     report = {}
     if isinstance(objective.weighting, StepLabels):

@@ -7,7 +7,12 @@ from dataclasses import replace
 
 import pytest
 import torch
-from transformers import AutoModelForImageTextToText, AutoProcessor, AutoTokenizer
+from transformers import (
+    AutoImageProcessor,
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    AutoTokenizer,
+)
 
 from prm.conventions import FILE, FORMAT, LAYOUT, Conventions, read_conventions, write_conventions
 from prm.inputs.prompt import SYSTEM_PROMPT
@@ -189,15 +194,29 @@ def test_plain_transformers_loads_the_folder(saved, tmp_path):
     assert processor("+")["input_ids"] == [text.plus_id]
 
 
-def test_auto_processor_counts_the_tokens_of_this_model(saved, tmp_path):
+def test_auto_processor_prepares_an_example_as_we_do(saved, tmp_path):
+    """Nothing but torchvision is missing, and it takes images by another resize than PIL's."""
     pytest.importorskip("torchvision", reason="InternVL's processor needs it, for videos")
     processor = AutoProcessor.from_pretrained(saved[0])
     prm = load_prm(saved[0])
     wide = save_image(tmp_path / "wide.png", 200, 50, seed=1)
-    inputs = processor(
-        images=[read_image(wide)], text=["<IMG_CONTEXT>"], return_tensors="pt", max_patches=5
-    )
-    encoded = prm.collator().encode(example("a", 1, (wide,)))
-    context = prm.tokenizer.convert_tokens_to_ids("<IMG_CONTEXT>")
-    assert (inputs["input_ids"] == context).sum() == (encoded.input_ids == context).sum()
+    row = example("a", 3, (wide,))
+    collator = prm.collator()
+    batch, ours = collator([row]), collator.encode(row)
+    text = prm.tokenizer.apply_chat_template(collator.prompt.messages(row), tokenize=False)
+
+    def prepared():
+        image = read_image(wide)
+        return processor(images=[image], text=[text], return_tensors="pt", max_patches=5)
+
+    inputs = prepared()
+    ids = inputs["input_ids"][0]
+    assert ids[: len(ours.input_ids)].tolist() == list(ours.input_ids)  # up to the last label
+    assert len(ids) - len(ours.input_ids) == 2  # which follows there, with its end of turn
+    eight_bits = 1 / 255 / min(processor.image_processor.image_std)
+    own = batch["pixel_values"]
+    assert inputs["pixel_values"].shape == own.shape
+    assert (inputs["pixel_values"] - own).abs().max() < 5 * eight_bits
+    processor.image_processor = AutoImageProcessor.from_pretrained(saved[0], backend="pil")
+    torch.testing.assert_close(prepared()["pixel_values"], own, rtol=0, atol=1e-6)
     prm.model(**inputs)

@@ -106,7 +106,7 @@ def test_help_says_default_and_choices(capsys):
             "trian",
             "bilevel-prm: unknown command 'trian'; did you mean 'train'?; expected cold-start, "
             "train, score, select, evaluate, weigh, serve, parity, convert-model, compare, "
-            "weights, report, env, data, runs",
+            "weights, report, push, env, data, runs",
         ),
         (
             "data valdate x",

@@ -57,6 +57,7 @@ def read_only_what_is_used(monkeypatch) -> None:
     monkeypatch.setattr(recipes.run.resume, "identity", _identity)
     for module in (recipes.train.training, recipes.train.cold_start):
         monkeypatch.setattr(module, "check_together", lambda options: None)
+        monkeypatch.setattr(module, "write_card", lambda directory, results: None)
         monkeypatch.setattr(module, "filled", lambda options, conventions: options)
 
 

@@ -250,6 +250,7 @@ def test_every_choice_is_tested_below():
         "order",
         "precision",
         "probability",
+        "report_to",  # in tests/recipes/train/test_trackers.py
         "route",
         "too_long",
         "upper_optimizer",

@@ -274,7 +274,7 @@ def test_what_a_resumed_run_may_change():
     assert kinds["file"] == {"train_file", "meta_file", "weights_file"}
     assert kinds["path"] == {"model", "init_from", "image_root"}
     assert kinds["free"] == {
-        *("resume", "output_dir", "on_existing", "progress", "threads", "workers"),
+        *("resume", "output_dir", "on_existing", "progress", "threads", "workers", "report_to"),
         *("log_every", "save_every", "keep_checkpoints", "on_trouble", "execution"),
         *("eval_every", "keep_best", "compare_with"),
         *("dev_file", "test_file", "sanity_check", "on_bad_row", "max_bad_rows"),

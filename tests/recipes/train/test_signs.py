@@ -87,7 +87,7 @@ def test_a_run_tells_each_sign_once_at_a_quarter(tmp_path, capsys):
             file.write(json.dumps(line) + "\n")
             file.flush()
             if line["phase"] == "instance_net":
-                watch(line["step"])
+                watch(line["step"], None)
                 if text := capsys.readouterr().err:
                     told[line["step"]] = text
     assert list(told) == [60]  # At 30 there are too few lines.
