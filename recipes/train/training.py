@@ -137,6 +137,8 @@ def _run_training(options: TrainOptions, logged: Callable[[int], None] | None) -
     prm = at_boundary(trained.prm, lower, options)
     data = read_train_data(prm, options)
     refuse_other_bad_rows(options, data.bad)
+    levels = [lower_examples(options, data), *([] if data.meta is None else [data.meta])]
+    Keeping(prm, options, cache_folder(options, Path(options.output_dir))).check(levels)
     title = row_name(options)
     dev = dev_evaluation(options, prm, data.evaluations, title)
     objective = _objective(options, prm, data)
@@ -166,7 +168,6 @@ def _run_training(options: TrainOptions, logged: Callable[[int], None] | None) -
             first = partial(_initial_model, task, run) if gone else lambda: (prm, lower)
             initial = _initial_scores(task, run, first)
         keeping = Keeping(prm, options, cache_folder(options, run.directory))
-        keeping.check([lower_examples(options, data), *([] if data.meta is None else [data.meta])])
         clock.lap("set_up")
         draw, lower_batch = _lower_level(task, initial)
         training = Training(
