@@ -49,7 +49,7 @@ class Sizes:
     meta_puzzles: int = 8
     candidates: int = 8
     meta_solutions: int = 6
-    train_solutions: int = 320
+    train_solutions: int = 160
     cold_solutions: int = 80
     right: float = 0.25
     copies: int = 6
