@@ -173,9 +173,7 @@ def table(report: Mapping[str, Any]) -> str:
             [run.get("sources", {}).get(source, {}).get("auc") for run in runs]
             for source in SOURCES[1:]
         ]
-        shown = [
-            ", ".join(f"{auc:.2f}" for auc in column if auc is not None) for column in columns
-        ]
+        shown = [", ".join(f"{auc:.2f}" for auc in column if auc is not None) for column in columns]
         mean = np.mean([run["last_step_auc"] for run in runs])
         lines.append(f"| {label_of(name)} | {mean:.3f} | {' | '.join(shown)} |")
     return comparison_table(report) + "\n\n" + "\n".join(lines)

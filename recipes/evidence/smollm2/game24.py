@@ -73,10 +73,7 @@ def by_reach(example: StepExample) -> StepExample:
 
 
 def split(
-    examples: Sequence[StepExample],
-    sizes: Sizes = Sizes(),
-    mixture: Mixture = Mixture(),
-    seed: int = 0,
+    examples: Sequence[StepExample], sizes: Sizes = Sizes(), seed: int = 0
 ) -> dict[str, list[StepExample]]:
     """Return the rows of every file of a seed; the sets share no puzzle.
 
@@ -110,7 +107,7 @@ def split(
     meta = rng.sample(rest, sizes.meta_puzzles)
     learned = [name for name in puzzles if name not in {*dev, *test, *meta}]
     count = sizes.train_solutions + sizes.cold_solutions
-    drawn = _labelled_rows(puzzles, learned, count, sizes, mixture, rng)
+    drawn = _labelled_rows(puzzles, learned, count, sizes, rng)
     train = drawn[: sizes.train_solutions]
     return {
         "train": train,
@@ -140,7 +137,6 @@ def _labelled_rows(
     names: Sequence[str],
     count: int,
     sizes: Sizes,
-    mixture: Mixture,
     rng: Random,
 ) -> list[StepExample]:
     """Return ``count`` solutions in random order, each judged by one source."""
@@ -158,7 +154,7 @@ def _labelled_rows(
     met = {name: beginnings(puzzles[name]) for name in names}
     return [
         judged(row, source, met[str(row.group)])
-        for row, source in zip(drawn, mixture.of(count, rng), strict=True)
+        for row, source in zip(drawn, Mixture().of(count, rng), strict=True)
     ]
 
 
