@@ -269,7 +269,8 @@ def _initial_model(task: _Task, run: Run) -> tuple[PRM, Mapping[str, Tensor]]:
             f"{flag} {options.init_from or options.model}: changed since the run began, so that "
             "the initial losses are not known; put it back, or resume with --no-initial-loss"
         )
-    return trained.prm, trained.lower
+    kept = task.objective.prm  # What its frozen front computed has not changed.
+    return replace(trained.prm, boundary=kept.boundary, front=kept.front), trained.lower
 
 
 def _digest(trained: Trained) -> str:
