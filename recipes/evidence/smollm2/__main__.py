@@ -163,7 +163,10 @@ def _run_figures(setup: Setup, name: str) -> dict[str, Any]:
 
 
 def table(report: Mapping[str, Any]) -> str:
-    """Return accuracies, and then the AUC of steps and weights, as tables in Markdown."""
+    """Return what was compared, accuracies, and the AUC of steps and weights, in Markdown."""
+    seeds = ", ".join(map(str, report["seed_numbers"]))
+    there = f"Seeds {seeds}: {sum(report['n_questions'])} selections on held-out puzzles, "
+    there += f"{len(report['runs'])} of {len(ROWS)} rows complete."
     header = ["row", "step AUC", *(f"weights' AUC: {source}" for source in ("all", *SOURCES[1:]))]
     lines = [f"| {' | '.join(header)} |", "|---" * len(header) + "|"]
     lines.append(f"| {PLACE} | {np.mean(report['place_auc']):.3f} | | | |")
@@ -176,7 +179,7 @@ def table(report: Mapping[str, Any]) -> str:
         shown = [", ".join(f"{auc:.2f}" for auc in column if auc is not None) for column in columns]
         mean = np.mean([run["last_step_auc"] for run in runs])
         lines.append(f"| {label_of(name)} | {mean:.3f} | {' | '.join(shown)} |")
-    return comparison_table(report) + "\n\n" + "\n".join(lines)
+    return "\n\n".join([there, comparison_table(report), "\n".join(lines)])
 
 
 def check(given: argparse.Namespace) -> dict[str, Any]:
