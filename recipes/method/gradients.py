@@ -112,7 +112,8 @@ def _gradients(
     objective: Objective, params: Mapping[str, Tensor], data: Examples, placement: Placement
 ) -> Iterator[dict[str, Tensor]]:
     """Yield the gradient of the lower loss of every example."""
-    placed = placement.batches(lambda row: data.batch([row]), len(data))
+    front = objective.prm.front or (lambda batch: batch)
+    placed = placement.batches(lambda row: front(data.batch([row])), len(data))
     return example_gradients(
         lambda lower, example: objective.per_example_loss(lower, example)[0],
         params,

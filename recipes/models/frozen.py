@@ -30,6 +30,10 @@ CACHE = "cache"
 def at_boundary(prm: PRM, lower: Mapping[str, Tensor], options: LowerOptions) -> PRM:
     """Return the model with the boundary of what is trained, if activations are to be kept.
 
+    Passes over whole files, for scores and for the features of gradients, read them too: what is
+    kept in memory, or in the folder of ``--cache-dir``. A model that is spread over processes
+    computes its front in them.
+
     Raises:
         OptionError: A trained parameter comes before anything that could be kept.
     """
@@ -43,7 +47,11 @@ def at_boundary(prm: PRM, lower: Mapping[str, Tensor], options: LowerOptions) ->
             "is nothing to keep; give --freeze a vision tower, or the embeddings with the first "
             "layers (and all that pictures go through), or leave this option out"
         )
-    return replace(prm, boundary=boundary)
+    prm = replace(prm, boundary=boundary)
+    folder = options.run.cache_dir
+    if prm.spread is not None or (options.frozen.keep == "disk" and folder is None):
+        return prm
+    return replace(prm, front=FrozenFront(prm, _store(prm, options, Path(folder or CACHE))))
 
 
 def cache_folder(options: LowerOptions, directory: Path) -> Path:
@@ -73,7 +81,7 @@ class Keeping:
         """
         if self.prm.boundary is None:
             return batches
-        front = FrozenFront(self.prm, self._store())
+        front = FrozenFront(self.prm, _store(self.prm, self.options, self.folder))
 
         def filled(step: int) -> Batches:
             found = batches(step)
@@ -113,9 +121,9 @@ class Keeping:
         except ValueError as error:
             raise OptionError(f"{option}: {error}; leave it out") from error
 
-    def _store(self) -> Store:
-        options = self.options
-        limit = int(options.frozen.limit * 1e9)
-        if options.frozen.keep == "memory":
-            return MemoryStore(limit)
-        return DiskStore(TensorCache(self.folder, front_fingerprint(self.prm), say), limit)
+
+def _store(prm: PRM, options: LowerOptions, folder: Path) -> Store:
+    limit = int(options.frozen.limit * 1e9)
+    if options.frozen.keep == "memory":
+        return MemoryStore(limit)
+    return DiskStore(TensorCache(folder, front_fingerprint(prm), say), limit)

@@ -142,7 +142,8 @@ class FrozenSettings:
     )
     limit: float = option(
         2.0,
-        "most gigabytes that are kept for each level; the rest is computed in every step",
+        "most gigabytes that are kept for each level, and for what is scored; the rest is computed "
+        "each time",
         name="frozen_activations_limit",
         least=0,
         most=MOST_NUMBER,

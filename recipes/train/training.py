@@ -143,6 +143,8 @@ def _run_training(options: TrainOptions, logged: Callable[[int], None] | None) -
     data = read_train_data(prm, options)
     refuse_other_bad_rows(options, data.bad)
     beside = _beside(options)
+    levels = [lower_examples(options, data), *([] if data.meta is None else [data.meta])]
+    Keeping(prm, options, cache_folder(options, Path(options.output_dir))).check(levels)
     title = row_name(options)
     dev = dev_evaluation(options, prm, data.evaluations, title)
     objective = _objective(options, prm, data)
@@ -172,7 +174,6 @@ def _run_training(options: TrainOptions, logged: Callable[[int], None] | None) -
             first = partial(_initial_model, task, run) if gone else lambda: (prm, lower)
             initial = _initial_scores(task, run, first)
         keeping = Keeping(prm, options, cache_folder(options, run.directory))
-        keeping.check([lower_examples(options, data), *([] if data.meta is None else [data.meta])])
         clock.lap("set_up")
         draw, lower_batch = _lower_level(task, initial)
         training = Training(
@@ -296,7 +297,8 @@ def _initial_model(task: _Task, run: Run) -> tuple[PRM, Mapping[str, Tensor]]:
             f"{flag} {options.init_from or options.model}: changed since the run began, so that "
             "the initial losses are not known; put it back, or resume with --no-initial-loss"
         )
-    return trained.prm, trained.lower
+    kept = task.objective.prm  # What its frozen front computed has not changed.
+    return replace(trained.prm, boundary=kept.boundary, front=kept.front), trained.lower
 
 
 def _digest(trained: Trained) -> str:

@@ -1,236 +1,228 @@
-"""Real pretrained weights, trained and used on a CPU.
+"""Real pretrained weights on real solutions: the comparison of methods on the Game of 24, on a CPU.
 
 Run by ``python -m recipes.evidence.smollm2 --data FILE``.
 
-SmolLM2-135M-Instruct (``recipes.evidence.smollm2.weights``) is turned into a process reward model
-of the Game of 24 (``recipes.evidence.smollm2.game24``) by the project's own commands: cold start,
-the same steps again without and with Instance Net, scores of the test candidates by each. The table
-sets best-of-N beside the majority vote and beside a judge that looks at the place of a step only.
-The top layers are trained, the others frozen, and steps are few: this shows that the whole path
-works on real weights, not what a long training gives.
+SmolLM2-135M-Instruct (``recipes.evidence.smollm2.weights``) becomes a judge of the Game of 24
+(``recipes.evidence.smollm2.game24``), of whose step labels most come from an annotator who believes
+whatever a solution states (``recipes.evidence.smollm2.sources``). Every row
+(``recipes.evidence.smollm2.rows``) is a run of the project's own commands, and is there with its
+last model and with that of its best step on the development puzzles. The test puzzles are scored
+once by each of the two.
 
-What is finished in ``--work-dir`` is not done again.
+A seed takes about half an hour of processor time. What is finished in ``--work-dir`` is not done
+again, and a run that was interrupted goes on from its last checkpoint.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
-import yaml
-from torch import Tensor
 
 from prm.aggregations import AGGREGATIONS
-from prm.evaluation.metrics import paired_interval, roc_auc
-from prm.names import AggregationName
+from prm.digests import check_digest, write_digest
+from prm.evaluation.metrics import roc_auc
+from recipes.embedded.compare import Values, statistics, stopped_name
 from recipes.evaluation.candidates import (
-    Candidates,
-    interval,
     judged_steps,
     read_scored_candidates,
     solution_scores_of,
 )
-from recipes.evidence.smollm2.game24 import FILE, Sizes, write_parts
-from recipes.evidence.smollm2.position import auc_by_position, position_scores
+from recipes.evaluation.table import comparison_table, label_of
+from recipes.evidence.smollm2.game24 import FILE, write_files
+from recipes.evidence.smollm2.position import position_scores
+from recipes.evidence.smollm2.rows import AGGREGATION, KEPT, ROWS, Setup
+from recipes.evidence.smollm2.sources import SOURCES
 from recipes.evidence.smollm2.weights import gguf_file, write_model
 from recipes.models.loading import read_solutions
 from recipes.options.base import LoaderOptions
-from recipes.options.parse import cold_start_options, to_yaml, train_options
-from recipes.options.train import ColdStartOptions, LowerOptions, TrainOptions
-from recipes.options.use import ScoreOptions
+from recipes.options.parse import changed
+from recipes.options.train import ColdStartOptions, TrainOptions
 from recipes.run.errors import reported
-from recipes.run.files import check_writable, write_json
+from recipes.run.files import check_writable, write_json, write_text
 from recipes.run.provenance import environment, machine
 from recipes.train.cold_start import run_cold_start
 from recipes.train.training import run_training
-from recipes.use.score import run_score
-from recipes.use.scores_file import scores_for
 
-LAYERS = 30
-_SYSTEM = "judge each step of the solution"
-_HOW: AggregationName = "mean"
+PLACE = "place of the step only"
+_KEPT_RESULTS = ("step_auc", "step_macro_f1", "model_selection", "weight_auc", "sources", "seconds")
 
-
-def options_of_runs(
-    work: Path, model: Path, given: argparse.Namespace
-) -> tuple[ColdStartOptions, TrainOptions, TrainOptions]:
-    """Return the options of the three runs: cold start, No Selection and Instance Net."""
-    trained = LAYERS - given.layers
-    common: dict[str, Any] = {
-        "model": str(model),
-        "system_prompt": _SYSTEM,
-        "threads": given.threads,
-        "seed": given.seed,
-        "train_file": str(work / "data" / "train.jsonl"),
-        "freeze": ("embed_tokens", *(f"layers.{number}" for number in range(trained))),
-        "batch_size": 8,
-        "log_every": 4,
-        "progress": False,
-    }
-    cold = cold_start_options(
-        **common,
-        output_dir=str(work / "cold-start"),
-        draw=0,
-        steps=given.cold_steps,
-        lower_lr=given.lower_lr,
-    )
-    del common["model"]
-    second: dict[str, Any] = {
-        **common,
-        "init_from": str(work / "cold-start" / "model"),
-        "steps": given.steps,
-        "lower_lr": given.lower_lr,
-    }
-    plain = train_options(**second, output_dir=str(work / "no-selection"), weighting="none")
-    net = train_options(
-        **second,
-        output_dir=str(work / "instance-net"),
-        meta_file=str(work / "data" / "meta.jsonl"),
-        weighting="net",
-        reference_features=False,
-        loss_target="pairs",
-        meta_batch_size=8,
-        upper_start=2,
-        eval_batch_size=8,
-    )
-    return cold, plain, net
+Options = TypeVar("Options", ColdStartOptions, TrainOptions)
 
 
-def once(options: Any, run: Callable[[Any], Path]) -> None:
-    """Run, unless the directory holds the finished run of the same options.
+def once(options: Options, run: Callable[[Options], Path]) -> Path:
+    """Run or resume, unless the directory holds the complete run; return the directory.
 
     Raises:
-        FileExistsError: The directory holds a run with other options.
+        OptionError: The directory holds an interrupted run of other options.
     """
     directory = Path(options.output_dir)
-    if (directory / "results.json").is_file():
-        there = yaml.safe_load((directory / "args.yaml").read_text(encoding="utf-8"))
-        asked = yaml.safe_load(to_yaml(options))
-        given = {name for name, value in asked.items() if value is not None}  # else the model's
-        if any(there[name] != asked[name] for name in there.keys() & given):
-            raise FileExistsError(
-                f"{directory} holds a run of other options; remove it or name another --work-dir"
-            )
-        return
-    run(options)
+    if not (directory / "results.json").is_file():
+        begun = (directory / "args.yaml").is_file()
+        run(changed(options, resume=str(directory)) if begun else options)
+    return directory
 
 
-def seconds_of(run: Path) -> float:
-    """Return the recorded duration of a run in seconds."""
-    results = json.loads((run / "results.json").read_text(encoding="utf-8"))
-    return float(round(sum(results["seconds"].values()), 1))
+def train_row(setup: Setup, name: str) -> None:
+    """Train a row unless it is complete, and score the test set with its last model, too.
+
+    The models are then removed: half a gigabyte each.
+    """
+    if name == "small_loss":
+        _keep_small_losses(setup)
+    run = once(setup.row(name), run_training)
+    if (run / "last" / "model").is_dir():
+        once(setup.last(name), run_training)
+        shutil.rmtree(run / "last")
+        shutil.rmtree(setup.run(f"{name}-last") / "model")
+    shutil.rmtree(run / "model", ignore_errors=True)
 
 
-def scores_of(model: Path, work: Path, name: str, threads: int) -> list[Tensor]:
-    """Return the step scores [steps] of every test candidate by ``model``."""
-    data, output = work / "data" / "test.jsonl", work / f"scores-{name}.jsonl"
-    run_score(
-        ScoreOptions(
-            model=str(model),
-            system_prompt=_SYSTEM,
-            threads=threads,
-            file=str(data),
-            output=str(output),
-            eval_batch_size=8,
-        )
-    )
-    index = read_solutions(LoaderOptions(), str(data)).index()
-    scores = dict(scores_for(output, index, data))
-    return [torch.tensor(scores[row].step_scores) for row in range(len(index))]
+def _keep_small_losses(setup: Setup) -> None:
+    """Write weights 1 for the examples of smallest loss under the cold start, 0 for the others."""
+    learned = setup.run("instance_table") / "weights.jsonl"
+    check_digest(learned)
+    entries = [json.loads(line) for line in learned.read_text().splitlines()]
+    by_loss = sorted(entries, key=lambda entry: entry["initial_loss"])
+    kept = {entry["id"] for entry in by_loss[: round(KEPT * len(entries))]}
+    lines = [json.dumps({"id": e["id"], "weight": float(e["id"] in kept)}) for e in entries]
+    file = setup.directory / "small-loss.jsonl"
+    write_text(file, "\n".join(lines) + "\n")
+    write_digest(file)
 
 
-def figures(candidates: Candidates, judges: Mapping[str, Sequence[Tensor]]) -> list[dict[str, Any]]:
-    """Return a row per selector with accuracy and interval and, for a judge, the steps' AUC."""
-    majority = np.nan_to_num(candidates.majority)  # without any answer a vote is not right
-    size = max(map(len, candidates.groups))
-    rows = [
-        _row("pass@1 (random candidate)", candidates.pass_at_one, majority),
-        _row("majority vote", majority, majority),
-    ]
-    for name, scores in judges.items():
-        selected = candidates.best(solution_scores_of(scores, AGGREGATIONS[_HOW]))
-        labels, predictions = judged_steps(candidates, scores)
-        rows.append(
-            {
-                **_row(name, selected, majority),
-                "step_auc": float(roc_auc(labels, predictions)),
-                "step_auc_same_place": auc_by_position(candidates.data.examples, scores),
-            }
-        )
-    return [*rows, _row(f"pass@{size} (oracle)", candidates.pass_at_n, majority)]
+def is_complete(setup: Setup, name: str) -> bool:
+    """Return whether both models of a row have scored the test set."""
+    run = setup.run(name)
+    return (run / "results.json").is_file() and not (run / "last").exists()
 
 
-def _row(name: str, values: np.ndarray, baseline: np.ndarray) -> dict[str, Any]:
+def values_of_row(setup: Setup, name: str) -> Values:
+    """Return the per-question values of a row, of its last model and of that of its best step."""
+    run, last = setup.run(name), setup.run(f"{name}-last")
+    values = _questions(last if last.is_dir() else run, name)
+    if ROWS[name].get("steps") != 0:
+        values |= _questions(run, stopped_name(name))
+    return values
+
+
+def _questions(run: Path, name: str) -> Values:
+    lines = (run / "test_questions.jsonl").read_text().splitlines()
+    entries = [json.loads(line) for line in lines]
+    shared = {"pass@1", "self_consistency", *(k for k in entries[0] if k.startswith("pass@"))}
+    # A question none of whose candidates has an answer has no vote, which is not right.
     return {
-        "name": name,
-        "accuracy": float(values.mean()),
-        "ci95": list(interval(values)),
-        "minus_majority_ci95": list(paired_interval(values, baseline)),
+        key if key in shared else name: np.array([entry.get(key, 0.0) for entry in entries])
+        for key in sorted({key for entry in entries for key in entry} - {"question"})
     }
 
 
-def table(figures: Mapping[str, Any]) -> str:
-    """Return the rows in Markdown."""
-    lines = [
-        "| row | best of N | 95 % interval | AUC of steps | AUC within a place |",
-        "|---|---|---|---|---|",
-    ]
-    for row in figures["rows"]:
-        low, high = row["ci95"]
-        aucs = [row.get(name) for name in ("step_auc", "step_auc_same_place")]
-        shown = " | ".join("" if auc is None else f"{auc:.3f}" for auc in aucs)
-        lines.append(
-            f"| {row['name']} | {row['accuracy']:.3f} | [{low:.3f}, {high:.3f}] | {shown} |"
-        )
-    return "\n".join(lines)
+def place_row(setup: Setup) -> tuple[np.ndarray, float]:
+    """Return what a judge selects that knows the place of a step alone, and its AUC of steps.
+
+    Returns:
+        Whether the selected candidate is right, [questions], and the AUC.
+    """
+    train = read_solutions(LoaderOptions(), setup.file("clean")).examples
+    test = read_scored_candidates(LoaderOptions(), setup.file("test"))
+    scores = position_scores(train, test.data.examples)
+    selected = test.best(solution_scores_of(scores, AGGREGATIONS[AGGREGATION]))
+    return selected, float(roc_auc(*judged_steps(test, scores)))
+
+
+def report_of(setups: Sequence[Setup], rows: Sequence[str]) -> dict[str, Any]:
+    """Return the figures of complete rows over seeds."""
+    per_seed: list[Values] = []
+    place_auc = []
+    for setup in setups:
+        selected, auc = place_row(setup)
+        values: Values = {PLACE: selected}
+        for name in rows:
+            values |= values_of_row(setup, name)
+        per_seed.append(values)
+        place_auc.append(auc)
+    runs = {name: [_run_figures(setup, name) for setup in setups] for name in rows}
+    return {**statistics(per_seed), "runs": runs, "place_auc": place_auc}
+
+
+def _run_figures(setup: Setup, name: str) -> dict[str, Any]:
+    """Return the figures of a run; all but the last one are of the model of the best step."""
+    results = json.loads((setup.run(name) / "results.json").read_text())
+    last = setup.run(f"{name}-last") / "results.json"
+    found = {key: results[key] for key in _KEPT_RESULTS if key in results}
+    auc = json.loads(last.read_text())["step_auc"] if last.is_file() else results["step_auc"]
+    return {"seed": setup.seed, **found, "last_step_auc": auc}
+
+
+def table(report: Mapping[str, Any]) -> str:
+    """Return what was compared, accuracies, and the AUC of steps and weights, in Markdown."""
+    seeds = ", ".join(map(str, report["seed_numbers"]))
+    there = f"Seeds {seeds}: {sum(report['n_questions'])} selections on held-out puzzles, "
+    there += f"{len(report['runs'])} of {len(ROWS)} rows complete."
+    header = ["row", "step AUC", *(f"weights' AUC: {source}" for source in ("all", *SOURCES[1:]))]
+    lines = [f"| {' | '.join(header)} |", "|---" * len(header) + "|"]
+    lines.append(f"| {PLACE} | {np.mean(report['place_auc']):.3f} | | | |")
+    for name, runs in report["runs"].items():
+        aucs = [run.get("weight_auc") for run in runs]
+        columns = [aucs] + [
+            [run.get("sources", {}).get(source, {}).get("auc") for run in runs]
+            for source in SOURCES[1:]
+        ]
+        shown = [", ".join(f"{auc:.2f}" for auc in column if auc is not None) for column in columns]
+        mean = np.mean([run["last_step_auc"] for run in runs])
+        lines.append(f"| {label_of(name)} | {mean:.3f} | {' | '.join(shown)} |")
+    return "\n\n".join([there, comparison_table(report), "\n".join(lines)])
 
 
 def check(given: argparse.Namespace) -> dict[str, Any]:
-    """Run the missing parts, and return the figures."""
-    from transformers.utils import logging
+    """Run what is missing, unless only a report is wanted, and return the figures.
 
-    logging.disable_progress_bar()
-    torch.set_num_threads(given.threads)
+    Raises:
+        ValueError: A report is wanted, and no row is complete for all seeds.
+    """
     work = Path(given.work_dir)
-    counts = write_parts(Path(given.data), work / "data", Sizes(), given.seed)
-    model = write_model(gguf_file(), work / "model")
-    cold, plain, net = options_of_runs(work, model, given)
-    runs: dict[str, LowerOptions] = {"cold start": cold, "No Selection": plain, "Instance Net": net}
-    for options in runs.values():
-        once(options, run_cold_start if options is cold else run_training)
-    test = read_solutions(LoaderOptions(), str(work / "data" / "test.jsonl")).examples
-    train = read_solutions(LoaderOptions(), cold.train_file).examples
-    judges: dict[str, list[Tensor]] = {"place of the step only": position_scores(train, test)}
-    models = {name: Path(options.output_dir) / "model" for name, options in runs.items()}
-    for name, path in {"SmolLM2 as it comes": model, **models}.items():
-        file = name.lower().replace(" ", "-")
-        judges[f"PRM: {name}"] = scores_of(path, work, file, given.threads)
-    candidates = read_scored_candidates(LoaderOptions(), str(work / "data" / "test.jsonl"))
+    model = work / "model" if given.report else write_model(gguf_file(), work / "model")
+    every = Setup(work, model, work / "activations", threads=given.threads)
+    setups = [
+        replace(every, directory=work / f"seed-{seed}", seed=seed)
+        for seed in range(given.first_seed, given.first_seed + given.seeds)
+    ]
+    for setup in [] if given.report else setups:
+        if not (setup.directory / "data").exists():
+            write_files(Path(given.data), setup.directory / "data", seed=setup.seed)
+        once(setup.cold_start, run_cold_start)
+        for name in given.rows:
+            print(f"\nseed {setup.seed}: {name}", flush=True)
+            if not is_complete(setup, name):
+                train_row(setup, name)
+    rows = [name for name in given.rows if all(is_complete(setup, name) for setup in setups)]
+    if not rows:
+        raise ValueError(
+            f"expected a row that is complete for seeds {[setup.seed for setup in setups]} in "
+            f"{work}, found none; run without --report, or name fewer seeds"
+        )
     return {
-        "rows": figures(candidates, judges),
-        "n_questions": len(candidates.groups),
-        "examples": counts,
-        "trained_layers": given.layers,
-        "cold_steps": given.cold_steps,
-        "steps": given.steps,
-        "batch_size": cold.lower.batch_size,
-        "lower_lr": given.lower_lr,
-        "aggregation": _HOW,
-        "seed": given.seed,
-        "seconds": {name: seconds_of(Path(options.output_dir)) for name, options in runs.items()},
+        **report_of(setups, rows),
+        "seed_numbers": [setup.seed for setup in setups],
+        "trained_layers": every.trained,
+        "cold_steps": every.cold_steps,
+        "steps": every.steps,
+        "aggregation": AGGREGATION,
         "machine": machine(),
         "environment": environment(),
     }
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run the check, print the table, and write the JSON file."""
+    """Run the comparison, print the tables, and write the JSON file."""
     parser = argparse.ArgumentParser(
         prog="python -m recipes.evidence.smollm2",
         description=__doc__,
@@ -241,25 +233,27 @@ def main(arguments: Sequence[str] | None = None) -> None:
         default=f"data/game24/{FILE}",
         help=f"{FILE} of the Game of 24 (format game24 of prm/data/formats/candidates.py)",
     )
-    parser.add_argument("--work-dir", default="runs/smollm2")
-    parser.add_argument("--output", default="results/smollm2.json")
-    parser.add_argument("--cold-steps", type=int, default=24, help="steps of the cold start")
-    parser.add_argument("--steps", type=int, default=8, help="steps of each run after it")
-    parser.add_argument("--layers", type=int, default=8, help="how many top layers are trained")
-    parser.add_argument("--lower-lr", type=float, default=2e-4)
+    parser.add_argument("--work-dir", default="runs/game24")
+    parser.add_argument("--output", default="results/game24.json")
+    parser.add_argument("--first-seed", type=int, default=0)
+    parser.add_argument("--seeds", type=int, default=6, help="two of them test 40 puzzles")
+    parser.add_argument("--rows", nargs="+", choices=list(ROWS), default=list(ROWS))
+    parser.add_argument(
+        "--report", action="store_true", help="train nothing, report the rows that are complete"
+    )
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--seed", type=int, default=0)
     given = parser.parse_args(arguments)
-    if not Path(given.data).is_file():
+    if not given.report and not Path(given.data).is_file():
         parser.error(
             f"--data {given.data}: no such file; "
             "python -m recipes.evidence.smollm2.label --help says how to make it of what is "
             "published"
         )
     check_writable("--output", Path(given.output))
-    figures = check(given)
-    print(table(figures))
-    write_json(Path(given.output), figures)
+    torch.set_num_threads(given.threads)
+    report = check(given)
+    print("\n" + table(report))
+    write_json(Path(given.output), report)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,6 @@
 """A baseline that predicts the label of a step from its position alone, without the text.
 
 A judge that only learned at which positions solutions tend to fail has a high AUC over all steps.
-This module has that judge, and an AUC that compares only steps of the same position.
 """
 
 from __future__ import annotations
@@ -9,11 +8,9 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from prm.evaluation.metrics import roc_auc
 from prm.schema import StepExample
 
 Position = tuple[int, bool]
@@ -44,25 +41,3 @@ def position_scores(train: Sequence[StepExample], rows: Sequence[StepExample]) -
         )
         for row in rows
     ]
-
-
-def auc_by_position(rows: Sequence[StepExample], scores: Sequence[Tensor]) -> float | None:
-    """Return the chance that a right step scores above a wrong one of the same position.
-
-    Ties count one half, and every pair has the same weight: Σ_p n⁺_p n⁻_p AUC_p / Σ_p n⁺_p n⁻_p. It
-    is None if there is no pair.
-    """
-    truth: dict[Position, list[bool]] = {}
-    predicted: dict[Position, list[float]] = {}
-    for row, values in zip(rows, scores, strict=True):
-        for position, step, value in zip(positions(row), row.steps, values.tolist(), strict=True):
-            if step.label is not None:
-                truth.setdefault(position, []).append(step.label > 0.5)
-                predicted.setdefault(position, []).append(value)
-    above = pairs = 0.0
-    for position, right in truth.items():
-        count = sum(right) * (len(right) - sum(right))
-        if count:
-            above += count * roc_auc(np.array(right, dtype=float), predicted[position])
-            pairs += count
-    return above / pairs if pairs else None

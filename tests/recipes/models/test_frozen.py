@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from functools import partial
 
 import pytest
@@ -48,12 +49,14 @@ def computed(monkeypatch):
 @pytest.mark.parametrize("freeze", FRONTS.values(), ids=FRONTS)
 def test_with_batches_of_one_the_bits_are_those_of_a_run_without(task, tmp_path, freeze):
     single = {**TABLE, "batch_size": 1, "accumulation": 2, "meta_batch_size": 1}
-    single |= {"freeze": freeze, "initial_loss": False}
+    single |= {"freeze": freeze, "eval_batch_size": 1}
     plain = run_training(task.train(tmp_path / "plain", **single))
     kept = run_training(task.train(tmp_path / "kept", **single, frozen_activations="memory"))
     assert model_bits(kept) == model_bits(plain)
     assert (kept / "weights.jsonl").read_bytes() == (plain / "weights.jsonl").read_bytes()
     assert (kept / "log.jsonl").read_bytes() == (plain / "log.jsonl").read_bytes()
+    auc = [json.loads((run / "results.json").read_text())["step_auc"] for run in (kept, plain)]
+    assert auc[0] == auc[1]
 
 
 @pytest.mark.parametrize("more", WEIGHTINGS.values(), ids=WEIGHTINGS)
@@ -93,6 +96,36 @@ def test_a_run_computes_the_front_of_each_example_once(task, tmp_path, computed)
         )
     )
     assert len(computed) == 4 + 1 + 12
+
+
+def test_files_that_a_run_scores_go_through_the_front_once(task, tmp_path, computed):
+    """Test set, dev set after each step, initial losses, gradient features: where there is room."""
+    files = [task.data / f"{name}.jsonl" for name in ("dev", "test", "train")]
+    read = [
+        (row["images"], row["question"], [step["text"] for step in row["steps"]])
+        for file in files
+        for row in read_lines(file)
+    ]
+    scored = len({json.dumps(one) for one in read})  # what differs in tokens or pictures
+    run = partial(
+        task.train,
+        freeze=LAYERS,
+        steps=2,
+        dev_file=str(files[0]),
+        eval_every=1,
+        weighting="net",
+        features=("label", "gradient"),
+        gradient_features=2,
+    )
+    run_training(run(tmp_path / "levels", frozen_activations="disk"))
+    levels = len(computed)
+    run_training(run(tmp_path / "kept", frozen_activations="memory"))
+    assert len(computed) == levels + levels + scored
+    computed.clear()
+    folder = {"frozen_activations": "disk", "cache_dir": str(tmp_path / "shared")}
+    first = run_training(run(tmp_path / "first", **folder))
+    assert scored + 1 < len(computed) < levels + scored  # the lower level finds what was scored
+    assert model_bits(first) == model_bits(tmp_path / "kept")
 
 
 def test_runs_share_a_folder_and_mend_what_is_damaged_in_it(task, tmp_path, computed, capsys):

@@ -5,16 +5,21 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+RIGHT = 3
+"""How many candidates of a puzzle are right, but for those of the last two puzzles."""
+
 
 def write_source(path: Path, puzzles: int = 6, reach=lambda number: number % 2) -> Path:
-    """Six candidates a puzzle, the first two right (but those of the last two puzzles)."""
+    """Eight candidates a puzzle, the first ones right, every other wrong one a cheat."""
     rows = []
     for puzzle in range(puzzles):
         candidates = []
-        for number in range(6):
-            right = number < 2 and puzzle < puzzles - 2
-            first = {"text": f"move {number} of {puzzle}", "kind": "step", "valid": 1}
-            answer = {"text": f"Answer: {number}", "kind": "answer", "valid": int(right)}
+        for number in range(8):
+            right = number < RIGHT and puzzle < puzzles - 2
+            left = "24" if right or number % 2 else "5"
+            first = {"text": f"{number} + {puzzle} = 9 (left: {left})", "kind": "step", "valid": 1}
+            text = f"Answer: {number} = {left}"
+            answer = {"text": text, "kind": "answer", "valid": int(right)}
             steps = [{**first, "reach": reach(number)}, {**answer, "reach": int(right)}]
             candidates.append({"steps": steps, "correct": int(right)})
         candidates.append(candidates[-1])  # one text twice

@@ -1,98 +1,137 @@
-"""The check on a tiny language model: the same runs, files and table, in seconds."""
+"""The comparison on a tiny language model: the same runs, files and tables, in seconds."""
 
 from __future__ import annotations
 
-import argparse
 import json
 
+import numpy as np
 import pytest
-import torch
 
-from recipes.evaluation.candidates import read_scored_candidates
+import recipes.train.dev_evaluation as dev_evaluation
+from prm.models.model import save_prm
 from recipes.evidence.smollm2 import __main__ as check
-from recipes.evidence.smollm2 import weights
+from recipes.evidence.smollm2 import rows, weights
 from recipes.evidence.smollm2.game24 import Sizes
-from recipes.options.base import LoaderOptions
 from recipes.options.rules import check_together
+from tests.prm.tiny import llama
 from tests.recipes.evidence.smollm2.puzzles import write_source
+from tests.tiny_task import read_lines
 
-GIVEN = {"threads": 1, "seed": 0, "layers": 8, "cold_steps": 3, "steps": 2, "lower_lr": 1e-3}
+SIZES = Sizes(2, 2, 4, 4, 12, 6, copies=1)
 
 
 def test_options_go_together_and_freeze_all_but_the_top(tmp_path):
-    runs = check.options_of_runs(tmp_path, tmp_path / "model", argparse.Namespace(**GIVEN))
-    for options in runs:
+    setup = rows.Setup(tmp_path, tmp_path / "model", tmp_path / "kept")
+    assert setup.cold_start.model == str(tmp_path / "model")
+    for name in rows.ROWS:
+        options = setup.row(name)
         check_together(options)
-        assert options.lower.freeze == ("embed_tokens", *(f"layers.{n}" for n in range(22)))
-    cold, plain, net = runs
-    assert (cold.lower.steps, plain.lower.steps, net.lower.steps) == (3, 2, 2)
-    assert plain.init_from == net.init_from == str(tmp_path / "cold-start" / "model")
+        assert options.lower.freeze == ("embed_tokens", *(f"layers.{n}" for n in range(26)))
+        assert options.data.keep_best == (options.lower.steps > 0)
+        cold = str(tmp_path / "cold-start" / "model")
+        assert options.init_from == (None if "base" in name else cold)
+    assert setup.row("clean_oracle").train_file.endswith("clean.jsonl")
 
 
-def test_figures_by_hand(tmp_path):
-    path = tmp_path / "test.jsonl"
-    rows = [
-        {"id": f"{group}{n}", "question": group, "group": group, "answer": answer, "correct": right,
-         "steps": [{"text": "a", "label": first}, {"text": "b", "label": second}]}
-        for group, n, answer, right, first, second in (
-            ("p", 0, "1", True, "+", "+"), ("p", 1, "2", False, "+", "-"),
-            ("p", 2, "2", False, "-", "-"), ("q", 0, "3", False, "-", "-"),
-            ("q", 1, "4", True, "+", "+"), ("q", 2, "4", True, "+", "+"),
-        )
-    ]  # fmt: skip
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    said = [(0.9, 0.9), (0.8, 0.1), (0.1, 0.1), (0.9, 0.95), (0.2, 0.3), (0.2, 0.3)]
-    scores = [torch.tensor(row, dtype=torch.float64) for row in said]
-    found = check.figures(read_scored_candidates(LoaderOptions(), str(path)), {"judge": scores})
-    by_name = {row["name"]: row for row in found}
-    assert list(by_name) == [
-        *("pass@1 (random candidate)", "majority vote", "judge", "pass@3 (oracle)")
-    ]
-    assert by_name["pass@1 (random candidate)"]["accuracy"] == pytest.approx((1 / 3 + 2 / 3) / 2)
-    assert by_name["majority vote"]["accuracy"] == pytest.approx(1 / 2)  # right on q alone
-    assert by_name["judge"]["accuracy"] == pytest.approx(1 / 2)  # right on p alone
-    assert by_name["pass@3 (oracle)"]["accuracy"] == 1.0
-    # First steps: 4 right, 2 wrong, 4 of 8 pairs in order; last: 3 right, 3 wrong, 5 of 9 pairs.
-    right_first, wrong_first = [0.9, 0.8, 0.2, 0.2], [0.1, 0.9]
-    right_last, wrong_last = [0.9, 0.3, 0.3], [0.1, 0.1, 0.95]
-    above = sum(
-        (a > b) + (a == b) / 2
-        for right, wrong in ((right_first, wrong_first), (right_last, wrong_last))
-        for a in right
-        for b in wrong
+@pytest.fixture
+def small(tmp_path, monkeypatch):
+    """The command line of a comparison with a random Llama in SmolLM2's place."""
+    source = write_source(tmp_path / "source.jsonl", puzzles=12)
+    save_prm(llama(), {}, tmp_path / "model")
+    write = check.write_files
+    monkeypatch.setattr(check, "gguf_file", lambda: None)
+    monkeypatch.setattr(check, "write_model", lambda file, directory: tmp_path / "model")
+    monkeypatch.setattr(check, "write_files", lambda *a, **k: write(*a, **k, sizes=SIZES))
+    setup = rows.Setup
+    monkeypatch.setattr(
+        check, "Setup", lambda *a, **k: setup(*a, **k, layers=2, trained=1, steps=3, cold_steps=2)
     )
-    assert by_name["judge"]["step_auc_same_place"] == pytest.approx(above / (8 + 9))
-    text = check.table({"rows": found})
-    assert "| judge | 0.500 |" in text
-    assert len(text.splitlines()) == 2 + len(found)
+    few = {"meta_only": {"steps": 2, "batch_size": 4, "eval_every": 1}}
+    few |= {"instance_net": {"gradient_features": 2, "upper_start": 1}}
+    few |= {"instance_table": {"upper_start": 1}}
+    shrunk = {name: {**own, **few.get(name, {})} for name, own in rows.ROWS.items()}
+    monkeypatch.setattr(rows, "ROWS", shrunk)
+    monkeypatch.setattr(check, "ROWS", shrunk)
+    return [
+        *("--data", str(source), "--work-dir", str(tmp_path / "work")),
+        *("--output", str(tmp_path / "found.json"), "--seeds", "1"),
+    ]
 
 
-def test_the_whole_check(task, tmp_path, monkeypatch, capsys):
-    """Every stage with the tiny model in SmolLM2's place; a second call does nothing again."""
-    source = write_source(tmp_path / "source.jsonl", puzzles=7)
-    monkeypatch.setattr(check, "gguf_file", lambda: task.model)
-    monkeypatch.setattr(check, "write_model", lambda file, directory: file)
-    monkeypatch.setattr(check, "Sizes", lambda: Sizes(2, 2, 3, 10))
-    monkeypatch.setattr(check, "LAYERS", 1)
-    arguments = ["--data", str(source), "--work-dir", str(tmp_path / "work"), "--layers", "1"]
-    arguments += ["--output", str(tmp_path / "found.json"), "--cold-steps", "2", "--steps", "3"]
+def test_the_whole_comparison(small, tmp_path, monkeypatch, capsys):
+    names = ("base", "no_selection", "clean_oracle", "instance_table", "instance_net", "meta_only")
+    names += ("small_loss",)
+    small += ["--rows", *names]
+    check.main(small)
+    found = json.loads((tmp_path / "found.json").read_text())
+    stopped = {"clean" if name == "clean_oracle" else name for name in names[1:]}
+    shared = {"pass@1", "self_consistency", "pass@4", check.PLACE}
+    assert set(found["rows"]) == {*names, *(f"{name}_dev_stopped" for name in stopped), *shared}
+    assert found["n_questions"] == [4]
+    assert found["rows"]["pass@4"] == 1.0
+    for name, (run,) in found["runs"].items():
+        folder = tmp_path / "work" / "seed-0" / name
+        assert not (folder / "model").exists()
+        assert run["seed"] == 0
+        values = read_lines(folder / "test_questions.jsonl")
+        row = name if name in ("base", "cold_start") else check.stopped_name(name)
+        own = next(key for key in values[0] if "@" not in key and key[:2] not in ("qu", "se"))
+        mean = np.mean([value[own] for value in values])
+        assert found["rows"][row] == pytest.approx(mean, abs=1e-4)
+    kept = read_lines(tmp_path / "work" / "seed-0" / "small-loss.jsonl")
+    assert sorted(row["weight"] for row in kept) == [0.0] * 6 + [1.0] * 6
+    assert check.table(found) in capsys.readouterr().out
+    # A second call finds everything done.
+    monkeypatch.setattr(check, "run_training", None)
+    monkeypatch.setattr(check, "run_cold_start", None)
+    check.main([*small, "--report"])
+    again = json.loads((tmp_path / "found.json").read_text())
+    assert {k: again[k] for k in ("rows", "runs")} == {k: found[k] for k in ("rows", "runs")}
+
+
+def test_an_interrupted_row_goes_on(small, tmp_path, monkeypatch):
+    """A run that is killed after its second step goes on; a report takes complete rows alone."""
+    arguments = [*small, "--rows", "cold_start", "no_selection"]
+    append, run = dev_evaluation.append_line, tmp_path / "work" / "seed-0" / "no_selection"
+
+    class Killed(BaseException):
+        """The end of a process that nothing catches."""
+
+    def killed(path, line):
+        append(path, line)
+        if path == run / "log.jsonl" and json.loads(line)["step"] == 2:
+            raise Killed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(dev_evaluation, "append_line", killed)
+        with pytest.raises(Killed):
+            check.main(arguments)
+    assert (run / "args.yaml").exists()
+    check.main([*arguments, "--report"])
+    assert list(json.loads((tmp_path / "found.json").read_text())["runs"]) == ["cold_start"]
     check.main(arguments)
     found = json.loads((tmp_path / "found.json").read_text())
-    assert [row["name"] for row in found["rows"]] == [
-        *("pass@1 (random candidate)", "majority vote", "place of the step only"),
-        *("PRM: SmolLM2 as it comes", "PRM: cold start", "PRM: No Selection", "PRM: Instance Net"),
-        "pass@3 (oracle)",
-    ]
-    assert found["examples"] == {"train": 10, "meta": 6, "test": 6}
-    assert found["n_questions"] == 2
-    model = tmp_path / "work" / "instance-net" / "model" / "model.safetensors"
-    before = model.stat().st_mtime_ns
-    check.main(arguments)
-    again = json.loads((tmp_path / "found.json").read_text())
-    assert again["rows"] == found["rows"]
-    assert model.stat().st_mtime_ns == before
-    with pytest.raises(FileExistsError, match="holds a run of other options"):
-        check.main([*arguments, "--lower-lr", "1e-5"])
+    assert list(found["runs"]) == ["cold_start", "no_selection"]
+
+
+def test_a_report_of_nothing(small):
+    with pytest.raises(SystemExit):
+        check.main(["--data", "none", *small[2:]])
+    with pytest.raises(ValueError, match="expected a row that is complete for seeds \\[0\\]"):
+        check.main([*small, "--report"])
+
+
+def test_a_question_without_any_answer_has_no_right_vote(tmp_path):
+    lines = [{"question": "a", "pass@1": 0.5, "prm": 1.0, "self_consistency": 1.0, "pass@2": 1.0}]
+    lines += [{"question": "b", "pass@1": 0.5, "prm": 0.0, "pass@2": 1.0}]
+    (tmp_path / "test_questions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in lines))
+    found = check._questions(tmp_path, "row")
+    assert {key: value.tolist() for key, value in found.items()} == {
+        "pass@1": [0.5, 0.5],
+        "pass@2": [1.0, 1.0],
+        "row": [1.0, 0.0],
+        "self_consistency": [1.0, 0.0],
+    }
 
 
 def test_what_to_install(monkeypatch):
