@@ -412,7 +412,6 @@ def test_other_problems_are_those_that_were_written():
         tail = second.get("tail_recall")
         assert cells[6] == digits(None if tail is None else 100 * tail["mean"], ".1f"), title
 
-
     mistaken = results("class_noise.json")["rows"]
     shown = rows_of("docs/problems.md", "| method | mistaken classes")
     assert [kinds[title] for title, *_ in shown] == list(mistaken)

@@ -80,7 +80,8 @@ def _scale_transparent_colour(image: Image.Image) -> None:
     Pillow leaves that colour as the file has it, in 2, 4 or 16 bits.
     """
     colour = image.info.get("transparency")
-    raw_mode = image.tile[0][3] if image.format == "PNG" and image.tile else None
+    tiles = getattr(image, "tile", None)  # of a file that is not decoded yet
+    raw_mode = tiles[0][3] if image.format == "PNG" and tiles else None
     if isinstance(colour, int) and raw_mode in _LEVEL:
         image.info["transparency"] = colour * _LEVEL[raw_mode]
     elif isinstance(colour, tuple) and raw_mode == "RGB;16B":

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -52,6 +52,7 @@ class Row:
         meta: The meta file, in the same form.
         start: The data set whose cold start it begins from; None: the base model.
         weights: The weights it trains with, if these follow from another row.
+        relabel: The rule that corrects its training labels, by the scores of its cold start.
     """
 
     preset: str = "baseline"
@@ -60,6 +61,7 @@ class Row:
     meta: str = "data/meta"
     start: str | None = "data"
     weights: GivenWeights | None = None
+    relabel: Literal["nait"] | None = None
 
     @property
     def trains(self) -> bool:
@@ -137,6 +139,7 @@ ROWS: Mapping[str, Row] = {
     "clean_oracle": Row(train="data/clean"),
     "small_loss": Row(weights=GivenWeights("instance_table", _small_loss)),
     "bis": Row(weights=GivenWeights("instance_table", _bis)),
+    "nait": Row(relabel="nait"),
     "meta_only": Row(options=_ON_META),
     "outcome_model": Row(options=_ON_META | {"aggregation": "last", "loss_target": "both"}),
     "shuffled_table": Row(weights=GivenWeights("instance_table", _shuffled)),

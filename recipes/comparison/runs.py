@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from prm.digests import check_digest, write_digest
+from recipes.comparison.relabelled import write_nait
 from recipes.comparison.rows import DATA, ROWS, Entries, GivenWeights, Row
 from recipes.embedded.build import build
 from recipes.options.parse import changed, resolve
@@ -80,7 +81,7 @@ class Seed:
         start = None if row.start is None else str(self.cold_start(row.start) / "model")
         own = changed(
             options,
-            train_file=str(self._file(row.train)),
+            train_file=str(self._train(row)),
             init_from=start,
             output_dir=str(directory),
             on_existing="refuse",
@@ -120,6 +121,17 @@ class Seed:
     def _file(self, name: str) -> Path:
         data, _, file = name.partition("/")
         return self.data(data) / f"{file}.jsonl"
+
+    def _train(self, row: Row) -> Path:
+        """Return the training file of a row; a relabelled one stands beside the given one."""
+        given = self._file(row.train)
+        if row.relabel is None or row.start is None:
+            return given
+        file = given.with_name(f"{given.stem}-{row.relabel}.jsonl")
+        if not file.exists():
+            model = self.cold_start(row.start) / "model"
+            write_nait(given, file, model, self.threads)
+        return file
 
     def _weights(self, name: str, given: GivenWeights, train: str) -> Path:
         """Return the file of a row's fixed weights, made from what another row has learned."""

@@ -31,6 +31,7 @@ NAMES = {
     "shuffled_net": "control: Net's weights shuffled",
     "small_loss": "control: small-loss filter",
     "bis": "control: Balanced-Information Score",
+    "nait": "control: labels corrected by NAIT",
     "meta_only": "control: fine-tuning on the meta set",
     "outcome_model": "control: outcome reward model of the meta set",
     "from_base": "control: No Selection from the base model",

@@ -26,9 +26,9 @@ from recipes.run.errors import WriteError
 from recipes.terminal import say, write_bytes
 
 EXTREMES = "extreme_weights.jsonl"
-"""Step scores of a run's examples of highest and lowest weight (``recipes.train.extremes``)."""
+"""Step scores of examples of highest and lowest weight (``recipes.train.reports.extremes``)."""
 LABELS = "labels.jsonl"
-"""Given and learned labels of a run that learns labels (``recipes.train.label_report``)."""
+"""Given and learned labels of a run that learns labels (``recipes.train.reports.labels``)."""
 STANDARD_OUTPUT = "-"
 _OTHER_KINDS = frozenset(
     (

@@ -25,7 +25,7 @@ from recipes.options.train import LowerOptions, TrainOptions
 from recipes.run.files import write_text
 from recipes.run.show import json_object
 from recipes.train.data import TrainData
-from recipes.train.label_report import label_lines
+from recipes.train.reports.labels import label_lines
 from recipes.train.sharding import save_spread
 
 _EXPLAINED = 0.8  # rank correlation from which on labels explain the weights

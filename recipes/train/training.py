@@ -67,14 +67,10 @@ from recipes.train.data import (
     refuse_other_bad_rows,
 )
 from recipes.train.dev_evaluation import best_of, dev_evaluation, remove_kept, selection
-from recipes.train.extremes import write_extremes
-from recipes.train.label_report import label_report, learned_labels, write_labels
 from recipes.train.loop import StepLogging, Training, train
-from recipes.train.results import evaluate_all, print_summary, row_name, save_trained, write_card
-from recipes.train.sharding import Trained, load_trained, over_shards
-from recipes.train.signs import log_lines, signs, watcher
-from recipes.train.trackers import ALL_WEIGHTS, Tracking, check_trackers, tracked
-from recipes.train.weight_report import (
+from recipes.train.reports.extremes import write_extremes
+from recipes.train.reports.labels import label_report, learned_labels, write_labels
+from recipes.train.reports.weights import (
     final_weights,
     initial_losses,
     label_correlation,
@@ -82,6 +78,10 @@ from recipes.train.weight_report import (
     write_weighting,
     write_weights,
 )
+from recipes.train.results import evaluate_all, print_summary, row_name, save_trained, write_card
+from recipes.train.sharding import Trained, load_trained, over_shards
+from recipes.train.signs import log_lines, signs, watcher
+from recipes.train.trackers import ALL_WEIGHTS, Tracking, check_trackers, tracked
 from weighting import NetTravel, StepLabels, mean_one_over
 
 _SHOWN_EXAMPLES = 64  # on which a network's travel is found

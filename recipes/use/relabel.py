@@ -33,7 +33,7 @@ from recipes.report.run_labels import read_labels
 from recipes.run.files import list_beside, note_unchecked, output_file
 from recipes.terminal import say
 from recipes.train.data import require
-from recipes.train.weight_report import step_labels
+from recipes.train.reports.weights import step_labels
 from weighting import confident_labels, tolerant_labels
 
 

@@ -38,7 +38,7 @@ from recipes.run.directory import run_of
 from recipes.run.files import list_beside, output_file
 from recipes.terminal import say
 from recipes.train.data import require
-from recipes.train.weight_report import (
+from recipes.train.reports.weights import (
     check_weighting,
     example_batch,
     model_batches,

@@ -21,7 +21,7 @@ from recipes.models.loading import (
 from recipes.options.use import WeighOptions
 from recipes.options.values import OptionError
 from recipes.train.data import require
-from recipes.train.weight_report import initial_losses, step_labels
+from recipes.train.reports.weights import initial_losses, step_labels
 from weighting import balanced_information, keep_best
 
 

@@ -1,4 +1,4 @@
-"""Exponents of growth: ``python -m recipes.evidence.growth [AXIS ...]``; all but accuracy, if none.
+"""Exponents of growth: ``python -m recipes.evidence.growth [AXIS ...]``; all, if none.
 
 Each axis is measured over a range of sizes and fitted, ``figure = factor · size ** exponent``. The
 results of the axes that are measured take the place of those in the output file; the others stay.
@@ -18,8 +18,8 @@ from typing import Any
 import torch
 
 from recipes.evidence.growth import (
-    accuracy,
     candidates,
+    digits,
     plan,
     ranks,
     shards,
@@ -84,14 +84,8 @@ def _upper_gradient(given: argparse.Namespace) -> dict[str, Any]:
     return {"axis": "upper-gradient", "batch_size": given.batch_size, "rows": rows}
 
 
-def _accuracy(given: argparse.Namespace) -> dict[str, Any]:
-    every = given.sizes or upper_gradient.EVERY
-    rows = accuracy.measured(Path(given.work_dir), every, given.seeds)
-    return {"axis": "accuracy", "seeds": given.seeds, "rows": rows}
-
-
 def _digits(given: argparse.Namespace) -> dict[str, Any]:
-    rows = accuracy.digits(given.sizes or upper_gradient.EVERY, given.seeds)
+    rows = digits.measured(given.sizes or upper_gradient.EVERY, given.seeds)
     return {"axis": "digits", "seeds": given.seeds, "rows": rows}
 
 
@@ -104,7 +98,6 @@ AXES: Mapping[str, Measure] = {
     "candidates": _candidates,
     "upper-gradient": _upper_gradient,
     "digits": _digits,
-    "accuracy": _accuracy,
     "plan": lambda _: {"axis": "plan", "derived": True, "rows": plan.table()},
 }
 
@@ -118,8 +111,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--sizes", type=int, nargs="*", help="in place of those of the axis")
     parser.add_argument("--batch-size", type=int, default=32, help="of upper-gradient")
-    parser.add_argument("--seeds", type=int, default=3, help="of accuracy and digits")
-    parser.add_argument("--work-dir", default="runs/growth", help="of accuracy, for its runs")
+    parser.add_argument("--seeds", type=int, default=3, help="of digits")
     parser.add_argument("--rows-file", default="results/bench_growth.json", help="for rows")
     parser.add_argument("--output", default="results/growth.json")
     given = parser.parse_args(arguments)
@@ -127,7 +119,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     check_writable("--output", output)
     torch.set_num_threads(1)
     words = sys.argv[1:] if arguments is None else arguments
-    for axis in given.axes or [axis for axis in AXES if axis != "accuracy"]:
+    for axis in given.axes or AXES:
         found = AXES[axis](given)
         for row in found["rows"]:
             print(f"{axis}: {json.dumps({k: v for k, v in row.items() if k != 'runs'})}")

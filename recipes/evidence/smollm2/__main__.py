@@ -30,7 +30,7 @@ import torch
 from prm.aggregations import AGGREGATIONS
 from prm.digests import check_digest, write_digest
 from prm.evaluation.metrics import roc_auc
-from recipes.embedded.compare import Values, statistics, stopped_name
+from recipes.comparison.statistics import Values, statistics, stopped_name
 from recipes.evaluation.candidates import (
     judged_steps,
     read_scored_candidates,

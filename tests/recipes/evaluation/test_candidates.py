@@ -20,8 +20,8 @@ from recipes.evaluation.candidates import (
     summary,
 )
 from recipes.models.loading import load_model
+from recipes.train.reports.weights import label_correlation, weight_report
 from recipes.train.results import print_summary
-from recipes.train.weight_report import label_correlation, weight_report
 from tests.tiny_task import altered
 
 # question, answer, right, (label, score) of each step

@@ -25,8 +25,8 @@ from recipes.options.parse import changed, resolve
 from recipes.options.train import ColdStartOptions, TrainOptions
 from recipes.run.errors import WriteError
 from recipes.train.cold_start import run_cold_start
+from recipes.train.reports.weights import initial_losses
 from recipes.train.training import run_training
-from recipes.train.weight_report import initial_losses
 from tests.tiny_task import SIZES, altered, model_bits, read_lines
 from weighting import Clip, DomainTable, InstanceNet, InstanceTable, Sigmoid, load_weighting
 

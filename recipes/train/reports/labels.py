@@ -13,7 +13,7 @@ from torch import Tensor
 from prm.digests import write_digest
 from prm.files import write_lines
 from recipes.models.loading import Examples
-from recipes.train.weight_report import example_batch
+from recipes.train.reports.weights import example_batch
 from weighting import StepLabels
 
 _EVEN = 0.5
