@@ -86,17 +86,23 @@ def printed(folder: Path, rank: int, ranks: int) -> str:
     return _output_of(folder, rank, ranks).read_text(encoding="utf-8")
 
 
-def torchrun(module: str, ranks: int, folder: Path) -> tuple[int, str]:
-    """Run ``torchrun -m module FOLDER`` with so many processes on this machine.
+def torchrun(module: str, ranks: int, *words: str, **variables: str) -> tuple[int, str]:
+    """Run ``torchrun -m module WORDS`` with so many processes on this machine.
+
+    Args:
+        module: Its name.
+        ranks: The number of processes.
+        words: The arguments of the module.
+        variables: Further variables of the environment, such as those of ``accelerate launch``.
 
     Returns:
         Its exit status, and the output of all.
     """
-    options = ["--standalone", "--nproc-per-node", str(ranks), "-m", module, str(folder)]
+    options = ["--standalone", "--nproc-per-node", str(ranks), "-m", module, *words]
     process = subprocess.Popen(
         [sys.executable, "-m", "torch.distributed.run", *options],
         cwd=ROOT,
-        env=environment(),
+        env=environment() | variables,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,

@@ -2,6 +2,7 @@
 
 ``python -m tests.recipes.rank_commands FOLDER STORE RANK RANKS`` reads ``FOLDER/commands.json``;
 without STORE, RANK and RANKS it is started by torchrun. Exit statuses are left in ``FOLDER``.
+``tests.rank_processes.fork_ranks`` calls ``main``.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from recipes.__main__ import main as run_command
+from recipes.train import training  # also before ranks are forked
 
 
 def free_port() -> int:
@@ -28,7 +30,6 @@ def free_port() -> int:
 
 def fault_at(folder: Path, step: int, rank: int, number: int) -> None:
     """Send a signal to one rank once a step of a training run is logged, and note the time."""
-    from recipes.train import training
 
     def logged(taken: int) -> None:
         if taken == step and int(os.environ["RANK"]) == rank:
@@ -39,8 +40,10 @@ def fault_at(folder: Path, step: int, rank: int, number: int) -> None:
     training.run_training = partial(getattr(run, "func", run), logged=logged)
 
 
-def main(folder: Path, rank: int) -> None:
-    """Run the commands."""
+def main(folder: Path, store: str, rank: int, ranks: int) -> None:
+    """Run the commands as one of the ranks; these meet at a port, not in the store."""
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(ranks)}
+    os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
     statuses: list[int] = []
     commands: list[dict[str, Any]] = json.loads((folder / "commands.json").read_text())
     for command in commands:
@@ -53,7 +56,5 @@ def main(folder: Path, rank: int) -> None:
 
 
 if __name__ == "__main__":
-    if "RANK" not in os.environ:
-        _, rank_number, count = sys.argv[2:5]
-        os.environ |= {"RANK": rank_number, "WORLD_SIZE": count, "MASTER_ADDR": "127.0.0.1"}
-    main(Path(sys.argv[1]), int(os.environ["RANK"]))
+    words = sys.argv[2:] or ["", os.environ["RANK"], os.environ["WORLD_SIZE"]]
+    main(Path(sys.argv[1]), words[0], int(words[1]), int(words[2]))
