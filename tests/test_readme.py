@@ -366,6 +366,19 @@ def test_accuracies_with_an_upper_gradient_for_several_steps_are_those_that_were
         ]
 
 
+def test_shards_beside_whole_copies_are_what_was_written():
+    measured = results("growth.json")["shards"]["rows"]
+    written = rows_of("docs/growth.md", "| θ |")
+    for cells, row in zip(written, measured, strict=True):
+        copies = [row[name] / row["theta_bytes"] for name in ("held_bytes", "peak_bytes")]
+        sent = row["sent_bytes"] / row["theta_bytes"]
+        assert cells == [row["kind"], str(row["size"]), *(f"{one:.1f}" for one in (*copies, sent))]
+        ranks = row["size"]
+        passes = 2 if row["kind"] == "whole" else 6 // ranks + 1
+        each = 2 if row["kind"] == "whole" else 3
+        assert sent == pytest.approx(passes * each * (ranks - 1) / ranks, rel=0.01)
+
+
 def test_the_plan_past_one_machine_is_what_was_written():
     from recipes.evidence.growth.plan import table
 

@@ -22,6 +22,7 @@ from recipes.evidence.growth import (
     candidates,
     plan,
     ranks,
+    shards,
     steps,
     tables,
     upper_gradient,
@@ -68,6 +69,10 @@ def _ranks(given: argparse.Namespace) -> dict[str, Any]:
     return fitted("ranks", rows, ("cpu_ms", "cpu_ms_of_a_rank", "sent_bytes", "ring_bytes"))
 
 
+def _shards(given: argparse.Namespace) -> dict[str, Any]:
+    return {"axis": "shards", "rows": shards.measured(given.sizes or shards.SIZES)}
+
+
 def _candidates(given: argparse.Namespace) -> dict[str, Any]:
     rows = candidates.measured(given.sizes or candidates.SIZES)
     return fitted("candidates", rows, ("cpu_ms", "peak_bytes", "bytes_beyond_start"))
@@ -95,6 +100,7 @@ AXES: Mapping[str, Measure] = {
     **{f"table-{name}": _table(name) for name in tables.UPPER},
     "rows": _rows,
     "ranks": _ranks,
+    "shards": _shards,
     "candidates": _candidates,
     "upper-gradient": _upper_gradient,
     "digits": _digits,

@@ -2,8 +2,7 @@
 
 Processes of torch.distributed (gloo) take the steps of one run: 6 micro-batches of 64 examples each
 and an upper batch of 384, divided among them. Counted is what each rank hands to the collectives
-(``torch.distributed.all_reduce``, ``all_gather``, ``broadcast``): the tensors of the seam, not what
-a transport makes of them.
+of ``torch.distributed``: the tensors of the seam, not what a transport makes of them.
 """
 
 from __future__ import annotations
@@ -36,25 +35,30 @@ from weighting import InstanceTable, Sigmoid
 SIZES = (1, 2, 3)
 WIDTH, LAYERS, TABLE = 512, 4, 100_000
 MICRO_BATCHES, EXAMPLES, STEPS = 6, 64, 8
-_WORDS = (sys.executable, "-m", "recipes.evidence.growth.ranks")
+_PLACE = {  # of the tensor that is handed over, in the arguments
+    "all_reduce": 0,
+    "broadcast": 0,
+    "all_gather": 1,
+    "all_gather_single": 1,
+    "all_to_all_single": 1,
+}
 
 
 @contextmanager
 def counted() -> Iterator[dict[str, int]]:
     """Count the bytes that this process hands to each collective while the body runs."""
     sent: dict[str, int] = {}
-    place = {"all_reduce": 0, "broadcast": 0, "all_gather": 1}  # of the tensor in the arguments
-    originals = {name: getattr(distributed, name) for name in place}
+    originals = {name: getattr(distributed, name) for name in _PLACE}
 
     def counting(name: str) -> Callable[..., Any]:
         def called(*arguments: Any, **more: Any) -> Any:
-            sent[name] = sent.get(name, 0) + arguments[place[name]].nbytes
+            sent[name] = sent.get(name, 0) + arguments[_PLACE[name]].nbytes
             return originals[name](*arguments, **more)
 
         return called
 
     try:
-        for name in place:
+        for name in _PLACE:
             setattr(distributed, name, counting(name))
         yield sent
     finally:
@@ -122,18 +126,43 @@ def steps(rank: int, ranks: int, collective: Collective) -> dict[str, Any]:
     }
 
 
+@contextmanager
+def joined(store: str, rank: int, ranks: int) -> Iterator[None]:
+    """Let this process be one of the ranks of a group while the body runs."""
+    torch.set_num_threads(1)
+    distributed.init_process_group(
+        "gloo", init_method=f"file://{store}", rank=rank, world_size=ranks
+    )
+    try:
+        yield
+    finally:
+        distributed.destroy_process_group()
+
+
+def of_ranks(module: str, ranks: int, *words: str) -> list[dict[str, Any]]:
+    """Return what ``python -m module STORE RANK RANKS OUTPUT WORDS`` writes on each rank.
+
+    Raises:
+        subprocess.CalledProcessError: A rank failed.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        outputs = [Path(folder) / f"{rank}.json" for rank in range(ranks)]
+        command = [sys.executable, "-m", module, f"{folder}/store"]
+        started = [
+            subprocess.Popen([*command, str(rank), str(ranks), str(output), *words])
+            for rank, output in enumerate(outputs)
+        ]
+        for one in started:
+            if one.wait():
+                raise subprocess.CalledProcessError(one.returncode, one.args)
+        return [json.loads(output.read_text(encoding="utf-8")) for output in outputs]
+
+
 def worker(store: str, rank: int, ranks: int, output: str) -> None:
     """Take the steps as one of the ranks, and write its figures."""
-    torch.set_num_threads(1)
-    collective: Collective = ALONE
-    if ranks > 1:
-        distributed.init_process_group(
-            "gloo", init_method=f"file://{store}", rank=rank, world_size=ranks
-        )
-        collective = Replicas(lambda batch: len(batch["y"]))
-    Path(output).write_text(json.dumps(steps(rank, ranks, collective)), encoding="utf-8")
-    if ranks > 1:
-        distributed.destroy_process_group()
+    with joined(store, rank, ranks):
+        collective = Replicas(lambda batch: len(batch["y"])) if ranks > 1 else ALONE
+        Path(output).write_text(json.dumps(steps(rank, ranks, collective)), encoding="utf-8")
 
 
 def measured(sizes: Sequence[int]) -> list[dict[str, Any]]:
@@ -147,16 +176,7 @@ def measured(sizes: Sequence[int]) -> list[dict[str, Any]]:
     """
     found = []
     for ranks in sizes:
-        with tempfile.TemporaryDirectory() as folder:
-            outputs = [Path(folder) / f"{rank}.json" for rank in range(ranks)]
-            started = [
-                subprocess.Popen([*_WORDS, f"{folder}/store", str(rank), str(ranks), str(output)])
-                for rank, output in enumerate(outputs)
-            ]
-            for one in started:
-                if one.wait():
-                    raise subprocess.CalledProcessError(one.returncode, one.args)
-            ran = [json.loads(output.read_text(encoding="utf-8")) for output in outputs]
+        ran = of_ranks("recipes.evidence.growth.ranks", ranks)
         sent = max(one["bytes"] for one in ran)
         found.append(
             {

@@ -9,7 +9,8 @@ import torch
 from torch import distributed
 
 from prm.data.reader import read_jsonl
-from recipes.evidence.growth import candidates, ranks, steps, tables
+from recipes.evidence.bench import copies
+from recipes.evidence.growth import candidates, ranks, shards, steps, tables
 from recipes.evidence.growth.__main__ import main
 from recipes.evidence.growth.plan import table
 from recipes.evidence.growth.upper_gradient import ways
@@ -76,6 +77,33 @@ def test_one_rank_sends_nothing_and_has_all_micro_batches(monkeypatch):
     found = ranks.steps(0, 1, ranks.ALONE)
     assert (found["bytes"], found["phi_bytes"]) == (0, 4 * ranks.TABLE)
     assert found["theta_bytes"] == 4 * ranks.LAYERS * ranks.WIDTH * (ranks.WIDTH + 1)
+
+
+@pytest.mark.parametrize(
+    ("call", "of_two", "of_three"),
+    [
+        ("all_reduce", 600, 800),  # to the next in a ring, R − 1 times a part, and once more
+        ("all_gather_single", 600, 1200),  # the shard to each of the others
+        ("all_to_all_single", 300, 400),  # all parts but the own
+    ],
+)
+def test_bytes_that_a_rank_sends_of_600_handed_over(call, of_two, of_three):
+    assert shards.sent({call: 600}, 1) == 0
+    assert shards.sent({call: 600}, 2) == of_two
+    assert shards.sent({call: 600}, 3) == pytest.approx(of_three)
+
+
+@pytest.mark.parametrize("kind", shards.KINDS)
+def test_a_rank_alone_holds_all_and_sends_nothing(kind, tmp_path, monkeypatch):
+    monkeypatch.setattr(copies, "WIDTH", 32)
+    monkeypatch.setattr(copies, "LAYERS", 3)
+    with ranks.joined(str(tmp_path / "store"), 0, 1):
+        found = shards.steps(0, 1, kind)
+    size = 4 * 3 * 32 * 32
+    assert found["theta_bytes"] == size
+    assert found["held_bytes"] == 3 * size + 8  # θ, two moments and the number of steps
+    assert found["sent_bytes"] == 0
+    assert found["peak_bytes"] >= 5 * size  # and the gradient, and μ
 
 
 def test_candidates_can_be_evaluated(tmp_path):
