@@ -42,7 +42,8 @@ def refusal(given, make=train_options) -> str:
             PLAIN | {"meta_file": "m", "meta_batch_size": 8},
             "--meta-batch-size 8 has no effect with --weighting none: leave it out, or use "
             "--weighting net, table, domain or labels; --meta-file m has no effect with "
-            "--weighting none --lower-data train: leave it out, or use a weighting or --lower-data meta",
+            "--weighting none --lower-data train: leave it out, or use a weighting or "
+            "--lower-data meta",
         ),
         (
             NET | {"bound_low": 0.5},
