@@ -17,7 +17,12 @@ def test_every_weighting_of_the_package_is_registered_under_one_name():
     assert set(kinds) == set(KINDS)
     assert len(kinds) == len(KINDS)
     rows = {name: registration.row for name, registration in WEIGHTINGS.items()}
-    assert rows == {"net": "instance_net", "table": "instance_table", "domain": "domain_table"}
+    assert rows == {
+        "net": "instance_net",
+        "table": "instance_table",
+        "domain": "domain_table",
+        "labels": "step_labels",
+    }
 
 
 def test_options_reach_the_weighting():
