@@ -359,13 +359,13 @@ class BilevelSolver(Generic[Lower, Upper, BatchT]):
         guard: Guard,
     ) -> tuple[BilevelState[Lower, Upper], tuple[StepInfo, ...]]:
         window = replace(self.window_at(state, batches), guard=guard)
-        random = random_state.capture(state.lower_params)
+        random = random_state.capture(state.lower_params) if self.rollback else None
         taken, upper = self._taken(window, upper_batch, state.memory)
         new = state
         notes: tuple[str, ...] = ()
         if upper is not None:
             new, notes = self._upper_step(state, upper, guard)
-            if self.rollback and new.upper_steps > state.upper_steps:
+            if random is not None and new.upper_steps > state.upper_steps:
                 random_state.restore(random)
                 taken, _ = take_window(window.at(new.upper_params), self.hypergradient)
         elif upper_batch is not None:

@@ -43,20 +43,33 @@ def gradients(
         RecomputationError: A part of the model was recomputed with other parameters.
     """
     leaves, structure = optree.tree_flatten(params, none_is_leaf=True)
+    found: TreeT = structure.unflatten(
+        leaf_gradients(outputs, leaves, cotangents, create_graph=create_graph)
+    )
+    return found
+
+
+def leaf_gradients(
+    outputs: Sequence[Tensor],
+    leaves: Sequence[Tensor | None],
+    cotangents: Sequence[Tensor] | None = None,
+    *,
+    create_graph: bool = False,
+) -> list[Tensor | None]:
+    """Return ``gradients`` with respect to the leaves of a tree, which is not taken apart again."""
     wanted = [index for index, leaf in enumerate(leaves) if leaf is not None]
     used = [index for index, output in enumerate(outputs) if output.requires_grad]
     result: list[Tensor | None] = [None] * len(leaves)
     if wanted and used:
         grads = watched_backward(
             [outputs[index] for index in used],
-            [leaves[index] for index in wanted],
+            [leaf for leaf in leaves if leaf is not None],
             None if cotangents is None else [cotangents[index] for index in used],
             create_graph=create_graph,
         )
         for index, gradient in zip(wanted, grads, strict=True):
             result[index] = dense(gradient)
-    found: TreeT = structure.unflatten(result)
-    return found
+    return result
 
 
 def dense(gradient: Tensor | None) -> Tensor | None:

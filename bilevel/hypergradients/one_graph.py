@@ -14,12 +14,13 @@ import math
 from collections.abc import Sequence
 from dataclasses import replace
 
+import optree
 import torch
 from torch import Tensor
 
 from bilevel import tree
 from bilevel.autodiff import random_state
-from bilevel.autodiff.gradient import as_leaves, gradients, ignored_lower
+from bilevel.autodiff.gradient import as_leaves, gradients, ignored_lower, leaf_gradients
 from bilevel.autodiff.random_state import RandomState
 from bilevel.autodiff.second_derivative import has_second_derivative
 from bilevel.autodiff.torch_private import foreach_norm
@@ -30,9 +31,8 @@ from bilevel.lower.lower_pass import LowerPass, are_constant, unused_parameters
 from bilevel.lower.micro_batch import LossTerms, MicroBatch, loss_terms
 from bilevel.lower.route import Route
 from bilevel.lower.steps import LowerSteps, Point, Window, take_steps
-from bilevel.problem import Batch, detached, upper_value
+from bilevel.problem import Batch, Params, detached, upper_value
 from bilevel.profiling import part
-from bilevel.tree import Tree
 
 
 @part("window through one graph")
@@ -80,30 +80,33 @@ def _taken(window: Window, upper_batch: Batch, route: Route, constant: int) -> T
             return None
     problem, upper_params = window.problem, as_leaves(window.upper_params)
     start, state = as_leaves(before.end.lower_params), before.end.optimizer_state
-    params, last, all_terms, all_grads = start, len(window.batches) - 1, [], []
+    # θ is taken apart once: to walk through a tree takes as long as a few operations.
+    leaves, structure = optree.tree_flatten(start, none_is_leaf=True)
+    last, all_terms, all_grads = len(window.batches) - 1, [], []
     assert connects(window.optimizer)
     with torch.enable_grad():
         for number, (batch,) in enumerate(window.batches[constant:], start=constant):
             if number == last:
-                random = random_state.capture(params)
-            terms = loss_terms(problem, params, upper_params, batch)
+                random = random_state.capture(start)
+            terms = loss_terms(problem, structure.unflatten(leaves), upper_params, batch)
             weights = [] if terms.weights is None else [terms.weights]
             if (
                 not terms.size
                 or are_constant(problem, weights, upper_params)
-                or not has_second_derivative(terms.loss, tree.leaves(params))
+                or not has_second_derivative(terms.loss, _present(leaves))
             ):
                 return None
-            grads = gradients([terms.loss], params, create_graph=True)
-            if not tree.leaves(grads):
+            grads = leaf_gradients([terms.loss], leaves, create_graph=True)
+            if all(grad is None for grad in grads):
                 return None
-            params, state = connected_update(window.optimizer, grads, state, params)
+            leaves, state = connected_update(window.optimizer, grads, state, leaves, structure)
             all_terms.append(terms)
             all_grads.append(grads)
         with torch.no_grad():
             norms = _norms(all_grads)
             if not math.isfinite(sum(norms)):
                 return None
+        params: Params = structure.unflatten(leaves)
         with random_state.rewound_to(random, start):
             loss, aux = upper_value(problem, params, upper_params, upper_batch)
             wanted = params, upper_params, None if window.initial is None else start
@@ -111,7 +114,7 @@ def _taken(window: Window, upper_batch: Batch, route: Route, constant: int) -> T
     if window.initial is not None:
         total = tree.add(total, window.pulled_back(start_bar, {}))
     passes = [
-        LowerPass(None, [_summary(terms, random)], norm, unused_parameters(start, grads))
+        LowerPass(None, [_summary(terms, random)], norm, _unused(start, grads, structure))
         for terms, grads, norm in zip(all_terms, all_grads, norms, strict=True)
     ]
     end: Point = tree.map(Tensor.detach, Point(params, state))
@@ -120,15 +123,28 @@ def _taken(window: Window, upper_batch: Batch, route: Route, constant: int) -> T
     )
 
 
-def _norms(grads: Sequence[Tree]) -> Sequence[Tensor]:
+def _present(leaves: Sequence[Tensor | None]) -> list[Tensor]:
+    return [leaf for leaf in leaves if leaf is not None]
+
+
+def _unused(
+    start: Params, grads: Sequence[Tensor | None], structure: optree.PyTreeSpec
+) -> tuple[str, ...]:
+    """Return ``unused_parameters``, which is nothing where every leaf has a gradient."""
+    if all(grad is not None for grad in grads):
+        return ()
+    return unused_parameters(start, structure.unflatten(grads))
+
+
+def _norms(grads: Sequence[Sequence[Tensor | None]]) -> Sequence[Tensor]:
     """Return ``tree.norm`` of each, the same bits, by one call for the leaves of all."""
-    rows = [tree.leaves(one) for one in grads]
+    rows = [_present(one) for one in grads]
     leaves = [leaf for row in rows for leaf in row]
     wide = {tree.wide_dtype(leaf.dtype) for leaf in leaves}
     if len(wide) > 1:
         return [tree.norm(row) for row in rows]
     of_leaves = torch.stack(foreach_norm(leaves, dtype=wide.pop()))
-    return [torch.linalg.vector_norm(row) for row in of_leaves.split([len(row) for row in rows])]
+    return foreach_norm(of_leaves.split([len(row) for row in rows]))
 
 
 def _summary(terms: LossTerms, random: RandomState) -> MicroBatch:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, TypeGuard
+from typing import Any, TypeAlias, TypeGuard
 
 import optree
 import torch
@@ -22,6 +22,8 @@ from bilevel.optimizers.elementwise import ElementwiseOptimizer
 from bilevel.optimizers.optimizers import SGD
 from bilevel.problem import Params
 from bilevel.tree import Tree
+
+Leaves: TypeAlias = Sequence[Tensor | None]
 
 
 def connects(optimizer: DifferentiableOptimizer) -> TypeGuard[ElementwiseOptimizer]:
@@ -37,8 +39,12 @@ def with_graph(params: Params) -> Params:
 
 
 def connected_update(
-    optimizer: ElementwiseOptimizer, grads: Tree, state: OptimizerState, params: Params
-) -> tuple[Params, OptimizerState]:
+    optimizer: ElementwiseOptimizer,
+    grads: Leaves,
+    state: OptimizerState,
+    params: Leaves,
+    structure: optree.PyTreeSpec,
+) -> tuple[Leaves, OptimizerState]:
     """Return what ``optimizer.update`` returns, the same bits, with a graph to all arguments.
 
     What autograd finds is ``optimizer.vjp``: that of the operations themselves for ``SGD``, whose
@@ -47,38 +53,46 @@ def connected_update(
 
     Args:
         optimizer: Takes the step.
-        grads: The gradient with its graph; every leaf has one.
+        grads: The leaves of the gradient, with its graph; None where it has none.
         state: The state before the step, with or without a graph.
-        params: The parameters before the step.
+        params: The leaves of the parameters before the step.
+        structure: That of the tree whose leaves these are.
+
+    Returns:
+        The leaves of the parameters after the step, and the state.
     """
-    if type(optimizer) is SGD and not optimizer.differentiate_clip:
-        with torch.enable_grad():
-            return _descended(optimizer, grads, state, params)
-    inputs, structure = optree.tree_flatten((grads, *state[1:], params))
-    taken = _Taken(optimizer, structure, state.steps)
     with torch.enable_grad():
+        if type(optimizer) is SGD and not optimizer.differentiate_clip:
+            lr = optimizer.plain_rate(state)
+            if isinstance(lr, float) and not any(map(_unlike, params, grads)):
+                return _descended(grads, lr, params), state._replace(steps=state.steps + 1)
+            tree_of_params: Params = structure.unflatten(params)
+            moved, state = optimizer.update(structure.unflatten(grads), state, tree_of_params)
+            return optree.tree_leaves(moved, none_is_leaf=True), state
+        trees = structure.unflatten(grads), *state[1:], structure.unflatten(params)
+        inputs, of_inputs = optree.tree_flatten(trees)
+        taken = _Taken(optimizer, of_inputs, state.steps)
         outputs = _Update.apply(taken, *inputs)  # type: ignore[no-untyped-call]
-    first, second, new_params = optree.tree_unflatten(taken.outputs, outputs)
-    return new_params, OptimizerState(state.steps + 1, first, second)
+    first, second, moved = optree.tree_unflatten(taken.outputs, outputs)
+    state = OptimizerState(state.steps + 1, first, second)
+    return optree.tree_leaves(moved, none_is_leaf=True), state
 
 
-def _descended(
-    optimizer: SGD, grads: Tree, state: OptimizerState, params: Params
-) -> tuple[Params, OptimizerState]:
-    """Return what ``SGD.update`` returns; a plain step in two calls for all leaves."""
-    lr = optimizer.plain_rate(state)
-    leaves, structure = optree.tree_flatten(params, none_is_leaf=True)
-    columns = structure.flatten_up_to(grads)
-    moved = [index for index, grad in enumerate(columns) if grad is not None]
-    old, by = [leaves[index] for index in moved], [columns[index] for index in moved]
-    if not isinstance(lr, float) or any(map(_unlike, old, by)):
-        return optimizer.update(grads, state, params)
-    for index, new in zip(moved, foreach_add(old, foreach_mul(by, -lr)), strict=True):
+def _descended(grads: Leaves, lr: float, params: Leaves) -> Leaves:
+    """Return the leaves after a plain step of ``SGD``, in two calls for all."""
+    leaves = list(params)
+    pairs = zip(params, grads, strict=True)
+    moved = [(p, g) for p, g in pairs if p is not None and g is not None]
+    steps = foreach_mul([g for _, g in moved], -lr)
+    places = (index for index, grad in enumerate(grads) if grad is not None)
+    for index, new in zip(places, foreach_add([p for p, _ in moved], steps), strict=True):
         leaves[index] = new
-    return structure.unflatten(leaves), state._replace(steps=state.steps + 1)
+    return leaves
 
 
-def _unlike(leaf: Tensor, grad: Tensor) -> bool:
+def _unlike(leaf: Tensor | None, grad: Tensor | None) -> bool:
+    if leaf is None or grad is None:
+        return grad is not None
     return leaf.dtype is not grad.dtype or type(leaf) is not Tensor
 
 

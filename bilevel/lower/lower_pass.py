@@ -58,13 +58,19 @@ class LowerPass:
         micro_batches = [micro.summary() for micro in self.micro_batches]
         return replace(self, grads=None, micro_batches=micro_batches, norm=self.grad_norm.detach())
 
-    @torch.no_grad()
     def figures(self) -> PassFigures:
-        """Return loss, losses and weights of the micro-batches of all ranks."""
+        """Return loss, losses and weights of the micro-batches of all ranks, without graphs."""
         micro_batches = self.micro_batches
         if self.collective.ranks == 1 and len(micro_batches) == 1:
             (micro,) = micro_batches
-            return PassFigures(micro.loss, _joined([micro.losses]), _joined([micro.weights]))
+            loss = micro.loss.detach()
+            return PassFigures(loss, _joined([micro.losses]), _joined([micro.weights]))
+        with torch.no_grad():
+            return self._gathered_figures()
+
+    def _gathered_figures(self) -> PassFigures:
+        """Return the figures of several micro-batches, or of those of all ranks."""
+        micro_batches = self.micro_batches
         terms = [
             micro.loss * share for micro, share in zip(micro_batches, self.shares, strict=True)
         ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import optree
 import pytest
 import torch
 
@@ -32,9 +33,11 @@ def test_values_and_derivative_are_those_of_the_optimizer(optimizer, unused):
         grads["c"] = None
     expected = optimizer.update(grads, state, params)
     inputs = with_graph(grads), *(with_graph(moment) for moment in state[1:]), with_graph(params)
-    found = connected_update(
-        optimizer, inputs[0], OptimizerState(state[0], *inputs[1:3]), inputs[3]
-    )
+    state_before = OptimizerState(state[0], *inputs[1:3])
+    leaves, structure = optree.tree_flatten(inputs[3], none_is_leaf=True)
+    flat = structure.flatten_up_to(inputs[0])
+    moved, state_after = connected_update(optimizer, flat, state_before, leaves, structure)
+    found = structure.unflatten(moved), state_after
     assert all(map(torch.equal, tree.leaves(found), tree.leaves(expected)))
 
     bars = (
