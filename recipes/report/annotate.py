@@ -16,10 +16,11 @@ from prm.data.containers import table_kind
 from prm.data.json_rows import json_rows
 from prm.schema import DataError
 from recipes.bad_rows import SKIPPED
-from recipes.options.values import existing_file
+from recipes.options.values import OptionError, existing_file
 from recipes.report.outputs import new_output, pyarrow_for
-from recipes.report.run_files import DataFile, lines_of
+from recipes.report.run_files import DataFile, files_read, lines_of
 from recipes.report.run_weights import RunWeights
+from recipes.run.files import refuse_other_kind
 from recipes.run.provenance import fingerprint
 from recipes.run.show import json_object
 
@@ -56,7 +57,8 @@ def annotate(
         overwrite: Whether an existing file is replaced.
 
     Raises:
-        OptionError: The file exists, or is the data file; there is no data file.
+        OptionError: The file exists, is the data file or one that the run wrote, or has the name
+            of another kind of file; there is no data file.
         DataError: Weights and rows do not belong to each other, a row has the field already, or
             the file is of another form, for example compressed.
         ModuleNotFoundError: The file is a table, and the extra ``datasets`` is not installed.
@@ -65,10 +67,27 @@ def annotate(
     path = existing_file(str(data.path))
     values = _row_values(weights, data, column, _left_out(directory, data))
     write = _writer(path, len(values))
-    with new_output("--annotate", name, overwrite=overwrite, inputs=(path,)) as file:
+    _check_name(path, Path(name))
+    inputs = files_read(directory, data)
+    with new_output("--annotate", name, overwrite=overwrite, inputs=inputs) as file:
         write(path, file, column, values)
     weighted = sum(value is not None for value in values)
     return Counts(len(values), weighted, len(values) - weighted)
+
+
+def _check_name(source: Path, target: Path) -> None:
+    """Refuse a name that says of the copy that it is of another kind than the data file."""
+    kind = table_kind(source)
+    if kind is None:
+        refuse_other_kind("--annotate", target)
+    elif target.suffix.lower() in _TEXT:
+        raise OptionError(
+            f"--annotate {target}: the copy is of the kind of the data file, {kind}; name it "
+            f"{target.with_suffix(source.suffix)}"
+        )
+
+
+_TEXT = (".json", ".jsonl", ".ndjson", ".csv", ".txt")
 
 
 def _left_out(directory: Path, data: DataFile) -> frozenset[int]:

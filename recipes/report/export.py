@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,16 +13,19 @@ from recipes.report.outputs import new_output, pyarrow_for
 from recipes.report.run_weights import RunWeights
 
 
-def export_table(weights: RunWeights, name: str, *, overwrite: bool) -> None:
+def export_table(
+    weights: RunWeights, name: str, *, overwrite: bool, inputs: Sequence[Path] = ()
+) -> None:
     """Write id, the columns of ``weights.jsonl``, and domain and source where they are known.
 
     Args:
         weights: The weights.
         name: The file, whose name ends with ``.csv`` or ``.parquet``.
         overwrite: Whether an existing file is replaced.
+        inputs: Files that are never replaced, the data file of the run, say.
 
     Raises:
-        OptionError: The name ends otherwise, or the file exists.
+        OptionError: The name ends otherwise, or the file exists, or is one of ``inputs``.
         ModuleNotFoundError: The extra ``datasets``, which writes Parquet, is not installed.
         OSError: The file cannot be written.
     """
@@ -30,7 +34,7 @@ def export_table(weights: RunWeights, name: str, *, overwrite: bool) -> None:
         raise OptionError(f"--export {name}: expected a name that ends with .csv or .parquet")
     columns = _columns(weights)
     arrow = pyarrow_for("Parquet") if suffix == ".parquet" else None
-    with new_output("--export", name, overwrite=overwrite) as file:
+    with new_output("--export", name, overwrite=overwrite, inputs=inputs) as file:
         if arrow is not None:
             from pyarrow import parquet
 

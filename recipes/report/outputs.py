@@ -13,17 +13,29 @@ from recipes.run.files import check_new_file
 
 @contextmanager
 def new_output(
-    flag: str, name: str, *, overwrite: bool, inputs: Sequence[Path] = ()
+    flag: str,
+    name: str,
+    *,
+    overwrite: bool,
+    inputs: Sequence[Path] = (),
+    beside: Sequence[Path] = (),
 ) -> Iterator[Path]:
     """Yield a temporary name for a file, which gets its own when the body has written it.
 
+    Args:
+        flag: The option that names it, for messages.
+        name: The file.
+        overwrite: Whether an existing file, and what is ``beside`` it, is replaced.
+        inputs: Files that are read, which are never replaced.
+        beside: Files and folders that are written with it.
+
     Raises:
-        OptionError: The file exists, is a folder, or is one of ``inputs``, which are never
-            replaced.
+        OptionError: The file exists, is a folder, or is one of ``inputs``; or what is ``beside`` it
+            exists.
         OSError: It cannot be written. An older file is unchanged.
     """
     path = Path(name)
-    check_new_file(flag, path, overwrite=overwrite, inputs=inputs)
+    check_new_file(flag, path, overwrite=overwrite, inputs=inputs, beside=beside)
     with atomic_write(path) as unfinished:
         yield unfinished
 

@@ -19,6 +19,7 @@ from recipes.options.values import OptionError
 from recipes.report.numbers import RunNumbers, names_of, read_run
 from recipes.report.options import ReportOptions
 from recipes.report.outputs import new_output
+from recipes.report.run_files import data_file, files_read, run_options
 from recipes.report.run_weights import RunWeights, effective_share
 from recipes.terminal import printable, say
 
@@ -54,8 +55,13 @@ def run_report(options: ReportOptions) -> None:
     runs = [
         read_run(path, name, options.data) for path, name in zip(directories, names, strict=True)
     ]
-    pictures = write_report(runs, options.output, overwrite=options.overwrite)
+    inputs = [file for path in directories for file in _files_read(path, options.data)]
+    pictures = write_report(runs, options.output, overwrite=options.overwrite, inputs=inputs)
     say(f"{options.output}: {len(runs)} runs, {pictures} figures, each in {figures_of(options)}")
+
+
+def _files_read(directory: Path, data: str | None) -> tuple[Path, ...]:
+    return files_read(directory, data_file(run_options(directory), data))
 
 
 def figures_of(options: ReportOptions) -> Path:
@@ -101,28 +107,34 @@ def report_at_end(directory: Path) -> None:
         say(f"report: {path}")
 
 
-def write_report(runs: Sequence[RunNumbers], output: str, *, overwrite: bool) -> int:
+def write_report(
+    runs: Sequence[RunNumbers], output: str, *, overwrite: bool, inputs: Sequence[Path] = ()
+) -> int:
     """Write the page, and each figure as PNG into a folder beside it.
 
     Args:
         runs: The runs, in the order in which they are shown.
         output: The file to write.
         overwrite: Whether an existing page and its figures are replaced.
+        inputs: Files that are never replaced.
 
     Returns:
         The number of figures.
 
     Raises:
-        OptionError: The page exists.
+        OptionError: The page or the folder of its figures exists, or it is one of ``inputs``.
         OSError: It cannot be written.
     """
     from recipes.report.drawing import Picture
 
-    with new_output("--output", output, overwrite=overwrite) as file:
+    folder = _figures(Path(output))
+    with new_output(
+        "--output", output, overwrite=overwrite, inputs=inputs, beside=(folder,)
+    ) as file:
         content = page_content(runs)
         pictures = [one for one in _all(content) if isinstance(one, Picture)]
         for picture in pictures:
-            with atomic_write(_figures(Path(output)) / f"{picture.name}.png") as unfinished:
+            with atomic_write(folder / f"{picture.name}.png") as unfinished:
                 unfinished.write_bytes(picture.png)
         file.write_text(rendered(content), encoding="utf-8", newline="\n")
     return len(pictures)

@@ -68,6 +68,25 @@ def data_file(args: Mapping[str, Any], given: str | None = None) -> DataFile:
     return DataFile(Path(path), None if root is None else Path(root), name)
 
 
+def files_read(directory: Path, data: DataFile) -> tuple[Path, ...]:
+    """Return what is read of a run, and its data file: no output may replace one of them."""
+    found = (path for pattern in _WRITTEN_BY_RUNS for path in sorted(directory.glob(pattern)))
+    return data.path, *found
+
+
+_WRITTEN_BY_RUNS = (
+    "args.yaml",
+    "env.json",
+    "results.json",
+    "log.jsonl",
+    "test_questions.jsonl",
+    "*weights.jsonl",
+    "*.sha256",
+    "*.skipped.jsonl",
+    "*.truncated.jsonl",
+)
+
+
 def lines_of(path: Path) -> list[dict[str, Any]]:
     """Return the objects in a JSONL file up to the first that is incomplete; none without a file.
 

@@ -11,7 +11,7 @@ from recipes.options.rules import check_together
 from recipes.report.annotate import annotate
 from recipes.report.export import export_table
 from recipes.report.options import WeightsOptions
-from recipes.report.run_files import data_file, run_options
+from recipes.report.run_files import data_file, files_read, run_options
 from recipes.report.run_weights import RunWeights, effective_share, histogram, read_run_weights
 from recipes.terminal import printable, say
 
@@ -33,7 +33,8 @@ def run_weights(options: WeightsOptions) -> None:
     data = data_file(run_options(directory), options.data)
     weights = read_run_weights(directory, data)
     if options.export is not None:
-        export_table(weights, options.export, overwrite=options.overwrite)
+        inputs = files_read(directory, data)
+        export_table(weights, options.export, overwrite=options.overwrite, inputs=inputs)
         say(f"{options.export}: {len(weights.ids):,} examples")
     if options.annotate is not None:
         counts = annotate(

@@ -7,6 +7,7 @@ import re
 import shutil
 import sys
 from html.parser import HTMLParser
+from pathlib import Path
 
 import pytest
 
@@ -137,3 +138,15 @@ def test_a_browser_shows_every_section_at_two_widths(runs, tmp_path, drawn):
             page.screenshot(path=f"{folder}/report-{width}.png", full_page=True)
         chromium.close()
     assert [url for url in asked if not url.startswith("data:")] == [output.as_uri()] * 2
+
+
+def test_files_of_the_run_and_figures_of_others_are_kept(runs, tmp_path, drawn, capsys):
+    args = Path(runs[0]) / "args.yaml"
+    before = args.read_text()
+    assert main(["report", runs[0], "--output", str(args), "--overwrite"]) == 2
+    assert args.read_text() == before
+    (tmp_path / "page_figures").mkdir()
+    (tmp_path / "page_figures" / "losses.png").write_text("mine")
+    assert main(["report", runs[0], "--output", str(tmp_path / "page.html")]) == 2
+    assert "page_figures exists" in capsys.readouterr().err
+    assert (tmp_path / "page_figures" / "losses.png").read_text() == "mine"

@@ -131,3 +131,32 @@ def test_nothing_is_overwritten_unasked(run, data, tmp_path, capsys):
     assert main(["weights", str(run), "--export", str(tmp_path / "w.xlsx")]) == 2
     assert main(["weights", str(run), "--column", "w"]) == 2
     assert "no effect without --annotate" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["weights.jsonl", "extreme_weights.jsonl", "log.jsonl"])
+def test_files_of_the_run_are_never_replaced(run, name, capsys):
+    (run / name).touch()
+    before = (run / name).read_bytes()
+    assert annotated(run, run / name, "--overwrite") == 2
+    assert "is a file that is read" in capsys.readouterr().err
+    assert (run / name).read_bytes() == before
+
+
+def test_the_data_file_is_not_replaced_by_the_table(run, data, tmp_path, capsys):
+    pyarrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    table = tmp_path / "data.parquet"
+    rows = [json.loads(line) for line in data.read_text().splitlines()]
+    parquet.write_table(pyarrow.Table.from_pylist(rows), table)
+    before = table.read_bytes()
+    words = ["weights", str(run), "--data", str(table), "--export", str(table), "--overwrite"]
+    assert main(words) == 2
+    assert "is a file that is read" in capsys.readouterr().err
+    assert table.read_bytes() == before
+
+
+@pytest.mark.parametrize("name", ["copy.jsonl.gz", "copy.parquet"])
+def test_the_copy_has_no_name_of_another_kind(run, tmp_path, name, capsys):
+    assert annotated(run, tmp_path / name) == 2
+    assert "what is written is plain JSON" in capsys.readouterr().err
+    assert not (tmp_path / name).exists()
