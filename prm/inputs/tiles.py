@@ -65,12 +65,29 @@ def read_image(path: Path) -> Image.Image:
             ``MOST_PIXELS``, or values without a known range (32-bit integers, floats).
     """
     with _opened(path) as image:
+        _scale_transparent_colour(image)
         upright = ImageOps.exif_transpose(image)
         if _has_16_bits(image):
             return _from_16_bits(upright)
         if upright.mode in _WITH_ALPHA or "transparency" in upright.info:
             return _on_white(upright)
         return upright.convert("RGB")
+
+
+def _scale_transparent_colour(image: Image.Image) -> None:
+    """Give the transparent colour of a PNG the scale of its pixels, which Pillow decodes to 8 bits.
+
+    Pillow leaves that colour as the file has it, in 2, 4 or 16 bits.
+    """
+    colour = image.info.get("transparency")
+    raw_mode = image.tile[0][3] if image.format == "PNG" and image.tile else None
+    if isinstance(colour, int) and raw_mode in _LEVEL:
+        image.info["transparency"] = colour * _LEVEL[raw_mode]
+    elif isinstance(colour, tuple) and raw_mode == "RGB;16B":
+        image.info["transparency"] = tuple(value >> 8 for value in colour)
+
+
+_LEVEL = {"L;2": 85, "L;4": 17}  # the distance of two grey values, by Pillow's raw mode
 
 
 def _from_16_bits(image: Image.Image) -> Image.Image:

@@ -275,13 +275,33 @@ def test_truncated_files_are_refused_at_any_length(tmp_path, kind):
 
 def png(width: int, height: int, *chunks: tuple[bytes, bytes]) -> bytes:
     """A PNG file of a header, ``chunks`` and next to no pixels."""
-    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    parts = [(b"IHDR", header), *chunks, (b"IDAT", zlib.compress(b"\0" * 16)), (b"IEND", b"")]
+    return png_of((width, height, 8, 2), b"\0" * 16, *chunks)
+
+
+def png_of(kind: tuple[int, int, int, int], pixels: bytes, *chunks: tuple[bytes, bytes]) -> bytes:
+    """A PNG file of width, height, bits and colour type, its rows each behind a zero byte."""
+    header = struct.pack(">IIBBBBB", *kind, 0, 0, 0)
+    parts = [(b"IHDR", header), *chunks, (b"IDAT", zlib.compress(pixels)), (b"IEND", b"")]
     body = [
         struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
         for kind, data in parts
     ]
     return b"\x89PNG\r\n\x1a\n" + b"".join(body)
+
+
+@pytest.mark.parametrize(
+    ("kind", "row", "colour", "second"),
+    [
+        ((2, 1, 2, 0), b"\x60", b"\x00\x01", 170),  # grey values 1 and 2 of 0 to 3
+        ((2, 1, 4, 0), b"\x3a", b"\x00\x03", 170),  # 3 and 10 of 0 to 15
+        ((2, 1, 16, 2), b"\x04\xd2" * 3 + b"\xaa\xaa" * 3, b"\x04\xd2" * 3, 170),
+    ],
+    ids=["2 bits", "4 bits", "16 bits, RGB"],
+)
+def test_the_transparent_colour_of_any_depth_is_white(tmp_path, kind, row, colour, second):
+    path = tmp_path / "a.png"
+    path.write_bytes(png_of(kind, b"\0" + row, (b"tRNS", colour)))
+    assert np.asarray(read_image(path)).tolist() == [[[255] * 3, [second] * 3]]
 
 
 @pytest.mark.parametrize(
