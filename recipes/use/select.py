@@ -61,7 +61,8 @@ def run_select(options: SelectOptions) -> None:
             questions.setdefault(row.group, []).append(row)
     bad.check()
     if not questions:
-        raise DataError(expected="a candidate", found=f"none in {bad.rows:,} rows", file=scores)
+        found = f"none in {bad.rows:,} rows" + (f"; {bad.first}" if bad.left_out else "")
+        raise DataError(expected="a candidate", found=found, file=scores)
     lines = []
     several = 0
     for group, rows in questions.items():

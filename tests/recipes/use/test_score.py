@@ -346,7 +346,8 @@ def test_select_leaves_out_bad_rows_if_asked(scores, tmp_path, capsys):
     ]
     scores.write_text(bad[5] + "\n")
     assert main([*skip, "--max-bad-rows", "1", "--overwrite"]) == 1
-    assert "expected a candidate, found none in 1 rows" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "expected a candidate, found none in 1 rows; the first is line 1, field " in said
     assert main(["select", "--scores", str(scores), "--output", "-", "--on-bad-row", "skip"]) == 2
     assert "--on-bad-row skip: needs --output" in capsys.readouterr().err
 
