@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from jaxtyping import Float
 from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL.PngImagePlugin import PngImageFile
 from torch import Tensor
 
 from prm.data_urls import is_embedded, opened, picture_key
@@ -80,8 +81,8 @@ def _scale_transparent_colour(image: Image.Image) -> None:
     Pillow leaves that colour as the file has it, in 2, 4 or 16 bits.
     """
     colour = image.info.get("transparency")
-    tiles = getattr(image, "tile", None)  # of a file that is not decoded yet
-    raw_mode = tiles[0][3] if image.format == "PNG" and tiles else None
+    tiles = image.tile if isinstance(image, PngImageFile) else []
+    raw_mode = tiles[0][3] if tiles else None
     if isinstance(colour, int) and raw_mode in _LEVEL:
         image.info["transparency"] = colour * _LEVEL[raw_mode]
     elif isinstance(colour, tuple) and raw_mode == "RGB;16B":
