@@ -104,7 +104,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     report = json.loads(Path(options.input).read_text(encoding="utf-8"))
     Path(options.output).mkdir(parents=True, exist_ok=True)
+    varied = {setting["group"] for setting in report["settings"].values()}
     for name, draw in FIGURES.items():
+        if draw is corruption and "corruption" not in varied:
+            print(f"{name}: {options.input} has no such settings")
+            continue
         path = Path(options.output) / f"{name}.png"
         draw(report).savefig(path, dpi=_DOTS_PER_INCH, metadata={"Software": None})
         print(path)

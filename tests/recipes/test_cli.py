@@ -94,7 +94,7 @@ def test_help_says_default_and_choices(capsys):
         main(["train", "--help"])
     assert stop.value.code == 0
     text = " ".join(capsys.readouterr().out.split())
-    assert "--weighting {net,table,domain,none}" in text
+    assert "--weighting {net,table,domain,labels,none}" in text
     assert "lower-level optimizer steps (default: 300)" in text
     assert "JSONL with step labels (required)" in text
 
@@ -105,8 +105,8 @@ def test_help_says_default_and_choices(capsys):
         (
             "trian",
             "bilevel-prm: unknown command 'trian'; did you mean 'train'?; expected cold-start, "
-            "train, score, select, evaluate, weigh, serve, parity, convert-model, compare, "
-            "weights, report, push, env, data, runs",
+            "train, score, select, evaluate, weigh, relabel, serve, parity, convert-model, "
+            "compare, weights, report, push, env, data, runs",
         ),
         (
             "data valdate x",
@@ -119,8 +119,8 @@ def test_help_says_default_and_choices(capsys):
         ),
         (
             "train --weighting tabel",
-            "bilevel-prm train: command line: weighting: expected one of net, table, domain, none; "
-            "found 'tabel'; did you mean 'table'?",
+            "bilevel-prm train: command line: weighting: expected one of net, table, domain, "
+            "labels, none; found 'tabel'; did you mean 'table'?",
         ),
         (
             "data convert x --to stepwize --out y",

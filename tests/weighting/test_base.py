@@ -105,7 +105,7 @@ def test_weights_of_a_file_follow_their_formulas():
 
 
 def test_rows_and_names():
-    assert [kind.row_key for kind in KINDS] == ["index", None, "domain"]
+    assert [kind.row_key for kind in KINDS] == ["index", None, "domain", "index"]
     assert [w.size for w in (InstanceTable(3), DomainTable(2), InstanceNet(5))] == [3, 2, 0]
 
 

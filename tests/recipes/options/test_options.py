@@ -54,7 +54,7 @@ def test_both_spellings_and_every_kind_of_value():
         ("steps: true\n", "steps: expected int, found True"),
         (
             "weighting: nett\n",
-            "expected one of net, table, domain, none; found 'nett'; did you mean",
+            "expected one of net, table, domain, labels, none; found 'nett'; did you mean",
         ),
         ("progress: maybe\n", "progress: expected true or false, found 'maybe'"),
         ("lower_betas: [0.9]\n", "lower_betas: expected 2 values, found 1"),

@@ -55,7 +55,10 @@ def test_what_a_command_returns_is_its_status():
     assert reported("tool", lambda: 3) == 3
 
 
-PARTS = ("memory_cap.py", "worker.py", "growth/candidates.py", "growth/ranks.py")
+PARTS = (
+    *("memory_cap.py", "worker.py"),
+    *("growth/candidates.py", "growth/ranks.py", "growth/shards.py"),
+)
 """Run by a benchmark in a process of its own."""
 TOOLS = [
     path

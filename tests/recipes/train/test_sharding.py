@@ -245,6 +245,7 @@ OTHERS = {
     "loss_target": "pairs",
     "lower_data": "meta",
     "weights_file": "weights.jsonl",
+    "weighting": "labels",
     "execution": "functional",
     "on_trouble": "skip",
     "lora_rank": 2,
