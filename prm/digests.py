@@ -23,7 +23,7 @@ def write_digest(path: Path) -> None:
     Raises:
         OSError: The file cannot be read, or the digest cannot be written.
     """
-    write_lines(digest_path(path), [f"{_digest(path)}  {path.name}\n"])
+    write_lines(digest_path(path), [f"{digest_file(path)}  {path.name}\n"])
 
 
 def check_digest(path: Path) -> bool:
@@ -40,7 +40,7 @@ def check_digest(path: Path) -> bool:
         stored = digest_path(path).read_text(encoding="utf-8", errors="replace")
     except FileNotFoundError:
         return False
-    if stored.split(" ")[0] != _digest(path):
+    if stored.split(" ")[0] != digest_file(path):
         raise DataError(
             expected=f"the content whose SHA-256 stands in {digest_path(path).name}",
             found="another: the file was changed after it was written, or is damaged",
@@ -50,6 +50,7 @@ def check_digest(path: Path) -> bool:
     return True
 
 
-def _digest(path: Path) -> str:
-    with path.open("rb") as file:
+def digest_file(path: str | Path) -> str:
+    """Return the SHA-256 of a file's bytes, in hexadecimal."""
+    with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

@@ -6,7 +6,6 @@ every tensor with its shape, so that a cut or unfit file is found without readin
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -14,6 +13,7 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 
 from safetensors import SafetensorError, safe_open
 
+from prm.digests import digest_file
 from prm.models.untrusted import ModelError, listed, read_object
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -135,7 +135,7 @@ def _header(path: Path) -> dict[str, tuple[int, ...]]:
 def write_digests(folder: Path) -> None:
     """Write the SHA-256 of the weights and the tokenizer in ``folder`` beside them."""
     files = sorted({path for pattern in _DIGESTED for path in folder.glob(pattern)})
-    text = "".join(f"{_digest(path)}  {path.name}\n" for path in files)
+    text = "".join(f"{digest_file(path)}  {path.name}\n" for path in files)
     (folder / DIGESTS).write_text(text, encoding="utf-8", newline="\n")
 
 
@@ -166,7 +166,7 @@ def unchanged(folder: Path, files: Sequence[Path]) -> Iterator[None]:
             f"{path}: expected the digest of {listed(missing)}, found none; {_on_purpose(path)}"
         )
     with ThreadPoolExecutor(max_workers=1) as pool:
-        digests = [(file, pool.submit(_digest, file)) for file in compared]
+        digests = [(file, pool.submit(digest_file, file)) for file in compared]
         yield
         for file, digest in digests:
             if digest.result() != expected[file.name]:
@@ -193,8 +193,3 @@ def _read_digests(path: Path) -> dict[str, str]:
             )
         digests[name] = digest
     return digests
-
-
-def _digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -8,7 +8,6 @@ comparison resumes. Runs are spread over processes of one thread each, on which 
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import signal
@@ -22,6 +21,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from prm.digests import digest_file
 from recipes.comparison.rows import QUICK, ROWS, Row
 from recipes.comparison.runs import Seed, results_of
 from recipes.comparison.settings import SETTINGS, Setting
@@ -83,7 +83,7 @@ def compare(options: CompareOptions) -> dict[str, Any]:
         "pass_at_k": _curve(seeds, rows[0], "pass_at_k"),
         "runs": {name: [_kept(seed, name) for seed in seeds] for name in rows},
         "settings": {name: _setting(varied, name) for name in settings},
-        "test_sha256": {str(seed.number): _digest(seed) for seed in seeds},
+        "test_sha256": {str(seed.number): digest_file(seed.test_file) for seed in seeds},
         "environment": environment(),
     }
     write_json(Path(options.output_dir) / "compare.json", report)
@@ -238,7 +238,3 @@ def _setting(seeds: Sequence[Seed], name: str) -> dict[str, Any]:
         **difference(per_seed, own, base),
         "runs": runs,
     }
-
-
-def _digest(seed: Seed) -> str:
-    return hashlib.sha256((seed.data("data") / "test.jsonl").read_bytes()).hexdigest()

@@ -48,6 +48,11 @@ class Seed:
             build(directory, seed=self.number, sizes=drawn.sizes, mixture=drawn.mixture)
         return directory
 
+    @property
+    def test_file(self) -> Path:
+        """The test set of every row."""
+        return self.data("data") / "test.jsonl"
+
     def cold_start(self, data: str) -> Path:
         """Return the run directory of the cold start on a data set."""
         directory = self.directory / "cold" / data
@@ -67,7 +72,7 @@ class Seed:
         if (directory / "results.json").exists():
             return directory
         options = resolve(TrainOptions, {"config": row.preset})
-        more: dict[str, Any] = {"test_file": str(self.data("data") / "test.jsonl")}
+        more: dict[str, Any] = {"test_file": str(self.test_file)}
         if row.trains:
             dev = str(self.data("data") / "dev.jsonl")
             more |= {"dev_file": dev, "eval_every": _EVAL_EVERY, "keep_best": True}
@@ -103,7 +108,7 @@ class Seed:
                     resolve(TrainOptions, {"config": "baseline"}),
                     train_file=str(self._file("data/train")),
                     dev_file=None,
-                    test_file=str(self.data("data") / "test.jsonl"),
+                    test_file=str(self.test_file),
                     init_from=str(run / "last" / "model"),
                     aggregation=kept.aggregation,
                     output_dir=str(directory),

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from prm.digests import digest_file
 from recipes.options.values import OptionError
 
 SHOWN = ("base", "cold_start", "no_selection", "small_loss", "meta_only", "clean_oracle")
@@ -53,7 +53,7 @@ def rows_beside(path: str, test_file: str) -> Beside | None:
             f"--compare-with {path}: expected the compare.json of bilevel-prm compare, with "
             f"test_sha256 and per_seed; found {type(error).__name__}: {error}"
         ) from error
-    digest = hashlib.sha256(Path(test_file).read_bytes()).hexdigest()
+    digest = digest_file(test_file)
     for seed in seeds:
         if digests[seed] == digest:
             return Beside(f"{path}, seed {seed}", {name: row[seed] for name, row in rows.items()})

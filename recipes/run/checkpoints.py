@@ -38,6 +38,7 @@ from torch import Tensor
 from bilevel import BilevelState, Replicas, ShardedModule, load_shards, save_shards, tree
 from bilevel.autodiff.random_state import RandomState
 from bilevel.shards.checkpoint import SEAL
+from prm.digests import digest_file
 from recipes.options.values import OptionError
 from recipes.run.errors import WriteError
 from recipes.run.files import (
@@ -46,7 +47,7 @@ from recipes.run.files import (
     remove_unfinished,
     write_text,
 )
-from recipes.run.identity import differences, digest_file
+from recipes.run.identity import differences
 from recipes.run.step_log import Unlogged
 from recipes.run.trouble import Seen
 from recipes.tensor_file import write_tensors

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from prm.data_urls import is_embedded
+from prm.digests import digest_file
 from prm.placement import resolve
 from prm.tensor_cache import digest_tensors
 from recipes.options.base import flag_of
@@ -117,12 +118,6 @@ def _parts(path: Path) -> bytes:
             return digest.digest()
     except OSError:
         return bytes(32)
-
-
-def digest_file(path: str | Path) -> str:
-    """Return the SHA-256 of a file's bytes, in hexadecimal."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def digest_model(model: torch.nn.Module) -> str:

@@ -30,7 +30,7 @@ from tqdm import tqdm
 from bilevel import tree
 from bilevel.autodiff.random_state import rewound_to
 from bilevel.profiling import part
-from prm.digests import check_digest, digest_path, write_digest
+from prm.digests import check_digest, digest_file, digest_path, write_digest
 from prm.files import atomic_write
 from prm.models.model import PRM
 from recipes.evaluation.candidates import Candidates, Evaluation, evaluate
@@ -39,7 +39,6 @@ from recipes.options.train import TrainOptions
 from recipes.options.values import OptionError
 from recipes.run.checkpoints import DevScore, Progress
 from recipes.run.files import remove_directory
-from recipes.run.identity import digest_file
 from recipes.run.resume import Run
 from recipes.run.step_log import append_line, json_line
 from recipes.tensor_file import write_tensors

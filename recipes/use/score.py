@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from prm.aggregations import AGGREGATIONS
-from prm.digests import check_digest, digest_path, write_digest
+from prm.digests import check_digest, digest_file, digest_path, write_digest
 from prm.models.model import PRM
 from prm.schema import DataError, StepExample
 from prm.scoring import WINDOW, aggregate
@@ -25,7 +25,7 @@ from recipes.options.use import ScoreOptions
 from recipes.options.values import OptionError
 from recipes.ranks import ranks_here
 from recipes.run.files import named, output_file, write_json, write_text
-from recipes.run.identity import digest_file, digest_model
+from recipes.run.identity import digest_model
 from recipes.run.lock import locked
 from recipes.terminal import progress_bar, say
 from recipes.use.scores_file import (

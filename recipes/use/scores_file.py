@@ -25,12 +25,11 @@ from prm.conventions import Conventions
 from prm.data.bad_rows import BadRows
 from prm.data.interned import Interned
 from prm.data.json_rows import json_line
-from prm.digests import check_digest, digest_path
+from prm.digests import check_digest, digest_file, digest_path
 from prm.names import AggregationName
 from prm.schema import DataError
 from recipes.options.values import OptionError
 from recipes.run.files import note_unchecked
-from recipes.run.identity import digest_file
 
 USE = "use"
 """The key of the settings under which aggregation and threshold of the model stand."""
