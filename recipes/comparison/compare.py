@@ -8,7 +8,6 @@ comparison resumes. Runs are spread over processes of one thread each, on which 
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 from collections.abc import Callable, Mapping, Sequence
@@ -23,7 +22,7 @@ import numpy as np
 
 from prm.digests import digest_file
 from recipes.comparison.rows import QUICK, ROWS, Row
-from recipes.comparison.runs import Seed, results_of
+from recipes.comparison.runs import Seed, is_shared, questions_of, results_of
 from recipes.comparison.settings import SETTINGS, Setting
 from recipes.comparison.statistics import Values, difference, statistics, stopped_name
 from recipes.evaluation.table import comparison_table, settings_table
@@ -185,32 +184,16 @@ def _values(seed: Seed, names: Sequence[str]) -> Values:
     """Return the values of rows, with the last models and with those stopped on dev."""
     values: Values = {}
     for name in names:
-        values |= _questions(seed.last(name), name)
+        values |= questions_of(seed.last(name), name)
         if _row(name).trains:
-            values |= _questions(seed.row(name, _row(name)), stopped_name(name))
+            values |= questions_of(seed.row(name, _row(name)), stopped_name(name))
     return values
-
-
-def _questions(directory: Path, name: str) -> Values:
-    """Return the per-question values of a run, with its own row under the given name."""
-    lines = (directory / "test_questions.jsonl").read_text().splitlines()
-    entries = [json.loads(line) for line in lines]
-    names = [key for key in entries[0] if key != "question"]
-    shared = {key for key in names if _is_shared(key)}
-    return {
-        key if key in shared else name: np.array([entry[key] for entry in entries]) for key in names
-    }
-
-
-def _is_shared(name: str) -> bool:
-    """Whether a row does not depend on the model."""
-    return name.startswith("pass@") or name == "self_consistency"
 
 
 def _kept(seed: Seed, name: str) -> dict[str, Any]:
     """Return what ``compare.json`` keeps of a run: that of the model stopped on dev."""
     results = _results(seed, name)
-    own = next(value for key, value in results["rows"].items() if not _is_shared(key))
+    own = next(value for key, value in results["rows"].items() if not is_shared(key))
     kept = {key: results[key] for key in _KEPT_RESULTS if key in results}
     return {"seed": seed.number, "accuracy": own} | kept
 

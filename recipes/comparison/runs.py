@@ -6,14 +6,17 @@ What is complete is not repeated, and a run that was begun is resumed.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+import numpy as np
+
 from prm.digests import check_digest, write_digest
 from recipes.comparison.relabelled import write_nait
 from recipes.comparison.rows import DATA, ROWS, Entries, GivenWeights, Row
+from recipes.comparison.statistics import Values
 from recipes.embedded.build import build
 from recipes.options.parse import changed, resolve
 from recipes.options.train import ColdStartOptions, TrainOptions
@@ -23,7 +26,7 @@ from recipes.train.training import run_training
 
 _EVAL_EVERY = 25  # lower steps
 
-Run = TypeVar("Run", ColdStartOptions, TrainOptions)
+Options = TypeVar("Options", ColdStartOptions, TrainOptions)
 
 
 @dataclass(frozen=True)
@@ -63,7 +66,7 @@ class Seed:
                 output_dir=str(directory),
                 **self._common(),
             )
-            run_cold_start(_gone_on_with(options))
+            once(options, run_cold_start)
         return directory
 
     def row(self, name: str, row: Row) -> Path:
@@ -93,7 +96,7 @@ class Seed:
             **self._common(),
             **(more | dict(row.options)),
         )
-        return run_training(_gone_on_with(own))
+        return once(own, run_training)
 
     def last(self, name: str) -> Path:
         """Return the run that has scored the test set with the last model of a row."""
@@ -103,7 +106,7 @@ class Seed:
         directory = run.with_name(f"{name}-last")
         if not (directory / "results.json").exists():
             kept = resolve(TrainOptions, {"config": str(run / "args.yaml")})
-            run_training(
+            once(
                 changed(
                     resolve(TrainOptions, {"config": "baseline"}),
                     train_file=str(self._file("data/train")),
@@ -115,7 +118,8 @@ class Seed:
                     on_existing="refuse",
                     steps=0,
                     **self._common(),
-                )
+                ),
+                run_training,
             )
         return directory
 
@@ -159,10 +163,32 @@ def _weights_of(run: Path) -> Entries:
     return [json.loads(line) for line in (run / "weights.jsonl").read_text().splitlines()]
 
 
-def _gone_on_with(options: Run) -> Run:
-    """Return the options of a run that resumes it, if it was begun already and interrupted."""
-    begun = Path(options.output_dir)
-    return changed(options, resume=str(begun)) if (begun / "args.yaml").exists() else options
+def once(options: Options, run: Callable[[Options], Path]) -> Path:
+    """Run, or resume, unless the directory holds the complete run; return the directory."""
+    directory = Path(options.output_dir)
+    if not (directory / "results.json").exists():
+        begun = (directory / "args.yaml").exists()
+        run(changed(options, resume=str(directory)) if begun else options)
+    return directory
+
+
+def questions_of(run: Path, name: str) -> Values:
+    """Return the per-question values of a run, with its own row under the given name.
+
+    A question none of whose candidates has an answer has no vote, which is not right.
+    """
+    lines = (run / "test_questions.jsonl").read_text().splitlines()
+    entries = [json.loads(line) for line in lines]
+    keys = dict.fromkeys(key for entry in entries for key in entry if key != "question")
+    return {
+        key if is_shared(key) else name: np.array([entry.get(key, 0.0) for entry in entries])
+        for key in keys
+    }
+
+
+def is_shared(name: str) -> bool:
+    """Whether a row does not depend on the model."""
+    return name.startswith("pass@") or name == "self_consistency"
 
 
 def results_of(run: Path) -> Mapping[str, Any]:

@@ -19,10 +19,10 @@ import argparse
 import json
 import shutil
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -30,6 +30,7 @@ import torch
 from prm.aggregations import AGGREGATIONS
 from prm.digests import check_digest, write_digest
 from prm.evaluation.metrics import roc_auc
+from recipes.comparison.runs import once, questions_of
 from recipes.comparison.statistics import Values, statistics, stopped_name
 from recipes.evaluation.candidates import (
     judged_steps,
@@ -44,8 +45,6 @@ from recipes.evidence.smollm2.sources import SOURCES
 from recipes.evidence.smollm2.weights import gguf_file, write_model
 from recipes.models.loading import read_solutions
 from recipes.options.base import LoaderOptions
-from recipes.options.parse import changed
-from recipes.options.train import ColdStartOptions, TrainOptions
 from recipes.run.errors import reported
 from recipes.run.files import check_writable, write_json, write_text
 from recipes.run.provenance import environment, machine
@@ -54,21 +53,6 @@ from recipes.train.training import run_training
 
 PLACE = "place of the step only"
 _KEPT_RESULTS = ("step_auc", "step_macro_f1", "model_selection", "weight_auc", "sources", "seconds")
-
-Options = TypeVar("Options", ColdStartOptions, TrainOptions)
-
-
-def once(options: Options, run: Callable[[Options], Path]) -> Path:
-    """Run or resume, unless the directory holds the complete run; return the directory.
-
-    Raises:
-        OptionError: The directory holds an interrupted run of other options.
-    """
-    directory = Path(options.output_dir)
-    if not (directory / "results.json").is_file():
-        begun = (directory / "args.yaml").is_file()
-        run(changed(options, resume=str(directory)) if begun else options)
-    return directory
 
 
 def train_row(setup: Setup, name: str) -> None:
@@ -108,21 +92,10 @@ def is_complete(setup: Setup, name: str) -> bool:
 def values_of_row(setup: Setup, name: str) -> Values:
     """Return the per-question values of a row, of its last model and of that of its best step."""
     run, last = setup.run(name), setup.run(f"{name}-last")
-    values = _questions(last if last.is_dir() else run, name)
+    values = questions_of(last if last.is_dir() else run, name)
     if ROWS[name].get("steps") != 0:
-        values |= _questions(run, stopped_name(name))
+        values |= questions_of(run, stopped_name(name))
     return values
-
-
-def _questions(run: Path, name: str) -> Values:
-    lines = (run / "test_questions.jsonl").read_text().splitlines()
-    entries = [json.loads(line) for line in lines]
-    shared = {"pass@1", "self_consistency", *(k for k in entries[0] if k.startswith("pass@"))}
-    # A question none of whose candidates has an answer has no vote, which is not right.
-    return {
-        key if key in shared else name: np.array([entry.get(key, 0.0) for entry in entries])
-        for key in sorted({key for entry in entries for key in entry} - {"question"})
-    }
 
 
 def place_row(setup: Setup) -> tuple[np.ndarray, float]:

@@ -125,7 +125,7 @@ def test_a_question_without_any_answer_has_no_right_vote(tmp_path):
     lines = [{"question": "a", "pass@1": 0.5, "prm": 1.0, "self_consistency": 1.0, "pass@2": 1.0}]
     lines += [{"question": "b", "pass@1": 0.5, "prm": 0.0, "pass@2": 1.0}]
     (tmp_path / "test_questions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in lines))
-    found = check._questions(tmp_path, "row")
+    found = check.questions_of(tmp_path, "row")
     assert {key: value.tolist() for key, value in found.items()} == {
         "pass@1": [0.5, 0.5],
         "pass@2": [1.0, 1.0],
