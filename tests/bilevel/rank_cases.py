@@ -1,12 +1,11 @@
 """Runs that are taken by one process, or by several ranks that share its micro-batches.
 
-``python -m tests.bilevel.rank_cases FOLDER STORE RANK RANKS`` takes those of one rank, and leaves
-what it found in ``FOLDER``.
+``main``, which ``tests.rank_processes.fork_ranks`` calls, takes those of one rank, and leaves what
+it found in a folder.
 """
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -55,12 +54,12 @@ ROWS, DOMAINS, TOKENS = 5000, 3, 4
 class Model(nn.Module):
     """Tokens to a number: embedding, layer norm, two linear layers."""
 
-    def __init__(self) -> None:
+    def __init__(self, width: int) -> None:
         super().__init__()
-        self.embedding = nn.Embedding(11, 6)
-        self.norm = nn.LayerNorm(6)
-        self.hidden = nn.Linear(6, 8)
-        self.head = nn.Linear(8, 1)
+        self.embedding = nn.Embedding(11, width)
+        self.norm = nn.LayerNorm(width)
+        self.hidden = nn.Linear(width, width + 2)
+        self.head = nn.Linear(width + 2, 1)
 
     def forward(self, tokens: Tensor) -> Tensor:
         hidden = torch.tanh(self.hidden(self.norm(self.embedding(tokens))))
@@ -80,6 +79,7 @@ class Case:
     lower: Any = AdamW(0.02, weight_decay=0.01, max_norm=0.05)  # a clip that is active
     upper: Any = SGD(0.5)
     tolerance: float = 1e-12
+    width: int = 6  # of the model
     in_place: bool = False  # on several ranks: by ResidentSolver, against one BilevelSolver
 
 
@@ -129,13 +129,16 @@ def cases() -> dict[str, Case]:
         for name, method in UNROLLED.items():
             found[f"{name}, {weighting}"] = Case(method, weighting, solver=WINDOW)
     for name, method in IMPLICIT.items():
-        # A Neumann series or a least residual amplifies the rounding of H.
-        found[name] = Case(method, "domain", lower=PLAIN, tolerance=1e-11)
+        # A Neumann series or a least residual amplifies the rounding of H, and H is taken column by
+        # column, or in many products.
+        found[name] = Case(method, "domain", lower=PLAIN, tolerance=1e-11, width=3)
     central = CentralDifference()
     return found | {
         "central difference": Case(OneStep(central), tolerance=CENTRAL),
         "unrolled, central": Case(Unrolled(product=central), solver=WINDOW, tolerance=CENTRAL),
-        "implicit, central": Case(Implicit(DAMPED, product=central), lower=PLAIN, tolerance=1e-4),
+        "implicit, central": Case(
+            Implicit(DAMPED, product=central), lower=PLAIN, tolerance=1e-4, width=3
+        ),
         "scalar loss": Case(OneStep(), problem="scalar"),
         "held v": Case(
             OneStep(Auto(), "upper-first", 0.5, upper_gradient_every=2), problem="indirect"
@@ -193,7 +196,7 @@ def _batch(rows: int, generator: torch.Generator) -> Batch:
 def problem_of(case: Case) -> tuple[Any, dict[str, Tensor], dict[str, Any]]:
     """The losses, θ and φ."""
     torch.manual_seed(0)
-    model = functional(Model().double())
+    model = functional(Model(case.width).double())
     weightings: dict[str, Any] = {
         "table": InstanceTable(ROWS, bound=Sigmoid(2.0), normalise="none"),
         "net": InstanceNet(2, bound=Sigmoid(2.0), centre=False, normalise=False),
@@ -310,7 +313,7 @@ def joined(store: str, rank: int, ranks: int, seconds: float = 60) -> Replicas:
     return Replicas(upper_size)
 
 
-def main(store: str, rank: int, ranks: int, folder: Path) -> None:
+def main(folder: Path, store: str, rank: int, ranks: int) -> None:
     """Take every run as one of the ranks, and save what was found."""
     torch.set_num_threads(1)
     collective = joined(store, rank, ranks)
@@ -318,7 +321,3 @@ def main(store: str, rank: int, ranks: int, folder: Path) -> None:
     found = {n: taken(every[n], rank, ranks, ranks, collective) for n in cases_of(ranks)}
     torch.save(found, folder / f"{ranks}-{rank}.pt")
     distributed.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main(sys.argv[2], int(sys.argv[3]), int(sys.argv[4]), Path(sys.argv[1]))
