@@ -39,14 +39,15 @@ def flags(**options) -> list[str]:
     return words
 
 
-def training(task, output: Path, **more) -> list[str]:
+def training(task, output: Path, evaluated: bool = True, **more) -> list[str]:
     """A run of three micro-batches a step: two ranks take one and two, and so their meta batch."""
+    test = {"test_file": task.data / "test.jsonl"} if evaluated else {}
     options = {
         "model": task.model,
         "system_prompt": SYSTEM_PROMPT,
         "train_file": task.data / "train.jsonl",
         "meta_file": task.data / "meta.jsonl",
-        "test_file": task.data / "test.jsonl",
+        **test,
         "steps": STEPS,
         "batch_size": 3,
         "accumulation": 3,
@@ -96,7 +97,7 @@ def variant(task, folder: Path, name: str) -> list[str]:
     more = {"save_every": STEPS, **VARIANTS[name]}
     if "eval_every" in more:
         more["dev_file"] = task.data / "dev.jsonl"
-    return training(task, folder / name, **more)
+    return training(task, folder / name, evaluated=False, **more)
 
 
 def cold(task) -> dict:
