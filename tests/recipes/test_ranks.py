@@ -82,7 +82,7 @@ VARIANTS: dict[str, dict] = {
     "domain": {"weighting": "domain"},
     "pairs": {"loss_target": "pairs", "meta_batch_size": 8},
     "window": {"hypergradient": "unrolled", "unroll_steps": 2},
-    "implicit": {"hypergradient": "implicit", "lower_weight_decay": 0},
+    "implicit": {"hypergradient": "implicit", "lower_weight_decay": 0, "solver_iterations": 3},
     "rollback": {"rollback": True},
     "kept": {"loss_target": "pairs", "meta_batch_size": 8, "frozen_activations": "memory"},
     "in place": {
