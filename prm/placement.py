@@ -17,7 +17,7 @@ from typing import Literal, TypeVar
 import torch
 from torch import Tensor
 
-from prm.inputs.transfer import moved
+from prm.batches.transfer import moved
 from prm.models.activation_checkpointing import in_vision
 from prm.models.model import PRM, load_prm
 from prm.names import Attention, Precision, Recomputed

@@ -20,11 +20,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from prm.aggregations import Aggregation
+from prm.batches.token_batches import token_batches, vision_tokens_per_tile
+from prm.batches.transfer import moved
+from prm.batches.workers import ordered_map
 from prm.data.store.encoded import MOST_HELD, EncodedExamples
 from prm.inputs.collate import Batch, EncodedExample
-from prm.inputs.token_batches import token_batches, vision_tokens_per_tile
-from prm.inputs.transfer import moved
-from prm.inputs.workers import ordered_map
 from prm.models.model import PRM, step_logits
 
 WINDOW = 8
@@ -198,11 +198,11 @@ def score_part(
             over processes each has a part, and as many batches, the last of all twice if need be.
         full_vocab: Whether probabilities are over the whole vocabulary, as in DreamPRM-1.5, instead
             of over the two labels. The score is then softmax(z)₊, and "+" and "-" do not sum to 1.
-        workers: The number of processes that prepare batches ahead; see ``prm.inputs.workers``.
+        workers: The number of processes that prepare batches ahead; see ``prm.batches.workers``.
         scored: A function that is called with the number of examples of every batch, for a
             progress bar.
         tokens_per_batch: The largest number of tokens per forward pass, padding and those of the
-            vision tower included; see ``prm.inputs.token_batches``. None means any number.
+            vision tower included; see ``prm.batches.token_batches``. None means any number.
 
     Raises:
         DataError: An image cannot be decoded.

@@ -30,7 +30,7 @@ SLOW = (
     *("tests/bilevel/hypergradients/test_replay_memory.py",),
     *("tests/bilevel/hypergradients/test_unrolled.py",),
     *("tests/examples", "tests/fuzz", "tests/invariants"),
-    *("tests/prm/inputs/test_workers.py", "tests/prm/models/test_families.py"),
+    *("tests/prm/batches/test_workers.py", "tests/prm/models/test_families.py"),
     *("tests/prm/test_package.py",),
     *("tests/recipes/data_files/test_validate.py", "tests/recipes/comparison/test_compare.py"),
     *("tests/recipes/embedded/test_pretrain.py", "tests/recipes/evidence"),

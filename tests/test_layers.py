@@ -60,7 +60,7 @@ LAYERS = {
         ("schema", "names", "files"),
         ("losses", "aggregations", "evaluation", "inputs", "digests"),
         ("conventions",),
-        ("data", "models", "tensor_cache"),
+        ("batches", "data", "models", "tensor_cache"),
         ("activations", "placement", "scoring"),
         ("rewards",),
     ),

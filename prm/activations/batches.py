@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from prm.activations.stores import Store
+from prm.batches.transfer import moved
 from prm.inputs.collate import Batch
-from prm.inputs.transfer import moved
 from prm.models.boundary import FROZEN_STATES, Boundary, frozen_states
 from prm.models.model import PRM, TOKEN_TYPES, body_autocast, step_logits
 from prm.tensor_cache import digest_tensors

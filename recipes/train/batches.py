@@ -16,9 +16,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from prm.batches.workers import ordered_map
 from prm.data.store.outline import Facts
 from prm.inputs.collate import Batch
-from prm.inputs.workers import ordered_map
 from prm.schema import StepExample
 from recipes.models.loading import Examples
 from recipes.options.train import LowerOptions, TrainOptions

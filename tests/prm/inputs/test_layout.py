@@ -6,7 +6,6 @@ import random
 from dataclasses import replace
 
 import pytest
-import torch
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
@@ -15,7 +14,6 @@ from prm.inputs.layout import Layout
 from prm.inputs.prompt import PromptEncoder
 from prm.inputs.template_probe import looked_for
 from prm.inputs.tiles import Tiler
-from prm.inputs.token_batches import token_batches, vision_tokens_per_tile
 from prm.inputs.tokens import tile_tokens
 from prm.schema import DataError, Step, StepExample
 from tests.prm.tiny import (
@@ -25,7 +23,6 @@ from tests.prm.tiny import (
     image_processor,
     internvl,
     qwen2_tokenizer,
-    qwen2_vl,
     save_image,
     word_tokenizer,
 )
@@ -251,26 +248,3 @@ def test_what_a_template_looks_for():
     by_part = "{% for p in messages[0].content %}{% if p.type == 'text' %}{{ p.text }}{% endif %}"
     assert looked_for(by_part + "{% endfor %}", parts, {}) == frozenset()
     assert looked_for("{{ messages[0].content[1].text | length }}", parts, {}) is None
-
-
-def test_batches_of_tokens():
-    lengths = torch.tensor([10, 30, 20, 30, 5, 5, 5]).numpy()
-
-    def batches(*limits):
-        return [batch.tolist() for batch in token_batches(lengths, *limits)]
-
-    assert batches(3) == batches(3, 90) == [[1, 3, 2], [0, 4, 5], [6]]
-    assert batches(100, 60) == [[1, 3], [2, 0, 4], [5, 6]]
-    assert batches(100, 59) == [[1], [3], [2, 0], [4, 5, 6]]
-    assert batches(100, 1) == [[row] for row in (1, 3, 2, 0, 4, 5, 6)]
-    assert batches(2, 10**9) == [[1, 3], [2, 0], [4, 5], [6]]
-    images = torch.tensor([0, 0, 0, 40, 0, 0, 0]).numpy()
-    assert batches(100, 99, images)[0] == [1]
-    assert batches(100, 100, images)[0] == [1, 3]
-    assert token_batches(lengths[:0], 3) == token_batches(lengths[:0], 3, 5) == []
-
-
-def test_tokens_of_a_tile_in_the_vision_tower():
-    assert vision_tokens_per_tile(internvl().model.config) == 16
-    assert vision_tokens_per_tile(qwen2_vl().model.config) == 4
-    assert vision_tokens_per_tile(object()) == 0

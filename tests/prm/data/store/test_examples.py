@@ -16,11 +16,11 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from prm.batches.workers import ordered_map
 from prm.data.bad_rows import BadRows
 from prm.data.reader import iter_rows, read_examples, read_rows
 from prm.data.store.examples import StoredExamples, facts, store_examples
 from prm.data.store.outline import facts_of
-from prm.inputs.workers import ordered_map
 from prm.schema import DataError, StepExample
 from tests.prm.data.formats.good_records import GOOD
 from tests.prm.data.packings import PACKED, ROWS, TEXTS, table_file

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from prm.inputs.transfer import moved
+from prm.batches.transfer import moved
 
 META = torch.device("meta")
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from prm.inputs.workers import ordered_map
+from prm.batches.workers import ordered_map
 from prm.schema import DataError
 from prm.scoring import score_examples
 from tests.prm.tiny import example, internvl, save_image
