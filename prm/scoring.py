@@ -10,21 +10,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from itertools import chain
 from typing import overload
 
 import numpy as np
 import torch
 from jaxtyping import Bool, Float
-from numpy.typing import NDArray
 from torch import Tensor
 
 from prm.aggregations import Aggregation
-from prm.batches.token_batches import token_batches, vision_tokens_per_tile
+from prm.batches.passes import passes_of
+from prm.batches.prefix_trees import tree_width
+from prm.batches.token_batches import vision_tokens_per_tile
 from prm.batches.transfer import moved
 from prm.batches.workers import ordered_map
-from prm.data.store.encoded import MOST_HELD, EncodedExamples
-from prm.inputs.collate import Batch, EncodedExample
+from prm.data.store.encoded import MOST_HELD
+from prm.inputs.collate import Batch, Collator, EncodedExample
 from prm.models.model import PRM, step_logits
 
 WINDOW = 8
@@ -178,8 +178,11 @@ def score_part(
 ) -> StepScores:
     """Return the step scores p("+") of a part of the examples on the CPU, each at its row.
 
-    Examples of similar length share a batch, which keeps padding short. The head is applied at the
-    label positions only, and without ``full_vocab`` only its rows of "+" and "-".
+    Examples of similar length share a batch, which keeps padding short. Candidates of one question
+    are computed as a tree of their tokens where the model allows it and that saves operations, so
+    that pictures, question and steps that they share are computed once
+    (``prm.batches.prefix_trees``). The head is applied at the label positions only, and without
+    ``full_vocab`` only its rows of "+" and "-".
 
     Memory: the activations of one batch without a graph; with ``full_vocab`` also two float32
     tensors [batch, steps, vocabulary]. Of more examples than some thousands the tokens are not
@@ -190,7 +193,8 @@ def score_part(
         prm: The model.
         params: Values by parameter name. Parameters that are not named keep the model's values.
         encoded: The examples, from ``Collator.encode``, or a sequence that encodes on demand.
-        collator: A ``Collator``, which pads examples into a batch.
+        collator: A ``Collator``, or another function that pads examples into a batch, without
+            trees.
         batch_size: The largest number of examples per forward pass.
         part: Which of the parts.
         parts: Into how many parts the batches are dealt, one after the other. A batch is the same
@@ -212,21 +216,25 @@ def score_part(
             raise ValueError(f"expected {name} >= 1, found {least}")
     device = next(iter(params.values()), next(prm.model.parameters())).device
     held = list(encoded) if len(encoded) <= MOST_HELD else encoded
-    shapes = _shapes(held, workers)
-    scores: StepScores | None = None
-    whole = token_batches(
-        shapes[:, 0],
+    trees = isinstance(collator, Collator) and prm.front is None and prm.spread is None
+    config = prm.model.config
+    plan = passes_of(
+        held,
         batch_size,
         tokens_per_batch,
-        shapes[:, 2] * vision_tokens_per_tile(prm.model.config),
+        tile_tokens=vision_tokens_per_tile(config),
+        width=tree_width(config) if trees else None,
+        picture=None if prm.image_tokens is None else prm.image_tokens.context_id,
+        workers=workers,
     )
-    dealt = whole[part::parts]
-    if prm.spread is not None and len(dealt) * parts < len(whole):
-        dealt.append(whole[-1])  # All processes call such a model, or none gets an answer.
+    scores: StepScores | None = None
+    dealt = plan.passes[part::parts]
+    if prm.spread is not None and len(dealt) * parts < len(plan.passes):
+        dealt.append(plan.passes[-1])  # All processes call such a model, or none gets an answer.
     batches = ordered_map(
-        lambda number: collator(_rows(held, dealt[number])), range(len(dealt)), workers
+        lambda number: dealt[number].batch(held, collator), range(len(dealt)), workers
     )
-    for rows, batch in zip(dealt, batches, strict=True):
+    for now, batch in zip(dealt, batches, strict=True):
         logits = step_logits(
             prm,
             params,
@@ -235,29 +243,8 @@ def score_part(
             label_rows=not full_vocab,
         )
         padded = step_scores(logits, full_vocab=full_vocab).cpu()
-        scores = scores or StepScores(shapes[:, 1].tolist(), padded.dtype)
-        for row, values in zip(rows.tolist(), padded, strict=True):
-            scores.put(row, values[: shapes[row, 1]])
-        scored(len(rows))
-    return StepScores(shapes[:, 1].tolist()) if scores is None else scores
-
-
-def _shapes(encoded: Sequence[EncodedExample], workers: int) -> NDArray[np.int64]:
-    """Return the number of tokens, steps and tiles of every example, [examples, 3]."""
-
-    def shapes(start: int) -> list[tuple[int, int, int]]:
-        return [
-            (len(row.input_ids), len(row.label_positions), sum(row.tile_counts))
-            for row in encoded[start : start + MOST_HELD]
-        ]
-
-    starts = range(0, len(encoded), MOST_HELD)
-    parts = ordered_map(shapes, starts, workers if len(starts) > 1 else 0)
-    found = np.fromiter(chain.from_iterable(parts), dtype=(np.int64, 3), count=len(encoded))
-    return found.reshape(len(encoded), 3)
-
-
-def _rows(encoded: Sequence[EncodedExample], rows: NDArray[np.int64]) -> Sequence[EncodedExample]:
-    if isinstance(encoded, EncodedExamples):
-        return encoded.at(rows.tolist())
-    return [encoded[row] for row in rows]
+        scores = scores or StepScores(plan.steps, padded.dtype)
+        for row, values in zip(now.rows, padded, strict=True):
+            scores.put(row, values[: plan.steps[row]])
+        scored(len(now.rows))
+    return StepScores(plan.steps) if scores is None else scores

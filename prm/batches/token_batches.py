@@ -14,38 +14,50 @@ def token_batches(
     batch_size: int,
     tokens_per_batch: int | None = None,
     image_tokens: NDArray[np.int64] | None = None,
+    *,
+    examples: NDArray[np.int64] | None = None,
+    most_pairs: int | None = None,
 ) -> list[NDArray[np.int64]]:
     """Return the rows of every batch, the longest rows first.
 
     Rows are sorted by length, so that padding is short. A batch ends where a further row would make
-    it more than ``batch_size`` rows, or more than ``tokens_per_batch`` tokens:
+    it more than ``batch_size`` examples, or more than ``tokens_per_batch`` tokens:
 
         rows · length of the longest + tokens of all images in the vision tower.
 
-    A single row may have more. Without a row that large, the number of rows alone decides.
+    A single row may have more. Without a row that large, the number of examples alone decides.
 
     Args:
         lengths: The tokens of each row.
-        batch_size: The largest number of rows.
+        batch_size: The largest number of examples.
         tokens_per_batch: The largest number of tokens, None for any.
         image_tokens: The tokens of each row's images in the vision tower, None for none.
+        examples: The examples of each row, None for one each.
+        most_pairs: The largest number of pairs of tokens, rows · (length of the longest)², of rows
+            that have masks; None for any.
     """
     order = np.argsort(-lengths, kind="stable")
-    if tokens_per_batch is None:
-        return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
     longest = lengths[order].tolist()
     images = [0] * len(order) if image_tokens is None else image_tokens[order].tolist()
+    counts = [1] * len(order) if examples is None else examples[order].tolist()
     batches = []
-    start = held = 0
-    for row, tokens in enumerate(images):
-        size = row + 1 - start
+    start = held = size = 0
+    for row, (tokens, count) in enumerate(zip(images, counts, strict=True)):
+        rows = row + 1 - start
         if row > start and (
-            size > batch_size or size * longest[start] + held + tokens > tokens_per_batch
+            size + count > batch_size
+            or _more(rows * longest[start] + held + tokens, tokens_per_batch)
+            or _more(rows * longest[start] ** 2, most_pairs)
         ):
             batches.append(order[start:row])
-            start, held = row, 0
+            start, held, size = row, 0, 0
         held += tokens
+        size += count
     return [*batches, order[start:]] if len(order) else []
+
+
+def _more(number: int, limit: int | None) -> bool:
+    return limit is not None and number > limit
 
 
 def vision_tokens_per_tile(config: Any) -> int:

@@ -20,6 +20,8 @@ from prm.inputs.tiles import ImageInputs
 from prm.schema import DataError, StepExample
 
 Batch = dict[str, Tensor]
+TREE_POSITIONS = "tree_positions"
+"""The label positions of a batch whose rows are trees (``prm.batches.prefix_trees``)."""
 _AT_ONCE = 256
 
 
@@ -204,36 +206,47 @@ class Collator:
         if not rows:
             raise ValueError("expected at least one example in a batch, found none")
         encoded = [row if isinstance(row, EncodedExample) else self.encode(row) for row in rows]
-        batch = self._tokens(encoded)
-        batch["num_patches"] = torch.tensor([sum(row.tile_counts) for row in encoded])
-        batch.update(_targets([row.example for row in encoded]))
-        batch.update(self._images(encoded))
-        if self.index is not None:
-            batch["index"] = torch.tensor([self._row(row.example) for row in encoded])
-        if self.domains is not None:
-            batch["domain"] = torch.tensor([self._domain(row.example) for row in encoded])
-        return batch
+        return self.sequences(encoded) | self.targets(encoded)
 
-    def _tokens(self, encoded: Sequence[EncodedExample]) -> Batch:
+    def sequences(self, encoded: Sequence[EncodedExample]) -> Batch:
+        """Return what a model reads: the entries of a batch of tokens, pictures and positions.
+
+        Raises:
+            DataError: An image cannot be decoded.
+        """
         # Padding is on the right: left padding has attention rows without any key, for which eager
         # attention returns NaN in float64. A causal model ignores what follows a sequence.
         lengths = torch.tensor([len(row.input_ids) for row in encoded])
         seq = int(lengths.max())
-        steps = max(len(row.label_positions) for row in encoded)
+        steps = _most_steps(encoded)
         input_ids = torch.full((len(encoded), seq), self.prompt.tokenizer.pad_token_id)
         label_positions = torch.zeros(len(encoded), steps, dtype=torch.long)
         for number, row in enumerate(encoded):
             input_ids[number, : len(row.input_ids)] = row.input_ids
             label_positions[number, : len(row.label_positions)] = row.label_positions
-        counts = torch.tensor([len(row.label_positions) for row in encoded])
         batch = {
             "input_ids": input_ids,
             "attention_mask": (torch.arange(seq) < lengths[:, None]).long(),
             "label_positions": label_positions,
-            "step_mask": torch.arange(steps) < counts[:, None],
+            "num_patches": torch.tensor([sum(row.tile_counts) for row in encoded]),
         }
         if self.token_types is not None and self.prompt.image_tokens is not None:
             batch[self.token_types] = self.prompt.image_tokens.in_images(input_ids)
+        return batch | self._images(encoded)
+
+    def targets(self, encoded: Sequence[EncodedExample]) -> Batch:
+        """Return what the losses read: the entries of a batch of steps, outcomes and numbers.
+
+        Raises:
+            DataError: An id or domain is not in the index.
+        """
+        counts = torch.tensor([len(row.label_positions) for row in encoded])
+        batch = {"step_mask": torch.arange(_most_steps(encoded)) < counts[:, None]}
+        batch |= _targets([row.example for row in encoded])
+        if self.index is not None:
+            batch["index"] = torch.tensor([self._row(row.example) for row in encoded])
+        if self.domains is not None:
+            batch["domain"] = torch.tensor([self._domain(row.example) for row in encoded])
         return batch
 
     def _images(self, encoded: Sequence[EncodedExample]) -> Batch:
@@ -279,6 +292,10 @@ class Collator:
                 remedy="give every example of the file a domain that the index holds",
             )
         return self.domains[example.domain]
+
+
+def _most_steps(encoded: Sequence[EncodedExample]) -> int:
+    return max(len(row.label_positions) for row in encoded)
 
 
 def _targets(examples: Sequence[StepExample]) -> Batch:

@@ -18,7 +18,7 @@ from torch.func import functional_call
 
 from prm.conventions import FILE, Conventions, write_conventions
 from prm.files import atomic_write
-from prm.inputs.collate import Batch, Collator
+from prm.inputs.collate import TREE_POSITIONS, Batch, Collator
 from prm.inputs.image_inputs import image_inputs, image_tokens
 from prm.inputs.prompt import PromptEncoder
 from prm.inputs.tiles import CACHE_BYTES
@@ -372,7 +372,8 @@ def step_logits(
     Args:
         prm: The model.
         params: Values by parameter name. Parameters that are not named keep the model's values.
-        batch: The batch, from a ``Collator``: padding is on the right.
+        batch: The batch, from a ``Collator``: padding is on the right. Or one of trees
+            (``prm.batches.prefix_trees``).
         full_vocab: Whether to normalise over the whole vocabulary, as DreamPRM-1.5 does. The result
             is then the log-probabilities of the two labels instead of their logits.
         label_rows: Whether to multiply by the head's rows of "+" and "-" only, in float32 or wider,
@@ -450,7 +451,10 @@ class _StepHead(nn.Module):
             inputs["attention_mask"] = attention_mask(self.model, inputs["attention_mask"])
         with body_autocast(self.model, self.autocast):
             hidden = base(**inputs, use_cache=False).last_hidden_state  # [batch, seq, hidden]
-        read = torch.take_along_dim(hidden, batch["label_positions"][..., None], dim=1)
+        if TREE_POSITIONS in batch:
+            read = hidden.flatten(0, 1)[batch[TREE_POSITIONS]]
+        else:
+            read = torch.take_along_dim(hidden, batch["label_positions"][..., None], dim=1)
         head = self.model.get_output_embeddings()
         if self.autocast is not None:
             read = read.to(self.model.dtype)  # In bfloat16, with 8 bits, many scores would tie.

@@ -27,12 +27,14 @@ def attention_mask(model: Any, mask: Tensor) -> Any:
 
     Args:
         model: The model.
-        mask: 1 for tokens, 0 for padding on their right, [batch, seq].
+        mask: 1 for tokens, 0 for padding on their right, [batch, seq]; or what each token sees,
+            [batch, 1, seq, seq], which is returned.
     """
     config = model.config.get_text_config()
     kinds = set(getattr(config, "layer_types", None) or ())
     if (
         mask.is_cpu
+        or mask.dim() == 4
         or config.model_type not in _TAKE_MASKS_BY_LAYER
         or config._attn_implementation not in _CAUSAL_WITHOUT_MASK
         or kinds != {"full_attention"}
