@@ -19,7 +19,6 @@ from torch import Tensor
 
 from prm.aggregations import Aggregation
 from prm.batches.passes import passes_of
-from prm.batches.prefix_trees import tree_width
 from prm.batches.token_batches import vision_tokens_per_tile
 from prm.batches.transfer import moved
 from prm.batches.workers import ordered_map
@@ -216,14 +215,12 @@ def score_part(
             raise ValueError(f"expected {name} >= 1, found {least}")
     device = next(iter(params.values()), next(prm.model.parameters())).device
     held = list(encoded) if len(encoded) <= MOST_HELD else encoded
-    trees = isinstance(collator, Collator) and prm.front is None and prm.spread is None
-    config = prm.model.config
     plan = passes_of(
         held,
         batch_size,
         tokens_per_batch,
-        tile_tokens=vision_tokens_per_tile(config),
-        width=tree_width(config) if trees else None,
+        tile_tokens=vision_tokens_per_tile(prm.model.config),
+        width=prm.tree_width if isinstance(collator, Collator) else None,
         picture=None if prm.image_tokens is None else prm.image_tokens.context_id,
         workers=workers,
     )

@@ -48,8 +48,9 @@ class Pass:
         if not self.trees:
             return collator(rows)
         assert isinstance(collator, Collator)
-        coming = iter(rows)
-        return tree_batch(collator, [[next(coming) for _ in group] for group in self.groups])
+        ends = np.cumsum([len(group) for group in self.groups]).tolist()
+        numbers = [range(end - len(one), end) for one, end in zip(self.groups, ends, strict=True)]
+        return tree_batch(collator, rows, numbers)
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,6 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from jaxtyping import Bool, Int32, Int64
@@ -21,9 +20,6 @@ from prm.inputs.collate import TREE_POSITIONS, Batch, Collator, EncodedExample
 
 MOST_NODES = 8192
 """The largest number of tokens of a tree: its mask then has 64 MiB."""
-
-_LANGUAGE_MODELS = ("llama", "qwen2", "qwen3")
-"""Types of language models that attend as a mask says, whatever the tokens, and turn by places."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,25 +37,6 @@ class _Tree:
     depths: Int64[Tensor, " nodes"]
     sees: Bool[Tensor, "nodes nodes"]
     paths: list[Int64[Tensor, " seq"]]
-
-
-def tree_width(config: Any) -> int | None:
-    """Return the hidden size of the language model, if the model computes trees, else None.
-
-    One with full causal attention by torch's kernels does. Others would need more than a mask and
-    places: sliding windows, pictures whose tokens see each other, places of more than one axis.
-
-    Args:
-        config: The configuration of a model.
-    """
-    text = config.get_text_config()
-    takes = (
-        text.model_type in _LANGUAGE_MODELS
-        and config.model_type in ("internvl", text.model_type)
-        and text._attn_implementation == "sdpa"
-        and set(getattr(text, "layer_types", None) or ["full_attention"]) == {"full_attention"}
-    )
-    return int(text.hidden_size) if takes else None
 
 
 def prefix_groups(
@@ -114,11 +91,33 @@ def _joined(
     yield members, nodes
 
 
-def tree_batch(collator: Collator, groups: Sequence[Sequence[EncodedExample]]) -> Batch:
-    """Return the batch of groups of sequences, each group as one tree.
+def question_batch(collator: Collator, rows: Sequence[EncodedExample], width: int) -> Batch:
+    """Return the batch of some solutions in their order, of those of a question as trees.
 
-    It holds, beside the pictures of each tree and the targets of the rows, which are those of the
-    groups one after the other:
+    It is the collator's where trees would not make it smaller.
+
+    Args:
+        collator: What pads a batch, and reads the pictures.
+        rows: The solutions.
+        width: What ``PRM.tree_width`` says of the model.
+
+    Raises:
+        DataError: An image cannot be decoded.
+    """
+    groups = prefix_groups(rows, picture_token(collator), width, len(rows))
+    longest = max(nodes for _, nodes in groups)
+    smaller = len(groups) * longest < len(rows) * max(len(row.input_ids) for row in rows)
+    if not smaller or len(groups) * longest**2 > MOST_NODES**2:
+        return collator(rows)
+    return tree_batch(collator, rows, [numbers for numbers, _ in groups])
+
+
+def tree_batch(
+    collator: Collator, rows: Sequence[EncodedExample], groups: Sequence[Sequence[int]]
+) -> Batch:
+    """Return the batch of some solutions in their order, each group of them as one tree.
+
+    It holds, beside the pictures of each tree and the targets of the rows:
 
     ==================  ================================  ========================================
     ``input_ids``       [trees, nodes] long
@@ -129,40 +128,46 @@ def tree_batch(collator: Collator, groups: Sequence[Sequence[EncodedExample]]) -
 
     Args:
         collator: What reads the pictures.
-        groups: The sequences of every tree, in the order of ``prefix_groups``.
+        rows: The solutions.
+        groups: The numbers of the solutions of every tree, as ``prefix_groups`` says.
 
     Raises:
         DataError: An image cannot be decoded.
     """
-    trees = [_tree(group) for group in groups]
-    stand_ins = [
-        replace(group[0], input_ids=tree.tokens) for group, tree in zip(groups, trees, strict=True)
-    ]
-    batch = collator.sequences(stand_ins)
+    trees = [_tree([rows[number].input_ids.tolist() for number in numbers]) for numbers in groups]
+    batch = collator.sequences(
+        [
+            replace(rows[numbers[0]], input_ids=tree.tokens)
+            for numbers, tree in zip(groups, trees, strict=True)
+        ]
+    )
     del batch["label_positions"], batch["num_patches"]
     shape = batch["input_ids"].shape
     batch["position_ids"] = torch.zeros(shape, dtype=torch.long)
     sees = torch.eye(shape[1], dtype=torch.bool).repeat(len(trees), 1, 1)  # also of padding
-    for number, tree in enumerate(trees):
-        nodes = len(tree.tokens)
-        batch["position_ids"][number, :nodes] = tree.depths
-        sees[number, :nodes, :nodes] = tree.sees
-    batch["attention_mask"] = sees[:, None]
-    rows = [row for group in groups for row in group]
     batch |= collator.targets(rows)
     positions = torch.zeros(batch["step_mask"].shape, dtype=torch.long)
-    paths = (number * shape[1] + path for number, tree in enumerate(trees) for path in tree.paths)
-    for number, (row, path) in enumerate(zip(rows, paths, strict=True)):
-        positions[number, : len(row.label_positions)] = path[row.label_positions]
-    return batch | {TREE_POSITIONS: positions}
+    for place, (numbers, tree) in enumerate(zip(groups, trees, strict=True)):
+        nodes = len(tree.tokens)
+        batch["position_ids"][place, :nodes] = tree.depths
+        sees[place, :nodes, :nodes] = tree.sees
+        for number, path in zip(numbers, tree.paths, strict=True):
+            labels = path[rows[number].label_positions]
+            positions[number, : len(labels)] = place * shape[1] + labels
+    return batch | {"attention_mask": sees[:, None], TREE_POSITIONS: positions}
 
 
-def _tree(rows: Sequence[EncodedExample]) -> _Tree:
+def picture_token(collator: Collator) -> int | None:
+    """Return the token that a collator writes for pictures, None for a model without."""
+    tokens = collator.prompt.image_tokens
+    return None if tokens is None else tokens.context_id
+
+
+def _tree(sequences: Sequence[list[int]]) -> _Tree:
     tokens: list[int] = []
     paths: list[Tensor] = []
     before: list[int] = []
-    for row in rows:
-        own = row.input_ids.tolist()
+    for own in sequences:
         shared = _shared(before, own)
         new = torch.arange(len(tokens), len(tokens) + len(own) - shared)
         paths.append(torch.cat([paths[-1][:shared], new]) if paths else new)

@@ -44,6 +44,8 @@ Params = dict[str, Tensor]
 
 TOKEN_TYPES = ("mm_token_type_ids", "token_type_ids")
 """Names of the model input that marks the tokens of an image; few models have it."""
+_OF_TREES = ("llama", "qwen2", "qwen3")
+"""Types of language models that attend as a mask says, whatever the tokens, and turn by places."""
 _TARGETS = frozenset({"labels"})  # Some base models would take these entries of a batch as inputs.
 
 
@@ -97,6 +99,17 @@ class PRM:
     def usage(self) -> Conventions:
         """How the model is asked: by its own conventions, or else by the library's defaults."""
         return self.conventions or Conventions(plus_id=self.plus_id, minus_id=self.minus_id)
+
+    @property
+    def tree_width(self) -> int | None:
+        """The hidden size of a language model that computes trees of tokens, else None.
+
+        See ``prm.batches.prefix_trees``. A model that is spread over processes does not, nor one
+        whose frozen front is kept, by example.
+        """
+        if self.spread is not None or self.boundary is not None or self.front is not None:
+            return None
+        return tree_width(self.model.config)
 
     @property
     def device(self) -> torch.device:
@@ -465,6 +478,26 @@ class _StepHead(nn.Module):
             return nn.functional.linear(read.to(wide), weight, bias)  # [batch, steps, 2]
         logits: Tensor = head(read)  # [batch, steps, vocab]
         return logits
+
+
+def tree_width(config: Any) -> int | None:
+    """Return the hidden size of a language model that computes trees of tokens, else None.
+
+    See ``prm.batches.prefix_trees``. One with full causal attention by torch's kernels does.
+    Others would need more than a mask and places: sliding windows, pictures whose tokens see each
+    other, places of more than one axis.
+
+    Args:
+        config: The configuration of a model.
+    """
+    text = config.get_text_config()
+    takes = (
+        text.model_type in _OF_TREES
+        and config.model_type in ("internvl", text.model_type)
+        and text._attn_implementation == "sdpa"
+        and set(getattr(text, "layer_types", None) or ["full_attention"]) == {"full_attention"}
+    )
+    return int(text.hidden_size) if takes else None
 
 
 def _check_head(model: Any, token_id: int) -> None:

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from prm.batches.prefix_trees import question_batch
 from prm.conventions import FILE, Conventions
 from prm.data.bad_rows import BadRows
 from prm.data.store.encoded import EncodedExamples, located
@@ -100,6 +101,14 @@ class Examples:
             DataError: The file has changed, or an example cannot be laid out for the model.
         """
         return self.collator(self.encoded.at(rows))
+
+    def question_batch(self, rows: Sequence[int], tree_width: int) -> Batch:
+        """Return the batch of the given rows, those of a question as trees (``prm.batches``).
+
+        Raises:
+            DataError: The file has changed, or an example cannot be laid out for the model.
+        """
+        return question_batch(self.collator, self.encoded.at(rows), tree_width)
 
 
 @dataclass(frozen=True)

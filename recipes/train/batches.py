@@ -114,7 +114,9 @@ def train_batch(
     return batch
 
 
-def meta_batch(draw: Draw, meta: Examples, rank: int = 0, ranks: int = 1) -> Callable[[int], Batch]:
+def meta_batch(
+    draw: Draw, meta: Examples, rank: int = 0, ranks: int = 1, tree_width: int | None = None
+) -> Callable[[int], Batch]:
     """Return the numbered batches of solutions; ``group`` [batch] is equal in a question.
 
     Args:
@@ -123,6 +125,8 @@ def meta_batch(draw: Draw, meta: Examples, rank: int = 0, ranks: int = 1) -> Cal
         rank: Whose part of each batch.
         ranks: Into how many parts of whole questions a batch is divided. A part without any is
             an empty dict.
+        tree_width: What ``PRM.tree_width`` says of a model that computes the solutions of a
+            question as trees; None means as sequences.
     """
 
     def batch(micro_batch: int) -> Batch:
@@ -132,7 +136,11 @@ def meta_batch(draw: Draw, meta: Examples, rank: int = 0, ranks: int = 1) -> Cal
         if not questions:
             return {}
         owners = [torch.full((len(rows),), number) for number, rows in enumerate(questions)]
-        return meta.batch(_rows(questions)) | {"group": torch.cat(owners)}
+        rows = _rows(questions)
+        group = torch.cat(owners)
+        if tree_width is None:
+            return meta.batch(rows) | {"group": group}
+        return meta.question_batch(rows, tree_width) | {"group": group}
 
     return batch
 

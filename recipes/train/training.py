@@ -402,7 +402,9 @@ def _upper_level(task: _Task, keeping: Keeping) -> Callable[[int], Batch] | None
         return None
     steps = options.lower.steps
     every = options.upper.unroll_steps * upper_gradient_every(options)
-    batch = meta_batch(upper_draw(options, meta), meta, task.ranks.rank, task.ranks.ranks)
+    width = task.objective.prm.tree_width
+    draw, ranks = upper_draw(options, meta), task.ranks
+    batch = meta_batch(draw, meta, ranks.rank, ranks.ranks, tree_width=width)
     batches = keeping(ahead(batch, steps, options.workers, every))
     return task.placement.batches(batches, steps, every)
 

@@ -9,9 +9,9 @@ import torch
 
 from prm.batches import prefix_trees
 from prm.batches.passes import passes_of
-from prm.batches.prefix_trees import prefix_groups, tree_batch, tree_width
+from prm.batches.prefix_trees import prefix_groups, question_batch, tree_batch
 from prm.inputs.collate import EncodedExample
-from prm.models.model import split_parameters, step_logits
+from prm.models.model import split_parameters, step_logits, tree_width
 from prm.schema import Step, StepExample
 from prm.scoring import score_examples, score_part
 from tests.prm.tiny import SYSTEM, in_float64, internvl, llama, qwen, qwen2_vl, save_image
@@ -58,11 +58,10 @@ def test_a_tree_has_the_logits_and_gradients_of_its_sequences(candidates, kind, 
     groups = groups_of(prm, rows)
     assert sorted(number for numbers, _ in groups for number in numbers) == [*range(len(rows))]
     assert max(len(numbers) for numbers, _ in groups) >= 4
-    batch = tree_batch(collator, [[rows[number] for number in numbers] for numbers, _ in groups])
+    batch = tree_batch(collator, rows, [numbers for numbers, _ in groups])
     params, _ = split_parameters(prm.model)
     params = {name: (value + 0.05).requires_grad_() for name, value in params.items()}
-    order = [number for numbers, _ in groups for number in numbers]
-    padded = collator([rows[number] for number in order])
+    padded = collator(rows)
     for name in ("step_mask", "labels", "correct"):
         torch.testing.assert_close(batch[name], padded[name], rtol=0, atol=0, equal_nan=True)
     mask = padded["step_mask"]
@@ -88,7 +87,7 @@ def test_a_tree_has_each_common_beginning_once(candidates, kind):
         beginnings = {tuple(row[: end + 1]) for row in tokens for end in range(len(row))}
         assert nodes == len(beginnings)
         if len(numbers) > 1:
-            batch = tree_batch(prm.collator(), [[rows[number] for number in numbers]])
+            batch = tree_batch(prm.collator(), rows, [numbers])
             assert batch["input_ids"].shape == (1, nodes)
             assert batch["attention_mask"].sum() == sum(len(one) for one in beginnings)
 
@@ -100,12 +99,6 @@ def row(tokens, question="q", images=()) -> EncodedExample:
 
 
 def test_a_sequence_joins_where_that_saves_operations():
-    """Operations of 6 tokens of 4 in common, width w: 6w·2 + 10² - 6² joined, 6w·6 + 6² alone."""
-    long = [1, 2, 3, 4, 5, 6, 7, 8]
-    rows = [row(long), row([*long[:4], 9, 9])]
-    width = (10**2 - 8**2 - 6**2) / (6 * 4)  # the two are equal
-    assert width == 0
-    assert [numbers for numbers, _ in prefix_groups(rows, None, 1, 8)] == [[0, 1]]
     rows = [row([1, *range(10, 30)]), row([1, *range(40, 60)])]
     # 41² - 21² - 21² = 799 pairs more, for one token less: 6w > 799
     assert len(prefix_groups(rows, None, 133, 8)) == 2
@@ -138,9 +131,9 @@ def test_a_tree_has_a_largest_size(monkeypatch):
 
 def test_models_that_take_trees():
     for make in MODELS.values():
-        assert tree_width(make().model.config) == 32
-        assert tree_width(make(attention="eager").model.config) is None
-    assert tree_width(qwen2_vl().model.config) is None
+        assert make().tree_width == 32
+        assert make(attention="eager").tree_width is None
+    assert qwen2_vl().tree_width is None
     sliding = qwen().model.config
     sliding.layer_types = ["full_attention", "sliding_attention"]
     assert tree_width(sliding) is None
@@ -189,3 +182,18 @@ def test_passes_count_tokens_of_trees_and_of_their_pictures_once(candidates):
     assert planned(2 * nodes[1] - 1) == [(False, [1]), (True, [6]), (True, [5])]
     assert planned(2 * nodes[1] + 16 * tiles, 16)[1:] == [(True, [6, 5])]
     assert planned(2 * nodes[1] + 16 * tiles - 1, 16)[1:] == [(True, [6]), (True, [5])]
+
+
+def test_a_batch_of_questions_is_of_trees_where_these_are_smaller(candidates):
+    prm = internvl()
+    collator = prm.collator(system_prompt=SYSTEM, index={item.id: 7 for item in candidates})
+    rows = [collator.encode(item) for item in candidates]
+    batch = question_batch(collator, rows, 32)
+    groups = groups_of(prm, rows)
+    assert batch["input_ids"].shape == (len(groups), max(nodes for _, nodes in groups))
+    assert batch["index"].tolist() == [7] * len(rows)
+    expected = step_logits(prm, {}, collator(rows))[batch["step_mask"]]
+    found = step_logits(prm, {}, batch)[batch["step_mask"]]
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-10)
+    alone = [rows[0], rows[1], rows[-1]]  # nothing in common
+    assert question_batch(collator, alone, 32)["label_positions"].shape == (3, 3)
