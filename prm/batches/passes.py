@@ -91,16 +91,17 @@ def passes_of(
         picture: The token of a picture, None for a model without.
         workers: The number of processes that tokenise.
     """
-    most = 1 if width is None else batch_size
 
     def stretch(start: int) -> tuple[list[tuple[int, int, int]], list[tuple[list[int], int]]]:
         rows = encoded[start : start + MOST_HELD]
         shapes = [
             (len(row.input_ids), len(row.label_positions), sum(row.tile_counts)) for row in rows
         ]
-        if width is None or most == 1:
+        if width is None or batch_size == 1:
             return shapes, []
-        groups = prefix_groups(rows, picture, width, most)
+        limit = MOST_NODES if tokens_per_batch is None else tokens_per_batch
+        room = [limit - tiles * tile_tokens for _, _, tiles in shapes]
+        groups = prefix_groups(rows, picture, width, most=batch_size, room=room)
         return shapes, [
             ([start + number for number in numbers], nodes)
             for numbers, nodes in groups

@@ -9,7 +9,7 @@ itself. The outputs at its places are those of the sequences, up to rounding.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -40,7 +40,12 @@ class _Tree:
 
 
 def prefix_groups(
-    rows: Sequence[EncodedExample], picture: int | None, width: int, most: int
+    rows: Sequence[EncodedExample],
+    picture: int | None,
+    width: int,
+    *,
+    most: int | None = None,
+    room: Sequence[int] | None = None,
 ) -> list[tuple[list[int], int]]:
     """Return which sequences share a tree, each group with the number of its tree's tokens.
 
@@ -53,7 +58,8 @@ def prefix_groups(
         picture: The token of a picture, None for a model without. A tree has its pictures once, so
             that they stand in what all its sequences share.
         width: The hidden size of the language model.
-        most: The largest number of sequences of a tree.
+        most: The largest number of sequences of a tree, None for any.
+        room: The largest number of tokens of a tree with each row, None for ``MOST_NODES``.
 
     Returns:
         The numbers of the sequences of every group, in the order of their tokens; groups by their
@@ -62,33 +68,27 @@ def prefix_groups(
     candidates: defaultdict[Hashable, list[int]] = defaultdict(list)
     for number, row in enumerate(rows):
         candidates[row.example.images, row.example.question].append(number)
-    groups = [
-        group
-        for numbers in candidates.values()
-        for group in _joined({n: rows[n].input_ids.tolist() for n in numbers}, picture, width, most)
-    ]
+    groups: list[tuple[list[int], int]] = []
+    for numbers in candidates.values():
+        tokens = {number: rows[number].input_ids.tolist() for number in numbers}
+        free = MOST_NODES if room is None else min(MOST_NODES, *(room[n] for n in numbers))
+        members: list[int] = []
+        nodes = 0
+        for number in sorted(numbers, key=lambda number: tokens[number]):
+            own = tokens[number]
+            shared = _shared(tokens[members[-1]], own) if members else 0
+            new = len(own) - shared
+            together = 6 * width * new + (nodes + new) ** 2 - nodes**2
+            alone = 6 * width * len(own) + len(own) ** 2
+            fits = nodes + new <= free and (most is None or len(members) < most)
+            if not members or together >= alone or picture in own[shared:] or not fits:
+                members, nodes = [], 0
+                new = len(own)
+                groups.append((members, 0))
+            members.append(number)
+            nodes += new
+            groups[-1] = (members, nodes)
     return sorted(groups, key=lambda group: min(group[0]))
-
-
-def _joined(
-    tokens: Mapping[int, list[int]], picture: int | None, width: int, most: int
-) -> Iterator[tuple[list[int], int]]:
-    """Yield the groups of sequences of one question, by their numbers, with their nodes."""
-    members: list[int] = []
-    nodes = 0
-    for number in sorted(tokens, key=lambda number: tokens[number]):
-        own = tokens[number]
-        shared = _shared(tokens[members[-1]], own) if members else 0
-        new = len(own) - shared
-        together = 6 * width * new + (nodes + new) ** 2 - nodes**2
-        alone = 6 * width * len(own) + len(own) ** 2
-        fits = len(members) < most and nodes + new <= MOST_NODES
-        if members and (together >= alone or picture in own[shared:] or not fits):
-            yield members, nodes
-            members, nodes, new = [], 0, len(own)
-        members = [*members, number]
-        nodes += new
-    yield members, nodes
 
 
 def question_batch(collator: Collator, rows: Sequence[EncodedExample], width: int) -> Batch:
@@ -104,7 +104,7 @@ def question_batch(collator: Collator, rows: Sequence[EncodedExample], width: in
     Raises:
         DataError: An image cannot be decoded.
     """
-    groups = prefix_groups(rows, picture_token(collator), width, len(rows))
+    groups = prefix_groups(rows, picture_token(collator), width)
     longest = max(nodes for _, nodes in groups)
     smaller = len(groups) * longest < len(rows) * max(len(row.input_ids) for row in rows)
     if not smaller or len(groups) * longest**2 > MOST_NODES**2:

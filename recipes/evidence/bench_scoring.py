@@ -3,13 +3,14 @@
 Run by ``python -m recipes.evidence.bench_scoring``.
 
 The embedded model with InternVL3's vocabulary of 151,674 tokens and random parameters scores the
-same candidates in four ways, in turns in one process:
+same candidates in five ways, in turns in one process:
 
 - the original's loop: one solution at a time, logits of every token over the whole vocabulary,
   softmax over all of them, of which the values of "+" at the label positions are kept;
 - one at a time, with the head at the label positions only (whole vocabulary);
 - in batches of similar length, likewise (``--probability vocabulary``);
-- in batches, with the head's rows of "+" and "-" only (the default).
+- in batches, with the head's rows of "+" and "-" only;
+- so, with the candidates of a question as a tree of their tokens (the default).
 
 Input is prepared alike and counted for all: text is tokenised once per solution, a picture cut into
 tiles once. The first three compute the same numbers; how far they differ is reported.
@@ -80,11 +81,13 @@ def ours(
     collator: Collator,
     batch_size: int,
     *,
-    full_vocab: bool,
+    full_vocab: bool = False,
+    trees: bool = False,
 ) -> list[Tensor]:
     """Return step scores by ``score_examples``, after encoding the examples."""
     encoded = [collator.encode(example) for example in examples]
-    return score_examples(prm, {}, encoded, collator, batch_size, full_vocab=full_vocab)
+    batches = collator if trees else lambda rows: collator(rows)
+    return score_examples(prm, {}, encoded, batches, batch_size, full_vocab=full_vocab)
 
 
 def compare(
@@ -107,8 +110,9 @@ def compare(
         f"batches of {batch_size}, vocabulary at labels": lambda: ours(
             prm, examples, fresh(), batch_size, full_vocab=True
         ),
-        f"batches of {batch_size}, two labels": lambda: ours(
-            prm, examples, fresh(), batch_size, full_vocab=False
+        f"batches of {batch_size}, two labels": lambda: ours(prm, examples, fresh(), batch_size),
+        f"batches of {batch_size}, trees, two labels": lambda: ours(
+            prm, examples, fresh(), batch_size, trees=True
         ),
     }
     results = {name: with_peak(way) for name, way in ways.items()}

@@ -46,8 +46,8 @@ def picture_of(prm) -> int | None:
     return None if prm.image_tokens is None else prm.image_tokens.context_id
 
 
-def groups_of(prm, rows, most=64) -> list[tuple[list[int], int]]:
-    return prefix_groups(rows, picture_of(prm), tree_width(prm.model.config), most)
+def groups_of(prm, rows) -> list[tuple[list[int], int]]:
+    return prefix_groups(rows, picture_of(prm), prm.tree_width)
 
 
 @pytest.mark.parametrize("kind", MODELS)
@@ -101,13 +101,13 @@ def row(tokens, question="q", images=()) -> EncodedExample:
 def test_a_sequence_joins_where_that_saves_operations():
     rows = [row([1, *range(10, 30)]), row([1, *range(40, 60)])]
     # 41² - 21² - 21² = 799 pairs more, for one token less: 6w > 799
-    assert len(prefix_groups(rows, None, 133, 8)) == 2
-    assert prefix_groups(rows, None, 134, 8) == [([0, 1], 41)]
+    assert len(prefix_groups(rows, None, 133)) == 2
+    assert prefix_groups(rows, None, 134) == [([0, 1], 41)]
 
 
 def test_what_keeps_sequences_apart():
     def apart(*rows, picture=None, most=8):
-        return [numbers for numbers, _ in prefix_groups(list(rows), picture, 999, most)]
+        return [numbers for numbers, _ in prefix_groups(list(rows), picture, 999, most=most)]
 
     common = [1, 2, 3, 4]
     assert apart(row([*common, 5]), row([*common, 6])) == [[0, 1]]
@@ -126,7 +126,8 @@ def test_what_keeps_sequences_apart():
 def test_a_tree_has_a_largest_size(monkeypatch):
     monkeypatch.setattr(prefix_trees, "MOST_NODES", 6)
     rows = [row([1, 2, 3, 4, number]) for number in range(5, 9)]
-    assert prefix_groups(rows, None, 999, 8) == [([0, 1], 6), ([2, 3], 6)]
+    assert prefix_groups(rows, None, 999) == [([0, 1], 6), ([2, 3], 6)]
+    assert prefix_groups(rows, None, 999, room=[9, 9, 5, 9]) == [([n], 5) for n in range(4)]
 
 
 def test_models_that_take_trees():
@@ -182,6 +183,11 @@ def test_passes_count_tokens_of_trees_and_of_their_pictures_once(candidates):
     assert planned(2 * nodes[1] - 1) == [(False, [1]), (True, [6]), (True, [5])]
     assert planned(2 * nodes[1] + 16 * tiles, 16)[1:] == [(True, [6, 5])]
     assert planned(2 * nodes[1] + 16 * tiles - 1, 16)[1:] == [(True, [6]), (True, [5])]
+    limit = nodes[1] + 16 * tiles
+    assert [groups for trees, groups in planned(limit, 16) if trees] == [[6], [5]]
+    # One less, and the sixth of the largest tree does not fit beside its pictures.
+    assert [groups for trees, groups in planned(limit - 1, 16) if trees] == [[5], [5]]
+    assert [groups for trees, groups in planned(limit - 1, 16) if not trees] == [[1], [1]]
 
 
 def test_a_batch_of_questions_is_of_trees_where_these_are_smaller(candidates):

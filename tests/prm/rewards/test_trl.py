@@ -65,7 +65,8 @@ def test_questions_and_pictures_come_from_columns_that_are_named(scorer, picture
     assert usual[:2] != expected[:2]
     parts = [{"type": "image", "image": image}, {"type": "text", "text": QUESTION}]
     inside, _ = called(grpo_reward(scorer), [said(parts, "user")] * 3, SOLUTIONS)
-    assert inside[:2] == usual[:2]
+    # Up to rounding: other solutions of the question share the pass.
+    assert inside[:2] == pytest.approx(usual[:2], abs=1e-6)
 
 
 def test_a_column_that_is_missing_is_named(scorer):
