@@ -42,10 +42,12 @@ def _named(setting: Setting) -> tuple[str, Setting]:
 
 
 def _all() -> Iterator[tuple[str, Setting]]:
+    # Weights that may be negative have no mean to be divided by.
     bounds: Mapping[str, Mapping[str, Any]] = {
         "[0, 1]": {"bound_low": 0.0, "bound_high": 1.0, "prior": 0.5},
-        "[-1, 3]": {"bound_low": -1.0, "bound_high": 3.0},
-        "none": {"bound": "none"},
+        "[0, 2], not normalised": {"normalise": "none"},
+        "[-1, 3], not normalised": {"bound_low": -1.0, "bound_high": 3.0, "normalise": "none"},
+        "none, not normalised": {"bound": "none", "normalise": "none"},
     }
     yield from _varied("bound", "instance_table", bounds)
     yield from _varied("prior", "instance_table", {"0.5": {"prior": 0.5}, "1.5": {"prior": 1.5}})
