@@ -1,15 +1,16 @@
-"""Real pretrained weights on real solutions: the comparison of methods on the Game of 24, on a CPU.
+"""Real pretrained weights on real solutions: the comparison of methods, on a CPU.
 
-Run by ``python -m recipes.evidence.smollm2 --data FILE``.
+Run by ``python -m recipes.evidence.smollm2 --data FILE [--task mathcheck]``.
 
 SmolLM2-135M-Instruct (``recipes.evidence.smollm2.weights``) becomes a judge of the Game of 24
 (``recipes.evidence.smollm2.game24``), of whose step labels most come from an annotator who believes
-whatever a solution states (``recipes.evidence.smollm2.sources``). Every row
+whatever a solution states (``recipes.evidence.smollm2.sources``); or of school problems with first
+errors found by people (``recipes.evidence.smollm2.mathcheck``). Every row
 (``recipes.evidence.smollm2.rows``) is a run of the project's own commands, and is there with its
-last model and with that of its best step on the development puzzles. The test puzzles are scored
-once by each of the two.
+last model and with that of its best step on the development set. The test set is scored once by
+each of the two.
 
-A seed takes about half an hour of processor time. What is finished in ``--work-dir`` is not done
+A seed takes an hour or more of processor time. What is finished in ``--work-dir`` is not done
 again, and a run that was interrupted goes on from its last checkpoint.
 """
 
@@ -19,8 +20,8 @@ import argparse
 import json
 import shutil
 import sys
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -38,10 +39,9 @@ from recipes.evaluation.candidates import (
     solution_scores_of,
 )
 from recipes.evaluation.table import comparison_table, label_of
-from recipes.evidence.smollm2.game24 import FILE, write_files
+from recipes.evidence.smollm2 import game24, mathcheck, sources
 from recipes.evidence.smollm2.position import position_scores
 from recipes.evidence.smollm2.rows import AGGREGATION, KEPT, ROWS, Setup
-from recipes.evidence.smollm2.sources import SOURCES
 from recipes.evidence.smollm2.weights import gguf_file, write_model
 from recipes.models.loading import read_solutions
 from recipes.options.base import LoaderOptions
@@ -50,6 +50,39 @@ from recipes.run.files import check_writable, write_json, write_text
 from recipes.run.provenance import environment, machine
 from recipes.train.cold_start import run_cold_start
 from recipes.train.training import run_training
+
+
+@dataclass(frozen=True)
+class Task:
+    """What is judged.
+
+    Attributes:
+        file: The name of the file of solutions.
+        write: What writes the files of a seed.
+        sources: Where step labels come from, the right ones first.
+        origin: How the file is had.
+    """
+
+    file: str
+    write: Callable[..., Mapping[str, int]]
+    sources: tuple[str, ...]
+    origin: str
+
+
+TASKS: Mapping[str, Task] = {
+    "game24": Task(
+        game24.FILE,
+        game24.write_files,
+        sources.SOURCES,
+        "python -m recipes.evidence.smollm2.label --help says how to make it of what is published",
+    ),
+    "mathcheck": Task(
+        mathcheck.FILE,
+        mathcheck.write_files,
+        mathcheck.SOURCES,
+        "it holds the judged solutions of MathCheck-GSM, a line each (format mathcheck)",
+    ),
+}
 
 PLACE = "place of the step only"
 _KEPT_RESULTS = ("step_auc", "step_macro_f1", "model_selection", "weight_auc", "sources", "seconds")
@@ -138,16 +171,17 @@ def _run_figures(setup: Setup, name: str) -> dict[str, Any]:
 def table(report: Mapping[str, Any]) -> str:
     """Return what was compared, accuracies, and the AUC of steps and weights, in Markdown."""
     seeds = ", ".join(map(str, report["seed_numbers"]))
-    there = f"Seeds {seeds}: {sum(report['n_questions'])} selections on held-out puzzles, "
+    there = f"Seeds {seeds}: {sum(report['n_questions'])} selections on held-out questions, "
     there += f"{len(report['runs'])} of {len(ROWS)} rows complete."
-    header = ["row", "step AUC", *(f"weights' AUC: {source}" for source in ("all", *SOURCES[1:]))]
+    noisy = report["sources"][1:]
+    header = ["row", "step AUC", *(f"weights' AUC: {source}" for source in ("all", *noisy))]
     lines = [f"| {' | '.join(header)} |", "|---" * len(header) + "|"]
-    lines.append(f"| {PLACE} | {np.mean(report['place_auc']):.3f} | | | |")
+    empty = " |" * (len(header) - 2)
+    lines.append(f"| {PLACE} | {np.mean(report['place_auc']):.3f} |{empty}")
     for name, runs in report["runs"].items():
         aucs = [run.get("weight_auc") for run in runs]
         columns = [aucs] + [
-            [run.get("sources", {}).get(source, {}).get("auc") for run in runs]
-            for source in SOURCES[1:]
+            [run.get("sources", {}).get(source, {}).get("auc") for run in runs] for source in noisy
         ]
         shown = [", ".join(f"{auc:.2f}" for auc in column if auc is not None) for column in columns]
         mean = np.mean([run["last_step_auc"] for run in runs])
@@ -161,7 +195,8 @@ def check(given: argparse.Namespace) -> dict[str, Any]:
     Raises:
         ValueError: A report is wanted, and no row is complete for all seeds.
     """
-    work = Path(given.work_dir)
+    task = TASKS[given.task]
+    work = Path(given.work_dir or f"runs/{given.task}")
     model = work / "model" if given.report else write_model(gguf_file(), work / "model")
     every = Setup(work, model, work / "activations", threads=given.threads)
     setups = [
@@ -170,7 +205,7 @@ def check(given: argparse.Namespace) -> dict[str, Any]:
     ]
     for setup in [] if given.report else setups:
         if not (setup.directory / "data").exists():
-            write_files(Path(given.data), setup.directory / "data", seed=setup.seed)
+            task.write(Path(given.data), setup.directory / "data", seed=setup.seed)
         once(setup.cold_start, run_cold_start)
         for name in given.rows:
             print(f"\nseed {setup.seed}: {name}", flush=True)
@@ -184,6 +219,8 @@ def check(given: argparse.Namespace) -> dict[str, Any]:
         )
     return {
         **report_of(setups, rows),
+        "task": given.task,
+        "sources": list(task.sources),
         "seed_numbers": [setup.seed for setup in setups],
         "trained_layers": every.trained,
         "cold_steps": every.cold_steps,
@@ -201,27 +238,25 @@ def main(arguments: Sequence[str] | None = None) -> None:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument(
-        "--data",
-        default=f"data/game24/{FILE}",
-        help=f"{FILE} of the Game of 24 (format game24 of prm/data/formats/candidates.py)",
-    )
-    parser.add_argument("--work-dir", default="runs/game24")
-    parser.add_argument("--output", default="results/game24.json")
+    parser.add_argument("--task", choices=list(TASKS), default="game24")
+    parser.add_argument("--data", help="the file of solutions; default: data/TASK/ and its name")
+    parser.add_argument("--work-dir", help="default: runs/TASK")
+    parser.add_argument("--output", help="default: results/TASK.json")
     parser.add_argument("--first-seed", type=int, default=0)
-    parser.add_argument("--seeds", type=int, default=6, help="two of them test 40 puzzles")
+    parser.add_argument(
+        "--seeds", type=int, default=6, help="two of them test 40 puzzles of game24"
+    )
     parser.add_argument("--rows", nargs="+", choices=list(ROWS), default=list(ROWS))
     parser.add_argument(
         "--report", action="store_true", help="train nothing, report the rows that are complete"
     )
     parser.add_argument("--threads", type=int, default=1)
     given = parser.parse_args(arguments)
+    task = TASKS[given.task]
+    given.data = given.data or f"data/{given.task}/{task.file}"
+    given.output = given.output or f"results/{given.task}.json"
     if not given.report and not Path(given.data).is_file():
-        parser.error(
-            f"--data {given.data}: no such file; "
-            "python -m recipes.evidence.smollm2.label --help says how to make it of what is "
-            "published"
-        )
+        parser.error(f"--data {given.data}: no such file; {task.origin}")
     check_writable("--output", Path(given.output))
     torch.set_num_threads(given.threads)
     report = check(given)

@@ -1,4 +1,4 @@
-"""The rows of the comparison on the Game of 24, as the options of their runs.
+"""The rows of the comparison, as the options of their runs.
 
 All rows but three start from one cold start and train as long with the same options; ``base`` and
 ``cold_start`` are scored as they are, and ``from_base`` has no cold start. The top layers of the
@@ -81,7 +81,7 @@ class Setup:
     seed: int = 0
     layers: int = 30
     trained: int = 4
-    steps: int = 48
+    steps: int = 108  # five visits to each of 160 rows by a Table, after its first four steps
     cold_steps: int = 10
     threads: int = 1
 

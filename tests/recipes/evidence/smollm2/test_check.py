@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
@@ -38,10 +40,11 @@ def small(tmp_path, monkeypatch):
     """The command line of a comparison with a random Llama in SmolLM2's place."""
     source = write_source(tmp_path / "source.jsonl", puzzles=12)
     save_prm(llama(), {}, tmp_path / "model")
-    write = check.write_files
+    task = check.TASKS["game24"]
+    few_rows = replace(task, write=partial(task.write, sizes=SIZES))
     monkeypatch.setattr(check, "gguf_file", lambda: None)
     monkeypatch.setattr(check, "write_model", lambda file, directory: tmp_path / "model")
-    monkeypatch.setattr(check, "write_files", lambda *a, **k: write(*a, **k, sizes=SIZES))
+    monkeypatch.setattr(check, "TASKS", {"game24": few_rows})
     setup = rows.Setup
     monkeypatch.setattr(
         check, "Setup", lambda *a, **k: setup(*a, **k, layers=2, trained=1, steps=3, cold_steps=2)
