@@ -92,29 +92,26 @@ def passes_of(
         workers: The number of processes that tokenise.
     """
 
-    def stretch(start: int) -> tuple[list[tuple[int, int, int]], list[tuple[list[int], int]]]:
+    def stretch(start: int) -> tuple[NDArray[np.int64], list[tuple[NDArray[np.int64], int]]]:
         rows = encoded[start : start + MOST_HELD]
-        shapes = [
-            (len(row.input_ids), len(row.label_positions), sum(row.tile_counts)) for row in rows
-        ]
+        shapes = np.array(
+            [(len(row.input_ids), len(row.label_positions), sum(row.tile_counts)) for row in rows]
+        )
         if width is None or batch_size == 1:
             return shapes, []
         limit = MOST_NODES if tokens_per_batch is None else tokens_per_batch
-        room = [limit - tiles * tile_tokens for _, _, tiles in shapes]
+        room = (limit - shapes[:, 2] * tile_tokens).tolist()
         groups = prefix_groups(rows, picture, width, most=batch_size, room=room)
         return shapes, [
-            ([start + number for number in numbers], nodes)
-            for numbers, nodes in groups
-            if len(numbers) > 1
+            (start + np.array(numbers), nodes) for numbers, nodes in groups if len(numbers) > 1
         ]
 
     starts = range(0, len(encoded), MOST_HELD)
     parts = list(ordered_map(stretch, starts, workers if len(starts) > 1 else 0))
-    shapes = np.array(list(chain.from_iterable(part[0] for part in parts)), dtype=np.int64)
-    shapes = shapes.reshape(len(encoded), 3)
+    shapes = np.concatenate([np.zeros((0, 3), dtype=np.int64), *(part[0] for part in parts)])
     images = shapes[:, 2] * tile_tokens
     trees = list(chain.from_iterable(part[1] for part in parts))
-    members = [np.array(rows, dtype=np.int64) for rows, _ in trees]
+    members = [rows for rows, _ in trees]
     alone = np.ones(len(encoded), dtype=bool)
     if members:
         alone[np.concatenate(members)] = False

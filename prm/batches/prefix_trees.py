@@ -70,6 +70,9 @@ def prefix_groups(
         candidates[row.example.images, row.example.question].append(number)
     groups: list[tuple[list[int], int]] = []
     for numbers in candidates.values():
+        if len(numbers) == 1:
+            groups.append((numbers, len(rows[numbers[0]].input_ids)))
+            continue
         tokens = {number: rows[number].input_ids.tolist() for number in numbers}
         free = MOST_NODES if room is None else min(MOST_NODES, *(room[n] for n in numbers))
         members: list[int] = []
