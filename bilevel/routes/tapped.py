@@ -212,12 +212,10 @@ def _filled(grads: Tree, params: Params) -> list[Tensor]:
 def _products(
     context: PassContext, taps: Context, keep: bool
 ) -> Callable[[Tree], Float[Tensor, " batch"]]:
-    def dots(direction: Tree) -> Float[Tensor, " batch"]:
-        if keep:
-            return taps.later_dots(_by_leaf(context.lower_params, direction))
-        return taps.dots
-
-    return dots
+    if keep:
+        return lambda direction: taps.later_dots(_by_leaf(context.lower_params, direction))
+    known = taps.dots  # The taps, which hold the direction, are not held.
+    return lambda _: known
 
 
 def _by_leaf(params: Params, direction: Tree) -> list[Tensor | None]:
