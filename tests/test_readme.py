@@ -282,8 +282,12 @@ def test_the_iteration_of_the_whole_model_is_the_one_that_was_run():
 
 def test_copies_are_those_that_were_counted():
     found = results("bench_copies.json")["rows"]
-    assert rows_of("docs/cost.md", "| route | functional |") == [
-        [row["route"], digits(row["functional"], ""), digits(row["resident"], "")] for row in found
+    assert rows_of("docs/cost.md", "| route | the equation needs |") == [
+        [
+            *(row["route"], row["needs"], str(row["needed"])),
+            *(digits(row["functional"], ""), digits(row["resident"], "")),
+        ]
+        for row in found
     ]
 
 

@@ -91,6 +91,8 @@ class AuditedSteps:
             taken = take_steps(window, lower_route(self._hypergradient), record)
             if taken.skipped:
                 raise ValueError(NOT_FINITE)
+            # Of steps that are recorded otherwise there are only figures.
+            own = record.passed.grads if isinstance(record, OneStepRecord) else None
             self.result: HypergradientResult = record.hypergradient(taken.end)
         claimed = exact_steps(self._hypergradient, len(batches))
         self.exact = claimed is not None
@@ -105,9 +107,8 @@ class AuditedSteps:
         self._last, self._end = starts[-2:]
         self._scales = [self._held_scale(grads) for grads in gradients[constant:]]
         params, random = self._last.point.lower_params, self._last.random
-        if isinstance(record, OneStepRecord):
-            grads = record.passed.grads
-        else:  # of the steps that were taken there are only figures
+        grads = own
+        if grads is None:
             grads = route_gradient(solver, params, state.upper_params, batches[-1], random)
         self.lower_gradient_error = gradient_error(grads, gradients[-1])
         self.lower_slope_error = slope_error(

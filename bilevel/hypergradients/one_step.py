@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal, NamedTuple, TypeAlias
 
 import optree
@@ -284,9 +284,10 @@ class OneStepRecord:
     lower pass of the step.
 
     Attributes:
-        passed: Gradient and micro-batches of the last lower pass.
-        upper: The upper loss and its gradients. With order upper-first without v, whose memory was
-            free for the lower pass. None where an earlier v serves this step.
+        passed: Gradient and micro-batches of the last lower pass; in order lower-first without the
+            gradient once μ is known.
+        upper: The upper loss and its gradient in φ; v is freed once μ is known. None where an
+            earlier v serves this step.
     """
 
     passed: LowerPass
@@ -302,20 +303,16 @@ class OneStepRecord:
         self._method, self._window, self._upper_batch = method, window, upper_batch
         self._memory = memory
         self._leaves = as_leaves(window.upper_params)
-        self._direction: Tree | None = None
 
     def before(self, number: int, point: Point, random: RandomState) -> PassRequest:
         """Ask for the last pass to be differentiable; upper-first: along a μ known by now."""
         if number < len(self._window.batches) - 1:
             return PassRequest()
+        direction = None
         if self._method.order == "upper-first":
-            self._direction = self._pulled_back(point, random, point.lower_params, None)
-            if self.upper is not None:
-                self.upper = self.upper._replace(lower=None)
+            direction = self._pulled_back(point, random, point.lower_params, None)
         keeps = keeps_graph(self._method, self._window, point.lower_params)
-        return PassRequest(
-            self._leaves, differentiate=True, direction=self._direction, keep_graph=keeps
-        )
+        return PassRequest(self._leaves, differentiate=True, direction=direction, keep_graph=keeps)
 
     def after(self, step: Step) -> None:
         """Keep the last step."""
@@ -325,17 +322,20 @@ class OneStepRecord:
     def hypergradient(self, end: Point) -> HypergradientResult:
         """Return the hypergradient through the last step."""
         params, state = self._before
+        direction = self.passed.direction
         if self._method.order == "lower-first":
-            self._direction = self._pulled_back(
+            direction = self._pulled_back(
                 self._before, self._random, end.lower_params, self.passed.grads
             )
+            if self._window.hyperparameters is None:
+                self.passed = replace(self.passed, grads=None)  # The product does not need it.
         product = mixed_product(
             self._window.problem,
             self._method.route,
             self.passed,
             params,
             self._leaves,
-            self._direction,
+            direction,
         )
         upper = self.upper
         with torch.no_grad():
@@ -369,6 +369,7 @@ class OneStepRecord:
                 )
             method.check_direct(self.upper.direct)
             v, self._memory = method.renewed(self.upper.lower, self._memory)
+            self.upper = self.upper._replace(lower=None)
         self._v = v if window.hyperparameters is not None else None
         return method.update_derivative.pull_back(
             window.optimizer, grads, before.optimizer_state, before.lower_params, v

@@ -180,9 +180,11 @@ class PenaltyRecord:
                 upper = upper_gradient(problem, params, self._upper_params, self._upper_batch)
             self._notes = upper.notes
             total = tree.scale(1.0 / (1.0 + strength), upper.lower)
+            del upper
             for micro, share in zip(passed.micro_batches, passed.shares, strict=True):
                 grads = _lower_gradient(problem, micro, params, self._upper_params)
                 total = tree.axpy(share * strength / (1.0 + strength), grads, total)
+                del grads
             with torch.no_grad():
                 params, state = mover.update(total, state, params)
         return PenaltyMemory(params, state, self._memory.updates + 1)

@@ -47,6 +47,7 @@ class LowerPass:
     remarks: tuple[str, ...] = ()  # on what has no effect
     collective: Collective = Alone()
     examples: int | None = None  # of all ranks; None: those of the micro-batches
+    direction: Tree | None = None  # μ that was known before, if products need it still
 
     @cached_property
     def grad_norm(self) -> Float[Tensor, ""]:
@@ -56,7 +57,8 @@ class LowerPass:
     def summary(self) -> LowerPass:
         """Return the figures alone: no gradients, no batches, no graphs; a few numbers."""
         micro_batches = [micro.summary() for micro in self.micro_batches]
-        return replace(self, grads=None, micro_batches=micro_batches, norm=self.grad_norm.detach())
+        norm = self.grad_norm.detach()
+        return replace(self, grads=None, micro_batches=micro_batches, norm=norm, direction=None)
 
     def figures(self) -> PassFigures:
         """Return loss, losses and weights of the micro-batches of all ranks, without graphs."""
@@ -204,7 +206,9 @@ def _over_ranks(
             "found 0"
         )
     of_ranks = examples if collective.ranks > 1 else None
-    passed = LowerPass(grads, micro_batches, collective=collective, examples=of_ranks)
+    done = all(micro.dots is not None for micro in micro_batches)
+    direction = None if done else context.direction
+    passed = LowerPass(grads, micro_batches, None, (), collective, of_ranks, direction)
     return remarked(context, passed)
 
 

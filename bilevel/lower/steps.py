@@ -218,6 +218,7 @@ def take_steps(window: Window, route: Route, recorder: Recorder | None = None) -
             collective=window.collective,
             guard=window.guard,
         )
+        del request  # with a direction that the pass has used
         following = advance(window.optimizer, point, passed.grads)
         passes.append(passed.summary())
         # After the update was launched: the wait for the norm on a device overlaps with it.
@@ -227,7 +228,7 @@ def take_steps(window: Window, route: Route, recorder: Recorder | None = None) -
         elif recorder is not None:
             recorder.after(Step(index, point, random, passed))
         point = following
-        del request, passed, following  # not held while the next pass runs
+        del passed, following  # not held while the next pass runs
     return LowerSteps(point, tuple(passes), tuple(skipped))
 
 

@@ -83,9 +83,12 @@ def column(structure: Any, values: Tree, size: int) -> Leaves:
 
 
 def zero_filled(structure: Any, bars: Tree, values: Leaves) -> Leaves:
-    """Return one cotangent per leaf: zeros in place of None, and None where there is no value."""
+    """Return one cotangent per leaf: zeros in place of None, and None where there is no value.
+
+    The zeros take no memory: there is one, which stands for all entries.
+    """
     return [
-        torch.zeros_like(value) if bar is None and value is not None else bar
+        value.new_zeros(()).expand_as(value) if bar is None and value is not None else bar
         for bar, value in zip(column(structure, bars, len(values)), values, strict=True)
     ]
 

@@ -138,7 +138,19 @@ def _weighted(
             f"parameters {list(tree.flatten(escaped))} got a gradient past every torch operation "
             "(a custom autograd.Function or a compiled module?)"
         )
-    return grads, None
+    return _with_late(run, grads), None
+
+
+@torch.no_grad()
+def _with_late(run: _Run, grads: Tree) -> Tree:
+    """Return the gradients with those that waited for the end of the pass."""
+    structure = optree.tree_structure(run.tracker.collectors)
+    leaves: list[Tensor | None] = structure.flatten_up_to(grads)
+    for index, late in run.taps.late_gradients():
+        there = leaves[index]
+        leaves[index] = late if there is None else there + late
+    joined: Tree = structure.unflatten(leaves)
+    return joined
 
 
 def _plain(context: PassContext, run: _Run, batch: Batch, random: RandomState) -> Backward:
@@ -212,12 +224,10 @@ def _filled(grads: Tree, params: Params) -> list[Tensor]:
 def _products(
     context: PassContext, taps: Context, keep: bool
 ) -> Callable[[Tree], Float[Tensor, " batch"]]:
-    def dots(direction: Tree) -> Float[Tensor, " batch"]:
-        if keep:
-            return taps.later_dots(_by_leaf(context.lower_params, direction))
-        return taps.dots
-
-    return dots
+    if keep:
+        return lambda direction: taps.later_dots(_by_leaf(context.lower_params, direction))
+    known = taps.dots  # The taps, which hold the direction, are not held.
+    return lambda _: known
 
 
 def _by_leaf(params: Params, direction: Tree) -> list[Tensor | None]:

@@ -14,7 +14,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from threading import Thread
 from typing import Any
@@ -72,6 +72,7 @@ class Saving:
 
         Raises:
             OSError: A file could not be written. Then there is no checkpoint.
+            RankError: Another rank is gone; likewise.
         """
         self._thread.join()
         if self._error is not None:
@@ -79,7 +80,12 @@ class Saving:
         dist.destroy_process_group(self._group)
 
 
-def saving_shards(path: Path, module: ShardedModule, state: Any) -> Saving:
+def saving_shards(
+    path: Path,
+    module: ShardedModule,
+    state: Any,
+    within: AbstractContextManager[object] | None = None,
+) -> Saving:
     """Copy a state to the memory of the host, and begin to write the copy.
 
     Steps may be taken meanwhile: what is written is the state as it was. The copy is as large as
@@ -90,6 +96,7 @@ def saving_shards(path: Path, module: ShardedModule, state: Any) -> Saving:
         path: As of ``save_shards``.
         module: Likewise.
         state: Likewise.
+        within: A context in which this rank writes; it is entered and left by the thread that does.
 
     Raises:
         FileExistsError: There is such a folder.
@@ -99,7 +106,12 @@ def saving_shards(path: Path, module: ShardedModule, state: Any) -> Saving:
     group = dist.new_group(ranks, backend="gloo")
     assert isinstance(group, dist.ProcessGroup)
     copy = module.distributed(tree.map(_on_host, state))
-    return Saving(lambda: _write(path, unfinished, tree.flatten(copy), group), group)
+
+    def write() -> None:
+        with within or nullcontext():
+            _write(path, unfinished, tree.flatten(copy), group)
+
+    return Saving(write, group)
 
 
 def load_shards(path: Path, module: ShardedModule, state: TreeT) -> TreeT:
@@ -139,10 +151,12 @@ def load_shards(path: Path, module: ShardedModule, state: TreeT) -> TreeT:
             "precision?"
         )
     with torch.no_grad(), _as_os_error(path):
-        state_dict_loader.load(
-            dict(wanted),
-            storage_reader=HuggingFaceStorageReader(str(path)),
-            process_group=module.group,
+        called(
+            lambda: state_dict_loader.load(
+                dict(wanted),
+                storage_reader=HuggingFaceStorageReader(str(path)),
+                process_group=module.group,
+            )
         )
     return state
 
@@ -173,10 +187,12 @@ def _write(
     from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
 
     with _as_os_error(path):
-        state_dict_saver.save(
-            dict(tensors),
-            storage_writer=HuggingFaceStorageWriter(str(unfinished), save_distributed=True),
-            process_group=group,
+        called(
+            lambda: state_dict_saver.save(
+                dict(tensors),
+                storage_writer=HuggingFaceStorageWriter(str(unfinished), save_distributed=True),
+                process_group=group,
+            )
         )
     files = _gathered(_digests(unfinished, group), group)
     if dist.get_rank(group) == 0:

@@ -9,7 +9,8 @@
 
 Of a run over shards (``--sharding full``) every rank writes its part: the state is in ``shards/``
 (``bilevel.save_shards``), whose seal is sealed again by ``run.json``, and the random states are in
-``random.safetensors``. It goes on with any number of processes.
+``random.safetensors``. It goes on with any number of processes. A checkpoint that is due is written
+from a copy while training goes on, one at a time.
 
 The order of the data, the schedules and the visits are functions of the step and are not stored. A
 checkpoint is either complete or absent (``recipes.run.files.complete_directory``). The oldest
@@ -26,7 +27,7 @@ import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -35,7 +36,16 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from bilevel import BilevelState, Replicas, ShardedModule, load_shards, save_shards, tree
+from bilevel import (
+    BilevelState,
+    Replicas,
+    Saving,
+    ShardedModule,
+    load_shards,
+    save_shards,
+    saving_shards,
+    tree,
+)
 from bilevel.autodiff.random_state import RandomState
 from bilevel.shards.checkpoint import SEAL
 from prm.digests import digest_file
@@ -104,6 +114,7 @@ class Checkpoints:
         identity: The identity of the run (``recipes.run.identity``).
         shards: What θ is a part of on this rank, None if it is whole. Then every rank saves and
             loads, and rank 0 alone knows the directory and the identity.
+        pending: The checkpoint over shards that is being written, one at most.
     """
 
     directory: Path
@@ -111,6 +122,7 @@ class Checkpoints:
     keep: int
     identity: Mapping[str, Any]
     shards: ShardedModule | None = None
+    pending: dict[Path, Saving] = field(default_factory=dict)
 
     @property
     def _first(self) -> bool:
@@ -126,16 +138,18 @@ class Checkpoints:
         """Return whether a multiple of ``every`` lies in the steps ``before`` + 1 to ``after``."""
         return self.every > 0 and after // self.every > before // self.every
 
-    def save(self, progress: Progress, *, due: bool = True) -> Path:
+    def save(self, progress: Progress, *, due: bool = True, aside: bool = False) -> Path:
         """Write a checkpoint, then remove the oldest beyond ``keep``.
 
-        A run has one state at a step, so an existing checkpoint of that step is kept. Writing
-        takes no copy of the state in memory.
+        A run has one state at a step, so an existing checkpoint of that step is kept. What an
+        earlier call began is finished first.
 
         Args:
             progress: The state to save.
             due: Whether the checkpoint is due by ``every``. ``--on-trouble rollback`` returns to
                 the newest checkpoint that was due.
+            aside: Whether, over shards, a copy of the state is written after this has returned:
+                see ``finish``. Otherwise writing takes no copy in memory.
 
         Returns:
             The checkpoint's directory.
@@ -144,28 +158,36 @@ class Checkpoints:
             WriteError: A file cannot be written. Complete checkpoints are unchanged.
         """
         path = self.directory / f"step-{int(progress.state.lower_steps)}"
-        try:
+        self.finish()
+        with _writable(path):
             if self.shards is not None:
-                self._write_shards(path, progress, due)
-            elif not path.is_dir():
+                self._write_shards(path, progress, due, aside)
+                return path
+            if not path.is_dir():
                 self._write(path, progress, due)
-            if self.keep and self._first:
-                complete = self._complete()
-                stays = {*complete[-self.keep :], next(self._due(), path)}
-                for old in complete:
-                    if old not in stays:
-                        remove_directory(old)
-        except (OSError, SafetensorError) as error:
-            raise WriteError(f"{path}: cannot be written ({error})") from error
+            self._remove_oldest(path)
         return path
+
+    def finish(self) -> None:
+        """Wait until what ``save`` began is complete; over shards every rank calls this.
+
+        Raises:
+            WriteError: A file could not be written. Complete checkpoints are unchanged.
+            RankError: Another rank is gone.
+        """
+        if self.pending:
+            path, saving = self.pending.popitem()
+            with _writable(path):
+                saving.finish()
 
     def _write(self, path: Path, progress: Progress, due: bool) -> None:
         remove_unfinished(self.directory, "step-*")
         with complete_directory(path) as unfinished:
             digest = write_tensors(unfinished / _STATE, _tensors(progress))
-            self._write_run(unfinished, progress, due, digest)
+            _write_run(unfinished, self._described(progress, due), digest)
 
-    def _write_run(self, unfinished: Path, progress: Progress, due: bool, digest: str) -> None:
+    def _described(self, progress: Progress, due: bool) -> dict[str, Any]:
+        """Return what ``run.json`` says of a checkpoint."""
         content = {
             "step": int(progress.state.lower_steps),
             "due": due,
@@ -175,24 +197,44 @@ class Checkpoints:
         }
         if progress.dev:
             content["dev"] = [score._asdict() for score in progress.dev]
-        content["sha256"] = _seal(digest, content)
-        write_text(unfinished / _RUN, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+        return content
 
-    def _write_shards(self, path: Path, progress: Progress, due: bool) -> None:
+    def _remove_oldest(self, newest: Path) -> None:
+        """Remove the oldest checkpoints beyond ``keep``, after the newest is complete."""
+        if self.keep:
+            complete = self._complete()
+            stays = {*complete[-self.keep :], next(self._due(), newest)}
+            for old in complete:
+                if old not in stays:
+                    remove_directory(old)
+
+    def _write_shards(self, path: Path, progress: Progress, due: bool, aside: bool) -> None:
         """Write a checkpoint, every rank its shards, unless rank 0 sees that there is one."""
         assert self.shards is not None
         with ExitStack() as stack:
             unfinished = None
             if self._first and not path.is_dir():
-                remove_unfinished(self.directory, "step-*")
-                unfinished = stack.enter_context(complete_directory(path))
+                unfinished = stack.enter_context(self._around_shards(path, progress, due))
             unfinished = self._ranks.objects(unfinished)[0]
             if unfinished is None:
                 return
-            save_shards(unfinished / _SHARDS, self.shards, progress.state)
-            if self._first:
-                write_tensors(unfinished / _RANDOM, _of_generators(progress.random))
-                self._write_run(unfinished, progress, due, _digest_of(unfinished))
+            shards = unfinished / _SHARDS
+            if aside:
+                saving = saving_shards(shards, self.shards, progress.state, stack.pop_all())
+                self.pending[path] = saving
+            else:
+                save_shards(shards, self.shards, progress.state)
+
+    @contextmanager
+    def _around_shards(self, path: Path, progress: Progress, due: bool) -> Iterator[Path]:
+        """Let the body write the shards, while training may go on, and complete the checkpoint."""
+        content = self._described(progress, due)
+        remove_unfinished(self.directory, "step-*")
+        with complete_directory(path) as unfinished:
+            yield unfinished
+            write_tensors(unfinished / _RANDOM, _of_generators(progress.random))
+            _write_run(unfinished, content, _digest_of(unfinished))
+        self._remove_oldest(path)
 
     def newest(self) -> Path | None:
         """Return the newest complete checkpoint, if any."""
@@ -292,6 +334,11 @@ class Checkpoints:
         return sorted(paths, key=_steps)
 
 
+def _write_run(unfinished: Path, content: Mapping[str, Any], digest: str) -> None:
+    sealed = {**content, "sha256": _seal(digest, content)}
+    write_text(unfinished / _RUN, json.dumps(sealed, indent=1, ensure_ascii=False) + "\n")
+
+
 def _digest_of(path: Path) -> str:
     """Return the SHA-256 of the state's file, or over shards of the files that stand for it."""
     if not (path / _SHARDS).is_dir():
@@ -307,6 +354,15 @@ def _seal(digest: str, content: Mapping[str, Any]) -> str:
     """
     text = digest + json.dumps(content, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
+
+
+@contextmanager
+def _writable(path: Path) -> Iterator[None]:
+    """Turn an error of writing a checkpoint into a ``WriteError``."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        raise WriteError(f"{path}: cannot be written ({error})") from error
 
 
 @contextmanager

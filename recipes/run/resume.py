@@ -76,14 +76,18 @@ class Run:
         """The path of the log, ``log.jsonl``."""
         return self.directory / "log.jsonl"
 
-    def save(self, progress: Progress) -> None:
+    def save(self, progress: Progress, *, aside: bool = False) -> None:
         """Save the state; all ranks call this after the same step.
+
+        Args:
+            progress: The state.
+            aside: Whether, over shards, training goes on while it is written.
 
         Raises:
             WriteError: As ``Checkpoints.save``.
         """
         if self.writes or self.checkpoints.shards is not None:
-            self.checkpoints.save(progress)
+            self.checkpoints.save(progress, aside=aside)
 
     def before_trouble(self) -> Progress:
         """Return the state for ``--on-trouble rollback``.
@@ -123,11 +127,18 @@ class Run:
         return failed + self._kept()
 
     def _kept(self) -> str:
+        failed = ""
+        try:
+            self.checkpoints.finish()
+        except WriteError as error:
+            failed = f"{error}; "
+        except RankError:
+            pass  # which is what ended this rank, too
         newest = self.checkpoints.newest()
         if not self.writes:
-            return f"go on with: {self.command}"
+            return f"{failed}go on with: {self.command}"
         kept = "no step is saved" if newest is None else f"the state is in {newest}"
-        return f"{kept}; go on with: {self.command}"
+        return f"{failed}{kept}; go on with: {self.command}"
 
     @contextmanager
     def keeping(self, progress: Progress) -> Iterator[None]:

@@ -110,7 +110,8 @@ def train(run: Run, training: Training, logging: StepLogging) -> Progress:
     Raises:
         NonFiniteError: A step is rejected with ``on_trouble`` "raise", or too many in a row are.
         StepError: A batch cannot be prepared, or the problem or the route refuses it.
-        WriteError: The log or a checkpoint cannot be written.
+        WriteError: The log or a checkpoint cannot be written. Of a checkpoint that was written
+            while training went on, this is seen when the next one is due, or at the end.
         Stopped: SIGINT or SIGTERM arrived. The current step was completed.
     """
     progress = run.start
@@ -169,7 +170,7 @@ def train(run: Run, training: Training, logging: StepLogging) -> Progress:
                     pace = (time.monotonic() - began) / max(after - first_step, 1)
                     progress = evaluated(run, training, progress, pace * (training.steps - after))
                 if run.checkpoints.due(first, _taken(progress, late)):
-                    run.save(progress)
+                    run.save(progress, aside=after < training.steps)
             except Exception as error:
                 if late is not None:
                     unread, late = late, None
@@ -185,6 +186,8 @@ def train(run: Run, training: Training, logging: StepLogging) -> Progress:
                 raise run.explained(error, progress) from error
             if signal:
                 raise _stopped(run, training, progress, signal)
+    with run.keeping(progress):
+        run.checkpoints.finish()
     return progress
 
 

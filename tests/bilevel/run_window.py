@@ -30,12 +30,9 @@ class StepTaken(NamedTuple):
     lower_params: Any
     optimizer_state: Any
     record: OneStepRecord
+    passed: LowerPass
     hypergradient: Any
     direction: Any
-
-    @property
-    def passed(self) -> LowerPass:
-        return self.record.passed
 
     @property
     def upper(self) -> Any:
@@ -76,5 +73,6 @@ def run_step(
     window = Window(problem, optimizer, start, upper_params, [micro_batches])
     record = one_step.record(window, upper_batch, direction)
     steps = take_steps(window, lower_route(one_step), record)
+    passed = record.passed  # with its gradient, which the record drops once μ is made of it
     result = record.hypergradient(steps.end)
-    return StepTaken(*steps.end, record, result.hypergradient, result.memory)
+    return StepTaken(*steps.end, record, passed, result.hypergradient, result.memory)

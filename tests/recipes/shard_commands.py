@@ -10,6 +10,7 @@ import json
 import os
 import signal
 import sys
+import threading
 import traceback
 from functools import partial
 from pathlib import Path
@@ -22,6 +23,7 @@ from transformers.models.internvl import modeling_internvl  # noqa: F401
 from transformers.models.qwen2.modeling_qwen2 import Qwen2RMSNorm
 
 import prm.placement
+from bilevel.shards import checkpoint as shards_checkpoint
 from prm.models.model import load_prm
 from prm.placement import Placement
 from recipes.__main__ import main as run_command
@@ -74,6 +76,18 @@ def fault_at(step: int, rank: int, number: int) -> None:
     training.run_training = partial(_RUN, logged=logged)
 
 
+def held_at(step: int, rank: int) -> None:
+    """Let one rank never write its part of the checkpoint of a step."""
+    write = shards_checkpoint._write
+
+    def held(path: Path, *others: Any) -> None:
+        if path.parent.name == f"step-{step}" and int(os.environ["RANK"]) == rank:
+            threading.Event().wait()
+        write(path, *others)
+
+    shards_checkpoint._write = held
+
+
 def run(rank: int, command: dict[str, Any], folder: Path) -> None:
     """Run a command as one of its ranks."""
     with (folder / f"output-{rank}.txt").open("a") as file:
@@ -82,6 +96,7 @@ def run(rank: int, command: dict[str, Any], folder: Path) -> None:
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(command["ranks"])}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(command["port"])}
     fault_at(*command.get("fault", (-1, -1, signal.SIGTERM)))
+    held_at(*command.get("held", (-1, -1)))
     print(f"## {' '.join(command['arguments'])}", flush=True)
     status = run_command(command["arguments"])
     with (folder / f"statuses-{rank}.txt").open("a") as file:

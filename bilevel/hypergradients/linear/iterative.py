@@ -83,12 +83,15 @@ class ConjugateGradient:
                 x = best
                 break
             alpha = square / curvature
-            x, r = tree.axpy(alpha, p, x), tree.axpy(-alpha, image, r)
+            r = tree.axpy(-alpha, image, r)
+            del image  # not held during what follows
+            x = tree.axpy(alpha, p, x)
             iterations += 1
             previous, square = square, float(tree.vdot(r, r))
             if square < best_square:
                 best, best_square = x, square
             p = tree.axpy(square / previous, p, r)
+        del r, p, best
         solution = system.finish(x, iterations, notes)
         if math.sqrt(square) <= self.tolerance and solution.residual > 10.0 * self.tolerance:
             note = (

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from bilevel import tree
 from bilevel.autodiff.torch_private import function_modes_off
-from bilevel.lower.ghost.rows import RowGradients
+from bilevel.lower.ghost.rows import RowGradients, vector
 from bilevel.lower.guard import LOOKS, Guard
 from bilevel.problem import dropped
 
@@ -64,7 +64,11 @@ _MARKER = (0, 1, 0, 1, 0, 1)
 
 
 def at_once(dots: Tensor) -> bool:
-    """Return whether products are added use by use: not where each addition is a launch."""
+    """Return whether products are added use by use: not where each addition is a launch.
+
+    There gradients of vectors (biases, norms, scales) are kept until the end, too, and are then
+    summed and multiplied together.
+    """
     return dots.is_cpu
 
 
@@ -83,6 +87,7 @@ class Context:
         # By rows and precision: the weights of the rows, and products that are still to be added.
         self._of_rows: dict[tuple[int, torch.dtype], Tensor] = {}
         self._terms: dict[tuple[int, torch.dtype], list[Tensor]] = {}
+        self._vectors: dict[tuple[int, torch.dtype], list[tuple[Tensor, Tracked]]] = {}
         self._direction: Direction | None = None
         self._keep: int | None = None
         self._entries_limit = entries_limit
@@ -120,7 +125,7 @@ class Context:
         self._all_one, any_gone = self._guard.weights((weights == 1.0).all(), gone.any())
         self._dropped = gone if any_gone else None
         self._dots = weights.new_zeros(weights.shape, dtype=tree.wide_dtype(weights.dtype))
-        self._of_rows, self._terms = {}, {}
+        self._of_rows, self._terms, self._vectors = {}, {}, {}
 
     @property
     def dots(self) -> Float[Tensor, " batch"]:
@@ -131,6 +136,25 @@ class Context:
             self._dots += self._per_example(total, self._owners.get(rows))
         self._terms = {}
         return self._dots
+
+    def late_gradients(self) -> list[tuple[int, Tensor]]:
+        """Record the products of the vectors that were kept; return gradients, by parameter."""
+        found = []
+        for (rows, dtype), uses in self._vectors.items():
+            joined = torch.cat([flat for flat, _ in uses], 1)
+            along = [self._along(entry) for _, entry in uses]
+            if self._direction is not None:
+                pieces = [vector(one, joined) for one in along if one is not None]
+                self._add(joined.mv(torch.cat(pieces)), rows)
+            if not self._all_one:
+                weighted = self._weights_of(rows, dtype).matmul(joined)
+                parts = weighted.split([flat.shape[1] for flat, _ in uses])
+                found += [
+                    (entry.leaves[0], part.to(entry.value.dtype))
+                    for part, (_, entry) in zip(parts, uses, strict=True)
+                ]
+        self._vectors = {}
+        return found
 
     def later_dots(self, direction: Direction) -> Float[Tensor, " batch"]:
         """Return the products [batch] from the gradients that were kept, and release these."""
@@ -143,8 +167,11 @@ class Context:
 
     def backward(
         self, use: Use, b: Tensor, saved: Sequence[Tensor], entries: Sequence[Tracked]
-    ) -> list[Tensor]:
-        """Return the gradients of a use's parameters, in their dtype, and record the products."""
+    ) -> list[Tensor | None]:
+        """Return the gradients of a use's parameters, in their dtype, and record the products.
+
+        None: ``late_gradients`` has it.
+        """
         if self.weights is None:
             return _cast(use.gradients(b, saved), entries)
         if self._dropped is not None:
@@ -153,17 +180,26 @@ class Context:
         if plain is not None and self._keep is None and self._direction is None:
             return _cast(plain, entries)
         weights = self._weights_of(len(b), b.dtype) if plain is None else None
-        result = []
+        result: list[Tensor | None] = []
         rows = use.row_gradients(b, saved, self._keep)
         for row, entry in zip(rows, entries, strict=True):
+            if row.flat is not None and self._waits(entry, b):
+                self._vectors.setdefault((len(b), row.flat.dtype), []).append((row.flat, entry))
+                result.append(None)
+                continue
             weighted, dots = row.sums(weights, self._along(entry))
             if dots is not None:
                 self._add(dots, len(b))
             if self._keep is not None:
                 self._pending.append((row, entry, len(b)))
-            if weighted is not None:
-                result.append(weighted)
+            result.append(weighted)
         return _cast(result if plain is None else plain, entries)
+
+    def _waits(self, entry: Tracked, b: Tensor) -> bool:
+        """Return whether a use of a parameter itself, a vector, waits until the end."""
+        itself = entry.value.dim() == 1 and entry.shadow.is_leaf
+        moves = self._direction is None or self._along(entry) is not None
+        return itself and moves and self._keep is None and not at_once(b)
 
     def _without_dropped(
         self, b: Tensor, saved: Sequence[Tensor]
@@ -236,5 +272,8 @@ class Tap(torch.autograd.Function):
         return b, None, None, None, None, *([None] * len(saved)), *gradients
 
 
-def _cast(gradients: list[Tensor], entries: Sequence[Tracked]) -> list[Tensor]:
-    return [g.to(entry.value.dtype) for g, entry in zip(gradients, entries, strict=True)]
+def _cast(gradients: Sequence[Tensor | None], entries: Sequence[Tracked]) -> list[Tensor | None]:
+    return [
+        None if gradient is None else gradient.to(entry.value.dtype)
+        for gradient, entry in zip(gradients, entries, strict=True)
+    ]

@@ -30,9 +30,11 @@ class RowGradients:
     Attributes:
         sums: The function from row weights [rows] and a direction shaped like the parameter, either
             of which may be None, to ``Sums``.
+        flat: The gradients, [rows, entries], if they are formed.
     """
 
     sums: Callable[[Tensor | None, Tensor | None], Sums]
+    flat: Float[Tensor, "rows entries"] | None = None
 
 
 def formed(gradients: Float[Tensor, "rows ..."], shape: torch.Size | None = None) -> RowGradients:
@@ -42,9 +44,9 @@ def formed(gradients: Float[Tensor, "rows ..."], shape: torch.Size | None = None
 
     def sums(weights: Tensor | None, direction: Tensor | None) -> Sums:
         weighted = None if weights is None else weights.matmul(flat).reshape(shape)
-        return weighted, None if direction is None else flat.mv(_vector(direction, flat))
+        return weighted, None if direction is None else flat.mv(vector(direction, flat))
 
-    return RowGradients(sums)
+    return RowGradients(sums, flat)
 
 
 def products(
@@ -56,7 +58,7 @@ def products(
 
     def sums(weights: Tensor | None, direction: Tensor | None) -> Sums:
         weighted, dots = None, []
-        along = None if direction is None else _vector(direction, left)
+        along = None if direction is None else vector(direction, left)
         for start in range(0, len(left), step):
             chunk = slice(start, start + step)
             flat = torch.bmm(left[chunk].transpose(1, 2), right[chunk]).flatten(1)
@@ -115,5 +117,6 @@ def _most_entries(like: Tensor) -> int:
     return CHUNK_ENTRIES if like.is_cpu else OFF_CPU_CHUNK_ENTRIES
 
 
-def _vector(direction: Tensor, like: Tensor) -> Tensor:
+def vector(direction: Tensor, like: Tensor) -> Float[Tensor, " entries"]:
+    """Return a direction as one vector, in the precision of gradients."""
     return direction.to(like.dtype).reshape(-1)

@@ -51,6 +51,8 @@ class Counted:
     Attributes:
         name: For the table.
         method: The hypergradient.
+        needs: What its equation needs at once: S is θ with Adam's moments, 3 copies, the others
+            are one each (docs/cost.md says which).
         batches: The examples of each micro-batch of a step.
         steps: Lower steps of a window.
         upper: Whether an upper step follows.
@@ -59,29 +61,51 @@ class Counted:
 
     name: str
     method: Hypergradient
+    needs: str
     batches: tuple[int, ...] = (4,)
     steps: int = 1
     upper: bool = True
     resident: bool = False
 
+    @property
+    def needed(self) -> int:
+        """The copies of θ that the functional execution needs."""
+        terms = [term.split() for term in self.needs.split(" + ")]
+        return sum(
+            (3 if term[-1] == "S" else 1) * (int(term[0]) if len(term) > 1 else 1) for term in terms
+        )
+
 
 COUNTED = [
-    Counted("plain", OneStep(order="upper-first"), upper=False, resident=True),
-    Counted("dot, lower-first", OneStep(Dot()), (1,), resident=True),
-    Counted("dot, upper-first", OneStep(Dot(), "upper-first"), (1, 1, 1), resident=True),
+    Counted("plain", OneStep(order="upper-first"), "2 S + g", upper=False, resident=True),
+    Counted("dot, lower-first", OneStep(Dot()), "2 S + g + g_i + v + μ", (1,), resident=True),
+    Counted("dot, upper-first", OneStep(Dot(), "upper-first"), "2 S + g", (1, 1, 1), resident=True),
     Counted(
-        "dot, upper-first, average", OneStep(Dot(), "upper-first", 0.9), (1, 1, 1), resident=True
+        "dot, upper-first, average",
+        OneStep(Dot(), "upper-first", 0.9),
+        "2 S + 2 v̄ + g",
+        (1, 1, 1),
+        resident=True,
     ),
-    Counted("ghost, upper-first", OneStep(Ghost(), "upper-first"), resident=True),
-    Counted("ghost, upper-first, average", OneStep(Ghost(), "upper-first", 0.9), resident=True),
-    Counted("jvp, upper-first", OneStep(Jvp(), "upper-first"), resident=True),
-    Counted("per-example, lower-first", OneStep(PerExample())),
-    Counted("jvp, lower-first", OneStep(Jvp())),
-    Counted("reverse, lower-first", OneStep(Reverse())),
-    Counted("central difference, lower-first", OneStep(CentralDifference())),
-    Counted("unrolled, 4 steps", Unrolled(), steps=4),
-    Counted("implicit, 5 iterations of CG", Implicit(ConjugateGradient(iterations=5, damping=1.0))),
-    Counted("penalty", Penalty(10.0)),
+    Counted("ghost, upper-first", OneStep(Ghost(), "upper-first"), "2 S + g", resident=True),
+    Counted(
+        "ghost, upper-first, average",
+        OneStep(Ghost(), "upper-first", 0.9),
+        "2 S + 2 v̄ + g",
+        resident=True,
+    ),
+    Counted("jvp, upper-first", OneStep(Jvp(), "upper-first"), "2 S + g + μ", resident=True),
+    Counted("per-example, lower-first", OneStep(PerExample()), "2 S + g + v + μ"),
+    Counted("jvp, lower-first", OneStep(Jvp()), "2 S + g + v + μ"),
+    Counted("reverse, lower-first", OneStep(Reverse()), "2 S + g + v + μ"),
+    Counted("central difference, lower-first", OneStep(CentralDifference()), "2 S + g + v + μ"),
+    Counted("unrolled, 4 steps", Unrolled(), "4 S + 4 g + v + 3 μ", steps=4),
+    Counted(
+        "implicit, 5 iterations of CG",
+        Implicit(ConjugateGradient(iterations=5, tolerance=0.0, damping=1.0)),
+        "2 S + q + g + v + x + r + p + 2 Hp",
+    ),
+    Counted("penalty", Penalty(10.0), "4 S + g"),
 ]
 
 
@@ -146,18 +170,20 @@ def main(arguments: Sequence[str]) -> None:
     given = parser.parse_args(arguments)
     torch.set_num_threads(1)
     rows = []
-    print(f"{'route':<36}{'functional':>12}{'resident':>10}")
+    print(f"{'route':<36}{'needed':>8}{'functional':>12}{'resident':>10}")
     for one in COUNTED:
         functional = copies(one, resident=False)
         resident = copies(one, resident=True) if one.resident else None
         row = {
             "route": one.name,
+            "needs": one.needs,
+            "needed": one.needed,
             "functional": round(functional, 1),
             "resident": None if resident is None else round(resident, 1),
         }
         rows.append(row)
         shown = "" if row["resident"] is None else row["resident"]
-        print(f"{one.name:<36}{row['functional']:>12}{shown:>10}")
+        print(f"{one.name:<36}{one.needed:>8}{row['functional']:>12}{shown:>10}")
     if given.output:
         about = {"command": " ".join(["python -m recipes.evidence.bench copies", *arguments])}
         write_json(Path(given.output), about | {"environment": environment(), "rows": rows})

@@ -5,6 +5,7 @@ The one process takes functional steps of a whole model; in float64 both come to
 
 from __future__ import annotations
 
+import errno
 import json
 import re
 import shutil
@@ -18,6 +19,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from bilevel.shards import checkpoint
 from prm.models.model import load_prm
 from prm.placement import Placement
 from recipes.__main__ import main
@@ -25,6 +27,7 @@ from recipes.options.parse import changed
 from recipes.options.rules import _PROVEN_IN_SHARDS, words_of
 from recipes.options.train import TrainOptions
 from recipes.options.values import OptionError
+from recipes.run.errors import WriteError
 from recipes.train.sharding import check_sharding
 from recipes.train.training import run_training
 from tests.rank_processes import ROOT, SECONDS, environment
@@ -111,12 +114,15 @@ def ran(task, tmp_path_factory) -> Path:
     commands = [
         command("3 to 2", 3, training(task, folder / "3 to 2", **full), **stop(1, signal.SIGTERM)),
         command("3 to 2", 2, go_on("3 to 2")),
-        command("2 to 1", 2, training(task, folder / "2 to 1", **full), **stop(0, signal.SIGTERM)),
+        command(
+            "2 to 1", 2, training(task, folder / "2 to 1", **full), **stop(0, signal.SIGTERM, 3)
+        ),
         command("2 to 1", 1, go_on("2 to 1")),
         command("1 to 2", 1, training(task, folder / "1 to 2", **full), **stop(0, signal.SIGTERM)),
         command("1 to 2", 2, go_on("1 to 2")),
-        command("whole", 2, training(task, folder / "whole", **full)),
+        command("whole", 2, training(task, folder / "whole", **full | {"save_every": 1})),
     ]
+    newest = full | {"save_every": 1, "keep_checkpoints": 1}
     for name, more in WEIGHTINGS.items():
         alone = training(task, folder / f"{name} alone", **more)
         commands.append(command("alone", 1, alone))
@@ -127,7 +133,11 @@ def ran(task, tmp_path_factory) -> Path:
         command("alone", 1, cold(task, folder / "cold alone")),
         command("cold", 2, cold(task, folder / "cold shared", sharding="full")),
         command(
-            "killed", 2, training(task, folder / "killed", **full), **stop(1, signal.SIGKILL, 3)
+            "killed",
+            2,
+            training(task, folder / "killed", **newest),
+            held=[2, 1],
+            **stop(1, signal.SIGKILL, 3),
         ),
         command("killed", 2, go_on("killed")),
         command("error", 2, training(task, folder / "error", **full), **stop(1, 0, 3)),
@@ -214,6 +224,26 @@ def test_a_checkpoint_is_in_shards(ran):
     held = [sum(leaf.numel() for leaf in load_file(folder / name).values()) for name in sealed]
     assert len(held) == 2
     assert min(held) > 0.4 * sum(held)
+
+
+def test_a_checkpoint_that_was_written_aside_is_that_of_one_that_training_waited_for(ran):
+    """The third step was due on one run, and a signal stopped the other after it."""
+    aside, waited = (ran / name / "checkpoints/step-3" for name in ("whole", "2 to 1"))
+    assert not json.loads((waited / "run.json").read_text())["due"]
+    files = [file.relative_to(waited) for file in waited.rglob("*.safetensors")]
+    assert len(files) == 3
+    for file in files:  # The order of names in a file's header is another one each time.
+        one, two = load_file(aside / file), load_file(waited / file)
+        assert one.keys() == two.keys()
+        assert all(torch.equal(one[name], two[name]) for name in one)
+
+
+def test_a_checkpoint_that_a_kill_left_unfinished_is_not_there(ran):
+    """Rank 1 was killed a step after the second checkpoint had begun; the first stayed."""
+    told = printed(ran, 0)
+    assert f"the state is in {ran}/killed/checkpoints/step-1; go on with: " in told
+    assert f"{ran}/killed: resumed after 1 of 4 lower steps" in told
+    assert [path.name for path in (ran / "killed/checkpoints").iterdir()] == ["step-4"]
 
 
 def test_a_killed_rank_ends_the_others_and_the_run_resumes_bit_for_bit(ran):
@@ -344,6 +374,26 @@ def test_a_checkpoint_over_shards_that_has_changed_is_refused(saved, tmp_path, n
     file.write_bytes(content)
     with pytest.raises(OptionError, match="--resume"):
         run_training(options)
+
+
+def test_an_error_of_writing_while_training_goes_on_ends_the_run(saved, tmp_path, monkeypatch):
+    """It is seen where the next checkpoint is due, and the one before is kept."""
+    (tmp_path / "run").mkdir()
+    options = changed(saved, output_dir=str(tmp_path / "run"), steps=3)
+    write = checkpoint._write
+
+    def full(path: Path, *others) -> None:
+        if path.parent.name == "step-2":
+            raise OSError(errno.ENOSPC, "No space left on device")
+        write(path, *others)
+
+    monkeypatch.setattr(checkpoint, "_write", full)
+    there = tmp_path / "run" / "checkpoints"
+    sentence = rf"{there / 'step-2'}: cannot be written \(.*No space left on device.*step-1; go on"
+    with pytest.raises(WriteError, match=sentence):
+        run_training(options)
+    assert [path.name for path in there.iterdir()] == ["step-1"]
+    assert [line["step"] for line in read_lines(tmp_path / "run/log.jsonl")] == [1, 2, 3]
 
 
 def test_a_run_goes_on_as_it_began_in_shards_or_whole(saved, tmp_path):
