@@ -36,12 +36,12 @@ NAMES = (
     "torch._fused_adamw_",
     "torch._foreach_add",
     "torch._foreach_add_",
-    "torch._foreach_clamp_min",
+    "torch._foreach_clamp_min_",
     "torch._foreach_div",
     "torch._foreach_mul",
     "torch._foreach_mul_",
     "torch._foreach_norm",
-    "torch._foreach_reciprocal_",
+    "torch._foreach_div_",
     "torch._foreach_sqrt",
     "torch._debug_has_internal_overlap",
 )
@@ -50,12 +50,12 @@ NAMES = (
 fused_adamw_ = torch._fused_adamw_
 foreach_add = torch._foreach_add
 foreach_add_ = torch._foreach_add_
-foreach_clamp_min = torch._foreach_clamp_min
+foreach_clamp_min_ = torch._foreach_clamp_min_
 foreach_div = torch._foreach_div
 foreach_mul = torch._foreach_mul
 foreach_mul_ = torch._foreach_mul_
 foreach_norm = torch._foreach_norm
-foreach_reciprocal_ = torch._foreach_reciprocal_
+foreach_div_ = torch._foreach_div_
 foreach_sqrt = torch._foreach_sqrt
 
 # What ``torch.no_grad`` and its like call, as a ``TorchFunctionMode`` sees it.

@@ -14,10 +14,10 @@ from bilevel import tree
 from bilevel.autodiff.torch_private import (
     foreach_add,
     foreach_add_,
-    foreach_clamp_min,
+    foreach_clamp_min_,
     foreach_div,
+    foreach_div_,
     foreach_mul_,
-    foreach_reciprocal_,
     foreach_sqrt,
     fused_adamw_,
 )
@@ -98,43 +98,53 @@ class FusedAdam:
     def slope_(
         self,
         raw: Sequence[Tensor],
-        seen: Sequence[Tensor],
+        seen: Sequence[Tensor] | float,
         first: Sequence[Tensor],
         second: Sequence[Tensor],
         factor: float,
     ) -> None:
         """Multiply ``raw`` by the derivative of the step's direction, in place.
 
-        With the moments m', s' *after* the step, k = √c₂/c₁, e = ε √c₂ and ĝ = ``seen``::
+        With the moments m', s' *after* the step, k = √c₂/c₁, e = ε √c₂, x = raw/(√s'+e), and ĝ the
+        gradients that the rule saw::
 
-            raw ← factor · raw · ((1−β₁) k/(√s'+e) − (1−β₂) k m' ĝ/(√s' (√s'+e)²))
+            raw ← factor · k x ((1−β₁) − (1−β₂) m'/√s' ĝ/(√s'+e))
 
         Where s' = 0, ĝ is 0, and the second term is too.
 
         Args:
             raw: What the derivative is taken along, like θ.
-            seen: The gradients that the rule saw.
+            seen: ĝ, or what ĝ is of ``raw``, which takes fewer operations.
             first: m'.
             second: s'.
             factor: ``−lr``, and the clip scale.
         """
         (beta1, beta2), steps = self.betas, self.steps
         correction2 = 1.0 - beta2**steps
-        gain = math.sqrt(correction2) / (1.0 - beta1**steps)
+        gain = factor * math.sqrt(correction2) / (1.0 - beta1**steps)
         # 16 bits would lose the difference of the two terms.
         wide = tree.wide_dtype(raw[0].dtype)
-        ghat, m, s = ([leaf.to(wide) for leaf in column] for column in (seen, first, second))
+        x, m, s = ([leaf.to(wide) for leaf in column] for column in (raw, first, second))
         least = math.sqrt(torch.finfo(wide).tiny * torch.finfo(wide).eps)
         root = foreach_sqrt(s)
-        bend = foreach_div(ghat, foreach_clamp_min(root, least))
-        foreach_mul_(bend, m)
+        foreach_clamp_min_(root, least)
+        bend = foreach_div(m, root)
         foreach_add_(root, self.eps * math.sqrt(correction2))
-        foreach_reciprocal_(root)
-        foreach_mul_(bend, root)
-        foreach_mul_(bend, -(1.0 - beta2) * gain * factor)
-        foreach_add_(bend, (1.0 - beta1) * gain * factor)
-        foreach_mul_(root, bend)
-        foreach_mul_(list(raw), [one.to(raw[0].dtype) for one in root])
+        if isinstance(seen, float):
+            foreach_div_(x, root)
+            turned: Sequence[Tensor] = x
+            ratio = seen
+        else:
+            turned = foreach_div([leaf.to(wide) for leaf in seen], root)
+            ratio = 1.0
+            foreach_div_(x, root)
+        straight = torch.full((), (1.0 - beta1) * gain, dtype=wide, device=raw[0].device)
+        for one, other in zip(bend, turned, strict=True):
+            torch.addcmul(straight, one, other, value=-(1.0 - beta2) * gain * ratio, out=one)
+        foreach_mul_(x, bend)
+        if wide != raw[0].dtype:
+            for leaf, product in zip(raw, x, strict=True):
+                leaf.copy_(product)
 
     def slope_of_piece_(
         self, flat: Tensor, first: Sequence[Tensor], second: Sequence[Tensor], factor: float

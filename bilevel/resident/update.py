@@ -75,8 +75,10 @@ def step_(
     for part in parts([columns.params, raw, *moments]):
         seen = _seen(part, raw, weight, optimizer.state_dtype, clip)
         if kernel is not None and _alike(part, columns, raw):
+            multiple = weight if weight is not None else 1.0
             _fused(
-                kernel, optimizer, int(state.steps), part, columns, raw, seen, clip, slopes, usual
+                *(kernel, optimizer, int(state.steps), part, columns, raw, seen),
+                *(clip, slopes, usual, multiple),
             )
         else:
             _by_rule(plain, state.steps, part, columns, raw, seen, clip, slopes, usual)
@@ -304,6 +306,7 @@ def _fused(
     clip: Tensor | None,
     slopes: bool,
     usual: Bool[Tensor, ""] | None,
+    weight: float,
 ) -> None:
     """Take the step of a part by the fused kernel, group by group."""
     groups = _by_group(optimizer, count, part, columns.names)
@@ -318,7 +321,8 @@ def _fused(
         used = kernel.step_(params, laid_out, first, second, lr, decay, usual)
         if slopes:
             scale = 1.0 if clip is None else float(clip)
-            kernel.slope_(grads, used, first, second, -lr * scale)
+            coupled = decay and not kernel.decoupled
+            kernel.slope_(grads, used if coupled else weight * scale, first, second, -lr * scale)
 
 
 def _of(cuts: Sequence[Cut], column: Leaves) -> list[Tensor]:
