@@ -12,7 +12,7 @@ from recipes.report.annotate import annotate
 from recipes.report.export import export_table
 from recipes.report.options import WeightsOptions
 from recipes.report.run_files import data_file, files_read, run_options
-from recipes.report.run_labels import MovedLabel, moved_labels
+from recipes.report.run_labels import MovedLabel, moved_labels, run_labels
 from recipes.report.run_weights import RunWeights, effective_share, histogram, read_run_weights
 from recipes.terminal import printable, say
 
@@ -50,7 +50,7 @@ def run_weights(options: WeightsOptions) -> None:
         left = left if counts.without else ""
         say(f"{options.annotate}: {counts.rows:,} rows, {counts.weighted:,} with weights{left}")
     if options.export is None and options.annotate is None:
-        labels = moved_labels(directory)
+        labels = moved_labels(run_labels(directory))
         for line in (*page(directory, weights, options.top), *label_table(labels, options.top)):
             print(printable(line))
 
