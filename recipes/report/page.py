@@ -197,8 +197,9 @@ def _run(run: RunNumbers, anchor: str) -> dict[str, Any]:
         summary = {
             "examples": f"{len(values):,}",
             "weights": f"{values.min():.3f} to {values.max():.3f}, mean {values.mean():.3f}",
-            "effective sample size": f"{effective_share(values):.0%}",
         }
+        if not run.labels:  # no loss is multiplied by what stands for weights beside labels
+            summary["effective sample size"] = f"{effective_share(values):.0%}"
         names = {
             "weight_auc": "AUC of the weights, right against wrong labels",
             "weight_label_correlation": "rank correlation of weights with the share of + labels",
