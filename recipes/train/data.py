@@ -19,7 +19,7 @@ from prm.data.store.outline import Facts
 from prm.digests import check_digest
 from prm.models.model import PRM
 from prm.schema import DataError
-from recipes.bad_rows import SKIPPED, TRUNCATED, report_bad_rows, report_truncated
+from recipes.bad_rows import report_bad_rows, skipped_path
 from recipes.evaluation.candidates import Candidates, read_candidates
 from recipes.evaluation.leaks import find_leak, refuse_leak
 from recipes.method.bounded_weights import WEIGHTINGS
@@ -170,7 +170,7 @@ def refuse_other_bad_rows(options: LowerOptions, bad: Mapping[str, BadRows]) -> 
         return  # it starts again from the beginning
     for name in ("train", "meta"):
         if name in bad:
-            earlier = _left_out(directory / f"{name}{SKIPPED}")
+            earlier = _left_out(skipped_path(directory / name))
             now = [(row.line, row.field, row.id) for row in bad[name].left_out]
             if earlier != now:
                 raise OptionError(
@@ -186,8 +186,7 @@ def keep_bad_rows(directory: Path, bad: Mapping[str, BadRows]) -> None:
     So are solutions of which the first steps alone are used.
     """
     for name, one in bad.items():
-        report_bad_rows([one], directory / f"{name}{SKIPPED}", say)
-        report_truncated([one], directory / f"{name}{TRUNCATED}", say)
+        report_bad_rows([one], directory / name, say)
 
 
 def _left_out(path: Path) -> list[tuple[Any, Any, Any]]:
