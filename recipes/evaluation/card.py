@@ -266,8 +266,8 @@ def _limits(results: Mapping[str, Any]) -> Iterator[str]:
     )
     if results.get("sanity_check"):
         yield (
-            "- SANITY CHECK: the meta set is the test set, so that its results are an upper bound "
-            "and no estimate."
+            "- SANITY CHECK: questions of the test set are in the meta set, or in the dev set that "
+            "chose the model, so that its results are an upper bound and no estimate."
         )
     for text in results.get("signs", {}).values():
         yield f"- {_plain(text)}"

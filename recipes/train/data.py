@@ -74,8 +74,8 @@ def read_train_data(prm: PRM, options: TrainOptions) -> TrainData:
     """Read and check the files of a training run.
 
     Raises:
-        OptionError: A file is missing, or the meta set shares questions with the test set and
-            the run is not marked as a sanity check.
+        OptionError: A file is missing, or the meta set, or the dev set by which the model is
+            chosen, shares questions with the test set and the run is not marked as a sanity check.
         DataError: A record cannot be used, or no question has a pair to compare.
     """
     plain = read_examples(prm, options, options.train_file)
@@ -98,14 +98,16 @@ def read_train_data(prm: PRM, options: TrainOptions) -> TrainData:
         for name, path in (("dev", options.data.dev_file), ("test", options.data.test_file))
         if path
     }
-    if meta is not None and "test" in evaluations:
-        test = evaluations["test"].data
-        refuse_leak(
-            find_leak(meta.examples, test.examples, meta.path, test.path),
-            f"--meta-file {meta.path}",
-            f"--test-file {test.path}",
-            sanity_check=options.data.sanity_check,
-        )
+    chosen_by = evaluations["dev"].data if options.data.keep_best else None
+    for flag, tuned in (("--meta-file", meta), ("--keep-best: --dev-file", chosen_by)):
+        if tuned is not None and "test" in evaluations:
+            test = evaluations["test"].data
+            refuse_leak(
+                find_leak(tuned.examples, test.examples, tuned.path, test.path),
+                f"{flag} {tuned.path}",
+                f"--test-file {test.path}",
+                sanity_check=options.data.sanity_check,
+            )
     weights = options.weighting.weights_file
     return TrainData(
         train=plain.with_rows(index=ids, domains=domains or None),

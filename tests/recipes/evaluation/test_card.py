@@ -82,7 +82,7 @@ def test_the_facts_are_those_of_the_run():
         assert line in text.splitlines(), line
     assert "secret" not in text
     assert "SANITY CHECK" not in text
-    assert "SANITY CHECK: the meta set is the test set" in card(
+    assert "SANITY CHECK: questions of the test set are in the meta set" in card(
         results=RESULTS | {"sanity_check": True}
     )
 
