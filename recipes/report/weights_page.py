@@ -51,16 +51,20 @@ def run_weights(options: WeightsOptions) -> None:
         say(f"{options.annotate}: {counts.rows:,} rows, {counts.weighted:,} with weights{left}")
     if options.export is None and options.annotate is None:
         labels = moved_labels(run_labels(directory))
-        for line in (*page(directory, weights, options.top), *label_table(labels, options.top)):
+        described = page(directory, weights, options.top, learned_labels=bool(labels))
+        for line in (*described, *label_table(labels, options.top)):
             print(printable(line))
 
 
-def page(directory: Path, weights: RunWeights, top: int) -> Iterator[str]:
-    """Yield the lines of the page."""
+def page(
+    directory: Path, weights: RunWeights, top: int, *, learned_labels: bool = False
+) -> Iterator[str]:
+    """Yield the lines of the page; no loss is multiplied by what stands beside learned labels."""
     values = weights.weight
+    share = "" if learned_labels else f", effective sample size {effective_share(values):.0%}"
     yield (
         f"{directory}: {len(values):,} weights, {values.min():.3f} to {values.max():.3f}, "
-        f"mean {values.mean():.3f}, effective sample size {effective_share(values):.0%}"
+        f"mean {values.mean():.3f}{share}"
     )
     if values.min() == values.max():
         yield "all weights are equal: there is no order to show"
