@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,38 +26,38 @@ def bad_rows_of(options: Any, path: Path, tell: Callable[[str], None] | None = N
     return BadRows(path, "skip", options.max_bad_rows, tell=tell)
 
 
-def report_bad_rows(several: Iterable[BadRows], output: Path, tell: Callable[[str], None]) -> None:
-    """Tell what was left out of several files, and list it in the file ``output``, if anything was.
+def report_bad_rows(
+    several: Sequence[BadRows], output: Path | None, tell: Callable[[str], None]
+) -> None:
+    """Tell of several files what was left out, and of which solutions the first steps are kept.
 
-    If nothing was, an older list is removed, which would be taken for that of the new output.
+    Both are listed beside ``output``. Where there is nothing to list, an older list is removed,
+    which would be taken for that of the new output. Without an output nothing is told: there is
+    nothing to tell then (``recipes.run.files.need_output_for_lists``).
 
     Raises:
-        OSError: The list cannot be written.
+        OSError: A list cannot be written.
     """
+    if output is None:
+        return
+    listed = skipped_path(output)
     lost = [bad for bad in several if bad.left_out]
     if not lost:
-        output.unlink(missing_ok=True)
+        listed.unlink(missing_ok=True)
     else:
-        write_bad_rows(output, lost)
+        write_bad_rows(listed, lost)
         for bad in lost:
-            tell(f"{bad}, listed in {output}")
-
-
-def report_truncated(several: Iterable[BadRows], output: Path, tell: Callable[[str], None]) -> None:
-    """Tell and list, as ``report_bad_rows`` does, the solutions of which the first steps are kept.
-
-    Raises:
-        OSError: The list cannot be written.
-    """
+            tell(f"{bad}, listed in {listed}")
+    listed = truncated_path(output)
     cut = [bad for bad in several if bad.truncated]
     if not cut:
-        output.unlink(missing_ok=True)
+        listed.unlink(missing_ok=True)
         return
-    write_lines(output, (row.line_of_json() for bad in cut for row in bad.truncated))
+    write_lines(listed, (row.line_of_json() for bad in cut for row in bad.truncated))
     for bad in cut:
         tell(
             f"{bad.path}: {len(bad.truncated):,} solutions are longer than the model's context; "
-            f"their first steps alone are used, listed in {output}"
+            f"their first steps alone are used, listed in {listed}"
         )
 
 

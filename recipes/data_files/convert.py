@@ -10,7 +10,7 @@ from prm.data.bad_rows import BadRows
 from prm.data.reader import checked_rows, write_jsonl
 from prm.data.stepwise_writer import read_weights, write_stepwise
 from prm.schema import StepExample
-from recipes.bad_rows import bad_rows_of, report_bad_rows, skipped_path
+from recipes.bad_rows import bad_rows_of, report_bad_rows
 from recipes.data_files.options import ConvertOptions, FileOptions
 from recipes.options.rules import check_together
 from recipes.options.values import OptionError, existing_file
@@ -57,14 +57,14 @@ def convert(options: ConvertOptions) -> Written:
     if options.to == "prm-jsonl":
         examples = examples_of(options, options.file, bad)
         write_jsonl(out, written.through(examples), image_root)
-        report_bad_rows([bad], skipped_path(out), say)
+        report_bad_rows([bad], out, say)
         return written
     labels = (step.label for e in examples_of(options, options.file) for step in e.steps)
     soft = any(label not in (None, 0.0, 1.0) for label in labels)
     weights = None if options.weights is None else read_weights(existing_file(options.weights))
     examples = written.through(examples_of(options, options.file, bad))
     write_stepwise(out, examples, image_root, soft=soft, weights=weights)
-    report_bad_rows([bad], skipped_path(out), say)
+    report_bad_rows([bad], out, say)
     if options.weights is not None:
         note_unchecked(Path(options.weights))
     return written

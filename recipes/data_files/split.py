@@ -86,7 +86,7 @@ def split(options: SplitOptions) -> Division:
                 root_of(options, options.file),
             )
             written[part] = (len(mine), sum(rows[key] for key in mine))
-    report_bad_rows([bad], skipped_path(out), say)
+    report_bad_rows([bad], out, say)
     left = [rows[key] for key in keys if key not in part_of]
     return Division(written, groups.joined(len(keys)), groups.images, (len(left), sum(left)))
 

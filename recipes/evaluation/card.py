@@ -102,7 +102,8 @@ def model_card(
     front["base_license"] = origin.licence
     front["pipeline_tag"] = "image-text-to-text" if sees else "text-generation"
     front["library_name"] = "transformers"
-    front["tags"] = tags + (["instance-reweighting"] if weighting != "none" else [])
+    learns = {"none": [], "labels": ["learned-labels"]}
+    front["tags"] = tags + learns.get(weighting, ["instance-reweighting"])
     version = environment.get("packages", {}).get("bilevel-prm", UNKNOWN)
     lines = [
         "---",
@@ -212,11 +213,17 @@ def _training(args: Mapping[str, Any], results: Mapping[str, Any]) -> Iterator[s
     kinds = {"net": "Instance Net", "table": "Instance Table", "domain": "Domain Table"}
     given = "given in a file" if args.get("weights_file") else "all 1 (No Selection)"
     learned = kinds.get(args["weighting"])
-    yield f"- Weights of the examples: {f'learned ({learned})' if learned else given}"
+    measure = "weight"
+    if (labels := results.get("labels")) is not None:
+        measure = "agreement"
+        turned = f"{labels['turned_over']:,} of {labels['steps']:,} were turned over"
+        yield f"- Labels of the steps: learned, {turned}; agreement is 1 minus how far they moved"
+    else:
+        yield f"- Weights of the examples: {f'learned ({learned})' if learned else given}"
     for source, entry in results.get("sources", {}).items():
-        yield f"  - mean weight of `{_plain(source)}`: {entry['mean_weight']:.2f}"
+        yield f"  - mean {measure} of `{_plain(source)}`: {entry['mean_weight']:.2f}"
     if results.get("weight_auc") is not None:
-        yield f"  - AUC of the weights, right against wrong labels: {results['weight_auc']:.3f}"
+        yield f"  - AUC of the {measure}s, right against wrong labels: {results['weight_auc']:.3f}"
     if _is_chosen(results):
         yield f"- The model is that of step {results['model_selection']['step']}, chosen on dev"
 
@@ -259,8 +266,8 @@ def _limits(results: Mapping[str, Any]) -> Iterator[str]:
     )
     if results.get("sanity_check"):
         yield (
-            "- SANITY CHECK: the meta set is the test set, so that its results are an upper bound "
-            "and no estimate."
+            "- SANITY CHECK: questions of the test set are in the meta set, or in the dev set that "
+            "chose the model, so that its results are an upper bound and no estimate."
         )
     for text in results.get("signs", {}).values():
         yield f"- {_plain(text)}"

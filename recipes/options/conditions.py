@@ -91,10 +91,10 @@ SCORED = Condition(
     ("weighting", "dev_file", "test_file"),
     "give candidates to score",
 )
-META_AND_TEST = Condition(
-    lambda given: has_meta_loss(given) and given.test_file is not None,
-    ("weighting", "meta_file", "test_file"),
-    "give --meta-file and --test-file",
+TUNED_AND_TEST = Condition(
+    lambda given: (has_meta_loss(given) or given.keep_best) and given.test_file is not None,
+    ("weighting", "meta_file", "keep_best", "test_file"),
+    "give --test-file, and --meta-file or --keep-best",
 )
 DEV_NAMED = Condition(lambda given: given.dev_file is not None, ("dev_file",), "give --dev-file")
 TEST_NAMED = Condition(

@@ -14,10 +14,10 @@ from recipes.options.conditions import (
     LORA,
     LOWER_COSINE,
     LOWER_STEP,
-    META_AND_TEST,
     META_LOSS,
     SAVED,
     TEST_NAMED,
+    TUNED_AND_TEST,
     UPPER_ADAM,
     UPPER_COSINE,
     UPPER_STEP,
@@ -254,9 +254,9 @@ class TrustedData:
     )
     sanity_check: bool = option(
         False,
-        "the meta set is the test set, on purpose: an upper bound for the method, labelled as such "
-        "in every result",
-        only_with=META_AND_TEST,
+        "questions of the test set are in the meta set, or in the dev set of --keep-best, on "
+        "purpose: an upper bound for the method, labelled as such in every result",
+        only_with=TUNED_AND_TEST,
         on_resume="free",
     )
 

@@ -133,7 +133,33 @@ def losses(runs: Sequence[RunNumbers]) -> Picture | None:
         "losses",
         "Losses of both levels",
         "Lower: weighted cross-entropy of the training batches. Upper: the loss of the meta "
-        "batches. Thin: the lines of the log; thick: their running mean.",
+        "batches.",
+    )
+
+
+def dev_set(runs: Sequence[RunNumbers]) -> Picture | None:
+    """Draw what ``--eval-every`` measured on the development set, over the steps."""
+    parts = [("best_of_n", "best-of-N\naccuracy"), ("step_auc", "step AUC")]
+    kept = " A vertical line: the step of the model." if any(run.kept for run in runs) else ""
+    return _over_steps(
+        runs,
+        parts,
+        "dev-over-steps",
+        "The development set over the steps",
+        f"The accuracy of selection, and the AUC of the step scores against the labels.{kept}",
+        kept=True,
+    )
+
+
+def moved_labels(runs: Sequence[RunNumbers]) -> Picture | None:
+    """Draw how far learned labels moved over the steps."""
+    parts = [("labels/moved", "mean of those\nthat moved"), ("labels/most", "largest")]
+    return _over_steps(
+        runs,
+        parts,
+        "labels-over-steps",
+        "Learned labels over the steps",
+        "How far the labels of steps are from where they began, in logits.",
     )
 
 
@@ -286,6 +312,8 @@ def _over_steps(
     name: str,
     title: str,
     caption: str,
+    *,
+    kept: bool = False,
 ) -> Picture | None:
     parts = [(key, label) for key, label in parts if any(key in run.log for run in runs)]
     if not parts:
@@ -295,9 +323,14 @@ def _over_steps(
         for n, run in enumerate(runs):
             if key in run.log:
                 _curve(axes, run.log[key], plain(run.name), line_style(n))
+                if kept and run.kept is not None:
+                    axes.axvline(run.kept, **line_style(n) | {"linewidth": 0.8})
         axes.set_ylabel(label)
     legend(np.atleast_1d(several)[0])
     np.atleast_1d(several)[-1].set_xlabel("lower steps")
+    drawn = [run.log[key].values for key, _ in parts for run in runs if key in run.log]
+    if any(map(_half_width, drawn)):
+        caption += " Thin: the lines of the log; thick: their running mean."
     return _picture(figure, name, title, caption)
 
 
@@ -308,11 +341,15 @@ def _curve(axes: Any, series: Series, label: str, style: Mapping[str, Any]) -> N
 
 def _smooth(values: Sequence[float]) -> Any:
     """Return the running mean over a twentieth of the values, shorter at the ends."""
-    half = len(values) // 40
+    half = _half_width(values)
     sums = np.concatenate([[0.0], np.cumsum(np.asarray(values, dtype=float))])
     places = np.arange(len(values))
     low, high = np.maximum(places - half, 0), np.minimum(places + half + 1, len(values))
     return (sums[high] - sums[low]) / (high - low)
+
+
+def _half_width(values: Sequence[float]) -> int:
+    return len(values) // 40
 
 
 def line_style(n: int, mark: bool = False) -> dict[str, Any]:
@@ -343,9 +380,9 @@ def blank_axes(
 
 
 def legend(axes: Any) -> None:
-    """Put the names of the lines to the right of the axes, if there are any."""
+    """Put the names of the lines to the right of the axes; one line needs no name."""
     _, labels = axes.get_legend_handles_labels()
-    if labels:
+    if len(labels) > 1:
         axes.legend(loc="upper left", bbox_to_anchor=(1.01, 1.0), frameon=False, handlelength=3)
 
 

@@ -17,6 +17,7 @@ from prm.schema import DataError
 from recipes.evaluation.table import NAMES, label_of
 from recipes.options.values import OptionError
 from recipes.report.run_files import data_file, lines_of, run_options
+from recipes.report.run_labels import StepLabels, run_labels
 from recipes.report.run_weights import RunWeights, read_run_weights
 from recipes.report.shown_examples import ShownExample, shown_examples
 from recipes.run.files import EXTREMES
@@ -86,7 +87,9 @@ class RunNumbers:
         options: The options that tell runs apart.
         method: The name of the model's row in the results, None without results.
         files: The results, the test set first.
+        kept: The step of the model, if the development set was scored during training.
         weights: The weights, or why there are none.
+        labels: The given and the learned labels by id; none if labels were not learned.
         examples: The examples of highest and lowest weight, or why none are shown.
         log: The figures of the log, by name.
         troubles: The number of troubles of each kind.
@@ -103,7 +106,9 @@ class RunNumbers:
     options: Mapping[str, Any]
     method: str | None
     files: tuple[FileResults, ...]
+    kept: int | None
     weights: RunWeights | str
+    labels: Mapping[str, StepLabels]
     examples: tuple[ShownExample, ...] | str
     log: Mapping[str, Series]
     troubles: Mapping[str, int]
@@ -131,6 +136,7 @@ def read_run(directory: Path, name: str, data: str | None = None) -> RunNumbers:
         raise OptionError(f"{directory}: is a run of {state.kind}; reports are of runs of train")
     results = json_object(directory / "results.json") or {}
     weights = _weights(directory, args, data)
+    labels = run_labels(directory)
     log = lines_of(directory / "log.jsonl")
     known = [key for key in results.get("rows", {}) if key in NAMES or "_sanity" in key]
     own = [key for key in known if key not in ("pass@1", "self_consistency", "weighted_vote")]
@@ -142,8 +148,10 @@ def read_run(directory: Path, name: str, data: str | None = None) -> RunNumbers:
         options={key: args[key] for key in _SHOWN_OPTIONS if args.get(key) is not None},
         method=own[0] if own else None,
         files=_files(results),
+        kept=results.get("model_selection", {}).get("step"),
         weights=weights,
-        examples=_examples(directory, args, data, weights),
+        labels=labels,
+        examples=_examples(directory, args, data, weights, labels),
         log=series(log),
         troubles=results.get("troubles", {}) if results else _troubles(log),
         signs=results.get("signs", {}),
@@ -214,7 +222,11 @@ def _weights(directory: Path, args: Mapping[str, Any], data: str | None) -> RunW
 
 
 def _examples(
-    directory: Path, args: Mapping[str, Any], data: str | None, weights: RunWeights | str
+    directory: Path,
+    args: Mapping[str, Any],
+    data: str | None,
+    weights: RunWeights | str,
+    labels: Mapping[str, StepLabels],
 ) -> tuple[ShownExample, ...] | str:
     if isinstance(weights, str):
         return weights
@@ -225,7 +237,7 @@ def _examples(
         return f"the data file {file.path} is not there any more; give --data"
     try:
         scores = {str(e.get("id")): e for e in lines_of(directory / EXTREMES)}
-        return shown_examples(weights, file, scores)
+        return shown_examples(weights, file, scores, labels)
     except DataError as error:
         return str(error)
 

@@ -20,6 +20,7 @@ from recipes.report.numbers import RunNumbers, names_of, read_run
 from recipes.report.options import ReportOptions
 from recipes.report.outputs import new_output
 from recipes.report.run_files import data_file, files_read, run_options
+from recipes.report.run_labels import moved_labels
 from recipes.report.run_weights import RunWeights, effective_share
 from recipes.terminal import printable, say
 
@@ -57,7 +58,7 @@ def run_report(options: ReportOptions) -> None:
     ]
     inputs = [file for path in directories for file in _files_read(path, options.data)]
     pictures = write_report(runs, options.output, overwrite=options.overwrite, inputs=inputs)
-    say(f"{options.output}: {len(runs)} runs, {pictures} figures, each in {figures_of(options)}")
+    say(f"{options.output} (runs: {len(runs)}, figures: {pictures}, each in {figures_of(options)})")
 
 
 def _files_read(directory: Path, data: str | None) -> tuple[Path, ...]:
@@ -159,8 +160,11 @@ def page_content(runs: Sequence[RunNumbers]) -> dict[str, Any]:
     )
     training = [
         drawing.losses(runs) or Missing("Losses of both levels", "no run has a log"),
+        drawing.dev_set(runs)
+        or Missing("The development set over the steps", "no run scored it (--eval-every N)"),
         drawing.trajectories(runs)
         or Missing("Weights over the steps", "no run here learned weights of examples"),
+        *filter(None, [drawing.moved_labels(runs)]),
     ]
     cost = [drawing.seconds(runs) or Missing("Time per part", "written when a run is complete")]
     return {
@@ -193,13 +197,18 @@ def _run(run: RunNumbers, anchor: str) -> dict[str, Any]:
         summary = {
             "examples": f"{len(values):,}",
             "weights": f"{values.min():.3f} to {values.max():.3f}, mean {values.mean():.3f}",
-            "effective sample size": f"{effective_share(values):.0%}",
         }
+        if not run.labels:  # no loss is multiplied by what stands for weights beside labels
+            summary["effective sample size"] = f"{effective_share(values):.0%}"
         names = {
             "weight_auc": "AUC of the weights, right against wrong labels",
             "weight_label_correlation": "rank correlation of weights with the share of + labels",
         }
         summary |= {names[key]: f"{value:.3f}" for key, value in run.facts.items()}
+        if run.labels:
+            labels = moved_labels(run.labels)
+            turned = sum(label.turned_over for label in labels)
+            summary["labels turned over"] = f"{turned:,} of {len(labels):,}"
     else:
         figures.append(Missing("Weights", weights))
     return {"run": run, "anchor": anchor, "figures": figures, "summary": summary}

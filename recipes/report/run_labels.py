@@ -31,7 +31,11 @@ class MovedLabel(NamedTuple):
         return (self.learned - 0.5) * (self.given - 0.5) < 0
 
 
-def read_labels(path: Path) -> Mapping[str, tuple[list[float | None], list[float | None]]]:
+StepLabels = tuple[list[float | None], list[float | None]]
+"""The given and the learned label of every step of an example."""
+
+
+def read_labels(path: Path) -> Mapping[str, StepLabels]:
     """Read a ``labels.jsonl``: by id the given and the learned label of every step.
 
     Raises:
@@ -40,7 +44,7 @@ def read_labels(path: Path) -> Mapping[str, tuple[list[float | None], list[float
         OSError: The file cannot be read.
     """
     check_digest(path)
-    found: dict[str, tuple[list[float | None], list[float | None]]] = {}
+    found: dict[str, StepLabels] = {}
     for line, entry in json_rows(path):
         if isinstance(entry, DataError):
             raise entry
@@ -77,18 +81,21 @@ def _is_label(value: object) -> bool:
     return number and 0 <= value <= 1  # type: ignore[operator]
 
 
-def moved_labels(directory: Path) -> list[MovedLabel]:
-    """Return the labels of a run, those that moved most first; none if it did not learn labels.
+def run_labels(directory: Path) -> Mapping[str, StepLabels]:
+    """Return the labels of a run by the ids of its examples; none if it did not learn labels.
 
     Raises:
         DataError: ``labels.jsonl`` is not as ``train`` wrote it.
     """
     path = directory / LABELS
-    if not path.is_file():
-        return []
+    return read_labels(path) if path.is_file() else {}
+
+
+def moved_labels(examples: Mapping[str, StepLabels]) -> list[MovedLabel]:
+    """Return the labels of all steps that have one, those that moved most first."""
 
     def each() -> Iterator[MovedLabel]:
-        for name, labels in read_labels(path).items():
+        for name, labels in examples.items():
             for step, (given, learned) in enumerate(zip(*labels, strict=True), start=1):
                 if given is not None and learned is not None:
                     yield MovedLabel(name, step, given, learned)

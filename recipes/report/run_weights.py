@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from prm.data.json_rows import json_rows
@@ -15,6 +16,7 @@ from prm.digests import check_digest
 from prm.schema import DataError
 from recipes.options.values import OptionError
 from recipes.report.run_files import DataFile
+from weighting import effective_sample_size
 
 Column = NDArray[np.float64]
 COLUMNS = ("weight", "raw_weight", "visits", "initial_loss")
@@ -122,8 +124,7 @@ def _with_origins(weights: RunWeights, data: DataFile) -> RunWeights:
 
 def effective_share(weights: Column) -> float:
     """Return (Σ w)² / (n Σ w²), Kish's effective sample size as a share; 0 if all weights are 0."""
-    squares = float((weights**2).sum())
-    return float(weights.sum()) ** 2 / (len(weights) * squares) if squares else 0.0
+    return effective_sample_size(torch.from_numpy(weights)) / len(weights)
 
 
 def histogram(values: Column, bins: int) -> tuple[NDArray[np.int64], Column]:

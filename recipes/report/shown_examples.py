@@ -15,6 +15,7 @@ from prm.data_urls import is_embedded
 from prm.inputs.tiles import read_image
 from prm.schema import DataError, StepExample
 from recipes.report.run_files import DataFile
+from recipes.report.run_labels import StepLabels
 from recipes.report.run_weights import RunWeights
 
 SHOWN = 6
@@ -27,10 +28,11 @@ _MOST_TEXT = 2_000
 
 @dataclass(frozen=True)
 class ShownStep:
-    """A step: its text, its label, and its score under the initial and the trained model."""
+    """A step: its text, its labels, and its score under the initial and the trained model."""
 
     text: str
     label: float | None
+    learned: float | None
     before: float | None
     after: float | None
 
@@ -62,6 +64,7 @@ class ShownExample:
         pictures: Its pictures as ``data:`` URLs of PNG.
         without: Why a picture is not shown, for each that is not.
         scored: Whether step scores are known.
+        relabelled: Whether labels were learned.
     """
 
     end: str
@@ -73,10 +76,14 @@ class ShownExample:
     pictures: tuple[str, ...]
     without: tuple[str, ...]
     scored: bool
+    relabelled: bool
 
 
 def shown_examples(
-    weights: RunWeights, data: DataFile, scores: Mapping[str, Mapping[str, Any]]
+    weights: RunWeights,
+    data: DataFile,
+    scores: Mapping[str, Mapping[str, Any]],
+    labels: Mapping[str, StepLabels],
 ) -> tuple[ShownExample, ...]:
     """Return the examples of highest weight, then those of lowest.
 
@@ -84,6 +91,7 @@ def shown_examples(
         weights: The weights of the run.
         data: The data file, which is there.
         scores: The lines of ``extreme_weights.jsonl`` by id; an older run has none.
+        labels: The given and the learned labels by id, if labels were learned.
 
     Raises:
         DataError: The data file cannot be read.
@@ -96,14 +104,19 @@ def shown_examples(
     wanted = {weights.ids[row] for _, row in ends}
     examples = {example.id: example for example in data.examples() if example.id in wanted}
     return tuple(
-        _shown(end, int(row), weights, examples[weights.ids[row]], scores.get(weights.ids[row], {}))
+        _shown(end, int(row), weights, examples[name], scores.get(name, {}), labels.get(name))
         for end, row in ends
-        if weights.ids[row] in examples
+        if (name := weights.ids[row]) in examples
     )
 
 
 def _shown(
-    end: str, row: int, weights: RunWeights, example: StepExample, scores: Mapping[str, Any]
+    end: str,
+    row: int,
+    weights: RunWeights,
+    example: StepExample,
+    scores: Mapping[str, Any],
+    labels: StepLabels | None,
 ) -> ShownExample:
     facts = {
         name: f"{weights.columns[column][row]:.4g}"
@@ -113,8 +126,15 @@ def _shown(
     origins = (("source", weights.sources), ("domain", weights.domains))
     facts |= {name: str(values[row]) for name, values in origins if values and values[row]}
     before, after = (_scores(scores.get(name)) for name in ("initial_scores", "step_scores"))
+    learned = labels[1] if labels is not None else []
     steps = tuple(
-        ShownStep(_cut(step.text), step.label, _at(before, number), _at(after, number))
+        ShownStep(
+            _cut(step.text),
+            step.label,
+            _at(learned, number),
+            _at(before, number),
+            _at(after, number),
+        )
         for number, step in enumerate(example.steps)
     )
     pictures, without = _pictures(example.images)
@@ -128,6 +148,7 @@ def _shown(
         pictures,
         without,
         bool(after),
+        labels is not None,
     )
 
 
@@ -135,8 +156,8 @@ def _scores(value: Any) -> list[float]:
     return [float(score) for score in value] if isinstance(value, list) else []
 
 
-def _at(scores: Sequence[float], number: int) -> float | None:
-    return scores[number] if number < len(scores) else None
+def _at(values: Sequence[float | None], number: int) -> float | None:
+    return values[number] if number < len(values) else None
 
 
 def _cut(text: str) -> str:

@@ -12,7 +12,7 @@ from recipes.report.annotate import annotate
 from recipes.report.export import export_table
 from recipes.report.options import WeightsOptions
 from recipes.report.run_files import data_file, files_read, run_options
-from recipes.report.run_labels import MovedLabel, moved_labels
+from recipes.report.run_labels import MovedLabel, moved_labels, run_labels
 from recipes.report.run_weights import RunWeights, effective_share, histogram, read_run_weights
 from recipes.terminal import printable, say
 
@@ -50,17 +50,21 @@ def run_weights(options: WeightsOptions) -> None:
         left = left if counts.without else ""
         say(f"{options.annotate}: {counts.rows:,} rows, {counts.weighted:,} with weights{left}")
     if options.export is None and options.annotate is None:
-        labels = moved_labels(directory)
-        for line in (*page(directory, weights, options.top), *label_table(labels, options.top)):
+        labels = moved_labels(run_labels(directory))
+        described = page(directory, weights, options.top, learned_labels=bool(labels))
+        for line in (*described, *label_table(labels, options.top)):
             print(printable(line))
 
 
-def page(directory: Path, weights: RunWeights, top: int) -> Iterator[str]:
-    """Yield the lines of the page."""
+def page(
+    directory: Path, weights: RunWeights, top: int, *, learned_labels: bool = False
+) -> Iterator[str]:
+    """Yield the lines of the page; no loss is multiplied by what stands beside learned labels."""
     values = weights.weight
+    share = "" if learned_labels else f", effective sample size {effective_share(values):.0%}"
     yield (
         f"{directory}: {len(values):,} weights, {values.min():.3f} to {values.max():.3f}, "
-        f"mean {values.mean():.3f}, effective sample size {effective_share(values):.0%}"
+        f"mean {values.mean():.3f}{share}"
     )
     if values.min() == values.max():
         yield "all weights are equal: there is no order to show"

@@ -256,21 +256,19 @@ def check_new_file(
             )
 
 
-def list_beside(options: ReadOptions, output: Path | None) -> Path | None:
-    """Return the path of the list of rows that are left out, None without an output file.
+def need_output_for_lists(options: ReadOptions, output: Path | None) -> None:
+    """Refuse to leave rows out, or to cut them, without an output file to list them beside.
 
     Raises:
-        OptionError: Rows are left out or cut, and there is no output file to list them beside.
+        OptionError: The options ask for it.
     """
     if output is None:
         given = {"--on-bad-row": str(options.on_bad_row)}
         if isinstance(options, LoaderOptions):
             given["--too-long"] = options.too_long
         flags = ", ".join(f"{flag} {value}" for flag, value in given.items() if value != "refuse")
-        if not flags:
-            return None
-        raise OptionError(f"{flags}: needs --output, beside which the list is written")
-    return skipped_path(output)
+        if flags:
+            raise OptionError(f"{flags}: needs --output, beside which the list is written")
 
 
 def new_directory(flag: str, name: str) -> Path:

@@ -18,8 +18,8 @@ from typing import Any
 PACKAGE = "bilevel-prm"
 _PACKAGES = ("torch", "transformers", "torchopt", "safetensors", "numpy", "pillow", "tokenizers")
 _EXTRAS = (
-    *("scikit-learn", "peft", "math-verify", "fastapi", "uvicorn", "gguf", "accelerate"),
-    *("tensorboard", "trackio", "wandb"),
+    *("scikit-learn", "peft", "pyarrow", "zstandard", "math-verify", "matplotlib", "jinja2"),
+    *("fastapi", "uvicorn", "tensorboard", "trackio", "wandb", "gguf", "accelerate", "psutil"),
 )
 _BLOCK = 2**20
 _FILES = ("train_file", "meta_file", "dev_file", "test_file", "weights_file")

@@ -79,6 +79,8 @@ class Asked:
             field = _field(self.form, row) + (
                 "" if self.are_texts[row] else field.removeprefix("steps")
             )
+        if self.are_texts[row] and not self.solutions[row]:  # its steps are not the client's
+            error = error.copy(expected="a text that is not blank", found="a blank one")
         # What to do instead is said to users of the commands, not to clients.
         return error.copy(file=None, example=None, remedy=None, field=field)
 

@@ -19,7 +19,7 @@ from prm.data.store.outline import Facts
 from prm.digests import check_digest
 from prm.models.model import PRM
 from prm.schema import DataError
-from recipes.bad_rows import SKIPPED, TRUNCATED, report_bad_rows, report_truncated
+from recipes.bad_rows import report_bad_rows, skipped_path
 from recipes.evaluation.candidates import Candidates, read_candidates
 from recipes.evaluation.leaks import find_leak, refuse_leak
 from recipes.method.bounded_weights import WEIGHTINGS
@@ -74,8 +74,8 @@ def read_train_data(prm: PRM, options: TrainOptions) -> TrainData:
     """Read and check the files of a training run.
 
     Raises:
-        OptionError: A file is missing, or the meta set shares questions with the test set and
-            the run is not marked as a sanity check.
+        OptionError: A file is missing, or the meta set, or the dev set by which the model is
+            chosen, shares questions with the test set and the run is not marked as a sanity check.
         DataError: A record cannot be used, or no question has a pair to compare.
     """
     plain = read_examples(prm, options, options.train_file)
@@ -98,14 +98,16 @@ def read_train_data(prm: PRM, options: TrainOptions) -> TrainData:
         for name, path in (("dev", options.data.dev_file), ("test", options.data.test_file))
         if path
     }
-    if meta is not None and "test" in evaluations:
-        test = evaluations["test"].data
-        refuse_leak(
-            find_leak(meta.examples, test.examples, meta.path, test.path),
-            f"--meta-file {meta.path}",
-            f"--test-file {test.path}",
-            sanity_check=options.data.sanity_check,
-        )
+    chosen_by = evaluations["dev"].data if options.data.keep_best else None
+    for flag, tuned in (("--meta-file", meta), ("--keep-best: --dev-file", chosen_by)):
+        if tuned is not None and "test" in evaluations:
+            test = evaluations["test"].data
+            refuse_leak(
+                find_leak(tuned.examples, test.examples, tuned.path, test.path),
+                f"{flag} {tuned.path}",
+                f"--test-file {test.path}",
+                sanity_check=options.data.sanity_check,
+            )
     weights = options.weighting.weights_file
     return TrainData(
         train=plain.with_rows(index=ids, domains=domains or None),
@@ -170,7 +172,7 @@ def refuse_other_bad_rows(options: LowerOptions, bad: Mapping[str, BadRows]) -> 
         return  # it starts again from the beginning
     for name in ("train", "meta"):
         if name in bad:
-            earlier = _left_out(directory / f"{name}{SKIPPED}")
+            earlier = _left_out(skipped_path(directory / name))
             now = [(row.line, row.field, row.id) for row in bad[name].left_out]
             if earlier != now:
                 raise OptionError(
@@ -186,8 +188,7 @@ def keep_bad_rows(directory: Path, bad: Mapping[str, BadRows]) -> None:
     So are solutions of which the first steps alone are used.
     """
     for name, one in bad.items():
-        report_bad_rows([one], directory / f"{name}{SKIPPED}", say)
-        report_truncated([one], directory / f"{name}{TRUNCATED}", say)
+        report_bad_rows([one], directory / name, say)
 
 
 def _left_out(path: Path) -> list[tuple[Any, Any, Any]]:

@@ -20,7 +20,7 @@ from prm.evaluation.second_opinion import load_math_verify
 from prm.models.model import PRM
 from prm.schema import DataError
 from prm.scoring import StepScores
-from recipes.bad_rows import report_bad_rows, report_truncated, skipped_path, truncated_path
+from recipes.bad_rows import report_bad_rows, skipped_path
 from recipes.evaluation.candidates import Candidates, candidates_or_steps, scores_of
 from recipes.evaluation.dev_choice import Choice, choose_on_dev
 from recipes.evaluation.figures import all_figures
@@ -42,7 +42,7 @@ from recipes.options.rules import check_together
 from recipes.options.use import EvaluateOptions
 from recipes.options.values import OptionError
 from recipes.run.directory import run_of
-from recipes.run.files import json_text, list_beside, output_file
+from recipes.run.files import json_text, need_output_for_lists, output_file
 from recipes.terminal import say
 from recipes.use.scores_file import (
     ScoredSolution,
@@ -118,7 +118,8 @@ def run_evaluate(options: EvaluateOptions) -> dict[str, Any]:
                 *(() if options.dev is None else (options.dev, options.dev_scores)),
             ),
         )
-    listed = list_beside(options, None if output is None else output.path)
+    written = None if output is None else output.path
+    need_output_for_lists(options, written)
     judge = _Judge(options)
     candidates = judge.read(options.file, options.scores)
     if options.equal_answers == "math-verify":
@@ -144,10 +145,8 @@ def run_evaluate(options: EvaluateOptions) -> dict[str, Any]:
     rows = judge.rows(candidates, options.scores)
     results = all_figures(candidates, rows, choice, options.tie, row, baseline)
     results |= {"sanity_check": options.sanity_check, "tuned_on_these_questions": tuned_on}
-    if listed is not None and output is not None and output.path is not None:
-        read = [one.data.bad for one in (candidates, dev) if one is not None]
-        report_bad_rows(read, listed, say)
-        report_truncated(read, truncated_path(output.path), say)
+    read = [one.data.bad for one in (candidates, dev) if one is not None]
+    report_bad_rows(read, written, say)
     table = f"{results_table(results)}\n" if results["n_mixed_questions"] else ""
     page = table + _summary(results)
     if output is None:

@@ -15,7 +15,7 @@ import torch
 
 from prm.data.reader import write_jsonl
 from prm.schema import DataError, StepExample
-from recipes.bad_rows import report_bad_rows, report_truncated, truncated_path
+from recipes.bad_rows import report_bad_rows
 from recipes.evaluation.candidates import step_scores_of
 from recipes.models.loading import (
     Examples,
@@ -30,7 +30,7 @@ from recipes.options.rules import check_together
 from recipes.options.use import RelabelOptions
 from recipes.options.values import OptionError, existing_file
 from recipes.report.run_labels import read_labels
-from recipes.run.files import list_beside, note_unchecked, output_file
+from recipes.run.files import note_unchecked, output_file
 from recipes.terminal import say
 from recipes.train.data import require
 from recipes.train.reports.weights import step_labels
@@ -73,7 +73,6 @@ def run_relabel(options: RelabelOptions) -> None:
         streams=False,
     ).path
     assert out is not None
-    listed = list_beside(options, out)
     data, relabelled = _RULES[options.by](options)
     written = _Written()
 
@@ -88,9 +87,7 @@ def run_relabel(options: RelabelOptions) -> None:
 
     root = options.image_root
     write_jsonl(out, examples(), Path(options.file).parent if root is None else Path(root))
-    if listed is not None:
-        report_bad_rows([data.bad], listed, say)
-        report_truncated([data.bad], truncated_path(out), say)
+    report_bad_rows([data.bad], out, say)
     left = f", {written.left_out:,} left out" if written.left_out else ""
     say(
         f"{out}: {written.examples:,} examples{left}; {written.turned:,} of {written.labels:,} "

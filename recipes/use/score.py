@@ -18,7 +18,7 @@ from prm.digests import check_digest, digest_file, digest_path, write_digest
 from prm.models.model import PRM
 from prm.schema import DataError, StepExample
 from prm.scoring import WINDOW, aggregate
-from recipes.bad_rows import report_bad_rows, report_truncated, skipped_path, truncated_path
+from recipes.bad_rows import report_bad_rows, skipped_path, truncated_path
 from recipes.evaluation.scoring import score_rows
 from recipes.models.loading import load_model, placement_of, read_examples, set_up
 from recipes.options.use import ScoreOptions
@@ -66,8 +66,7 @@ def _score(options: ScoreOptions, output: Path) -> None:
     ids = (example.id for example in data.facts)
     total = {(row.line, row.id): row.steps for row in data.bad.truncated}
     done = _begin(output, settings, ids, Path(options.file), overwrite=options.overwrite)
-    report_bad_rows([data.bad], skipped_path(output), say)
-    report_truncated([data.bad], truncated_path(output), say)
+    report_bad_rows([data.bad], output, say)
     started = time.perf_counter()
     window = WINDOW * options.eval_batch_size
     done = ranks_here().numbers(done)[0]  # the others write a copy that nobody reads

@@ -10,7 +10,7 @@ from prm.schema import DataError
 from recipes.bad_rows import bad_rows_of, report_bad_rows
 from recipes.options.use import SelectOptions
 from recipes.options.values import OptionError, did_you_mean
-from recipes.run.files import list_beside, output_file
+from recipes.run.files import need_output_for_lists, output_file
 from recipes.use.scores_file import ScoredSolution, numbered_scores, use_of
 
 
@@ -33,7 +33,7 @@ def run_select(options: SelectOptions) -> None:
     output = output_file(
         "--output", options.output, overwrite=options.overwrite, inputs=(options.scores,)
     )
-    listed = list_beside(options, output.path)
+    need_output_for_lists(options, output.path)
     bad = bad_rows_of(options, scores)
     aggregation = options.aggregation or use_of(scores)[0]
     questions: dict[str, list[ScoredSolution]] = {}
@@ -85,8 +85,7 @@ def run_select(options: SelectOptions) -> None:
         }
         lines.append(json.dumps(record, ensure_ascii=False))
     output.write_text("\n".join(lines) + "\n")
-    if listed is not None:
-        report_bad_rows([bad], listed, output.say)
+    report_bad_rows([bad], output.path, output.say)
     cut = sum(row.steps is not None for rows in questions.values() for row in rows)
     output.say(
         f"{len(lines)} questions, best {aggregation} of "

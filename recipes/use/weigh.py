@@ -14,7 +14,7 @@ from prm.conventions import Conventions
 from prm.inputs.prompt import SYSTEM_PROMPT
 from prm.models.model import PRM
 from prm.schema import DataError
-from recipes.bad_rows import report_bad_rows, report_truncated, truncated_path
+from recipes.bad_rows import report_bad_rows
 from recipes.evaluation.candidates import step_scores_of
 from recipes.method.bounded_weights import WEIGHTINGS
 from recipes.method.gradients import gradient_features, read_gradient_map
@@ -35,7 +35,7 @@ from recipes.options.rules import check_together, refuse_given
 from recipes.options.use import WeighOptions
 from recipes.options.values import OptionError, blaming
 from recipes.run.directory import run_of
-from recipes.run.files import list_beside, output_file
+from recipes.run.files import need_output_for_lists, output_file
 from recipes.terminal import say
 from recipes.train.data import require
 from recipes.train.reports.weights import (
@@ -73,16 +73,14 @@ def run_weigh(options: WeighOptions) -> None:
         inputs=(options.file,),
         sealed=True,
     )
-    listed = list_beside(options, output.path)
+    need_output_for_lists(options, output.path)
     data: Examples | Solutions
     if options.by == "weighting":
         data, weights, raw = _by_weighting(options)
     else:
         data, weights, raw = rule_weights(options)
     output.write_lines(weight_lines(data, {"weight": weights, "raw_weight": raw}))
-    if listed is not None and output.path is not None:
-        report_bad_rows([data.bad], listed, say)
-        report_truncated([data.bad], truncated_path(output.path), say)
+    report_bad_rows([data.bad], output.path, say)
     low, high = float(weights.min()), float(weights.max())
     output.say(f"weights of {len(data)} examples, {low:.3f} to {high:.3f}")
 

@@ -7,6 +7,7 @@ agree, because one of the two is soft or says nothing, is no contradiction.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -89,8 +90,12 @@ def agree_with_counts(
     if not all(isinstance(n, int | float) and not isinstance(n, bool) for n in values):
         return
     part, counted, every = values
-    if every > 0 and abs(part * every - counted) >= 0.5:  # type: ignore[operator]
-        expected = f"{right[0]} / {total[0]}, {counted} / {every}"
+    try:
+        off = abs(part * every - counted)  # type: ignore[operator]
+    except OverflowError:  # an integer beyond all floats counts nothing
+        off = math.inf
+    if every > 0 and off >= 0.5:  # type: ignore[operator]
+        expected = f"{right[0]} / {total[0]}, {_shown(counted)} / {_shown(every)}"
         at.refuse(share[0], expected, part, _ONE_SOURCE)
 
 

@@ -179,6 +179,8 @@ def read_mathcheck_checklist(
         return ()
     location.need(record, "id", "group_id", "solution", "answer")
     texts = _checklist_steps(location.text(record["solution"], "solution"))
+    if not texts:
+        location.refuse("solution", "a solution with at least one step", record["solution"])
     answer = record["answer"]
     correct: bool | None = None
     if task == "outcome_judging":
@@ -287,7 +289,10 @@ def _mr_ben_error(
 
 def _checklist_steps(text: str) -> list[str]:
     """Split a solution of MathCheck; a sentence that states the answer is a step of its own."""
-    *before, last = solution_steps(text)
+    steps = solution_steps(text)
+    if not steps:
+        return []
+    *before, last = steps
     cuts = [0, *(match.start() for match in _THE_ANSWER.finditer(last)), len(last)]
     pieces = (last[start:end].strip() for start, end in pairwise(cuts))
     return [*before, *filter(None, pieces)]

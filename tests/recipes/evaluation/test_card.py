@@ -19,6 +19,7 @@ DATA = {
     | {"sha256": "a" * 64},
     "test_file": {"path": "data/te|st`.jsonl", "bytes": 5, "lines": 1},
 }
+LABELS = {"steps": 3200, "turned_over": 1029}
 RESULTS = {
     "rows": {"instance_net": 0.75, "pass@1": 0.5},
     "ci95": {"instance_net": [0.7, 0.8], "pass@1": [0.4, 0.6]},
@@ -81,9 +82,23 @@ def test_the_facts_are_those_of_the_run():
         assert line in text.splitlines(), line
     assert "secret" not in text
     assert "SANITY CHECK" not in text
-    assert "SANITY CHECK: the meta set is the test set" in card(
+    assert "SANITY CHECK: questions of the test set are in the meta set" in card(
         results=RESULTS | {"sanity_check": True}
     )
+
+
+def test_learned_labels_are_no_weights():
+    text = card(options(weighting="labels"), RESULTS | {"labels": LABELS})
+    for line in (
+        "- Labels of the steps: learned, 1,029 of 3,200 were turned over; agreement is 1 minus how "
+        "far they moved",
+        "  - mean agreement of `(b)crowd`: 1.50",
+        "  - AUC of the agreements, right against wrong labels: 0.875",
+    ):
+        assert line in text.splitlines(), line
+    assert "eights of the examples" not in text
+    assert "learned-labels" in ModelCard(text).data.tags
+    assert "instance-reweighting" not in text
 
 
 def test_the_command_is_the_one_that_was_given():

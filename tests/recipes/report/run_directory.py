@@ -12,6 +12,8 @@ from PIL import Image
 from recipes.run.provenance import fingerprint
 
 HOSTILE = "<script>alert(1)</script>"
+LABELS = tuple({"id": f"e{n}", "given": [1.0, 0.0], "learned": [n / 8, 0.125]} for n in range(6))
+"""A ``labels.jsonl`` that turns over the first steps of ``e0`` to ``e3``."""
 WEIGHTS = (1.5, 0.5, 2.0, 1.25, 0.25, 0.5)
 SOURCES = ("judge", "crowd", "judge", "judge", "crowd", HOSTILE)
 

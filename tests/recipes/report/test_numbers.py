@@ -10,7 +10,7 @@ import pytest
 from recipes.options.values import OptionError
 from recipes.report.numbers import names_of, read_run, series
 from recipes.report.run_weights import RunWeights, effective_share, histogram
-from tests.recipes.report.run_directory import SOURCES, WEIGHTS, write_data, write_run
+from tests.recipes.report.run_directory import LABELS, SOURCES, WEIGHTS, write_data, write_run
 
 
 @pytest.fixture
@@ -41,6 +41,17 @@ def test_a_complete_run(tmp_path, data):
     ]  # fmt: skip
     assert first.pictures[0].startswith("data:image/png;base64,")
     assert not run.examples[1].scored
+
+
+def test_learned_labels_stand_beside_the_given_ones(tmp_path, data):
+    run = read_run(write_run(tmp_path / "run", data, **{"labels.jsonl": LABELS}), "run")
+    shown = {one.id: [(s.mark, s.learned) for s in one.steps] for one in run.examples}
+    assert shown["e2"] == [("+", 0.25), ("-", 0.125)]
+    assert all(one.relabelled for one in run.examples)
+    plain = read_run(write_run(tmp_path / "plain", data), "plain")
+    assert [(s.learned, plain.examples[0].relabelled) for s in plain.examples[0].steps] == [
+        (None, False), (None, False),
+    ]  # fmt: skip
 
 
 def test_what_is_missing_has_a_reason(tmp_path, data):

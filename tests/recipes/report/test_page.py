@@ -12,8 +12,9 @@ from pathlib import Path
 import pytest
 
 from recipes.__main__ import main
+from recipes.report.numbers import read_run
 from recipes.report.page import report_at_end
-from tests.recipes.report.run_directory import HOSTILE, write_data, write_run
+from tests.recipes.report.run_directory import HOSTILE, LABELS, write_data, write_run
 
 
 @pytest.fixture
@@ -81,6 +82,7 @@ def test_the_page_is_whole_and_holds_no_code_of_the_data(runs, tmp_path, drawn, 
     assert "script" not in page.tags
     assert HOSTILE not in text
     assert "what is 2 &amp; $x$?" in text
+    assert ">learned<" not in text
     assert all(source.startswith("data:image/png;base64,") for source in page.sources)
     assert page.links
     assert {link.removeprefix("#") for link in page.links} <= page.ids
@@ -93,6 +95,53 @@ def test_the_page_is_whole_and_holds_no_code_of_the_data(runs, tmp_path, drawn, 
     assert "Not shown: " in text
     assert main(["report", *runs, "--output", str(output)]) == 2
     assert "exists; remove it" in capsys.readouterr().err
+
+
+def test_learned_labels_are_on_the_page(tmp_path, drawn):
+    data = write_data(tmp_path / "data")
+    log = [{"step": n, "labels/moved": n / 4, "labels/most": n / 2} for n in (1, 2)]
+    changes = {"labels.jsonl": LABELS, "log.jsonl": log, "results.json": None}
+    run = write_run(tmp_path / "labels", data, **changes)
+    output = tmp_path / "r.html"
+    assert main(["report", str(run), "--output", str(output)]) == 0
+    text = output.read_text(encoding="utf-8")
+    assert "<th>labels turned over</th><td>4 of 12</td>" in text
+    assert "The run learned labels of steps, not weights." in text
+    # e2, the example of highest weight: label, learned label, score before and after
+    numbers = "".join(f'<td class="n">{cell}</td>' for cell in ("0.250", "0.500", "0.250"))
+    assert f"<td>+</td>{numbers}" in text
+    assert (tmp_path / "r_figures" / "labels-over-steps.png").is_file()
+
+
+def test_the_development_set_is_drawn_over_the_steps(tmp_path, drawn):
+    from recipes.report import drawing
+
+    data = write_data(tmp_path / "data")
+    log = [{"step": n, "best_of_n": n / 50, "step_auc": None} for n in range(40)]
+    results = {"rows": {}, "model_selection": {"step": 7}}
+    changes = {"log.jsonl": log, "results.json": results}
+    run = read_run(write_run(tmp_path / "run", data, **changes), "run")
+    assert run.kept == 7
+    picture = drawing.dev_set([run])
+    assert picture is not None
+    assert "A vertical line: the step of the model." in picture.caption
+    assert "Thin: the lines of the log" in picture.caption  # from 40 lines on
+    fewer = read_run(write_run(tmp_path / "fewer", data, **{"log.jsonl": log[1:]}), "fewer")
+    assert "hin" not in drawing.dev_set([fewer]).caption
+    assert "step of the model" not in drawing.dev_set([fewer]).caption
+    assert drawing.losses([run]) is None
+
+
+def test_one_line_has_no_legend(drawn):
+    from recipes.report import drawing
+
+    for names in (["one"], ["one", "two"]):
+        _, axes = drawing.blank_axes(2.0)
+        for name in names:
+            axes.plot([0, 1], label=name)
+        drawing.legend(axes)
+        texts = axes.get_legend().get_texts() if axes.get_legend() else []
+        assert [text.get_text() for text in texts] == (names if len(names) > 1 else [])
 
 
 def test_a_run_at_its_end_has_its_report(runs, drawn, tmp_path, capsys):
@@ -120,6 +169,11 @@ def test_a_browser_shows_every_section_at_two_widths(runs, tmp_path, drawn):
             page.on("console", lambda message: asked.append(message.text))
             page.goto(output.as_uri())
             assert page.evaluate("document.documentElement.scrollWidth") <= width
+            # What is too wide scrolls in a box of its own; the accuracy is seen without that.
+            outside = "[...document.querySelectorAll('table')].filter(t => !t.closest('.wide'))"
+            assert page.evaluate(f"{outside}.every(t => t.scrollWidth <= {width})")
+            accuracy = page.locator("#results tr").nth(1).locator("td").nth(2).bounding_box()
+            assert accuracy["x"] + accuracy["width"] <= width
             broken = "[...document.images].filter(i => !i.naturalWidth).length"
             assert page.evaluate(broken) == 0
             for number in range(page.locator("nav a").count()):

@@ -8,7 +8,7 @@ import json
 import pytest
 
 from recipes.__main__ import main
-from tests.recipes.report.run_directory import SOURCES, WEIGHTS, write_data, write_run
+from tests.recipes.report.run_directory import LABELS, SOURCES, WEIGHTS, write_data, write_run
 
 
 @pytest.fixture
@@ -35,6 +35,16 @@ def test_the_page_has_both_ends_groups_and_every_example_in_a_bar(run, capsys):
     assert any(line.startswith("sum") for line in lines)
     first = next(n for n, line in enumerate(lines) if line.split() == ["weight", "examples"])
     assert sum(int(line.split()[2]) for line in lines[first + 1 :]) == 6
+
+
+def test_learned_labels_are_counted_and_have_no_sample_size(tmp_path, data, capsys):
+    run = write_run(tmp_path / "labels", data, **{"labels.jsonl": LABELS})
+    assert main(["weights", str(run), "--top", "1"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].endswith("6 weights, 0.250 to 2.000, mean 1.000")
+    start = next(n for n, line in enumerate(lines) if line.startswith("learned labels: "))
+    assert lines[start].startswith("learned labels: 4 of 12 were turned over; a weight is 1 minus")
+    assert lines[start + 2].split() == ["1", "1", "0.000", "1", "e0"]
 
 
 def test_without_the_data_file_the_page_says_what_is_missing(run, data, capsys):

@@ -122,7 +122,8 @@ def test_a_solution_that_cannot_be_judged_spoils_no_other(scorer):
         errors = [results[row]["error"] for row in (0, 2, 3, 4)]
         fields = ["solutions[0]", "solutions[2]", "solutions[3][1]", "solutions[4]"]
         assert [error["field"] for error in errors] == fields
-        assert errors[0]["message"].startswith("field solutions[0]: expected at least one step")
+        blank = "field solutions[0]: expected a text that is not blank, found a blank one"
+        assert errors[0]["message"] == blank
         assert "at most 120 tokens" in errors[1]["message"]
         assert "--" not in errors[1]["message"]
         alone = score(web, steps=long)

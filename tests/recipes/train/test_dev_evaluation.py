@@ -17,6 +17,7 @@ from prm.models.model import load_prm
 from prm.schema import DataError
 from recipes.__main__ import main
 from recipes.evaluation.candidates import Evaluation
+from recipes.options.rules import check_together
 from recipes.options.values import OptionError
 from recipes.run.checkpoints import Checkpoints, DevScore, Progress
 from recipes.run.resume import Run
@@ -240,6 +241,18 @@ def test_a_dev_set_that_cannot_choose_is_refused(task, tmp_path):
     ):
         run_training(short(task, tmp_path / "run", keep_best=True, dev_file=str(alike)))
     assert not (tmp_path / "run").exists()
+
+
+def test_a_model_is_not_chosen_on_the_test_set(task, tmp_path):
+    more = {"keep_best": True, "test_file": str(task.data / "dev.jsonl")}
+    with pytest.raises(
+        OptionError, match=r"--keep-best: --dev-file .*dev.jsonl is the same file with --test-file"
+    ):
+        run_training(short(task, tmp_path / "run", **more))
+    assert not (tmp_path / "run").exists()
+    check_together(
+        short(task, tmp_path / "run", **more, weighting="none", meta_file=None, sanity_check=True)
+    )
 
 
 def test_adapters_alone_are_kept(task, tmp_path, monkeypatch):

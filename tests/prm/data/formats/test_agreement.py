@@ -45,6 +45,13 @@ CONTRADICTIONS = {
     "accuracy and counts": (
         GOOD["dreamprm-train"] | {"accuracy": 0.7}, "accuracy", ["score / times, 7 / 11", "0.7"],
     ),
+    "a count beyond all floats": (
+        GOOD["dreamprm-train"] | {"score": 10**400},
+        "accuracy", ["score / times, 1000", "... / 11"],
+    ),
+    "a total beyond all floats": (
+        raw(num_mc_total=10**400), "steps_with_score[0].score", ["num_mc_total, 4 / 1000", "0.5"],
+    ),
     "label beside labels": (
         GOOD["stepwise"] | {"label": [True, True, None, None]},
         "label[1]", ["'labels'", "'-'", "true"],

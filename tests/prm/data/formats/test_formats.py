@@ -892,6 +892,7 @@ BAD = {
          "answer", '"Correct"', "Step"),
         (changed("mathcheck-checklist", task_type="other"), "task_type", "solving", "'other'"),
         (changed("mathcheck-checklist", solution=...), "solution", "'solution'", "nothing"),
+        (changed("mathcheck-checklist", solution="[Reasoning]"), "solution", "one step", "[Reas"),
     ],
     "math-vision": [
         (changed("math-vision", response=" "), "response", "not blank", "' '"),
