@@ -444,8 +444,12 @@ def test_faults_are_those_that_were_counted():
     assert f"{chaos['resumed']} of {chaos['kills']} resumed" in page
     assert chaos["identical"] == chaos["kills"]
     assert f"at most {chaos['lost_steps_max']} steps" in page
-    for key in ("parsed", "refused"):
-        assert f"{sum(row[key] for row in fuzz['rows']):,}" in page, key
+    files = [row for row in fuzz["rows"] if row["format"] != "requests"]
+    (requests,) = [row for row in fuzz["rows"] if row["format"] == "requests"]
+    read, refused = (sum(row[key] for row in files) for key in ("parsed", "refused"))
+    assert f"| {read:,} read, {refused:,} refused with line and field" in page
+    scored = f"{requests['parsed']:,} scored, {requests['refused']:,} answered in 4xx"
+    assert f"| {requests['records']:,} | none | {scored}" in page
     memory = soak["trends"]["rss_mib"]
     slope, low, high = (memory[key] for key in ("slope_per_1000_steps", "low", "high"))
     assert f"memory + {slope:.2f} MiB per 1,000 steps [{low:.2f}, {high:.2f}]" in page
