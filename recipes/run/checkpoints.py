@@ -38,6 +38,7 @@ from torch import Tensor
 
 from bilevel import (
     BilevelState,
+    RankError,
     Replicas,
     Saving,
     ShardedModule,
@@ -314,12 +315,15 @@ class Checkpoints:
             state: A state of this run.
 
         Raises:
-            ValueError: The shards are not as they were written, or those of another model.
-            OSError: They cannot be read.
+            OptionError: The shards are not as they were written, or those of another model, or
+                cannot be read. All ranks say so.
         """
         assert self.shards is not None
         told = self._ranks.objects(path)[0]
-        return state if told is None else load_shards(told / _SHARDS, self.shards, state)
+        if told is None:
+            return state
+        with _readable(told):
+            return load_shards(told / _SHARDS, self.shards, state)
 
     def _due(self) -> Iterator[Path]:
         """Yield the directories of complete checkpoints that were due, newest first."""
@@ -370,7 +374,7 @@ def _readable(path: Path) -> Iterator[None]:
     """Turn any error of reading a checkpoint into an ``OptionError``."""
     try:
         yield
-    except OptionError:
+    except (OptionError, RankError):  # that a rank is gone is no fault of the checkpoint
         raise
     except (OSError, ValueError, LookupError, TypeError, AttributeError, SafetensorError) as error:
         reason = f"{type(error).__name__} {error}" if isinstance(error, LookupError) else error

@@ -19,6 +19,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from bilevel import RankError
 from bilevel.shards import checkpoint
 from prm.models.model import load_prm
 from prm.placement import Placement
@@ -27,6 +28,8 @@ from recipes.options.parse import changed
 from recipes.options.rules import _PROVEN_IN_SHARDS, words_of
 from recipes.options.train import TrainOptions
 from recipes.options.values import OptionError
+from recipes.run import checkpoints
+from recipes.run.checkpoints import Checkpoints
 from recipes.run.errors import WriteError
 from recipes.train.sharding import check_sharding
 from recipes.train.training import run_training
@@ -374,6 +377,26 @@ def test_a_checkpoint_over_shards_that_has_changed_is_refused(saved, tmp_path, n
     file.write_bytes(content)
     with pytest.raises(OptionError, match="--resume"):
         run_training(options)
+
+
+def test_other_ranks_refuse_it_with_the_same_sentence(saved, tmp_path, monkeypatch):
+    """They read their parts of the shards and nothing else of a checkpoint."""
+    options = copied(saved, tmp_path / "run")
+    file = next((tmp_path / "run/checkpoints/step-2/shards").glob("*.safetensors"))
+    file.write_bytes(file.read_bytes()[:-1])
+    read = Checkpoints.load_shards
+    monkeypatch.setattr(Checkpoints, "load", lambda self, *given, in_place: read(self, *given))
+    with pytest.raises(OptionError, match=r"--resume: .*step-2 cannot be read \(.*; remove it"):
+        run_training(options)
+
+
+def test_a_rank_that_is_gone_is_no_fault_of_the_checkpoint(saved, tmp_path, monkeypatch):
+    def gone(*given):
+        raise RankError("another rank is gone")
+
+    monkeypatch.setattr(checkpoints, "load_shards", gone)
+    with pytest.raises(RankError, match="^another rank is gone$"):
+        run_training(copied(saved, tmp_path / "run"))
 
 
 def test_an_error_of_writing_while_training_goes_on_ends_the_run(saved, tmp_path, monkeypatch):
