@@ -395,7 +395,7 @@ def test_a_rank_that_is_gone_is_no_fault_of_the_checkpoint(saved, tmp_path, monk
         raise RankError("another rank is gone")
 
     monkeypatch.setattr(checkpoints, "load_shards", gone)
-    with pytest.raises(RankError, match="^another rank is gone$"):
+    with pytest.raises(RankError, match=r"^another rank is gone$"):
         run_training(copied(saved, tmp_path / "run"))
 
 
