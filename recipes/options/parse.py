@@ -89,9 +89,8 @@ def build_parser(
             "--config", metavar="YAML", help="preset: a file, or the name of a shipped one"
         )
     for name, entry in flat_options(options).items():
-        default = "required" if required(entry) else f"default: {_show(entry.default)}"
         # argparse formats help with %, so a literal one must be doubled.
-        text = f"{entry.help} ({default})".replace("%", "%%")
+        text = f"{entry.help}{_note(entry)}".replace("%", "%%")
         flags = list(dict.fromkeys([entry.flag, f"--{name}"]))
         common: dict[str, Any] = {"dest": name, "default": argparse.SUPPRESS, "help": text}
         kind, many = element(entry.hint)
@@ -199,6 +198,16 @@ def to_yaml(options: Any) -> str:
         for name, value in flatten(options).items()
     }
     return yaml.safe_dump(content, sort_keys=False, allow_unicode=True)
+
+
+def _note(entry: FlatOption) -> str:
+    """What ``--help`` says of the value of an option that is not given."""
+    if required(entry):
+        return " (required)"
+    # Without a value of its own the option does what its help then says in words.
+    if entry.default in (None, ()) and "default: " in entry.help:
+        return ""
+    return f" (default: {_show(entry.default)})"
 
 
 def _show(value: Any) -> str:
