@@ -135,7 +135,7 @@ def resolve(options: type[Options], given: Mapping[str, Any]) -> Options:
         values = _convert_all(options, preset_values, str(path))
     if resumed:
         values["output_dir"] = str(resume_point(given["resume"])[0])
-    values.update(_convert_all(options, given, "command line"))
+    values.update(_convert_all(options, given))
     entries = flat_options(options)
     _check_limits(entries, values)
     if resumed:
@@ -236,13 +236,18 @@ def _args_path(run: str) -> Path:
     return path
 
 
-def _convert_all(options: type[Any], given: Mapping[str, Any], where: str) -> dict[str, Any]:
+def _convert_all(
+    options: type[Any], given: Mapping[str, Any], file: str | None = None
+) -> dict[str, Any]:
+    """Return the values of the command line, or with ``file`` of a preset, in their types."""
     entries = flat_options(options)
     for name in given:
         if name not in entries:
             shown = shortened(repr(name))
-            raise OptionError(f"{where}: unknown option {shown}{did_you_mean(name, entries)}")
+            raise OptionError(
+                f"{file or 'command line'}: unknown option {shown}{did_you_mean(name, entries)}"
+            )
     return {
-        name: convert(value, entries[name].hint, f"{where}: {name}")
+        name: convert(value, entries[name].hint, f"{file}: {name}" if file else entries[name].flag)
         for name, value in given.items()
     }
