@@ -62,7 +62,9 @@ def load_config(name: str) -> Any:
 
     path = _found(name, "config.json")
     if path is None:
-        raise FileNotFoundError(f"expected config.json in {name}, found none; is it a model?")
+        # Transformers says the same of a repository without the file and of a hub out of reach.
+        hub = "" if Path(name).is_dir() else " Or was the hub out of reach?"
+        raise FileNotFoundError(f"expected config.json in {name}, found none; is it a model?{hub}")
     content = read_object(path)
     kind = content.get("model_type")
     if kind not in list(CONFIG_MAPPING.keys()):

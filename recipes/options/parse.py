@@ -89,9 +89,8 @@ def build_parser(
             "--config", metavar="YAML", help="preset: a file, or the name of a shipped one"
         )
     for name, entry in flat_options(options).items():
-        default = "required" if required(entry) else f"default: {_show(entry.default)}"
         # argparse formats help with %, so a literal one must be doubled.
-        text = f"{entry.help} ({default})".replace("%", "%%")
+        text = f"{entry.help}{_note(entry)}".replace("%", "%%")
         flags = list(dict.fromkeys([entry.flag, f"--{name}"]))
         common: dict[str, Any] = {"dest": name, "default": argparse.SUPPRESS, "help": text}
         kind, many = element(entry.hint)
@@ -136,7 +135,7 @@ def resolve(options: type[Options], given: Mapping[str, Any]) -> Options:
         values = _convert_all(options, preset_values, str(path))
     if resumed:
         values["output_dir"] = str(resume_point(given["resume"])[0])
-    values.update(_convert_all(options, given, "command line"))
+    values.update(_convert_all(options, given))
     entries = flat_options(options)
     _check_limits(entries, values)
     if resumed:
@@ -201,6 +200,16 @@ def to_yaml(options: Any) -> str:
     return yaml.safe_dump(content, sort_keys=False, allow_unicode=True)
 
 
+def _note(entry: FlatOption) -> str:
+    """What ``--help`` says of the value of an option that is not given."""
+    if required(entry):
+        return " (required)"
+    # Without a value of its own the option does what its help then says in words.
+    if entry.default in (None, ()) and "default: " in entry.help:
+        return ""
+    return f" (default: {_show(entry.default)})"
+
+
 def _show(value: Any) -> str:
     if isinstance(value, tuple):
         return " ".join(map(str, value)) or "none"
@@ -227,13 +236,18 @@ def _args_path(run: str) -> Path:
     return path
 
 
-def _convert_all(options: type[Any], given: Mapping[str, Any], where: str) -> dict[str, Any]:
+def _convert_all(
+    options: type[Any], given: Mapping[str, Any], file: str | None = None
+) -> dict[str, Any]:
+    """Return the values of the command line, or with ``file`` of a preset, in their types."""
     entries = flat_options(options)
     for name in given:
         if name not in entries:
             shown = shortened(repr(name))
-            raise OptionError(f"{where}: unknown option {shown}{did_you_mean(name, entries)}")
+            raise OptionError(
+                f"{file or 'command line'}: unknown option {shown}{did_you_mean(name, entries)}"
+            )
     return {
-        name: convert(value, entries[name].hint, f"{where}: {name}")
+        name: convert(value, entries[name].hint, f"{file}: {name}" if file else entries[name].flag)
         for name, value in given.items()
     }

@@ -121,12 +121,12 @@ def test_help_says_default_and_choices(capsys):
         ),
         (
             "train --weighting tabel",
-            "bilevel-prm train: command line: weighting: expected one of net, table, domain, "
+            "bilevel-prm train: --weighting: expected one of net, table, domain, "
             "labels, none; found 'tabel'; did you mean 'table'?",
         ),
         (
             "data convert x --to stepwize --out y",
-            "bilevel-prm data convert: command line: to: expected one of prm-jsonl, stepwise; "
+            "bilevel-prm data convert: --to: expected one of prm-jsonl, stepwise; "
             "found 'stepwize'; did you mean 'stepwise'?",
         ),
     ],
@@ -218,7 +218,7 @@ def test_required_options_are_named(said):
         ("--upper-optimizer lazy-adam", "use adam, or --weighting table"),
         ("--upper-lr fast", "--upper-lr: expected auto or a number, found 'fast'"),
         ("--upper-lr -1", "--upper-lr: expected 0 or more, found -1"),
-        ("--lower-lr nan", "lower_lr: expected float, found 'nan'"),
+        ("--lower-lr nan", "--lower-lr: expected float, found 'nan'"),
         ("--lower-betas 0.9 1", "betas[1] must lie in [0, 1), got 1.0"),
         ("--direction-decay 1", "direction_decay must lie in [0, 1), got 1.0"),
         ("--route dot", "--route dot --batch-size 4: dot takes one example per"),

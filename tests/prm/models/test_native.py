@@ -147,6 +147,8 @@ def test_a_name_on_a_hub_is_checked_like_a_folder(folders, tmp_path):
         "print('loaded', sum(x.numel() for x in load_prm('org/good').model.parameters()))\n"
         "try: load_prm('org/cut')\n"
         "except ValueError as error: print(error)\n"
+        "try: load_prm('org/absent')\n"
+        "except OSError as error: print(error)\n"
     )
     environment = {
         **os.environ, "HF_HUB_CACHE": str(tmp_path / "hub"), "HF_HUB_OFFLINE": "1",
@@ -156,8 +158,12 @@ def test_a_name_on_a_hub_is_checked_like_a_folder(folders, tmp_path):
         [sys.executable, "-c", code], env=environment, cwd=tmp_path, text=True,
         capture_output=True, check=True,
     )  # fmt: skip
-    loaded, refused = done.stdout.splitlines()
+    loaded, refused, absent = done.stdout.splitlines()
     good = load_prm(folders / "qwen2").model
     assert loaded == f"loaded {sum(value.numel() for value in good.parameters())}"
     assert refused.startswith("org/cut: expected the tensors of the model")
     assert f"missing: {missing}; use" in refused
+    assert absent == (
+        "expected config.json in org/absent, found none; is it a model? "
+        "Or was the hub out of reach?"
+    )

@@ -35,6 +35,17 @@ def test_command_line_wins_over_preset_wins_over_default(tmp_path):
     assert options.lower.batch_size == 32
 
 
+def test_help_names_one_default():
+    parser = argparse.ArgumentParser()
+    build_parser(parser, TrainOptions)
+    lines = {action.dest: action.help for action in parser._actions}
+    assert lines["train_file"] == "JSONL with step labels (required)"
+    assert lines["freeze"].endswith("for example vision_tower (default: none)")
+    assert lines["init_from"] == "model directory of a cold start; default: start from --model"
+    assert lines["max_patches"].endswith("(default: as the model was trained, or else 6)")
+    assert [name for name, line in lines.items() if line.count("default: ") > 1] == []
+
+
 def test_both_spellings_and_every_kind_of_value():
     words = "--train_file t --output-dir o --lower-betas 0.8 0.9 --no-progress"
     words += " --lower-max-norm none --features loss label"
