@@ -128,10 +128,10 @@ def test_a_run_killed_before_the_checkpoint_goes_on_to_the_same_bytes(
 
     save, run = recipes.run.resume.Run.save, tmp_path / "run"
 
-    def killed_after_evaluation(self, progress):
+    def killed_after_evaluation(self, progress, **more):
         if int(progress.state.lower_steps) == 4:
             raise Killed
-        save(self, progress)
+        save(self, progress, **more)
 
     with monkeypatch.context() as patch:
         with_accuracies(patch, *ACCURACIES)
