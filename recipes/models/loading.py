@@ -258,6 +258,8 @@ def load_model(
             f"--init-from {name}: expected a checkpoint folder, found nothing there; "
             "run a cold start first, or correct the path"
         )
+    if name == "embedded" and not options.TRAINS:  # --model may have been forgotten
+        say("model: the base that ships with the package; --model names another", error=True)
     try:
         prm = placement.load(EMBEDDED_BASE if name == "embedded" else name)
         prm = replace(prm, conventions=conventions or asked(options, prm, name))

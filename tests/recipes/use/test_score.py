@@ -55,6 +55,15 @@ def test_every_candidate_has_step_scores_and_all_aggregates(options):
         )  # fmt: skip
 
 
+def test_a_model_that_is_not_named_is_told(options, capsys):
+    """The scores of a base that nobody trained would pass for those of a model."""
+    load_model(options())
+    assert capsys.readouterr().err == ""
+    load_model(options(model="embedded"))
+    said = capsys.readouterr().err
+    assert said == "model: the base that ships with the package; --model names another\n"
+
+
 def test_all_aggregates_by_hand():
     assert all_aggregates(torch.tensor([0.5, 0.8])) == pytest.approx(
         {
