@@ -74,14 +74,11 @@ def step_(
     moments = [moment for moment, kept in zip(columns[2:], state[1:], strict=True) if kept]
     for part in parts([columns.params, raw, *moments]):
         seen = _seen(part, raw, weight, optimizer.state_dtype, clip)
+        given = (part, columns, raw, seen, clip, slopes, usual)
         if kernel is not None and _alike(part, columns, raw):
-            multiple = weight if weight is not None else 1.0
-            _fused(
-                *(kernel, optimizer, int(state.steps), part, columns, raw, seen),
-                *(clip, slopes, usual, multiple),
-            )
+            _fused(kernel, optimizer, int(state.steps), weight, *given)
         else:
-            _by_rule(plain, state.steps, part, columns, raw, seen, clip, slopes, usual)
+            _by_rule(plain, state.steps, *given)
     return Point(point.lower_params, state._replace(steps=state.steps + 1))
 
 
@@ -299,6 +296,7 @@ def _fused(
     kernel: FusedAdam,
     optimizer: ElementwiseOptimizer,
     count: int,
+    weight: float | None,
     part: Sequence[Cut],
     columns: _Columns,
     raw: Leaves,
@@ -306,7 +304,6 @@ def _fused(
     clip: Tensor | None,
     slopes: bool,
     usual: Bool[Tensor, ""] | None,
-    weight: float,
 ) -> None:
     """Take the step of a part by the fused kernel, group by group."""
     groups = _by_group(optimizer, count, part, columns.names)
@@ -322,7 +319,8 @@ def _fused(
         if slopes:
             scale = 1.0 if clip is None else float(clip)
             coupled = decay and not kernel.decoupled
-            kernel.slope_(grads, used if coupled else weight * scale, first, second, -lr * scale)
+            ratio = scale if weight is None else weight * scale
+            kernel.slope_(grads, used if coupled else ratio, first, second, -lr * scale)
 
 
 def _of(cuts: Sequence[Cut], column: Leaves) -> list[Tensor]:
