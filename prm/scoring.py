@@ -221,7 +221,7 @@ def score_part(
         tokens_per_batch,
         tile_tokens=vision_tokens_per_tile(prm.model.config),
         width=prm.tree_width if isinstance(collator, Collator) else None,
-        picture=None if prm.image_tokens is None else prm.image_tokens.context_id,
+        image_tokens=prm.image_tokens,
         workers=workers,
     )
     scores: StepScores | None = None

@@ -14,6 +14,7 @@ from prm.batches.token_batches import token_batches
 from prm.batches.workers import ordered_map
 from prm.data.store.encoded import MOST_HELD, EncodedExamples
 from prm.inputs.collate import Batch, Collator, EncodedExample
+from prm.inputs.tokens import ImageTokens
 
 
 @dataclass(frozen=True)
@@ -73,7 +74,7 @@ def passes_of(
     *,
     tile_tokens: int = 0,
     width: int | None = None,
-    picture: int | None = None,
+    image_tokens: ImageTokens | None = None,
     workers: int = 0,
 ) -> Passes:
     """Return the passes over some examples, first those of examples that share nothing.
@@ -88,7 +89,7 @@ def passes_of(
         tokens_per_batch: The largest number of tokens in a pass, None for any.
         tile_tokens: The tokens of a tile in the vision tower.
         width: The hidden size of a language model that takes trees; None means no trees.
-        picture: The token of a picture, None for a model without.
+        image_tokens: The tokens of a picture, None for a model without.
         workers: The number of processes that tokenise.
     """
 
@@ -101,7 +102,7 @@ def passes_of(
             return shapes, []
         limit = MOST_NODES if tokens_per_batch is None else tokens_per_batch
         room = (limit - shapes[:, 2] * tile_tokens).tolist()
-        groups = prefix_groups(rows, picture, width, most=batch_size, room=room)
+        groups = prefix_groups(rows, image_tokens, width, most=batch_size, room=room)
         return shapes, [
             (start + np.array(numbers), nodes) for numbers, nodes in groups if len(numbers) > 1
         ]

@@ -17,6 +17,7 @@ from jaxtyping import Bool, Int32, Int64
 from torch import Tensor
 
 from prm.inputs.collate import TREE_POSITIONS, Batch, Collator, EncodedExample
+from prm.inputs.tokens import ImageTokens
 
 MOST_NODES = 8192
 """The largest number of tokens of a tree: its mask then has 64 MiB."""
@@ -41,7 +42,7 @@ class _Tree:
 
 def prefix_groups(
     rows: Sequence[EncodedExample],
-    picture: int | None,
+    image_tokens: ImageTokens | None,
     width: int,
     *,
     most: int | None = None,
@@ -55,8 +56,8 @@ def prefix_groups(
 
     Args:
         rows: The sequences.
-        picture: The token of a picture, None for a model without. A tree has its pictures once, so
-            that they stand in what all its sequences share.
+        image_tokens: The tokens of a picture, None for a model without. A tree has its pictures
+            once, so that they stand in what all its sequences share.
         width: The hidden size of the language model.
         most: The largest number of sequences of a tree, None for any.
         room: The largest number of tokens of a tree with each row, None for ``MOST_NODES``.
@@ -65,6 +66,7 @@ def prefix_groups(
         The numbers of the sequences of every group, in the order of their tokens; groups by their
         first sequence. A sequence that shares nothing is alone.
     """
+    picture = None if image_tokens is None else image_tokens.context_id
     candidates: defaultdict[Hashable, list[int]] = defaultdict(list)
     for number, row in enumerate(rows):
         candidates[row.example.images, row.example.question].append(number)
@@ -107,7 +109,7 @@ def question_batch(collator: Collator, rows: Sequence[EncodedExample], width: in
     Raises:
         DataError: An image cannot be decoded.
     """
-    groups = prefix_groups(rows, picture_token(collator), width)
+    groups = prefix_groups(rows, collator.prompt.image_tokens, width)
     longest = max(nodes for _, nodes in groups)
     smaller = len(groups) * longest < len(rows) * max(len(row.input_ids) for row in rows)
     if not smaller or len(groups) * longest**2 > MOST_NODES**2:
@@ -158,12 +160,6 @@ def tree_batch(
             labels = path[rows[number].label_positions]
             positions[number, : len(labels)] = place * shape[1] + labels
     return batch | {"attention_mask": sees[:, None], TREE_POSITIONS: positions}
-
-
-def picture_token(collator: Collator) -> int | None:
-    """Return the token that a collator writes for pictures, None for a model without."""
-    tokens = collator.prompt.image_tokens
-    return None if tokens is None else tokens.context_id
 
 
 def _tree(sequences: Sequence[list[int]]) -> _Tree:

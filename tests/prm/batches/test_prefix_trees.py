@@ -11,6 +11,7 @@ from prm.batches import prefix_trees
 from prm.batches.passes import passes_of
 from prm.batches.prefix_trees import prefix_groups, question_batch, tree_batch
 from prm.inputs.collate import EncodedExample
+from prm.inputs.tokens import ImageTokens
 from prm.models.model import split_parameters, step_logits, tree_width
 from prm.schema import Step, StepExample
 from prm.scoring import score_examples, score_part
@@ -42,12 +43,8 @@ def encoded_by(prm, examples) -> list[EncodedExample]:
     return [collator.encode(item) for item in examples]
 
 
-def picture_of(prm) -> int | None:
-    return None if prm.image_tokens is None else prm.image_tokens.context_id
-
-
 def groups_of(prm, rows) -> list[tuple[list[int], int]]:
-    return prefix_groups(rows, picture_of(prm), prm.tree_width)
+    return prefix_groups(rows, prm.image_tokens, prm.tree_width)
 
 
 @pytest.mark.parametrize("kind", MODELS)
@@ -107,7 +104,8 @@ def test_a_sequence_joins_where_that_saves_operations():
 
 def test_what_keeps_sequences_apart():
     def apart(*rows, picture=None, most=8):
-        return [numbers for numbers, _ in prefix_groups(list(rows), picture, 999, most=most)]
+        tokens = None if picture is None else ImageTokens("", "", "", picture, 1)
+        return [numbers for numbers, _ in prefix_groups(list(rows), tokens, 999, most=most)]
 
     common = [1, 2, 3, 4]
     assert apart(row([*common, 5]), row([*common, 6])) == [[0, 1]]
@@ -170,7 +168,7 @@ def test_passes_count_tokens_of_trees_and_of_their_pictures_once(candidates):
     rows = encoded_by(prm, candidates)
 
     def planned(limit, tile_tokens=0):
-        options = {"tile_tokens": tile_tokens, "width": 32, "picture": picture_of(prm)}
+        options = {"tile_tokens": tile_tokens, "width": 32, "image_tokens": prm.image_tokens}
         plan = passes_of(rows, 64, limit, **options)
         assert plan.steps == [len(row.label_positions) for row in rows]
         assert sorted(row for one in plan.passes for row in one.rows) == [*range(len(rows))]
