@@ -20,10 +20,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from random import Random
 
-from prm.data.reader import read_examples, write_jsonl
+from prm.data.reader import read_examples
 from prm.schema import DataError, StepExample
+from recipes.evidence.smollm2.files import unlabelled, write_parts
 from recipes.evidence.smollm2.sources import Mixture, beginnings, judged
-from recipes.run.files import complete_directory
 
 FILE = "candidates.jsonl"
 
@@ -177,17 +177,13 @@ def _outcomes(rows: Sequence[StepExample], sizes: Sizes, rng: Random) -> list[St
     wrong = [row for row in unlike if not row.correct]
     chosen = rng.sample(right, min(sizes.meta_solutions // 2, len(right)))
     chosen += rng.sample(wrong, min(sizes.meta_solutions - len(chosen), len(wrong)))
-    return [
-        replace(row, steps=tuple(replace(step, label=None) for step in row.steps)) for row in chosen
-    ]
+    return [unlabelled(row) for row in chosen]
 
 
 def write_files(
     source: Path, directory: Path, *, seed: int = 0, sizes: Sizes = Sizes()
 ) -> dict[str, int]:
-    """Write the files of a seed into a new directory; return their numbers of rows.
-
-    The directory appears under its name only when it is complete.
+    """Write the files of a seed into a new directory, as ``write_parts`` does.
 
     Raises:
         FileNotFoundError: ``source`` does not exist.
@@ -195,8 +191,4 @@ def write_files(
         ValueError: ``split`` raises it.
     """
     examples = [by_reach(example) for example in read_examples(source, format="game24")]
-    parts = split(examples, sizes, seed=seed)
-    with complete_directory(directory) as unfinished:
-        for name, rows in parts.items():
-            write_jsonl(unfinished / f"{name}.jsonl", rows)
-    return {name: len(rows) for name, rows in parts.items()}
+    return write_parts(split(examples, sizes, seed=seed), directory)

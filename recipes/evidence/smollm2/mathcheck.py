@@ -13,9 +13,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from random import Random
 
-from prm.data.reader import read_examples, write_jsonl
+from prm.data.reader import read_examples
 from prm.schema import StepExample
-from recipes.run.files import complete_directory
+from recipes.evidence.smollm2.files import unlabelled, write_parts
 
 FILE = "gsm_process.jsonl"
 SOURCES = ("verified", "estimated")
@@ -107,7 +107,7 @@ def split(
         "train": train,
         "cold-start": drawn[sizes.train_solutions :],
         "clean": [row for row in train if row.extra["source"] == "verified"],
-        "meta": [_unlabelled(row) for row in _mixed(examples, meta)],
+        "meta": [unlabelled(row) for row in _mixed(examples, meta)],
         "dev": _mixed(examples, dev),
         "test": _mixed(examples, test),
     }
@@ -137,24 +137,15 @@ def _mixed(examples: Sequence[StepExample], groups: set[str]) -> list[StepExampl
     ]
 
 
-def _unlabelled(example: StepExample) -> StepExample:
-    return replace(example, steps=tuple(replace(step, label=None) for step in example.steps))
-
-
 def write_files(
     source: Path, directory: Path, *, seed: int = 0, sizes: Sizes = Sizes()
 ) -> dict[str, int]:
-    """Write the files of a seed into a new directory; return their numbers of rows.
-
-    The directory appears under its name only when it is complete.
+    """Write the files of a seed into a new directory, as ``write_parts`` does.
 
     Raises:
         FileNotFoundError: ``source`` does not exist.
         DataError: A record cannot be used.
         ValueError: ``split`` raises it.
     """
-    parts = split(list(read_examples(source, format="mathcheck")), sizes, seed=seed)
-    with complete_directory(directory) as unfinished:
-        for name, rows in parts.items():
-            write_jsonl(unfinished / f"{name}.jsonl", rows)
-    return {name: len(rows) for name, rows in parts.items()}
+    examples = list(read_examples(source, format="mathcheck"))
+    return write_parts(split(examples, sizes, seed=seed), directory)
