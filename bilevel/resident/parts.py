@@ -13,6 +13,10 @@ from bilevel.optimizers.point import Leaves
 # Entries of a part. On a CPU its temporaries, about eight, stay in the cache of a core; on a
 # device a part is as large as its temporaries may be, since each operation is a launch.
 CPU_ENTRIES, DEVICE_ENTRIES = 1 << 18, 1 << 26
+# Entries that are looked at together for zeros, and the share of blocks with others above which
+# it is not worth while to leave the zeros out.
+BLOCK, _MOST = 1 << 10, 0.25
+_FIRST = 16  # A gradient that is dense shows it in its first entries.
 
 
 class Cut(NamedTuple):
@@ -66,3 +70,29 @@ def parts(columns: Sequence[Leaves], entries: int | None = None) -> Iterator[lis
                 cuts, taken = [], 0
             gathered[device] = ([*cuts, Cut(index)], taken + size)
     yield from (cuts for cuts, _ in gathered.values())
+
+
+def reached(cut: Cut, gradient: Leaves) -> list[Cut]:
+    """Return the stretches of a cut outside which a gradient is zero.
+
+    The gradient of an embedding is zero but for the rows of a batch's tokens, and that of a head
+    of which two logits are read but for two rows. What is linear in the gradient and elementwise
+    is zero there too, and need not be computed. In whole blocks of 1,024 entries; it is the cut
+    itself where most blocks are reached, and where looking would not pay: of a leaf that is not
+    cut, and on a device.
+
+    Args:
+        cut: The cut.
+        gradient: Leaves; that of the cut is not None.
+    """
+    here = cut.of(gradient)
+    assert here is not None
+    plain = type(here) in (torch.Tensor, torch.nn.Parameter) and here.is_cpu
+    if cut.start is None or not plain or here.numel() % BLOCK or bool(here[:_FIRST].any()):
+        return [cut]
+    blocks = here.view(-1, BLOCK)
+    found = blocks.amax(1).ne(0) | blocks.amin(1).ne(0)  # A NaN is both, and is not 0.
+    if found.sum() > _MOST * len(blocks):
+        return [cut]
+    starts = (cut.start + BLOCK * found.nonzero().squeeze(1)).tolist()
+    return [Cut(cut.leaf, start, start + BLOCK) for start in starts]

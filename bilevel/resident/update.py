@@ -25,7 +25,7 @@ from bilevel.optimizers.groups import ONLY, of_group
 from bilevel.optimizers.point import Leaves, column
 from bilevel.resident.adam import FusedAdam
 from bilevel.resident.memory import is_dense
-from bilevel.resident.parts import Cut, parts
+from bilevel.resident.parts import Cut, parts, reached
 from bilevel.resident.pieces import Gathered, Piece
 from bilevel.tree import Tree
 
@@ -157,6 +157,8 @@ def predict_(optimizer: ElementwiseOptimizer, point: Point, v: Tree) -> None:
     bars: Leaves = structure.flatten_up_to(v)
     steps = point.optimizer_state.steps
     for part in parts([columns.params, bars]):
+        if not any(reached(cut, bars) for cut in part):
+            continue  # μ is zero where v is.
         state, params = _subtree(part, columns, steps)
         given = {columns.names[cut.leaf]: cut.of(bars) for cut in part}
         _copy(part, bars, optimizer.predicted_grads_vjp(state, params, given), columns.names)
@@ -212,10 +214,14 @@ def _scaled(
     grad: Tensor, weight: float | None, dtype: torch.dtype | None, clip: Tensor | None
 ) -> Tensor:
     """Return the gradient as the rule sees it, with the roundings of the functional step."""
+    scaled = grad
     if weight is not None:
-        grad = torch.zeros_like(grad) if weight == 0.0 else grad * weight
-    grad = grad.to(dtype or grad.dtype)
-    return grad if clip is None else grad * _number(clip, grad)
+        scaled = torch.zeros_like(grad) if weight == 0.0 else grad * weight
+    scaled = scaled.to(dtype or grad.dtype)
+    if clip is None:
+        return scaled
+    number = _number(clip, scaled)
+    return scaled * number if scaled is grad else scaled.mul_(number)
 
 
 def _number(scale: Tensor, like: Tensor) -> float | Tensor:
@@ -318,9 +324,14 @@ def _fused(
         used = kernel.step_(params, laid_out, first, second, lr, decay, usual)
         if slopes:
             scale = 1.0 if clip is None else float(clip)
-            coupled = decay and not kernel.decoupled
+            if decay and not kernel.decoupled:
+                kernel.slope_(grads, used, first, second, -lr * scale)
+                continue
             ratio = scale if weight is None else weight * scale
-            kernel.slope_(grads, used if coupled else ratio, first, second, -lr * scale)
+            some = [stretch for cut in cuts for stretch in reached(cut, raw)]
+            if some:
+                moments = _of(some, columns.first), _of(some, columns.second)
+                kernel.slope_(_of(some, raw), ratio, *moments, -lr * scale)
 
 
 def _of(cuts: Sequence[Cut], column: Leaves) -> list[Tensor]:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from bilevel.resident.memory import is_dense, owned, shared_leaves
-from bilevel.resident.parts import parts
+from bilevel.resident.parts import BLOCK, Cut, parts, reached
 
 
 @pytest.mark.parametrize("entries", [1, 7, 30, 1000])
@@ -29,6 +29,49 @@ def test_leaves_that_a_column_lacks_are_left_out():
     grads = [torch.zeros(3), None, torch.zeros(5)]
     found = [cut.leaf for part in parts([leaves, grads]) for cut in part]
     assert found == [0, 2]
+
+
+def embedding(*places, blocks=12):
+    """A gradient that is not zero at these entries, counted in blocks."""
+    leaf = torch.zeros(blocks * BLOCK, dtype=torch.float64)
+    for place in places:
+        leaf[int(place * BLOCK)] = -1e-300
+    return leaf
+
+
+@pytest.mark.parametrize(
+    ("places", "found"),
+    [
+        ((), []),
+        ((3.5, 6, 6.25), [3, 6]),
+        ((11.999,), [11]),
+        ((1, 2, 4), [1, 2, 4]),
+        ((1, 2, 4, 5), None),  # most of it
+        ((0,), None),  # as if it were dense
+    ],
+)
+def test_stretches_that_a_gradient_reaches(places, found):
+    """Of a cut that begins one block into a leaf."""
+    leaf = torch.cat([torch.ones(BLOCK, dtype=torch.float64), embedding(*places)])
+    cut = Cut(1, BLOCK, len(leaf))
+    blocks = [(1 + block) * BLOCK for block in found or []]
+    expected = [Cut(1, start, start + BLOCK) for start in blocks]
+    assert reached(cut, [None, leaf]) == ([cut] if found is None else expected)
+
+
+def test_not_a_number_is_reached_and_minus_zero_is_not():
+    leaf = embedding()
+    leaf[5 * BLOCK + 7] = float("nan")
+    leaf[8 * BLOCK] = -0.0
+    assert reached(Cut(0, 0, len(leaf)), [leaf]) == [Cut(0, 5 * BLOCK, 6 * BLOCK)]
+
+
+def test_where_looking_would_not_pay_a_cut_is_reached():
+    leaf = embedding()
+    for cut in (Cut(0), Cut(0, 0, BLOCK + 1)):
+        assert reached(cut, [leaf]) == [cut]
+    meta = Cut(0, 0, BLOCK)
+    assert reached(meta, [torch.zeros(BLOCK, device="meta")]) == [meta]
 
 
 def test_memory_of_its_own():

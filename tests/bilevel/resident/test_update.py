@@ -11,6 +11,7 @@ from bilevel import SGD, AdaDelta, Adagrad, Adam, Adamax, AdamW, NAdam, RAdam, R
 from bilevel.lower.steps import Point
 from bilevel.optimizers.base import clip_scale
 from bilevel.resident import parts
+from bilevel.resident.adam import FusedAdam
 from bilevel.resident.update import predict_, step_
 from tests.bilevel.comparing import relative, same_bits
 
@@ -120,6 +121,46 @@ def test_slopes_are_the_derivative_of_the_step_along_the_gradient(optimizer, wei
             # From a cold state the two terms of Adam's derivative cancel, each as large as v · lr.
             cancelled = 1e-15 * tree.norm(v[name])
             assert abs(tree.vdot(v[name], leaf) - expected) <= 1e-12 * size + cancelled, name
+
+
+def few_rows(monkeypatch):
+    """θ with an embedding in four parts, and a gradient of four of its rows, in three blocks."""
+    monkeypatch.setattr(parts, "CPU_ENTRIES", 4096)
+    monkeypatch.setattr(parts, "BLOCK", 64)
+    generator = torch.Generator().manual_seed(3)
+    rows = torch.randn(400, 32, dtype=torch.float64, generator=generator)
+    grads = {"rows": torch.zeros_like(rows), "small": rows[:3].clone()}
+    grads["rows"][[5, 130, 131, 399]] = rows[:4]
+    params = {"rows": rows, "small": rows[:3].clone()}
+    return params, grads
+
+
+@pytest.mark.parametrize("optimizer", [*OWN_RULE, *FUSED], ids=kind)
+def test_rows_that_no_example_reaches(monkeypatch, optimizer):
+    """Slopes and predicted directions are those of the whole; Adam's slopes are of three blocks."""
+    params, grads = few_rows(monkeypatch)
+    state = optimizer.init(params)
+    for step in range(2):
+        dense = tree.map(lambda leaf, step=step: (leaf + 0.1 * step).cos(), params)
+        params, state = optimizer.update(dense, state, params)
+    point, sizes = tree.map(torch.clone, Point(params, state)), []
+    slope_ = FusedAdam.slope_
+
+    def counted(self, raw, *others):
+        sizes.append(sum(leaf.numel() for leaf in raw))
+        slope_(self, raw, *others)
+
+    monkeypatch.setattr(FusedAdam, "slope_", counted)
+    along = tree.map(torch.clone, grads)
+    found = step_(optimizer, cloned(point), along, tree.norm(grads), slopes=True)
+    moved = optimizer.update(grads, state, params)
+    assert relative(found.lower_params, moved[0]) < 1e-15
+    assert relative(along, optimizer.grads_vjp(grads, state, params, grads)) < 1e-13
+    if optimizer == AdamW(0.02, weight_decay=0.1):
+        assert sum(sizes) == 3 * 64 + grads["small"].numel()
+    v = tree.map(torch.clone, grads)
+    predict_(optimizer, point, v)
+    assert relative(v, optimizer.predicted_grads_vjp(state, params, grads)) < 1e-15
 
 
 @pytest.mark.parametrize("optimizer", FUSED, ids=kind)
