@@ -101,10 +101,17 @@ def option(
     return field(metadata=metadata) if default is ... else field(default=default, metadata=metadata)
 
 
-def group(kind: Callable[[], Any], *, only_with: Condition | None = None) -> Any:
-    """Return a field that holds a dataclass of options, all of them read under one condition."""
+def group(kind: Callable[[], Any], section: str, *, only_with: Condition | None = None) -> Any:
+    """Return a field that holds a dataclass of options, all of them read under one condition.
+
+    Args:
+        kind: The dataclass.
+        section: The heading that ``--help`` lists them under.
+        only_with: The condition under which a command reads them.
+    """
     conditions = () if only_with is None else (only_with,)
-    return field(default_factory=kind, metadata={"group": kind, "only_with": conditions})
+    metadata = {"group": kind, "section": section, "only_with": conditions}
+    return field(default_factory=kind, metadata=metadata)
 
 
 def variants(
@@ -250,7 +257,7 @@ class PlacementOptions:
 class LoaderOptions(ReadOptions, PrmOptions):
     """Options of every command that runs the model over a whole file."""
 
-    placement: PlacementOptions = group(PlacementOptions)
+    placement: PlacementOptions = group(PlacementOptions, "device and precision")
     too_long: TooLong = option(
         "refuse",
         "what a solution longer than the model's context leads to: it is a row that cannot be used "

@@ -28,6 +28,7 @@ class FlatOption:
         conditions: The conditions under which a command reads it, in the order of reports.
         on_resume: What a resumed run may change; see ``recipes.options.base.option``.
         path: Whether the value names a file or folder that the run reads.
+        section: The heading that ``--help`` lists it under; empty: none of its own.
     """
 
     name: str
@@ -39,6 +40,7 @@ class FlatOption:
     conditions: tuple[Condition, ...]
     on_resume: OnResume
     path: bool
+    section: str
 
     @property
     def flag(self) -> str:
@@ -87,6 +89,7 @@ def _walk(
     kind: type[Any],
     outer: tuple[Condition, ...],
     more: tuple[tuple[Condition, tuple[str, ...]], ...],
+    section: str = "",
 ) -> Iterator[FlatOption]:
     """Yield the options of ``kind``; ``outer`` conditions hold for all, ``more`` by name."""
     hints = get_type_hints(kind)
@@ -94,7 +97,7 @@ def _walk(
         about = field.metadata
         conditions = (*outer, *about.get("only_with", ()))
         if "group" in about:
-            yield from _walk(about["group"], conditions, more)
+            yield from _walk(about["group"], conditions, more, about["section"])
             continue
         name = about.get("name") or field.name
         chosen: Mapping[str, type[Any]] = about.get("variants", {})
@@ -109,9 +112,10 @@ def _walk(
             conditions=tuple(sorted((*conditions, *own), key=lambda condition: condition.rank)),
             on_resume=about["on_resume"],
             path=about["path"],
+            section=f"options with {flag_of(name)}" if chosen else section,
         )
         for variant in about["listed"] if chosen else ():
-            yield from _walk(chosen[variant], conditions, more)
+            yield from _walk(chosen[variant], conditions, more, f"options with {flag_of(name)}")
 
 
 def _collect(options: Any, values: dict[str, Any]) -> None:

@@ -88,22 +88,30 @@ def build_parser(
         parser.add_argument(
             "--config", metavar="YAML", help="preset: a file, or the name of a shipped one"
         )
+    sections: dict[str, argparse._ActionsContainer] = {"": parser}
     for name, entry in flat_options(options).items():
+        if entry.section not in sections:
+            sections[entry.section] = parser.add_argument_group(entry.section)
+        section = sections[entry.section]
         # argparse formats help with %, so a literal one must be doubled.
         text = f"{entry.help}{_note(entry)}".replace("%", "%%")
-        flags = list(dict.fromkeys([entry.flag, f"--{name}"]))
-        common: dict[str, Any] = {"dest": name, "default": argparse.SUPPRESS, "help": text}
+        common: dict[str, Any] = {"dest": name, "default": argparse.SUPPRESS}
         kind, many = element(entry.hint)
         if kind is bool:
-            parser.add_argument(*flags, action=argparse.BooleanOptionalAction, **common)
-        elif get_origin(kind) is Literal:
-            # Choices are compared by ``resolve``, whose error is one line with the nearest.
-            choices = "{" + ",".join(map(str, get_args(kind))) + "}"
-            parser.add_argument(*flags, nargs="*" if many else None, metavar=choices, **common)
+            common["action"] = argparse.BooleanOptionalAction
         else:
-            parser.add_argument(
-                *flags, nargs="*" if many else None, metavar=name.upper().split("_")[-1], **common
-            )
+            common |= {"nargs": "*" if many else None, "metavar": _metavar(entry, kind)}
+        section.add_argument(entry.flag, help=text, **common)
+        if "_" in name:  # The other spelling, as in presets, without a line of its own.
+            section.add_argument(f"--{name}", help=argparse.SUPPRESS, **common)
+
+
+def _metavar(entry: FlatOption, kind: Any) -> str:
+    if get_origin(kind) is Literal:
+        # Choices are compared by ``resolve``, whose error is one line with the nearest.
+        return "{" + ",".join(map(str, get_args(kind))) + "}"
+    numbers = {int: "N", float: "X"}
+    return numbers.get(kind) or ("PATH" if entry.path else entry.name.upper().split("_")[-1])
 
 
 def resolve(options: type[Options], given: Mapping[str, Any]) -> Options:

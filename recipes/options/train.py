@@ -53,8 +53,8 @@ class LowerOptions(LoaderOptions):
         "when it holds a run: refuse, or append the next free number to its name",
         on_resume="free",
     )
-    lower: LowerLevel = group(LowerLevel)
-    lora: LoraSettings = group(LoraSettings)
+    lower: LowerLevel = group(LowerLevel, "lower level")
+    lora: LoraSettings = group(LoraSettings, "low-rank adapters")
     activation_checkpointing: Recomputed = option(
         "none",
         "layers that are computed again in the backward pass instead of being stored: those of the "
@@ -66,13 +66,13 @@ class LowerOptions(LoaderOptions):
         "full: each process that torchrun starts holds a part of the parameters, gradient and "
         "moments (FSDP2, FULL_SHARD), for models that do not fit; none: all of them",
     )
-    frozen: FrozenSettings = group(FrozenSettings)
+    frozen: FrozenSettings = group(FrozenSettings, "frozen parts")
     probability: Probability = option(
         "labels",
         "softmax of the losses of both levels and of scores, over the two labels or, as in "
         "DreamPRM-1.5, over the whole vocabulary",
     )
-    run: RunSettings = group(RunSettings)
+    run: RunSettings = group(RunSettings, "the run")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,7 +108,7 @@ class TrainOptions(LowerOptions, ScoringOptions):
         only_with=conditions.WEIGHTED,
         on_resume="free",
     )
-    data: TrustedData = group(TrustedData)
+    data: TrustedData = group(TrustedData, "trusted data and evaluation")
     weighting: WeightingOptions = variants(
         "net",
         "Instance Net, Instance Table, Domain Table, learned labels, or none: all weights 1 (No "
@@ -122,7 +122,7 @@ class TrainOptions(LowerOptions, ScoringOptions):
         },
         listed=("none", "domain", "table", "labels", "net"),
     )
-    upper: UpperLevel = group(UpperLevel, only_with=conditions.WEIGHTED)
+    upper: UpperLevel = group(UpperLevel, "upper level", only_with=conditions.WEIGHTED)
     loss_target: Literal[LossTarget, "pairs"] = option(
         "both",
         "meta loss: squared distance from right (both, +: as in DreamPRM-1.5), or of the "

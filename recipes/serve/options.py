@@ -74,7 +74,7 @@ class ServeOptions:
     token: str | None = option(
         None, f"what clients must show as `Authorization: Bearer TOKEN` {_TOKEN_HELP}"
     )
-    placement: PlacementOptions = group(PlacementOptions)
+    placement: PlacementOptions = group(PlacementOptions, "device and precision")
     threads: int = option(0, "CPU threads of torch (0: all cores)", least=0, most=MOST_THREADS)
     too_long: TooLong = option(
         "refuse",
@@ -107,7 +107,7 @@ class ServeOptions:
         least=0,
         most=MOST_NUMBER,
     )
-    limits: LimitOptions = group(LimitOptions)
+    limits: LimitOptions = group(LimitOptions, "limits")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,7 +116,7 @@ class ParityOptions(PrmOptions):
 
     HIDES_LABELS: ClassVar[bool] = True
 
-    placement: PlacementOptions = group(PlacementOptions)
+    placement: PlacementOptions = group(PlacementOptions, "device and precision")
     server: str = option(..., "address of the server, such as http://127.0.0.1:8000")
     api: Literal["vllm", "vllm-chat", "sglang", "bilevel-prm"] = option(
         "vllm",

@@ -38,12 +38,30 @@ def test_command_line_wins_over_preset_wins_over_default(tmp_path):
 def test_help_names_one_default():
     parser = argparse.ArgumentParser()
     build_parser(parser, TrainOptions)
-    lines = {action.dest: action.help for action in parser._actions}
+    shown = [action for action in parser._actions if action.help != argparse.SUPPRESS]
+    lines = {action.dest: action.help for action in shown}
+    assert len(lines) == len(shown)
     assert lines["train_file"] == "JSONL with step labels (required)"
     assert lines["freeze"].endswith("for example vision_tower (default: none)")
     assert lines["init_from"] == "model directory of a cold start; default: start from --model"
     assert lines["max_patches"].endswith("(default: as the model was trained, or else 6)")
     assert [name for name, line in lines.items() if line.count("default: ") > 1] == []
+
+
+def test_help_has_a_section_for_each_group_and_names_each_option_once():
+    parser = argparse.ArgumentParser()
+    build_parser(parser, TrainOptions)
+    text = parser.format_help()
+    headings = re.findall(r"^(\S.*):$", text, flags=re.MULTILINE)
+    assert headings == [
+        *("options", "device and precision", "lower level", "low-rank adapters", "frozen parts"),
+        *("the run", "trusted data and evaluation", "options with --weighting", "upper level"),
+        "options with --hypergradient",
+    ]
+    assert "--batch-size N " in text
+    assert "--lower-lr X " in text
+    assert "--init-from PATH" in text
+    assert "--batch_size" not in text
 
 
 def test_both_spellings_and_every_kind_of_value():
