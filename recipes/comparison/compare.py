@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import redirect_stderr, redirect_stdout
@@ -19,6 +20,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+from tqdm import tqdm
 
 from prm.digests import digest_file
 from recipes.comparison.rows import QUICK, ROWS, Row
@@ -28,6 +30,7 @@ from recipes.comparison.statistics import Values, difference, statistics, stoppe
 from recipes.evaluation.table import comparison_table, settings_table
 from recipes.options.embedded import CompareOptions
 from recipes.options.values import OptionError
+from recipes.run.errors import StepError
 from recipes.run.files import check_writable, write_json
 from recipes.run.provenance import environment
 from recipes.terminal import progress_bar
@@ -62,6 +65,7 @@ def compare(options: CompareOptions) -> dict[str, Any]:
 
     Raises:
         OptionError: A method is unknown.
+        StepError: A row cannot be trained; all others are.
         WriteError: An output cannot be written.
     """
     first, count = options.first_seed, 1 if options.quick else options.seeds
@@ -124,34 +128,49 @@ def _parts(names: Sequence[str]) -> list[tuple[Literal[0, 1, 2], str]]:
 
 
 def _run(parts: Sequence[_Part], options: CompareOptions) -> None:
-    """Do all parts, those of a stage side by side in processes; one bar shows how far it is."""
+    """Do all parts, those of a stage side by side in processes; one bar shows how far it is.
+
+    Raises:
+        StepError: Some cannot be trained; all others are done.
+    """
     parts = sorted(dict.fromkeys(parts), key=lambda part: part.stage)
     jobs = min(options.jobs or os.cpu_count() or 1, len(parts))
+    failed: dict[str, StepError] = {}
     with progress_bar("compare", len(parts), shown=options.progress) as bar:
 
-        def done(part: _Part) -> None:
-            bar.set_postfix_str(f"seed {part.seed.number} {part.name}", refresh=False)
+        def done(part: _Part, error: StepError | None) -> None:
+            name = f"seed {part.seed.number} {part.name}"
+            if error is not None:
+                failed[name] = error
+                tqdm.write(f"{name}: {error}", file=sys.stderr)
+            bar.set_postfix_str(name, refresh=False)
             bar.update()
 
         for stage in (0, 1, 2):
             of_stage = [part for part in parts if part.stage == stage]
             if jobs == 1:
                 for part in of_stage:
-                    _do(part)
-                    done(part)
+                    done(part, _do(part))
             elif of_stage:
                 _side_by_side(of_stage, jobs, done)
+            if failed and stage != 1:
+                raise StepError(
+                    f"{', '.join(failed)}: cannot be trained (see above), so that compare.json is "
+                    "not written; what else is complete is kept, and --methods names what to "
+                    "compute without them"
+                )
 
 
-def _side_by_side(parts: Sequence[_Part], jobs: int, done: Callable[[_Part], None]) -> None:
+def _side_by_side(
+    parts: Sequence[_Part], jobs: int, done: Callable[[_Part, StepError | None], None]
+) -> None:
     # Not forked: a process that has computed with torch's threads must not be.
     context = get_context("spawn")
     with ProcessPoolExecutor(jobs, mp_context=context, initializer=_await_the_parent) as pool:
         futures = {pool.submit(_do, part): part for part in parts}
         try:
             for future in as_completed(futures):
-                future.result()
-                done(futures[future])
+                done(futures[future], future.result())
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             for process in active_children():
@@ -164,16 +183,24 @@ def _await_the_parent() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
-def _do(part: _Part) -> None:
-    """Do a part; what its runs print goes into a file of its own."""
+def _do(part: _Part) -> StepError | None:
+    """Do a part; what its runs print goes into a file of its own.
+
+    Returns:
+        Why it cannot be trained, which does not keep others from it; None: it is done.
+    """
     log = part.seed.directory / "logs" / f"{part.name}.log"
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("a", encoding="utf-8") as file, redirect_stdout(file), redirect_stderr(file):
-        if part.stage == 0:
-            part.seed.cold_start(part.name)
-            return
-        part.seed.row(part.name, _row(part.name))
-        part.seed.last(part.name)
+        try:
+            if part.stage == 0:
+                part.seed.cold_start(part.name)
+            else:
+                part.seed.row(part.name, _row(part.name))
+                part.seed.last(part.name)
+        except StepError as error:
+            return error
+    return None
 
 
 def _results(seed: Seed, name: str) -> Mapping[str, Any]:

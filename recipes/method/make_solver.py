@@ -15,6 +15,7 @@ from bilevel import (
     BilevelSolver,
     Collective,
     Dot,
+    Jvp,
     LazyRowAdam,
     OneStep,
     Projected,
@@ -119,12 +120,12 @@ def scheduled_upper_optimizer(options: TrainOptions, schedule: Callable[[Any], A
 
 def make_plain_solver(options: LowerOptions, problem: Problem, trained: int = 0) -> Solver:
     """Return a solver that takes lower steps only, of a model with so many trained parameters."""
-    # The order is that of a step in place; without upper steps it has no other effect.
+    # There is no product: a route whose pass is autograd's own, in the order of a step in place.
     solver = BilevelSolver(
         problem,
         lower_optimizer(options),
         SGD(0.0),
-        OneStep(order="upper-first"),
+        OneStep(Jvp(), "upper-first"),
         accumulation=options.lower.accumulation,
     )
     return _executed(options, solver, trained)

@@ -24,8 +24,9 @@ from bilevel.tree import Tree
 Verdicts: TypeAlias = dict[Hashable, str | None]
 
 # So many different shapes are measured on their own. From then on shapes are measured if other
-# sizes than before are equal to each other, for a batch of texts has a new length every time.
-SHAPES = 16
+# sizes than before are equal to each other, for a batch of texts has a new length every time, and
+# a measurement takes as long as four passes.
+SHAPES = 4
 
 _GOLDEN = 0.6180339887498949
 _OFF_CPU_EPS = 2.0**-10  # TF32, which other devices may compute float32 in

@@ -24,6 +24,7 @@ from recipes.evaluation.table import NAMES
 from recipes.options.embedded import CompareOptions
 from recipes.options.parse import PRESETS
 from recipes.options.values import OptionError
+from recipes.run.errors import NonFiniteError, StepError
 from tests.tiny_task import SIZES, model_bits, read_lines
 
 ALONE = ("base", "cold_start")  # rows that train nothing
@@ -191,6 +192,24 @@ def test_an_interrupted_comparison_goes_on(tiny, tmp_path, monkeypatch, where):
     for name in ("cold/data", "rows/no_selection"):
         bits = [model_bits(tmp_path / at / "seed-0" / name) for at in ("whole", "work")]
         assert bits[0] == bits[1]
+
+
+def test_a_row_that_cannot_be_trained_does_not_keep_others_from_it(
+    tiny, tmp_path, monkeypatch, capsys
+):
+    train, rows = recipes.comparison.runs.run_training, tmp_path / "work" / "seed-0" / "rows"
+
+    def failing(options):
+        if options.output_dir == str(rows / "base"):
+            raise NonFiniteError("step 3: hypergradient_norm is nan")
+        return train(options)
+
+    monkeypatch.setattr(recipes.comparison.runs, "run_training", failing)
+    with pytest.raises(StepError, match=r"seed 0 base: cannot be trained .* compare.json is not"):
+        compare(replace(tiny, methods=("base", "cold_start")))
+    assert (rows / "cold_start" / "results.json").exists()
+    assert not (tmp_path / "results").exists()
+    assert "seed 0 base: step 3: hypergradient_norm is nan" in capsys.readouterr().err
 
 
 def test_unknown_rows_are_refused(tiny):
