@@ -14,7 +14,6 @@ from typing import Any
 
 import numpy as np
 
-from recipes.comparison.statistics import stopped_name
 from recipes.evaluation.table import label_of
 from recipes.report.drawing import blank_axes, legend, line_style
 
@@ -69,17 +68,19 @@ def corruption(report: Mapping[str, Any]) -> Any:
     figure, axes = blank_axes(3.6)
     for n, name in enumerate(_CORRUPTED):
         shares = {
-            int(setting["value"].removesuffix(" %")): setting["accuracy"]
+            int(setting["value"].removesuffix(" %")): setting["per_seed"]
             for setting in report["settings"].values()
             if setting["group"] == "corruption" and setting["of"] == name
         }
         if not shares:
             continue
-        shares[_USUAL_SHARE] = report["rows"][stopped_name(name)]
+        # Of the seeds of the settings, of which there may be fewer than of the rows.
+        seeds = min(map(len, shares.values()))
+        shares[_USUAL_SHARE] = [run["accuracy"] for run in report["runs"][name][:seeds]]
         style = line_style(n, mark=True)
         axes.plot(
             sorted(shares),
-            [shares[share] for share in sorted(shares)],
+            [float(np.mean(shares[share])) for share in sorted(shares)],
             label=label_of(name),
             **style,
         )

@@ -11,22 +11,23 @@ from recipes.comparison.figures import FIGURES, best_of_k, corruption, main, wei
 pytest.importorskip("matplotlib", reason="the extra `report` is not installed")
 
 
-def run(**weights: float) -> dict:
-    return {"sources": {source: {"mean_weight": w} for source, w in weights.items()}}
+def run(accuracy: float = 0.0, **weights: float) -> dict:
+    sources = {source: {"mean_weight": w} for source, w in weights.items()}
+    return {"accuracy": accuracy, "sources": sources}
 
 
 REPORT = {
-    "rows": {"instance_table_dev_stopped": 0.7, "no_selection_dev_stopped": 0.3},
     "best_of_k": {"instance_table": [0.4, 0.6, 0.7], "no_selection": [0.4, 0.35, 0.3]},
     "pass_at_k": [0.4, 0.8, 0.9],
     "runs": {
         "instance_net": [run(good=1.5, bad=0.5), run(good=1.7, bad=0.1)],
-        "instance_table": [run(good=2.0, bad=0.0), run(good=2.0, bad=0.2)],
+        "instance_table": [run(0.7, good=2.0, bad=0.0), run(0.1, good=2.0, bad=0.2)],
+        "no_selection": [run(0.4), run(0.3)],
     },
     "settings": {
-        "a": {"group": "corruption", "value": "20 %", "of": "instance_table", "accuracy": 0.9},
-        "b": {"group": "corruption", "value": "20 %", "of": "no_selection", "accuracy": 0.8},
-        "c": {"group": "bound", "value": "none", "of": "no_selection", "accuracy": 0.1},
+        "a": {"group": "corruption", "value": "20 %", "of": "instance_table", "per_seed": [0.9]},
+        "b": {"group": "corruption", "value": "20 %", "of": "no_selection", "per_seed": [0.8, 0.6]},
+        "c": {"group": "bound", "value": "none", "of": "no_selection", "per_seed": [0.1]},
     },
 }
 
@@ -59,11 +60,11 @@ def test_weights_are_means_over_seeds_and_bars_span_them():
     assert sorted(y for _, y in ends) == pytest.approx([0.1, 0.5])
 
 
-def test_corruption_ends_with_the_task_itself():
-    assert lines(corruption(REPORT)) == {
-        "PRM: Instance Table": [(20, 0.9), (70, 0.7)],
-        "PRM: No Selection": [(20, 0.8), (70, 0.3)],
-    }
+def test_corruption_ends_with_the_task_itself_on_the_same_seeds():
+    found = lines(corruption(REPORT))
+    assert found.pop("PRM: Instance Table") == [(20, 0.9), (70, 0.7)]
+    (values,) = found.values()
+    assert values == [(20, pytest.approx(0.7)), (70, pytest.approx(0.35))]
 
 
 def test_all_figures_are_written(tmp_path, capsys):
