@@ -18,7 +18,7 @@ class CompareOptions:
     )
     first_seed: int = option(0, "the first of the seeds", least=0, most=MOST_SEED - 1000)
     setting_seeds: int = option(
-        3, "how many of the seeds have the rows that vary one setting", least=0, most=1000
+        1, "how many of the seeds have the rows that vary one setting", least=0, most=1000
     )
     methods: tuple[str, ...] = option((), "rows and settings to compute; default: all")
     quick: bool = option(False, "one seed and the rows of the README only")
