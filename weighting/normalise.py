@@ -21,18 +21,23 @@ def batch_mean_one(weights: Float[Tensor, " batch"]) -> Float[Tensor, " batch"]:
     """``weights / mean(weights)`` over the batch; the mean is part of the derivative.
 
     The hypergradient of a weight is then its own signal minus the batch's (weighted) mean signal:
-    a common part that every instance of the batch shares cancels.
+    a common part that every instance of the batch shares cancels. Weights that are all 0 stay so:
+    no example has a part in such a batch, as happens to small ones when many are left out.
 
     Raises:
         ValueError: A batch of one (its weight would always be 1) or, on the CPU, a mean near or
-            below 0.
+            below 0 of weights of which some are not 0.
     """
     if weights.numel() < 2:
         raise ValueError(
             "normalising over the batch needs at least two examples per micro-batch (a single "
             "example would always get weight 1); use a larger batch or normalise over the table"
         )
-    return _divided(weights, weights.mean(), "batch mean")
+    mean = weights.mean()
+    nothing = (weights == 0.0).all()
+    if not mean.is_cpu:
+        return _divided(weights, torch.where(nothing, 1.0, mean), "batch mean")
+    return weights if nothing else _divided(weights, mean, "batch mean")
 
 
 def mean_one(weights: Float[Tensor, " rows"]) -> Float[Tensor, " rows"]:

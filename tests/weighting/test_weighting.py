@@ -24,6 +24,7 @@ from weighting import (
     feature_count,
     fraction_at_bound,
     load_weighting,
+    mean_one_over,
     row_index,
     save_weighting,
     step_features,
@@ -119,11 +120,21 @@ def test_table_normalisation_uses_the_mean_of_all_rows():
     torch.testing.assert_close(table.all_weights(params), torch.tensor([0.0, 1.2, 1.8]))
 
 
-def test_normalising_a_batch_of_one_or_of_zeros_is_refused():
+def test_normalising_a_batch_of_one_or_without_a_mean_is_refused():
     with pytest.raises(ValueError, match="at least two examples"):
         batch_mean_one(torch.ones(1))
     with pytest.raises(ValueError, match="mean is 0"):
-        batch_mean_one(torch.zeros(4))
+        batch_mean_one(torch.tensor([-1.0, 1.0]))
+    with pytest.raises(ValueError, match="mean over the table is 0"):
+        mean_one_over(torch.zeros(2), torch.zeros(4))
+
+
+def test_a_batch_in_which_no_example_has_a_part_stays_so():
+    raw = torch.zeros(4, requires_grad=True)
+    weights = batch_mean_one(raw)
+    assert weights.tolist() == [0.0] * 4
+    (grad,) = torch.autograd.grad(weights, raw, torch.arange(4.0))
+    assert grad.tolist() == [0.0, 1.0, 2.0, 3.0]
 
 
 def test_domain_table_follows_its_formula():
