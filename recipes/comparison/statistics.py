@@ -26,10 +26,10 @@ def statistics(per_seed: Sequence[Values]) -> dict[str, Any]:
 
     Returns:
         The means ``rows`` and intervals ``ci95``, and ``difference`` and ``difference_ci95`` to
-        ``no_selection`` on the same questions. If both rows exist and differ, also ``gap_closed`` =
-        (row - no_selection) / (clean_oracle - no_selection), with its interval over the resamples
-        in which they differ. Rows that are stopped on the dev set are compared with No Selection
-        and the ceiling that are stopped so.
+        ``no_selection`` on the same questions. If ``clean_oracle`` is above it beyond the interval,
+        also ``gap_closed`` = (row - no_selection) / (clean_oracle - no_selection), with its
+        interval over the resamples in which it is above. Rows that are stopped on the dev set are
+        compared with No Selection and the ceiling that are stopped so.
     """
     names = list(per_seed[0])
     sample = _resampled(per_seed)
@@ -108,9 +108,12 @@ def _compared(
         "difference": {name: round(mean[name] - low, 4) for name in others},
         "difference_ci95": {name: _interval(sample[name] - low_sample) for name in others},
     }
-    if ceiling in mean and mean[ceiling] > low:
-        gap, gap_sample = mean[ceiling] - low, sample[ceiling] - low_sample
-        open_gap = gap_sample > 0  # A share of a gap of 0 is undefined.
+    if ceiling not in mean:
+        return found
+    gap, gap_sample = mean[ceiling] - low, sample[ceiling] - low_sample
+    # A share of a gap that may be 0 says nothing.
+    if found["difference_ci95"][ceiling][0] > 0:
+        open_gap = gap_sample > 0
         found["gap_closed"] = {name: round((mean[name] - low) / gap, 3) for name in others}
         found["gap_closed_ci95"] = {
             name: _interval((sample[name] - low_sample)[open_gap] / gap_sample[open_gap])
