@@ -87,7 +87,8 @@ class _Parser(argparse.ArgumentParser):
     def _get_option_tuples(self, option_string: str) -> list[Any]:
         """Return what an abbreviation can mean; ``--a_b`` and ``--a-b`` are one option."""
         found = super()._get_option_tuples(option_string)
-        return list({match[1].replace("_", "-"): match for match in found}.values())
+        # Of the two the first, which --help shows.
+        return list({match[1].replace("_", "-"): match for match in reversed(found)}.values())
 
     def error(self, message: str) -> NoReturn:
         say(f"{self.prog}: {message}; see {self.prog} --help", error=True)

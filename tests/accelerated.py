@@ -267,7 +267,8 @@ def _faults() -> list[float]:
     there.repeat_interleave(torch.ones_like(there, dtype=torch.int64))  # a wait for its length
     flat = torch.zeros(2).to(accelerator.device())  # a transfer
     nothing = pair_loss(flat, flat, flat.long())  # no pair
-    finite += [batch_mean_one(flat).isfinite().all(), nothing.isfinite()]
+    weights = (there - 1.0, flat)  # without a mean; without a part in the batch
+    finite += [*(batch_mean_one(one).isfinite().all() for one in weights), nothing.isfinite()]
     norm = tree.norm([there + leaf for leaf in range(MANY)])
     sums = {"finite": torch.stack(finite), "sum": mixed.sum(), "norm": norm}
     found = tree.on_host(sums)  # a wait
