@@ -106,7 +106,7 @@ def vdot(left: Tree, right: Tree) -> Num[Tensor, ""]:
 def dot_terms(x: Tensor, y: Tensor) -> list[Tensor]:
     """Return scalars, at least float32, whose sum is ⟨x, y⟩: see ``vdot``."""
     alike = x.dtype is y.dtype or wide_dtype(x.dtype) == wide_dtype(y.dtype)
-    if not alike or x.shape != y.shape or not (_on_cpu(x) and _on_cpu(y)):
+    if not alike or x.shape != y.shape or not (on_cpu(x) and on_cpu(y)):
         return [(_wide(x) * _wide(y)).sum()]
     # No product is stored: its new pages would cost more than the arithmetic.
     x, y = x.reshape(-1), y.reshape(-1)
@@ -114,7 +114,8 @@ def dot_terms(x: Tensor, y: Tensor) -> list[Tensor]:
     return [torch.dot(_wide(a), _wide(b)) for a, b in pieces]
 
 
-def _on_cpu(x: Tensor) -> bool:
+def on_cpu(x: Tensor) -> bool:
+    """Return whether a tensor lies in the memory of the host, whole and of no other type."""
     return x.is_cpu and type(x) in (Tensor, torch.nn.Parameter)
 
 

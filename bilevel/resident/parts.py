@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from bilevel import tree
 from bilevel.optimizers.point import Leaves
 
 # Entries of a part. On a CPU its temporaries, about eight, stay in the cache of a core; on a
@@ -87,8 +88,7 @@ def reached(cut: Cut, gradient: Leaves) -> list[Cut]:
     """
     here = cut.of(gradient)
     assert here is not None
-    plain = type(here) in (torch.Tensor, torch.nn.Parameter) and here.is_cpu
-    if cut.start is None or not plain or here.numel() % BLOCK or bool(here[:_FIRST].any()):
+    if cut.start is None or not tree.on_cpu(here) or here.numel() % BLOCK or here[:_FIRST].any():
         return [cut]
     blocks = here.view(-1, BLOCK)
     found = blocks.amax(1).ne(0) | blocks.amin(1).ne(0)  # A NaN is both, and is not 0.

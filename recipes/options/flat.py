@@ -102,6 +102,7 @@ def _walk(
         name = about.get("name") or field.name
         chosen: Mapping[str, type[Any]] = about.get("variants", {})
         own = [condition for condition, names in more if name in names]
+        heading = f"options with {flag_of(name)}" if chosen else section
         yield FlatOption(
             name=name,
             hint=Literal[tuple(chosen)] if chosen else hints[field.name],
@@ -112,10 +113,10 @@ def _walk(
             conditions=tuple(sorted((*conditions, *own), key=lambda condition: condition.rank)),
             on_resume=about["on_resume"],
             path=about["path"],
-            section=f"options with {flag_of(name)}" if chosen else section,
+            section=heading,
         )
         for variant in about["listed"] if chosen else ():
-            yield from _walk(chosen[variant], conditions, more, f"options with {flag_of(name)}")
+            yield from _walk(chosen[variant], conditions, more, heading)
 
 
 def _collect(options: Any, values: dict[str, Any]) -> None:
