@@ -65,7 +65,7 @@ def compare(options: CompareOptions) -> dict[str, Any]:
 
     Raises:
         OptionError: A method is unknown.
-        StepError: A row cannot be trained; all others are.
+        StepError: A row cannot be trained; others that need no learned weights are.
         WriteError: An output cannot be written.
     """
     first, count = options.first_seed, 1 if options.quick else options.seeds
@@ -131,17 +131,17 @@ def _run(parts: Sequence[_Part], options: CompareOptions) -> None:
     """Do all parts, those of a stage side by side in processes; one bar shows how far it is.
 
     Raises:
-        StepError: Some cannot be trained; all others are done.
+        StepError: Some cannot be trained; all others of their stage are done.
     """
     parts = sorted(dict.fromkeys(parts), key=lambda part: part.stage)
     jobs = min(options.jobs or os.cpu_count() or 1, len(parts))
-    failed: dict[str, StepError] = {}
+    failed: list[str] = []
     with progress_bar("compare", len(parts), shown=options.progress) as bar:
 
         def done(part: _Part, error: StepError | None) -> None:
             name = f"seed {part.seed.number} {part.name}"
             if error is not None:
-                failed[name] = error
+                failed.append(name)
                 tqdm.write(f"{name}: {error}", file=sys.stderr)
             bar.set_postfix_str(name, refresh=False)
             bar.update()
@@ -153,7 +153,7 @@ def _run(parts: Sequence[_Part], options: CompareOptions) -> None:
                     done(part, _do(part))
             elif of_stage:
                 _side_by_side(of_stage, jobs, done)
-            if failed and stage != 1:
+            if failed:  # The next stage goes on from what this one was to train.
                 raise StepError(
                     f"{', '.join(failed)}: cannot be trained (see above), so that compare.json is "
                     "not written; what else is complete is kept, and --methods names what to "
